@@ -1,0 +1,186 @@
+"""The `fastgrpo` command. A user's mistake is one line on stderr and exit code 2."""
+
+import argparse
+import errno
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastgrpo.errors import UserError
+
+EPILOG = """examples:
+  fastgrpo train launch/t2v_tiny.toml                           one process, the tiny world
+  fastgrpo train launch/t2v_tiny.toml run.dir=runs/a run.seed=1 rewards.0.where=process
+  torchrun --nproc-per-node 2 launch/t2v_tiny.sh                the same recipe on two ranks
+  fastgrpo report runs/t2v_tiny                                 the report of a finished or running run
+  fastgrpo keys                                                 every recipe key, its default and meaning
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """All sub-commands and their help."""
+    top = argparse.ArgumentParser(
+        prog="fastgrpo",
+        description="Reinforcement learning for video and image generators: GRPO on the SDE trajectories of flow and "
+        "diffusion models (DanceGRPO).",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="run a recipe, resuming where it stopped",
+        description="Run a recipe in this process, or, under torchrun, as one of its ranks. A run folder that "
+        "already holds a checkpoint of the same recipe is resumed. Ends with the held-out rewards before and after, in "
+        "run.dir/summary.json and run.dir/report.html.",
+    )
+    check = commands.add_parser(
+        "check",
+        help="check a recipe and print it resolved",
+        description="Read a recipe with its overrides, check it and the files it names, and print it in full. Nothing "
+        "is loaded and nothing is written.",
+    )
+    for command in (train, check):
+        command.add_argument("recipe", type=Path, help="a TOML file, such as launch/t2v_tiny.toml")
+        command.add_argument(
+            "overrides", nargs="*", metavar="section.key=value", help="a recipe key to set; `fastgrpo keys` lists them"
+        )
+
+    commands.add_parser(
+        "keys",
+        help="list every recipe key",
+        description="Every key of a recipe, by section: name, default, meaning.",
+    )
+
+    serve = commands.add_parser(
+        "serve-rewards",
+        help="serve rewards over HTTP",
+        description="Serve rewards over HTTP. The bearer token is read from --token-file, or from the environment "
+        "variable FASTGRPO_TOKEN. Binding beyond this machine needs --token-file.",
+    )
+    serve.add_argument("rewards", nargs="+", help="files of rewards/, such as tiny_world")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    serve.add_argument("--port", type=int, default=8700, help="0 takes a free one (default: %(default)s)")
+    serve.add_argument("--token-file", type=Path, help="file with the bearer token that clients must send")
+    serve.add_argument("--ready-file", type=Path, help="written with url and pid once the server listens")
+
+    report = commands.add_parser(
+        "report",
+        help="write the HTML report of a run",
+        description="Write run.dir/report.html, one self-contained page, from the files of a finished or running run.",
+    )
+    report.add_argument("run", type=Path, help="a run folder, such as runs/t2v_tiny")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.  returns the exit code: 0, or 2 for a user's mistake, told in one line on rank 0"""
+    arguments = parser().parse_args(argv)
+    try:
+        run(arguments)
+    except UserError as error:  # raised on every rank, see World.on_main and World.agree
+        if _rank() == 0:
+            _complain(str(error))
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _complain(
+            f"{error.filename or 'run.dir'}: no space left on the disk; free some and start again: the run resumes "
+            "from its newest checkpoint."
+        )
+        return 2
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Dispatch. Heavy imports happen here, so that --help is quick."""
+    match arguments.command:
+        case "train":
+            quiet_libraries()
+            from fastgrpo import config
+            from fastgrpo.train import train
+
+            summary = train(config.load(arguments.recipe, arguments.overrides))
+            if _rank() == 0:
+                print_summary(summary, config.load(arguments.recipe, arguments.overrides).run.dir)
+        case "check":
+            from fastgrpo import config
+            from fastgrpo.data import prompts
+
+            recipe = config.load(arguments.recipe, arguments.overrides)
+            prompts.read(recipe.prompts.train, "prompts.train")
+            prompts.read(recipe.prompts.heldout, "prompts.heldout")
+            print(recipe.to_toml(), end="")
+        case "keys":
+            from fastgrpo import config
+
+            print(config.describe())
+        case "serve-rewards":
+            serve_rewards(arguments)
+        case "report":
+            from fastgrpo.report import write_report
+
+            print(write_report(arguments.run))
+
+
+def serve_rewards(arguments: argparse.Namespace) -> None:
+    from fastgrpo.rewards import server
+
+    file = arguments.token_file
+    if file is None and arguments.host not in ("127.0.0.1", "localhost", "::1"):
+        raise UserError(f"--host={arguments.host}: reachable from other machines; give --token-file, too.")
+    try:
+        token = file.read_text().strip() if file else os.environ.get("FASTGRPO_TOKEN", "")
+    except OSError as error:
+        raise UserError(f"--token-file={file}: {error.strerror}; write a token into it.") from None
+    if not token:
+        raise UserError("--token-file: no token; give a file with one, or set FASTGRPO_TOKEN.")
+    server.serve(arguments.rewards, arguments.host, arguments.port, token, arguments.ready_file)
+
+
+def quiet_libraries() -> None:
+    """Progress bars and notices of libraries would bury the run's own lines."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # none is changed
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+def print_summary(summary: dict[str, object], folder: Path) -> None:
+    """The held-out rewards before and after, as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="held-out reward, before and after training (ODE sampler, same prompts and seeds)")
+    for column in ("part", "before", "after", "difference", "95 % interval"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    before, after, difference, interval = (summary[key] for key in ("before", "after", "difference", "ci95"))
+    assert isinstance(before, dict) and isinstance(after, dict)
+    assert isinstance(difference, dict) and isinstance(interval, dict)
+    for part in before:
+        low, high = interval[part]
+        table.add_row(
+            part, f"{before[part]:.3f}", f"{after[part]:.3f}", f"{difference[part]:+.3f}", f"{low:+.3f} .. {high:+.3f}"
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"{summary['iterations']} iterations, {summary['wall_seconds']:.0f} s of training", highlight=False)
+    for name in ("report.html", "summary.json"):
+        console.print(f"{folder / name}", highlight=False)
+
+
+def _complain(message: str) -> None:
+    print(f"fastgrpo: {message}", file=sys.stderr)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

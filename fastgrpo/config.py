@@ -1,0 +1,356 @@
+"""A recipe: one TOML file plus `section.key=value` overrides, as frozen, typed models.
+
+Every field says its unit and what it does. An unknown key is an error that names the nearest key; a combination that
+cannot work is an error that names the remedy. `Recipe.to_toml` prints what a run really used.
+
+Paths: in the file, a value that starts with `./` or `../` is relative to the file, so that a recipe works from any
+folder; in an override it is relative to where the command is typed, as is `run.dir` always.
+"""
+
+import difflib
+import math
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fastgrpo.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Common behaviour: fields cannot change after loading, and an unknown key is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    dir: Path
+    """Folder of the run; everything that the run writes lies in it."""
+    iterations: Positive
+    """Iterations of Algorithm 1; one iteration = one rollout and its optimizer steps."""
+    seed: int = 0
+    """All randomness is a function of this number."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on from the newest intact checkpoint in run.dir; `never` refuses a folder that already has one."""
+
+
+class Model(Section):
+    family: str
+    """A file of models/: hunyuan_video."""
+    path: str
+    """Folder in the diffusers layout (or a hub id): transformer/, vae/, text_encoder/, ..."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute precision of the network; masters, gradients' reduction, trajectories and log-probs are float32."""
+    guidance: float = 6.0
+    """Embedded guidance scale of a guidance-distilled network (plain scale, not times 1000)."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: about a third more time, far less memory."""
+
+
+class Video(Section):
+    frames: Positive
+    """Frames of a clip in pixels' time; 1 = image."""
+    height: Positive
+    """Pixels."""
+    width: Positive
+    """Pixels."""
+    fps: Rate = 8.0
+    """Frames per second, as declared to the rewards and written into video files."""
+
+
+class Prompts(Section):
+    train: str
+    """Text file, one prompt per line (UTF-8)."""
+    heldout: str
+    """Text file of prompts for the evaluation before and after; none may occur in `train`."""
+    per_iteration: Positive = 32
+    """Prompts per iteration (32 in the paper)."""
+
+
+class Rollout(Section):
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 12
+    """Group size G: samples drawn per prompt (12 in the paper)."""
+    steps: Annotated[int, Field(ge=2)] = 25
+    """Denoising steps T; the last is deterministic and never trained (25 in the paper)."""
+    eta: float = 0.3
+    """Noise level of the SDE (0.3 in the paper); 0 would make every sample of a group the same."""
+    shift: Rate | None = None
+    """Time-grid shift; none = what the model folder's scheduler says."""
+    shared_noise: bool = True
+    """Every sample of a group starts from the same noise (the paper's choice)."""
+    batch_size: Positive = 8
+    """Samples per forward pass and rank. Changes speed and memory, nothing else."""
+
+
+class Objective(Section):
+    clip_range: Rate = 1e-4
+    """Clip range of the ratio; small because log-probs are means over the latent's dimensions."""
+    advantage_clip: Rate = 5.0
+    """Advantages are clamped to +- this."""
+    min_spread: Rate = 1e-6
+    """A group whose rewards' standard deviation is below this teaches nothing: advantage 0."""
+    timestep_fraction: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Tau: share of the steps that is trained, ceil(tau T), at most T - 1 (0.6 in the paper)."""
+    timestep_choice: Literal["random", "first", "last"] = "random"
+    """Which steps: random per sample, or the first / last ones for every sample (an ablation of the paper)."""
+    best_of_n: Annotated[int, Field(ge=2)] | None = None
+    """Train only on this many samples per prompt: the best half and the worst half of the group."""
+    kl_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL divergence of each transition to the initial policy (0 in the paper)."""
+
+
+class Optimizer(Section):
+    lr: Rate = 1e-5
+    """AdamW learning rate (1e-5 in the paper)."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Rate = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    max_grad_norm: Rate = 1.0
+    """Gradients are scaled down to this norm."""
+    warmup_updates: Count = 0
+    """The rate rises linearly over this many optimizer steps."""
+    updates_per_iteration: Positive = 1
+    """K: optimizer steps per iteration (4 in the paper; 1 with CFG in training)."""
+    batch_size: Positive = 8
+    """Transitions (sample x step) per forward and backward pass and rank. Changes speed and memory, nothing else."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay per optimizer step of an exponential moving average of the weights, used in evaluation; 0 = none."""
+    max_skipped: Count = 3
+    """Optimizer steps with non-finite gradients are skipped; more than this many in a run ends it."""
+
+
+class RewardSpec(Section):
+    name: str
+    """A file of rewards/: tiny_world."""
+    weights: dict[str, float]
+    """Weight of each part's advantage; 0 = scored and logged, never trained on."""
+    where: Literal["process", "server"] = "server"
+    """In the trainer's process, or behind the reward server. The scores are equal."""
+
+
+class Server(Section):
+    urls: tuple[str, ...] = ()
+    """Running reward servers; none = the first rank starts one beside the trainer and stops it at the end."""
+    token_file: Path | None = None
+    """File with the bearer token of the servers in `urls`."""
+    start_timeout_s: Rate = 120.0
+    """Seconds to wait until a server is ready."""
+    request_timeout_s: Rate = 60.0
+    """Seconds that one request may take."""
+    outage_s: Rate = 300.0
+    """Seconds of failing requests, retried, after which the run ends with a message."""
+    max_invalid: Fraction = 0.2
+    """Share of samples without a valid score in one iteration above which the run ends."""
+
+
+class Checkpoint(Section):
+    every: Positive = 10
+    """Iterations between checkpoints; the last iteration is always saved."""
+    keep: Positive = 2
+    """Newest checkpoints kept."""
+    keep_best: bool = True
+    """Keep also the checkpoint with the best mean training reward since the one before."""
+
+
+class Evaluate(Section):
+    prompts: Positive = 24
+    """Held-out prompts evaluated before and after training with the ODE sampler."""
+    seeds: Positive = 2
+    """Fixed seeds per prompt."""
+    steps: Positive | None = None
+    """Denoising steps; none = rollout.steps."""
+    clips: Count = 8
+    """Held-out prompts whose clips are kept for the report."""
+
+
+class Track(Section):
+    wandb: bool = False
+    """Log to Weights & Biases as well; offline where no key is at hand."""
+    project: str = "fastgrpo"
+    entity: str | None = None
+
+
+class Recipe(Section):
+    """All settings of a run; see each section."""
+
+    run: Run
+    model: Model
+    video: Video
+    prompts: Prompts
+    rollout: Rollout = Rollout()
+    objective: Objective = Objective()
+    optimizer: Optimizer = Optimizer()
+    rewards: Annotated[tuple[RewardSpec, ...], Field(min_length=1)]
+    server: Server = Server()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    track: Track = Track()
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each reward part, over all rewards."""
+        return {part: weight for spec in self.rewards for part, weight in spec.weights.items()}
+
+    @property
+    def samples_trained(self) -> int:
+        """Samples of a group that the update uses."""
+        return self.objective.best_of_n or self.rollout.samples_per_prompt
+
+    @property
+    def steps_trained(self) -> int:
+        """Transitions trained per sample: ceil(tau T), and never the deterministic last step."""
+        return min(math.ceil(self.objective.timestep_fraction * self.rollout.steps), self.rollout.steps - 1)
+
+    def to_toml(self) -> str:
+        """The resolved recipe as TOML; unset optional fields are left out."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `section.key=value` overrides.
+
+    Raises UserError, in one line, for a missing file, a syntax error, an unknown key, a wrong type or values that do
+    not go together.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"recipe={path}: no such file; give the path of a recipe, e.g. launch/t2v_tiny.toml.") from None
+    except (IsADirectoryError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"recipe={path}: not a TOML file ({error}).") from None
+    _resolve_paths(tree, path.resolve().parent)
+    for override in overrides:
+        _apply(tree, override)
+    return parse(tree)
+
+
+def parse(tree: dict[str, Any]) -> Recipe:
+    """A nested dict, as TOML gives it, to a checked recipe."""
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from None
+    _check(recipe)
+    return recipe
+
+
+def _check(recipe: Recipe) -> None:
+    """What no single field can see."""
+    rollout, objective, optimizer = recipe.rollout, recipe.objective, recipe.optimizer
+    if rollout.eta <= 0:
+        raise UserError(f"rollout.eta={rollout.eta}: GRPO needs a stochastic sampler; use eta > 0 (0.3 in the paper).")
+    kept = recipe.samples_trained
+    if kept > rollout.samples_per_prompt or (kept % 2 and objective.best_of_n):
+        raise UserError(
+            f"objective.best_of_n={kept}: must be even and at most rollout.samples_per_prompt="
+            f"{rollout.samples_per_prompt} (it keeps the best and the worst half)."
+        )
+    if kept % optimizer.updates_per_iteration:
+        divisors = [k for k in range(1, kept + 1) if kept % k == 0]
+        raise UserError(
+            f"optimizer.updates_per_iteration={optimizer.updates_per_iteration}: does not divide the {kept} samples "
+            f"trained per prompt, which are dealt out evenly; use one of {', '.join(map(str, divisors))}."
+        )
+    parts = [part for spec in recipe.rewards for part in spec.weights]
+    doubled = sorted({part for part in parts if parts.count(part) > 1})
+    if doubled:
+        raise UserError(f"rewards: the part '{doubled[0]}' is named by two rewards; leave it out of one of them.")
+    if not any(weight > 0 for weight in recipe.weights.values()):
+        raise UserError("rewards: every weight is 0, so nothing would be learned; give one part a weight above 0.")
+    if recipe.server.urls and recipe.server.token_file is None:
+        raise UserError("server.token_file: missing; running servers (server.urls) want a token, name its file.")
+
+
+def _resolve_paths(tree: dict[str, Any], base: Path) -> None:
+    """Make `./` and `../` values of the file relative to the file, in place; run.dir stays as it is."""
+    for section, values in tree.items():
+        if not isinstance(values, dict):
+            continue
+        for key, value in values.items():
+            dotted = isinstance(value, str) and value.startswith(("./", "../"))
+            if dotted and (section, key) != ("run", "dir"):
+                values[key] = os.path.normpath(base / value)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value`; the value is read as TOML, and as a plain string where that fails."""
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or len(keys) < 2:
+        raise UserError(f"override '{override}': not of the form section.key=value, e.g. run.iterations=20.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    node: Any = tree
+    for depth, key in enumerate(keys[:-1]):
+        if isinstance(node, list):
+            node = _item(node, key, ".".join(keys[: depth + 1]))
+        elif isinstance(node, dict):
+            node = node.setdefault(key, {})
+        if not isinstance(node, dict | list):
+            raise UserError(f"override '{override}': '{'.'.join(keys[: depth + 1])}' has no keys below it.")
+    if isinstance(node, list):
+        raise UserError(f"override '{override}': give a key of one entry, e.g. {'.'.join(keys[:-1])}.0.name=...")
+    node[keys[-1]] = value
+
+
+def _item(entries: list[Any], key: str, where: str) -> Any:
+    """An entry of a list of tables, by its number."""
+    if not key.isdigit() or int(key) >= len(entries):
+        raise UserError(f"override '{where}': no such entry; there are {len(entries)}, counted from 0.")
+    return entries[int(key)]
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first problem of a validation error: where, what and the remedy."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return _unknown_key(where)
+    if problem["type"] == "missing":
+        return f"{where}: missing; add it to the recipe or as an override {where}=..."
+    more = f" ({error.error_count() - 1} more problems follow.)" if error.error_count() > 1 else ""
+    return f"{where}={problem['input']!r}: {problem['msg'].lower()}.{more}"
+
+
+def _unknown_key(where: str) -> str:
+    """The message for a key that no section has, with the nearest that exists."""
+    known = all_keys()
+    plain = ".".join(part for part in where.split(".") if not part.isdigit())
+    near = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)
+    tail = plain.rsplit(".", 1)[-1]
+    same_tail = [key for key in known if key.rsplit(".", 1)[-1] == tail]
+    return f"Unknown key '{where}'; did you mean '{(same_tail or near)[0]}'?"
+
+
+def all_keys() -> list[str]:
+    """Every `section.key` of a recipe, and the section names."""
+    keys: list[str] = []
+    for name, field in Recipe.model_fields.items():
+        section = RewardSpec if name == "rewards" else field.annotation
+        assert isinstance(section, type) and issubclass(section, Section)
+        keys += [name, *(f"{name}.{key}" for key in section.model_fields)]
+    return keys
+
+
+def describe() -> str:
+    """Every key with its default and meaning, for `fastgrpo keys`."""
+    lines = []
+    for name, field in Recipe.model_fields.items():
+        section = RewardSpec if name == "rewards" else field.annotation
+        assert isinstance(section, type) and issubclass(section, Section)
+        lines.append(f"[[{name}]]" if name == "rewards" else f"[{name}]")
+        for key, info in section.model_fields.items():
+            default = "required" if info.is_required() else repr(info.default)
+            lines.append(f"  {key:<24} {default:<14} {info.description or ''}".rstrip())
+    return "\n".join(lines)

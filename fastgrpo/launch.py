@@ -1,0 +1,116 @@
+"""The Python half of every launch/*.sh ends here: settle the number of processes, then train.
+
+A literal `torchrun launch/x.sh` starts one process, torchrun's default. On a node with several GPUs that process
+replaces itself, once, by a torchrun over all of them. FASTGRPO_PROCESSES names another number, such as 1 to stay alone.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+from fastgrpo.errors import UserError
+
+SETTLED = "FASTGRPO_SETTLED"
+"""In the environment once the recipe is checked and the number of processes settled, here or by launch/_run.sh."""
+
+USER_ERROR = 2
+"""Exit code for a user's mistake."""
+
+
+def main(recipe: Path, arguments: list[str]) -> int:
+    """Train the recipe file `recipe` with the overrides `arguments` ("section.key=value"); returns the exit code.
+
+    The code is 2 for a user's mistake. Does not return where the process is replaced by a torchrun over several.
+    """
+    try:
+        from fastgrpo import cli
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "fastgrpo":
+            raise
+        return _complain(
+            f"fastgrpo: python={sys.executable}: no module {error.name} there; run `make venv` in the checkout."
+        )
+    if SETTLED not in os.environ:
+        if mistake := _check(cli.main, recipe, arguments):
+            return _complain(mistake)
+        try:
+            processes = processes_to_start(os.environ)
+        except UserError as error:
+            return _complain(f"fastgrpo: {error}")
+        if processes > 1:
+            _replace_by_torchrun(recipe, arguments, processes)
+    code = cli.main(["train", str(recipe), *arguments])
+    return _after_rank_0(code) if code else 0
+
+
+def processes_to_start(environment: Mapping[str, str]) -> int:
+    """How many processes should take this one's place on this node; 1: it goes on as it is.
+
+    More than 1 only for a lone process (WORLD_SIZE 1 or unset).
+    Raises UserError where FASTGRPO_PROCESSES is not a positive number.
+    """
+    if environment.get("WORLD_SIZE", "1") != "1":
+        return 1
+    wanted = environment.get("FASTGRPO_PROCESSES")
+    if wanted is None:
+        import torch
+
+        return max(1, torch.cuda.device_count())
+    if not wanted.isdecimal() or int(wanted) < 1:
+        raise UserError(f"FASTGRPO_PROCESSES={wanted}: not a number of processes; use 1 or more, such as 8.")
+    return int(wanted)
+
+
+def torchrun_environment(environment: Mapping[str, str], processes: int) -> dict[str, str]:
+    """`environment` without what an outer torchrun put there, for a new torchrun of `processes` processes."""
+    outer = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+    inner = {name: value for name, value in environment.items() if not name.startswith(outer)}
+    threads = max(1, min(8, (os.cpu_count() or 1) // processes))
+    inner.setdefault("OMP_NUM_THREADS", str(threads))
+    return inner | {SETTLED: "1"}
+
+
+def _replace_by_torchrun(recipe: Path, arguments: list[str], processes: int) -> None:
+    """Run the launch file beside `recipe` under a torchrun that takes this process's place; does not return."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [*torchrun, str(recipe.with_suffix(".sh")), *arguments]
+    os.execve(sys.executable, command, torchrun_environment(os.environ, processes))
+
+
+def _check(command: Callable[[list[str]], int], recipe: Path, arguments: list[str]) -> str:
+    """What `fastgrpo check` has to say against the recipe; empty where it has nothing."""
+    told = StringIO()
+    with redirect_stdout(StringIO()), redirect_stderr(told):
+        try:
+            code: int | str | None = command(["check", str(recipe), *arguments])
+        except SystemExit as end:  # the command line itself is wrong
+            code = end.code
+    return told.getvalue().strip() or f"fastgrpo check: exit code {code}" if code else ""
+
+
+def _complain(message: str) -> int:
+    """Tell a user's mistake on rank 0, and once more at the end of torchrun's report of failed processes."""
+    if _rank() == 0:
+        print(message, file=sys.stderr)
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            told = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(report).write_text(json.dumps({"message": told}))
+    return _after_rank_0(USER_ERROR)
+
+
+def _after_rank_0(code: int) -> int:
+    """`code`, half a minute late on ranks other than 0: torchrun ends them all once one has failed, and 0 tells why."""
+    if _rank() != 0:
+        time.sleep(30)
+    return code
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

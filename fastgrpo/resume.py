@@ -1,0 +1,102 @@
+"""Starting in a run folder: whose run it holds, what it runs on, and files that are replaced as a whole."""
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from fastgrpo import config
+from fastgrpo.config import Recipe
+from fastgrpo.distributed import World
+from fastgrpo.errors import UserError
+
+FREE_SECTIONS = ("checkpoint", "track", "server")
+FREE_TO_CHANGE = ("run.iterations", "run.resume", "rollout.batch_size", "optimizer.batch_size", "evaluate.clips")
+
+
+def check_folder(recipe: Recipe, world: World) -> None:
+    """Check, before anything is loaded or written, that what lies in the run's folder is this recipe's run."""
+    total = recipe.prompts.per_iteration * recipe.rollout.samples_per_prompt
+    if total < world.size:
+        raise UserError(
+            f"prompts.per_iteration={recipe.prompts.per_iteration}: {total} samples per iteration for {world.size} "
+            f"ranks; raise it or rollout.samples_per_prompt, or start at most {total} processes."
+        )
+    folder = recipe.run.dir
+    file = folder / "recipe.toml"
+    if file.exists():
+        if recipe.run.resume == "never":
+            raise UserError(f"run.dir={folder}: holds a run already; choose another folder or run.resume=auto.")
+        check_same_recipe(config.load(file), recipe)
+
+
+def prepare_folder(recipe: Recipe, world: World) -> None:
+    """Make the run's folder and note in it what runs. On the main rank only."""
+    folder = recipe.run.dir
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "recipe.toml", recipe.to_toml())
+    write_atomically(folder / "environment.json", json.dumps(environment(world), indent=1) + "\n")
+
+
+def check_same_recipe(old: Recipe, new: Recipe) -> None:
+    """Refuse to go on with a run whose result would belong to neither recipe."""
+    before, now = _flat(old), _flat(new)
+    differing = [
+        f"{key}: {before.get(key)} -> {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and key not in FREE_TO_CHANGE
+        and not key.startswith(tuple(f"{section}." for section in FREE_SECTIONS))
+    ]
+    if differing:
+        raise UserError(
+            f"run.dir={new.run.dir}: holds a run of another recipe ({'; '.join(differing)}); choose another run.dir, "
+            "or remove the folder."
+        )
+
+
+def _flat(recipe: Recipe) -> dict[str, object]:
+    """Every `section.key` and its value; the list of rewards as one."""
+    flat: dict[str, object] = {}
+    for section, fields in recipe.model_dump(mode="json").items():
+        if isinstance(fields, dict):
+            flat |= {f"{section}.{key}": value for key, value in fields.items() if (section, key) != ("run", "dir")}
+        else:
+            flat[section] = fields
+    return flat
+
+
+def environment(world: World) -> dict[str, object]:
+    """What the run runs on, for the report."""
+    import diffusers
+    import transformers
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=Path(__file__).resolve().parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    device = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "device": device,
+        "cores": os.cpu_count(),
+        "ranks": world.size,
+        "threads per rank": torch.get_num_threads(),
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Replace a file as a whole, so that a kill leaves the old one or the new one."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)

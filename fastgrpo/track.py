@@ -1,0 +1,234 @@
+"""The numbers of a run: one JSON line per iteration, a live display or plain lines, and wandb when it is asked for.
+
+Iterations count from 0, as in `for iteration in range(start_iteration, total_iterations)`; people read `iteration + 1`.
+Names of metrics: `reward/sum`, `reward/<part>`, `reward/invalid`, `group_std/<part>`, `heldout/sum`, `heldout/<part>`,
+`seconds/<phase>`, `seconds/total`, `update/...`, `lr`. Everything is written inside the run's folder.
+"""
+
+import json
+import math
+import netrc
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Self
+from urllib.parse import urlparse
+
+from rich.console import Console
+from rich.live import Live
+from torch import Tensor
+
+from fastgrpo.data import video
+from fastgrpo.display import dashboard, plain_line
+from fastgrpo.errors import UserError
+
+if TYPE_CHECKING:
+    from wandb import Run as WandbRun
+
+Row = dict[str, float]  # one line of metrics.jsonl; NaN where it says null
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """Where a run appears in wandb; mode "online" falls back to offline where no key is at hand."""
+
+    project: str
+    name: str | None = None  # None: the name of the run's folder
+    entity: str | None = None  # None: the user's default
+    mode: Literal["online", "offline"] = "online"
+
+
+class Tracker:
+    """Writes and shows the metrics of a run on rank 0; on other ranks (main=False) every method does nothing.
+
+    start_iteration: the first iteration that will be logged. Lines of metrics.jsonl from there on, and a last line cut
+    off by a kill, are dropped, so that a resumed run has each iteration once.
+    wandb: None leaves wandb alone (it is not even imported). Without a key the run is kept offline in run_dir/wandb.
+    config: what wandb shows as the run's configuration, the resolved recipe.
+    console: where to show progress; standard output when None. A live display on a terminal, plain lines otherwise.
+    Use it as a context manager, or call close(): a live display leaves the terminal without a cursor until then.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        main: bool,
+        total_iterations: int,
+        start_iteration: int = 0,
+        wandb: Wandb | None = None,
+        config: Mapping[str, object] | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self.run_dir, self.main, self.total = run_dir, main, total_iterations
+        self._rows: list[Row] = []
+        self._wandb: WandbRun | None = None
+        self._live: Live | None = None
+        if not main:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        self._rows = keep_before(path, start_iteration)
+        self._file = path.open("a", encoding="utf-8")
+        self._console = console or Console()
+        if wandb is not None:
+            self._wandb = start_wandb(run_dir, wandb, config or {})
+            if self._wandb.settings.mode == "offline":
+                self.message(f"wandb: offline; upload later with: wandb sync {self._wandb.settings.sync_dir}")
+        if self._console.is_terminal:
+            screen = dashboard(self._rows, self.total, run_dir.name)
+            self._live = Live(screen, console=self._console, refresh_per_second=4)
+            self._live.start()
+
+    def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Appends one line {"iteration": ..., "time": unix seconds, ...} and shows it.
+
+        A number that is not finite is written as null, which every JSON reader takes. An iteration may be logged in
+        several lines with different names, for example when an evaluation follows it.
+        """
+        if not self.main:
+            return
+        row = {"iteration": iteration, "time": time.time(), **metrics}
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.flush()
+        self._rows.append(row)
+        if self._wandb is not None:
+            # wandb refuses a step that it has: iterations repeated after a resume equal those it refuses
+            self._wandb.log(dict(metrics), step=iteration)
+        if self._live is not None:
+            self._live.update(dashboard(self._rows, self.total, self.run_dir.name))
+        else:
+            self.message(plain_line(self._rows, self.total))
+
+    def message(self, text: str) -> None:
+        """Prints a line, above the live display where there is one."""
+        if not self.main:
+            return
+        # soft_wrap: a line of a log file must not be broken at 80 columns
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.file.flush()
+
+    def videos(self, iteration: int, name: str, clips: Tensor, captions: Sequence[str], fps: float) -> None:
+        """Shows clips as a panel of wandb when it is on.  clips: uint8 [N, F, H, W, 3];  captions: N texts"""
+        if self._wandb is None:
+            return
+        import wandb
+
+        with tempfile.TemporaryDirectory(dir=self.run_dir, prefix="videos-") as folder:  # wandb copies the files
+            panel = []
+            for n, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
+                path = Path(folder) / f"{n:03d}.mp4"
+                video.write_mp4(path, clip, fps)
+                panel.append(wandb.Video(str(path), caption=caption, format="mp4"))
+            self._wandb.log({f"videos/{name}": panel}, step=iteration)
+
+    def close(self) -> None:
+        """Ends the display, the file and the wandb run; a second call does nothing."""
+        if not self.main or self._file.closed:
+            return
+        if self._live is not None:
+            self._live.stop()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl in order, null as NaN, without a last line that a kill cut off.
+
+    UserError: any other line is not a JSON object of numbers with an iteration.
+    """
+    return [row for _, row in _lines(path)]
+
+
+def keep_before(path: Path, start_iteration: int) -> list[Row]:
+    """Rewrites a metrics.jsonl with only the whole lines of iterations < start_iteration; returns their rows.
+
+    The file is replaced in one step, so a kill leaves either the old or the new one.
+    """
+    if not path.exists():
+        return []
+    kept = [(line, row) for line, row in _lines(path) if row["iteration"] < start_iteration]
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line, _ in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return [row for _, row in kept]
+
+
+def _lines(path: Path) -> list[tuple[str, Row]]:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            row = {name: math.nan if value is None else float(value) for name, value in entry.items()}
+            found.append((line, row | {"iteration": int(entry["iteration"])}))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if number < len(lines):
+                raise UserError(f"{path}:{number}: not a line of metrics ({error}); remove that line") from error
+    return found
+
+
+def start_wandb(run_dir: Path, settings: Wandb, config: Mapping[str, object]) -> "WandbRun":
+    """Starts wandb, or continues the run whose id is in run_dir/wandb_id.txt, with all its files in run_dir/wandb."""
+    with _environment(WANDB_CACHE_DIR=str(run_dir / "wandb" / "cache")):  # wandb's service logs there
+        import wandb
+
+        id_file = run_dir / "wandb_id.txt"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+        run_id = id_file.read_text(encoding="utf-8").strip()
+        online = settings.mode == "online" and has_wandb_key()
+        quiet = wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True)
+        return wandb.init(
+            project=settings.project,
+            name=settings.name or run_dir.name,
+            entity=settings.entity,
+            dir=str(run_dir),
+            id=run_id,
+            resume="allow" if online else None,  # offline pieces with one id are joined by wandb sync
+            mode="online" if online else "offline",
+            config=dict(config),
+            settings=quiet,
+        )
+
+
+def has_wandb_key() -> bool:
+    """Whether wandb could log in by itself: WANDB_API_KEY is set, or netrc names its host."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    path = os.environ.get("NETRC") or str(Path.home() / ".netrc")
+    try:
+        return netrc.netrc(path).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Sets environment variables that are not set yet, for the length of a block."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]

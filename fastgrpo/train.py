@@ -1,0 +1,284 @@
+"""Algorithm 1 of DanceGRPO, from a recipe to a trained policy: the loop reads top to bottom in `Session.iterate`.
+
+Departures from the paper: advantages are clamped, invalid samples are left out, the optimizer steps of an iteration see
+disjoint minibatches balanced over prompts, and everything random is keyed so that a run resumes exactly.
+"""
+
+import json
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastgrpo import distributed, evaluate, grpo, models, rollout, track
+from fastgrpo.checkpoint import Checkpoints, Progress
+from fastgrpo.config import Recipe
+from fastgrpo.data import embeddings, prompts
+from fastgrpo.distributed import World
+from fastgrpo.errors import UserError
+from fastgrpo.evaluate import Evaluation
+from fastgrpo.flow import time_grid
+from fastgrpo.models import Condition, Policy
+from fastgrpo.report import write_report
+from fastgrpo.resume import check_folder, prepare_folder, write_atomically
+from fastgrpo.rollout import Plan, Trajectories
+from fastgrpo.scoring import Scored, Scorer, open_rewards
+from fastgrpo.track import Tracker
+from fastgrpo.update import Trainer, update
+
+
+@dataclass
+class Stopwatch:
+    """Seconds per phase of one iteration."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, phase: str) -> None:
+        """Add the time since the last lap to a phase."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now
+
+    def metrics(self) -> dict[str, float]:
+        return {f"seconds/{phase}": value for phase, value in self.seconds.items()} | {
+            "seconds/total": sum(self.seconds.values())
+        }
+
+
+def train(recipe: Recipe) -> dict[str, object]:
+    """Run a recipe to its end, resuming where an earlier attempt stopped.  returns the summary, on every rank"""
+    with distributed.open_world() as world, ExitStack() as stack:
+        session = Session.open(recipe, world, stack)
+        before = session.baseline()
+        while session.progress.iteration < recipe.run.iterations:
+            session.iterate()
+            session.maybe_save()
+        return session.finish(before)
+
+
+@dataclass
+class Session:
+    """The parts of a run, put together once."""
+
+    recipe: Recipe
+    world: World
+    policy: Policy
+    trainer: Trainer
+    scorer: Scorer
+    tracker: Tracker
+    checkpoints: Checkpoints
+    progress: Progress
+    train_prompts: list[str]
+    heldout_prompts: list[str]
+    conditions: list[Condition]  # of the training prompts, then of the held-out ones
+    grid: Tensor
+    shape: tuple[int, ...]
+
+    @classmethod
+    def open(cls, recipe: Recipe, world: World, stack: ExitStack) -> "Session":
+        """Load, shard, resume; start the reward server where the recipe asks for one. `stack` closes what is open."""
+        train_prompts, heldout = read_prompts(recipe)
+        world.on_main(lambda: check_folder(recipe, world))
+        policy = models.load(recipe.model, world.device)
+        shape = policy.latent_shape(recipe.video)
+        world.on_main(lambda: prepare_folder(recipe, world))  # not before the recipe has proved itself
+        conditions = encode_prompts(policy, recipe, world, [*train_prompts, *heldout])
+        distributed.shard(policy, world, getattr(torch, recipe.model.dtype))
+        reference = initial_policy(recipe, world) if recipe.objective.kl_weight else None
+        trainer = Trainer.create(policy, recipe.optimizer, reference)
+        checkpoints = Checkpoints(recipe.run.dir / "checkpoints", recipe.checkpoint, world)
+        progress = checkpoints.load(trainer)
+        scorer = Scorer(open_rewards(recipe, world, stack), list(recipe.weights), recipe.video.fps, world)
+        stack.callback(scorer.close)
+        tracker = Tracker(
+            recipe.run.dir, world.main, recipe.run.iterations, progress.iteration, wandb_settings(recipe),
+            recipe.model_dump(mode="json"),
+        )  # fmt: skip
+        stack.callback(tracker.close)
+        if progress.iteration:
+            tracker.message(f"resumed from checkpoint step-{progress.iteration}")
+        shift = recipe.rollout.shift or policy.shift
+        grid = time_grid(recipe.rollout.steps, shift, world.device)
+        return cls(
+            recipe, world, policy, trainer, scorer, tracker, checkpoints, progress,
+            train_prompts, heldout, conditions, grid, shape,
+        )  # fmt: skip
+
+    def iterate(self) -> None:
+        """One iteration of Algorithm 1."""
+        recipe, iteration = self.recipe, self.progress.iteration
+        group = recipe.rollout.samples_per_prompt
+        watch = Stopwatch()
+
+        # 1. a batch of prompts
+        chosen = prompts.draw(len(self.train_prompts), recipe.prompts.per_iteration, iteration, recipe.run.seed)
+        texts = [self.train_prompts[index] for index in chosen]
+        conditions = [self.conditions[index] for index in chosen]
+        plan = Plan(
+            recipe.run.seed, iteration, group, self.grid, recipe.rollout.eta, recipe.rollout.shared_noise, self.shape
+        )
+
+        # 2. trajectories of the current policy, and their rewards
+        trajectories, scored = self.draw(plan, texts, conditions, watch)
+        self.check_validity(scored)
+
+        # 3. advantages within each prompt's group, summed over rewards
+        advantages = grpo.combined_advantages(
+            scored.values, scored.valid, recipe.weights, group, recipe.objective.advantage_clip,
+            recipe.objective.min_spread,
+        )  # fmt: skip
+        kept = scored.valid
+        if recipe.objective.best_of_n:
+            kept = grpo.best_of_n(advantages, scored.valid, group, recipe.objective.best_of_n)
+
+        # 4. optimizer steps on a subset of the timesteps
+        metrics = update(
+            self.trainer, recipe.objective, plan, trajectories, conditions, advantages, kept,
+            recipe.steps_trained, self.world,
+        )  # fmt: skip
+        watch.lap("update")
+
+        metrics |= reward_metrics(scored, recipe, group) | watch.metrics()
+        self.tracker.log(iteration, metrics)
+        self.progress.iteration += 1
+        self.progress.rewards = (*self.progress.rewards, metrics["reward/sum"])
+        self.progress.seconds += metrics["seconds/total"]
+
+    def draw(
+        self, plan: Plan, texts: list[str], conditions: list[Condition], watch: Stopwatch
+    ) -> tuple[Trajectories, Scored]:
+        """Rollout in batches; each batch is scored while the next is drawn."""
+        total = len(texts) * plan.group_size
+        parts = []
+        slots = self.world.share(total)
+        with distributed.gathered(self.policy.network):
+            for batch in rollout.batches(slots, conditions, plan.group_size, self.recipe.rollout.batch_size):
+                parts.append(rollout.sample(self.policy, plan, conditions, batch))
+                watch.lap("rollout")
+                pixels = self.policy.decode(parts[-1].final)
+                self.scorer.submit(batch, pixels, [texts[slot // plan.group_size] for slot in batch])
+                watch.lap("decode")
+        trajectories = rollout.concatenate(parts)
+        scored = self.scorer.collect(total)
+        watch.lap("reward")
+        return trajectories, scored
+
+    def check_validity(self, scored: Scored) -> None:
+        """End the run where too many samples have no score."""
+        share = 1.0 - scored.valid.float().mean().item()
+        limit = self.recipe.server.max_invalid
+        if share > limit:
+            raise UserError(
+                f"server.max_invalid={limit}: {share:.0%} of the samples of iteration {self.progress.iteration} have "
+                "no valid score; look at reward_server.log in the run folder. The newest checkpoint is intact."
+            )
+
+    def maybe_save(self) -> None:
+        """A checkpoint where the recipe wants one, and after the last iteration."""
+        done, wanted = self.progress.iteration, self.recipe.checkpoint.every
+        if done % wanted == 0 or done == self.recipe.run.iterations:
+            self.checkpoints.save(self.trainer, self.progress)
+
+    def evaluate(self) -> Evaluation:
+        """The held-out prompts with the weights as they are now."""
+        count = min(self.recipe.evaluate.prompts, len(self.heldout_prompts))
+        first = len(self.train_prompts)
+        steps = self.recipe.evaluate.steps or self.recipe.rollout.steps
+        grid = time_grid(steps, self.recipe.rollout.shift or self.policy.shift, self.world.device)
+        return evaluate.evaluate(
+            self.trainer, self.recipe, self.heldout_prompts[:count], self.conditions[first : first + count],
+            self.scorer, self.world, self.progress.iteration, grid, self.shape,
+        )  # fmt: skip
+
+    def baseline(self) -> Evaluation:
+        """The held-out evaluation before training; read back when the run is resumed."""
+        file = self.recipe.run.dir / "evaluation" / "step-0.json"
+        if self.progress.iteration:
+            return Evaluation.read(file)
+        self.tracker.message("evaluating the held-out prompts before training")
+        return self.evaluate()
+
+    def finish(self, before: Evaluation) -> dict[str, object]:
+        """Evaluate again, compare, write summary.json and the report."""
+        self.tracker.message("evaluating the held-out prompts after training")
+        after = self.evaluate()
+        folder = self.recipe.run.dir
+        summary: dict[str, object] = {
+            **evaluate.compare(before, after),
+            "iterations": self.progress.iteration,
+            "wall_seconds": self.progress.seconds,
+            "ranks": self.world.size,
+        }
+
+        def write() -> None:
+            write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+            self.log_clips(after)
+            write_report(folder)
+
+        self.world.on_main(write)
+        return summary
+
+    def log_clips(self, after: Evaluation) -> None:
+        """Held-out clips to the tracker's video panels."""
+        if not after.clips or not self.recipe.track.wandb:
+            return
+        from fastgrpo.data import video
+
+        folder = self.recipe.run.dir / "evaluation"
+        clips = torch.stack([video.read_mp4(folder / clip)[0] for clip in after.clips])
+        captions = list(dict.fromkeys(after.prompts))[: len(clips)]
+        self.tracker.videos(self.progress.iteration - 1, "heldout", clips, captions, self.recipe.video.fps)
+
+
+def read_prompts(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """(training, held-out) prompts, checked against each other and against the recipe's counts."""
+    training = prompts.read(recipe.prompts.train, "prompts.train")
+    heldout = prompts.read(recipe.prompts.heldout, "prompts.heldout")
+    shared = set(training) & set(heldout)
+    if shared:
+        raise UserError(
+            f"prompts.heldout={recipe.prompts.heldout}: {len(shared)} prompts are also trained on, such as "
+            f"'{min(shared)}'; take them out of one of the files."
+        )
+    if recipe.prompts.per_iteration > len(training):
+        raise UserError(
+            f"prompts.per_iteration={recipe.prompts.per_iteration}: the file has {len(training)} prompts; "
+            "use at most that many."
+        )
+    return training, heldout
+
+
+def encode_prompts(policy: Policy, recipe: Recipe, world: World, texts: list[str]) -> list[Condition]:
+    """Every prompt's condition, from the run's cache; the main rank makes it."""
+    file = recipe.run.dir / "embeddings" / "conditions.safetensors"
+    key = embeddings.fingerprint(recipe.model.path, texts)
+    world.on_main(lambda: embeddings.make(policy, texts, file, key))
+    return embeddings.read(file, len(texts), world.device)
+
+
+def initial_policy(recipe: Recipe, world: World) -> Policy:
+    """The policy before training, frozen: what the KL term measures against."""
+    policy = models.load(recipe.model, world.device)
+    policy.network.requires_grad_(False)
+    distributed.shard(policy, world, getattr(torch, recipe.model.dtype))
+    return policy
+
+
+def wandb_settings(recipe: Recipe) -> track.Wandb | None:
+    if not recipe.track.wandb:
+        return None
+    return track.Wandb(project=recipe.track.project, name=recipe.run.dir.name, entity=recipe.track.entity)
+
+
+def reward_metrics(scored: Scored, recipe: Recipe, group_size: int) -> dict[str, float]:
+    """Means of the valid samples, the spread within groups, and how many samples had no score."""
+    valid = scored.valid
+    metrics = {"reward/sum": scored.weighted_sum(recipe.weights)[valid].mean().item()}
+    for part, values in scored.values.items():
+        metrics[f"reward/{part}"] = values[valid].mean().item()
+        spread = values.reshape(-1, group_size).std(1)
+        metrics[f"group_std/{part}"] = spread.nanmean().item()
+    return metrics | {"reward/invalid": float((~valid).sum())}

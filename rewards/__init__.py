@@ -1,0 +1,95 @@
+"""Rewards: functions that look at pixels and prompts and give named scores. The folder is the registry.
+
+A file `rewards/<name>.py` with a function `load() -> Reward` is the reward `<name>`; adding one edits no other file.
+The other files here carry scores between processes: `wire` (the bytes), `server` and `client`.
+"""
+
+import importlib
+import logging
+import re
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastgrpo.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a reward says about B clips.
+
+    A score that could not be made is NaN in every part and False in `valid`; no constant ever stands in for it.
+    """
+
+    values: dict[str, Tensor]  # part -> float32 [B]
+    valid: Tensor  # bool [B]
+
+
+class Reward(Protocol):
+    """A scorer of clips."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parts that it scores, for example ("VQ", "MQ", "TA")."""
+
+    def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
+        """pixels: uint8 [B, F, H, W, 3] (an image is F = 1);  prompts: B texts;  fps: frames per second.
+
+        A clip's scores depend on that clip and its prompt alone, never on the batch around it.
+        Raises ValueError for pixels of a size that it cannot judge.
+        """
+
+
+def known() -> tuple[str, ...]:
+    """Names of the rewards in this folder: the files that define `load()`."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return tuple(f.stem for f in files if re.search(r"^def load\(\)", f.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def load(name: str) -> Reward:
+    """The reward of the file `rewards/<name>.py`. Raises UserError, a ValueError, where there is none."""
+    if name not in known():
+        raise UserError(
+            f"reward='{name}': no such reward; use one of {', '.join(known())}, "
+            f"or add rewards/{name}.py with a function load() -> Reward"
+        )
+    reward: Reward = importlib.import_module(f"fastgrpo.rewards.{name}").load()
+    return reward
+
+
+def judge(reward: Reward, clips: Sequence[Tensor], prompts: Sequence[str], fps: float) -> Scores:
+    """Scores of clips of any sizes; a reward that fails makes its clips invalid, never a made-up score.
+
+    clips: uint8 [F, H, W, 3] each. Clips of one size go to the reward as one batch. A clip is invalid where the reward
+    says so, where one of its parts is not finite, or where the reward raised; then every part is NaN. What was raised
+    is logged by its class and place, without its text, which may quote a prompt.
+    """
+    if len(clips) != len(prompts):
+        raise ValueError(f"prompts={len(prompts)}: there are {len(clips)} clips; give one prompt for each")
+    values = torch.full((len(reward.names), len(clips)), float("nan"))
+    batches: dict[torch.Size, list[int]] = {}
+    for i, clip in enumerate(clips):
+        batches.setdefault(clip.shape, []).append(i)
+    for members in batches.values():
+        try:
+            scores = reward(torch.stack([clips[i] for i in members]), [prompts[i] for i in members], fps)
+            table = torch.stack([scores.values[part].float() for part in reward.names])
+            values[:, members] = table.masked_fill(~scores.valid, float("nan"))
+        except (
+            Exception
+        ) as error:  # a reward is anyone's code: whatever it raises, the run goes on without these scores
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            log.warning(
+                "%s raised %s at %s:%s; %d clips have no score",
+                type(reward).__name__, type(error).__name__, place.filename, place.lineno, len(members),
+            )  # fmt: skip
+    valid = torch.isfinite(values).all(0)
+    values = values.masked_fill(~valid, float("nan"))
+    return Scores({part: values[n].clone() for n, part in enumerate(reward.names)}, valid)

@@ -1,0 +1,221 @@
+"""The bytes between the trainer and the reward server.
+
+Request: the safetensors format, one uint8 tensor `clip.<i>` [F, H, W, 3] per clip (sizes may differ), and in its
+`__metadata__` one entry "request", the JSON of {"prompts": [...], "fps": ..., "rewards": [...]}.
+Answer: JSON {"scores": {reward: {part: [number or null]}}, "valid": {reward: [true or false]}}. A float32 is written as
+the decimal number that reads back to its exact bits; null is NaN.
+
+`decode_request` trusts nothing: sizes are held against the caps below before anything of that size is made, the tensors
+must fill the body exactly, and no code runs on either side (no pickle).
+"""
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from fastgrpo.rewards import Scores
+
+MAX_BODY = 256 * 2**20  # bytes; one 53 x 480 x 480 clip is 37 MB
+MAX_HEADER = 16 * 64 * 2**10  # bytes, 1 MiB: room for MAX_CLIPS prompts of 3 KiB
+MAX_CLIPS = 256
+MAX_FRAMES = 256
+MAX_PIXELS = 1280**2  # of a frame
+MAX_REWARDS = 16
+CONTENT_TYPE = "application/x-safetensors"
+
+
+class WireError(ValueError):
+    """Bytes that do not follow the format, or go beyond its caps."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a client asks to have scored."""
+
+    clips: list[Tensor]  # uint8 [F, H, W, 3] each, views of the body
+    prompts: list[str]
+    fps: float
+    rewards: list[str]
+
+
+def refuse(where: str, wrong: str) -> NoReturn:
+    raise WireError(f"{where}: {wrong}")
+
+
+def encode_request(clips: Sequence[Tensor], prompts: Sequence[str], fps: float, rewards: Sequence[str]) -> bytes:
+    """clips: uint8 [F, H, W, 3] each, one for every prompt.  Raises WireError where they break the format's caps."""
+    for i, clip in enumerate(clips):
+        if clip.dtype != torch.uint8 or clip.ndim != 4:
+            refuse(f"clip.{i}", f"expected uint8 [F, H, W, 3], got {clip.dtype} {list(clip.shape)}")
+        check_shape(f"clip.{i}", list(clip.shape))
+    if len(clips) != len(prompts):
+        refuse("prompts", f"{len(prompts)} for {len(clips)} clips")
+    text = json.dumps({"prompts": list(prompts), "fps": fps, "rewards": list(rewards)}, ensure_ascii=False)
+    tensors = {f"clip.{i}": clip.cpu().contiguous() for i, clip in enumerate(clips)}
+    body = save(tensors, metadata={"request": text})
+    (header,) = struct.unpack("<Q", body[:8])
+    if header > MAX_HEADER or len(body) > MAX_BODY:
+        refuse(
+            "body", f"{len(body)} bytes, {header} of them header, above {MAX_BODY} or {MAX_HEADER}; send fewer clips"
+        )
+    return body
+
+
+def decode_request(body: bytearray) -> Request:
+    """The request in a body, whose memory the clips share.  Raises WireError for anything but a well-formed request."""
+    if not 8 < len(body) <= MAX_BODY:
+        refuse("body", f"{len(body)} bytes, expected 9 to {MAX_BODY}")
+    (length,) = struct.unpack("<Q", body[:8])
+    if length > min(MAX_HEADER, len(body) - 8):
+        refuse("header", f"{length} bytes, expected at most {min(MAX_HEADER, len(body) - 8)}")
+    header = read_json("header", bytes(body[8 : 8 + length]))
+    prompts, fps, rewards = decode_metadata(header.pop("__metadata__", None))
+    if len(header) != len(prompts):
+        refuse("header", f"{len(header)} tensors for {len(prompts)} prompts")
+    clips: list[Tensor] = []
+    spans: list[tuple[int, int]] = []
+    start = 8 + length
+    for i in range(len(prompts)):
+        shape, begin, end = decode_entry(f"clip.{i}", header.get(f"clip.{i}"))
+        if start + end > len(body):
+            refuse(f"clip.{i}", "ends behind the end of the body")
+        clip = torch.frombuffer(body, dtype=torch.uint8, count=end - begin, offset=start + begin)
+        clips.append(clip.view(shape))
+        spans.append((begin, end))
+    position = 0
+    for begin, end in sorted(spans):
+        if begin != position:
+            refuse("header", "tensors overlap or leave a gap")
+        position = end
+    if start + position != len(body):
+        refuse("body", "has bytes that belong to no tensor")
+    return Request(clips, prompts, fps, rewards)
+
+
+def read_json(where: str, data: bytes) -> dict[str, object]:
+    """A JSON object, without repeated keys, NaN or infinity."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if len({key for key, _ in pairs}) != len(pairs):
+            refuse(where, "a key appears twice")
+        return dict(pairs)
+
+    def no_constant(name: str) -> NoReturn:
+        refuse(where, f"{name} is no JSON number")
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
+    except WireError:
+        raise
+    except (ValueError, RecursionError):
+        raise WireError(f"{where}: not JSON") from None
+    if not isinstance(value, dict):
+        refuse(where, "not a JSON object")
+    return value
+
+
+def decode_metadata(metadata: object) -> tuple[list[str], float, list[str]]:
+    """(prompts, fps, rewards) of `__metadata__`."""
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("request"), str):
+        refuse("__metadata__", "no text 'request'")
+    request = read_json("request", metadata["request"].encode("utf-8", "surrogatepass"))
+    prompts = texts("prompts", request.get("prompts"), MAX_CLIPS)
+    rewards = texts("rewards", request.get("rewards"), MAX_REWARDS)
+    fps = request.get("fps")
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < 1e6:
+        refuse("fps", "not a number above 0")
+    if len(set(rewards)) != len(rewards):
+        refuse("rewards", "one appears twice")
+    return prompts, float(fps), rewards
+
+
+def texts(where: str, value: object, most: int) -> list[str]:
+    """A list of 1 to `most` texts."""
+    if not isinstance(value, list) or not 1 <= len(value) <= most:
+        refuse(where, f"not a list of 1 to {most} texts")
+    if not all(isinstance(item, str) for item in value):
+        refuse(where, "holds something that is no text")
+    return value
+
+
+def decode_entry(name: str, entry: object) -> tuple[list[int], int, int]:
+    """(shape, begin, end) of a tensor's entry in the header; the span has the bytes that the shape needs."""
+    if not isinstance(entry, dict):
+        refuse(name, "not in the header")
+    if entry.get("dtype") != "U8":
+        refuse(name, "dtype is not U8")
+    shape = integers(name, entry.get("shape"), 4)
+    check_shape(name, shape)
+    begin, end = integers(name, entry.get("data_offsets"), 2)
+    if end - begin != math.prod(shape) or begin < 0:
+        refuse(name, f"{end - begin} bytes for shape {shape}")
+    return shape, begin, end
+
+
+def integers(where: str, value: object, count: int) -> list[int]:
+    if not isinstance(value, list) or len(value) != count or not all(type(item) is int for item in value):
+        refuse(where, f"not a list of {count} integers")
+    return value
+
+
+def check_shape(where: str, shape: list[int]) -> None:
+    frames, height, width, channels = shape
+    if not (
+        1 <= frames <= MAX_FRAMES and height >= 1 and width >= 1 and height * width <= MAX_PIXELS and channels == 3
+    ):
+        refuse(where, f"shape {shape}, expected [F, H, W, 3] with F <= {MAX_FRAMES} and H x W <= {MAX_PIXELS}")
+
+
+def encode_scores(scores: dict[str, Scores]) -> bytes:
+    """The answer to a request."""
+    return json.dumps(
+        {
+            "scores": {
+                reward: {
+                    part: [None if math.isnan(x) else x for x in values.tolist()]
+                    for part, values in result.values.items()
+                }
+                for reward, result in scores.items()
+            },
+            "valid": {reward: result.valid.tolist() for reward, result in scores.items()},
+        },
+        allow_nan=False,
+    ).encode()
+
+
+def decode_scores(body: bytes, rewards: Sequence[str], count: int) -> dict[str, Scores]:
+    """The answer for `count` clips.  Raises WireError where a reward is missing, a list has another length, or a score
+    is neither a number, of a valid clip, nor null, of an invalid one."""
+    answer = read_json("answer", body)
+    result: dict[str, Scores] = {}
+    for reward in rewards:
+        parts, valid = entry(answer.get("scores"), reward), entry(answer.get("valid"), reward)
+        if not isinstance(parts, dict) or not parts:
+            refuse("answer", f"no scores of '{reward}'")
+        if not isinstance(valid, list) or len(valid) != count or not all(type(v) is bool for v in valid):
+            refuse("answer", f"'valid' of '{reward}' is not a list of {count} true or false")
+        values: dict[str, Tensor] = {}
+        for part, column in parts.items():
+            if not isinstance(column, list) or len(column) != count:
+                refuse("answer", f"{reward}/{part} is not a list of {count}")
+            if not all(number(x) if v else x is None for x, v in zip(column, valid, strict=True)):
+                refuse("answer", f"{reward}/{part} has a score of an invalid clip, or none of a valid one")
+            values[part] = torch.tensor([math.nan if x is None else x for x in column], dtype=torch.float32)
+        result[reward] = Scores(values, torch.tensor(valid, dtype=torch.bool))
+    return result
+
+
+def entry(table: object, key: str) -> object:
+    return table.get(key) if isinstance(table, dict) else None
+
+
+def number(x: object) -> bool:
+    """A finite float32."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 2.0**128

@@ -1,0 +1,61 @@
+"""What is installed, and under which names.
+
+`models/`, `rewards/` and `data/` stand at the top of the repository and install as `fastgrpo.models`,
+`fastgrpo.rewards` and `fastgrpo.data`. The links `fastgrpo/models -> ../models` (likewise the other two) let mypy,
+editors and a checkout that is not installed see the same names. Every folder with Python files is listed here; a test
+checks it.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="fastgrpo",
+    version="0.1.0",
+    description="Reinforcement learning from reward models for video and image generators (DanceGRPO)",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=["fastgrpo", "fastgrpo.models", "fastgrpo.rewards", "fastgrpo.data"],
+    package_dir={
+        "fastgrpo": "fastgrpo",
+        "fastgrpo.models": "models",
+        "fastgrpo.rewards": "rewards",
+        "fastgrpo.data": "data",
+    },
+    package_data={
+        "fastgrpo": ["py.typed"],
+        "fastgrpo.data": ["*.txt", "tiny_hunyuan_video/**"],
+    },
+    include_package_data=False,
+    install_requires=[
+        "torch>=2.13,<2.14",
+        "diffusers>=0.42,<0.43",
+        "transformers>=5.23,<5.24",
+        "safetensors>=0.8,<1",
+        "einops>=0.8,<1",
+        "wandb>=0.31,<1",
+        "pydantic>=2.14,<3",
+        "fastapi>=0.165,<1",
+        "uvicorn>=0.54,<1",
+        "uvloop>=0.23; sys_platform != 'win32'",
+        "httptools>=0.9",
+        "httpx>=0.28,<1",
+        "av>=18,<19",
+        "decord>=0.6,<1",
+        "numpy>=2.4,<3",
+        "pillow>=13,<14",
+        "rich>=15,<16",
+        "matplotlib>=3.11,<4",
+    ],
+    extras_require={
+        "flash": ["flash-attn>=2.8"],
+        "deepspeed": ["deepspeed>=0.19"],
+        "lora": ["peft>=0.19"],
+        "dev": ["pytest>=9", "pytest-timeout>=2.4", "ruff>=0.17", "mypy>=2.4", "setuptools>=77"],
+    },
+    entry_points={"console_scripts": ["fastgrpo = fastgrpo.cli:main"]},
+)

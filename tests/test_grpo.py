@@ -1,0 +1,115 @@
+"""Advantages, Best-of-N, the choice of timesteps, the objective: against plain loops and closed forms."""
+
+import math
+import statistics
+
+import pytest
+import torch
+
+from fastgrpo import grpo, noise
+
+NAN = float("nan")
+
+
+def test_group_advantages_equal_statistics_of_each_group() -> None:
+    rewards = torch.tensor([1.0, 2.0, 4.0, 10.0, 20.0, 60.0])
+    advantages = grpo.group_advantages(rewards, 3).tolist()
+    for start in (0, 3):
+        group = rewards[start : start + 3].tolist()
+        mean, std = statistics.mean(group), statistics.stdev(group)
+        assert advantages[start : start + 3] == pytest.approx([(r - mean) / std for r in group], rel=1e-5)
+
+
+def test_invalid_samples_are_left_out_of_the_statistics() -> None:
+    rewards = torch.tensor([1.0, NAN, 3.0, 8.0, 5.0, 5.0, NAN, NAN])
+    advantages = grpo.group_advantages(rewards, 4)
+    expected = grpo.group_advantages(torch.tensor([1.0, 3.0, 8.0]), 3)
+    torch.testing.assert_close(advantages[[0, 2, 3]], expected)
+    assert advantages[1] == 0.0
+    assert advantages[4:].tolist() == [0.0] * 4  # no spread among the valid ones
+
+
+def test_a_group_with_one_valid_sample_teaches_nothing() -> None:
+    assert grpo.group_advantages(torch.tensor([NAN, 7.0, NAN]), 3).tolist() == [0.0] * 3
+
+
+def test_almost_no_spread_is_not_blown_up() -> None:
+    rewards = torch.tensor([0.5, 0.5 + 1e-7, 0.5 - 1e-7])
+    assert grpo.group_advantages(rewards, 3, min_spread=1e-6).tolist() == [0.0] * 3
+
+
+def test_advantages_are_summed_not_rewards() -> None:
+    scores = {"large": torch.tensor([0.0, 100.0, 200.0]), "small": torch.tensor([0.3, 0.1, 0.2])}
+    valid = torch.ones(3, dtype=torch.bool)
+    total = grpo.combined_advantages(scores, valid, {"large": 1.0, "small": 2.0}, 3, 5.0, 1e-6)
+    torch.testing.assert_close(total, torch.tensor([-1.0 + 2.0, 0.0 - 2.0, 1.0 + 0.0]))
+    clamped = grpo.combined_advantages(scores, valid, {"large": 1.0, "small": 2.0}, 3, 0.5, 1e-6)
+    assert clamped.abs().max() == 0.5
+
+
+def test_weight_zero_is_a_monitor() -> None:
+    scores = {"trained": torch.tensor([0.0, 1.0]), "watched": torch.tensor([5.0, -5.0])}
+    valid = torch.ones(2, dtype=torch.bool)
+    total = grpo.combined_advantages(scores, valid, {"trained": 1.0, "watched": 0.0}, 2, 5.0, 1e-6)
+    torch.testing.assert_close(total, grpo.group_advantages(scores["trained"], 2))
+
+
+def test_best_of_n_keeps_the_extremes_of_each_prompt() -> None:
+    advantages = torch.tensor([0.1, 0.9, -0.5, 0.0, 0.3, -0.9, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    valid = torch.ones(12, dtype=torch.bool)
+    kept = grpo.best_of_n(advantages, valid, 6, 4)
+    assert kept.nonzero().flatten().tolist() == [1, 2, 4, 5, 6, 7, 10, 11]
+    valid[1] = False
+    assert grpo.best_of_n(advantages, valid, 6, 4)[:6].nonzero().flatten().tolist() == [0, 2, 4, 5]
+
+
+@pytest.mark.parametrize(("choice", "expected"), [("first", [0, 1, 2]), ("last", [6, 7, 8])])
+def test_fixed_timesteps(choice: str, expected: list[int]) -> None:
+    assert grpo.choose_timesteps(10, 3, choice, ("key",)) == expected
+
+
+def test_random_timesteps_are_uniform_and_never_the_last() -> None:
+    counts = [0] * 10
+    for sample in range(3000):
+        steps = grpo.choose_timesteps(10, 6, "random", ("timesteps", sample))
+        assert len(set(steps)) == 6
+        for step in steps:
+            counts[step] += 1
+    assert counts[9] == 0
+    expected = 3000 * 6 / 9
+    deviation = math.sqrt(3000 * (6 / 9) * (3 / 9))
+    assert all(abs(count - expected) < 5 * deviation for count in counts[:9])
+
+
+def test_objective_equals_its_formula_and_its_gradient() -> None:
+    old = torch.zeros(4)
+    log_prob = torch.tensor([0.0, 0.5, 0.5, -0.5], requires_grad=True)
+    advantages = torch.tensor([2.0, 2.0, -2.0, -2.0])
+    loss = grpo.clipped_objective(log_prob, old, advantages, 0.2)
+    ratio = [1.0, math.exp(0.5), math.exp(0.5), math.exp(-0.5)]
+    expected = [-2.0, -2.0 * 1.2, 2.0 * ratio[2], 2.0 * 0.8]
+    assert loss.tolist() == pytest.approx(expected)
+    loss.sum().backward()
+    assert log_prob.grad is not None
+    # at ratio 1 the gradient is -A; clipped where the step already went far enough; not clipped the other way
+    assert log_prob.grad.tolist() == pytest.approx([-2.0, 0.0, 2.0 * ratio[2], 0.0])
+
+
+def test_minibatches_are_balanced_over_prompts_and_disjoint() -> None:
+    kept = torch.ones(24, dtype=torch.bool)
+    batches = grpo.minibatches(kept, 8, 4, ("minibatches", 0, 0))
+    assert sorted(index for batch in batches for index in batch) == list(range(24))
+    for batch in batches:
+        assert [sum(index // 8 == prompt for index in batch) for prompt in range(3)] == [2, 2, 2]
+    assert grpo.minibatches(kept, 8, 4, ("minibatches", 0, 0)) == batches
+    assert grpo.minibatches(kept, 8, 4, ("minibatches", 0, 1)) != batches
+
+
+def test_noise_is_a_function_of_its_key() -> None:
+    one = noise.normal([("a", 1), ("a", 2)], (5,))
+    assert torch.equal(one[1:], noise.normal([("a", 2)], (5,)))
+    assert not torch.equal(one[0], one[1])
+    assert sorted(noise.permutation(50, ("p",))) == list(range(50))
+    large = noise.normal([("s", index) for index in range(200)], (500,))
+    assert abs(large.mean().item()) < 0.02 and abs(large.std().item() - 1) < 0.02
+    assert abs(torch.corrcoef(large[:2])[0, 1].item()) < 0.2

@@ -1,0 +1,159 @@
+"""The repository keeps its own rules: what is installed, who imports whom, and what its files say."""
+
+import ast
+import glob
+import os
+import re
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+LINKED = ("models", "rewards", "data")
+"""Folders at the top that are packages of fastgrpo, through a link of the same name in fastgrpo/."""
+
+PARTS = "every other module: rollout, scoring, update, distributed, checkpoint, track, report ..."
+LAYERS = (
+    ("errors",),
+    ("config", "flow", "noise", "grpo", "sequence_parallel"),
+    LINKED,
+    (PARTS,),
+    ("train",),
+    ("cli",),
+    ("launch",),
+)
+"""A module imports from its own layer and from those before it, never from a later one; only train and cli know all."""
+
+NOT_INSTALLED = {".", "tests", "docs", "benchmarks", "launch"}
+NOT_OURS = {"__pycache__", "build", "dist", "runs", "wandb", "venv"}
+
+
+def files(*suffixes: str) -> Iterator[Path]:
+    """The repository's files with one of these suffixes, relative to its root; no hidden folders, links or outputs."""
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = [name for name in folders if name not in NOT_OURS and not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.endswith(".egg-info")]
+        paths = (Path(folder, name).relative_to(ROOT) for name in names)
+        yield from (path for path in paths if path.suffix in suffixes)
+
+
+def setup_arguments() -> dict[str, Any]:
+    """The keyword arguments of setup() in setup.py that are plain literals."""
+    calls = (node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call))
+    call = next(call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "setup")
+    literals = {}
+    for keyword in call.keywords:
+        try:
+            literals[keyword.arg or ""] = ast.literal_eval(keyword.value)
+        except ValueError:
+            continue  # computed, such as the long description
+    return literals
+
+
+def test_every_folder_with_python_files_is_installed() -> None:
+    setup = setup_arguments()
+    assert sorted(setup["packages"]) == sorted(setup["package_dir"])
+    folders = {path.parent.as_posix() for path in files(".py")} - NOT_INSTALLED
+    assert {folder for folder in folders if Path(folder).parts[0] not in NOT_INSTALLED} == set(
+        setup["package_dir"].values()
+    )
+
+
+def test_every_data_file_of_a_package_is_installed() -> None:
+    setup = setup_arguments()
+    for package, folder in setup["package_dir"].items():
+        names = (Path(name) for name in glob.glob("**", root_dir=ROOT / folder, recursive=True, include_hidden=True))
+        present = {name for name in names if (ROOT / folder / name).is_file() and name.suffix not in (".py", ".pyc")}
+        present = {name for name in present if folder != "fastgrpo" or name.parts[0] not in LINKED}
+        patterns = setup["package_data"].get(package, [])
+        installed = {Path(name) for p in patterns for name in glob.glob(p, root_dir=ROOT / folder, recursive=True)}
+        assert present <= installed, f"setup.py: package_data[{package!r}] leaves these out; add a pattern"
+
+
+def test_the_links_name_the_folders() -> None:
+    for name in LINKED:
+        link = ROOT / "fastgrpo" / name
+        assert link.is_symlink()
+        assert link.readlink() == Path("..", name)
+
+
+def modules() -> dict[str, Path]:
+    """Every module of fastgrpo by its installed name, "fastgrpo.data.shapes" for data/shapes.py."""
+    folders = {folder: package for package, folder in setup_arguments()["package_dir"].items()}
+    sources = [path for path in files(".py") if path.parent.as_posix() in folders]
+    names = (f"{folders[path.parent.as_posix()]}.{path.stem}".removesuffix(".__init__") for path in sources)
+    return dict(zip(names, sources, strict=True))
+
+
+def imported(source: Path) -> Iterator[str]:
+    """Dotted names that a file imports, anywhere in it: "a.b" for `import a.b`, "a.b.c" for `from a.b import c`."""
+    for node in ast.walk(ast.parse((ROOT / source).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}:{node.lineno}: relative import; write the full name"
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def graph() -> dict[str, set[str]]:
+    """For each module of fastgrpo the modules of fastgrpo that it imports."""
+    known = modules()
+    edges: dict[str, set[str]] = {}
+    for module, source in known.items():
+        names = {name if name in known else name.rpartition(".")[0] for name in imported(source)}
+        edges[module] = {name for name in names if name in known and name not in (module, "fastgrpo")}
+    return edges
+
+
+def layer(module: str) -> int:
+    """Place of a module's layer, by the first part of its name below fastgrpo."""
+    places = {part: place for place, parts in enumerate(LAYERS) for part in parts}
+    return places.get(module.split(".")[1], places[PARTS])
+
+
+def test_imports_go_downwards() -> None:
+    edges = {module: targets for module, targets in graph().items() if module != "fastgrpo"}
+    upward = [
+        f"{module} imports {target}" for module in edges for target in edges[module] if layer(target) > layer(module)
+    ]
+    assert not upward
+
+
+def test_imports_have_no_cycle() -> None:
+    try:
+        TopologicalSorter(graph()).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_folders_at_the_top_are_imported_by_their_full_name() -> None:
+    bare = [f"{file}: {name}" for file in files(".py") for name in imported(file) if name.split(".")[0] in LINKED]
+    assert not bare, "write fastgrpo.models, fastgrpo.rewards, fastgrpo.data"
+
+
+def test_no_file_is_named_after_nothing() -> None:
+    vague = {"util", "utils", "misc", "helper", "helpers", "common"}
+    assert not [file for file in files(".py", ".sh") if file.stem.strip("_") in vague]
+
+
+def test_the_make_commands_of_the_readme_exist() -> None:
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    code = re.findall(r"```.*?```|`[^`\n]+`", (ROOT / "README.md").read_text(), re.DOTALL)
+    used = {name for text in code for name in re.findall(r"(?<![\w-])make ([a-z][\w-]*)", text)}
+    assert used, "README.md: its first command is a make command"
+    assert used <= targets
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    path = re.compile(r"(?<![\w.\-/$}])/(?:work|root|home|Users)/[\w.]+")
+    suffixes = (".py", ".md", ".toml", ".sh", ".txt", ".json", ".lock", ".html", ".yml", ".yaml", ".cfg", "")
+    found = [f"{file}: {match}" for file in files(*suffixes) for match in path.findall(_text(file))]
+    assert not found
+
+
+def _text(file: Path) -> str:
+    return (ROOT / file).read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,113 @@
+"""Two ranks killed with SIGKILL at ten random moments end with the weights of an undisturbed run, bit for bit."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from fastgrpo import checkpoint
+from tests import runs
+
+ITERATIONS = 12
+KILLS = 10
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    """Two ranks in a process group of their own, so that all can be killed at once."""
+    overrides = [f"run.iterations={ITERATIONS}", "checkpoint.every=2", "evaluate.clips=0"]
+    return subprocess.Popen(
+        runs.command(folder, overrides, ranks=2),
+        cwd=runs.ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    assert process.wait(timeout=runs.LIMIT) == 0
+
+
+def lines(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
+    return len(file.read_bytes().splitlines()) if file.exists() else 0
+
+
+@pytest.mark.timeout(600)
+def test_killed_at_ten_random_moments_ends_as_if_undisturbed(tmp_path: Path) -> None:
+    calm, stormy = tmp_path / "calm", tmp_path / "stormy"
+    finish(start(calm))
+    moments = random.Random(0)
+    for _ in range(KILLS):
+        process = start(stormy)
+        already = lines(stormy)
+        deadline = time.monotonic() + 60
+        # a moment counted from the first new iteration on, or, one time in five, from the start
+        if moments.random() > 0.2:
+            while lines(stormy) == already and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+        time.sleep(moments.uniform(0.0, 1.0))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=30)
+    finish(start(stormy))
+    runs.assert_same_checkpoint(
+        runs.checkpoint(calm, ITERATIONS, tmp_path), runs.checkpoint(stormy, ITERATIONS, tmp_path)
+    )
+    assert [row["iteration"] for row in runs.metrics(stormy)] == list(range(ITERATIONS))
+    for one, other in zip(runs.metrics(calm), runs.metrics(stormy), strict=True):
+        assert one["reward/sum"] == other["reward/sum"]
+
+
+def test_a_kill_while_saving_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop the run at each point of a save: the newest published folder is always whole."""
+    folder = tmp_path / "run"
+    runs.succeed(folder, ["run.iterations=2"])
+    for crash in ("after writing", "after renaming"):
+        damaged = folder / "checkpoints" / "step-3"
+        partial = folder / "checkpoints" / "step-3.partial"
+        if crash == "after writing":  # parts, and no manifest
+            partial.mkdir()
+            (partial / "__0_0.distcp").write_bytes(b"half")
+        else:  # published, and `latest` still names the one before
+            (folder / "checkpoints" / "latest").write_text("step-2\n")
+        out = runs.succeed(folder, ["run.iterations=3"])
+        assert damaged.is_dir() and not partial.exists()
+        assert f"resumed from checkpoint step-{2 if crash == 'after writing' else 3}" in out
+
+
+def test_no_space_is_one_line_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
+    """On a small file system of its own, which needs the right to mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=72m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        folder = disk / "run"
+        runs.succeed(folder, ["run.iterations=1", "evaluate.clips=0"])
+        filler = disk / "filler"
+        free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        filler.write_bytes(bytes(max(free - 5_000_000, 0)))
+        line = runs.complaint(folder, ["run.iterations=2", "evaluate.clips=0"])
+        assert "checkpoint step-2 could not be" in line and "free space there and start again" in line
+        assert not list((folder / "checkpoints").glob("*.partial"))
+        filler.unlink()
+        out = runs.succeed(folder, ["run.iterations=2", "evaluate.clips=0", "checkpoint.keep=1"])
+        assert "resumed from checkpoint step-1" in out
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_newest_and_best_are_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    runs.succeed(folder, ["run.iterations=5", "checkpoint.keep=2"])
+    kept = {path.name for path in (folder / "checkpoints").glob("step-*")}
+    rewards = [row["reward/sum"] for row in runs.metrics(folder)]
+    best = f"step-{max(range(5), key=rewards.__getitem__) + 1}"
+    assert kept == {"step-4", "step-5", best}
+    assert checkpoint.Progress().iteration == 0

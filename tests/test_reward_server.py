@@ -1,0 +1,483 @@
+"""The reward server over loopback: real uvicorn, real bytes, and everything that may go wrong on the way."""
+
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import uvicorn
+from torch import Tensor
+
+from fastgrpo.data import shapes
+from fastgrpo.errors import UserError
+from fastgrpo.rewards import Reward, Scores, load, wire
+from fastgrpo.rewards.client import RewardClient, ScorerInProcess
+from fastgrpo.rewards.server import launch_beside, make_app, serve
+
+TOKEN = "a token of the tests"
+MEANINGS = shapes.meanings()[0][:6]
+CAPTIONS = [shapes.caption(meaning, i) for i, meaning in enumerate(MEANINGS)]
+
+
+def clips() -> Tensor:
+    """uint8 [6, 9, 32, 32, 3], imperfect, so that the scores use all their bits."""
+    noise = np.random.default_rng(0).normal(0.0, 6.0, (6, 9, 32, 32, 3))
+    pixels = np.stack([shapes.draw(meaning) for meaning in MEANINGS]) + noise
+    return torch.from_numpy(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def same(a: dict[str, Scores], b: dict[str, Scores]) -> bool:
+    """Equal bit for bit, NaN included."""
+    return a.keys() == b.keys() and all(
+        torch.equal(a[name].valid, b[name].valid)
+        and a[name].values.keys() == b[name].values.keys()
+        and all(
+            torch.equal(v.view(torch.int32), b[name].values[p].view(torch.int32)) for p, v in a[name].values.items()
+        )
+        for name in a
+    )
+
+
+@contextmanager
+def running(
+    rewards: dict[str, Reward], port: int = 0, max_waiting: int = 2**30, max_body: int = 2**20
+) -> Iterator[str]:
+    """A server in a thread of this process, for rewards that no file holds."""
+    app = make_app(rewards, TOKEN, max_body=max_body, max_waiting=max_waiting, body_timeout_s=1.0)
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+class Raising:
+    names = ("A",)
+
+    def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
+        if pixels.shape[2] == 32:
+            raise KeyError(f"secret {prompts[0]}")
+        return Scores({"A": torch.ones(len(prompts))}, torch.ones(len(prompts), dtype=torch.bool))
+
+
+class Strange:
+    """Claims that all are valid: a NaN, an infinity, and every kind of finite float32."""
+
+    names = ("A", "B")
+    given = torch.tensor([math.nan, math.inf, 1 / 3, -0.0, 1e-45, 3.4028235e38])
+
+    def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
+        return Scores({"A": self.given, "B": torch.arange(6.0)}, torch.ones(6, dtype=torch.bool))
+
+
+class Slow:
+    names = ("A",)
+
+    def __init__(self) -> None:
+        self.under_way = 0
+        self.most = 0
+
+    def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        time.sleep(0.2)
+        self.under_way -= 1
+        return Scores({"A": torch.ones(len(prompts))}, torch.ones(len(prompts), dtype=torch.bool))
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, Path]]:
+    folder = tmp_path_factory.mktemp("run")
+    with launch_beside(["tiny_world"], folder) as (url, token):
+        yield url, token, folder
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[str]:
+    with running({"tiny_world": load("tiny_world")}) as url:
+        yield url
+
+
+# ---- scores
+
+
+def test_server_and_process_agree_bit_for_bit(beside: tuple[str, str, Path]) -> None:
+    url, token, _ = beside
+    prompts = [*CAPTIONS[:5], "not of this world"]
+    inside = ScorerInProcess(["tiny_world"]).score(clips(), prompts, 8.0)
+    with RewardClient([url], token, ["tiny_world"]) as client:
+        client.wait_ready(10.0)
+        whole = client.score(clips(), prompts, 8.0)
+        with ThreadPoolExecutor(4) as threads:  # one clip at a time, from several threads at once
+            ones = list(threads.map(lambda i: client.score(clips()[i : i + 1], prompts[i : i + 1], 8.0), range(6)))
+    assert same(whole, inside)
+    assert inside["tiny_world"].valid.tolist() == [True] * 5 + [False]
+    for part, values in inside["tiny_world"].values.items():
+        joined = torch.cat([one["tiny_world"].values[part] for one in ones])
+        assert torch.equal(joined.view(torch.int32), values.view(torch.int32))
+
+
+def test_large_batches_go_as_several_requests(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastgrpo.rewards.client.REQUEST_BYTES", 2 * clips()[0].numel() + 1)
+    sent: list[int] = []
+    encode = wire.encode_request
+
+    def counted(some: Sequence[Tensor], prompts: Sequence[str], fps: float, names: Sequence[str]) -> bytes:
+        sent.append(len(some))
+        return encode(some, prompts, fps, names)
+
+    monkeypatch.setattr(wire, "encode_request", counted)
+    with RewardClient([tiny], TOKEN, ["tiny_world"]) as client:
+        parts = client.score(clips()[:5], CAPTIONS[:5], 8.0)
+    assert sent == [2, 2, 1]
+    assert same(parts, ScorerInProcess(["tiny_world"]).score(clips()[:5], CAPTIONS[:5], 8.0))
+
+
+def test_raising_reward_makes_its_clips_invalid(caplog: pytest.LogCaptureFixture) -> None:
+    pixels = [clips()[0], torch.zeros(2, 8, 8, 3, dtype=torch.uint8)]
+    body = wire.encode_request(pixels, CAPTIONS[:2], 8.0, ["raising", "tiny_world"])
+    with running({"raising": Raising(), "tiny_world": load("tiny_world")}) as url, caplog.at_level(logging.WARNING):
+        answer = post(url, body).json()
+    assert answer["scores"]["raising"]["A"] == [None, 1.0] and answer["valid"]["raising"] == [False, True]
+    assert answer["valid"]["tiny_world"] == [True, False]  # two frames are too few for it; the first clip is scored
+    assert "Raising raised KeyError" in caplog.text and "secret" not in caplog.text
+
+
+def test_scores_that_are_not_finite_are_invalid_and_others_keep_their_bits() -> None:
+    with running({"strange": Strange()}) as url, RewardClient([url], TOKEN, ["strange"]) as client:
+        result = client.score(clips(), CAPTIONS, 8.0)["strange"]
+    assert result.valid.tolist() == [False, False, True, True, True, True]
+    assert result.values["A"][2:].view(torch.int32).tolist() == Strange.given[2:].view(torch.int32).tolist()
+    assert result.values["B"].isnan().tolist() == [True, True, False, False, False, False]
+
+
+def test_one_request_is_scored_at_a_time_while_the_server_answers() -> None:
+    slow = Slow()
+    with (
+        running({"slow": slow}) as url,
+        RewardClient([url], TOKEN, ["slow"]) as client,
+        ThreadPoolExecutor(4) as threads,
+    ):
+        jobs = [threads.submit(client.score, clips(), CAPTIONS, 8.0) for _ in range(4)]
+        time.sleep(0.1)
+        assert httpx.get(f"{url}/livez", trust_env=False).status_code == 200
+        assert not all(job.done() for job in jobs)  # answered meanwhile: not on the event loop
+        assert all(job.result()["slow"].valid.all() for job in jobs)
+    assert slow.most == 1
+
+
+# ---- refusals
+
+
+def post(url: str, body: bytes, token: str = TOKEN, **headers: str) -> httpx.Response:
+    sent = {"Authorization": f"Bearer {token}", "Content-Type": wire.CONTENT_TYPE} | headers
+    return httpx.post(f"{url}/v1/score", content=body, headers=sent, trust_env=False)
+
+
+def test_wrong_token_is_refused_before_the_body_is_read(tiny: str) -> None:
+    host, port = tiny.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        head = f"POST /v1/score HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer x\r\nContent-Length: 99999\r\n\r\n"
+        connection.sendall(head.encode())  # and no byte of the body
+        assert connection.recv(100).startswith(b"HTTP/1.1 401")
+    assert httpx.get(f"{tiny}/v1/spec", trust_env=False).status_code == 401
+    with RewardClient([tiny], "wrong", ["tiny_world"]) as client:
+        for call in (lambda: client.score(clips(), CAPTIONS, 8.0), lambda: client.wait_ready(60.0)):
+            start = time.monotonic()
+            with pytest.raises(UserError, match=r"server.token_file: wrong token for http://127"):
+                call()
+            assert time.monotonic() - start < 5.0
+
+
+def test_body_limits(tiny: str) -> None:
+    assert post(tiny, bytes(2**20 + 1)).status_code == 413
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": wire.CONTENT_TYPE}
+    chunked = httpx.post(f"{tiny}/v1/score", content=iter([b"abc"]), headers=headers, trust_env=False)
+    assert chunked.status_code == 411
+    assert post(tiny, b"{}", **{"Content-Type": "application/json"}).status_code == 415
+    host, port = tiny.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:  # a body that never comes
+        lines = [f"{name}: {value}" for name, value in ({"Host": host, "Content-Length": "99"} | headers).items()]
+        connection.sendall(("\r\n".join(["POST /v1/score HTTP/1.1", *lines]) + "\r\n\r\n").encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 408")
+    with RewardClient([tiny], TOKEN, ["tiny_world"]) as client:
+        big = torch.zeros(1, 9, 256, 256, 3, dtype=torch.uint8)
+        with pytest.raises(UserError, match="refused with status 413"):
+            client.score(big, CAPTIONS[:1], 8.0)
+
+
+def test_too_much_waiting_is_turned_away_and_tried_again() -> None:
+    body = wire.encode_request(list(clips()), CAPTIONS, 8.0, ["slow"])
+    with running({"slow": Slow()}, max_waiting=len(body) + 1) as url, ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda _: post(url, body), range(4)))
+        assert {a.status_code for a in answers} == {200, 429}
+        assert all("retry-after" in a.headers for a in answers if a.status_code == 429)
+        with RewardClient([url], TOKEN, ["slow"]) as client:
+            jobs = [threads.submit(client.score, clips(), CAPTIONS, 8.0) for _ in range(3)]
+            assert all(job.result()["slow"].valid.all() for job in jobs)
+
+
+def test_unknown_reward_is_named(tiny: str) -> None:
+    with RewardClient([tiny], TOKEN, ["tiny_world", "hps"]) as client:
+        with pytest.raises(UserError, match="no reward 'hps' here"):
+            client.score(clips(), CAPTIONS, 8.0)
+        with pytest.raises(UserError, match="has no reward 'hps', only tiny_world"):
+            client.wait_ready(10.0)
+
+
+def header_of(body: bytes) -> dict[str, dict[str, object]]:
+    (length,) = struct.unpack("<Q", body[:8])
+    header: dict[str, dict[str, object]] = json.loads(body[8 : 8 + length])
+    return header
+
+
+def with_header(header: object, data: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def malformed() -> dict[str, bytes]:
+    """Bodies that differ from a good one in one point each."""
+    good = wire.encode_request(list(clips()[:2]), CAPTIONS[:2], 8.0, ["tiny_world"])
+    (length,) = struct.unpack("<Q", good[:8])
+    data = good[8 + length :]
+    size = clips()[0].numel()
+
+    def changed(entry: str, **fields: object) -> bytes:
+        header = header_of(good)
+        return with_header(header | {entry: header[entry] | fields}, data)
+
+    def asked(**fields: object) -> bytes:
+        request = {"prompts": CAPTIONS[:2], "fps": 8.0, "rewards": ["tiny_world"]} | fields
+        return changed("__metadata__", request=json.dumps(request))
+
+    text = json.dumps(header_of(good))
+    return {
+        "empty": b"",
+        "short": good[:5],
+        "cut": good[:-1],
+        "longer": good + b"x",
+        "header beyond the body": struct.pack("<Q", 2**63) + good[8:],
+        "header over its cap": with_header(b" " * (wire.MAX_HEADER + 1), b""),
+        "pickle": b"\x80\x04" + bytes(100),
+        "no json": with_header(b"{" * 50, data),
+        "deep json": with_header(b"[" * 100_000, data),
+        "no object": with_header([1], data),
+        "a key twice": with_header(('{"clip.0": {},' + text[1:]).encode(), data),
+        "no metadata": with_header({k: v for k, v in header_of(good).items() if k != "__metadata__"}, data),
+        "no request": changed("__metadata__", request=3),
+        "float tensor": changed("clip.0", dtype="F32"),
+        "three dimensions": changed("clip.0", shape=[9, 32, 96]),
+        "negative": changed("clip.0", shape=[-9, -32, 32, 3]),
+        "no frames": changed("clip.0", shape=[0, 32, 32, 3], data_offsets=[0, 0]),
+        "four channels": changed("clip.0", shape=[9, 32, 24, 4]),
+        "huge": changed("clip.0", shape=[2**40, 32, 32, 3], data_offsets=[0, 2**40 * 32 * 32 * 3]),
+        "true for 1": changed("clip.0", shape=[True, 9 * 32, 32, 3]),
+        "overlap": changed("clip.1", data_offsets=[0, size]),
+        "gap": changed("clip.1", data_offsets=[size + 1, 2 * size + 1]),
+        "gap inside": changed("clip.0", shape=[8, 32, 32, 3], data_offsets=[0, 8 * 32 * 32 * 3]),
+        "behind the end": changed("clip.1", data_offsets=[2**40, 2**40 + size]),
+        "other name": with_header({k.replace("clip.1", "clip.7"): v for k, v in header_of(good).items()}, data),
+        "too few prompts": asked(prompts=CAPTIONS[:1]),
+        "no prompts": asked(prompts=[]),
+        "prompt is a number": asked(prompts=[CAPTIONS[0], 3]),
+        "no rewards": asked(rewards=[]),
+        "reward twice": asked(rewards=["tiny_world", "tiny_world"]),
+        "fps 0": asked(fps=0),
+        "fps true": asked(fps=True),
+        "fps infinite": asked(fps=math.inf),
+    }
+
+
+def test_malformed_bodies_are_refused(tiny: str) -> None:
+    for what, body in malformed().items():
+        assert post(tiny, body).status_code in (400, 413), what
+    good = wire.encode_request(list(clips()[:2]), CAPTIONS[:2], 8.0, ["tiny_world"])
+    assert post(tiny, good).status_code == 200  # and the server is as well as before
+
+
+def test_a_body_damaged_anywhere_in_its_header_never_fails_otherwise() -> None:
+    good = wire.encode_request([clips()[0, :1, :2, :2]], ["é a red circle"], 8.0, ["tiny_world"])
+    (length,) = struct.unpack("<Q", good[:8])
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        body = bytearray(good)
+        for position in rng.integers(0, 8 + length, rng.integers(1, 4)):
+            body[position] = rng.integers(0, 256)
+        try:
+            wire.decode_request(body)
+        except wire.WireError:
+            continue
+
+
+def test_request_is_plain_safetensors() -> None:
+    pixels = [clips()[0], clips()[1, :2, :8, :16]]
+    body = wire.encode_request(pixels, ["a", "ü 红"], 7.5, ["x", "y"])
+    tensors = safetensors.torch.load(body)
+    assert sorted(tensors) == ["clip.0", "clip.1"]
+    request = wire.decode_request(bytearray(body))
+    assert (request.prompts, request.fps, request.rewards) == (["a", "ü 红"], 7.5, ["x", "y"])
+    assert all(torch.equal(tensors[f"clip.{i}"], clip) for i, clip in enumerate(pixels))
+    assert all(torch.equal(a, b) for a, b in zip(request.clips, pixels, strict=True))
+
+
+def test_answers_are_checked() -> None:
+    good = {"scores": {"r": {"A": [0.5, None]}}, "valid": {"r": [True, False]}}
+    assert wire.decode_scores(json.dumps(good).encode(), ["r"], 2)["r"].valid.tolist() == [True, False]
+    for wrong in (
+        {},
+        {"scores": {"r": {}}, "valid": {"r": [True, False]}},
+        {"scores": {"r": {"A": [0.5]}}, "valid": {"r": [True]}},
+        {"scores": {"r": {"A": [0.5, None]}}, "valid": {"r": [True, True]}},
+        {"scores": {"r": {"A": [0.5, 0.5]}}, "valid": {"r": [True, False]}},
+        {"scores": {"r": {"A": [True, None]}}, "valid": {"r": [True, False]}},
+        {"scores": {"r": {"A": ["0.5", None]}}, "valid": {"r": [True, False]}},
+        {"scores": {"r": {"A": [10**60, None]}}, "valid": {"r": [True, False]}},
+        {"scores": {"r": {"A": [math.nan, None]}}, "valid": {"r": [True, False]}},
+    ):
+        with pytest.raises(wire.WireError):
+            wire.decode_scores(json.dumps(wrong).encode(), ["r"], 2)
+
+
+# ---- life and death
+
+
+def test_client_survives_a_restart_of_the_server() -> None:
+    rewards = {"tiny_world": load("tiny_world")}
+    with running(rewards) as url, RewardClient([url], TOKEN, ["tiny_world"], outage_s=30.0) as client:
+        first = client.score(clips(), CAPTIONS, 8.0)
+        port = int(url.rsplit(":", 1)[1])
+    with RewardClient([url], TOKEN, ["tiny_world"], outage_s=30.0) as client, ThreadPoolExecutor(1) as threads:
+        job = threads.submit(client.score, clips(), CAPTIONS, 8.0)
+        time.sleep(0.7)
+        assert not job.done()
+        with running(rewards, port=port):
+            assert same(job.result(timeout=20), first)
+
+
+def test_client_goes_to_the_replica_that_lives(tiny: str, caplog: pytest.LogCaptureFixture) -> None:
+    dead = f"http://127.0.0.1:{free_port()}"
+    with RewardClient([dead, tiny], TOKEN, ["tiny_world"], outage_s=20.0) as client:
+        for _ in range(12):
+            caplog.clear()
+            assert client.score(clips()[:1], CAPTIONS[:1], 8.0)["tiny_world"].valid.all()
+            assert caplog.text.count("trying again") <= 1  # after one failure it goes elsewhere
+
+
+def test_unreachable_server_is_named() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with RewardClient([url], TOKEN, ["tiny_world"], outage_s=0.5) as client:
+        with pytest.raises(UserError, match=rf"server.urls={url}: no scores for 0.5 s \(ConnectError.*raise server"):
+            client.score(clips(), CAPTIONS, 8.0)
+        with pytest.raises(UserError, match=rf"server.urls={url}: reward server unreachable for 0.3 s"):
+            client.wait_ready(0.3)
+    for wrong in ("127.0.0.1:80", "ftp://a", "http://", "http://a:b"):
+        with pytest.raises(UserError, match=f"server.urls={wrong}: not a server's address"):
+            RewardClient([wrong], TOKEN, ["tiny_world"])
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def test_child_leaves_a_log_and_no_secret(beside: tuple[str, str, Path]) -> None:
+    url, token, folder = beside
+    ready = json.loads((folder / "reward_server.json").read_text())
+    assert ready["url"] == url
+    assert token.encode() not in Path(f"/proc/{ready['pid']}/cmdline").read_bytes()
+    with RewardClient([url], token, ["tiny_world"]) as client:
+        client.score(clips(), CAPTIONS, 8.0)
+    log = (folder / "reward_server.log").read_text()
+    assert f"rewards tiny_world at {url}" in log and "6 clips in" in log
+    assert token not in log and CAPTIONS[0] not in log
+
+
+def test_child_ends_with_the_context_also_when_the_body_raises(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), launch_beside(["tiny_world"], tmp_path):
+        pid = json.loads((tmp_path / "reward_server.json").read_text())["pid"]
+        raise ZeroDivisionError
+    assert not Path(f"/proc/{pid}").exists()
+    assert not (tmp_path / "reward_server.json").exists()
+
+
+def test_child_that_cannot_start_says_why(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"exited with code 1: reward='tiny_word': no such reward.*reward_server.log"),
+        launch_beside(["tiny_word"], tmp_path),
+    ):
+        pass
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from fastgrpo.rewards.server import launch_beside
+with launch_beside(["tiny_world"], Path(sys.argv[1])):
+    print("up", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_child_dies_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PARENT, str(tmp_path)]
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == "up\n"
+        child = json.loads((tmp_path / "reward_server.json").read_text())["pid"]
+        parent.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 5.0
+    while alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(child)
+
+
+def alive(pid: int) -> bool:
+    """Running, not a zombie that nobody has collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_sigterm_drains(tmp_path: Path) -> None:
+    """What was accepted is answered; the process ends by itself."""
+    with launch_beside(["tiny_world"], tmp_path) as (url, token):
+        pid = json.loads((tmp_path / "reward_server.json").read_text())["pid"]
+        many = clips().repeat(40, 1, 1, 1, 1)
+        with RewardClient([url], token, ["tiny_world"], outage_s=0.0) as client, ThreadPoolExecutor(1) as threads:
+            job = threads.submit(client.score, many, CAPTIONS * 40, 8.0)
+            time.sleep(0.25)
+            os.kill(pid, signal.SIGTERM)
+            assert job.result()["tiny_world"].valid.all()
+    assert not alive(pid)
+
+
+def test_addresses_that_cannot_be_had_are_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="choose another, or port 0"):
+        serve(["tiny_world"], "127.0.0.1", taken.getsockname()[1], TOKEN, None)
+    with pytest.raises(UserError, match=r"host=0.0.0.0: reachable from other machines; give a token of at least 16"):
+        serve(["tiny_world"], "0.0.0.0", 0, "short", None)
+    with pytest.raises(UserError, match="token=''"):
+        serve(["tiny_world"], "127.0.0.1", 0, "", None)

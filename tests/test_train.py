@@ -1,0 +1,109 @@
+"""Whole runs: the recipe, the reward server, two ranks, what the run folder holds, and users' mistakes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests import runs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process with the reward behind the server."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    out = runs.succeed(folder)
+    assert "held-out reward, before and after training" in out and "iteration 3/3" in out
+    return folder
+
+
+def test_a_run_leaves_all_its_parts_in_its_folder(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["iterations"] == 3 and summary["wall_seconds"] > 0
+    for key in ("before", "after", "difference", "ci95"):
+        assert set(summary[key]) == {"sum", "VQ", "MQ", "TA"}
+    for part in ("sum", "VQ", "MQ", "TA"):
+        assert summary["difference"][part] == pytest.approx(summary["after"][part] - summary["before"][part], abs=1e-6)
+        low, high = summary["ci95"][part]
+        assert low <= summary["difference"][part] <= high
+    rows = runs.metrics(finished)
+    assert [row["iteration"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        assert row["update/max_log_ratio_first"] <= 1e-6 < row["update/grad_norm"]
+        assert row["update/transitions"] == 2 * 4 * 3
+        assert row["reward/sum"] == pytest.approx(row["reward/VQ"] + row["reward/MQ"] + row["reward/TA"], abs=1e-5)
+    assert (finished / "report.html").stat().st_size > 10_000
+    assert (finished / "evaluation" / "step-3" / "001.mp4").is_file()
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir() if "best" not in path.name) >= ["latest"]
+    assert (finished / "checkpoints" / "latest").read_text() == "step-3\n"
+    assert not list(finished.rglob("*.partial"))
+
+
+def test_process_and_server_give_equal_runs(finished: Path, tmp_path: Path) -> None:
+    runs.succeed(tmp_path / "inside", ["rewards.0.where=process"])
+    assert not (tmp_path / "inside" / "reward_server.log").exists()
+    runs.assert_same_checkpoint(
+        runs.checkpoint(finished, 3, tmp_path), runs.checkpoint(tmp_path / "inside", 3, tmp_path)
+    )
+
+
+def test_two_ranks_draw_the_trajectories_of_one(finished: Path, tmp_path: Path) -> None:
+    runs.succeed(tmp_path / "two", ranks=2)
+    one, two = runs.metrics(finished), runs.metrics(tmp_path / "two")
+    assert two[0]["reward/sum"] == pytest.approx(one[0]["reward/sum"], abs=1e-4)
+    assert two[0]["update/grad_norm"] == pytest.approx(one[0]["update/grad_norm"], rel=1e-3)
+    assert all(row["update/max_log_ratio_first"] <= 1e-6 for row in two)
+
+
+def test_a_finished_run_started_again_changes_nothing(finished: Path, tmp_path: Path) -> None:
+    before = runs.checkpoint(finished, 3, tmp_path)
+    out = runs.succeed(finished)
+    assert "resumed from checkpoint step-3" in out
+    runs.assert_same_checkpoint(before, runs.checkpoint(finished, 3, tmp_path))
+
+
+def test_best_of_n_and_kl_run(tmp_path: Path) -> None:
+    overrides = ["objective.best_of_n=2", "objective.kl_weight=0.01", "optimizer.updates_per_iteration=1"]
+    runs.succeed(tmp_path / "run", [*overrides, "run.iterations=2"], ranks=2)
+    for row in runs.metrics(tmp_path / "run"):
+        assert row["update/transitions"] == 2 * 2 * 3
+        assert row["update/kl"] >= 0
+
+
+def test_a_run_folder_of_another_recipe_is_refused(finished: Path) -> None:
+    line = runs.complaint(finished, ["optimizer.lr=1e-3", "run.seed=4"])
+    assert "holds a run of another recipe (optimizer.lr: " in line and "-> 0.001; run.seed: 0 -> 4)" in line
+    assert "holds a run already" in runs.complaint(finished, ["run.resume=never"])
+
+
+def test_a_damaged_checkpoint_is_named(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    part = next((copy / "checkpoints" / "step-3").glob("*.distcp"))
+    content = part.read_bytes()
+    part.write_bytes(content[:-7])
+    line = runs.complaint(copy)
+    assert f"{part.name} has {len(content) - 7} bytes instead of {len(content)}" in line and "remove the folder" in line
+    part.unlink()
+    assert f"{part.name} is missing" in runs.complaint(copy)
+
+
+def test_mistakes_in_prompts_counts_and_servers_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "latin1.txt").write_bytes("a red circle moves left slowly\nein gr\xfcner Kreis\n".encode("latin-1"))
+    (tmp_path / "token").write_text("wrong\n")
+    folder = tmp_path / "run"
+    cases = {
+        f"prompts.train={tmp_path / 'empty.txt'}": "the file has no prompts",
+        f"prompts.train={tmp_path / 'latin1.txt'}": "line 2 is not UTF-8",
+        f"prompts.train={tmp_path / 'none.txt'}": "no such file",
+        f"model.path={tmp_path}": "model_index.json is missing",
+        "video.frames=8": "use 5 or 9",
+        "rollout.stepz=3": "did you mean 'rollout.steps'?",
+    }
+    for override, message in cases.items():
+        assert message in runs.complaint(folder, [override])
+        assert not (folder / "recipe.toml").exists(), "half-written run folder"
+    unreachable = ["server.urls=['http://127.0.0.1:9']", f"server.token_file={tmp_path / 'token'}"]
+    assert "http://127.0.0.1:9" in runs.complaint(folder, [*unreachable, "server.start_timeout_s=2"])

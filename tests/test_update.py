@@ -1,0 +1,216 @@
+"""Rollout and update: ratio 1 before the first step, and independence of batch sizes and of the number of ranks."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgrpo import grpo
+from fastgrpo.distributed import World, open_world
+from fastgrpo.errors import UserError
+from fastgrpo.flow import gaussian_log_prob, sde_transition
+from fastgrpo.models import Condition, Policy, stack
+from fastgrpo.update import Trainer
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+TOTAL = len(tiny.PROMPTS) * tiny.GROUP
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with open_world() as opened:
+        yield opened
+
+
+@pytest.fixture
+def policy(world: World) -> Policy:
+    return tiny.load_policy(world)
+
+
+@pytest.fixture(scope="module")
+def conditions() -> list[Condition]:
+    return tiny.load_policy().encode(tiny.PROMPTS)
+
+
+def test_ratio_is_one_before_the_first_update(policy: Policy, conditions: list[Condition], world: World) -> None:
+    plan = tiny.plan(policy)
+    for rollout_batch in (1, 2, 7):
+        trajectories = tiny.draw(policy, plan, conditions, world, rollout_batch)
+        for update_batch in (1, 2, 7):
+            trainer = Trainer.create(policy, tiny.settings(update_batch, lr=1e-30), None)
+            metrics = tiny.run_update(trainer, plan, trajectories, conditions, world)
+            assert metrics["update/transitions"] == TOTAL * 3
+            assert metrics["update/max_log_ratio_first"] <= 1e-6, (rollout_batch, update_batch)
+
+
+def test_old_log_probs_are_the_rollouts_not_the_updates(
+    policy: Policy, conditions: list[Condition], world: World
+) -> None:
+    """After an optimizer step the ratio must move; recomputed old log-probs would hold it at 1."""
+    plan = tiny.plan(policy)
+    trajectories = tiny.draw(policy, plan, conditions, world, 4)
+    trainer = Trainer.create(policy, tiny.settings(16, updates=2, lr=1e-3), None)
+    metrics = tiny.run_update(trainer, plan, trajectories, conditions, world)
+    assert metrics["update/max_log_ratio_first"] <= 1e-6
+    assert metrics["update/max_log_ratio"] > 1e-5
+
+
+def test_gradient_equals_plain_autograd_of_the_objective(
+    policy: Policy, conditions: list[Condition], world: World
+) -> None:
+    plan = tiny.plan(policy)
+    trajectories = tiny.draw(policy, plan, conditions, world, 4)
+    trainer = tiny.Recorder.create(policy, tiny.settings(8), None)
+    assert isinstance(trainer, tiny.Recorder)
+    tiny.run_update(trainer, plan, trajectories, conditions, world)
+
+    plain = tiny.load_policy()
+    loss = torch.zeros(())
+    for slot in range(TOTAL):
+        key = ("timesteps", plan.seed, plan.iteration, *divmod(slot, tiny.GROUP))
+        for step in grpo.choose_timesteps(plan.steps, 3, "random", key):
+            t, t_next = plan.grid[step], plan.grid[step + 1]
+            x, x_next = trajectories.states[slot, step][None], trajectories.states[slot, step + 1][None]
+            v = plain.velocity(x, t[None], stack([conditions[slot // tiny.GROUP]]))
+            log_prob = gaussian_log_prob(x_next, *sde_transition(x, v, t, t_next, plan.eta))[0]
+            # at ratio 1 the clipped objective's gradient is -A times the ratio's
+            loss = loss - (log_prob - log_prob.detach()).exp() * tiny.advantages()[slot] / (TOTAL * 3)
+    loss.backward()
+    expected = {name: p.grad for name, p in plain.network.named_parameters() if p.grad is not None}
+    assert_gradients_equal(trainer.gradients[0], expected, 1e-5)
+
+
+def test_one_and_two_ranks_and_any_batch_size_agree(tmp_path: Path) -> None:
+    reference = run(tmp_path / "reference", 1, 4, 8)
+    for ranks, rollout_batch, update_batch in ((2, 4, 8), (1, 1, 1), (1, 7, 64), (2, 3, 5)):
+        other = run(tmp_path / f"{ranks}-{rollout_batch}-{update_batch}", ranks, rollout_batch, update_batch)
+        for name in ("states", "final", "log_probs"):
+            torch.testing.assert_close(other[name], reference[name], atol=1e-6 * scale(reference[name]), rtol=0)
+        assert_gradients_equal(other["gradients"][0], reference["gradients"][0], 1e-6)
+        assert other["metrics"]["update/max_log_ratio_first"] <= 1e-6
+
+
+def scale(tensor: Tensor) -> float:
+    return max(1.0, tensor.abs().max().item())
+
+
+def run(file: Path, ranks: int, rollout_batch: int, update_batch: int) -> dict[str, Any]:
+    arguments = [str(file), str(rollout_batch), str(update_batch)]
+    command = [sys.executable, "-m", "tests.worker_update", *arguments]
+    if ranks > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120, capture_output=True)
+    result: dict[str, Any] = torch.load(file, weights_only=True)
+    return result
+
+
+def assert_gradients_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Norm of the difference over norm: `tolerance` for the whole gradient, ten times it for each parameter.
+
+    Single parameters may lose a digit, since their gradients are small differences of large terms. The key biases'
+    true gradient is zero (softmax does not see them); they are compared with the whole's norm.
+    """
+    assert actual.keys() == expected.keys()
+    whole = torch.stack([grad.norm() for grad in expected.values()]).norm().item()
+    difference = torch.stack([(actual[name] - grad).norm() for name, grad in expected.items()])
+    assert whole > 0 and difference.norm().item() <= tolerance * whole
+    for (name, grad), distance in zip(expected.items(), difference.tolist(), strict=True):
+        if name.endswith(("to_k.bias", "add_k_proj.bias")):
+            assert distance <= tolerance * whole, name
+        else:
+            assert distance <= 10 * tolerance * grad.norm().item(), name
+
+
+def test_trajectories_have_shared_noise_and_differ_afterwards(
+    policy: Policy, conditions: list[Condition], world: World
+) -> None:
+    shared = tiny.draw(policy, tiny.plan(policy), conditions, world, 4).states
+    groups = shared.reshape(len(tiny.PROMPTS), tiny.GROUP, *shared.shape[1:])
+    assert torch.equal(groups[:, :1, 0].expand_as(groups[:, :, 0]), groups[:, :, 0])
+    assert not torch.equal(groups[0, 0, 0], groups[1, 0, 0])
+    assert not torch.equal(groups[:, 0, 1], groups[:, 1, 1])
+    independent = tiny.draw(policy, tiny.plan(policy, shared_noise=False), conditions, world, 4).states
+    assert not torch.equal(independent[0, 0], independent[1, 0])
+
+
+def test_stored_log_probs_are_those_of_the_stored_states(
+    policy: Policy, conditions: list[Condition], world: World
+) -> None:
+    plan = tiny.plan(policy)
+    trajectories = tiny.draw(policy, plan, conditions, world, 4)
+    for slot, step in product((0, TOTAL - 1), range(plan.steps - 1)):
+        x, t = trajectories.states[slot, step][None], plan.grid[step]
+        with torch.no_grad():
+            v = policy.velocity(x, t[None], stack([conditions[slot // tiny.GROUP]]))
+        log_prob = gaussian_log_prob(
+            trajectories.states[slot, step + 1][None], *sde_transition(x, v, t, plan.grid[step + 1], plan.eta)
+        )
+        assert log_prob.item() == pytest.approx(trajectories.log_probs[slot, step].item(), abs=1e-6)
+
+
+def test_invalid_samples_do_not_reach_the_gradient(policy: Policy, conditions: list[Condition], world: World) -> None:
+    plan = tiny.plan(policy)
+    trajectories = tiny.draw(policy, plan, conditions, world, 4)
+    kept = torch.ones(TOTAL, dtype=torch.bool)
+    kept[[1, 6]] = False
+    gradients = []
+    for poison in (0.0, float("nan")):
+        poisoned = replace(trajectories, states=trajectories.states.clone())
+        poisoned.states[1] += poison
+        trainer = tiny.Recorder.create(policy, tiny.settings(8, lr=1e-30), None)
+        assert isinstance(trainer, tiny.Recorder)
+        metrics = tiny.run_update(trainer, plan, poisoned, conditions, world, kept)
+        assert metrics["update/transitions"] == (TOTAL - 2) * 3
+        gradients.append(trainer.gradients[0])
+    for name, grad in gradients[0].items():
+        assert torch.equal(grad, gradients[1][name])
+
+
+def test_non_finite_gradients_skip_the_step_and_end_the_run_at_the_limit(
+    policy: Policy, conditions: list[Condition], world: World
+) -> None:
+    plan = tiny.plan(policy)
+    trajectories = tiny.draw(policy, plan, conditions, world, 4)
+    trajectories.states[0] = float("nan")
+    trainer = Trainer.create(policy, tiny.settings(8), None)
+    before = [p.detach().clone() for p in policy.network.parameters()]
+    for attempt in range(1, 4):
+        metrics = tiny.run_update(trainer, plan, trajectories, conditions, world)
+        assert metrics["update/skipped"] == attempt
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.network.parameters(), strict=True))
+    assert trainer.updates == 0
+    with pytest.raises(UserError, match=r"optimizer.max_skipped=3: 4 optimizer steps had non-finite gradients"):
+        tiny.run_update(trainer, plan, trajectories, conditions, world)
+
+
+def test_kl_to_the_initial_policy_is_zero_before_the_first_step_and_pulls_back(
+    policy: Policy, conditions: list[Condition], world: World
+) -> None:
+    plan = tiny.plan(policy)
+    trajectories = tiny.draw(policy, plan, conditions, world, 4)
+    reference = tiny.load_policy(world)
+    reference.network.requires_grad_(False)
+    trainer = Trainer.create(policy, tiny.settings(16, lr=1e-3), reference)
+    first = tiny.run_update(trainer, plan, trajectories, conditions, world)
+    second = tiny.run_update(trainer, plan, trajectories, conditions, world)
+    assert first["update/kl"] < 1e-9 < second["update/kl"]
+
+
+def test_ema_follows_its_recursion(policy: Policy, conditions: list[Condition], world: World) -> None:
+    plan = tiny.plan(policy)
+    trajectories = tiny.draw(policy, plan, conditions, world, 4)
+    settings = tiny.settings(16, lr=1e-3).model_copy(update={"ema_decay": 0.9})
+    trainer = Trainer.create(policy, settings, None)
+    start = {name: value.clone() for name, value in trainer.ema.items()}
+    tiny.run_update(trainer, plan, trajectories, conditions, world)
+    for name, parameter in policy.network.named_parameters():
+        expected = 0.9 * start[name] + 0.1 * parameter.detach()
+        torch.testing.assert_close(trainer.ema[name], expected)

@@ -1,0 +1,85 @@
+"""One GRPO iteration of the shipped tiny model without reward or files: what several tests start from."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from fastgrpo import distributed, models, rollout
+from fastgrpo.config import Model, Objective, Optimizer, Video
+from fastgrpo.distributed import World
+from fastgrpo.flow import time_grid
+from fastgrpo.models import Condition, Policy
+from fastgrpo.rollout import Plan, Trajectories
+from fastgrpo.update import Trainer, update
+
+FOLDER = Path(__file__).parent.parent / "data" / "tiny_hunyuan_video"
+VIDEO = Video(frames=9, height=32, width=32)
+PROMPTS = [  # two text lengths
+    "a red circle moves left slowly",
+    "watch as one blue square glides upwards quickly",
+    "gently a green triangle drifts down",
+]
+GROUP = 4
+STEPS = 5
+
+
+@dataclass
+class Recorder(Trainer):
+    """A trainer that keeps each optimizer step's whole gradients."""
+
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def step(self) -> Tensor:
+        grads = {}
+        for name, parameter in self.policy.network.named_parameters():
+            if parameter.grad is not None:
+                grad = parameter.grad
+                grads[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+        self.gradients.append(grads)
+        return super().step()
+
+
+def load_policy(world: World | None = None) -> Policy:
+    policy = models.load(Model(family="hunyuan_video", path=str(FOLDER)), torch.device("cpu"))
+    if world is not None:
+        distributed.shard(policy, world, torch.float32)
+    return policy
+
+
+def plan(policy: Policy, shared_noise: bool = True) -> Plan:
+    return Plan(3, 0, GROUP, time_grid(STEPS, policy.shift), 0.4, shared_noise, policy.latent_shape(VIDEO))
+
+
+def draw(policy: Policy, the_plan: Plan, conditions: list[Condition], world: World, batch_size: int) -> Trajectories:
+    """This rank's trajectories."""
+    share = world.share(len(PROMPTS) * GROUP)
+    with distributed.gathered(policy.network):
+        parts = [
+            rollout.sample(policy, the_plan, conditions, slots)
+            for slots in rollout.batches(share, conditions, GROUP, batch_size)
+        ]
+    return rollout.concatenate(parts)
+
+
+def advantages() -> Tensor:
+    """Made-up advantages, one per slot."""
+    return torch.randn(len(PROMPTS) * GROUP, generator=torch.Generator().manual_seed(5))
+
+
+def run_update(
+    trainer: Trainer,
+    the_plan: Plan,
+    trajectories: Trajectories,
+    conditions: list[Condition],
+    world: World,
+    kept: Tensor | None = None,
+) -> dict[str, float]:
+    kept = torch.ones(len(PROMPTS) * GROUP, dtype=torch.bool) if kept is None else kept
+    return update(trainer, Objective(clip_range=1e-4), the_plan, trajectories, conditions, advantages(), kept, 3, world)
+
+
+def settings(batch_size: int, updates: int = 1, lr: float = 1e-4) -> Optimizer:
+    return Optimizer(lr=lr, batch_size=batch_size, updates_per_iteration=updates)
