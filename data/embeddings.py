@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from fastgrpo.models import Condition, Policy
 
@@ -39,14 +39,18 @@ def make(policy: Policy, prompts: Sequence[str], file: Path, key: str) -> None:
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"key": key})
-    os.replace(partial, file)
+    try:
+        partial.write_bytes(save(tensors, metadata={"key": key}))
+        os.replace(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
-def read(file: Path, count: int, device: torch.device) -> list[Condition]:
-    """The conditions of `count` prompts, in their order."""
+def read(file: Path, count: int) -> list[Condition]:
+    """The conditions of `count` prompts, in their order, in host memory."""
     conditions: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
-    with safe_open(file, framework="pt", device=str(device)) as tensors:
+    with safe_open(file, framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118
             index, field = name.split(".", 1)
             conditions[int(index)][field] = tensors.get_tensor(name)
@@ -54,6 +58,10 @@ def read(file: Path, count: int, device: torch.device) -> list[Condition]:
 
 
 def _key(file: Path) -> str | None:
-    with safe_open(file, framework="pt") as tensors:
-        metadata = tensors.metadata() or {}
+    """What made a cache file; none for a damaged one."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            metadata = tensors.metadata() or {}
+    except (OSError, SafetensorError):
+        return None
     return metadata.get("key")

@@ -13,8 +13,9 @@ def read(path: str, field: str) -> list[str]:
     """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{field}={path}: no such file; give a text file with one prompt per line.") from None
+    except OSError as error:
+        problem = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise UserError(f"{field}={path}: {problem}; give a text file with one prompt per line.") from None
     except UnicodeDecodeError as error:
         line = Path(path).read_bytes()[: error.start].count(b"\n") + 1
         raise UserError(

@@ -6,6 +6,7 @@ keyed, so no generator's state is stored.
 """
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -39,8 +40,9 @@ class Progress:
 
     def close_span(self, checkpoint: str) -> None:
         """Note the checkpoint as the best if the mean reward since the one before is the highest."""
-        if self.rewards:
-            mean = sum(self.rewards) / len(self.rewards)
+        rewards = [reward for reward in self.rewards if math.isfinite(reward)]
+        if rewards:
+            mean = sum(rewards) / len(rewards)
             if self.best_reward is None or mean > self.best_reward:
                 self.best_reward, self.best = mean, checkpoint
         self.rewards = ()
@@ -56,8 +58,10 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest published checkpoint."""
-        found = [path for path in self.folder.glob("step-*") if path.suffix != ".partial"]
-        return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+        return max(self._published(), key=number, default=None)
+
+    def _published(self) -> list[Path]:
+        return sorted((path for path in self.folder.glob("step-*") if path.name[5:].isdecimal()), key=number)
 
     def load(self, trainer: Trainer) -> Progress:
         """Continue from the newest checkpoint, on every rank; a fresh Progress where there is none.
@@ -119,13 +123,11 @@ class Checkpoints:
 
     def _prune(self, progress: Progress) -> None:
         """Remove all but the newest ones and the best. Renamed first: a half-removed folder must not look whole."""
-        paths = [path for path in self.folder.glob("step-*") if path.suffix != ".partial"]
-        paths.sort(key=lambda path: int(path.name.removeprefix("step-")))
-        for path in paths[: -self.settings.keep]:
+        for path in self._published()[: -self.settings.keep]:
             if not (self.settings.keep_best and path.name == progress.best):
                 doomed = path.with_suffix(".partial")
                 os.rename(path, doomed)
-                shutil.rmtree(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
 
     def _newest_intact(self) -> Path | None:
         """The newest checkpoint, its files compared with its manifest."""
@@ -158,6 +160,11 @@ def _state(trainer: Trainer) -> dict[str, Any]:
         "optimizer": get_optimizer_state_dict(network, trainer.optimizer),
         "ema": trainer.ema,
     }
+
+
+def number(checkpoint: Path) -> int:
+    """The iterations that a checkpoint's folder names."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _fresh(folder: Path) -> None:

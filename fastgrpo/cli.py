@@ -88,10 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _complain(
-            f"{error.filename or 'run.dir'}: no space left on the disk; free some and start again: the run resumes "
-            "from its newest checkpoint."
-        )
+        from fastgrpo.distributed import no_space
+
+        _complain(str(no_space(error.filename)))
         return 2
     return 0
 

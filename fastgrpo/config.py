@@ -63,7 +63,7 @@ class Video(Section):
     """Pixels."""
     width: Positive
     """Pixels."""
-    fps: Rate = 8.0
+    fps: Annotated[float, Field(gt=0, le=1000)] = 8.0
     """Frames per second, as declared to the rewards and written into video files."""
 
 
@@ -111,13 +111,15 @@ class Objective(Section):
 class Optimizer(Section):
     lr: Rate = 1e-5
     """AdamW learning rate (1e-5 in the paper)."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Rate = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     max_grad_norm: Rate = 1.0
     """Gradients are scaled down to this norm."""
     warmup_updates: Count = 0
     """The rate rises linearly over this many optimizer steps."""
+    decay_updates: Count = 0
+    """After the warm-up the rate falls linearly to a tenth over this many optimizer steps; 0 = never."""
     updates_per_iteration: Positive = 1
     """K: optimizer steps per iteration (4 in the paper; 1 with CFG in training)."""
     batch_size: Positive = 8
@@ -208,7 +210,8 @@ class Recipe(Section):
     @property
     def steps_trained(self) -> int:
         """Transitions trained per sample: ceil(tau T), and never the deterministic last step."""
-        return min(math.ceil(self.objective.timestep_fraction * self.rollout.steps), self.rollout.steps - 1)
+        exact = self.objective.timestep_fraction * self.rollout.steps
+        return min(math.ceil(exact - 1e-9), self.rollout.steps - 1)  # 0.28 * 25 is 7, and a little more in binary
 
     def to_toml(self) -> str:
         """The resolved recipe as TOML; unset optional fields are left out."""
@@ -225,7 +228,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"recipe={path}: no such file; give the path of a recipe, e.g. launch/t2v_tiny.toml.") from None
-    except (IsADirectoryError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"recipe={path}: not a TOML file ({error}).") from None
     _resolve_paths(tree, path.resolve().parent)
     for override in overrides:
@@ -282,15 +285,19 @@ def _resolve_paths(tree: dict[str, Any], base: Path) -> None:
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value`; the value is read as TOML, and as a plain string where that fails."""
+    """Set one `section.key=value`; the value is read as TOML, as a plain string where that fails, `none` as unset."""
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or len(keys) < 2:
         raise UserError(f"override '{override}': not of the form section.key=value, e.g. run.iterations=20.")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+    value: Any = None
+    if text.strip() != "none":
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+    if isinstance(value, str) and value.startswith(("./", "../")) and keys != ["run", "dir"]:
+        value = os.path.abspath(value)
     node: Any = tree
     for depth, key in enumerate(keys[:-1]):
         if isinstance(node, list):

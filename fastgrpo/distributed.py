@@ -3,6 +3,7 @@
 PyTorch's own engine throughout: gloo on CPU, NCCL on GPU. A single process is a world of one and takes the same path.
 """
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,18 +50,27 @@ class World:
         return everything.cpu()
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """What `action` returns on the main rank, on every rank; a UserError that it raises is raised on every rank."""
-        result: T | UserError | None = None
+        """What `action` returns on the main rank, on every rank; an error that it raises ends every rank.
+
+        A UserError, and a full disk as one, is raised as it is; of another the other ranks are told only that.
+        """
+        result: T | Exception | None = None
         if self.main:
             try:
                 result = action()
-            except UserError as error:
+            except OSError as error:
+                result = error if error.errno not in (errno.ENOSPC, errno.EDQUOT) else no_space(error.filename)
+            except Exception as error:
                 result = error
-        box = [result]
+        told: T | Exception | None = result
+        if isinstance(result, Exception) and not isinstance(result, UserError):
+            told = RuntimeError(f"the main rank failed: {type(result).__name__}")
+        box = [told]
         dist.broadcast_object_list(box, src=0)
-        if isinstance(box[0], UserError):
-            raise box[0]
-        return box[0]  # type: ignore[return-value]
+        outcome = result if self.main else box[0]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome  # type: ignore[return-value]
 
     def agree(self, error: UserError | None) -> None:
         """Raise on every rank the first error that any rank has."""
@@ -73,6 +83,14 @@ class World:
 
     def barrier(self) -> None:
         dist.barrier()
+
+
+def no_space(file: str | None) -> UserError:
+    """The error of a full disk."""
+    return UserError(
+        f"run.dir: no space left on the disk{f' for {file}' if file else ''}; free some and start again: the run "
+        "resumes from its newest checkpoint."
+    )
 
 
 @contextmanager
@@ -120,5 +138,5 @@ def gathered(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module in modules:
-            module.set_reshard_after_forward(True, recurse=False)
+            module.set_reshard_after_forward(module is not network, recurse=False)  # FSDP2's default: all but the root
             module.reshard()

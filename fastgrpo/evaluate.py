@@ -18,6 +18,7 @@ from fastgrpo import distributed, rollout
 from fastgrpo.config import Recipe
 from fastgrpo.data import video
 from fastgrpo.distributed import World
+from fastgrpo.errors import UserError
 from fastgrpo.models import Condition, Policy, stack
 from fastgrpo.rollout import Plan
 from fastgrpo.scoring import Scorer
@@ -39,7 +40,13 @@ class Evaluation:
 
     @classmethod
     def read(cls, file: Path) -> "Evaluation":
-        return cls(**json.loads(file.read_text()))
+        """Raises UserError where the file is missing or damaged."""
+        try:
+            return cls(**json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError):
+            raise UserError(
+                f"{file}: missing or damaged; choose another run.dir, or remove the run's folder."
+            ) from None
 
     def write(self, file: Path) -> None:
         partial = file.with_suffix(".partial")
@@ -79,8 +86,9 @@ def evaluate(
     kept = min(recipe.evaluate.clips, len(prompts))
     with averaged_weights(trainer), distributed.gathered(trainer.policy.network):
         for slots in rollout.batches(world.share(total), conditions, seeds, recipe.rollout.batch_size):
-            pixels = _pixels(trainer.policy, plan, conditions, slots)
-            scorer.submit(slots, pixels, [prompts[slot // seeds] for slot in slots])
+            latents = _latents(trainer.policy, plan, conditions, slots)
+            pixels = trainer.policy.decode(latents)
+            scorer.submit(slots, latents, pixels, [prompts[slot // seeds] for slot in slots])
             for slot, clip in zip(slots, pixels, strict=True):
                 if slot % seeds == 0 and slot // seeds < kept:
                     video.write_mp4(clips / f"{slot // seeds:03d}.mp4", clip, recipe.video.fps)
@@ -97,10 +105,10 @@ def evaluate(
     return evaluation
 
 
-def _pixels(policy: Policy, plan: Plan, conditions: Sequence[Condition], slots: list[int]) -> Tensor:
+def _latents(policy: Policy, plan: Plan, conditions: Sequence[Condition], slots: list[int]) -> Tensor:
     condition = stack([conditions[slot // plan.group_size] for slot in slots])
     x = plan.initial_noise(slots, plan.grid.device)
-    return policy.decode(rollout.sample_ode(policy, x, plan.grid, condition))
+    return rollout.sample_ode(policy, x, plan.grid, condition)
 
 
 @contextmanager
@@ -127,6 +135,11 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, object
     Prompts are resampled, with all their seeds: clips of one prompt are not independent. Clips that are invalid on
     either side are left out.
     """
+    if (before.prompts, before.seeds) != (after.prompts, after.seeds):
+        raise UserError(
+            "evaluation/step-0.json: was made of other held-out prompts; choose another run.dir, or restore the file "
+            "of prompts.heldout."
+        )
     result: dict[str, dict[str, object]] = {"before": {}, "after": {}, "difference": {}, "ci95": {}}
     names = list(dict.fromkeys(before.prompts))
     group = np.array([names.index(prompt) for prompt in before.prompts])

@@ -13,7 +13,7 @@ Key = tuple[int | str, ...]  # a purpose, then seed, iteration, prompt, sample, 
 
 
 def generator(key: Key, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose stream is determined by the key alone."""
+    """A generator whose stream is determined by the key alone; on a GPU also by its model, as torch's kernels are."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 

@@ -1,5 +1,6 @@
 """Starting in a run folder: whose run it holds, what it runs on, and files that are replaced as a whole."""
 
+import hashlib
 import json
 import os
 import platform
@@ -26,11 +27,13 @@ def check_folder(recipe: Recipe, world: World) -> None:
             f"ranks; raise it or rollout.samples_per_prompt, or start at most {total} processes."
         )
     folder = recipe.run.dir
-    file = folder / "recipe.toml"
-    if file.exists():
-        if recipe.run.resume == "never":
-            raise UserError(f"run.dir={folder}: holds a run already; choose another folder or run.resume=auto.")
-        check_same_recipe(config.load(file), recipe)
+    started = (folder / "metrics.jsonl").exists() or any(folder.glob("checkpoints/step-*"))
+    if not started:
+        return  # an attempt that failed before its first iteration binds nobody
+    if recipe.run.resume == "never":
+        raise UserError(f"run.dir={folder}: holds a run already; choose another folder or run.resume=auto.")
+    check_same_recipe(config.load(folder / "recipe.toml"), recipe)
+    check_same_inputs(folder / "inputs.json", recipe)
 
 
 def prepare_folder(recipe: Recipe, world: World) -> None:
@@ -38,6 +41,7 @@ def prepare_folder(recipe: Recipe, world: World) -> None:
     folder = recipe.run.dir
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "recipe.toml", recipe.to_toml())
+    write_atomically(folder / "inputs.json", json.dumps(inputs(recipe), indent=1) + "\n")
     write_atomically(folder / "environment.json", json.dumps(environment(world), indent=1) + "\n")
 
 
@@ -56,6 +60,23 @@ def check_same_recipe(old: Recipe, new: Recipe) -> None:
             f"run.dir={new.run.dir}: holds a run of another recipe ({'; '.join(differing)}); choose another run.dir, "
             "or remove the folder."
         )
+
+
+def inputs(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of the files whose content the recipe does not show."""
+    files = {"prompts.train": recipe.prompts.train, "prompts.heldout": recipe.prompts.heldout}
+    return {key: hashlib.sha256(Path(file).read_bytes()).hexdigest() for key, file in files.items()}
+
+
+def check_same_inputs(file: Path, recipe: Recipe) -> None:
+    """Refuse to resume on prompt files that were edited since: another order, another held-out comparison."""
+    before = json.loads(file.read_text())
+    for key, digest in inputs(recipe).items():
+        if before[key] != digest:
+            raise UserError(
+                f"{key}: the file has changed since the run in {recipe.run.dir} began; restore it, or choose another "
+                "run.dir."
+            )
 
 
 def _flat(recipe: Recipe) -> dict[str, object]:

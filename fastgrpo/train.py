@@ -5,10 +5,12 @@ disjoint minibatches balanced over prompts, and everything random is keyed so th
 """
 
 import json
+import os
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 from fastgrpo.evaluate import Evaluation
 from fastgrpo.flow import time_grid
+from fastgrpo.lifetime import die_with, only_run_in
 from fastgrpo.models import Condition, Policy
 from fastgrpo.report import write_report
 from fastgrpo.resume import check_folder, prepare_folder, write_atomically
@@ -37,7 +40,9 @@ class Stopwatch:
     last: float = field(default_factory=time.perf_counter)
 
     def lap(self, phase: str) -> None:
-        """Add the time since the last lap to a phase."""
+        """Add the time since the last lap to a phase; on a GPU, of the work queued so far."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
         self.last = now
@@ -50,6 +55,8 @@ class Stopwatch:
 
 def train(recipe: Recipe) -> dict[str, object]:
     """Run a recipe to its end, resuming where an earlier attempt stopped.  returns the summary, on every rank"""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with(os.getppid())  # ranks are no process group of torchrun's: killing it would leave them training
     with distributed.open_world() as world, ExitStack() as stack:
         session = Session.open(recipe, world, stack)
         before = session.baseline()
@@ -73,7 +80,7 @@ class Session:
     progress: Progress
     train_prompts: list[str]
     heldout_prompts: list[str]
-    conditions: list[Condition]  # of the training prompts, then of the held-out ones
+    conditions: list[Condition]  # of the training prompts, then of the held-out ones; in host memory
     grid: Tensor
     shape: tuple[int, ...]
 
@@ -82,6 +89,8 @@ class Session:
         """Load, shard, resume; start the reward server where the recipe asks for one. `stack` closes what is open."""
         train_prompts, heldout = read_prompts(recipe)
         world.on_main(lambda: check_folder(recipe, world))
+        world.on_main(lambda: stack.enter_context(only_run_in(recipe.run.dir)))
+        sources = open_rewards(recipe, world, stack)
         policy = models.load(recipe.model, world.device)
         shape = policy.latent_shape(recipe.video)
         world.on_main(lambda: prepare_folder(recipe, world))  # not before the recipe has proved itself
@@ -91,12 +100,9 @@ class Session:
         trainer = Trainer.create(policy, recipe.optimizer, reference)
         checkpoints = Checkpoints(recipe.run.dir / "checkpoints", recipe.checkpoint, world)
         progress = checkpoints.load(trainer)
-        scorer = Scorer(open_rewards(recipe, world, stack), list(recipe.weights), recipe.video.fps, world)
+        scorer = Scorer(sources, recipe.rewards, recipe.video.fps, world)
         stack.callback(scorer.close)
-        tracker = Tracker(
-            recipe.run.dir, world.main, recipe.run.iterations, progress.iteration, wandb_settings(recipe),
-            recipe.model_dump(mode="json"),
-        )  # fmt: skip
+        tracker = open_tracker(recipe, world, progress.iteration)
         stack.callback(tracker.close)
         if progress.iteration:
             tracker.message(f"resumed from checkpoint step-{progress.iteration}")
@@ -116,7 +122,7 @@ class Session:
         # 1. a batch of prompts
         chosen = prompts.draw(len(self.train_prompts), recipe.prompts.per_iteration, iteration, recipe.run.seed)
         texts = [self.train_prompts[index] for index in chosen]
-        conditions = [self.conditions[index] for index in chosen]
+        conditions = [models.move(self.conditions[index], self.world.device) for index in chosen]
         plan = Plan(
             recipe.run.seed, iteration, group, self.grid, recipe.rollout.eta, recipe.rollout.shared_noise, self.shape
         )
@@ -158,8 +164,9 @@ class Session:
             for batch in rollout.batches(slots, conditions, plan.group_size, self.recipe.rollout.batch_size):
                 parts.append(rollout.sample(self.policy, plan, conditions, batch))
                 watch.lap("rollout")
-                pixels = self.policy.decode(parts[-1].final)
-                self.scorer.submit(batch, pixels, [texts[slot // plan.group_size] for slot in batch])
+                final = parts[-1].final
+                prompts_of = [texts[slot // plan.group_size] for slot in batch]
+                self.scorer.submit(batch, final, self.policy.decode(final), prompts_of)
                 watch.lap("decode")
         trajectories = rollout.concatenate(parts)
         scored = self.scorer.collect(total)
@@ -188,10 +195,14 @@ class Session:
         first = len(self.train_prompts)
         steps = self.recipe.evaluate.steps or self.recipe.rollout.steps
         grid = time_grid(steps, self.recipe.rollout.shift or self.policy.shift, self.world.device)
-        return evaluate.evaluate(
-            self.trainer, self.recipe, self.heldout_prompts[:count], self.conditions[first : first + count],
+        conditions = [models.move(c, self.world.device) for c in self.conditions[first : first + count]]
+        evaluation = evaluate.evaluate(
+            self.trainer, self.recipe, self.heldout_prompts[:count], conditions,
             self.scorer, self.world, self.progress.iteration, grid, self.shape,
         )  # fmt: skip
+        if not np.isfinite(evaluation.columns()["sum"]).any():
+            raise UserError("rewards: no held-out clip has a valid score; look at reward_server.log in the run folder.")
+        return evaluation
 
     def baseline(self) -> Evaluation:
         """The held-out evaluation before training; read back when the run is resumed."""
@@ -256,7 +267,7 @@ def encode_prompts(policy: Policy, recipe: Recipe, world: World, texts: list[str
     file = recipe.run.dir / "embeddings" / "conditions.safetensors"
     key = embeddings.fingerprint(recipe.model.path, texts)
     world.on_main(lambda: embeddings.make(policy, texts, file, key))
-    return embeddings.read(file, len(texts), world.device)
+    return embeddings.read(file, len(texts))
 
 
 def initial_policy(recipe: Recipe, world: World) -> Policy:
@@ -265,6 +276,21 @@ def initial_policy(recipe: Recipe, world: World) -> Policy:
     policy.network.requires_grad_(False)
     distributed.shard(policy, world, getattr(torch, recipe.model.dtype))
     return policy
+
+
+def open_tracker(recipe: Recipe, world: World, start: int) -> Tracker:
+    """Each rank's tracker; a mistake that the main rank's meets is raised on every rank."""
+    tracker, mistake = None, None
+    try:
+        tracker = Tracker(
+            recipe.run.dir, world.main, recipe.run.iterations, start, wandb_settings(recipe),
+            recipe.model_dump(mode="json"),
+        )  # fmt: skip
+    except UserError as error:
+        mistake = error
+    world.agree(mistake)
+    assert tracker is not None
+    return tracker
 
 
 def wandb_settings(recipe: Recipe) -> track.Wandb | None:

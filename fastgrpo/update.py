@@ -53,9 +53,11 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """The rate of the next optimizer step."""
-        warmup = self.settings.warmup_updates
-        return self.settings.lr * min(1.0, (self.updates + 1) / (warmup + 1))
+        """The rate of the next optimizer step: a linear warm-up, then the decay that the recipe asks for."""
+        warmup, decay = self.settings.warmup_updates, self.settings.decay_updates
+        if self.updates < warmup or not decay:
+            return self.settings.lr * min(1.0, (self.updates + 1) / (warmup + 1))
+        return self.settings.lr * max(0.1, 1.0 - 0.9 * (self.updates - warmup) / decay)
 
     def step(self) -> Tensor:
         """Clip, step, move the average.  returns the gradient's norm; a non-finite one skips the step on every rank."""
@@ -88,7 +90,7 @@ class Trainer:
 
 @dataclass
 class Totals:
-    """Sums over transitions, on the device: read once per iteration, so that the loop never waits for the host."""
+    """Sums over transitions, on the device and read once per iteration: micro-batches do not wait for them."""
 
     values: Tensor  # [4]: loss, clipped transitions, transitions, KL
     max_log_ratio: Tensor
@@ -116,11 +118,10 @@ def update(
     conditions: one per prompt of the iteration;  advantages: float32 [N];  kept: bool [N], N = all ranks' samples
     """
     totals = Totals.zeros(world.device)
-    norms = []
+    advantages = advantages.to(world.device)
+    norms: list[Tensor] = []
     key = ("minibatches", plan.seed, plan.iteration)
-    for number, members in enumerate(
-        grpo.minibatches(kept, plan.group_size, trainer.settings.updates_per_iteration, key)
-    ):
+    for members in grpo.minibatches(kept, plan.group_size, trainer.settings.updates_per_iteration, key):
         transitions = [(slot, step) for slot in members for step in _steps(plan, objective, chosen_steps, slot)]
         if not transitions:
             continue
@@ -128,7 +129,7 @@ def update(
             loss = _loss(trainer, objective, plan, trajectories, conditions, advantages, batch, weight, totals)
             # FSDP averages over ranks, and the objective is the mean over all ranks' transitions
             (loss * (world.size / len(transitions))).backward()
-        if number == 0:
+        if not norms:
             totals.max_log_ratio_first = totals.max_log_ratio
         norms.append(trainer.step())
     return _metrics(totals, norms, trainer)
@@ -178,7 +179,7 @@ def _loss(
     x, x_next = trajectories.states[row, step], trajectories.states[row, step + 1]
     t, t_next = plan.grid[step], plan.grid[step + 1]
     condition = stack([conditions[slot // plan.group_size] for slot, _ in batch])
-    advantage = advantages[[slot for slot, _ in batch]].to(device)
+    advantage = advantages[row + start]
 
     v = trainer.policy.velocity(x, t, condition)
     mean, std = trainer.policy.transition(x, v, t, t_next, plan.eta)
@@ -203,7 +204,7 @@ def _loss(
 
 
 def _metrics(totals: Totals, norms: list[Tensor], trainer: Trainer) -> dict[str, float]:
-    """All ranks' totals as numbers: the iteration's one wait for the device."""
+    """All ranks' totals as numbers."""
     dist.all_reduce(totals.values)
     extremes = torch.stack([totals.max_log_ratio_first, totals.max_log_ratio])
     dist.all_reduce(extremes, dist.ReduceOp.MAX)

@@ -64,6 +64,6 @@ else
     meeting+=(--master-addr="${FASTGRPO_MASTER%:*}" --master-port="${FASTGRPO_MASTER##*:}")
 fi
 
-trap "" USR1 # slurm's warning before the time limit would kill torchrun; the ranks set their own handlers
+trap "" USR1 # slurm's warning before the time limit would kill torchrun; a resubmitted job resumes
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} FASTGRPO_SETTLED=1
 exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node="$processes" "$file" "$@"

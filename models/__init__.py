@@ -64,6 +64,11 @@ def stack(conditions: Sequence[Condition]) -> Condition:
     return {name: torch.stack([c[name] for c in conditions]) for name in conditions[0]}
 
 
+def move(condition: Condition, device: torch.device) -> Condition:
+    """The condition on another device."""
+    return {name: tensor.to(device) for name, tensor in condition.items()}
+
+
 def shape_key(condition: Condition) -> tuple[tuple[int, ...], ...]:
     """Conditions with the same key can share a batch without padding."""
     return tuple(tuple(condition[name].shape) for name in sorted(condition))

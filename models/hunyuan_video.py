@@ -17,6 +17,7 @@ from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from einops import rearrange
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastgrpo import flow
@@ -106,7 +107,7 @@ class HunyuanVideo:
                 input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
             ).hidden_states[-(SKIPPED_LAYERS + 1)]
             for row, mask in zip(states, tokens.attention_mask, strict=True):
-                features.append(row[crop : int(mask.sum())].float().clone())
+                features.append(row[crop : int(mask.sum())].float().cpu())
         return features
 
     def _clip_features(self, prompts: Sequence[str]) -> list[Tensor]:
@@ -121,7 +122,7 @@ class HunyuanVideo:
                 truncation=True,
                 return_tensors="pt",
             )
-            features.extend(encoder(tokens.input_ids.to(self.device)).pooler_output.float().clone())
+            features.extend(encoder(tokens.input_ids.to(self.device)).pooler_output.float().cpu())
         return features
 
     def _text_model(self, tokenizer: str, encoder: str) -> tuple[Any, Any]:
@@ -131,7 +132,7 @@ class HunyuanVideo:
         index = json.loads((self.folder / "model_index.json").read_text())
         tokenizer_class = getattr(transformers, index[tokenizer][1])
         encoder_class = getattr(transformers, index[encoder][1])
-        model = encoder_class.from_pretrained(self.folder / encoder, torch_dtype=self.dtype)
+        model = _read(encoder_class, self.folder / encoder, self.dtype)
         return tokenizer_class.from_pretrained(self.folder / tokenizer), model.to(self.device).eval()
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -169,12 +170,21 @@ class HunyuanVideo:
 def load(settings: Model, device: torch.device) -> HunyuanVideo:
     """The policy of a folder in the diffusers layout, or of a hub id. The network is loaded in float32."""
     folder = _folder(settings.path)
-    network = HunyuanVideoTransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
-    vae = AutoencoderKLHunyuanVideo.from_pretrained(folder / "vae", torch_dtype=getattr(torch, settings.dtype))
+    network = _read(HunyuanVideoTransformer3DModel, folder / "transformer", torch.float32)
+    vae = _read(AutoencoderKLHunyuanVideo, folder / "vae", getattr(torch, settings.dtype))
     vae.requires_grad_(False).eval().to(device)
     if network.config.image_condition_type is not None or network.config.in_channels != network.config.out_channels:
         raise UserError(f"model.path={settings.path}: an image-to-video network; this family is text-to-video.")
     return HunyuanVideo(network.train().to(device), vae, folder, settings)
+
+
+def _read(network: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A network from its folder; one that is missing, damaged or of another class is a user's mistake."""
+    try:
+        return network.from_pretrained(folder, torch_dtype=dtype)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        problem = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"model.path: {folder} cannot be read ({problem}); download that folder again.") from None
 
 
 def _folder(path: str) -> Path:
@@ -185,7 +195,9 @@ def _folder(path: str) -> Path:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(path))
-    for part in ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
+    parts = [f"{part}/config.json" for part in ("transformer", "vae", "text_encoder", "text_encoder_2")]
+    parts += ["scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json", "tokenizer_2/tokenizer_config.json"]
+    for part in ("model_index.json", *parts):
         if not (Path(path) / part).is_file():
             raise UserError(f"model.path={path}: {part} is missing; give a whole folder in the diffusers layout.")
     return Path(path)

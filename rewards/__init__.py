@@ -55,13 +55,18 @@ def known() -> tuple[str, ...]:
 
 def load(name: str) -> Reward:
     """The reward of the file `rewards/<name>.py`. Raises UserError, a ValueError, where there is none."""
+    check(name)
+    reward: Reward = importlib.import_module(f"fastgrpo.rewards.{name}").load()
+    return reward
+
+
+def check(name: str) -> None:
+    """Raise UserError where there is no such reward."""
     if name not in known():
         raise UserError(
             f"reward='{name}': no such reward; use one of {', '.join(known())}, "
             f"or add rewards/{name}.py with a function load() -> Reward"
         )
-    reward: Reward = importlib.import_module(f"fastgrpo.rewards.{name}").load()
-    return reward
 
 
 def judge(reward: Reward, clips: Sequence[Tensor], prompts: Sequence[str], fps: float) -> Scores:

@@ -98,8 +98,8 @@ class RewardClient:
             time.sleep(min(wait, give_up - now))
             pause, failed = min(2.0 * pause, LONGEST_PAUSE_S), url
 
-    def wait_ready(self, timeout_s: float) -> None:
-        """Return once every server takes requests and has the rewards; UserError after timeout_s or a wrong token."""
+    def wait_ready(self, timeout_s: float) -> dict[str, list[str]]:
+        """The parts of each reward, once every server takes requests; UserError after timeout_s or a wrong token."""
         deadline = time.monotonic() + timeout_s
         specs = {url: self._wait_for(url, deadline, timeout_s) for url in self._under_way}
         for url, spec in specs.items():
@@ -109,6 +109,7 @@ class RewardClient:
                 raise UserError(f"server.urls={url}: has no reward '{missing[0]}', only {has}; start it with that one")
             if any(spec[name] != other[name] for other in specs.values() for name in self.names if name in other):
                 raise UserError(f"server.urls={url}: differs from the other servers; start all with the same version")
+        return specs[url]
 
     def _wait_for(self, url: str, deadline: float, timeout_s: float) -> dict[str, list[str]]:
         """The rewards of a server and their parts, once it is ready."""

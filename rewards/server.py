@@ -12,13 +12,11 @@ too much waiting 429. SIGTERM drains: no new request is taken, those that were a
 
 import asyncio
 import contextlib
-import ctypes
 import hmac
 import json
 import logging
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +32,7 @@ from starlette.requests import ClientDisconnect
 
 import fastgrpo
 from fastgrpo.errors import UserError
+from fastgrpo.lifetime import die_with
 from fastgrpo.rewards import Reward, judge, load, wire
 
 log = logging.getLogger(__name__)
@@ -247,15 +246,6 @@ def stop(child: subprocess.Popen[bytes], patience_s: float = 10.0) -> None:
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
-
-
-def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, in whatever way; on Linux only."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
-        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before the kernel was told
-        sys.exit("the parent process is gone")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ SMALL = (
     "rollout.samples_per_prompt=4",
     "rollout.steps=4",
     "rollout.batch_size=4",
+    "objective.best_of_n=none",
     "optimizer.batch_size=8",
     "optimizer.updates_per_iteration=2",
     "optimizer.ema_decay=0.5",

@@ -25,13 +25,15 @@ def test_overrides_have_types_and_reach_into_lists(tmp_path: Path) -> None:
     )
     assert recipe.run.iterations == 7 and recipe.optimizer.lr == 3e-5 and recipe.track.wandb
     assert recipe.rewards[0].where == "process" and recipe.run.dir == Path("a b")
+    assert recipe.objective.best_of_n == 8
+    assert config.load(RECIPE, ["objective.best_of_n=none"]).objective.best_of_n is None
 
 
 def test_paths_of_the_file_are_relative_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = config.load(RECIPE)
     assert Path(recipe.prompts.train).is_file() and Path(recipe.prompts.train).is_absolute()
-    assert config.load(RECIPE, ["prompts.train=../x.txt"]).prompts.train == "../x.txt"
+    assert config.load(RECIPE, ["prompts.train=../x.txt"]).prompts.train == str(tmp_path.parent / "x.txt")
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ def test_paths_of_the_file_are_relative_to_it(tmp_path: Path, monkeypatch: pytes
         ("rollout.steps=1", "rollout.steps=1: input should be greater than or equal to 2"),
         ("rollout.eta=0.0", "rollout.eta=0.0: GRPO needs a stochastic sampler; use eta > 0"),
         ("optimizer.updates_per_iteration=3", "does not divide the 8 samples trained per prompt"),
-        ("objective.best_of_n=16", "objective.best_of_n=16: must be even and at most rollout.samples_per_prompt=8"),
+        ("objective.best_of_n=18", "objective.best_of_n=18: must be even and at most rollout.samples_per_prompt=16"),
         ("objective.best_of_n=3", "objective.best_of_n=3: must be even"),
         ("rewards.0.weights={VQ=0.0}", "every weight is 0"),
         ("rewards.3.where=process", "no such entry; there are 1"),

@@ -1,5 +1,6 @@
 """Two ranks killed with SIGKILL at ten random moments end with the weights of an undisturbed run, bit for bit."""
 
+import contextlib
 import os
 import random
 import signal
@@ -33,6 +34,32 @@ def finish(process: subprocess.Popen[bytes]) -> None:
     assert process.wait(timeout=runs.LIMIT) == 0
 
 
+def kill(process: subprocess.Popen[bytes], whom: str) -> None:
+    """SIGKILL to torchrun, to one rank, or to all; the rest must go by itself."""
+    ranks = children(process.pid)
+    if whom == "a rank" and ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(ranks[-1], signal.SIGKILL)
+    else:
+        for pid in [process.pid, *(ranks if whom == "everything" else [])]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        assert time.monotonic() < deadline, "a rank outlived its run"
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started and that still run."""
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += [int(child) for child in file.read_text().split()]
+    return found
+
+
 def lines(folder: Path) -> int:
     file = folder / "metrics.jsonl"
     return len(file.read_bytes().splitlines()) if file.exists() else 0
@@ -52,8 +79,7 @@ def test_killed_at_ten_random_moments_ends_as_if_undisturbed(tmp_path: Path) -> 
             while lines(stormy) == already and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.01)
         time.sleep(moments.uniform(0.0, 1.0))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=30)
+        kill(process, moments.choice(("everything", "torchrun", "a rank")))
     finish(start(stormy))
     runs.assert_same_checkpoint(
         runs.checkpoint(calm, ITERATIONS, tmp_path), runs.checkpoint(stormy, ITERATIONS, tmp_path)

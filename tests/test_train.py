@@ -1,5 +1,6 @@
 """Whole runs: the recipe, the reward server, two ranks, what the run folder holds, and users' mistakes."""
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -105,5 +106,24 @@ def test_mistakes_in_prompts_counts_and_servers_are_one_line(tmp_path: Path) -> 
     for override, message in cases.items():
         assert message in runs.complaint(folder, [override])
         assert not (folder / "recipe.toml").exists(), "half-written run folder"
+    missing = ["rewards.0.name=tiny_wold"]
+    assert "no such reward; use one of tiny_world" in runs.complaint(folder, missing)
+    assert "tiny_world has no part 'XQ'" in runs.complaint(folder, ["rewards.0.weights={XQ=1.0}"])
     unreachable = ["server.urls=['http://127.0.0.1:9']", f"server.token_file={tmp_path / 'token'}"]
     assert "http://127.0.0.1:9" in runs.complaint(folder, [*unreachable, "server.start_timeout_s=2"])
+    assert not (folder / "recipe.toml").exists(), "half-written run folder"
+
+
+def test_a_second_trainer_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process is training there" in runs.complaint(tmp_path / "run")
+
+
+def test_an_edited_prompt_file_is_noticed_on_resume(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    recorded = json.loads((copy / "inputs.json").read_text())
+    (copy / "inputs.json").write_text(json.dumps(recorded | {"prompts.heldout": "other"}))
+    assert "prompts.heldout: the file has changed since" in runs.complaint(copy)

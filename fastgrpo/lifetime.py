@@ -1,0 +1,47 @@
+"""Processes that must not outlive others, and folders that only one run may use."""
+
+import ctypes
+import fcntl
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastgrpo.errors import UserError
+
+PATIENCE_S = 10.0  # a killed run's other processes take a moment to go
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, in whatever way; on Linux only."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before the kernel was told
+        sys.exit("the parent process is gone")
+
+
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the kernel drops it however this process ends.
+
+    Raises UserError where another process keeps holding it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + PATIENCE_S
+    with (folder / "lock").open("a") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"run.dir={folder}: another process is training there; wait for it, stop it, or choose "
+                        "another folder."
+                    ) from None
+                time.sleep(0.1)
+        yield
