@@ -93,13 +93,11 @@ def test_one_and_two_ranks_and_any_batch_size_agree(tmp_path: Path) -> None:
     for ranks, rollout_batch, update_batch in ((2, 4, 8), (1, 1, 1), (1, 7, 64), (2, 3, 5)):
         other = run(tmp_path / f"{ranks}-{rollout_batch}-{update_batch}", ranks, rollout_batch, update_batch)
         for name in ("states", "final", "log_probs"):
-            torch.testing.assert_close(other[name], reference[name], atol=1e-6 * scale(reference[name]), rtol=0)
+            difference = other[name] - reference[name]
+            assert difference.norm() <= 1e-6 * reference[name].norm(), name
+            assert difference.abs().max() <= 1e-5, name  # single values: matmuls of other batch sizes round otherwise
         assert_gradients_equal(other["gradients"][0], reference["gradients"][0], 1e-6)
         assert other["metrics"]["update/max_log_ratio_first"] <= 1e-6
-
-
-def scale(tensor: Tensor) -> float:
-    return max(1.0, tensor.abs().max().item())
 
 
 def run(file: Path, ranks: int, rollout_batch: int, update_batch: int) -> dict[str, Any]:
