@@ -57,5 +57,5 @@ setup(
         "lora": ["peft>=0.19"],
         "dev": ["pytest>=9", "pytest-timeout>=2.4", "ruff>=0.17", "mypy>=2.4", "setuptools>=77"],
     },
-    entry_points={"console_scripts": ["fastgrpo = fastgrpo.cli:main"]},
+    entry_points={"console_scripts": ["fastgrpo = fastgrpo.cli:console"]},
 )

@@ -7,8 +7,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from fastgrpo.errors import UserError
+from fastgrpo.lifetime import leave
 
 EPILOG = """examples:
   fastgrpo train launch/t2v_tiny.toml                           one process, the tiny world
@@ -181,5 +183,10 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def console() -> NoReturn:
+    """The `fastgrpo` command as a process."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

@@ -14,6 +14,7 @@ from io import StringIO
 from pathlib import Path
 
 from fastgrpo.errors import UserError
+from fastgrpo.lifetime import leave
 
 SETTLED = "FASTGRPO_SETTLED"
 """In the environment once the recipe is checked and the number of processes settled, here or by launch/_run.sh."""
@@ -25,7 +26,8 @@ USER_ERROR = 2
 def main(recipe: Path, arguments: list[str]) -> int:
     """Train the recipe file `recipe` with the overrides `arguments` ("section.key=value"); returns the exit code.
 
-    The code is 2 for a user's mistake. Does not return where the process is replaced by a torchrun over several.
+    The code is 2 for a user's mistake. Does not return once training has begun, nor where the process is replaced by a
+    torchrun over several.
     """
     try:
         from fastgrpo import cli
@@ -45,7 +47,7 @@ def main(recipe: Path, arguments: list[str]) -> int:
         if processes > 1:
             _replace_by_torchrun(recipe, arguments, processes)
     code = cli.main(["train", str(recipe), *arguments])
-    return _after_rank_0(code) if code else 0
+    leave(_after_rank_0(code) if code else 0)
 
 
 def processes_to_start(environment: Mapping[str, str]) -> int:

@@ -1,5 +1,6 @@
-"""Processes that must not outlive others, and folders that only one run may use."""
+"""Processes that must not outlive others, how they end, and folders that only one run may use."""
 
+import atexit
 import ctypes
 import fcntl
 import os
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from fastgrpo.errors import UserError
 
@@ -22,6 +24,18 @@ def die_with(parent: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it ended before the kernel was told
         sys.exit("the parent process is gone")
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with its exit hooks run and its output flushed, but without tearing the interpreter down.
+
+    A process group's thread that drops a Python object during the teardown aborts the process ("terminate called
+    without an active exception"), so that a run that ended well, or with one clear line, would exit with SIGABRT.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextmanager

@@ -51,6 +51,7 @@ def tree(tmp_path: Path) -> Path:
         "launch/_run.sh",
         "fastgrpo/launch.py",
         "fastgrpo/errors.py",
+        "fastgrpo/lifetime.py",
         "fastgrpo/__init__.py",
     ):
         shutil.copy(ROOT / file, tree / file)
