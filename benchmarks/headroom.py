@@ -15,7 +15,7 @@ import torch
 
 from fastgrpo.data import shapes
 from fastgrpo.evaluate import Evaluation
-from fastgrpo.rewards import load
+from fastgrpo.rewards import load, plain
 
 
 def drawn(evaluation: Evaluation) -> dict[str, float]:
@@ -23,7 +23,7 @@ def drawn(evaluation: Evaluation) -> dict[str, float]:
     captions = list(dict.fromkeys(evaluation.prompts))
     meanings = [shapes.parse(caption) for caption in captions]
     clips = np.stack([shapes.draw(meaning) for meaning in meanings if meaning is not None])
-    values = load("tiny_world")(torch.from_numpy(clips), captions, shapes.FPS).values
+    values = load(plain("tiny_world"))(torch.from_numpy(clips), captions, shapes.FPS).values
     parts = {part: scores.mean().item() for part, scores in values.items()}
     return {"sum": sum(evaluation.weights[part] * score for part, score in parts.items()), **parts}
 

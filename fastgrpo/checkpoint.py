@@ -1,31 +1,42 @@
 """Checkpoints: sharded DCP folders, published atomically, and resuming from them.
 
 A checkpoint is written to `step-N.partial`, flushed to disk and renamed to `step-N`; then `latest` is replaced. So a
-folder named `step-N` is whole, whenever the process was killed, and no folder is ever written twice. Randomness is
-keyed, so no generator's state is stored.
+folder named `step-N` is whole, whenever the process was killed, and no folder is ever written twice. Its manifest holds
+each file's size and SHA-256; a folder that does not fit it is set aside and the one before is taken. In the background
+the state is copied to host memory first, and training goes on while it is written. A save that fails is told, and
+training goes on. Randomness is keyed, so no generator's state is stored: any number of ranks and any mesh resumes.
 """
 
+import hashlib
 import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
 
+from fastgrpo import stored
 from fastgrpo.config import Checkpoint
 from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 from fastgrpo.update import Trainer
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -48,6 +59,17 @@ class Progress:
         self.rewards = ()
 
 
+@dataclass
+class Pending:
+    """A save that is under way."""
+
+    path: Path
+    progress: str  # JSON, as of the save
+    best: str | None
+    written: "Future[Any] | None"  # none = this rank's parts are written already
+    problem: str | None = None  # what went wrong on this rank
+
+
 class Checkpoints:
     """The folder `checkpoints/` of a run."""
 
@@ -55,6 +77,11 @@ class Checkpoints:
         self.folder = folder
         self.settings = settings
         self.world = world
+        self.notices: list[str] = []
+        """What the user should be told about the folder, such as a checkpoint that was set aside."""
+        self._pending: Pending | None = None
+        # its own, since a save in the background must not meet the collectives of training
+        self._group = dist.new_group(backend="gloo") if settings.background else None
 
     def newest(self) -> Path | None:
         """The newest published checkpoint."""
@@ -64,46 +91,127 @@ class Checkpoints:
         return sorted((path for path in self.folder.glob("step-*") if path.name[5:].isdecimal()), key=number)
 
     def load(self, trainer: Trainer) -> Progress:
-        """Continue from the newest checkpoint, on every rank; a fresh Progress where there is none.
+        """Continue from the newest intact checkpoint, on every rank; a fresh Progress where there is none.
 
-        Raises UserError naming a file that is missing or truncated.
+        A damaged one is set aside as `step-N.damaged`, and `notices` names the file. Raises UserError where all are.
         """
-        path = self.world.on_main(self._newest_intact)
+        self.world.on_main(self._sweep)
+        damaged = []
+        while (path := self.world.on_main(self.newest)) is not None:
+            problem = self._problem(path)
+            if problem is None:
+                break
+            damaged.append(problem)
+            aside = path.with_suffix(".damaged")
+            self.world.on_main(lambda path=path, aside=aside: _set_aside(path, aside))  # type: ignore[misc]
+            self.notices.append(f"checkpoint {path.name} is damaged ({problem}): set aside as {aside.name}")
         if path is None:
+            if damaged:
+                raise UserError(
+                    f"checkpoint={self.folder}: none is intact ({'; '.join(damaged)}); they were set aside: restore "
+                    "one from a copy, or start again for a run from the beginning."
+                )
             return Progress()
         state = _state(trainer)
         dcp.load(state, checkpoint_id=path)
-        set_model_state_dict(trainer.policy.network, state["model"])
+        set_model_state_dict(trainer.policy.network, state["model"], options=StateDictOptions(strict=False))
         set_optimizer_state_dict(trainer.policy.network, trainer.optimizer, optim_state_dict=state["optimizer"])
         numbers = json.loads((path / "progress.json").read_text())
         trainer.updates, trainer.skipped = numbers.pop("updates"), numbers.pop("skipped")
         return Progress(**numbers | {"rewards": tuple(numbers["rewards"])})
 
-    def save(self, trainer: Trainer, progress: Progress) -> Path:
-        """Write, publish and prune, on every rank. Raises UserError where the disk refuses; the last one stays."""
-        path = self.folder / f"step-{progress.iteration}"
-        partial = path.with_suffix(".partial")
-        progress.close_span(path.name)
-        self.world.on_main(lambda: _fresh(partial))
-        try:
-            dcp.save(_state(trainer), checkpoint_id=partial)
-        except CheckpointException as failure:  # a BaseException, raised on every rank
-            self.world.on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
-            cause = next(iter(failure.failures.values()))[0]
-            raise UserError(
-                f"run.dir={self.folder.parent}: checkpoint {path.name} could not be written ({cause}); free space "
-                "there and start again: the run resumes from the checkpoint before."
-            ) from None
-        self.world.on_main(lambda: self._publish(partial, path, trainer, progress))
-        return path
+    def save(self, trainer: Trainer, progress: Progress) -> str | None:
+        """Write a checkpoint, on every rank; in the background where the settings say so.
 
-    def _publish(self, partial: Path, path: Path, trainer: Trainer, progress: Progress) -> None:
-        """On the main rank: manifest, flush, rename, replace `latest`, prune."""
+        Returns what went wrong, with this save or with one before it in the background, the same on every rank; the
+        last published checkpoint stays in place.
+        """
+        problem = self.finish()
+        path = self.folder / f"step-{progress.iteration}"
+        best_before = progress.best_reward, progress.best
+        progress.close_span(path.name)
+        numbers = json.dumps(vars(progress) | {"updates": trainer.updates, "skipped": trainer.skipped}, indent=1)
         try:
-            numbers = vars(progress) | {"updates": trainer.updates, "skipped": trainer.skipped}
-            (partial / "progress.json").write_text(json.dumps(numbers, indent=1))
-            sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-            (partial / "manifest.json").write_text(json.dumps(sizes, indent=1))
+            self.world.on_main(lambda: _fresh(path.with_suffix(".partial")))
+        except UserError as error:  # a full disk
+            progress.best_reward, progress.best = best_before
+            return str(error)
+        self._pending = pending = Pending(path, numbers, progress.best, None)
+        try:
+            if self.settings.background:
+                future = dcp.async_save(
+                    _state(trainer), checkpoint_id=path.with_suffix(".partial"), process_group=self._group
+                )
+                assert isinstance(future, Future)
+                pending.written = future
+                return problem
+            dcp.save(_state(trainer), checkpoint_id=path.with_suffix(".partial"))
+        except CheckpointException as failure:  # a BaseException, raised on every rank
+            pending.problem = _cause(failure)
+        failed = self.finish()
+        if failed:
+            progress.best_reward, progress.best = best_before
+        return failed or problem
+
+    def poll(self) -> str | None:
+        """Publish a save in the background once every rank has written its part.  returns what went wrong"""
+        if self._pending is None:
+            return None
+        written = self._pending.written
+        done = torch.tensor(float(written is None or written.done()), device=self.world.device)
+        dist.all_reduce(done, dist.ReduceOp.MIN)
+        return self.finish() if done else None
+
+    def finish(self) -> str | None:
+        """Wait for the save that is under way, if any, and publish it.  returns what went wrong, on every rank"""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        hashes: dict[str, tuple[int, str]] = {}
+        try:
+            if pending.written is not None:
+                pending.written.result()
+            if pending.problem is None:
+                hashes = _hashes(pending.path.with_suffix(".partial"), self.world.rank)
+        except CheckpointException as failure:
+            pending.problem = _cause(failure)
+        except OSError as error:
+            pending.problem = error.strerror or type(error).__name__
+        problems = self._gather(pending.problem)
+        parts = self._gather(hashes)
+        problem = next((found for found in problems if found), None)
+        if problem is None:
+            problem = self.world.on_main(
+                lambda: self._publish(pending, [entry for part in parts for entry in part.items()])
+            )
+        else:
+            self.world.on_main(lambda: shutil.rmtree(pending.path.with_suffix(".partial"), ignore_errors=True))
+        if problem is None:
+            return None
+        return (
+            f"run.dir={self.folder.parent}: checkpoint {pending.path.name} could not be written ({problem}); free "
+            "space there and start again: the checkpoint before is intact."
+        )
+
+    def _gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        values: list[Any] = [None] * self.world.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def _publish(self, pending: Pending, parts: Sequence[tuple[str, tuple[int, str]]]) -> str | None:
+        """On the main rank: progress, manifest, flush, rename, replace `latest`, prune.  returns what went wrong"""
+        path, partial = pending.path, pending.path.with_suffix(".partial")
+        try:
+            (partial / "progress.json").write_text(pending.progress)
+            manifest = dict(parts) | {
+                name: (len(content), hashlib.sha256(content).hexdigest())
+                for name, content in ((n, (partial / n).read_bytes()) for n in ("progress.json", ".metadata"))
+            }
+            missing = {file.name for file in partial.iterdir()} - set(manifest)
+            assert not missing, missing
+            entries = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(manifest.items())}
+            (partial / "manifest.json").write_text(json.dumps(entries, indent=1))
             for file in partial.iterdir():
                 _flush(file)
             _flush(partial)
@@ -115,48 +223,64 @@ class Checkpoints:
             _flush(self.folder)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(
-                f"run.dir={self.folder.parent}: checkpoint {path.name} could not be published ({error.strerror}); "
-                "free space there and start again: the run resumes from the checkpoint before."
-            ) from None
-        self._prune(progress)
+            return error.strerror or type(error).__name__
+        self._prune(pending.best)
+        return None
 
-    def _prune(self, progress: Progress) -> None:
+    def _prune(self, best: str | None) -> None:
         """Remove all but the newest ones and the best. Renamed first: a half-removed folder must not look whole."""
         for path in self._published()[: -self.settings.keep]:
-            if not (self.settings.keep_best and path.name == progress.best):
+            if not (self.settings.keep_best and path.name == best):
                 doomed = path.with_suffix(".partial")
                 os.rename(path, doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
 
-    def _newest_intact(self) -> Path | None:
-        """The newest checkpoint, its files compared with its manifest."""
+    def _sweep(self) -> None:
+        """Remove what a killed save left."""
         for partial in self.folder.glob("step-*.partial"):
             shutil.rmtree(partial)
-        path = self.newest()
-        if path is None:
-            return None
-        remedy = f"remove the folder {path} to resume from the one before, or choose another run.dir."
-        try:
-            sizes = json.loads((path / "manifest.json").read_text())
-        except (OSError, ValueError):
-            raise UserError(f"checkpoint={path}: manifest.json is missing or unreadable; {remedy}") from None
-        for name, size in sizes.items():
-            file = path / name
-            if not file.is_file():
-                raise UserError(f"checkpoint={path}: {name} is missing; {remedy}")
-            if file.stat().st_size != size:
-                raise UserError(
-                    f"checkpoint={path}: {name} has {file.stat().st_size} bytes instead of {size}; {remedy}"
-                )
-        return path
+
+    def _problem(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint's files, each compared with the manifest by one of the ranks."""
+
+        def sizes() -> tuple[str | None, dict[str, dict[str, Any]]]:
+            try:
+                return stored.wrong_size(path), stored.manifest(path)
+            except UserError as error:
+                return str(error), {}
+
+        problem, entries = self.world.on_main(sizes)
+        if problem is None:
+            own = sorted(entries)[self.world.rank :: self.world.size]
+            wrong = [name for name in own if _sha256(path / name) != entries[name]["sha256"]]
+            problem = next((f"{name} is not what was written" for found in self._gather(wrong) for name in found), None)
+        return problem
+
+
+def _cause(failure: CheckpointException) -> str:
+    return str(next(iter(failure.failures.values()))[0])
+
+
+def _hashes(folder: Path, rank: int) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of the parts that this rank wrote."""
+    return {file.name: (file.stat().st_size, _sha256(file)) for file in folder.glob(f"__{rank}_*")}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _set_aside(path: Path, aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
 
 
 def _state(trainer: Trainer) -> dict[str, Any]:
-    """What is stored: sharded tensors, by the names of the unsharded network."""
+    """What is stored: sharded tensors, by the names of the unsharded network; of weights those that are trained."""
     network = trainer.policy.network
     return {
-        "model": get_model_state_dict(network),
+        "model": get_model_state_dict(network, options=StateDictOptions(ignore_frozen_params=True)),
         "optimizer": get_optimizer_state_dict(network, trainer.optimizer),
         "ema": trainer.ema,
     }

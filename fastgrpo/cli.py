@@ -7,15 +7,25 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+from fastgrpo.commands import add_export, add_sample, run_export, run_sample
 from fastgrpo.errors import UserError
+from fastgrpo.judging import add_evaluate, add_score, run_evaluate, run_score
 from fastgrpo.lifetime import leave
+
+if TYPE_CHECKING:
+    from fastgrpo.config import RewardSpec
 
 EPILOG = """examples:
   fastgrpo train launch/t2v_tiny.toml                           one process, the tiny world
   fastgrpo train launch/t2v_tiny.toml run.dir=runs/a run.seed=1 rewards.0.where=process
   torchrun --nproc-per-node 2 launch/t2v_tiny.sh                the same recipe on two ranks
+  fastgrpo embed launch/t2v_tiny.toml                           encode its prompts beforehand
+  fastgrpo sample runs/t2v_tiny --against-base                  held-out clips, beside the base model's
+  fastgrpo export runs/t2v_tiny exported                        a folder that diffusers loads
+  fastgrpo score clip.mp4 --reward tiny_world --prompt "..."    what a reward says of a file
+  fastgrpo evaluate runs/t2v_tiny                               base against trained, by several rewards
   fastgrpo report runs/t2v_tiny                                 the report of a finished or running run
   fastgrpo keys                                                 every recipe key, its default and meaning
 """
@@ -45,11 +55,23 @@ def parser() -> argparse.ArgumentParser:
         description="Read a recipe with its overrides, check it and the files it names, and print it in full. Nothing "
         "is loaded and nothing is written.",
     )
-    for command in (train, check):
+    embed = commands.add_parser(
+        "embed",
+        help="encode a recipe's prompts beforehand",
+        description="Put every prompt of a recipe through the model's text encoders and keep the conditions in "
+        "prompts.cache, or else in run.dir/embeddings. `train` does the same where it is missing. Runs in this process "
+        "or, under torchrun, over all ranks; started again after a kill it goes on with what is missing.",
+    )
+    for command in (train, check, embed):
         command.add_argument("recipe", type=Path, help="a TOML file, such as launch/t2v_tiny.toml")
         command.add_argument(
             "overrides", nargs="*", metavar="section.key=value", help="a recipe key to set; `fastgrpo keys` lists them"
         )
+
+    add_sample(commands)
+    add_export(commands)
+    add_score(commands)
+    add_evaluate(commands)
 
     commands.add_parser(
         "keys",
@@ -60,14 +82,43 @@ def parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve-rewards",
         help="serve rewards over HTTP",
-        description="Serve rewards over HTTP. The bearer token is read from --token-file, or from the environment "
-        "variable FASTGRPO_TOKEN. Binding beyond this machine needs --token-file.",
+        description="Serve rewards over HTTP: the ones named, with their settings at their defaults, or with --recipe "
+        'those of a recipe that have where = "server". The bearer token is read from --token-file, or from the '
+        "environment variable FASTGRPO_TOKEN. Binding beyond this machine needs --token-file. SIGTERM ends it in good "
+        "order. See docs/reward_server.md.",
     )
-    serve.add_argument("rewards", nargs="+", help="files of rewards/, such as tiny_world")
+    serve.add_argument(
+        "rewards",
+        nargs="*",
+        metavar="NAME",
+        help="files of rewards/, such as tiny_world; with --recipe: section.key=value overrides",
+    )
+    serve.add_argument("--recipe", type=Path, help="serve this recipe's [[rewards]], with their settings")
+    serve.add_argument("--only", action="append", metavar="NAME", help="of the recipe's rewards only this one; repeat")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     serve.add_argument("--port", type=int, default=8700, help="0 takes a free one (default: %(default)s)")
     serve.add_argument("--token-file", type=Path, help="file with the bearer token that clients must send")
     serve.add_argument("--ready-file", type=Path, help="written with url and pid once the server listens")
+    serve.add_argument(
+        "--max-waiting", type=int, default=1024, metavar="MIB", help="clips read or waiting (default: %(default)s MiB)"
+    )
+    serve.add_argument(
+        "--batch-wait", type=float, default=10.0, metavar="MS",
+        help="how long a clip waits for others of its shape (default: %(default)g ms)",
+    )  # fmt: skip
+
+    convert = commands.add_parser(
+        "convert-videoalign",
+        help="make VideoAlign's published checkpoint one safetensors file",
+        description="Fold the adapters of a published VideoAlign (VideoReward) folder into its weights and write them "
+        "as one safetensors file with its origin. A server loads that instead, without a pickle; scores are equal.",
+    )
+    convert.add_argument("source", metavar="SRC", type=Path, help="the folder with model_config.json and checkpoint-N")
+    convert.add_argument("target", metavar="DST", type=Path, help="a new folder, or SRC itself")
+    convert.add_argument("--base", help="folder or hub id of Qwen2-VL-2B-Instruct (default: what SRC names)")
+    convert.add_argument(
+        "--dtype", choices=("bfloat16",), help="a smaller file, for rewards.dtype=bfloat16 alone (default: exact)"
+    )
 
     report = commands.add_parser(
         "report",
@@ -106,22 +157,44 @@ def run(arguments: argparse.Namespace) -> None:
             from fastgrpo.train import train
 
             summary = train(config.load(arguments.recipe, arguments.overrides))
-            if _rank() == 0:
+            if summary is not None and _rank() == 0:
                 print_summary(summary, config.load(arguments.recipe, arguments.overrides).run.dir)
         case "check":
             from fastgrpo import config
             from fastgrpo.data import prompts
 
             recipe = config.load(arguments.recipe, arguments.overrides)
-            prompts.read(recipe.prompts.train, "prompts.train")
-            prompts.read(recipe.prompts.heldout, "prompts.heldout")
+            print(f"# {prompts.split(recipe.prompts).summary}")
             print(recipe.to_toml(), end="")
+        case "embed":
+            quiet_libraries()
+            from fastgrpo import config
+            from fastgrpo.embed import embed
+
+            embed(config.load(arguments.recipe, arguments.overrides))
+        case "sample":
+            quiet_libraries()
+            run_sample(arguments)
+        case "export":
+            quiet_libraries()
+            run_export(arguments)
+        case "score":
+            quiet_libraries()
+            run_score(arguments)
+        case "evaluate":
+            quiet_libraries()
+            run_evaluate(arguments)
         case "keys":
             from fastgrpo import config
 
             print(config.describe())
         case "serve-rewards":
             serve_rewards(arguments)
+        case "convert-videoalign":
+            quiet_libraries()
+            from fastgrpo.rewards.videoalign_convert import convert
+
+            print(convert(arguments.source, arguments.target, arguments.base, arguments.dtype))
         case "report":
             from fastgrpo.report import write_report
 
@@ -130,6 +203,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def serve_rewards(arguments: argparse.Namespace) -> None:
     from fastgrpo.rewards import server
+    from fastgrpo.rewards.admission import Limits
 
     file = arguments.token_file
     if file is None and arguments.host not in ("127.0.0.1", "localhost", "::1"):
@@ -140,7 +214,28 @@ def serve_rewards(arguments: argparse.Namespace) -> None:
         raise UserError(f"--token-file={file}: {error.strerror}; write a token into it.") from None
     if not token:
         raise UserError("--token-file: no token; give a file with one, or set FASTGRPO_TOKEN.")
-    server.serve(arguments.rewards, arguments.host, arguments.port, token, arguments.ready_file)
+    if arguments.max_waiting < 1 or not 0 <= arguments.batch_wait <= 10_000:
+        raise UserError("--max-waiting, --batch-wait: must be at least 1 MiB, and 0 to 10000 ms.")
+    limits = Limits(max_waiting=arguments.max_waiting * 2**20, batch_wait_s=arguments.batch_wait / 1e3)
+    server.serve(served_specs(arguments), arguments.host, arguments.port, token, arguments.ready_file, limits)
+
+
+def served_specs(arguments: argparse.Namespace) -> "list[RewardSpec]":
+    """The rewards that serve-rewards is asked for."""
+    from fastgrpo import config
+    from fastgrpo.rewards import plain
+
+    if arguments.recipe is None:
+        if not arguments.rewards or arguments.only:
+            raise UserError("serve-rewards: nothing to serve; name rewards, or give --recipe (and then --only).")
+        return [plain(name) for name in arguments.rewards]
+    recipe = config.load(arguments.recipe, arguments.rewards)
+    specs = [spec for spec in recipe.rewards if spec.where == "server"]
+    missing = [name for name in arguments.only or () if name not in [spec.name for spec in specs]]
+    if missing or not specs:
+        has = ", ".join(spec.name for spec in specs) or "none"
+        raise UserError(f"--recipe={arguments.recipe}: no reward {missing or ''} with where='server'; it has {has}.")
+    return [spec for spec in specs if not arguments.only or spec.name in arguments.only]
 
 
 def quiet_libraries() -> None:

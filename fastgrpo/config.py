@@ -11,9 +11,9 @@ import difflib
 import math
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -32,6 +32,9 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+S = TypeVar("S", bound=Section)
+
+
 class Run(Section):
     dir: Path
     """Folder of the run; everything that the run writes lies in it."""
@@ -41,19 +44,42 @@ class Run(Section):
     """All randomness is a function of this number."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` goes on from the newest intact checkpoint in run.dir; `never` refuses a folder that already has one."""
+    max_requeues: Count = 3
+    """How often in a row a slurm job is put back into the queue without a new checkpoint in between; 0 = never."""
 
 
 class Model(Section):
     family: str
-    """A file of models/: hunyuan_video."""
+    """A file of models/: flux, hunyuan_video, skyreels_i2v, stable_diffusion, wan."""
     path: str
-    """Folder in the diffusers layout (or a hub id): transformer/, vae/, text_encoder/, ..."""
+    """Folder in the diffusers layout (or a hub id): transformer/ or unet/, vae/, text_encoder/, scheduler/, ..."""
+    network: str | None = None
+    """Folder or hub id with the network alone, where it is not in `path` (SkyReels over HunyuanVideo's other parts)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute precision of the network; masters, gradients' reduction, trajectories and log-probs are float32."""
-    guidance: float = 6.0
-    """Embedded guidance scale of a guidance-distilled network (plain scale, not times 1000)."""
-    gradient_checkpointing: bool = False
-    """Recompute each block in the backward pass: about a third more time, far less memory."""
+    guidance: float | None = None
+    """Embedded guidance of a distilled network (plain scale, not times 1000); none = the family's usual one."""
+    cfg: Annotated[float, Field(ge=1)] = 1.0
+    """Classifier-free guidance scale, in rollout and update alike, both branches trained; 1 = off, half the cost."""
+    negative_prompt: str | None = None
+    """The text of the unconditional branch where cfg > 1; none = the empty text."""
+    gradient_checkpointing: bool | Positive = False
+    """Recompute blocks in the backward pass, all or every n-th: more time, far less memory."""
+    attention: str | None = None
+    """Attention kernel by diffusers' name, such as flash, _native_cudnn or sage; none = torch's own choice."""
+    compile: bool = False
+    """Compile each block with torch.compile. Not proven: see docs/performance.md before you trust it."""
+    decode_batch: Positive | None = None
+    """Clips per VAE decode; none = a rollout batch at once. Changes speed and memory, nothing else."""
+
+
+class Lora(Section):
+    rank: Count = 0
+    """Rank of the adapters; 0 = train all weights. With adapters, only they are optimized and checkpointed."""
+    alpha: Rate | None = None
+    """The adapters' output is scaled by alpha / rank; none = rank, a scale of 1."""
+    targets: tuple[str, ...] = ()
+    """Endings of the names of the linear layers that get one; none = the attention projections."""
 
 
 class Video(Section):
@@ -69,11 +95,35 @@ class Video(Section):
 
 class Prompts(Section):
     train: str
-    """Text file, one prompt per line (UTF-8)."""
-    heldout: str
-    """Text file of prompts for the evaluation before and after; none may occur in `train`."""
+    """Prompts: .txt with one per line (UTF-8), or .jsonl, .csv, .parquet with named columns."""
+    heldout: str | None = None
+    """Prompts of the evaluation before and after; none may occur in `train`. None = take heldout_share of `train`."""
+    heldout_share: Fraction = 0.05
+    """Share of `train` held out where `heldout` is none, chosen by each text's hash: new prompts move no other."""
     per_iteration: Positive = 32
     """Prompts per iteration (32 in the paper)."""
+    column: str = "prompt"
+    """Column of the text."""
+    image_column: str | None = None
+    """Column of the reference image: a file of a picture or of a video, whose first frame is taken."""
+    language_column: str | None = None
+    """Column of the language, compared with `languages`."""
+    languages: tuple[str, ...] = ()
+    """Languages to keep; none = all."""
+    nsfw_columns: tuple[str, ...] = ()
+    """Columns of unwanted content: numbers from 0 to 1, or true / false."""
+    max_nsfw: Fraction = 0.5
+    """Rows with more than this in one of `nsfw_columns` are left out."""
+    min_chars: Count = 1
+    """Shorter prompts are left out."""
+    max_chars: Positive | None = None
+    """Longer prompts are left out."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """A row without text or with an unreadable image ends the run, or is left out and counted."""
+    limit: Positive | None = None
+    """At most this many prompts of `train`: the first ones that are kept."""
+    cache: Path | None = None
+    """Folder of the prompts' conditions, which runs may share; none = embeddings/ in the run's folder."""
 
 
 class Rollout(Section):
@@ -132,11 +182,42 @@ class Optimizer(Section):
 
 class RewardSpec(Section):
     name: str
-    """A file of rewards/: tiny_world."""
+    """A file of rewards/: clip_score, hps, pick_score, tiny_world, video_stats, videoalign."""
     weights: dict[str, float]
-    """Weight of each part's advantage; 0 = scored and logged, never trained on."""
+    """Weight of each part's advantage; 0 = a held-out monitor: scored and logged, never trained on."""
     where: Literal["process", "server"] = "server"
     """In the trainer's process, or behind the reward server. The scores are equal."""
+    urls: tuple[str, ...] = ()
+    """Running servers that hold this reward; none = those of server.urls, or the one started beside the trainer."""
+    path: str | None = None
+    """File or folder of the reward's weights, where it has any."""
+    device: str = "auto"
+    """Device of its weights, such as cuda:1; auto = the GPU of its process where there is one, else the CPU."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of its weights."""
+    batch_size: Positive = 8
+    """Clips per forward pass of the reward."""
+    frames: Literal["all", "first", "middle"] | Positive | None = None
+    """Frames of a clip that an image reward scores and averages, a number = evenly spaced; none = the reward's own."""
+    fps: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """Frames per second that this reward is told; none = video.fps."""
+    threshold: dict[str, float] = {}
+    """Part -> value: adds the part `NAME_above`, 1 where the score is at least the value, else 0 (binary reward)."""
+    options: dict[str, str | int | float | bool] = {}
+    """What only this reward knows; see docs/rewards.md."""
+
+
+class Distributed(Section):
+    sp: Positive = 1
+    """Ranks that share each sequence (Ulysses); must divide the network's heads and the ranks of a node."""
+    shard: Positive | None = None
+    """Ranks over which the weights are sharded, a multiple of sp; the other ranks replicate. None = a node's ranks
+    where there are several nodes (HSDP), else all."""
+    rollout_weights: Literal["auto", "gathered", "sharded"] = "auto"
+    """Hold the whole weights during the rollout, gathered once, or gather each block for each step; auto = gathered
+    where the free memory allows."""
+    offload: bool = False
+    """Masters, gradients and optimizer state in host memory; the step runs on the CPU."""
 
 
 class Server(Section):
@@ -161,6 +242,8 @@ class Checkpoint(Section):
     """Newest checkpoints kept."""
     keep_best: bool = True
     """Keep also the checkpoint with the best mean training reward since the one before."""
+    background: bool = False
+    """Write while training goes on: the state is copied to host memory first, and one save runs at a time."""
 
 
 class Evaluate(Section):
@@ -186,11 +269,13 @@ class Recipe(Section):
 
     run: Run
     model: Model
+    lora: Lora = Lora()
     video: Video
     prompts: Prompts
     rollout: Rollout = Rollout()
     objective: Objective = Objective()
     optimizer: Optimizer = Optimizer()
+    distributed: Distributed = Distributed()
     rewards: Annotated[tuple[RewardSpec, ...], Field(min_length=1)]
     server: Server = Server()
     checkpoint: Checkpoint = Checkpoint()
@@ -224,6 +309,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises UserError, in one line, for a missing file, a syntax error, an unknown key, a wrong type or values that do
     not go together.
     """
+    tree = read_tree(path)
+    for override in overrides:
+        _apply(tree, override)
+    return parse(tree)
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """A recipe file as it stands, its paths resolved. Raises UserError where it is missing or not TOML."""
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -231,9 +324,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"recipe={path}: not a TOML file ({error}).") from None
     _resolve_paths(tree, path.resolve().parent)
-    for override in overrides:
-        _apply(tree, override)
-    return parse(tree)
+    return tree
 
 
 def parse(tree: dict[str, Any]) -> Recipe:
@@ -246,9 +337,21 @@ def parse(tree: dict[str, Any]) -> Recipe:
     return recipe
 
 
+def section(kind: type[S], name: str, values: Mapping[str, Any]) -> S:
+    """One section of a recipe, checked on its own.  name: how messages call it"""
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError(f"{name}.{_one_line(error)}") from None
+
+
 def _check(recipe: Recipe) -> None:
     """What no single field can see."""
     rollout, objective, optimizer = recipe.rollout, recipe.objective, recipe.optimizer
+    if recipe.model.negative_prompt is not None and recipe.model.cfg == 1:
+        raise UserError("model.negative_prompt: has no effect without guidance; set model.cfg above 1 or leave it out.")
+    if recipe.prompts.heldout is None and not recipe.prompts.heldout_share:
+        raise UserError("prompts.heldout: none, and prompts.heldout_share is 0; name a file or hold some prompts out.")
     if rollout.eta <= 0:
         raise UserError(f"rollout.eta={rollout.eta}: GRPO needs a stochastic sampler; use eta > 0 (0.3 in the paper).")
     kept = recipe.samples_trained
@@ -269,33 +372,34 @@ def _check(recipe: Recipe) -> None:
         raise UserError(f"rewards: the part '{doubled[0]}' is named by two rewards; leave it out of one of them.")
     if not any(weight > 0 for weight in recipe.weights.values()):
         raise UserError("rewards: every weight is 0, so nothing would be learned; give one part a weight above 0.")
-    if recipe.server.urls and recipe.server.token_file is None:
-        raise UserError("server.token_file: missing; running servers (server.urls) want a token, name its file.")
+    if recipe.server.token_file is None and (recipe.server.urls or any(spec.urls for spec in recipe.rewards)):
+        raise UserError("server.token_file: missing; running servers (urls) want a token, name its file.")
 
 
 def _resolve_paths(tree: dict[str, Any], base: Path) -> None:
     """Make `./` and `../` values of the file relative to the file, in place; run.dir stays as it is."""
-    for section, values in tree.items():
-        if not isinstance(values, dict):
-            continue
-        for key, value in values.items():
-            dotted = isinstance(value, str) and value.startswith(("./", "../"))
-            if dotted and (section, key) != ("run", "dir"):
-                values[key] = os.path.normpath(base / value)
+
+    def resolved(value: Any, where: tuple[str, ...]) -> Any:
+        if isinstance(value, dict):
+            return {key: resolved(below, (*where, key)) for key, below in value.items()}
+        if isinstance(value, list):
+            return [resolved(below, where) for below in value]
+        dotted = isinstance(value, str) and value.startswith(("./", "../")) and where != ("run", "dir")
+        return os.path.normpath(base / value) if dotted else value
+
+    tree.update(resolved(tree, ()))
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value`; the value is read as TOML, as a plain string where that fails, `none` as unset."""
+    """Set one `section.key=value`; the value is read as TOML, as a plain string where that fails, `none` as unset.
+
+    `rewards=[{name=..., weights=...}]` sets the whole list.
+    """
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
-    if not equals or len(keys) < 2:
+    if not equals or (len(keys) < 2 and keys != ["rewards"]):
         raise UserError(f"override '{override}': not of the form section.key=value, e.g. run.iterations=20.")
-    value: Any = None
-    if text.strip() != "none":
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
+    value = read_value(text)
     if isinstance(value, str) and value.startswith(("./", "../")) and keys != ["run", "dir"]:
         value = os.path.abspath(value)
     node: Any = tree
@@ -309,6 +413,16 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if isinstance(node, list):
         raise UserError(f"override '{override}': give a key of one entry, e.g. {'.'.join(keys[:-1])}.0.name=...")
     node[keys[-1]] = value
+
+
+def read_value(text: str) -> Any:
+    """A value of the command line: as TOML, as a plain string where that fails; `none` is None."""
+    if text.strip() == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def _item(entries: list[Any], key: str, where: str) -> Any:

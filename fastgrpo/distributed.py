@@ -1,11 +1,13 @@
-"""Ranks: the process group, sharding with FSDP2, gathered weights for the rollout, and the division of work.
+"""Ranks: the mesh, sharding with FSDP2 or HSDP, gathered weights for the rollout, and the division of work.
 
-PyTorch's own engine throughout: gloo on CPU, NCCL on GPU. A single process is a world of one and takes the same path.
+Weights are sharded over `shard` ranks and replicated over the rest; sp consecutive ranks among them work on the same
+samples. PyTorch's own engine throughout: gloo on CPU, NCCL on GPU. A single process is a world of one and takes the
+same path.
 """
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from fastgrpo import sequence_parallel
+from fastgrpo.config import Distributed
 from fastgrpo.errors import UserError
 from fastgrpo.models import Policy
 
@@ -31,21 +35,39 @@ class World:
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh
+    mesh: DeviceMesh  # of the weights: ("shard",), or ("replicate", "shard") with HSDP
+    sp: sequence_parallel.Group | None = None  # the ranks that share this one's sequences; none = it works alone
 
     @property
     def main(self) -> bool:
         return self.rank == 0
 
-    def share(self, total: int, rank: int | None = None) -> range:
-        """The contiguous part of range(total) that falls to a rank (default: this one); sizes differ by at most 1."""
-        rank = self.rank if rank is None else rank
-        return range(rank * total // self.size, (rank + 1) * total // self.size)
+    @property
+    def groups(self) -> int:
+        """Groups of ranks that work on different samples."""
+        return self.size // (self.sp.size if self.sp else 1)
 
-    def combine(self, rows: Tensor, positions: range, total: int) -> Tensor:
-        """Every rank's rows, put together in order.  rows: [len(positions), ...];  returns [total, ...] on the CPU"""
+    @property
+    def group(self) -> int:
+        """This rank's group."""
+        return self.rank // (self.sp.size if self.sp else 1)
+
+    def share(self, total: int, group: int | None = None) -> range:
+        """The contiguous part of range(total) that falls to a group (default: ours); sizes differ by at most 1."""
+        group = self.group if group is None else group
+        return range(group * total // self.groups, (group + 1) * total // self.groups)
+
+    def part(self, count: int) -> range:
+        """This rank's part of `count` things that its group has in common: what is decoded and scored here."""
+        return self.sp.part(count) if self.sp else range(count)
+
+    def combine(self, rows: Tensor, positions: Sequence[int], total: int) -> Tensor:
+        """Every rank's rows, put together in order.  rows: [len(positions), ...];  returns [total, ...] on the CPU
+
+        A position may be given by one rank only; one that no rank gives is zero.
+        """
         everything = torch.zeros(total, *rows.shape[1:], dtype=rows.dtype, device=self.device)
-        everything[positions.start : positions.stop] = rows.to(self.device)
+        everything[list(positions)] = rows.to(self.device)
         dist.all_reduce(everything)  # each row is non-zero on one rank only, so the sum is exact
         return everything.cpu()
 
@@ -94,8 +116,11 @@ def no_space(file: str | None) -> UserError:
 
 
 @contextmanager
-def open_world() -> Iterator[World]:
-    """Join the other ranks that torchrun started, or be a world of one."""
+def open_world(settings: Distributed | None = None) -> Iterator[World]:
+    """Join the other ranks that torchrun started, or be a world of one.
+
+    Raises UserError where sp and shard do not divide the ranks.
+    """
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -106,22 +131,91 @@ def open_world() -> Iterator[World]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     try:
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
-        yield World(dist.get_rank(), dist.get_world_size(), device, mesh)
+        settings = settings or Distributed()
+        rank, size = dist.get_rank(), dist.get_world_size()
+        replicas, shards = mesh_shape(settings, size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        if replicas == 1:
+            mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+        else:
+            mesh = init_device_mesh(device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+        yield World(rank, size, device, mesh, _sequence_group(rank, size, settings.sp))
     finally:
         dist.destroy_process_group()
 
 
-def shard(policy: Policy, world: World, dtype: torch.dtype) -> None:
-    """FSDP2 per block: float32 masters, `dtype` compute, float32 gradient reduction.
+def mesh_shape(settings: Distributed, size: int, ranks_of_node: int) -> tuple[int, int]:
+    """(replicas, ranks over which each is sharded) of a world of `size` ranks.
+
+    Within a node where there are several: layer-wise gathers then stay off the slower network.
+    """
+    sp, shard = settings.sp, settings.shard or min(ranks_of_node, size)
+    fitting = [n for n in range(1, size + 1) if size % n == 0]
+    if size % sp:
+        raise UserError(
+            f"distributed.sp={sp}: does not divide the {size} ranks; use one of {', '.join(map(str, fitting))}."
+        )
+    if size % shard or shard % sp:
+        fitting = [n for n in fitting if n % sp == 0]
+        raise UserError(
+            f"distributed.shard={shard}: must divide the {size} ranks and be a multiple of sp={sp}; use one of "
+            f"{', '.join(map(str, fitting))}."
+        )
+    return size // shard, shard
+
+
+def _sequence_group(rank: int, size: int, sp: int) -> sequence_parallel.Group | None:
+    """The consecutive ranks that share sequences with this one."""
+    if sp == 1:
+        return None
+    own, _ = dist.new_subgroups(group_size=sp)
+    return sequence_parallel.Group(own, rank % sp, sp)
+
+
+def shard(policy: Policy, world: World, dtype: torch.dtype, offload: bool = False) -> None:
+    """FSDP2 per block: float32 masters, `dtype` compute, float32 gradient reduction; sequences shared where sp > 1.
 
     Inputs are not cast, since bfloat16 timesteps and rotary tables would wreck the gradients.
     """
+    if world.sp is not None:
+        sequence_parallel.install(policy.network, world.sp)
     precision = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
     )
+    where = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy()
     for module in (*policy.blocks, policy.network):
-        fully_shard(module, mesh=world.mesh, mp_policy=precision)
+        fully_shard(module, mesh=world.mesh, mp_policy=precision, offload_policy=where)
+
+
+@contextmanager
+def rollout_weights(network: nn.Module, settings: Distributed, dtype: torch.dtype, world: World) -> Iterator[bool]:
+    """The weights as the rollout wants them.  gives whether each rank holds them whole
+
+    Where it does not, every forward gathers block by block, and all ranks must run the same number of forwards.
+    """
+    whole = settings.rollout_weights == "gathered"
+    if settings.rollout_weights == "auto":
+        whole = _whole_weights_fit(network, dtype, world)
+    if not whole:
+        try:
+            yield False
+        finally:
+            assert isinstance(network, FSDPModule)
+            network.reshard()  # FSDP2 keeps the root whole after a forward: it would not see the masters change
+        return
+    with gathered(network):
+        yield True
+
+
+def _whole_weights_fit(network: nn.Module, dtype: torch.dtype, world: World) -> bool:
+    """Whether every rank has room for them, and half as much again for the activations."""
+    if world.device.type != "cuda":
+        return True
+    held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by the allocator, free for us
+    room = torch.cuda.mem_get_info()[0] + held
+    needed = sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
+    fits = torch.tensor(float(1.5 * needed < room), device=world.device)
+    dist.all_reduce(fits, dist.ReduceOp.MIN)
+    return bool(fits)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ The seeds do not depend on the run's seed, so that all runs of a recipe are judg
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from fastgrpo.data import video
 from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 from fastgrpo.models import Condition, Policy, stack
-from fastgrpo.rollout import Plan
+from fastgrpo.rollout import Plan, Round
 from fastgrpo.scoring import Scorer
 from fastgrpo.update import Trainer
 
@@ -56,7 +56,10 @@ class Evaluation:
     def columns(self) -> dict[str, np.ndarray]:
         """Each part and the weighted sum, float64 [clips]."""
         parts = {part: np.array(values, dtype=np.float64) for part, values in self.scores.items()}
-        total = np.zeros(len(self.prompts)) + sum(self.weights[part] * parts[part] for part in parts)
+        total = np.zeros(len(self.prompts))
+        for part, weight in self.weights.items():
+            if weight:  # a monitor without a score takes none from the sum
+                total = total + weight * parts[part]
         return {"sum": total, **parts}
 
 
@@ -70,9 +73,11 @@ def evaluate(
     iteration: int,
     device_grid: Tensor,
     shape: tuple[int, ...],
+    between: Callable[[Iterable[Round]], Iterable[Round]] = iter,
 ) -> Evaluation:
     """Sample every (prompt, seed) with the averaged weights where there are any, score, keep some clips, write.
 
+    between: gives the batches one by one, and may raise in place of one
     returns the evaluation on every rank; also in run.dir/evaluation/step-N.json
     """
     seeds = recipe.evaluate.seeds
@@ -84,9 +89,18 @@ def evaluate(
     plan = Plan(0, -1, seeds, device_grid, 0.0, False, shape)
     total = len(prompts) * seeds
     kept = min(recipe.evaluate.clips, len(prompts))
-    with averaged_weights(trainer), distributed.gathered(trainer.policy.network):
-        for slots in rollout.batches(world.share(total), conditions, seeds, recipe.rollout.batch_size):
-            latents = _latents(trainer.policy, plan, conditions, slots)
+    size, dtype = recipe.rollout.batch_size, getattr(torch, recipe.model.dtype)
+    network = trainer.policy.network
+    with (
+        averaged_weights(trainer),
+        distributed.rollout_weights(network, recipe.distributed, dtype, world) as whole,
+    ):
+        for batch, counts in between(rollout.rounds(total, conditions, seeds, size, world, not whole)):
+            own = world.part(len(batch))
+            latents = _latents(trainer.policy, plan, conditions, batch)[own.start : own.stop]
+            slots = batch[own.start : own.stop]
+            if not slots or not counts:
+                continue
             pixels = trainer.policy.decode(latents)
             scorer.submit(slots, latents, pixels, [prompts[slot // seeds] for slot in slots])
             for slot, clip in zip(slots, pixels, strict=True):

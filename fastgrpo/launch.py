@@ -6,6 +6,7 @@ replaces itself, once, by a torchrun over all of them. FASTGRPO_PROCESSES names 
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ def main(recipe: Path, arguments: list[str]) -> int:
     The code is 2 for a user's mistake. Does not return once training has begun, nor where the process is replaced by a
     torchrun over several.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # held back, not lost, until fastgrpo.stopping hears it
     try:
         from fastgrpo import cli
     except ModuleNotFoundError as error:

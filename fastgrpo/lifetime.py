@@ -39,10 +39,10 @@ def leave(code: int) -> NoReturn:
 
 
 @contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
+def only_run_in(folder: Path, key: str = "run.dir", doing: str = "training") -> Iterator[None]:
     """Hold the folder's lock; the kernel drops it however this process ends.
 
-    Raises UserError where another process keeps holding it.
+    Raises UserError, which names the recipe key and what the other does, where another process keeps holding it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + PATIENCE_S
@@ -54,7 +54,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"run.dir={folder}: another process is training there; wait for it, stop it, or choose "
+                        f"{key}={folder}: another process is {doing} there; wait for it, stop it, or choose "
                         "another folder."
                     ) from None
                 time.sleep(0.1)

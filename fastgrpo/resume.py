@@ -14,17 +14,20 @@ from fastgrpo.config import Recipe
 from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 
-FREE_SECTIONS = ("checkpoint", "track", "server")
-FREE_TO_CHANGE = ("run.iterations", "run.resume", "rollout.batch_size", "optimizer.batch_size", "evaluate.clips")
+FREE_SECTIONS = ("checkpoint", "track", "server", "distributed")
+FREE_TO_CHANGE = (
+    "run.iterations", "run.resume", "run.max_requeues", "prompts.cache", "rollout.batch_size", "optimizer.batch_size",
+    "evaluate.clips",
+)  # fmt: skip
 
 
 def check_folder(recipe: Recipe, world: World) -> None:
     """Check, before anything is loaded or written, that what lies in the run's folder is this recipe's run."""
     total = recipe.prompts.per_iteration * recipe.rollout.samples_per_prompt
-    if total < world.size:
+    if total < world.groups:
         raise UserError(
-            f"prompts.per_iteration={recipe.prompts.per_iteration}: {total} samples per iteration for {world.size} "
-            f"ranks; raise it or rollout.samples_per_prompt, or start at most {total} processes."
+            f"prompts.per_iteration={recipe.prompts.per_iteration}: {total} samples per iteration for {world.groups} "
+            f"groups of ranks; raise it, rollout.samples_per_prompt or distributed.sp, or start fewer processes."
         )
     folder = recipe.run.dir
     started = (folder / "metrics.jsonl").exists() or any(folder.glob("checkpoints/step-*"))
@@ -65,14 +68,19 @@ def check_same_recipe(old: Recipe, new: Recipe) -> None:
 def inputs(recipe: Recipe) -> dict[str, str]:
     """SHA-256 of the files whose content the recipe does not show."""
     files = {"prompts.train": recipe.prompts.train, "prompts.heldout": recipe.prompts.heldout}
-    return {key: hashlib.sha256(Path(file).read_bytes()).hexdigest() for key, file in files.items()}
+    digests = {}
+    for key, file in files.items():
+        if file is not None:
+            with open(file, "rb") as stream:
+                digests[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digests
 
 
 def check_same_inputs(file: Path, recipe: Recipe) -> None:
     """Refuse to resume on prompt files that were edited since: another order, another held-out comparison."""
     before = json.loads(file.read_text())
     for key, digest in inputs(recipe).items():
-        if before[key] != digest:
+        if before.get(key) != digest:
             raise UserError(
                 f"{key}: the file has changed since the run in {recipe.run.dir} began; restore it, or choose another "
                 "run.dir."

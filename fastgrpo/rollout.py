@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from fastgrpo import noise
+from fastgrpo.distributed import World
 from fastgrpo.flow import gaussian_log_prob
 from fastgrpo.models import Condition, Policy, shape_key, stack
+
+Round = tuple[list[int], bool]  # a batch of slots, and whether its result counts
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,22 @@ def batches(slots: Sequence[int], conditions: Sequence[Condition], group_size: i
     for members in by_shape.values():
         for start in range(0, len(members), size):
             yield members[start : start + size]
+
+
+def rounds(
+    total: int, conditions: Sequence[Condition], group_size: int, size: int, world: World, lockstep: bool
+) -> Iterator[Round]:
+    """The batches of this rank's group, each with whether its result counts.
+
+    lockstep: with sharded weights every forward is a collective, so a group with fewer batches repeats its last one
+    until it has run as many as the others.
+    """
+    own = list(batches(world.share(total), conditions, group_size, size))
+    yield from ((batch, True) for batch in own)
+    if lockstep:
+        shares = [world.share(total, group) for group in range(world.groups)]
+        most = max(sum(1 for _ in batches(share, conditions, group_size, size)) for share in shares)
+        yield from ((own[-1], False) for _ in range(most - len(own)))
 
 
 @torch.no_grad()

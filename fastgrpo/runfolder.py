@@ -143,7 +143,8 @@ def read_evaluation(path: Path) -> Evaluation:
     content = read_json(path)
     try:
         scores = {part: np.array(values, dtype=np.float64) for part, values in content["scores"].items()}
-        weighted = [float(content["weights"].get(part, 1.0)) * values for part, values in scores.items()]
+        weights = {part: float(content["weights"].get(part, 1.0)) for part in scores}
+        weighted = [weights[part] * values for part, values in scores.items() if weights[part]]  # no monitors
         return Evaluation(
             iteration=int(content["iteration"]),
             prompts=list(content["prompts"]),

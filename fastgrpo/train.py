@@ -14,20 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrpo import distributed, evaluate, grpo, models, rollout, track
-from fastgrpo.checkpoint import Checkpoints, Progress
+from fastgrpo import distributed, embed, evaluate, grpo, models, rollout, track
+from fastgrpo.checkpoint import Checkpoints, Progress, number
 from fastgrpo.config import Recipe
-from fastgrpo.data import embeddings, prompts
+from fastgrpo.data import prompts
+from fastgrpo.data.embeddings import Conditions
 from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 from fastgrpo.evaluate import Evaluation
-from fastgrpo.flow import time_grid
 from fastgrpo.lifetime import die_with, only_run_in
 from fastgrpo.models import Condition, Policy
+from fastgrpo.reference import Reference, Unadapted
 from fastgrpo.report import write_report
 from fastgrpo.resume import check_folder, prepare_folder, write_atomically
 from fastgrpo.rollout import Plan, Trajectories
 from fastgrpo.scoring import Scored, Scorer, open_rewards
+from fastgrpo.stopping import Signals, Stop, Stopped
 from fastgrpo.track import Tracker
 from fastgrpo.update import Trainer, update
 
@@ -53,17 +55,20 @@ class Stopwatch:
         }
 
 
-def train(recipe: Recipe) -> dict[str, object]:
-    """Run a recipe to its end, resuming where an earlier attempt stopped.  returns the summary, on every rank"""
+def train(recipe: Recipe) -> dict[str, object] | None:
+    """Run a recipe to its end, resuming where an earlier attempt stopped.
+
+    Returns the summary, on every rank; None where the run was asked to stop, and starting it again goes on with it.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with(os.getppid())  # ranks are no process group of torchrun's: killing it would leave them training
-    with distributed.open_world() as world, ExitStack() as stack:
+    with distributed.open_world(recipe.distributed) as world, ExitStack() as stack:
         session = Session.open(recipe, world, stack)
-        before = session.baseline()
-        while session.progress.iteration < recipe.run.iterations:
-            session.iterate()
-            session.maybe_save()
-        return session.finish(before)
+        try:
+            return session.run()
+        except UserError:
+            session.stop.tell(requeue=False)
+            raise
 
 
 @dataclass
@@ -80,23 +85,28 @@ class Session:
     progress: Progress
     train_prompts: list[str]
     heldout_prompts: list[str]
-    conditions: list[Condition]  # of the training prompts, then of the held-out ones; in host memory
+    conditions: Conditions  # of the training prompts, then of the held-out ones; read from the cache on demand
     grid: Tensor
     shape: tuple[int, ...]
+    stop: Stop
 
     @classmethod
     def open(cls, recipe: Recipe, world: World, stack: ExitStack) -> "Session":
         """Load, shard, resume; start the reward server where the recipe asks for one. `stack` closes what is open."""
-        train_prompts, heldout = read_prompts(recipe)
+        signals = stack.enter_context(Signals())
+        found = embed.read_prompts(recipe, world)
         world.on_main(lambda: check_folder(recipe, world))
         world.on_main(lambda: stack.enter_context(only_run_in(recipe.run.dir)))
+        stop = Stop(recipe.run.dir, signals, world)
         sources = open_rewards(recipe, world, stack)
-        policy = models.load(recipe.model, world.device)
+        policy = models.load(recipe.model, world.device, recipe.lora)
         shape = policy.latent_shape(recipe.video)
         world.on_main(lambda: prepare_folder(recipe, world))  # not before the recipe has proved itself
-        conditions = encode_prompts(policy, recipe, world, [*train_prompts, *heldout])
-        distributed.shard(policy, world, getattr(torch, recipe.model.dtype))
-        reference = initial_policy(recipe, world) if recipe.objective.kl_weight else None
+        encoded = embed.encode(recipe, world, found)
+        distributed.shard(policy, world, getattr(torch, recipe.model.dtype), recipe.distributed.offload)
+        if encoded.conditions.negative is not None:
+            policy.negative = models.move(encoded.conditions.negative, world.device)
+        reference = initial_policy(recipe, world, policy) if recipe.objective.kl_weight else None
         trainer = Trainer.create(policy, recipe.optimizer, reference)
         checkpoints = Checkpoints(recipe.run.dir / "checkpoints", recipe.checkpoint, world)
         progress = checkpoints.load(trainer)
@@ -104,14 +114,29 @@ class Session:
         stack.callback(scorer.close)
         tracker = open_tracker(recipe, world, progress.iteration)
         stack.callback(tracker.close)
+        for notice in checkpoints.notices:
+            tracker.message(notice)
         if progress.iteration:
             tracker.message(f"resumed from checkpoint step-{progress.iteration}")
-        shift = recipe.rollout.shift or policy.shift
-        grid = time_grid(recipe.rollout.steps, shift, world.device)
+        grid = policy.time_grid(recipe.rollout.steps, recipe.rollout.shift, shape).to(world.device)
         return cls(
             recipe, world, policy, trainer, scorer, tracker, checkpoints, progress,
-            train_prompts, heldout, conditions, grid, shape,
+            [prompt.text for prompt in encoded.train], [prompt.text for prompt in encoded.heldout],
+            encoded.conditions, grid, shape, stop,
         )  # fmt: skip
+
+    def run(self) -> dict[str, object] | None:
+        """What `train` returns."""
+        try:
+            before = self.baseline()
+            while self.progress.iteration < self.recipe.run.iterations:
+                self.iterate()
+                self.maybe_save()
+            self.end_saving()
+            return self.finish(before)
+        except Stopped:
+            self.leave_off()
+            return None
 
     def iterate(self) -> None:
         """One iteration of Algorithm 1."""
@@ -143,7 +168,7 @@ class Session:
         # 4. optimizer steps on a subset of the timesteps
         metrics = update(
             self.trainer, recipe.objective, plan, trajectories, conditions, advantages, kept,
-            recipe.steps_trained, self.world,
+            recipe.steps_trained, self.world, self.stop.between,
         )  # fmt: skip
         watch.lap("update")
 
@@ -159,14 +184,22 @@ class Session:
         """Rollout in batches; each batch is scored while the next is drawn."""
         total = len(texts) * plan.group_size
         parts = []
-        slots = self.world.share(total)
-        with distributed.gathered(self.policy.network):
-            for batch in rollout.batches(slots, conditions, plan.group_size, self.recipe.rollout.batch_size):
-                parts.append(rollout.sample(self.policy, plan, conditions, batch))
+        size, dtype = self.recipe.rollout.batch_size, getattr(torch, self.recipe.model.dtype)
+        with distributed.rollout_weights(
+            self.policy.network, self.recipe.distributed, dtype, self.world
+        ) as whole:  # fmt: skip
+            rounds = rollout.rounds(total, conditions, plan.group_size, size, self.world, not whole)
+            for batch, counts in self.stop.between(rounds):
+                drawn = rollout.sample(self.policy, plan, conditions, batch)
                 watch.lap("rollout")
-                final = parts[-1].final
-                prompts_of = [texts[slot // plan.group_size] for slot in batch]
-                self.scorer.submit(batch, final, self.policy.decode(final), prompts_of)
+                if not counts:
+                    continue
+                parts.append(drawn)
+                own = self.world.part(len(batch))  # the ranks that share a sequence divide its decoding and scoring
+                if own:
+                    final, scored_here = parts[-1].final[own.start : own.stop], batch[own.start : own.stop]
+                    prompts_of = [texts[slot // plan.group_size] for slot in scored_here]
+                    self.scorer.submit(scored_here, final, self.policy.decode(final), prompts_of)
                 watch.lap("decode")
         trajectories = rollout.concatenate(parts)
         scored = self.scorer.collect(total)
@@ -184,21 +217,40 @@ class Session:
             )
 
     def maybe_save(self) -> None:
-        """A checkpoint where the recipe wants one, and after the last iteration."""
+        """A checkpoint where the recipe wants one and after the last iteration; one that fails does not end the run."""
         done, wanted = self.progress.iteration, self.recipe.checkpoint.every
+        problem = self.checkpoints.poll()
         if done % wanted == 0 or done == self.recipe.run.iterations:
-            self.checkpoints.save(self.trainer, self.progress)
+            problem = self.checkpoints.save(self.trainer, self.progress) or problem
+        if problem is not None:
+            self.tracker.message(f"training goes on without it: {problem}")
+
+    def end_saving(self) -> None:
+        """Wait for the checkpoint that is being written. Raises UserError where the last iteration's is not there."""
+        problem = self.checkpoints.finish()
+        published = self.world.on_main(self.checkpoints.newest)
+        if self.progress.iteration and (published is None or number(published) < self.progress.iteration):
+            problem = problem or self.checkpoints.save(self.trainer, self.progress) or self.checkpoints.finish()
+            if problem is not None:
+                raise UserError(problem)
+
+    def leave_off(self) -> None:
+        """Save what the last checkpoint lacks; of the iteration that was dropped nothing has reached the weights."""
+        self.trainer.optimizer.zero_grad(set_to_none=True)
+        self.end_saving()
+        self.stop.tell(requeue=True)
+        self.tracker.message(f"asked to stop: saved after {self.progress.iteration} iterations; start again to go on")
 
     def evaluate(self) -> Evaluation:
         """The held-out prompts with the weights as they are now."""
         count = min(self.recipe.evaluate.prompts, len(self.heldout_prompts))
         first = len(self.train_prompts)
         steps = self.recipe.evaluate.steps or self.recipe.rollout.steps
-        grid = time_grid(steps, self.recipe.rollout.shift or self.policy.shift, self.world.device)
+        grid = self.policy.time_grid(steps, self.recipe.rollout.shift, self.shape).to(self.world.device)
         conditions = [models.move(c, self.world.device) for c in self.conditions[first : first + count]]
         evaluation = evaluate.evaluate(
             self.trainer, self.recipe, self.heldout_prompts[:count], conditions,
-            self.scorer, self.world, self.progress.iteration, grid, self.shape,
+            self.scorer, self.world, self.progress.iteration, grid, self.shape, self.stop.between,
         )  # fmt: skip
         if not np.isfinite(evaluation.columns()["sum"]).any():
             raise UserError("rewards: no held-out clip has a valid score; look at reward_server.log in the run folder.")
@@ -244,36 +296,13 @@ class Session:
         self.tracker.videos(self.progress.iteration - 1, "heldout", clips, captions, self.recipe.video.fps)
 
 
-def read_prompts(recipe: Recipe) -> tuple[list[str], list[str]]:
-    """(training, held-out) prompts, checked against each other and against the recipe's counts."""
-    training = prompts.read(recipe.prompts.train, "prompts.train")
-    heldout = prompts.read(recipe.prompts.heldout, "prompts.heldout")
-    shared = set(training) & set(heldout)
-    if shared:
-        raise UserError(
-            f"prompts.heldout={recipe.prompts.heldout}: {len(shared)} prompts are also trained on, such as "
-            f"'{min(shared)}'; take them out of one of the files."
-        )
-    if recipe.prompts.per_iteration > len(training):
-        raise UserError(
-            f"prompts.per_iteration={recipe.prompts.per_iteration}: the file has {len(training)} prompts; "
-            "use at most that many."
-        )
-    return training, heldout
-
-
-def encode_prompts(policy: Policy, recipe: Recipe, world: World, texts: list[str]) -> list[Condition]:
-    """Every prompt's condition, from the run's cache; the main rank makes it."""
-    file = recipe.run.dir / "embeddings" / "conditions.safetensors"
-    key = embeddings.fingerprint(recipe.model.path, texts)
-    world.on_main(lambda: embeddings.make(policy, texts, file, key))
-    return embeddings.read(file, len(texts))
-
-
-def initial_policy(recipe: Recipe, world: World) -> Policy:
-    """The policy before training, frozen: what the KL term measures against."""
+def initial_policy(recipe: Recipe, world: World, trained: Policy) -> Reference:
+    """The policy before training, which the KL term measures against: frozen, or without its adapters."""
+    if recipe.lora.rank:
+        return Unadapted(trained)
     policy = models.load(recipe.model, world.device)
     policy.network.requires_grad_(False)
+    policy.negative = trained.negative
     distributed.shard(policy, world, getattr(torch, recipe.model.dtype))
     return policy
 
@@ -304,7 +333,7 @@ def reward_metrics(scored: Scored, recipe: Recipe, group_size: int) -> dict[str,
     valid = scored.valid
     metrics = {"reward/sum": scored.weighted_sum(recipe.weights)[valid].mean().item()}
     for part, values in scored.values.items():
-        metrics[f"reward/{part}"] = values[valid].mean().item()
+        metrics[f"reward/{part}"] = values[valid].nanmean().item()  # a monitor may lack a valid sample
         spread = values.reshape(-1, group_size).std(1)
         metrics[f"group_std/{part}"] = spread.nanmean().item()
-    return metrics | {"reward/invalid": float((~valid).sum())}
+    return metrics | {"reward/invalid": float((~valid).sum())} | scored.metrics()

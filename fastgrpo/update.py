@@ -5,7 +5,7 @@ every rank runs the same number of them, the missing ones with weight 0, so that
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,28 +19,31 @@ from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 from fastgrpo.flow import gaussian_kl, gaussian_log_prob
 from fastgrpo.models import Condition, Policy, shape_key, stack
+from fastgrpo.reference import Reference
 from fastgrpo.rollout import Plan, Trajectories
 
 Transition = tuple[int, int]  # (slot, step)
+MicroBatch = tuple[list[Transition], float]  # and its weight
 
 
 @dataclass
 class Trainer:
-    """What an optimizer step changes: the policy's weights, AdamW's state, the moving average, the counters."""
+    """What an optimizer step changes: the trainable weights, AdamW's state, the moving average, the counters."""
 
     policy: Policy
     optimizer: torch.optim.Optimizer
     settings: Optimizer
-    reference: Policy | None = None  # the initial policy, for the KL term
+    reference: Reference | None = None  # the initial policy, for the KL term
     ema: dict[str, Tensor] = field(default_factory=dict)
     updates: int = 0  # optimizer steps taken
     skipped: int = 0  # optimizer steps left out for non-finite gradients
 
     @classmethod
-    def create(cls, policy: Policy, settings: Optimizer, reference: Policy | None) -> "Trainer":
-        """For a sharded policy, so that the optimizer holds this rank's shards only."""
+    def create(cls, policy: Policy, settings: Optimizer, reference: Reference | None) -> "Trainer":
+        """For a sharded policy, so that the optimizer holds this rank's shards only; of adapters where it has them."""
+        trainable = {name: p for name, p in policy.network.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
-            policy.network.parameters(),
+            trainable.values(),
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.eps,
@@ -48,7 +51,7 @@ class Trainer:
         )
         ema = {}
         if settings.ema_decay:
-            ema = {name: p.detach().clone() for name, p in policy.network.named_parameters()}
+            ema = {name: p.detach().clone() for name, p in trainable.items()}
         return cls(policy, optimizer, settings, reference, ema)
 
     @property
@@ -112,10 +115,12 @@ def update(
     kept: Tensor,
     chosen_steps: int,
     world: World,
+    between: Callable[[Iterable[MicroBatch]], Iterable[MicroBatch]] = iter,
 ) -> dict[str, float]:
     """K optimizer steps over the kept samples of all ranks.  returns metrics, equal on every rank
 
     conditions: one per prompt of the iteration;  advantages: float32 [N];  kept: bool [N], N = all ranks' samples
+    between: gives the micro-batches before the first optimizer step one by one, and may raise in place of one
     """
     totals = Totals.zeros(world.device)
     advantages = advantages.to(world.device)
@@ -125,14 +130,17 @@ def update(
         transitions = [(slot, step) for slot in members for step in _steps(plan, objective, chosen_steps, slot)]
         if not transitions:
             continue
-        for batch, weight in _micro_batches(transitions, conditions, plan, trainer.settings.batch_size, world):
+        batches = list(_micro_batches(transitions, conditions, plan, trainer.settings.batch_size, world))
+        for number, (batch, weight) in enumerate(batches if norms else between(batches), 1):
+            if world.mesh.ndim == 2:  # replicas need to agree before the step only
+                trainer.policy.network.set_requires_all_reduce(number == len(batches))  # type: ignore[operator]
             loss = _loss(trainer, objective, plan, trajectories, conditions, advantages, batch, weight, totals)
-            # FSDP averages over ranks, and the objective is the mean over all ranks' transitions
-            (loss * (world.size / len(transitions))).backward()
+            # FSDP averages over groups of ranks, and the objective is the mean over all groups' transitions
+            (loss * (world.groups / len(transitions))).backward()
         if not norms:
             totals.max_log_ratio_first = totals.max_log_ratio
         norms.append(trainer.step())
-    return _metrics(totals, norms, trainer)
+    return _metrics(totals, norms, trainer, world)
 
 
 def _steps(plan: Plan, objective: Objective, count: int, slot: int) -> list[int]:
@@ -143,18 +151,18 @@ def _steps(plan: Plan, objective: Objective, count: int, slot: int) -> list[int]
 
 def _micro_batches(
     transitions: Sequence[Transition], conditions: Sequence[Condition], plan: Plan, size: int, world: World
-) -> Iterator[tuple[list[Transition], float]]:
-    """This rank's transitions in batches of one text length, each with its weight: 1, or 0 to keep step with others."""
+) -> Iterator[MicroBatch]:
+    """This group's transitions in batches of one text length, each with its weight: 1, or 0 to keep step."""
     shares = []
     total = len(conditions) * plan.group_size
-    for rank in range(world.size):
-        mine = world.share(total, rank)
+    for group in range(world.groups):
+        mine = world.share(total, group)
         by_shape: dict[object, list[Transition]] = {}
         for slot, step in transitions:
             if slot in mine:
                 by_shape.setdefault(shape_key(conditions[slot // plan.group_size]), []).append((slot, step))
         shares.append([m[i : i + size] for m in by_shape.values() for i in range(0, len(m), size)])
-    own = shares[world.rank]
+    own = shares[world.group]
     yield from ((batch, 1.0) for batch in own)
     filler = [own[0][0]] if own else [(world.share(total).start, 0)]
     yield from ((filler, 0.0) for _ in range(max(map(len, shares)) - len(own)))
@@ -203,9 +211,10 @@ def _loss(
     return weight * loss.sum()
 
 
-def _metrics(totals: Totals, norms: list[Tensor], trainer: Trainer) -> dict[str, float]:
-    """All ranks' totals as numbers."""
+def _metrics(totals: Totals, norms: list[Tensor], trainer: Trainer, world: World) -> dict[str, float]:
+    """All groups' totals as numbers."""
     dist.all_reduce(totals.values)
+    totals.values /= world.size // world.groups  # the ranks of a group count the same transitions
     extremes = torch.stack([totals.max_log_ratio_first, totals.max_log_ratio])
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
     loss, clipped, count, kl = totals.values.tolist()

@@ -6,8 +6,17 @@
 # FASTGRPO_PROCESSES  processes per node; default: one per GPU, and without a GPU two (one on a single core)
 # OMP_NUM_THREADS     threads per process; default: the node's cores shared out, at most 8
 # FASTGRPO_SETTLED    set here and by fastgrpo/launch.py: recipe checked, number of processes settled
-# FASTGRPO_MASTER     set here for the nodes of a slurm job: host:port where they meet
+# FASTGRPO_MASTER, FASTGRPO_LOGS, FASTGRPO_BATCH
+#                     set by _job.sh for the nodes of a slurm job: host:port where they meet, folder for the ranks'
+#                     output, and that the files of an earlier attempt are gone
 set -euo pipefail
+source "${BASH_SOURCE[0]%/*}/_job.sh"
+trap "" USR1 # would kill torchrun; its ranks listen for it by themselves
+job=             # not empty: this is to start every node of a slurm job
+if [[ -z ${FASTGRPO_MASTER:-} && -n ${SLURM_JOB_ID:-} && (${ENVIRONMENT:-} == BATCH || $SLURM_NNODES != 1) ]]; then
+    job=1
+    hear_slurm
+fi
 
 fail() { # where=value, what is wrong and what to do; the exit code of a user's mistake
     echo "fastgrpo: $1" >&2
@@ -43,27 +52,21 @@ processes=${FASTGRPO_PROCESSES-$(gpus)}
     fail "FASTGRPO_PROCESSES=$processes: not a number of processes; use 1 or more, such as 8."
 threads=$((cores / processes))
 threads=$((threads < 1 ? 1 : threads > 8 ? 8 : threads))
-nodes=${SLURM_NNODES:-1}
 
 if [[ -z ${FASTGRPO_MASTER:-} ]]; then
     "$python" -c "import importlib.util as i, sys; sys.exit(i.find_spec('torch') is None)" ||
         fail "python=$python: no torch there; run 'make venv' in $root, or activate the right environment."
     # torchrun turns every exit code into 1 and buries the message: tell a mistake in the recipe before it starts.
-    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m fastgrpo.cli check "$recipe" "$@" >/dev/null
-
-    if ((nodes > 1)); then
-        hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # not piped into head, which could kill it by SIGPIPE
-        export FASTGRPO_MASTER=${hosts%%[[:space:]]*}:$((20000 + SLURM_JOB_ID % 10000))
-        # One task per node with all its cores; without the last option srun gives a task one core.
-        exec srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="${SLURM_JOB_CPUS_PER_NODE%%[(,]*}" \
-            --kill-on-bad-exit=1 bash "${BASH_SOURCE[0]}" "$file" "$@"
-    fi
+    resolved=$(PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m fastgrpo.cli check "$recipe" "$@")
+    [[ -z $job ]] || run_job "$python" "$file" "$@" <<<"$resolved"
     meeting=(--standalone)
 else
-    meeting=(--nnodes="$nodes" --node-rank="$SLURM_NODEID")
+    meeting=(--nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID")
     meeting+=(--master-addr="${FASTGRPO_MASTER%:*}" --master-port="${FASTGRPO_MASTER##*:}")
+    mkdir -p "$FASTGRPO_LOGS/$SLURMD_NODENAME"
+    meeting+=(--log-dir="$FASTGRPO_LOGS/$SLURMD_NODENAME" --tee=3) # a file per rank, and the job's log
+    export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[${rank}] '
 fi
 
-trap "" USR1 # slurm's warning before the time limit would kill torchrun; a resubmitted job resumes
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} FASTGRPO_SETTLED=1
 exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node="$processes" "$file" "$@"

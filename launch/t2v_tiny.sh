@@ -5,6 +5,9 @@
 #SBATCH --cpus-per-task=2
 #SBATCH --time=01:00:00
 #SBATCH --output=slurm-%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
 ''':'
 # torchrun, bash or sbatch FILE [section.key=value ...]; bash reads this half, Python the other.
 # slurm runs a copy of FILE, so scontrol must tell where it lies.

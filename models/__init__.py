@@ -1,21 +1,47 @@
 """Backbones: one file per family, and the folder is the registry.
 
-A family is a file models/NAME.py with `load(settings, device) -> Policy`. Adding one edits no other file.
+A family is a file models/NAME.py with
+
+  NETWORK: str                                     the folder part that is trained: "transformer" or "unet"
+  blocks(network) -> list[nn.Module]               its repeated blocks
+  load(settings, device) -> Policy
+  encoder(settings, video, device)                 a context manager that gives an Encoder
+  MAX_..._TOKENS: int                              its limits of text lengths: the cache of conditions notes them
+
+and, where its other parts lie in another pipeline's folder, PIPELINE: the diffusers class that an export names. Adding
+one edits no other file. `folder` reads the diffusers layout, `lora` adds adapters to any family's network.
 """
 
 import importlib
-import pkgutil
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from fastgrpo.config import Model, Video
+from fastgrpo.config import Lora, Model, Video
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import UserError
 
 Condition = Mapping[str, Tensor]  # what the network is conditioned on; one prompt's without, a batch's with a first dim
+
+
+class Encoder(Protocol):
+    """Prompts to conditions, with the family's own text encoders (and image encoder), loaded while it is open."""
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
+        """One condition per prompt, float32 on the CPU, without a batch dimension.
+
+        A prompt's condition depends on that prompt alone. Raises UserError for a prompt without tokens or, where the
+        network needs a reference image, without one.
+        """
+
+    def negative(self, text: str) -> Condition:
+        """The condition of the unconditional branch of classifier-free guidance."""
 
 
 class Policy(Protocol):
@@ -23,40 +49,101 @@ class Policy(Protocol):
 
     network: nn.Module
     """The trainable network."""
-    blocks: Sequence[nn.Module]
-    """Its repeated blocks, in the order in which they run: the units of sharding and of checkpointing."""
-    shift: float
-    """Shift of the time grid that the model folder's scheduler asks for."""
+    negative: Condition | None
+    """The unconditional branch's condition, on the network's device; set before sampling where model.cfg > 1."""
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The network's repeated blocks, in the order in which they run: the units of sharding and recomputation."""
 
     def latent_shape(self, video: Video) -> tuple[int, ...]:
         """(C, F, H, W) of one sample's latent. Raises UserError for a size that the networks cannot take."""
 
-    def encode(self, prompts: Sequence[str]) -> list[Condition]:
-        """Text to conditions, one per prompt. Loads the text encoders and frees them before it returns."""
+    def time_grid(self, steps: int, shift: float | None, shape: tuple[int, ...]) -> Tensor:
+        """Times of a sampler with `steps` steps for latents of `shape`, as the folder's scheduler has them.
+
+        shift: in place of the scheduler's, where the family has one;  returns float32 [steps + 1], falling to 0
+        """
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The network's prediction. x: [B, C, F, H, W] float32;  t: [B];  returns like x, float32."""
+        """The network's prediction, guidance included. x: [B, C, F, H, W] float32;  t: [B];  returns like x."""
 
     def transition(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
         """Mean and std of p(x_next | x), see fastgrpo.flow."""
 
     def clean_estimate(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        """The x_0 that the prediction implies: the deterministic last step."""
+        """The x_0 that the prediction implies: the deterministic last step, from time t to 0."""
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents [B, C, F, H, W] to pixels, uint8 [B, F, H, W, 3]."""
 
 
-def load(settings: Model, device: torch.device) -> Policy:
-    """The policy of a recipe's [model] section, its network in float32 on `device`."""
-    known = sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    if settings.family not in known:
+class Family(Protocol):
+    """What a file models/NAME.py has at its top level."""
+
+    NETWORK: str
+
+    def blocks(self, network: nn.Module) -> list[nn.Module]: ...
+
+    def load(self, settings: Model, device: torch.device) -> Policy: ...
+
+    def encoder(self, settings: Model, video: Video, device: torch.device) -> AbstractContextManager[Encoder]: ...
+
+
+def known() -> list[str]:
+    """Names of the families: the files here that define `load`."""
+    files = sorted(Path(__file__).parent.glob("[!_]*.py"))
+    return [f.stem for f in files if re.search(r"^def load\(settings", f.read_text(encoding="utf-8"), re.MULTILINE)]
+
+
+def family(name: str) -> Family:
+    """The file models/NAME.py. Raises UserError where there is none."""
+    if name not in known():
         raise UserError(
-            f"model.family='{settings.family}': no file models/{settings.family}.py. Use one of {', '.join(known)}, "
-            f"or add models/{settings.family}.py with a function load(settings, device) -> Policy."
+            f"model.family='{name}': no file models/{name}.py. Use one of {', '.join(known())}, "
+            f"or add models/{name}.py with a function load(settings, device) -> Policy."
         )
-    policy: Policy = importlib.import_module(f"{__name__}.{settings.family}").load(settings, device)
+    return cast(Family, importlib.import_module(f"{__name__}.{name}"))
+
+
+def load(settings: Model, device: torch.device, lora: Lora | None = None) -> Policy:
+    """The policy of a recipe's [model] section, its network in float32 on `device`, with adapters where it asks."""
+    policy = family(settings.family).load(settings, device)
+    _configure(policy, settings)
+    if lora is not None and lora.rank:
+        from fastgrpo.models.lora import add_adapters
+
+        add_adapters(policy.network, lora, getattr(torch, settings.dtype))
     return policy
+
+
+def _configure(policy: Policy, settings: Model) -> None:
+    """Recomputation, attention kernel and compilation: the same for every family."""
+    network: Any = policy.network
+    if settings.gradient_checkpointing:
+        left_out = {id(b) for n, b in enumerate(policy.blocks) if n % int(settings.gradient_checkpointing)}
+
+        def run(module: nn.Module, *inputs: object) -> object:
+            if id(module) in left_out:
+                return module(*inputs)
+            return checkpoint(module, *inputs, use_reentrant=False)
+
+        network.enable_gradient_checkpointing(run)
+    if settings.attention is not None:
+        try:
+            network.set_attention_backend(settings.attention)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise UserError(
+                f"model.attention={settings.attention}: {str(error).splitlines()[0]}; leave it out for torch's own."
+            ) from None
+    if settings.compile:
+        for block in policy.blocks:
+            block.compile()
+
+
+def encoder(settings: Model, video: Video, device: torch.device) -> AbstractContextManager[Encoder]:
+    """The text encoders of a recipe's [model] section; freed when the context ends."""
+    return family(settings.family).encoder(settings, video, device)
 
 
 def stack(conditions: Sequence[Condition]) -> Condition:

@@ -3,12 +3,13 @@
 diffusers' unmodified classes, and the embedded guidance of the distilled checkpoint. Two departures from diffusers'
 pipeline, both exact: text is trimmed to its own length and blocks attend without a mask (a batch never mixes lengths),
 so that the fastest attention kernels apply; and the guidance stays in float32 (the pipeline rounds 6000 to 6016 in
-bfloat16).
+bfloat16). Classifier-free guidance runs both branches as one batch; where their texts differ in length the shorter is
+padded, and only then is there a mask.
 """
 
 import gc
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,32 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
-from einops import rearrange
-from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from fastgrpo import flow
 from fastgrpo.config import Model, Video
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import UserError
-from fastgrpo.models import Condition
+from fastgrpo.models import Condition, folder
 
+NETWORK = "transformer"
+PARTS = ("vae", "text_encoder", "text_encoder_2", "scheduler", "tokenizer", "tokenizer_2")
 TRAIN_TIMESTEPS = 1000  # the network's time unit: t = 1 is timestep 1000
+USUAL_GUIDANCE = 6.0
 SKIPPED_LAYERS = 2  # of the Llama: the text features are the third hidden state from the end
 MAX_TEXT_TOKENS = 256
 MAX_CLIP_TOKENS = 77
 TEXT_BATCH = 32  # prompts per forward pass of the text encoders
+TILED_ABOVE = 32  # latent height or width from which the VAE decodes in tiles: untiled, its attention does not fit
 
 
-class UnmaskedAttention(HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]
-    """diffusers' attention without the mask, which is all ones for trimmed text and rules flash attention out."""
+class TrimmedAttention(HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]
+    """diffusers' attention without the mask where no text is padded: all ones, it would rule flash attention out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.padded = False  # set before each forward; a checkpointed block runs again before the next one
 
     def __call__(
         self,
@@ -43,109 +52,62 @@ class UnmaskedAttention(HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Any:
-        return super().__call__(attn, hidden_states, encoder_hidden_states, None, image_rotary_emb)
+        mask = attention_mask if self.padded else None
+        return super().__call__(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
 
 
 class HunyuanVideo:
     """The `fastgrpo.models.Policy` of this family."""
 
-    def __init__(self, network: nn.Module, vae: nn.Module, folder: Path, settings: Model) -> None:
+    def __init__(self, network: nn.Module, vae: nn.Module, where: Path, settings: Model, guidance: float) -> None:
         self.network = network
-        self.blocks = [*network.transformer_blocks, *network.single_transformer_blocks]  # type: ignore[misc]
+        self.blocks: Sequence[nn.Module] = blocks(network)
         self.vae = vae
-        self.folder = folder
-        self.guidance = settings.guidance
+        self.cfg = settings.cfg
+        self.negative: Condition | None = None
+        self.guidance = guidance
         self.dtype = getattr(torch, settings.dtype)
-        self.shift = float(json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["shift"])
+        self.decode_batch = settings.decode_batch
+        self.shift = float(folder.scheduler_config(where)["shift"])
+        self.attention = TrimmedAttention()
         for block in self.blocks:
-            block.attn.set_processor(UnmaskedAttention())
-        if settings.gradient_checkpointing:
-            network.enable_gradient_checkpointing()  # type: ignore[operator]
+            block.attn.set_processor(self.attention)  # type: ignore[operator, union-attr]
 
     def latent_shape(self, video: Video) -> tuple[int, ...]:
         config: Any = self.vae.config
-        space, time = config.spatial_compression_ratio, config.temporal_compression_ratio
         net: Any = self.network.config
-        unit = space * net.patch_size
-        for name, size in (("height", video.height), ("width", video.width)):
-            if size % unit:
-                raise UserError(
-                    f"video.{name}={size}: not a multiple of {unit} (VAE factor {space} x patch {net.patch_size}); "
-                    f"use {max(size // unit, 1) * unit} or {(size // unit + 1) * unit}."
-                )
-        if (video.frames - 1) % time:
-            below = (video.frames - 1) // time * time + 1
-            raise UserError(
-                f"video.frames={video.frames}: must be a multiple of {time}, plus 1; use {below} or {below + time}."
-            )
-        return net.out_channels, (video.frames - 1) // time + 1, video.height // space, video.width // space
+        size = folder.latent_size(
+            video, config.spatial_compression_ratio, config.temporal_compression_ratio, net.patch_size
+        )
+        return net.out_channels, *size
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> list[Condition]:
-        texts = self._llama_features(prompts)
-        pooled = self._clip_features(prompts)
-        gc.collect()
-        return [{"text": text, "pooled": pool} for text, pool in zip(texts, pooled, strict=True)]
-
-    def _llama_features(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Hidden states of the prompt's own tokens and the closing one.  returns [L, D] each, L = its length"""
-        tokenizer, encoder = self._text_model("tokenizer", "text_encoder")
-        template = DEFAULT_PROMPT_TEMPLATE["template"]
-        crop = len(tokenizer(template.split("{}")[0])["input_ids"])  # 95 with Llama 3's tokenizer
-        features: list[Tensor] = []
-        for start in range(0, len(prompts), TEXT_BATCH):
-            batch = [template.format(prompt) for prompt in prompts[start : start + TEXT_BATCH]]
-            tokens = tokenizer(
-                batch,
-                max_length=MAX_TEXT_TOKENS + crop,
-                padding="longest",
-                padding_side="right",
-                truncation=True,
-                return_tensors="pt",
-            ).to(self.device)
-            states = encoder(
-                input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
-            ).hidden_states[-(SKIPPED_LAYERS + 1)]
-            for row, mask in zip(states, tokens.attention_mask, strict=True):
-                features.append(row[crop : int(mask.sum())].float().cpu())
-        return features
-
-    def _clip_features(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Pooled CLIP output of the raw prompts.  returns [D] each"""
-        tokenizer, encoder = self._text_model("tokenizer_2", "text_encoder_2")
-        features: list[Tensor] = []
-        for start in range(0, len(prompts), TEXT_BATCH):
-            tokens = tokenizer(
-                list(prompts[start : start + TEXT_BATCH]),
-                padding="max_length",
-                max_length=MAX_CLIP_TOKENS,
-                truncation=True,
-                return_tensors="pt",
-            )
-            features.extend(encoder(tokens.input_ids.to(self.device)).pooler_output.float().cpu())
-        return features
-
-    def _text_model(self, tokenizer: str, encoder: str) -> tuple[Any, Any]:
-        """A tokenizer and its encoder, of the classes that the folder names."""
-        import transformers
-
-        index = json.loads((self.folder / "model_index.json").read_text())
-        tokenizer_class = getattr(transformers, index[tokenizer][1])
-        encoder_class = getattr(transformers, index[encoder][1])
-        model = _read(encoder_class, self.folder / encoder, self.dtype)
-        return tokenizer_class.from_pretrained(self.folder / tokenizer), model.to(self.device).eval()
+    def time_grid(self, steps: int, shift: float | None, shape: tuple[int, ...]) -> Tensor:
+        return flow.time_grid(steps, shift or self.shift)
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        text = condition["text"].to(self.dtype)
+        if self.cfg == 1:
+            return self._predict(x, t, condition["text"], condition["pooled"], None)
+        assert self.negative is not None
+        text, mask = both_texts(self.negative["text"], condition["text"])
+        pooled = condition["pooled"]
+        pooled = torch.cat([self.negative["pooled"].expand_as(pooled), pooled])
+        without, with_text = self._predict(torch.cat([x, x]), torch.cat([t, t]), text, pooled, mask).chunk(2)
+        return without + self.cfg * (with_text - without)
+
+    def _predict(self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor, mask: Tensor | None) -> Tensor:
+        """One forward of the network.  text: [B, L, D];  mask: [B, L] bool where some text is padded"""
+        self.attention.padded = mask is not None
+        if mask is None:
+            mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
         guidance = None
         if self.network.config.guidance_embeds:  # type: ignore[union-attr]
             guidance = torch.full_like(t, self.guidance * 1000.0)
         (v,) = self.network(
             hidden_states=x.to(self.dtype),
             timestep=t * TRAIN_TIMESTEPS,
-            encoder_hidden_states=text,
-            encoder_attention_mask=torch.ones(text.shape[:2], dtype=torch.bool, device=text.device),
-            pooled_projections=condition["pooled"].to(self.dtype),
+            encoder_hidden_states=text.to(self.dtype),
+            encoder_attention_mask=mask,
+            pooled_projections=pooled.to(self.dtype),
             guidance=guidance,
             return_dict=False,
         )
@@ -156,48 +118,131 @@ class HunyuanVideo:
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        config: Any = self.vae.config
         vae: Any = self.vae
-        frames = vae.decode(x.to(vae.dtype) / config.scaling_factor).sample
-        pixels = (frames.float().clamp(-1, 1) + 1) * 127.5
-        return rearrange(pixels.round().to(torch.uint8), "b c f h w -> b f h w c")
+        (vae.enable_tiling if max(x.shape[-2:]) > TILED_ABOVE else vae.disable_tiling)()
+        parts = x.split(self.decode_batch or len(x))
+        return torch.cat(
+            [folder.to_pixels(vae.decode(p.to(vae.dtype) / vae.config.scaling_factor).sample) for p in parts]
+        )
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.vae.parameters()).device
+
+def both_texts(negative: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The two branches' texts as one batch, the shorter padded, and the mask where that was needed.
+
+    negative: [L, D];  text: [B, M, D];  returns [2 B, max(L, M), D] and bool [2 B, max(L, M)] or none
+    """
+    count, length, shorter = len(text), max(len(negative), text.shape[1]), min(len(negative), text.shape[1])
+    padded = pad(negative, (0, 0, 0, length - len(negative))).expand(count, -1, -1)
+    both = torch.cat([padded, pad(text, (0, 0, 0, length - text.shape[1]))])
+    if length == shorter:
+        return both, None
+    position = torch.arange(length, device=text.device).expand(count, -1)
+    return both, torch.cat([position < len(negative), position < text.shape[1]])
+
+
+class TextEncoder:
+    """The `fastgrpo.models.Encoder` of this family: Llama features and CLIP's pooled output."""
+
+    def __init__(self, where: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self.device = device
+        self.tokenizer, self.llama = folder.text_model(where, "tokenizer", "text_encoder", dtype, device)
+        self.tokenizer_2, self.clip = folder.text_model(where, "tokenizer_2", "text_encoder_2", dtype, device)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
+        conditions: list[Condition] = []
+        for start in range(0, len(prompts), TEXT_BATCH):
+            texts = [prompt.text for prompt in prompts[start : start + TEXT_BATCH]]
+            features = zip(self._llama_features(texts), self._clip_features(texts), strict=True)
+            conditions.extend({"text": text, "pooled": pooled} for text, pooled in features)
+        return conditions
+
+    def negative(self, text: str) -> Condition:
+        return self([Prompt(text)])[0]
+
+    def _llama_features(self, texts: list[str]) -> list[Tensor]:
+        """Hidden states of the prompt's own tokens and the closing one.  returns [L, D] each, L = its length"""
+        template = DEFAULT_PROMPT_TEMPLATE["template"]
+        crop = len(self.tokenizer(template.split("{}")[0])["input_ids"])  # 95 with Llama 3's tokenizer
+        tokens = self.tokenizer(
+            [template.format(text) for text in texts],
+            max_length=MAX_TEXT_TOKENS + crop,
+            padding="longest",
+            padding_side="right",
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        states = self.llama(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
+        ).hidden_states[-(SKIPPED_LAYERS + 1)]
+        lengths = tokens.attention_mask.sum(1).tolist()
+        return [row[crop:length].float().cpu() for row, length in zip(states, lengths, strict=True)]
+
+    def _clip_features(self, texts: list[str]) -> list[Tensor]:
+        """Pooled CLIP output of the raw prompts.  returns [D] each"""
+        tokens = self.tokenizer_2(
+            texts, padding="max_length", max_length=MAX_CLIP_TOKENS, truncation=True, return_tensors="pt"
+        )
+        return list(self.clip(tokens.input_ids.to(self.device)).pooler_output.float().cpu())
+
+
+@contextmanager
+def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
+    """The text encoders of model.path; freed when the context ends."""
+    where = folder.pipeline_folder(settings, PARTS)
+    texts = TextEncoder(where, getattr(torch, settings.dtype), device)
+    try:
+        yield texts
+    finally:
+        del texts.llama, texts.clip
+        gc.collect()
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The dual-stream blocks, then the single-stream ones."""
+    return [*network.transformer_blocks, *network.single_transformer_blocks]  # type: ignore[misc]
 
 
 def load(settings: Model, device: torch.device) -> HunyuanVideo:
     """The policy of a folder in the diffusers layout, or of a hub id. The network is loaded in float32."""
-    folder = _folder(settings.path)
-    network = _read(HunyuanVideoTransformer3DModel, folder / "transformer", torch.float32)
-    vae = _read(AutoencoderKLHunyuanVideo, folder / "vae", getattr(torch, settings.dtype))
-    vae.requires_grad_(False).eval().to(device)
-    if network.config.image_condition_type is not None or network.config.in_channels != network.config.out_channels:
-        raise UserError(f"model.path={settings.path}: an image-to-video network; this family is text-to-video.")
-    return HunyuanVideo(network.train().to(device), vae, folder, settings)
+    where = folder.pipeline_folder(settings, PARTS)
+    check_network(settings, where, images=False)
+    network, vae = load_networks(settings, where, device)
+    guidance = USUAL_GUIDANCE if settings.guidance is None else settings.guidance
+    return HunyuanVideo(network, vae, where, settings, guidance)
 
 
-def _read(network: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A network from its folder; one that is missing, damaged or of another class is a user's mistake."""
-    try:
-        return network.from_pretrained(folder, torch_dtype=dtype)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        problem = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"model.path: {folder} cannot be read ({problem}); download that folder again.") from None
+def check_network(settings: Model, where: Path, images: bool) -> dict[str, Any]:
+    """The network's config, read before its weights, which are large.  images: whether it must take a reference image
+
+    Raises UserError where it is the other kind of network, does not fit the VAE, or has no place for model.guidance.
+    """
+    config = folder.read_json(folder.network_folder(settings, NETWORK) / "config.json")
+    named = f"model.path={settings.path}" if settings.network is None else f"model.network={settings.network}"
+    taken, given = config.get("in_channels"), config.get("out_channels")
+    if config.get("image_condition_type") is not None:
+        kind = config["image_condition_type"]
+        raise UserError(f"{named}: a HunyuanVideo I2V network ({kind}), which no family trains; use SkyReels-V1's.")
+    if not isinstance(taken, int) or not isinstance(given, int) or taken not in (given, 2 * given):
+        raise UserError(f"{named}: its config.json has in_channels={taken} and out_channels={given}; correct the path.")
+    if (taken == 2 * given) != images:
+        kind, other = ("text", "hunyuan_video") if images else ("image", "skyreels_i2v")
+        raise UserError(
+            f"{named}: a network of {kind}-to-video ({taken} channels in, {given} out); set model.family={other}, or "
+            "correct the path."
+        )
+    latent = folder.read_json(where / "vae" / "config.json").get("latent_channels")
+    if latent != given:
+        raise UserError(f"{named}: the network makes {given} channels and the VAE takes {latent}; of different models.")
+    if settings.guidance is not None and not config.get("guidance_embeds", True):
+        raise UserError(
+            f"model.guidance={settings.guidance}: this network has no embedded guidance; set model.cfg instead."
+        )
+    return config
 
 
-def _folder(path: str) -> Path:
-    """A local folder, or the local copy of a hub repository."""
-    if not Path(path).is_dir():
-        if path.startswith((".", "/", "~")) or path.count("/") != 1:
-            raise UserError(f"model.path={path}: no such folder; give a folder in the diffusers layout or a hub id.")
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(path))
-    parts = [f"{part}/config.json" for part in ("transformer", "vae", "text_encoder", "text_encoder_2")]
-    parts += ["scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json", "tokenizer_2/tokenizer_config.json"]
-    for part in ("model_index.json", *parts):
-        if not (Path(path) / part).is_file():
-            raise UserError(f"model.path={path}: {part} is missing; give a whole folder in the diffusers layout.")
-    return Path(path)
+def load_networks(settings: Model, where: Path, device: torch.device) -> tuple[Any, Any]:
+    """The transformer, float32 and trainable, and the VAE, in the compute precision and frozen."""
+    network = folder.read(HunyuanVideoTransformer3DModel, folder.network_folder(settings, NETWORK), torch.float32)
+    vae = folder.read(AutoencoderKLHunyuanVideo, where / "vae", getattr(torch, settings.dtype))
+    return network.train().to(device), vae.requires_grad_(False).eval().to(device)

@@ -1,7 +1,9 @@
 """Rewards: functions that look at pixels and prompts and give named scores. The folder is the registry.
 
-A file `rewards/<name>.py` with a function `load() -> Reward` is the reward `<name>`; adding one edits no other file.
-The other files here carry scores between processes: `wire` (the bytes), `server` and `client`.
+A file `rewards/<name>.py` with a function `load(spec) -> Reward` is the reward `<name>`; adding one edits no
+other file.
+The other files carry scores between processes (`wire`: the bytes, `server`, `client`), make binary parts
+(`threshold`), or hold what several rewards share.
 """
 
 import importlib
@@ -16,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastgrpo.config import RewardSpec
 from fastgrpo.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -33,7 +36,16 @@ class Scores:
 
 
 class Reward(Protocol):
-    """A scorer of clips."""
+    """A scorer of clips.
+
+    It may have, besides:
+      fingerprint: str             of its weights and of what else changes its scores; replicas must agree in it
+      looks_at(frames, fps)        indices of the frames that it looks at in a clip of that many: only these travel to
+                                   the server, where the others of its `pixels` are black
+      golden: (clip, prompt, fps)  what a server scores at its start, uint8 [F, H, W, 3]; none = a drawn clip
+      reads_prompts                false where prompts change nothing; `fastgrpo score` then asks for none
+      to(device)                   moves its weights, so that a GPU that it shares has their memory between phases
+    """
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -48,16 +60,26 @@ class Reward(Protocol):
 
 
 def known() -> tuple[str, ...]:
-    """Names of the rewards in this folder: the files that define `load()`."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return tuple(f.stem for f in files if re.search(r"^def load\(\)", f.read_text(encoding="utf-8"), re.MULTILINE))
+    """Names of the rewards in this folder: the files that define `load`."""
+    files = sorted(Path(__file__).parent.glob("[!_]*.py"))
+    return tuple(f.stem for f in files if re.search(r"^def load\(", f.read_text(encoding="utf-8"), re.MULTILINE))
 
 
-def load(name: str) -> Reward:
-    """The reward of the file `rewards/<name>.py`. Raises UserError, a ValueError, where there is none."""
-    check(name)
-    reward: Reward = importlib.import_module(f"fastgrpo.rewards.{name}").load()
+def load(spec: RewardSpec) -> Reward:
+    """The reward of the file `rewards/<spec.name>.py`, with the binary parts of `spec.threshold`.
+
+    Raises UserError, a ValueError, where there is no such file, or where its own `load` finds a mistake in the spec.
+    """
+    check(spec.name)
+    reward: Reward = importlib.import_module(f"fastgrpo.rewards.{spec.name}").load(spec)
+    if spec.threshold:  # imported by name like the rewards: it imports this file
+        reward = importlib.import_module("fastgrpo.rewards.threshold").wrap(reward, spec.threshold)
     return reward
+
+
+def plain(name: str) -> RewardSpec:
+    """A reward with all settings at their defaults, as one that has no weights needs."""
+    return RewardSpec(name=name, weights={})
 
 
 def check(name: str) -> None:
@@ -65,16 +87,14 @@ def check(name: str) -> None:
     if name not in known():
         raise UserError(
             f"reward='{name}': no such reward; use one of {', '.join(known())}, "
-            f"or add rewards/{name}.py with a function load() -> Reward"
+            f"or add rewards/{name}.py with a function load(spec) -> Reward"
         )
 
 
 def judge(reward: Reward, clips: Sequence[Tensor], prompts: Sequence[str], fps: float) -> Scores:
     """Scores of clips of any sizes; a reward that fails makes its clips invalid, never a made-up score.
 
-    clips: uint8 [F, H, W, 3] each. Clips of one size go to the reward as one batch. A clip is invalid where the reward
-    says so, where one of its parts is not finite, or where the reward raised; then every part is NaN. What was raised
-    is logged by its class and place, without its text, which may quote a prompt.
+    clips: uint8 [F, H, W, 3] each. Clips of one size go to the reward as one batch, see `judge_batch`.
     """
     if len(clips) != len(prompts):
         raise ValueError(f"prompts={len(prompts)}: there are {len(clips)} clips; give one prompt for each")
@@ -83,18 +103,33 @@ def judge(reward: Reward, clips: Sequence[Tensor], prompts: Sequence[str], fps: 
     for i, clip in enumerate(clips):
         batches.setdefault(clip.shape, []).append(i)
     for members in batches.values():
-        try:
-            scores = reward(torch.stack([clips[i] for i in members]), [prompts[i] for i in members], fps)
-            table = torch.stack([scores.values[part].float() for part in reward.names])
-            values[:, members] = table.masked_fill(~scores.valid, float("nan"))
-        except (
-            Exception
-        ) as error:  # a reward is anyone's code: whatever it raises, the run goes on without these scores
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            log.warning(
-                "%s raised %s at %s:%s; %d clips have no score",
-                type(reward).__name__, type(error).__name__, place.filename, place.lineno, len(members),
-            )  # fmt: skip
+        scores = judge_batch(reward, torch.stack([clips[i] for i in members]), [prompts[i] for i in members], fps)
+        values[:, members] = torch.stack([scores.values[part] for part in reward.names])
+    return Scores({part: values[n].clone() for n, part in enumerate(reward.names)}, torch.isfinite(values).all(0))
+
+
+def judge_batch(reward: Reward, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
+    """Scores of one batch, uint8 [B, F, H, W, 3].
+
+    A clip is invalid where the reward says so, where one of its parts is not finite, or where the reward raised or gave
+    another number of scores than there are clips; then every part is NaN. What was raised is logged by its class and
+    place, without its text, which may quote a prompt.
+    """
+    values = torch.full((len(reward.names), len(pixels)), float("nan"))
+    try:
+        with torch.no_grad():
+            scores = reward(pixels, prompts, fps)
+        table = torch.stack([scores.values[part].detach().cpu().float() for part in reward.names])
+        valid = scores.valid.cpu()
+        if table.shape != values.shape or valid.shape != values.shape[1:]:  # one score would be spread over all clips
+            raise ValueError(f"{list(table.shape)} scores, {list(valid.shape)} valid, expected {list(values.shape)}")
+        values = table.masked_fill(~valid, float("nan"))
+    except Exception as error:  # a reward is anyone's code: whatever it raises, the run goes on without these scores
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        log.warning(
+            "%s raised %s at %s:%s; %d clips have no score",
+            type(reward).__name__, type(error).__name__, place.filename, place.lineno, len(pixels),
+        )  # fmt: skip
     valid = torch.isfinite(values).all(0)
     values = values.masked_fill(~valid, float("nan"))
     return Scores({part: values[n].clone() for n, part in enumerate(reward.names)}, valid)

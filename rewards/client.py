@@ -1,54 +1,84 @@
-"""Where the trainer gets scores: from reward servers, or from rewards in its own process. Both give the same bits."""
+"""Scores from reward servers: what is asked, and what happens when one is slow, busy, gone or different."""
 
 import logging
-import random
+import math
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import httpx
 import torch
 from torch import Tensor
 
 from fastgrpo.errors import UserError
-from fastgrpo.rewards import Scores, judge, load, wire
+from fastgrpo.rewards import Scores, wire
+from fastgrpo.rewards.in_process import join
+from fastgrpo.rewards.replicas import LONGEST_PAUSE_S, Replica, Replicas
+from fastgrpo.rewards.spec import Spec, Unlike, compare, differs, read_spec
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-PASSING = (408, 429, 502, 503, 504)  # answers of a server that may take the same request later
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
 REQUEST_BYTES = 64 * 2**20  # a batch of more pixels goes as several requests, well below the server's cap
+ATTEMPTS = 2  # at a request that a living server does not answer well, before its clips are invalid
+ASK_TIMEOUT_S = 5.0  # for what takes no scoring
+
+
+class Busy(Exception):
+    """A server that will take the same request later."""
+
+    def __init__(self, said: str, pause_s: float) -> None:
+        super().__init__(said)
+        self.pause_s = pause_s
+
+
+class Bad(Exception):
+    """A living server did not answer a request well: late, with an error of its own, or with nonsense."""
 
 
 class RewardClient:
     """Scores from one or more servers that hold the same rewards. Threads may share it.
 
-    Scoring has no side effect, so a request that failed on its way is simply sent again, to the replica with the
-    fewest requests under way, after a pause that doubles and is drawn at random, so that many ranks do not knock
-    together.
+    Scoring has no side effect, so a request that failed on its way is simply sent again, to another replica where there
+    is one. While every replica is gone it waits, for at most `outage_s`. A request that a living server cannot answer
+    well, or not in time, is tried once more; then its clips are invalid.
     """
 
+    at_once = 4  # requests under way: enough that one is read while another is scored
+
     def __init__(
-        self, urls: Sequence[str], token: str, names: Sequence[str], timeout_s: float = 60.0, outage_s: float = 300.0
+        self,
+        urls: Sequence[str],
+        token: str,
+        names: Sequence[str],
+        timeout_s: float = 60.0,
+        outage_s: float = 300.0,
+        fps: float | None = None,
     ) -> None:
-        """urls: http://host:port each;  timeout_s: for one request;  outage_s: of failures before giving up."""
+        """urls: http://host:port each;  timeout_s: for one request;  fps: told instead of the clips' own."""
         for url in urls:
             check_url(url)
         if not urls:
             raise UserError("server.urls: empty; name at least one reward server")
         self.names = tuple(names)
-        self.outage_s = outage_s
-        self._under_way = dict.fromkeys((url.rstrip("/") for url in urls), 0)
+        self.timeout_s = timeout_s
+        self.fps = fps
+        self.replicas = Replicas(urls, outage_s)
         self._lock = threading.Lock()
-        self._random = random.Random()  # its own, so that pauses disturb no one's random numbers
+        self._events: Counter[str] = Counter()
+        self._expected: Spec | None = None
+        self._looks: dict[tuple[int, float], list[int] | None] = {}
         self._http = httpx.Client(
             headers={"Authorization": f"Bearer {token}"},
             timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=60.0),
             trust_env=False,  # a proxy for the internet must not get the cluster's own traffic
         )
+
+    # ---- scores
 
     def score(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> dict[str, Scores]:
         """pixels: uint8 [B, F, H, W, 3];  returns each reward's Scores, NaN and invalid where it had none.
@@ -57,114 +87,169 @@ class RewardClient:
         """
         if not len(pixels) == len(prompts) > 0:
             raise ValueError(f"prompts={len(prompts)}: there are {len(pixels)} clips; give one prompt for each")
-        clip_bytes = max(pixels[:1].numel(), 1)
-        at_once = min(max(REQUEST_BYTES // clip_bytes, 1), wire.MAX_CLIPS)
+        fps, frames = self.fps or fps, pixels.shape[1]
+        at = self._looks_at(frames, fps)
+        if at is not None:
+            pixels = pixels[:, at]  # the others are looked at by none of the rewards: they need not travel
+        size = max(pixels[:1].numel(), 1)
+        at_once = min(max(REQUEST_BYTES // size, 1), wire.MAX_CLIPS)
         answers: list[dict[str, Scores]] = []
         for start in range(0, len(pixels), at_once):
             some, of = list(pixels[start : start + at_once]), list(prompts[start : start + at_once])
             try:
-                body = wire.encode_request(some, of, fps, self.names)
+                body = wire.encode_request(some, of, fps, self.names, at, frames)
             except wire.WireError as error:
                 raise UserError(f"video: no reward server takes these clips: {error}") from None
             answers.append(self._send(body, len(some)))
         return {name: join([answer[name] for answer in answers]) for name in self.names}
 
     def _send(self, body: bytes, count: int) -> dict[str, Scores]:
-        """Scores of a request's `count` clips, however many attempts that takes."""
-        pause = FIRST_PAUSE_S
-        failed: str | None = None
-        give_up = float("inf")
-        while True:
-            url = self._choose(failed)
-            retry_after = 0.0
+        """Scores of a request's `count` clips; invalid ones where living servers did not answer well."""
+
+        def post(replica: Replica) -> dict[str, Scores]:
+            headers = {"Content-Type": wire.CONTENT_TYPE, "X-Timeout-S": f"{self.timeout_s:g}"}
             try:
-                response = self._http.post(f"{url}/v1/score", content=body, headers={"Content-Type": wire.CONTENT_TYPE})
-                if response.status_code not in PASSING:
-                    return self._read(url, response, count)
-                trouble, retry_after = f"status {response.status_code}", seconds(response.headers.get("retry-after"))
-            except httpx.TransportError as error:
-                trouble = f"{type(error).__name__}: {error}"
-            finally:
-                self._release(url)
-            now = time.monotonic()
-            give_up = min(give_up, now + self.outage_s)
-            if now >= give_up:
-                raise UserError(
-                    f"server.urls={url}: no scores for {self.outage_s:g} s ({trouble}); "
-                    "see that the reward server runs and is not overloaded, or raise server.outage_s"
+                response = self._http.post(f"{replica.url}/v1/score", content=body, headers=headers)
+            except (httpx.ReadTimeout, httpx.WriteTimeout):
+                self._http.get(f"{replica.url}/livez", timeout=ASK_TIMEOUT_S)  # else it is not late but gone: raises
+                raise Bad(f"no answer within {self.timeout_s:g} s") from None
+            check_answer(replica.url, response)
+            try:
+                return wire.decode_scores(
+                    response.content, self.names, count, self._told("parts"), self._told("identity")
                 )
-            log.warning("reward server %s: %s; trying again", url, trouble)
-            wait = max(retry_after, pause * self._random.uniform(0.5, 1.0))
-            time.sleep(min(wait, give_up - now))
-            pause, failed = min(2.0 * pause, LONGEST_PAUSE_S), url
+            except wire.OtherReward as error:  # it was started anew since we met it
+                raise Unlike(differs(str(error))) from None
+            except wire.WireError as error:
+                raise Bad(str(error)) from None
 
-    def wait_ready(self, timeout_s: float) -> dict[str, list[str]]:
-        """The parts of each reward, once every server takes requests; UserError after timeout_s or a wrong token."""
+        scores = self._persist(post)
+        if scores is None:
+            log.warning("%d clips have no score: no server answered for them well", count)
+            self._count("clips_given_up", count)
+            return {name: nothing(parts, count) for name, parts in self._told("parts").items()}
+        return scores
+
+    def _persist(self, call: Callable[[Replica], T]) -> T | None:
+        """What `call` gives with some replica, however many attempts that takes; none where living ones answered badly.
+
+        Raises UserError in an outage, and for an answer that trying again would not change.
+        """
+        bad, last, troubled_since = 0, None, math.inf
+        while True:
+            replica = self.replicas.take(last)
+            pause = 0.0
+            try:
+                if not replica.known:
+                    self._meet(replica)
+                    self.replicas.live()
+                result = call(replica)
+                self.replicas.succeeded(replica)
+                return result
+            except Unlike as unlike:
+                self.replicas.bar(replica, str(unlike))
+            except Busy as busy:
+                self._count("requests_turned_away")
+                pause = self.replicas.busy(replica, str(busy), busy.pause_s)
+            except Bad as trouble:
+                bad += 1
+                self._count("requests_bad")
+                self.replicas.failed(replica, str(trouble), lives=True)
+            except httpx.RequestError as error:
+                self._count("requests_failed")
+                self.replicas.failed(replica, f"{type(error).__name__}: {error}")
+            finally:
+                self.replicas.release(replica)
+            now = time.monotonic()
+            troubled_since = min(troubled_since, now)
+            if bad >= ATTEMPTS or now - troubled_since > self.replicas.outage_s:  # others' requests succeed meanwhile
+                return None
+            time.sleep(pause)
+            last = replica
+
+    def _count(self, event: str, number: int = 1) -> None:
+        with self._lock:
+            self._events[event] += number
+
+    def take_events(self) -> dict[str, int]:
+        """What went wrong since the last call, counted."""
+        with self._lock:
+            events, self._events = self._events, Counter()
+        return dict(events)
+
+    # ---- what the servers are
+
+    def wait_ready(self, timeout_s: float) -> Spec:
+        """What each reward is, once every server takes requests; UserError after timeout_s or a wrong token."""
         deadline = time.monotonic() + timeout_s
-        specs = {url: self._wait_for(url, deadline, timeout_s) for url in self._under_way}
-        for url, spec in specs.items():
-            missing = [name for name in self.names if name not in spec]
-            if missing:
-                has = ", ".join(spec)
-                raise UserError(f"server.urls={url}: has no reward '{missing[0]}', only {has}; start it with that one")
-            if any(spec[name] != other[name] for other in specs.values() for name in self.names if name in other):
-                raise UserError(f"server.urls={url}: differs from the other servers; start all with the same version")
-        return specs[url]
+        for replica in self.replicas.all:
+            self._wait_for(replica, deadline, timeout_s)
+        assert self._expected is not None
+        return self._expected
 
-    def _wait_for(self, url: str, deadline: float, timeout_s: float) -> dict[str, list[str]]:
-        """The rewards of a server and their parts, once it is ready."""
+    def expect(self, spec: Spec) -> None:
+        """Take only replicas that are like this, as another rank found them."""
+        self._expected = {name: spec[name] for name in self.names}
+
+    def _wait_for(self, replica: Replica, deadline: float, timeout_s: float) -> None:
         while True:
             try:
-                response = self._http.get(f"{url}/readyz", timeout=5.0)
-                if response.is_success:
-                    return self._spec(url, self._http.get(f"{url}/v1/spec", timeout=5.0))
-                trouble = f"status {response.status_code}"
-            except httpx.TransportError as error:
-                trouble = f"{type(error).__name__}: {error}"
+                self._meet(replica)
+                return
+            except Unlike as unlike:
+                raise UserError(f"server.urls={replica.url}: {unlike}; start all servers alike") from None
+            except (Busy, Bad, httpx.RequestError) as error:
+                trouble = f"{type(error).__name__}: {error}" if isinstance(error, httpx.RequestError) else str(error)
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"server.urls={url}: reward server unreachable for {timeout_s:g} s ({trouble}); "
+                    f"server.urls={replica.url}: reward server unreachable for {timeout_s:g} s ({trouble}); "
                     "start it, or correct the address"
                 )
-            time.sleep(FIRST_PAUSE_S)
+            time.sleep(0.2)
 
-    def _spec(self, url: str, response: httpx.Response) -> dict[str, list[str]]:
-        self._refuse(url, response)
-        try:
-            rewards: dict[str, list[str]] = response.json()["rewards"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"server.urls={url}: no reward server answers there; correct the address") from None
-        return rewards
-
-    def _choose(self, failed: str | None) -> str:
-        """The replica with the fewest requests under way; one that just failed only where there is no other."""
+    def _meet(self, replica: Replica) -> None:
+        """Ask a replica who it is. Raises Unlike where its rewards are not those that the others have."""
+        check_answer(replica.url, self._http.get(f"{replica.url}/readyz", timeout=ASK_TIMEOUT_S))
+        spec = self._ask_spec(replica, "")
+        missing = [name for name in self.names if name not in spec]
+        if missing:
+            raise Unlike(f"has no reward '{missing[0]}', only {', '.join(spec)}")
         with self._lock:
-            url = min(self._under_way, key=lambda u: (u == failed, self._under_way[u], self._random.random()))
-            self._under_way[url] += 1
-            return url
+            if self._expected is None:
+                self._expected = {name: spec[name] for name in self.names}
+            for name, one in self._expected.items():
+                compare(name, one, spec[name])
+        replica.known = True
 
-    def _release(self, url: str) -> None:
-        with self._lock:
-            self._under_way[url] -= 1
-
-    def _read(self, url: str, response: httpx.Response, count: int) -> dict[str, Scores]:
-        self._refuse(url, response)
+    def _ask_spec(self, replica: Replica, query: str) -> Spec:
+        response = self._http.get(f"{replica.url}/v1/spec{query}", timeout=ASK_TIMEOUT_S)
+        check_answer(replica.url, response)
         try:
-            return wire.decode_scores(response.content, self.names, count)
-        except wire.WireError as error:
-            raise UserError(f"server.urls={url}: {error}; start the server with this version of fastgrpo") from None
+            return read_spec(response.content)
+        except wire.WireError:
+            raise UserError(f"server.urls={replica.url}: no reward server answers there; correct the address") from None
 
-    def _refuse(self, url: str, response: httpx.Response) -> None:
-        """Raise UserError for an answer that trying again would not change."""
-        if response.status_code in (401, 403):
-            raise UserError(
-                f"server.token_file: wrong token for {url} ({response.status_code}); "
-                "give the token that the server was started with"
-            )
-        if not response.is_success:
-            raise UserError(
-                f"server.urls={url}: refused with status {response.status_code}: {response.text[:300]}; see its log"
-            )
+    def _looks_at(self, frames: int, fps: float) -> list[int] | None:
+        """Indices of the frames that any of the rewards looks at in such a clip; none = all."""
+        form = (frames, fps)
+        if form not in self._looks:
+            spec = self._persist(lambda replica: self._ask_spec(replica, f"?frames={frames}&fps={fps!r}"))
+            if spec is None:
+                return None
+            wanted = [spec[name].get("looks_at") for name in self.names]
+            union = {int(index) for one in wanted for index in (range(frames) if one is None else one)}
+            self._looks[form] = sorted(union) if len(union) < frames else None
+        return self._looks[form]
+
+    def _told(self, key: str) -> dict[str, Any]:
+        """What each reward's spec says there, which every replica has told before it is used."""
+        assert self._expected is not None
+        return {name: self._expected[name][key] for name in self.names}
+
+    # ---- end
+
+    def release(self) -> None:
+        """Nothing is held here between phases."""
 
     def close(self) -> None:
         """Close the connections."""
@@ -179,29 +264,32 @@ class RewardClient:
         self.close()
 
 
-class ScorerInProcess:
-    """The same rewards without a server: the scores are equal bit for bit."""
+def check_answer(url: str, response: httpx.Response) -> None:
+    """Raise for any answer but success: Busy, Bad, a transport error for a server that is not there, or UserError."""
+    status = response.status_code
+    if response.is_success:
+        return
+    if status in (401, 403):
+        raise UserError(
+            f"server.token_file: wrong token for {url} ({status}); give the token that the server was started with"
+        )
+    if status in (408, 429):
+        raise Busy(f"status {status}", seconds(response.headers.get("retry-after"), 0.5))
+    if status in (502, 503):
+        raise httpx.NetworkError(f"status {status}")
+    if status >= 500:
+        raise Bad(f"status {status}")
+    raise UserError(f"server.urls={url}: refused with status {status}: {response.text[:300]}; see its log")
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
-        self._rewards = {name: load(name) for name in names}
-        self._lock = threading.Lock()  # as in the server, a reward scores one batch at a time
 
-    def score(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> dict[str, Scores]:
-        """pixels: uint8 [B, F, H, W, 3];  returns each reward's Scores, NaN and invalid where it had none."""
-        with self._lock:
-            return {name: judge(reward, list(pixels), prompts, fps) for name, reward in self._rewards.items()}
+def nothing(parts: Sequence[str], count: int) -> Scores:
+    """The scores of clips that have none."""
+    return Scores({part: torch.full((count,), math.nan) for part in parts}, torch.zeros(count, dtype=torch.bool))
 
 
-def seconds(text: str | None) -> float:
-    """A Retry-After header in seconds, at most LONGEST_PAUSE_S; 0 where it is absent or a date."""
-    return min(float(text), LONGEST_PAUSE_S) if text is not None and text.isascii() and text.isdigit() else 0.0
-
-
-def join(batches: Sequence[Scores]) -> Scores:
-    """The scores of consecutive batches as one."""
-    values = {part: torch.cat([batch.values[part] for batch in batches]) for part in batches[0].values}
-    return Scores(values, torch.cat([batch.valid for batch in batches]))
+def seconds(text: str | None, default: float) -> float:
+    """A Retry-After header in seconds, at most LONGEST_PAUSE_S; the default where it is absent or a date."""
+    return min(float(text), LONGEST_PAUSE_S) if text is not None and text.isascii() and text.isdigit() else default
 
 
 def check_url(url: str) -> None:

@@ -1,69 +1,142 @@
-"""The reward server: POST clips, get scores. One process per device, one request scored at a time.
+"""The reward server: POST clips, get scores. One process per device, one batch scored at a time.
 
   POST /v1/score   a request of `wire`; bearer token
-  GET  /v1/spec    the rewards, their parts, and the caps; bearer token
+  GET  /v1/spec    the rewards, their parts and identities, the caps, the golden clip's scores; bearer token.
+                   With ?frames=F&fps=S also the frames that each reward looks at in such a clip: send no others
+  GET  /metrics    counters for Prometheus; bearer token
   GET  /livez      the process answers
-  GET  /readyz     it takes requests: not while it starts or drains
+  GET  /readyz     it takes requests: weights loaded and hashed, golden clip scored, not draining
 
-A request is refused by its headers before its body is read: wrong token 401, no Content-Length 411, too long 413,
-too much waiting 429. SIGTERM drains: no new request is taken, those that were are answered.
-`launch_beside` runs a server as a child of the trainer.
+A request is refused by its headers before its body is read: wrong token 401, no Content-Length 411, too long 413; where
+too many bytes wait it waits, too, unread, and then gets 429. SIGTERM drains: no new
+request is taken, those that were are answered.
 """
 
 import asyncio
-import contextlib
-import hmac
 import json
 import logging
 import os
-import secrets
+import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
+import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
-from starlette.requests import ClientDisconnect
 
-import fastgrpo
+from fastgrpo.config import RewardSpec
 from fastgrpo.errors import UserError
-from fastgrpo.lifetime import die_with
-from fastgrpo.rewards import Reward, judge, load, wire
+from fastgrpo.rewards import logs, wire
+from fastgrpo.rewards.admission import Admission, Limits, Refusal, authenticate, body_length, patience, read_body
+from fastgrpo.rewards.batcher import Batcher, Expired
+from fastgrpo.rewards.meters import Meters
+from fastgrpo.rewards.served import Served, load_served
+from fastgrpo.rewards.strict_http import strict_http
 
 log = logging.getLogger(__name__)
 
-TOKEN_VARIABLE = "FASTGRPO_TOKEN"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def make_app(
-    rewards: dict[str, Reward],
-    token: str,
-    max_body: int = wire.MAX_BODY,
-    max_waiting: int = 4 * wire.MAX_BODY,
-    body_timeout_s: float = 60.0,
-) -> FastAPI:
-    """The application. max_body, max_waiting: bytes of one request, and of all that are read or wait to be scored."""
+@dataclass
+class Desk:
+    """What every request needs."""
+
+    served: dict[str, Served]
+    token: str
+    limits: Limits
+    admission: Admission
+    batcher: Batcher
+    meters: Meters
+    reading: ThreadPoolExecutor  # takes bodies apart, so that a long header does not stop the event loop
+    ready: bool = False
+
+    @classmethod
+    def open(cls, served: Sequence[Served], token: str, limits: Limits) -> "Desk":
+        by_name = {one.name: one for one in served}
+        admission, batcher = Admission(limits.max_waiting, limits.room_wait_s), Batcher(by_name, limits.batch_wait_s)
+        batcher.meters = meters = Meters(lambda: admission.bytes, batcher.clips_waiting)
+        reading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reading")
+        return cls(by_name, token, limits, admission, batcher, meters, reading)
+
+    async def score(self, request: Request) -> tuple[bytes, int]:
+        """(answer, clips) of a request. Raises Refusal, or WireError for a body that is not well-formed."""
+        authenticate(request, self.token)
+        length, seconds = body_length(request, self.limits.max_body), patience(request)
+        async with self.admission.room(length):
+            body = await read_body(request, length, self.limits.body_timeout_s)
+            loop = asyncio.get_running_loop()
+            asked = await loop.run_in_executor(self.reading, wire.decode_request, body)
+            del body  # the clips hold what they need of it
+            unknown = [name for name in asked.rewards if name not in self.served]
+            if unknown:
+                here = ", ".join(self.served)
+                raise Refusal(422, f"no reward '{unknown[0]}' here; this server has {here}", close=False)
+            deadline = time.monotonic() + seconds
+            try:
+                scores = await asyncio.gather(
+                    *(
+                        self.batcher.score(name, asked.clips, asked.prompts, asked.fps, deadline)
+                        for name in asked.rewards
+                    )
+                )
+            except Expired:
+                raise Refusal(504, f"not scored within {seconds:g} s", close=False) from None
+        by_name = dict(zip(asked.rewards, scores, strict=True))
+        return wire.encode_scores(by_name, {name: self.served[name].identity for name in by_name}), len(asked.clips)
+
+    def spec(self, frames: int | None, fps: float | None) -> dict[str, object]:
+        """The answer of /v1/spec."""
+        rewards: dict[str, dict[str, object]] = {}
+        for name, one in self.served.items():
+            rewards[name] = {
+                "parts": list(one.reward.names),
+                "identity": one.identity,
+                "fingerprint": one.fingerprint,
+                "dtype": one.spec.dtype,
+                "batch_size": one.spec.batch_size,
+                "golden": one.golden,
+            }
+            if frames is not None and fps is not None:
+                rewards[name]["looks_at"] = one.looks_at(frames, fps)
+        caps = {"max_body": self.limits.max_body, "max_clips": wire.MAX_CLIPS}
+        return {"rewards": rewards, **caps, "max_frames": wire.MAX_FRAMES, "max_pixels": wire.MAX_PIXELS}
+
+
+def make_app(served: Sequence[Served], token: str, limits: Limits | None = None) -> FastAPI:
+    """The application for rewards that are loaded and warm."""
     if not token:
         raise UserError("token='': the reward server needs one; give a long random text")
-    scoring = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")  # rewards need not be thread-safe
-    waiting = 0
-    ready = False
+    limits = limits or Limits()
+    desk = Desk.open(served, token, limits)
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        nonlocal ready
-        ready = True
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker = asyncio.create_task(desk.batcher.run())
+        desk.ready = True
         yield
-        ready = False
-        scoring.shutdown()
+        desk.ready = False
+        worker.cancel()
+        with suppress(asyncio.CancelledError):
+            await worker
+        desk.batcher.thread.shutdown()
+        desk.reading.shutdown()
 
     app = FastAPI(title="fastgrpo reward server", lifespan=lifespan, openapi_url=None)
+    app.state.desk = desk
+    add_probes(app, desk)
+    add_scores(app, desk)
+    return app
+
+
+def add_probes(app: FastAPI, desk: Desk) -> None:
+    """What says how the server is, in a moment."""
 
     @app.get("/livez")
     async def livez() -> str:
@@ -71,96 +144,63 @@ def make_app(
 
     @app.get("/readyz")
     async def readyz() -> str:
-        if not ready:
+        if not desk.ready:
             raise HTTPException(503, "starting or draining")
         return "ready"
 
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        authenticate(request, desk.token)
+        return Response(desk.meters.text(), media_type="text/plain; version=0.0.4")
+
     @app.get("/v1/spec")
     async def spec(request: Request) -> dict[str, object]:
-        authenticate(request, token)
-        parts = {name: list(reward.names) for name, reward in rewards.items()}
-        return {"rewards": parts, "max_body": max_body, "max_clips": wire.MAX_CLIPS}
+        authenticate(request, desk.token)
+        return desk.spec(*clip_form(request))
+
+
+def add_scores(app: FastAPI, desk: Desk) -> None:
+    """What clips are sent to."""
 
     @app.post("/v1/score")
     async def score(request: Request) -> Response:
-        nonlocal waiting
-        authenticate(request, token)
-        length = body_length(request, max_body)
-        if waiting and waiting + length > max_waiting:
-            raise HTTPException(429, "too many clips are waiting", headers={"Retry-After": "1"})
-        waiting += length
+        start, status, clips = time.perf_counter(), 500, 0
         try:
-            body = await read_body(request, length, body_timeout_s)
-            answer = await asyncio.get_running_loop().run_in_executor(scoring, score_body, rewards, body)
+            answer, clips = await desk.score(request)
+            status = 200
         except wire.WireError as error:
-            raise HTTPException(400, str(error)) from None
+            status = 400
+            raise Refusal(400, str(error), close=False) from None
+        except HTTPException as refusal:
+            status = refusal.status_code
+            raise
         finally:
-            waiting -= length
+            seconds = time.perf_counter() - start
+            desk.meters.request(status, seconds)
+            log.info("request", extra=logs.fields(status=status, clips=clips, seconds=round(seconds, 4)))
         return Response(answer, media_type="application/json")
 
-    return app
 
-
-def authenticate(request: Request, token: str) -> None:
-    """Refuse with 401 unless the request carries the token; takes the same time however much of it is right."""
-    given = request.headers.get("authorization", "")
-    if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-        raise HTTPException(401, "wrong token", headers={"WWW-Authenticate": "Bearer"})
-
-
-def body_length(request: Request, most: int) -> int:
-    """The declared length of the body, which must be declared and at most `most`."""
-    if request.headers.get("content-type") != wire.CONTENT_TYPE:
-        raise HTTPException(415, f"expected Content-Type: {wire.CONTENT_TYPE}")
-    declared = request.headers.get("content-length")
-    if declared is None or not declared.isascii() or not declared.isdigit():
-        raise HTTPException(411, "Content-Length is required")
-    if len(declared) > 18 or int(declared) > most:
-        raise HTTPException(
-            413, f"body of {declared[:18]} bytes, above {most}; send fewer or smaller clips per request"
-        )
-    return int(declared)
-
-
-async def read_body(request: Request, length: int, timeout_s: float) -> bytearray:
-    """The body, within the time limit.  Raises WireError where it is not as long as declared."""
-    body = bytearray()
+def clip_form(request: Request) -> tuple[int | None, float | None]:
+    """(frames, fps) of /v1/spec's query, none where it has none."""
+    frames, fps = request.query_params.get("frames"), request.query_params.get("fps")
+    if frames is None and fps is None:
+        return None, None
     try:
-        async with asyncio.timeout(timeout_s):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > length:
-                    break
-    except TimeoutError:
-        raise HTTPException(408, f"the body took longer than {timeout_s:g} s") from None
-    except ClientDisconnect:
-        raise wire.WireError("body: the client went away") from None
-    if len(body) != length:
-        raise wire.WireError(f"body: {len(body)} bytes where Content-Length says {length}")
-    return body
-
-
-def score_body(rewards: dict[str, Reward], body: bytearray) -> bytes:
-    """The answer to a request; runs in the scoring thread."""
-    request = wire.decode_request(body)
-    unknown = [name for name in request.rewards if name not in rewards]
-    if unknown:
-        raise HTTPException(422, f"no reward '{unknown[0]}' here; this server has {', '.join(rewards)}")
-    start = time.perf_counter()
-    scores = {name: judge(rewards[name], request.clips, request.prompts, request.fps) for name in request.rewards}
-    invalid = {name: int((~result.valid).sum()) for name, result in scores.items() if not result.valid.all()}
-    log.info(
-        "%d clips in %.1f ms%s",
-        len(request.clips), 1e3 * (time.perf_counter() - start), f", invalid: {invalid}" if invalid else "",
-    )  # fmt: skip
-    return wire.encode_scores(scores)
+        count, rate = int(frames or ""), float(fps or "")
+    except ValueError:
+        raise HTTPException(400, "frames and fps must be numbers") from None
+    if not (1 <= count <= wire.MAX_FRAMES and 0 < rate < 1e6):
+        raise HTTPException(400, f"frames must be 1 to {wire.MAX_FRAMES}, fps above 0")
+    return count, rate
 
 
 class _Server(uvicorn.Server):
-    """Writes the ready file once requests are taken."""
+    """Writes the ready file once requests are taken; not ready from the signal on that ends it."""
 
-    def __init__(self, config: uvicorn.Config, url: str, ready_file: Path | None) -> None:
+    def __init__(self, config: uvicorn.Config, desk: Desk, url: str, ready_file: Path | None) -> None:
         super().__init__(config)
+        self.desk = desk
         self.url = url
         self.ready_file = ready_file
 
@@ -171,93 +211,74 @@ class _Server(uvicorn.Server):
             partial.write_text(json.dumps({"url": self.url, "pid": os.getpid()}) + "\n", encoding="utf-8")
             partial.replace(self.ready_file)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.desk.ready = False
+        log.info("draining", extra=logs.fields(signal=signal.Signals(sig).name))
+        super().handle_exit(sig, frame)
 
-def serve(names: Sequence[str], host: str, port: int, token: str, ready_file: Path | None) -> None:
+
+def serving(app: FastAPI, limits: Limits) -> uvicorn.Config:
+    """How uvicorn runs the application."""
+    return uvicorn.Config(
+        app,
+        http=strict_http(limits.head_timeout_s, limits.max_head),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=limits.max_connections,
+        timeout_keep_alive=75,  # longer than the client keeps one: it, not the server, ends an idle connection
+        timeout_graceful_shutdown=60,
+    )
+
+
+def serve(
+    specs: Sequence[RewardSpec], host: str, port: int, token: str, ready_file: Path | None, limits: Limits | None = None
+) -> None:
     """Serve the rewards until SIGTERM or SIGINT; port 0 takes a free one.
 
     ready_file: written, as a whole, with {"url": ..., "pid": ...} once requests are taken.
-    Raises UserError for an unknown reward, an address that cannot be had, or one beyond this machine with a weak token.
+    Raises UserError for an unknown reward, one that cannot be loaded or fails at its golden clip, an address that
+    cannot be had, or one beyond this machine with a weak token.
     """
     if host not in LOOPBACK and len(token) < 16:
         raise UserError(f"host={host}: reachable from other machines; give a token of at least 16 random characters")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    app = make_app({name: load(name) for name in names}, token)
-    try:
-        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"host={host} port={port}: {error}; choose another, or port 0 for a free one") from None
+    if not token:
+        raise UserError("token='': the reward server needs one; give a long random text")
+    logs.start()
+    limits = limits or Limits()
+    listener = bound(host, port)
     named = socket.gethostname() if host in ("0.0.0.0", "::") else host
     url = f"http://{f'[{named}]' if ':' in named else named}:{listener.getsockname()[1]}"
-    log.info("rewards %s at %s", ", ".join(names), url)
-    config = uvicorn.Config(app, log_config=None, access_log=False, limit_concurrency=256, timeout_graceful_shutdown=60)
     with listener:
-        _Server(config, url, ready_file).run(sockets=[listener])
+        app = make_app([warm(spec) for spec in specs], token, limits)
+        log.info("serving", extra=logs.fields(rewards=[spec.name for spec in specs], url=url))
+        _Server(serving(app, limits), app.state.desk, url, ready_file).run(sockets=[listener])
 
 
-@contextmanager
-def launch_beside(names: Sequence[str], folder: Path, start_timeout_s: float = 120.0) -> Iterator[tuple[str, str]]:
-    """Run a server of these rewards as a child process for as long as the context lasts; gives its (url, token).
-
-    It listens on this machine only, logs to folder/reward_server.log, and dies with the calling process, however that
-    ends. Call from the main thread: Linux takes the end of the calling thread for the end of the parent.
-    Raises UserError, with the log's last line, where the server does not come up.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    ready_file, log_file = folder / "reward_server.json", folder / "reward_server.log"
-    ready_file.unlink(missing_ok=True)
-    token = secrets.token_urlsafe(32)
-    root = str(Path(fastgrpo.__file__).parents[1])  # the child finds the package also where it is not installed
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    child_environment = {TOKEN_VARIABLE: token, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    with log_file.open("ab") as output:
-        child = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(os.getpid()), str(ready_file.absolute()), *names],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | child_environment,  # not by argv, which every user of the machine can read
-            start_new_session=True,  # Ctrl-C reaches the trainer, which still needs scores to end in good order
-        )
+def bound(host: str, port: int) -> socket.socket:
+    """A socket with the address that does not listen yet: until the rewards are loaded, clients are refused at once."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        yield wait_until_ready(child, ready_file, log_file, start_timeout_s), token
-    finally:
-        stop(child)
-        ready_file.unlink(missing_ok=True)
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise UserError(f"host={host} port={port}: {error}; choose another, or port 0 for a free one") from None
+    return listener
 
 
-def wait_until_ready(child: subprocess.Popen[bytes], ready_file: Path, log_file: Path, timeout_s: float) -> str:
-    """The url of a server that was just started."""
-    deadline = time.monotonic() + timeout_s
-    while not ready_file.exists():
-        if child.poll() is not None or time.monotonic() > deadline:
-            lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            state = "did not start in time" if child.poll() is None else f"exited with code {child.returncode}"
-            raise UserError(f"reward server: {state}: {lines[-1] if lines else 'no output'}; see {log_file}")
-        time.sleep(0.05)
-    url: str = json.loads(ready_file.read_text(encoding="utf-8"))["url"]
-    return url
-
-
-def stop(child: subprocess.Popen[bytes], patience_s: float = 10.0) -> None:
-    """SIGTERM, and SIGKILL where that does not end the process in time."""
-    child.terminate()
-    try:
-        child.wait(patience_s)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-
-
-def main(arguments: Sequence[str]) -> None:
-    """The child of `launch_beside`: parent's pid, ready file, names of rewards; the token is in the environment."""
-    parent, ready_file, *names = arguments
-    die_with(int(parent))
-    try:
-        serve(names, "127.0.0.1", 0, os.environ.pop(TOKEN_VARIABLE, ""), Path(ready_file))
-    except UserError as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main(sys.argv[1:])
+@torch.no_grad()
+def warm(spec: RewardSpec) -> Served:
+    """Load a reward and score the golden clip."""
+    start = time.perf_counter()
+    served = load_served(spec)
+    served.warm_up()
+    log.info(
+        "loaded",
+        extra=logs.fields(
+            reward=served.name, identity=served.identity, golden=served.golden,
+            seconds=round(time.perf_counter() - start, 2),
+        ),
+    )  # fmt: skip
+    return served

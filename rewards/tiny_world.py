@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastgrpo.config import RewardSpec
 from fastgrpo.data import shapes
 from fastgrpo.rewards import Scores
 
@@ -209,6 +210,6 @@ def check(pixels: Tensor, prompts: Sequence[str], fps: float) -> None:
         raise ValueError(f"fps={fps}: must be above 0; say how fast the clips play")
 
 
-def load() -> TinyWorld:
+def load(spec: RewardSpec) -> TinyWorld:
     """The reward of the file's name."""
     return TinyWorld()

@@ -1,9 +1,10 @@
 """The bytes between the trainer and the reward server.
 
 Request: the safetensors format, one uint8 tensor `clip.<i>` [F, H, W, 3] per clip (sizes may differ), and in its
-`__metadata__` one entry "request", the JSON of {"prompts": [...], "fps": ..., "rewards": [...]}.
-Answer: JSON {"scores": {reward: {part: [number or null]}}, "valid": {reward: [true or false]}}. A float32 is written as
-the decimal number that reads back to its exact bits; null is NaN.
+`__metadata__` one entry "request", the JSON of {"prompts": [...], "fps": ..., "rewards": [...], "frames": [...]}.
+"frames" may be absent; for each clip it is null, or {"of": n, "at": [...]}: the tensor holds only those of n frames.
+Answer: JSON {"scores": {reward: {part: [number or null]}}, "valid": {reward: [true or false]},
+"identity": {reward: text}}. A float32 is written as the decimal number that reads back to its exact bits; null is NaN.
 
 `decode_request` trusts nothing: sizes are held against the caps below before anything of that size is made, the tensors
 must fill the body exactly, and no code runs on either side (no pickle).
@@ -12,12 +13,13 @@ must fill the body exactly, and no code runs on either side (no pickle).
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NoReturn
 
+import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from fastgrpo.rewards import Scores
@@ -35,11 +37,24 @@ class WireError(ValueError):
     """Bytes that do not follow the format, or go beyond its caps."""
 
 
+class OtherReward(WireError):
+    """Scores of a reward of that name that is not the one that was asked for."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The frames of a clip that were sent."""
+
+    pixels: Tensor  # uint8 [len(at) or of, H, W, 3]
+    of: int  # frames of the whole clip
+    at: tuple[int, ...] | None = None  # which of them `pixels` holds, in increasing order; none = all
+
+
 @dataclass(frozen=True)
 class Request:
     """What a client asks to have scored."""
 
-    clips: list[Tensor]  # uint8 [F, H, W, 3] each, views of the body
+    clips: list[Clip]  # views of the body
     prompts: list[str]
     fps: float
     rewards: list[str]
@@ -49,23 +64,47 @@ def refuse(where: str, wrong: str) -> NoReturn:
     raise WireError(f"{where}: {wrong}")
 
 
-def encode_request(clips: Sequence[Tensor], prompts: Sequence[str], fps: float, rewards: Sequence[str]) -> bytes:
-    """clips: uint8 [F, H, W, 3] each, one for every prompt.  Raises WireError where they break the format's caps."""
+def encode_request(
+    clips: Sequence[Tensor],
+    prompts: Sequence[str],
+    fps: float,
+    rewards: Sequence[str],
+    at: Sequence[int] | None = None,
+    of: int = 0,
+) -> bytes:
+    """clips: uint8 [F, H, W, 3] each, one for every prompt;  at, of: where they are frames of longer clips.
+
+    Raises WireError where they break the format's caps.
+    """
     for i, clip in enumerate(clips):
         if clip.dtype != torch.uint8 or clip.ndim != 4:
             refuse(f"clip.{i}", f"expected uint8 [F, H, W, 3], got {clip.dtype} {list(clip.shape)}")
         check_shape(f"clip.{i}", list(clip.shape))
     if len(clips) != len(prompts):
         refuse("prompts", f"{len(prompts)} for {len(clips)} clips")
-    text = json.dumps({"prompts": list(prompts), "fps": fps, "rewards": list(rewards)}, ensure_ascii=False)
-    tensors = {f"clip.{i}": clip.cpu().contiguous() for i, clip in enumerate(clips)}
-    body = save(tensors, metadata={"request": text})
-    (header,) = struct.unpack("<Q", body[:8])
-    if header > MAX_HEADER or len(body) > MAX_BODY:
+    request: dict[str, object] = {"prompts": list(prompts), "fps": fps, "rewards": list(rewards)}
+    if at is not None:
+        request["frames"] = [{"of": of, "at": list(at)}] * len(clips)
+    text = json.dumps(request, ensure_ascii=False)
+    entries: dict[str, object] = {"__metadata__": {"request": text}}
+    position = 0
+    for i, clip in enumerate(clips):
+        end = position + clip.numel()
+        entries[f"clip.{i}"] = {"dtype": "U8", "shape": list(clip.shape), "data_offsets": [position, end]}
+        position = end
+    try:
+        header = json.dumps(entries, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        refuse("prompts", "one is no Unicode text")
+    header += b" " * (-len(header) % 8)
+    total = 8 + len(header) + position
+    if len(header) > MAX_HEADER or total > MAX_BODY:
         refuse(
-            "body", f"{len(body)} bytes, {header} of them header, above {MAX_BODY} or {MAX_HEADER}; send fewer clips"
+            "body", f"{total} bytes, {len(header)} of them header, above {MAX_BODY} or {MAX_HEADER}; send fewer clips"
         )
-    return body
+    # by hand: the library copies the pixels twice, and refuses to write a tensor that is there twice
+    pixels = [np.ascontiguousarray(clip.cpu().numpy()).data.cast("B") for clip in clips]
+    return b"".join([struct.pack("<Q", len(header)), header, *pixels])
 
 
 def decode_request(body: bytearray) -> Request:
@@ -76,18 +115,23 @@ def decode_request(body: bytearray) -> Request:
     if length > min(MAX_HEADER, len(body) - 8):
         refuse("header", f"{length} bytes, expected at most {min(MAX_HEADER, len(body) - 8)}")
     header = read_json("header", bytes(body[8 : 8 + length]))
-    prompts, fps, rewards = decode_metadata(header.pop("__metadata__", None))
+    request = decode_metadata(header.pop("__metadata__", None))
+    prompts = texts("prompts", request.get("prompts"), MAX_CLIPS)
     if len(header) != len(prompts):
         refuse("header", f"{len(header)} tensors for {len(prompts)} prompts")
-    clips: list[Tensor] = []
+    frames = decode_frames(request.get("frames"), len(prompts))
+    clips: list[Clip] = []
     spans: list[tuple[int, int]] = []
     start = 8 + length
     for i in range(len(prompts)):
         shape, begin, end = decode_entry(f"clip.{i}", header.get(f"clip.{i}"))
         if start + end > len(body):
             refuse(f"clip.{i}", "ends behind the end of the body")
-        clip = torch.frombuffer(body, dtype=torch.uint8, count=end - begin, offset=start + begin)
-        clips.append(clip.view(shape))
+        pixels = torch.frombuffer(body, dtype=torch.uint8, count=end - begin, offset=start + begin).view(shape)
+        of, at = frames[i] or (shape[0], None)
+        if at is not None and len(at) != shape[0]:
+            refuse(f"clip.{i}", f"{shape[0]} frames where {len(at)} are named")
+        clips.append(Clip(pixels, of, at))
         spans.append((begin, end))
     position = 0
     for begin, end in sorted(spans):
@@ -96,7 +140,10 @@ def decode_request(body: bytearray) -> Request:
         position = end
     if start + position != len(body):
         refuse("body", "has bytes that belong to no tensor")
-    return Request(clips, prompts, fps, rewards)
+    rewards = texts("rewards", request.get("rewards"), MAX_REWARDS)
+    if len(set(rewards)) != len(rewards):
+        refuse("rewards", "one appears twice")
+    return Request(clips, prompts, decode_fps(request.get("fps")), rewards)
 
 
 def read_json(where: str, data: bytes) -> dict[str, object]:
@@ -121,19 +168,36 @@ def read_json(where: str, data: bytes) -> dict[str, object]:
     return value
 
 
-def decode_metadata(metadata: object) -> tuple[list[str], float, list[str]]:
-    """(prompts, fps, rewards) of `__metadata__`."""
+def decode_metadata(metadata: object) -> dict[str, object]:
+    """The JSON of `__metadata__`'s "request"."""
     if not isinstance(metadata, dict) or not isinstance(metadata.get("request"), str):
         refuse("__metadata__", "no text 'request'")
-    request = read_json("request", metadata["request"].encode("utf-8", "surrogatepass"))
-    prompts = texts("prompts", request.get("prompts"), MAX_CLIPS)
-    rewards = texts("rewards", request.get("rewards"), MAX_REWARDS)
-    fps = request.get("fps")
+    return read_json("request", metadata["request"].encode("utf-8", "surrogatepass"))
+
+
+def decode_fps(fps: object) -> float:
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < 1e6:
         refuse("fps", "not a number above 0")
-    if len(set(rewards)) != len(rewards):
-        refuse("rewards", "one appears twice")
-    return prompts, float(fps), rewards
+    return float(fps)
+
+
+def decode_frames(value: object, count: int) -> list[tuple[int, tuple[int, ...]] | None]:
+    """(of, at) of each clip, none for one that was sent whole."""
+    if value is None:
+        return [None] * count
+    if not isinstance(value, list) or len(value) != count:
+        refuse("frames", f"not a list of {count}")
+    return [None if entry is None else decode_choice(entry) for entry in value]
+
+
+def decode_choice(entry: object) -> tuple[int, tuple[int, ...]]:
+    of, at = (entry.get("of"), entry.get("at")) if isinstance(entry, dict) else (None, None)
+    if type(of) is not int or not 1 <= of <= MAX_FRAMES or not isinstance(at, list) or not 1 <= len(at) <= of:
+        refuse("frames", "no numbers 'of' and 'at'")
+    at = integers("frames", at, len(at))
+    if at[0] < 0 or at[-1] >= of or any(b <= a for a, b in pairwise(at)):
+        refuse("frames", "'at' does not rise from 0 to below 'of'")
+    return of, tuple(at)
 
 
 def texts(where: str, value: object, most: int) -> list[str]:
@@ -173,8 +237,8 @@ def check_shape(where: str, shape: list[int]) -> None:
         refuse(where, f"shape {shape}, expected [F, H, W, 3] with F <= {MAX_FRAMES} and H x W <= {MAX_PIXELS}")
 
 
-def encode_scores(scores: dict[str, Scores]) -> bytes:
-    """The answer to a request."""
+def encode_scores(scores: dict[str, Scores], identities: Mapping[str, str]) -> bytes:
+    """The answer to a request;  identities: of each reward, see `served`."""
     return json.dumps(
         {
             "scores": {
@@ -185,20 +249,34 @@ def encode_scores(scores: dict[str, Scores]) -> bytes:
                 for reward, result in scores.items()
             },
             "valid": {reward: result.valid.tolist() for reward, result in scores.items()},
+            "identity": {reward: identities[reward] for reward in scores},
         },
         allow_nan=False,
     ).encode()
 
 
-def decode_scores(body: bytes, rewards: Sequence[str], count: int) -> dict[str, Scores]:
-    """The answer for `count` clips.  Raises WireError where a reward is missing, a list has another length, or a score
-    is neither a number, of a valid clip, nor null, of an invalid one."""
+def decode_scores(
+    body: bytes,
+    rewards: Sequence[str],
+    count: int,
+    expected: Mapping[str, Sequence[str]] | None = None,
+    identities: Mapping[str, str] | None = None,
+) -> dict[str, Scores]:
+    """The answer for `count` clips.  expected, identities: each reward's, where they are known
+
+    Raises OtherReward for another identity, WireError where a reward or a part is missing, a list has another length,
+    or a score is neither a finite float32, of a valid clip, nor null, of an invalid one.
+    """
     answer = read_json("answer", body)
     result: dict[str, Scores] = {}
     for reward in rewards:
         parts, valid = entry(answer.get("scores"), reward), entry(answer.get("valid"), reward)
+        if identities is not None and entry(answer.get("identity"), reward) != identities[reward]:
+            raise OtherReward(reward)
         if not isinstance(parts, dict) or not parts:
             refuse("answer", f"no scores of '{reward}'")
+        if expected is not None and sorted(parts) != sorted(expected[reward]):
+            refuse("answer", f"other parts of '{reward}' than {', '.join(expected[reward])}")
         if not isinstance(valid, list) or len(valid) != count or not all(type(v) is bool for v in valid):
             refuse("answer", f"'valid' of '{reward}' is not a list of {count} true or false")
         values: dict[str, Tensor] = {}

@@ -29,6 +29,14 @@ SMALL = (
     "evaluate.seeds=1",
     "evaluate.clips=2",
 )
+SMALLER = (
+    "run.iterations=2",
+    "prompts.limit=20",
+    "evaluate.prompts=1",
+    "evaluate.clips=0",
+    "optimizer.lr=1e-3",
+    "rewards.0.where=process",
+)
 LIMIT = 180  # seconds for one run
 
 

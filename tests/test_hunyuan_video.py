@@ -1,27 +1,48 @@
-"""HunyuanVideo against diffusers' own pipeline, which is the oracle: text features, ODE latents, pixels."""
+"""HunyuanVideo against diffusers' own pipeline, which is the oracle: text features, ODE latents, pixels, gradients."""
 
+import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import HunyuanVideoPipeline
+from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgrpo import models
-from fastgrpo.config import Model, Video
+from fastgrpo import distributed, models, rollout
+from fastgrpo.config import Model, Objective, Optimizer, Video
+from fastgrpo.data.prompts import Prompt
+from fastgrpo.distributed import World, open_world
 from fastgrpo.errors import UserError
-from fastgrpo.flow import time_grid
-from fastgrpo.models import Policy
-from fastgrpo.rollout import sample_ode
+from fastgrpo.flow import gaussian_log_prob, sde_transition
+from fastgrpo.models import Condition, Policy, stack
+from fastgrpo.models.hunyuan_video import TrimmedAttention, blocks, both_texts
+from fastgrpo.rollout import Plan, Trajectories, sample_ode
+from fastgrpo.update import Trainer, update
+from tests import tiny
 
 FOLDER = Path(__file__).parent.parent / "data" / "tiny_hunyuan_video"
 PROMPTS = ["a red circle moves left slowly", "watch as one blue square glides upwards quickly"]
 VIDEO = Video(frames=9, height=32, width=32)
+SHORT = VIDEO.model_copy(update={"frames": 5})
+NEGATIVES = {"shorter": "still", "longer": "a red circle moves down slowly and one blue square glides upwards"}
+CFG = 4.0
+GROUP = 3
+STEPS = 4
 
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
     return models.load(Model(family="hunyuan_video", path=str(FOLDER)), torch.device("cpu"))
+
+
+def encode(texts: list[str]) -> list[Condition]:
+    with models.encoder(Model(family="hunyuan_video", path=str(FOLDER)), VIDEO, torch.device("cpu")) as encoder:
+        return encoder([Prompt(text) for text in texts])
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +55,8 @@ def template(pipeline: HunyuanVideoPipeline) -> dict[str, object]:
     return {"template": text, "crop_start": len(pipeline.tokenizer(text.split("{}")[0])["input_ids"])}
 
 
-def test_text_features_equal_the_pipelines(policy: Policy, pipeline: HunyuanVideoPipeline) -> None:
-    for prompt, condition in zip(PROMPTS, policy.encode(PROMPTS), strict=True):
+def test_text_features_equal_the_pipelines(pipeline: HunyuanVideoPipeline) -> None:
+    for prompt, condition in zip(PROMPTS, encode(PROMPTS), strict=True):
         text, pooled, mask = pipeline.encode_prompt(prompt, prompt_template=template(pipeline))
         length = int(mask.sum())
         assert condition["text"].shape[0] == length == len(prompt.split()) + 1
@@ -62,8 +83,8 @@ def test_ode_equals_the_pipeline(policy: Policy, pipeline: HunyuanVideoPipeline,
     }
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(**common, output_type="latent").frames
-    condition = models.stack(policy.encode(PROMPTS[:1]))
-    latents = sample_ode(policy, noise, time_grid(steps, policy.shift), condition)
+    condition = models.stack(encode(PROMPTS[:1]))
+    latents = sample_ode(policy, noise, policy.time_grid(steps, None, shape), condition)
     torch.testing.assert_close(latents, expected, atol=1e-4, rtol=0)
     assert latents.std() > 0.1
 
@@ -71,6 +92,209 @@ def test_ode_equals_the_pipeline(policy: Policy, pipeline: HunyuanVideoPipeline,
     pixels = policy.decode(latents)
     assert pixels.dtype == torch.uint8 and tuple(pixels.shape) == (1, frames, 32, 32, 3)
     assert (pixels.float() - frames_out * 255).abs().max() <= 0.51
+
+
+@pytest.fixture(scope="module")
+def negatives() -> dict[str, Condition]:
+    """Conditions of unconditional branches whose texts are shorter and longer than PROMPTS[0]'s, and as long."""
+    conditions = encode([*NEGATIVES.values(), PROMPTS[0].replace("left", "right")])
+    return dict(zip([*NEGATIVES, "as long"], conditions, strict=True))
+
+
+@pytest.fixture(scope="module")
+def conditions() -> list[Condition]:
+    return encode(PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with open_world() as opened:
+        yield opened
+
+
+def guided(negative: Condition | None, checkpointing: bool | int = False) -> Policy:
+    """The policy with classifier-free guidance, where there is a negative condition."""
+    settings = Model(
+        family="hunyuan_video", path=str(FOLDER), cfg=1.0 if negative is None else CFG,
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    policy = models.load(settings, torch.device("cpu"))
+    policy.negative = negative
+    return policy
+
+
+@pytest.mark.parametrize(("name", "steps", "frames"), [("shorter", 4, 5), ("longer", 6, 1)])
+def test_guided_ode_equals_the_pipeline(
+    pipeline: HunyuanVideoPipeline, negatives: dict[str, Condition], conditions: list[Condition], name: str, steps: int,
+    frames: int,
+) -> None:  # fmt: skip
+    """Prompts' texts are padded to the negative one's length or it to theirs; the pipeline runs branch by branch."""
+    policy, video = guided(negatives[name]), VIDEO.model_copy(update={"frames": frames})
+    shape = policy.latent_shape(video)
+    pipeline.set_progress_bar_config(disable=True)
+    for number, prompt in enumerate(PROMPTS):
+        noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(number))
+        expected = pipeline(
+            prompt, negative_prompt=NEGATIVES[name], true_cfg_scale=CFG, guidance_scale=6.0, latents=noise, height=32,
+            width=32, num_frames=frames, num_inference_steps=steps, output_type="latent",
+            prompt_template=template(pipeline),
+        ).frames  # fmt: skip
+        latents = sample_ode(policy, noise, policy.time_grid(steps, None, shape), stack([conditions[number]]))
+        torch.testing.assert_close(latents, expected, atol=1e-4, rtol=0)
+        plain = sample_ode(guided(None), noise, policy.time_grid(steps, None, shape), stack([conditions[number]]))
+        assert (plain - latents).abs().max() > 0.1
+
+
+def test_only_texts_of_different_lengths_are_padded_and_masked(
+    negatives: dict[str, Condition], conditions: list[Condition]
+) -> None:
+    batch = stack(conditions[:1] * 2)["text"]
+    for name, negative in negatives.items():
+        text, mask = both_texts(negative["text"], batch)
+        lengths = (len(negative["text"]), batch.shape[1])
+        assert text.shape[:2] == (4, max(lengths))
+        assert torch.equal(text[1, : lengths[0]], negative["text"]) and torch.equal(text[3, : lengths[1]], batch[1])
+        if name == "as long":
+            assert mask is None
+        else:
+            assert mask is not None and mask.sum(1).tolist() == [lengths[0]] * 2 + [lengths[1]] * 2
+
+
+def gradients(policy: Policy, condition: Condition) -> dict[str, Tensor]:
+    """Of a weighted sum of the prediction."""
+    x = torch.randn(2, *policy.latent_shape(SHORT), generator=torch.Generator().manual_seed(1))
+    v = policy.velocity(x, torch.tensor([0.9, 0.4]), condition)
+    (v * torch.randn(v.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    return {name: p.grad for name, p in policy.network.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["shorter", "longer", "as long"])
+@pytest.mark.parametrize("checkpointing", [True, 2])
+def test_recomputed_blocks_give_equal_gradients_with_padding(
+    negatives: dict[str, Condition], conditions: list[Condition], name: str, checkpointing: bool | int
+) -> None:
+    condition = stack(conditions[:1] * 2)
+    stored, recomputed = (gradients(guided(negatives[name], choice), condition) for choice in (False, checkpointing))
+    assert stored.keys() == recomputed.keys()
+    for parameter, grad in stored.items():
+        assert torch.equal(grad, recomputed[parameter]), parameter
+    assert any(grad.abs().max() > 0 for grad in stored.values())
+
+
+def plan_of(policy: Policy) -> Plan:
+    shape = policy.latent_shape(SHORT)
+    return Plan(3, 0, GROUP, policy.time_grid(STEPS, None, shape), 0.4, True, shape)
+
+
+def draw(policy: Policy, plan: Plan, conditions: list[Condition], size: int) -> Trajectories:
+    with distributed.gathered(policy.network):
+        batches = rollout.batches(range(len(conditions) * GROUP), conditions, GROUP, size)
+        return rollout.concatenate([rollout.sample(policy, plan, conditions, batch) for batch in batches])
+
+
+def test_guided_ratio_is_one_for_any_batch_size(
+    negatives: dict[str, Condition], conditions: list[Condition], world: World
+) -> None:
+    policy = guided(negatives["longer"])
+    distributed.shard(policy, world, torch.float32)
+    plan = plan_of(policy)
+    kept = torch.ones(2 * GROUP, dtype=torch.bool)
+    for rollout_batch, update_batch in ((1, 3), (2, 1), (3, 2)):
+        drawn = draw(policy, plan, conditions, rollout_batch)
+        trainer = Trainer.create(policy, Optimizer(lr=1e-30, batch_size=update_batch), None)
+        metrics = update(trainer, Objective(), plan, drawn, conditions, kept.float(), kept, 2, world)
+        assert metrics["update/transitions"] == 2 * GROUP * 2
+        assert metrics["update/max_log_ratio_first"] <= 1e-6, (rollout_batch, update_batch)
+
+
+def test_guided_gradient_equals_plain_autograd_of_the_objective(
+    negatives: dict[str, Condition], conditions: list[Condition], world: World
+) -> None:
+    """On one sample: two forwards of diffusers' unmodified network, one per branch, in place of the padded batch."""
+    policy, branches = guided(negatives["shorter"], checkpointing=True), (negatives["shorter"], conditions[1])
+    distributed.shard(policy, world, torch.float32)
+    plan = plan_of(policy)
+    drawn = draw(policy, plan, conditions[1:], GROUP)
+    trainer = tiny.Recorder.create(policy, Optimizer(lr=1e-4, batch_size=2), None)
+    assert isinstance(trainer, tiny.Recorder)
+    kept = torch.tensor([False, True, False])
+    update(trainer, Objective(), plan, drawn, conditions[1:], 0.7 * kept, kept, STEPS - 1, world)
+
+    network = HunyuanVideoTransformer3DModel.from_pretrained(FOLDER / "transformer")
+    loss = torch.zeros(())
+    for step in range(STEPS - 1):
+        x, t = drawn.states[1, step][None], plan.grid[step]
+        without, with_text = (
+            network(
+                x, t[None] * 1000, branch["text"][None], torch.ones(1, len(branch["text"])), branch["pooled"][None],
+                torch.tensor([6000.0]),
+            ).sample
+            for branch in branches
+        )  # fmt: skip
+        v = without + CFG * (with_text - without)
+        moments = sde_transition(x, v, t, plan.grid[step + 1], plan.eta)
+        log_prob = gaussian_log_prob(drawn.states[1, step + 1][None], *moments)[0]
+        loss = loss - 0.7 * (log_prob - log_prob.detach()).exp() / (STEPS - 1)
+    loss.backward()
+    expected = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    assert expected.keys() == trainer.gradients[0].keys()
+    whole = torch.stack([grad.norm() for grad in expected.values()]).norm()
+    for name, grad in expected.items():
+        assert (trainer.gradients[0][name] - grad).norm() <= 1e-5 * whole, name
+
+
+def test_nothing_waits_for_the_device(negatives: dict[str, Condition], conditions: list[Condition]) -> None:
+    """A fake tensor has no values, so that reading one, which would wait for a GPU, is an error."""
+    for negative in (None, negatives["longer"]):
+        policy = guided(negative)
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            x, t = torch.empty(1, *policy.latent_shape(SHORT)), torch.empty(1)
+            assert policy.velocity(x, t, stack(conditions[:1])).shape == x.shape
+
+
+def test_the_full_size_network_is_wrapped_block_by_block() -> None:
+    with torch.device("meta"):
+        network = HunyuanVideoTransformer3DModel()  # the class's defaults are HunyuanVideo's config
+    total = sum(p.numel() for p in network.parameters())
+    assert total == 12_821_012_544
+    wrapped = blocks(network)
+    assert [type(block).__name__ for block in wrapped] == [
+        *["HunyuanVideoTransformerBlock"] * 20, *["HunyuanVideoSingleTransformerBlock"] * 40,
+    ]  # fmt: skip
+    inside = {id(p) for block in wrapped for p in block.parameters()}
+    outside = {name: p.numel() for name, p in network.named_parameters() if id(p) not in inside}
+    assert {name.split(".")[0] for name in outside} == {
+        "x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out",
+    }  # fmt: skip
+    assert sum(outside.values()) < 0.03 * total
+
+
+def test_every_attention_is_trimmed() -> None:
+    """Blocks attend without a mask; the refiner of the text, which sees no video token, keeps diffusers' own."""
+    network: Any = guided(None).network
+    trimmed = {name for name, p in network.attn_processors.items() if isinstance(p, TrimmedAttention)}
+    assert len(trimmed) == len(blocks(network)) == 6
+    assert all(name.startswith("context_embedder") for name in network.attn_processors.keys() - trimmed)
+
+
+def test_the_folders_constants_are_followed(tmp_path: Path) -> None:
+    edited = tmp_path / "edited"
+    shutil.copytree(FOLDER, edited)
+    for file, entry in (
+        ("scheduler/scheduler_config.json", {"shift": 2.0}),
+        ("vae/config.json", {"scaling_factor": 0.4}),
+    ):
+        (edited / file).write_text(json.dumps(json.loads((edited / file).read_text()) | entry))
+    policy = models.load(Model(family="hunyuan_video", path=str(edited), decode_batch=1), torch.device("cpu"))
+    pipeline = HunyuanVideoPipeline.from_pretrained(edited)
+    pipeline.scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    torch.testing.assert_close(policy.time_grid(4, None, ()), pipeline.scheduler.sigmas)
+
+    x = torch.randn(2, *policy.latent_shape(SHORT), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        frames = pipeline.vae.decode(x / 0.4).sample
+    expected = ((frames.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 4, 1)
+    assert (policy.decode(x).float() - expected).abs().max() <= 0.51  # of one clip at a time: decode_batch is 1
 
 
 def test_latent_shape_and_its_errors(policy: Policy) -> None:
@@ -82,7 +306,7 @@ def test_latent_shape_and_its_errors(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize(("family", "path", "message"), [
-    ("hunyuan", str(FOLDER), "no file models/hunyuan.py. Use one of hunyuan_video"),
+    ("hunyuan", str(FOLDER), "no file models/hunyuan.py. Use one of "),
     ("hunyuan_video", "/nowhere/at/all", "no such folder"),
     ("hunyuan_video", str(FOLDER / "vae"), "model_index.json is missing"),
 ])  # fmt: skip

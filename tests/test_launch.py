@@ -6,6 +6,7 @@ was given. So what is tested is how processes start and what reaches them, in se
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,8 @@ def main(argv=None):
         return 2
     keys = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "MASTER_PORT")
     told = {"argv": argv, "cwd": os.getcwd(), **{key: os.environ.get(key) for key in keys}}
+    if command == "check":
+        print('[run]\\ndir = "the run"\\nmax_requeues = 2')
     if command == "train":
         os.write(1, (json.dumps(told) + os.linesep).encode())  # one write: lines of several ranks stay whole
     return 0
@@ -49,6 +52,7 @@ def tree(tmp_path: Path) -> Path:
     for file in (
         "launch/t2v_tiny.sh",
         "launch/_run.sh",
+        "launch/_job.sh",
         "fastgrpo/launch.py",
         "fastgrpo/errors.py",
         "fastgrpo/lifetime.py",
@@ -77,6 +81,20 @@ def told(result: subprocess.CompletedProcess[str]) -> list[dict[str, str | list[
     return sorted(lines, key=lambda line: line["RANK"] or "")
 
 
+def programs(folder: Path, bodies: dict[str, str]) -> str:
+    """Write bash scripts by these names; returns a PATH with them first."""
+    for name, body in bodies.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
+SLURM = {
+    "SLURM_JOB_ID": str(os.getpid()),
+    "SLURM_NNODES": "2",
+    "SLURM_JOB_CPUS_PER_NODE": "2(x2)",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+}
 ARGUMENTS = ["run.seed=3", "run.note=two words", "data.pattern=$HOME/*.txt"]
 
 
@@ -154,24 +172,75 @@ def test_slurm_finds_the_file_behind_its_copy_and_starts_every_node(tree: Path, 
     file = tree / "launch/t2v_tiny.sh"
     (tmp_path / "spool").mkdir()
     shutil.copy(file, tmp_path / "spool/slurm_script")
+    task = 'SLURM_NODEID=$i SLURMD_NODENAME=n$i "$@"'
     commands = {
-        "scontrol": f'[[ $2 == job ]] && echo "   Command={file} run.note=two words" || printf "%s\\n" localhost n2',
-        "srun": 'while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=0 "$@" & SLURM_NODEID=1 "$@" & wait -n && wait -n',
+        "scontrol": f'case "$1 $2" in "show job") echo "   Command={file} run.note=two words" ;; '
+        '"show node") echo "   NodeAddr=127.0.0.1 NodeHostName=$3" ;; *) printf "%s\\n" n1 n2 ;; esac',
+        "srun": f"while [[ $1 == --* ]]; do shift; done; for i in 0 1; do {task} & done; wait -n && wait -n",
     }
-    for name, body in commands.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    path = f"{tmp_path}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    slurm = {
-        "SLURM_JOB_ID": str(os.getpid()),
-        "SLURM_NNODES": "2",
-        "SLURM_JOB_CPUS_PER_NODE": "2(x2)",
-        "SLURM_JOB_NODELIST": "n[1-2]",
-    }
+    path = programs(tmp_path, commands)
     command = ["bash", str(tmp_path / "spool/slurm_script"), "run.note=two words"]
-    ranks = told(start(command, cwd=tmp_path, FASTGRPO_PROCESSES="1", PATH=path, **slurm))
+    result = start(command, cwd=tmp_path, FASTGRPO_PROCESSES="1", PATH=path, **SLURM)
+    result.stdout = re.sub(r"^\[[01]\] ", "", result.stdout, flags=re.MULTILINE)  # which rank says it
+    ranks = told(result)
     assert [line["RANK"] for line in ranks] == ["0", "1"]
     assert all(line["argv"] == ["train", str(file.with_suffix(".toml")), "run.note=two words"] for line in ranks)
+    for node in (0, 1):
+        (output,) = tmp_path.glob(f"the run/logs/job-{os.getpid()}-0/n{node}/*/attempt_0/0/stdout.log")
+        assert json.loads(output.read_text())["RANK"] == str(node)
+
+
+JOB = """
+case "$1 $2" in
+    "show job") echo "   JobState=$STATE Dependency=(null)" ;;
+    "show node") echo "   NodeAddr=127.0.0.1" ;;
+    "requeue "*) echo "requeued $2" ;;
+    *) printf "%s\\n" n1 n2 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("srun", "attempts", "state", "code", "requeued"),
+    [
+        pytest.param("true", None, "RUNNING Reason=None", 0, False, id="finished"),
+        pytest.param("echo yes >'the run/requeue'", None, "RUNNING Reason=None", 0, True, id="saved-in-time"),
+        pytest.param("echo yes >'the run/requeue'", None, "COMPLETING Reason=None", 0, False, id="cancelled"),
+        pytest.param("echo yes >'the run/requeue'", None, "COMPLETING Reason=TimeLimit", 0, True, id="time-limit"),
+        pytest.param("echo no >'the run/requeue'; exit 1", None, "RUNNING Reason=None", 1, False, id="mistake"),
+        pytest.param("exit 137", None, "RUNNING Reason=None", 137, True, id="first-crash"),
+        pytest.param("exit 1", "step-3 1", "RUNNING Reason=None", 1, True, id="second-crash"),
+        pytest.param("exit 1", "step-3 2", "RUNNING Reason=None", 2, False, id="third-crash"),
+        pytest.param("exit 1", "step-2 2", "RUNNING Reason=None", 1, True, id="first-crash-since-a-checkpoint"),
+        pytest.param("echo yes >'the run/requeue'", "step-3 2", "RUNNING Reason=None", 2, False, id="no-progress"),
+        pytest.param(
+            "kill -USR1 $PPID; for _ in {1..50}; do [[ ! -f 'the run/stop' ]] || break; sleep 0.1; done;"
+            " [[ -f 'the run/stop' ]] && echo yes >'the run/requeue'; exit 0",
+            None, "RUNNING Reason=None", 0, True, id="warned",
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.timeout(60)
+def test_a_job_goes_back_into_the_queue_where_there_is_more_to_do(
+    tree: Path, tmp_path: Path, srun: str, attempts: str | None, state: str, code: int, requeued: bool
+) -> None:
+    """The batch script with slurm's commands replaced; the run's newest checkpoint is step-3, its limit 2."""
+    folder = tmp_path / "the run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints/latest").write_text("step-3\n")
+    for left in ("stop", "requeue"):  # by an earlier attempt
+        (folder / left).write_text("yes\n")
+    if attempts is not None:
+        (folder / "attempts").write_text(attempts + "\n")
+    path = programs(tmp_path, {"scontrol": JOB, "srun": "[[ ! -f 'the run/stop' ]] || exit 99\n" + srun})
+    command = ["bash", str(tree / "launch/t2v_tiny.sh")]
+    result = start(command, cwd=tmp_path, PATH=path, STATE=state, ENVIRONMENT="BATCH", **SLURM)
+    assert result.returncode == code, result.stderr
+    assert (f"requeued {SLURM['SLURM_JOB_ID']}" in result.stdout) == requeued
+    if attempts == "step-3 2":
+        assert "fastgrpo: run.max_requeues=2: attempt 3 that ends at checkpoint step-3, " in result.stderr
+    if requeued:
+        assert (folder / "attempts").read_text() == f"step-3 {2 if attempts == 'step-3 1' else 1}\n"
 
 
 def test_only_a_lone_process_whose_number_is_open_starts_more() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -137,3 +138,20 @@ def test_newest_and_best_are_kept(tmp_path: Path) -> None:
     best = f"step-{max(range(5), key=rewards.__getitem__) + 1}"
     assert kept == {"step-4", "step-5", best}
     assert checkpoint.Progress().iteration == 0
+
+
+def test_another_number_of_ranks_and_another_mesh_go_on_alike(tmp_path: Path) -> None:
+    """Saved on two ranks, continued on two, on one and on a mesh of four: the next iterations draw the same clips."""
+    runs.succeed(tmp_path / "2", ["run.iterations=1"], ranks=2)
+    for name in ("1", "4"):
+        shutil.copytree(tmp_path / "2", tmp_path / name)
+    for ranks, settings in ((2, []), (1, []), (4, ["distributed.shard=2", "distributed.sp=2"])):
+        out = runs.succeed(tmp_path / str(ranks), ["run.iterations=3", *settings], ranks=ranks)
+        assert "resumed from checkpoint step-1" in out
+    expected = runs.metrics(tmp_path / "2")
+    for name in ("1", "4"):
+        rows = runs.metrics(tmp_path / name)
+        assert len(rows) == len(expected) == 3
+        for row, other in zip(rows, expected, strict=True):
+            assert abs(row["reward/sum"] - other["reward/sum"]) <= 1e-4
+            assert row["update/max_log_ratio_first"] <= 1e-6

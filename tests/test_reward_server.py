@@ -9,66 +9,26 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import uvicorn
 from torch import Tensor
 
-from fastgrpo.data import shapes
 from fastgrpo.errors import UserError
-from fastgrpo.rewards import Reward, Scores, load, wire
-from fastgrpo.rewards.client import RewardClient, ScorerInProcess
-from fastgrpo.rewards.server import launch_beside, make_app, serve
-
-TOKEN = "a token of the tests"
-MEANINGS = shapes.meanings()[0][:6]
-CAPTIONS = [shapes.caption(meaning, i) for i, meaning in enumerate(MEANINGS)]
-
-
-def clips() -> Tensor:
-    """uint8 [6, 9, 32, 32, 3], imperfect, so that the scores use all their bits."""
-    noise = np.random.default_rng(0).normal(0.0, 6.0, (6, 9, 32, 32, 3))
-    pixels = np.stack([shapes.draw(meaning) for meaning in MEANINGS]) + noise
-    return torch.from_numpy(np.clip(pixels, 0, 255).astype(np.uint8))
-
-
-def same(a: dict[str, Scores], b: dict[str, Scores]) -> bool:
-    """Equal bit for bit, NaN included."""
-    return a.keys() == b.keys() and all(
-        torch.equal(a[name].valid, b[name].valid)
-        and a[name].values.keys() == b[name].values.keys()
-        and all(
-            torch.equal(v.view(torch.int32), b[name].values[p].view(torch.int32)) for p, v in a[name].values.items()
-        )
-        for name in a
-    )
-
-
-@contextmanager
-def running(
-    rewards: dict[str, Reward], port: int = 0, max_waiting: int = 2**30, max_body: int = 2**20
-) -> Iterator[str]:
-    """A server in a thread of this process, for rewards that no file holds."""
-    app = make_app(rewards, TOKEN, max_body=max_body, max_waiting=max_waiting, body_timeout_s=1.0)
-    with socket.create_server(("127.0.0.1", port)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
+from fastgrpo.rewards import Reward, Scores, load, plain, wire
+from fastgrpo.rewards.beside import launch_beside
+from fastgrpo.rewards.client import RewardClient
+from fastgrpo.rewards.in_process import ScorerInProcess
+from fastgrpo.rewards.server import serve
+from tests.servers import CAPTIONS, TOKEN, clips, post, running, same
 
 
 class Raising:
@@ -108,13 +68,13 @@ class Slow:
 @pytest.fixture(scope="module")
 def beside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, Path]]:
     folder = tmp_path_factory.mktemp("run")
-    with launch_beside(["tiny_world"], folder) as (url, token):
+    with launch_beside([plain("tiny_world")], folder) as (url, token):
         yield url, token, folder
 
 
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[str]:
-    with running({"tiny_world": load("tiny_world")}) as url:
+    with running({"tiny_world": load(plain("tiny_world"))}) as url:
         yield url
 
 
@@ -124,7 +84,7 @@ def tiny() -> Iterator[str]:
 def test_server_and_process_agree_bit_for_bit(beside: tuple[str, str, Path]) -> None:
     url, token, _ = beside
     prompts = [*CAPTIONS[:5], "not of this world"]
-    inside = ScorerInProcess(["tiny_world"]).score(clips(), prompts, 8.0)
+    inside = ScorerInProcess([plain("tiny_world")]).score(clips(), prompts, 8.0)
     with RewardClient([url], token, ["tiny_world"]) as client:
         client.wait_ready(10.0)
         whole = client.score(clips(), prompts, 8.0)
@@ -142,21 +102,22 @@ def test_large_batches_go_as_several_requests(tiny: str, monkeypatch: pytest.Mon
     sent: list[int] = []
     encode = wire.encode_request
 
-    def counted(some: Sequence[Tensor], prompts: Sequence[str], fps: float, names: Sequence[str]) -> bytes:
+    def counted(some: Sequence[Tensor], prompts: Sequence[str], fps: float, names: Sequence[str], *at: Any) -> bytes:
         sent.append(len(some))
-        return encode(some, prompts, fps, names)
+        return encode(some, prompts, fps, names, *at)
 
     monkeypatch.setattr(wire, "encode_request", counted)
     with RewardClient([tiny], TOKEN, ["tiny_world"]) as client:
         parts = client.score(clips()[:5], CAPTIONS[:5], 8.0)
     assert sent == [2, 2, 1]
-    assert same(parts, ScorerInProcess(["tiny_world"]).score(clips()[:5], CAPTIONS[:5], 8.0))
+    assert same(parts, ScorerInProcess([plain("tiny_world")]).score(clips()[:5], CAPTIONS[:5], 8.0))
 
 
 def test_raising_reward_makes_its_clips_invalid(caplog: pytest.LogCaptureFixture) -> None:
     pixels = [clips()[0], torch.zeros(2, 8, 8, 3, dtype=torch.uint8)]
     body = wire.encode_request(pixels, CAPTIONS[:2], 8.0, ["raising", "tiny_world"])
-    with running({"raising": Raising(), "tiny_world": load("tiny_world")}) as url, caplog.at_level(logging.WARNING):
+    rewards = {"raising": Raising(), "tiny_world": load(plain("tiny_world"))}
+    with running(rewards) as url, caplog.at_level(logging.WARNING):
         answer = post(url, body).json()
     assert answer["scores"]["raising"]["A"] == [None, 1.0] and answer["valid"]["raising"] == [False, True]
     assert answer["valid"]["tiny_world"] == [True, False]  # two frames are too few for it; the first clip is scored
@@ -187,11 +148,6 @@ def test_one_request_is_scored_at_a_time_while_the_server_answers() -> None:
 
 
 # ---- refusals
-
-
-def post(url: str, body: bytes, token: str = TOKEN, **headers: str) -> httpx.Response:
-    sent = {"Authorization": f"Bearer {token}", "Content-Type": wire.CONTENT_TYPE} | headers
-    return httpx.post(f"{url}/v1/score", content=body, headers=sent, trust_env=False)
 
 
 def test_wrong_token_is_refused_before_the_body_is_read(tiny: str) -> None:
@@ -237,12 +193,22 @@ def test_too_much_waiting_is_turned_away_and_tried_again() -> None:
             assert all(job.result()["slow"].valid.all() for job in jobs)
 
 
+def test_a_request_waits_for_room_with_its_body_unread() -> None:
+    body = wire.encode_request(list(clips()), CAPTIONS, 8.0, ["slow"])
+    rewards: dict[str, Reward] = {"slow": Slow()}
+    with running(rewards, max_waiting=len(body) + 1, room_wait_s=5.0) as url, ThreadPoolExecutor(6) as threads:
+        assert all(answer.status_code == 200 for answer in threads.map(lambda _: post(url, body), range(6)))
+        metrics = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False).text
+        assert "reward_bytes_in_flight 0.0" in metrics  # what was let in was let out
+
+
 def test_unknown_reward_is_named(tiny: str) -> None:
     with RewardClient([tiny], TOKEN, ["tiny_world", "hps"]) as client:
-        with pytest.raises(UserError, match="no reward 'hps' here"):
-            client.score(clips(), CAPTIONS, 8.0)
-        with pytest.raises(UserError, match="has no reward 'hps', only tiny_world"):
-            client.wait_ready(10.0)
+        for call in (lambda: client.wait_ready(10.0), lambda: client.score(clips(), CAPTIONS, 8.0)):
+            with pytest.raises(UserError, match="has no reward 'hps', only tiny_world"):
+                call()
+    answer = post(tiny, wire.encode_request(list(clips()[:1]), CAPTIONS[:1], 8.0, ["hps"]))
+    assert answer.status_code == 422 and "no reward 'hps' here" in answer.text
 
 
 def header_of(body: bytes) -> dict[str, dict[str, object]]:
@@ -338,7 +304,7 @@ def test_request_is_plain_safetensors() -> None:
     request = wire.decode_request(bytearray(body))
     assert (request.prompts, request.fps, request.rewards) == (["a", "ü 红"], 7.5, ["x", "y"])
     assert all(torch.equal(tensors[f"clip.{i}"], clip) for i, clip in enumerate(pixels))
-    assert all(torch.equal(a, b) for a, b in zip(request.clips, pixels, strict=True))
+    assert all(torch.equal(a.pixels, b) and a.at is None for a, b in zip(request.clips, pixels, strict=True))
 
 
 def test_answers_are_checked() -> None:
@@ -363,7 +329,7 @@ def test_answers_are_checked() -> None:
 
 
 def test_client_survives_a_restart_of_the_server() -> None:
-    rewards = {"tiny_world": load("tiny_world")}
+    rewards = {"tiny_world": load(plain("tiny_world"))}
     with running(rewards) as url, RewardClient([url], TOKEN, ["tiny_world"], outage_s=30.0) as client:
         first = client.score(clips(), CAPTIONS, 8.0)
         port = int(url.rsplit(":", 1)[1])
@@ -409,13 +375,17 @@ def test_child_leaves_a_log_and_no_secret(beside: tuple[str, str, Path]) -> None
     assert token.encode() not in Path(f"/proc/{ready['pid']}/cmdline").read_bytes()
     with RewardClient([url], token, ["tiny_world"]) as client:
         client.score(clips(), CAPTIONS, 8.0)
-    log = (folder / "reward_server.log").read_text()
-    assert f"rewards tiny_world at {url}" in log and "6 clips in" in log
-    assert token not in log and CAPTIONS[0] not in log
+    text = (folder / "reward_server.log").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert {"rewards": ["tiny_world"], "url": url}.items() <= next(
+        x for x in lines if x["message"] == "serving"
+    ).items()
+    assert any(x["message"] == "request" and (x["status"], x["clips"]) == (200, 6) for x in lines)
+    assert token not in text and CAPTIONS[0] not in text
 
 
 def test_child_ends_with_the_context_also_when_the_body_raises(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), launch_beside(["tiny_world"], tmp_path):
+    with pytest.raises(ZeroDivisionError), launch_beside([plain("tiny_world")], tmp_path):
         pid = json.loads((tmp_path / "reward_server.json").read_text())["pid"]
         raise ZeroDivisionError
     assert not Path(f"/proc/{pid}").exists()
@@ -425,7 +395,7 @@ def test_child_ends_with_the_context_also_when_the_body_raises(tmp_path: Path) -
 def test_child_that_cannot_start_says_why(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match=r"exited with code 1: reward='tiny_word': no such reward.*reward_server.log"),
-        launch_beside(["tiny_word"], tmp_path),
+        launch_beside([plain("tiny_word")], tmp_path),
     ):
         pass
 
@@ -433,8 +403,9 @@ def test_child_that_cannot_start_says_why(tmp_path: Path) -> None:
 PARENT = """
 import sys, time
 from pathlib import Path
-from fastgrpo.rewards.server import launch_beside
-with launch_beside(["tiny_world"], Path(sys.argv[1])):
+from fastgrpo.rewards import plain
+from fastgrpo.rewards.beside import launch_beside
+with launch_beside([plain("tiny_world")], Path(sys.argv[1])):
     print("up", flush=True)
     time.sleep(60)
 """
@@ -463,7 +434,7 @@ def alive(pid: int) -> bool:
 
 def test_sigterm_drains(tmp_path: Path) -> None:
     """What was accepted is answered; the process ends by itself."""
-    with launch_beside(["tiny_world"], tmp_path) as (url, token):
+    with launch_beside([plain("tiny_world")], tmp_path) as (url, token):
         pid = json.loads((tmp_path / "reward_server.json").read_text())["pid"]
         many = clips().repeat(40, 1, 1, 1, 1)
         with RewardClient([url], token, ["tiny_world"], outage_s=0.0) as client, ThreadPoolExecutor(1) as threads:
@@ -476,8 +447,8 @@ def test_sigterm_drains(tmp_path: Path) -> None:
 
 def test_addresses_that_cannot_be_had_are_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="choose another, or port 0"):
-        serve(["tiny_world"], "127.0.0.1", taken.getsockname()[1], TOKEN, None)
+        serve([plain("tiny_world")], "127.0.0.1", taken.getsockname()[1], TOKEN, None)
     with pytest.raises(UserError, match=r"host=0.0.0.0: reachable from other machines; give a token of at least 16"):
-        serve(["tiny_world"], "0.0.0.0", 0, "short", None)
+        serve([plain("tiny_world")], "0.0.0.0", 0, "short", None)
     with pytest.raises(UserError, match="token=''"):
-        serve(["tiny_world"], "127.0.0.1", 0, "", None)
+        serve([plain("tiny_world")], "127.0.0.1", 0, "", None)

@@ -31,7 +31,7 @@ def drawn(size: int = shapes.CANVAS) -> Clips:
 def score(clips: NDArray[np.float64] | Clips, captions: list[str] | None = None, fps: float = shapes.FPS) -> Marks:
     """Scores [B, 3] in the order of PARTS; all must be valid and in [0, 1]."""
     pixels = torch.from_numpy(np.clip(np.round(clips), 0, 255).astype(np.uint8))
-    result = rewards.load("tiny_world")(pixels, CAPTIONS if captions is None else captions, fps)
+    result = rewards.load(rewards.plain("tiny_world"))(pixels, CAPTIONS if captions is None else captions, fps)
     assert result.valid.all()
     table = torch.stack([result.values[part] for part in PARTS], 1)
     assert table.dtype == torch.float32
@@ -209,7 +209,7 @@ def test_shape_overlap_finds_the_shape_that_was_drawn() -> None:
 
 def test_a_clip_scores_the_same_alone_and_in_any_batch() -> None:
     clips = torch.from_numpy(np.clip(blurred(drawn(), 0.9), 0, 255).astype(np.uint8))
-    reward = rewards.load("tiny_world")
+    reward = rewards.load(rewards.plain("tiny_world"))
     together = reward(clips, CAPTIONS, shapes.FPS)
     odd = torch.empty(clips[0].numel() + 1, dtype=torch.uint8)[1:].view(clips[0].shape)  # at an odd address
     for i, caption in enumerate(CAPTIONS):
@@ -218,13 +218,14 @@ def test_a_clip_scores_the_same_alone_and_in_any_batch() -> None:
 
 
 def test_a_prompt_of_another_world_is_invalid() -> None:
-    result = rewards.load("tiny_world")(torch.from_numpy(drawn()[:2]), [CAPTIONS[0], "a cat plays the piano"], 8.0)
+    reward = rewards.load(rewards.plain("tiny_world"))
+    result = reward(torch.from_numpy(drawn()[:2]), [CAPTIONS[0], "a cat plays the piano"], 8.0)
     assert result.valid.tolist() == [True, False]
     assert all(result.values[part].isnan().tolist() == [False, True] for part in PARTS)
 
 
 def test_unfit_arguments_are_named() -> None:
-    reward = rewards.load("tiny_world")
+    reward = rewards.load(rewards.plain("tiny_world"))
     clips = torch.from_numpy(drawn()[:2])
     for pixels, prompts, fps, message in (
         (clips.float(), CAPTIONS[:2], 8.0, "expected torch.uint8"),
@@ -240,11 +241,11 @@ def test_unfit_arguments_are_named() -> None:
 def test_the_folder_is_the_registry() -> None:
     assert "tiny_world" in rewards.known() and not {"wire", "server", "client"} & set(rewards.known())
     with pytest.raises(ValueError, match=r"reward='tiny_word': no such reward; use one of .*tiny_world"):
-        rewards.load("tiny_word")
+        rewards.load(rewards.plain("tiny_word"))
 
 
 def test_speed_of_scoring() -> None:
-    clips, reward = torch.from_numpy(drawn()), rewards.load("tiny_world")
+    clips, reward = torch.from_numpy(drawn()), rewards.load(rewards.plain("tiny_world"))
     seconds = []
     for _ in range(3):
         start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -78,16 +79,31 @@ def test_a_run_folder_of_another_recipe_is_refused(finished: Path) -> None:
     assert "holds a run already" in runs.complaint(finished, ["run.resume=never"])
 
 
-def test_a_damaged_checkpoint_is_named(finished: Path, tmp_path: Path) -> None:
+def test_a_flipped_byte_is_named_and_the_checkpoint_before_taken(finished: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     part = next((copy / "checkpoints" / "step-3").glob("*.distcp"))
-    content = part.read_bytes()
-    part.write_bytes(content[:-7])
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    out = runs.succeed(copy)
+    assert f"checkpoint step-3 is damaged ({part.name} is not what was written): set aside as step-3.damaged" in out
+    assert "resumed from checkpoint step-2" in out
+    runs.assert_same_checkpoint(runs.checkpoint(finished, 3, tmp_path), runs.checkpoint(copy, 3, tmp_path))
+
+
+def test_a_run_without_an_intact_checkpoint_names_the_files(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    cut, gone = (next((copy / "checkpoints" / name).glob("*.distcp")) for name in ("step-3", "step-2"))
+    size = cut.stat().st_size
+    os.truncate(cut, size - 7)
+    gone.unlink()
+    for other in (copy / "checkpoints").glob("step-1*"):
+        shutil.rmtree(other)
     line = runs.complaint(copy)
-    assert f"{part.name} has {len(content) - 7} bytes instead of {len(content)}" in line and "remove the folder" in line
-    part.unlink()
-    assert f"{part.name} is missing" in runs.complaint(copy)
+    assert f"{cut.name} has {size - 7} bytes instead of {size}; {gone.name} is missing" in line
+    assert {path.name for path in (copy / "checkpoints").glob("step-*")} == {"step-3.damaged", "step-2.damaged"}
 
 
 def test_mistakes_in_prompts_counts_and_servers_are_one_line(tmp_path: Path) -> None:
@@ -107,7 +123,7 @@ def test_mistakes_in_prompts_counts_and_servers_are_one_line(tmp_path: Path) -> 
         assert message in runs.complaint(folder, [override])
         assert not (folder / "recipe.toml").exists(), "half-written run folder"
     missing = ["rewards.0.name=tiny_wold"]
-    assert "no such reward; use one of tiny_world" in runs.complaint(folder, missing)
+    assert "no such reward; use one of " in runs.complaint(folder, missing)
     assert "tiny_world has no part 'XQ'" in runs.complaint(folder, ["rewards.0.weights={XQ=1.0}"])
     unreachable = ["server.urls=['http://127.0.0.1:9']", f"server.token_file={tmp_path / 'token'}"]
     assert "http://127.0.0.1:9" in runs.complaint(folder, [*unreachable, "server.start_timeout_s=2"])

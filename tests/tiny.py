@@ -9,14 +9,14 @@ from torch.distributed.tensor import DTensor
 
 from fastgrpo import distributed, models, rollout
 from fastgrpo.config import Model, Objective, Optimizer, Video
+from fastgrpo.data.prompts import Prompt
 from fastgrpo.distributed import World
-from fastgrpo.flow import time_grid
 from fastgrpo.models import Condition, Policy
 from fastgrpo.rollout import Plan, Trajectories
 from fastgrpo.update import Trainer, update
 
 FOLDER = Path(__file__).parent.parent / "data" / "tiny_hunyuan_video"
-VIDEO = Video(frames=9, height=32, width=32)
+VIDEO = Video(frames=9, height=24, width=40)  # 45 video tokens: an odd number, which sequence parallelism must split
 PROMPTS = [  # two text lengths
     "a red circle moves left slowly",
     "watch as one blue square glides upwards quickly",
@@ -50,7 +50,15 @@ def load_policy(world: World | None = None) -> Policy:
 
 
 def plan(policy: Policy, shared_noise: bool = True) -> Plan:
-    return Plan(3, 0, GROUP, time_grid(STEPS, policy.shift), 0.4, shared_noise, policy.latent_shape(VIDEO))
+    shape = policy.latent_shape(VIDEO)
+    return Plan(3, 0, GROUP, policy.time_grid(STEPS, None, shape), 0.4, shared_noise, shape)
+
+
+def encode() -> list[Condition]:
+    """The prompts' conditions."""
+    settings = Model(family="hunyuan_video", path=str(FOLDER))
+    with models.encoder(settings, VIDEO, torch.device("cpu")) as encoder:
+        return encoder([Prompt(text) for text in PROMPTS])
 
 
 def draw(policy: Policy, the_plan: Plan, conditions: list[Condition], world: World, batch_size: int) -> Trajectories:

@@ -1,33 +1,39 @@
-"""One rank of tests/test_update.py: writes trajectories and gradients.  argv: file, rollout batch, update batch"""
+"""One rank: writes trajectories and gradients.  argv: file, rollout batch, update batch, then distributed settings
 
+The last argument is the JSON of the recipe's [distributed] section.
+"""
+
+import json
 import sys
 
 import torch
 
-from fastgrpo.distributed import open_world
+from fastgrpo.config import Distributed
+from fastgrpo.distributed import open_world, shard
+from fastgrpo.lifetime import leave
 from tests import tiny
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     file, rollout_batch, update_batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    with open_world() as world:
+    with open_world(Distributed(**json.loads(sys.argv[4]))) as world:
         policy = tiny.load_policy()
-        conditions = policy.encode(tiny.PROMPTS)
-        from fastgrpo.distributed import shard
-
+        conditions = tiny.encode()
         shard(policy, world, torch.float32)
         plan = tiny.plan(policy)
         trajectories = tiny.draw(policy, plan, conditions, world, rollout_batch)
         trainer = tiny.Recorder.create(policy, tiny.settings(update_batch, updates=2), None)
         metrics = tiny.run_update(trainer, plan, trajectories, conditions, world)
         total = len(tiny.PROMPTS) * tiny.GROUP
-        share = world.share(total)
+        share = world.share(total) if world.sp is None or world.sp.rank == 0 else range(0)  # each row from one rank
+        rows = len(share)
         result = {
-            "states": world.combine(trajectories.states, share, total),
-            "final": world.combine(trajectories.final, share, total),
-            "log_probs": world.combine(trajectories.log_probs, share, total),
+            "states": world.combine(trajectories.states[:rows], share, total),
+            "final": world.combine(trajectories.final[:rows], share, total),
+            "log_probs": world.combine(trajectories.log_probs[:rows], share, total),
             "gradients": trainer.gradients,  # type: ignore[attr-defined]
             "metrics": metrics,
         }
         if world.main:
             torch.save(result, file)
+    leave(0)

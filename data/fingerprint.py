@@ -1,0 +1,112 @@
+"""What conditions are made of, as names and values: two caches are the same where all of these are.
+
+Model files stand in by the SHA-256 of their content, which is computed once and remembered with their size and time.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from fastgrpo import models
+from fastgrpo.config import Recipe
+from fastgrpo.data.prompts import Prompt
+from fastgrpo.models import folder
+
+TEXT_PARTS = ("tokenizer", "text_encoder")  # beginnings of the names in model_index.json
+IMAGE_PARTS = ("vae", "image_encoder", "image_processor", "feature_extractor")
+OTHER_FORMATS = {".msgpack", ".h5", ".onnx", ".ot", ".md"}  # never read
+SAMPLE = 1 << 16  # bytes at either end of a reference image that stand for it
+THREADS = 4  # that hash files: hashlib lets go of the interpreter
+
+
+def fingerprint(recipe: Recipe, prompts: Sequence[Prompt], remembered: Path) -> dict[str, str]:
+    """Everything that a recipe's conditions depend on, by the names that a user is told.
+
+    remembered: a JSON file with the hashes of model files, read and kept up to date
+    """
+    with_images = recipe.prompts.image_column is not None
+    told = {"family": recipe.model.family, "dtype": recipe.model.dtype}
+    told |= _model_parts(recipe, TEXT_PARTS + IMAGE_PARTS if with_images else TEXT_PARTS, remembered)
+    told["length limits"] = json.dumps(length_limits(recipe.model.family))
+    if recipe.model.cfg > 1:
+        told["negative prompt"] = recipe.model.negative_prompt or ""
+    told["prompts"] = _digest([prompt.text for prompt in prompts])
+    if with_images:
+        told["reference images"] = _digest([_sample(prompt.image) for prompt in prompts])
+        told["video size"] = f"{recipe.video.frames} x {recipe.video.height} x {recipe.video.width}"
+    return told
+
+
+def length_limits(family: str) -> dict[str, int]:
+    """The family file's constants MAX_..._TOKENS: how much of a prompt its text encoders see."""
+    constants = vars(models.family(family))
+    return {name: constants[name] for name in sorted(constants) if name.startswith("MAX_") and name.endswith("_TOKENS")}
+
+
+def _model_parts(recipe: Recipe, beginnings: tuple[str, ...], remembered: Path) -> dict[str, str]:
+    """Part -> a hash over the names and contents of its files."""
+    where = folder.pipeline_folder(recipe.model, ())
+    index = folder.read_json(where / "model_index.json")
+    parts = sorted(name for name in index if name.startswith(beginnings) and (where / name).is_dir())
+    files = {part: _files(where / part) for part in parts}
+    hashes = _hashes([file for part in parts for file in files[part]], remembered)
+    return {part: _digest([[file.name, hashes[file]] for file in files[part]]) for part in parts}
+
+
+def _files(part: Path) -> list[Path]:
+    """The files of a part that a model class may read."""
+    found = [f for f in sorted(part.iterdir()) if f.is_file() and not f.name.startswith(".")]
+    safe = any(file.suffix == ".safetensors" for file in found)
+    return [f for f in found if f.suffix not in OTHER_FORMATS and not (safe and f.suffix == ".bin")]
+
+
+def _hashes(files: Sequence[Path], remembered: Path) -> dict[Path, str]:
+    """SHA-256 of each file, from `remembered` where its size and time are still those."""
+    known = _remembered(remembered)
+    stamps = {file: f"{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files}
+    places = {file: str(file.resolve()) for file in files}
+    changed = [file for file in files if known.get(places[file], {}).get("stamp") != stamps[file]]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for file, sha256 in zip(changed, pool.map(_sha256, changed), strict=True):
+            known[places[file]] = {"stamp": stamps[file], "sha256": sha256}
+    if changed:
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        partial = remembered.with_name(remembered.name + ".partial")
+        partial.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, remembered)
+    return {file: known[places[file]]["sha256"] for file in files}
+
+
+def _remembered(file: Path) -> dict[str, Any]:
+    """Hashes of an earlier start; none where there are none that can be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _sample(image: Path | None) -> str | None:
+    """A hash of a file's size and its two ends: pictures and videos are too many to be read whole at every start."""
+    if image is None:
+        return None
+    digest = hashlib.sha256()
+    with image.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        for start in (0, max(0, size - SAMPLE)):
+            file.seek(start)
+            digest.update(file.read(SAMPLE))
+    return f"{size}:{digest.hexdigest()}"

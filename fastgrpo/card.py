@@ -1,0 +1,101 @@
+"""The model card of an export: what was trained on what, how far, with which reward, and how to load it."""
+
+import json
+from pathlib import Path
+
+from fastgrpo.config import Recipe
+from fastgrpo.models.folder import locate
+from fastgrpo.stored import Weights
+from fastgrpo.track import read_metrics
+
+
+def write(file: Path, run: Path, recipe: Recipe, weights: Weights, dtype: str) -> None:
+    """A README.md with the front matter that the hub reads."""
+    step = int(weights.checkpoint.name.removeprefix("step-"))
+    index = json.loads((locate(recipe.model.path) / "model_index.json").read_text())
+    apart = not (file.parent / "model_index.json").exists()
+    lines = [
+        *front_matter(recipe),
+        f"# {run.resolve().name}, {weights.label}",
+        "",
+        f"Trained by GRPO (DanceGRPO, arXiv 2505.07818) with fastgrpo from {base_name(recipe)}: {step} of "
+        f"{recipe.run.iterations} iterations, {recipe.prompts.per_iteration} prompts x "
+        f"{recipe.rollout.samples_per_prompt} samples each. The weights are the "
+        f"{'moving average' if weights.averaged else 'raw ones'}, in {dtype}.",
+        "",
+        *loading(recipe, index["_class_name"], apart),
+        "",
+        *rewards(run, recipe, step),
+        "## Recipe",
+        "",
+        "```toml",
+        recipe.to_toml().rstrip(),
+        "```",
+    ]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def base_name(recipe: Recipe) -> str:
+    """The base model as a hub id or the name of its folder."""
+    name = recipe.model.network or recipe.model.path
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def front_matter(recipe: Recipe) -> list[str]:
+    """YAML between dashes; the base model only where it is a hub id."""
+    name = recipe.model.network or recipe.model.path
+    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).is_dir()
+    base = [f"base_model: {name}"] if is_hub_id else []
+    return ["---", "library_name: diffusers", *base, "tags:", "- grpo", "- fastgrpo", "---", ""]
+
+
+def loading(recipe: Recipe, pipeline: str, apart: bool) -> list[str]:
+    """How to load the folder, and how to sample from it with the sampler of training.
+
+    apart: adapters alone, without the base model
+    """
+    note = []
+    if recipe.model.network is not None:
+        note = [
+            "The network came from a folder of its own: its pipeline may be another class than model_index.json names."
+        ]
+    return [
+        "```python",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f'pipeline = DiffusionPipeline.from_pretrained("{"BASE" if apart else "FOLDER"}")  # a {pipeline}',
+        *(['pipeline.load_lora_weights("FOLDER")'] if apart else []),
+        "```",
+        "",
+        *note,
+        'Or `fastgrpo sample FOLDER --prompt "..." --out samples`.',
+    ]
+
+
+def rewards(run: Path, recipe: Recipe, step: int) -> list[str]:
+    """The training reward at this step and, where the run ended here, the held-out one before and after."""
+    lines = ["## Reward", ""]
+    metrics = run / "metrics.jsonl"
+    rows = [row for row in read_metrics(metrics) if row["iteration"] == step - 1] if metrics.exists() else []
+    if rows:
+        parts = ", ".join(
+            f"{part} {rows[-1][f'reward/{part}']:.3f}" for part in recipe.weights if f"reward/{part}" in rows[-1]
+        )
+        lines += [
+            f"Mean over the samples of iteration {step}: weighted sum {rows[-1]['reward/sum']:.3f} ({parts}).",
+            "",
+        ]
+    summary = run / "summary.json"
+    found = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+    if found.get("iterations") == step:
+        lines += [
+            "Held-out prompts, the same seeds before and after, ODE sampler, moving average where there is one:",
+            "",
+        ]
+        lines += ["| part | before | after | difference (95 % interval) |", "|---|---|---|---|"]
+        for part, before in found["before"].items():
+            low, high = found["ci95"][part]
+            change = f"{found['difference'][part]:+.3f} ({low:+.3f} .. {high:+.3f})"
+            lines.append(f"| {part} | {before:.3f} | {found['after'][part]:.3f} | {change} |")
+        lines.append("")
+    return lines if len(lines) > 2 else []

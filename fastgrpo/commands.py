@@ -1,0 +1,170 @@
+"""The options of `fastgrpo sample` and `fastgrpo export`, and what they ask for. Heavy imports wait until one runs."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from fastgrpo.errors import UserError
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The parser of `fastgrpo sample`."""
+    command = commands.add_parser(
+        "sample",
+        help="clips or images from a base model, a checkpoint or an export",
+        description="Sample with the ODE sampler: mp4 or png files, a contact sheet and a manifest in one folder. "
+        "Runs in this process or, under torchrun, over all ranks: prompt and seed give the same clip on any number.",
+    )
+    command.add_argument(
+        "source", help="a recipe (its base model), a run folder, an export or another folder in the diffusers layout"
+    )
+    add = command.add_argument_group("what").add_argument
+    add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
+    add("--prompts", metavar="FILE", help="a file of prompts (default: the recipe's held-out ones)")
+    add("--image", type=Path, metavar="FILE", help="reference image of every --prompt, for image-to-video")
+    add("--limit", type=positive, metavar="N", help="the first N prompts")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="one clip per prompt and seed (default: 0)")
+    add("--against-base", action="store_true", help="also the base model's clip of the same noise, side by side")
+    add("--out", type=Path, metavar="DIR", help="folder to write (default for a run: RUN/samples/step-N)")
+    add("--overwrite", action="store_true", help="replace the samples in that folder")
+    which_weights(command)
+    add = command.add_argument_group("how, in place of the recipe's").add_argument
+    for key, kind, text in (
+        ("frames", int, "frames of a clip; 1 = image"), ("height", int, "pixels"), ("width", int, "pixels"),
+        ("fps", float, "frames per second of the files"),
+        ("steps", int, "denoising steps"), ("shift", float, "time-grid shift"),
+        ("guidance", float, "embedded guidance"), ("cfg", float, "classifier-free guidance scale; 1 = off"),
+        ("negative-prompt", str, "text of the unconditional branch"), ("dtype", str, "float32 or bfloat16"),
+    ):  # fmt: skip
+        add(f"--{key}", type=kind, metavar=key.upper(), help=text)
+    add("--set", action="append", default=[], metavar="section.key=value", help="any recipe key; may be repeated")
+    add("--batch-size", type=positive, default=1, metavar="N", help="clips of one prompt per forward pass (default: 1)")
+    add = command.add_argument_group("a folder without a recipe").add_argument
+    add("--recipe", type=Path, metavar="FILE", help="the recipe of a folder in the diffusers layout")
+    add("--family", metavar="NAME", help="or only its family, with --frames, --height and --width")
+
+
+def add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The parser of `fastgrpo export`."""
+    command = commands.add_parser(
+        "export",
+        help="a checkpoint as a folder that diffusers loads",
+        description="Write a run's checkpoint as a folder that DiffusionPipeline.from_pretrained loads, the network as "
+        "safetensors and the other parts copied from the base model. One tensor is in memory at a time.",
+    )
+    command.add_argument("run", type=Path, help="a run folder")
+    command.add_argument("folder", type=Path, metavar="dst", help="folder to make")
+    which_weights(command)
+    add = command.add_argument
+    add(
+        "--lora", choices=("apart", "merged"), help="adapters as a file of their own (default), or folded into the base"
+    )
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the network (%(default)s)")
+    add(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="of a file of weights, such as 5GB (default: %(default)s)",
+    )
+    add(
+        "--link",
+        action="store_true",
+        help="hard links for the other parts; editing them in place changes the base, too",
+    )
+
+
+def which_weights(command: argparse.ArgumentParser) -> None:
+    """The options that say which of a run's weights are meant."""
+    command.add_argument("--step", default="newest", metavar="N", help="checkpoint: a number, best or newest (default)")
+    command.add_argument("--raw-weights", action="store_true", help="not the moving average where the run kept one")
+
+
+def run_sample(arguments: argparse.Namespace) -> None:
+    """`fastgrpo sample`: print where the samples are."""
+    from diffusers.utils import logging
+
+    from fastgrpo.sample import MANIFEST, SHEET, Wanted, sample
+    from fastgrpo.snapshot import Asked
+
+    asked = Asked(
+        source=arguments.source,
+        step=step(arguments.step),
+        raw=arguments.raw_weights,
+        recipe=arguments.recipe,
+        family=arguments.family,
+        changes=changes(arguments),
+        overrides=tuple(arguments.set),
+    )
+    wanted = Wanted(
+        prompts=tuple(arguments.prompt),
+        file=arguments.prompts,
+        image=arguments.image,
+        limit=arguments.limit,
+        seeds=tuple(arguments.seeds),
+        batch_size=arguments.batch_size,
+        out=arguments.out,
+        against_base=arguments.against_base,
+        overwrite=arguments.overwrite,
+    )
+    logging.disable_progress_bar()  # every rank would show its own
+    done = sample(asked, wanted)
+    if done.main:
+        print(f"{done.clips} samples, {SHEET} and {MANIFEST} in {done.folder}")
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    """`fastgrpo export`: print where the folder is."""
+    from fastgrpo.export import Export, export
+
+    wanted = Export(
+        run=arguments.run,
+        folder=arguments.folder,
+        step=step(arguments.step),
+        raw=arguments.raw_weights,
+        lora=arguments.lora,
+        dtype=arguments.dtype,
+        max_shard_bytes=shard_bytes(arguments.max_shard_size),
+        link=arguments.link,
+    )
+    print(export(wanted))
+
+
+def step(text: str) -> Any:
+    """The value of --step: "best", "newest" or a number."""
+    if text in ("best", "newest"):
+        return text
+    number = text.removeprefix("step-")
+    if not number.isdecimal():
+        raise UserError(f"--step={text}: not a checkpoint; use a number, best or newest.")
+    return int(number)
+
+
+def changes(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The options that stand in place of a recipe's keys, by section."""
+    keys = {
+        "video": ("frames", "height", "width", "fps"),
+        "rollout": ("steps", "shift"),
+        "model": ("guidance", "cfg", "negative_prompt", "dtype"),
+    }
+    given = {section: {key: getattr(arguments, key) for key in names} for section, names in keys.items()}
+    return {section: {k: v for k, v in values.items() if v is not None} for section, values in given.items()}
+
+
+def shard_bytes(text: str) -> int:
+    """The value of --max-shard-size in bytes: "5GB" is 5 * 10^9, "5GiB" 5 * 2^30."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B)?", text.strip().upper())
+    size = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
+    if size < 1:
+        raise UserError(f"--max-shard-size={text}: not a size; write it as 5GB or 500MB.")
+    return size
+
+
+def positive(text: str) -> int:
+    """An option's value that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number

@@ -1,0 +1,176 @@
+"""Prompts to conditions, over all ranks: what `fastgrpo embed` does, and `train` where the cache is not complete.
+
+Ranks share out the missing parts and go on in step, so that an error of one ends all, and the progress is exact.
+"""
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fastgrpo import distributed, models
+from fastgrpo.config import Recipe
+from fastgrpo.data import embeddings, prompts
+from fastgrpo.data.embeddings import Cache, Conditions
+from fastgrpo.data.fingerprint import fingerprint
+from fastgrpo.data.prompts import Prompt, Split
+from fastgrpo.display import duration
+from fastgrpo.distributed import World
+from fastgrpo.errors import UserError
+from fastgrpo.lifetime import die_with, only_run_in
+
+LINE_EVERY_S = 10.0  # between lines of progress where there is no terminal
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A run's prompts and their conditions, without those that prompts.bad_rows=skip left out."""
+
+    train: list[Prompt]
+    heldout: list[Prompt]
+    conditions: Conditions  # of `train`, then of `heldout`
+
+
+def embed(recipe: Recipe) -> None:
+    """Make a recipe's cache of conditions, or what is missing of it, and say so."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with(os.getppid())  # as in training
+    with distributed.open_world() as world:
+        encoded = encode(recipe, world, read_prompts(recipe, world))
+        if world.main:
+            _say(f"the conditions of {len(encoded.conditions):,} prompts are in {cache_folder(recipe)}")
+
+
+def read_prompts(recipe: Recipe, world: World) -> Split:
+    """The recipe's prompts, read by the main rank, which says what it left out."""
+
+    def read() -> Split:
+        found = prompts.split(recipe.prompts)
+        _say(found.summary)
+        return found
+
+    return world.on_main(read)
+
+
+def encode(recipe: Recipe, world: World, found: Split) -> Encoded:
+    """Every prompt's condition, from the cache; what it lacks is made first, by all ranks.
+
+    Raises UserError, on every rank, for a cache of other conditions and for prompts that cannot be encoded.
+    """
+    everything = [*found.train, *found.heldout]
+    folder = cache_folder(recipe)
+
+    def describe() -> Cache:
+        return Cache(folder, fingerprint(recipe, everything, folder / "hashes.json"), len(everything))
+
+    cache = world.on_main(describe)
+    with_negative = recipe.model.cfg > 1
+    if not world.on_main(lambda: cache.complete(with_negative)):
+        with ExitStack() as stack:
+            world.on_main(lambda: stack.enter_context(only_run_in(folder, "prompts.cache", "encoding")))
+            missing = world.on_main(cache.open)
+            _make(recipe, world, cache, missing, everything)
+    return _without_skipped(recipe, world, found, Conditions(cache, with_negative))
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    """The folder of the recipe's conditions."""
+    return recipe.prompts.cache or recipe.run.dir / "embeddings"
+
+
+def _make(recipe: Recipe, world: World, cache: Cache, missing: list[int], everything: list[Prompt]) -> None:
+    """Encode the missing parts, one per rank and step."""
+    total = sum(len(cache.prompts_of(number)) for number in missing)
+    begun = time.perf_counter()
+    with models.encoder(recipe.model, recipe.video, world.device) as encoder, _progress(world, total) as show:
+
+        def make(numbers: list[int]) -> None:
+            for number in numbers:
+                embeddings.write_part(cache, number, encoder, everything, recipe)
+
+        def make_negative() -> None:
+            if world.main and recipe.model.cfg > 1:
+                embeddings.write_negative(cache, encoder, recipe)
+
+        _together(world, make_negative)
+        done = 0
+        for start in range(0, len(missing), world.size):
+            now = missing[start : start + world.size]
+            _together(world, partial(make, now[world.rank : world.rank + 1]))  # none where the last step has too few
+            done += sum(len(cache.prompts_of(number)) for number in now)
+            show(done)
+    if world.main:
+        size = sum(file.stat().st_size for file in cache.folder.glob("*.safetensors")) / 1e6
+        _say(f"{total:,} prompts encoded in {duration(time.perf_counter() - begun)}; the cache has {size:,.1f} MB")
+
+
+def _together(world: World, action: Callable[[], None]) -> None:
+    """Do a step on this rank; a user's mistake, or a full disk, of any rank is raised on every rank."""
+    mistake = None
+    try:
+        action()
+    except UserError as error:
+        mistake = error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        mistake = distributed.no_space(error.filename)
+    world.agree(mistake)
+
+
+@contextmanager
+def _progress(world: World, total: int) -> Iterator[Callable[[int], None]]:
+    """Gives a function that is told how many of `total` prompts are done and shows it, on the main rank.
+
+    A bar with the time left on a terminal; elsewhere a line after the first step and then now and again.
+    """
+    console = Console()
+    if not world.main:
+        yield lambda done: None
+    elif console.is_terminal:
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        with Progress(TextColumn("encoding prompts"), *columns, console=console) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda done: bar.update(task, completed=done)
+    else:
+        begun = time.perf_counter()
+        told = begun - LINE_EVERY_S
+
+        def line(done: int) -> None:
+            nonlocal told
+            now = time.perf_counter()
+            if now - told >= LINE_EVERY_S and done < total:
+                left = duration((now - begun) / done * (total - done))
+                _say(f"encoding prompts: {done:,} of {total:,}, about {left} left")
+                told = now
+
+        yield line
+
+
+def _without_skipped(recipe: Recipe, world: World, found: Split, conditions: Conditions) -> Encoded:
+    """Leave out the prompts that have no condition, and say so."""
+    if not conditions.skipped:
+        return Encoded(found.train, found.heldout, conditions)
+    first = next(iter(conditions.skipped.values()))
+    if recipe.prompts.bad_rows == "error":  # the cache was made by a run that skips
+        raise UserError(f"{first} Or set prompts.bad_rows=skip.")
+    if not len(conditions):
+        raise UserError(first)
+    if world.main:
+        _say(f"prompts: {len(conditions.skipped):,} more left out that cannot be encoded (such as {first})")
+    usable = set(conditions.kept)
+    train = [prompt for index, prompt in enumerate(found.train) if index in usable]
+    heldout = [prompt for index, prompt in enumerate(found.heldout, len(found.train)) if index in usable]
+    prompts.check_counts(recipe.prompts, train, heldout)
+    return Encoded(train, heldout, conditions)
+
+
+def _say(line: str) -> None:
+    Console().print(line, highlight=False, markup=False, soft_wrap=True)

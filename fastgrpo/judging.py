@@ -1,0 +1,169 @@
+"""The options of `fastgrpo score` and `fastgrpo evaluate`, and what they ask for. Heavy imports wait until one runs."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastgrpo.commands import positive, step, which_weights
+
+if TYPE_CHECKING:
+    from fastgrpo.judges import Servers
+
+
+def add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The parser of `fastgrpo score`."""
+    command = commands.add_parser(
+        "score",
+        help="what any reward says of clips and pictures",
+        description="Score video and picture files with one or several rewards: a table, and with --json everything. A "
+        "clip's prompt is --prompt, its line of --prompts, the .txt of the same name beside it, or what the manifest "
+        "of `fastgrpo sample` says. A file that cannot be scored is listed with the reason; a single one is an error.",
+    )
+    command.add_argument("files", nargs="+", type=Path, metavar="FILES", help="mp4, png, jpg ..., or a folder of them")
+    add = command.add_argument_group("rewards").add_argument
+    add("--reward", action="append", default=[], metavar="NAME", help="a file of rewards/; may be repeated")
+    add("--recipe", type=Path, metavar="FILE", help="rewards of a recipe, or of a file with [[rewards]] alone")
+    add("--path", action="append", default=[], metavar="[NAME=]PATH", help="a reward's weights")
+    add("--option", action="append", default=[], metavar="[NAME.]key=value", help="what only that reward knows")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="[NAME.]key=value",
+        help="another key: frames, dtype, device ...",
+    )
+    _servers(command)
+    add = command.add_argument_group("clips").add_argument
+    add("--prompt", metavar="TEXT", help="of every file")
+    add("--prompts", metavar="FILE", help="one prompt for each file, in their order")
+    add("--fps", type=rate, metavar="FPS", help="said to the rewards (default: what the file says)")
+    add(
+        "--size", type=size, metavar="HxW",
+        help="pixels in which the clips were made, where their files are enlarged by a whole factor (default: what the "
+        "manifest of `fastgrpo sample` says, else as they are)",
+    )  # fmt: skip
+    command.add_argument("--json", type=Path, metavar="OUT", help="write everything there; - prints it, and no table")
+
+
+def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The parser of `fastgrpo evaluate`."""
+    command = commands.add_parser(
+        "evaluate",
+        help="base against trained on held-out prompts, by several rewards",
+        description="Draw the same prompts from the same noise with the base model and the trained one, and compare "
+        "them by rewards: means, the paired difference and its 95 % interval, rewards as columns. Runs in this process "
+        "or, under torchrun, over all ranks, with the same result. --step 0 compares the base with itself: all "
+        "differences are then 0.",
+    )
+    command.add_argument("run", help="a run folder or an export")
+    which_weights(command)
+    add = command.add_argument_group("by what").add_argument
+    add(
+        "--rewards", nargs="+", default=[], metavar="NAME|FILE",
+        help="rewards by name, or files of [[rewards]] (default: those of the run's recipe)",
+    )  # fmt: skip
+    add("--prompts", metavar="FILE", help="a file of prompts (default: the recipe's held-out ones)")
+    add("--limit", type=positive, metavar="N", help="the first N prompts")
+    add("--seeds", type=positive, metavar="K", help="clips per prompt (default: evaluate.seeds)")
+    add("--steps", type=positive, metavar="N", help="denoising steps (default: evaluate.steps, or rollout.steps)")
+    add("--batch-size", type=positive, default=1, metavar="N", help="clips of one prompt per forward pass (default: 1)")
+    add("--set", action="append", default=[], metavar="section.key=value", help="any recipe key; may be repeated")
+    _servers(command)
+    add = command.add_argument_group("results").add_argument
+    add("--json", type=Path, metavar="OUT", help="write the table and every clip's scores there; - prints them")
+    add("--markdown", type=Path, metavar="OUT", help="write the table there as Markdown; - prints it")
+
+
+def _servers(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--server", action="append", default=[], metavar="URL", help="ask this running server instead; may be repeated"
+    )
+    command.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="the server's bearer token (default: FASTGRPO_TOKEN)"
+    )
+
+
+def run_score(arguments: argparse.Namespace) -> None:
+    """`fastgrpo score`: print the table."""
+    from fastgrpo import judges, score
+    from fastgrpo.errors import UserError
+
+    servers = _asked_servers(arguments)
+    if servers.urls and (arguments.path or arguments.option or arguments.set):
+        raise UserError("--server: its rewards have their own settings; leave out --path, --option and --set.")
+    score.check_target("--json", arguments.json)
+    specs = judges.specs(
+        judges.Asked(
+            names=tuple(arguments.reward),
+            file=arguments.recipe,
+            paths=tuple(arguments.path),
+            options=tuple(arguments.option),
+            settings=tuple(arguments.set),
+        )
+    )
+    wanted = score.Wanted(tuple(arguments.files), arguments.prompt, arguments.prompts, arguments.fps, arguments.size)
+    result = score.score(wanted, specs, servers)
+    if arguments.json is not None:
+        score.write("--json", arguments.json, result.to_json())
+    if str(arguments.json) != "-":
+        score.show(result)
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    """`fastgrpo evaluate`: print the table."""
+    from diffusers.utils import logging
+
+    from fastgrpo import heldout, paper_table, score
+    from fastgrpo.snapshot import Asked
+
+    targets = {"--json": arguments.json, "--markdown": arguments.markdown}
+    for option, file in targets.items():
+        score.check_target(option, file)
+    asked = Asked(
+        source=arguments.run,
+        step=step(arguments.step),
+        raw=arguments.raw_weights,
+        changes={"rollout": {"steps": arguments.steps}} if arguments.steps else {},
+        overrides=tuple(arguments.set),
+    )
+    wanted = heldout.Wanted(
+        rewards=tuple(arguments.rewards),
+        file=arguments.prompts,
+        limit=arguments.limit,
+        seeds=arguments.seeds,
+        batch_size=arguments.batch_size,
+        servers=_asked_servers(arguments),
+    )
+    logging.disable_progress_bar()  # every rank would show its own
+    result = heldout.evaluate(asked, wanted)
+    if result is None:
+        return
+    if arguments.json is not None:
+        score.write("--json", arguments.json, result.to_json())
+    if arguments.markdown is not None:
+        score.write("--markdown", arguments.markdown, paper_table.markdown(result))
+    if "-" not in map(str, targets.values()):
+        paper_table.show(result)
+
+
+def _asked_servers(arguments: argparse.Namespace) -> "Servers":
+    from fastgrpo.judges import Servers
+
+    return Servers(tuple(arguments.server), arguments.token_file)
+
+
+def size(text: str) -> tuple[int, int]:
+    """The value of --size."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError("must be height x width, such as 32x32")
+    return int(match[1]), int(match[2])
+
+
+def rate(text: str) -> float:
+    """The value of --fps."""
+    number = float(text)
+    if not 0 < number <= 1000:
+        raise argparse.ArgumentTypeError("must be above 0 and at most 1000")
+    return number

@@ -1,0 +1,105 @@
+"""Stopping in good order: asked for by a signal or a file, agreed by all ranks, and only between two pieces of work.
+
+SIGUSR1, slurm's warning before a time limit, and SIGTERM set a flag and nothing else; the file `stop` in the run's
+folder does the same. Before each batch of a rollout or evaluation, and before each micro-batch until an iteration's
+first optimizer step, the ranks agree whether to stop. What was begun is then dropped: it is keyed, so that the next
+start draws it again exactly. After the first optimizer step the iteration is finished first. So what is saved lies
+between two iterations.
+
+torchrun passes no exit code on, so that the file `requeue` tells the batch script of a slurm job what to do next.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fastgrpo.distributed import World
+from fastgrpo.resume import write_atomically
+
+T = TypeVar("T")
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+POLL_S = 1.0  # between two looks for the file, which may lie on a network file system
+BATCH = "FASTGRPO_BATCH"
+"""In the environment of a slurm job whose batch script, launch/_job.sh, has removed what an earlier attempt left."""
+
+
+class Stopped(Exception):
+    """Raised on every rank at once, between two pieces of work, where a rank was asked to stop."""
+
+
+class Signals:
+    """Inside the context, which only the main thread can enter, SIGUSR1 and SIGTERM are remembered and do no more."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launch.py holds back what comes before this
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+
+class Stop:
+    """Whether this run was asked to stop, and what becomes of it; every rank has one."""
+
+    def __init__(self, folder: Path, signals: Signals, world: World) -> None:
+        """For the run in `folder`, which must hold its lock; forgets what an earlier attempt left. On every rank."""
+        self.file, self.answer = folder / "stop", folder / "requeue"
+        self.signals, self.world = signals, world
+        # On the hosts: a GPU's queue of kernels is not waited for.
+        self._group = dist.new_group(backend="gloo") if world.device.type == "cuda" else None
+        self._polled = -POLL_S
+        if world.main and BATCH not in os.environ:
+            self.file.unlink(missing_ok=True)
+            self.answer.unlink(missing_ok=True)
+
+    def between(self, work: Iterable[T]) -> Iterator[T]:
+        """The pieces of work, one by one; raises Stopped, on every rank, before one where a rank was asked to stop.
+
+        Ranks may have different numbers of pieces, also none: all return when all are done.
+        """
+        for piece in work:
+            self._agree(busy=True)
+            yield piece
+        while self._agree(busy=False):
+            pass
+
+    def _agree(self, busy: bool) -> bool:
+        """Whether any rank is busy; raises Stopped where any was asked to stop."""
+        flags = torch.tensor([self._asked(), busy], dtype=torch.uint8)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
+        asked, any_busy = flags.tolist()
+        if asked:
+            raise Stopped
+        return bool(any_busy)
+
+    def _asked(self) -> bool:
+        if self.world.main and not self.signals.received and time.monotonic() - self._polled >= POLL_S:
+            self._polled = time.monotonic()
+            return self.file.exists()
+        return self.signals.received
+
+    def tell(self, requeue: bool) -> None:
+        """Answer the batch script: put the job back into the queue, to go on, or not, since it needs a person."""
+        if self.world.main:
+            with contextlib.suppress(OSError):  # without an answer the job counts as crashed
+                self.file.unlink(missing_ok=True)
+                write_atomically(self.answer, "yes\n" if requeue else "no\n")

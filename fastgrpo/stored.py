@@ -1,0 +1,168 @@
+"""The weights in a run's checkpoint, read one tensor at a time: for sampling and export, which train nothing.
+
+No process group, no optimizer state, and the same on any number of ranks: a tensor is put together from the shards that
+the training ranks wrote, when it is asked for.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from fastgrpo.errors import UserError
+
+Step = int | Literal["best", "newest"]
+
+
+def find(run: Path, step: Step) -> Path:
+    """The folder of a published, whole checkpoint of a run.
+
+    step: its iterations; "newest"; or "best", the one with the highest mean training reward since the one before
+    Raises UserError where `run` is no run folder, has no such checkpoint, or a file of it is missing or cut short.
+    """
+    if not (run / "recipe.toml").is_file() or not (run / "checkpoints").is_dir():
+        raise UserError(f"run={run}: no recipe.toml and checkpoints/ there, so not a run folder; give a run.dir.")
+    published = {int(p.name[5:]): p for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdecimal()}
+    if not published:
+        raise UserError(f"run={run}: has no checkpoint yet; wait for the first one (checkpoint.every).")
+    newest = max(published)
+    if step == "newest":
+        step = newest
+    elif step == "best":
+        name = read_json(published[newest] / "progress.json").get("best")
+        if name is None:
+            raise UserError(f"--step=best: no checkpoint of {run} has a valid reward; use --step {newest}.")
+        step = int(str(name).removeprefix("step-"))
+    if step not in published:
+        kept = ", ".join(map(str, sorted(published)))
+        raise UserError(f"--step={step}: {run} keeps no such checkpoint; use one of {kept}.")
+    check_intact(published[step])
+    return published[step]
+
+
+def check_intact(checkpoint: Path) -> None:
+    """Compare the files of a checkpoint with its manifest. Raises UserError naming one that is missing or cut short."""
+    problem = wrong_size(checkpoint)
+    if problem is not None:
+        raise UserError(f"checkpoint={checkpoint}: {problem}; choose another --step.")
+
+
+def manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """{"bytes", "sha256"} of each file, by name. Raises UserError where it is missing or damaged."""
+    entries = read_json(checkpoint / "manifest.json")
+    if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in entries.values()):
+        raise UserError(f"checkpoint={checkpoint}: manifest.json is not one of this version; choose another --step.")
+    return entries  # type: ignore[return-value]
+
+
+def wrong_size(checkpoint: Path) -> str | None:
+    """The first file that is missing or of another size than the manifest says."""
+    for name, entry in manifest(checkpoint).items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+    return None
+
+
+def read_json(file: Path) -> dict[str, object]:
+    """A JSON object of a checkpoint. Raises UserError where it is missing or damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"checkpoint={file.parent}: {file.name} is missing or unreadable; choose another --step.")
+    return content
+
+
+class Weights:
+    """The network's tensors of one checkpoint, by the names of the unsharded network; none is held.
+
+    averaged: whether they are the moving average, which is taken where the run kept one and `raw` does not forbid it.
+    """
+
+    def __init__(self, checkpoint: Path, raw: bool) -> None:
+        self.checkpoint = checkpoint
+        self._reader = FileSystemReader(checkpoint)
+        try:
+            self._metadata = self._reader.read_metadata()
+        except Exception as error:  # unpickling what is no metadata can raise anything
+            raise UserError(
+                f"checkpoint={checkpoint}: .metadata cannot be read ({error!r}); choose another --step."
+            ) from None
+        self._reader.set_up_storage_reader(self._metadata, True)
+        entries = self._metadata.state_dict_metadata
+        self.averaged = not raw and any(key.startswith("ema.") for key in entries)
+        self._key_of = {key.removeprefix("model."): key for key in entries if key.startswith("model.")}
+        if self.averaged:
+            self._key_of |= {key.removeprefix("ema."): key for key in entries if key.startswith("ema.")}
+
+    @property
+    def label(self) -> str:
+        """What they are, for a caption: "step 30" or "step 30, EMA"."""
+        return self.checkpoint.name.replace("-", " ") + (", EMA" if self.averaged else "")
+
+    @property
+    def names(self) -> list[str]:
+        """In the network's order."""
+        return list(self._key_of)
+
+    def layout(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        """Shape and dtype of a tensor, from the metadata."""
+        entry = self._metadata.state_dict_metadata[self._key_of[name]]
+        assert isinstance(entry, TensorStorageMetadata)
+        return entry.size, entry.properties.dtype
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor, on the CPU, in the dtype in which it was saved (float32)."""
+        shape, dtype = self.layout(name)
+        state = {self._key_of[name]: torch.empty(shape, dtype=dtype)}
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(state, self._metadata, True)
+        try:
+            self._reader.read_data(planner.create_local_plan(), planner).wait()
+        except (OSError, RuntimeError, EOFError) as error:
+            raise UserError(
+                f"checkpoint={self.checkpoint}: {name} cannot be read ({str(error).splitlines()[0]}); a running "
+                "trainer may have removed it: choose another --step, or raise checkpoint.keep."
+            ) from None
+        return state[self._key_of[name]]
+
+
+def check_names(expected: Mapping[str, torch.Size], trained: set[str], weights: Weights) -> None:
+    """Compare a checkpoint with the network that its weights are meant for.
+
+    expected: shape by name of every tensor of the network;  trained: those that the checkpoint must hold
+    Raises UserError naming the first tensor that is missing, unknown or of another shape.
+    """
+    where = f"checkpoint={weights.checkpoint}"
+    remedy = "model.path or model.network is not what the run was trained from."
+    for name in weights.names:
+        if name not in expected:
+            raise UserError(f"{where}: {name} is no tensor of the network; {remedy}")
+        shape, _ = weights.layout(name)
+        if shape != expected[name]:
+            raise UserError(f"{where}: {name} is {list(shape)}, but {list(expected[name])} in the network; {remedy}")
+    if missing := sorted(trained - set(weights.names)):
+        raise UserError(f"{where}: has no {missing[0]} (and {len(missing) - 1} more); {remedy}")
+
+
+@torch.no_grad()
+def load_into(network: nn.Module, weights: Weights) -> None:
+    """Put a checkpoint's weights into an unsharded network, in the network's own dtypes; one tensor at a time.
+
+    What was frozen in training (the base weights under adapters) is not in the checkpoint and stays.
+    """
+    own = network.state_dict()
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    check_names({name: tensor.shape for name, tensor in own.items()}, trained, weights)
+    for name in weights.names:
+        own[name].copy_(weights.read(name))

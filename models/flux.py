@@ -1,0 +1,227 @@
+"""FLUX.1-dev and FLUX.1-schnell, text-to-image (Black Forest Labs 2024).
+
+diffusers' unmodified classes, and the embedded guidance of the distilled dev checkpoint (schnell has none). Outside,
+latents are those of the VAE, [B, C, 1, H, W]; the network sees patches of 2 x 2 as tokens. Its times are the folder's
+scheduler's: shifted by the number of tokens (dev) or by a constant (schnell), or by rollout.shift. The T5 features of
+all token places are text to it, padding included, without a mask.
+
+The network takes t in [0, 1] and the plain guidance scale, and multiplies both by 1000 in the compute precision: with
+bfloat16 the time is rounded to 8 bits, in diffusers' pipeline as here, and in rollout and update alike.
+"""
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from einops import rearrange
+from torch import Tensor, nn
+
+from fastgrpo import flow
+from fastgrpo.config import Model, Video
+from fastgrpo.data.prompts import Prompt
+from fastgrpo.errors import UserError
+from fastgrpo.models import Condition, folder
+
+NETWORK = "transformer"
+PARTS = ("vae", "text_encoder", "text_encoder_2", "scheduler", "tokenizer", "tokenizer_2")
+USUAL_GUIDANCE = 3.5
+PATCH = 2  # latent places per token and side; fixed by the pipeline, the network's own patch_size is 1
+MAX_TEXT_TOKENS = 512  # T5's, where the tokenizer does not say fewer; diffusers' pipeline accepts no more
+TRAIN_TIMESTEPS = 1000  # by which the network multiplies t
+TEXT_BATCH = 32  # prompts per forward pass of the text encoders
+TILED_ABOVE = 256  # latent height or width (2048 pixels) from which the VAE decodes in tiles, to bound its memory
+
+
+class Schedule:
+    """The times of the folder's scheduler."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        where, wanted = "model.path: scheduler/scheduler_config.json", FlowMatchEulerDiscreteScheduler.__name__
+        if config.get("_class_name") != wanted:
+            raise UserError(f"{where} is a {config.get('_class_name')}, not a {wanted}; correct model.family.")
+        if config.get("num_train_timesteps", TRAIN_TIMESTEPS) != TRAIN_TIMESTEPS or config.get("invert_sigmas"):
+            raise UserError(
+                f"{where} must have num_train_timesteps={TRAIN_TIMESTEPS} and invert_sigmas=false, FLUX's; correct it."
+            )
+        self.config = dict(config)
+
+    def grid(self, steps: int, shift: float | None, tokens: int) -> Tensor:
+        """Times of diffusers' pipeline.  shift: a constant, in place of the folder's;  returns float32 [steps + 1]"""
+        own = {} if shift is None else {"use_dynamic_shifting": False, "shift": shift}
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.config | own)
+        known = scheduler.config
+        mu = calculate_shift(
+            tokens, known.base_image_seq_len, known.max_image_seq_len, known.base_shift, known.max_shift
+        )
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        times: Tensor = scheduler.sigmas
+        return times
+
+
+class Flux:
+    """The `fastgrpo.models.Policy` of this family."""
+
+    def __init__(self, network: nn.Module, vae: nn.Module, schedule: Schedule, settings: Model) -> None:
+        self.network = network
+        self.blocks: Sequence[nn.Module] = blocks(network)
+        self.vae = vae
+        self.schedule = schedule
+        self.negative: Condition | None = None
+        self.guidance = USUAL_GUIDANCE if settings.guidance is None else settings.guidance
+        self.dtype = getattr(torch, settings.dtype)
+        self.decode_batch = settings.decode_batch
+
+    def latent_shape(self, video: Video) -> tuple[int, ...]:
+        folder.image_only(video, "FLUX")
+        config: Any = self.vae.config
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        return config.latent_channels, *folder.latent_size(video, factor, 1, PATCH)
+
+    def time_grid(self, steps: int, shift: float | None, shape: tuple[int, ...]) -> Tensor:
+        _, _, height, width = shape
+        return self.schedule.grid(steps, shift, (height // PATCH) * (width // PATCH))
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        height, width = x.shape[-2] // PATCH, x.shape[-1] // PATCH
+        text = condition["text"].to(self.dtype)
+        guidance = None
+        if self.network.config.guidance_embeds:  # type: ignore[union-attr]
+            guidance = torch.full_like(t, self.guidance)
+        (v,) = self.network(
+            hidden_states=pack(x).to(self.dtype),
+            encoder_hidden_states=text,
+            pooled_projections=condition["pooled"].to(self.dtype),
+            timestep=t,
+            img_ids=positions(height, width, x.device),
+            txt_ids=torch.zeros(text.shape[1], 3, device=x.device),
+            guidance=guidance,
+            return_dict=False,
+        )
+        return unpack(v.float(), height, width)
+
+    transition = staticmethod(flow.sde_transition)
+    clean_estimate = staticmethod(flow.clean_estimate)
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        vae: Any = self.vae
+        vae.use_tiling = max(x.shape[-2:]) > TILED_ABOVE
+        latents = (x / vae.config.scaling_factor + vae.config.shift_factor).squeeze(2).to(vae.dtype)
+        parts = latents.split(self.decode_batch or len(x))
+        return torch.cat([folder.to_pixels(vae.decode(part).sample.unsqueeze(2)) for part in parts])
+
+
+def pack(x: Tensor) -> Tensor:
+    """Latents [B, C, 1, H, W] to tokens [B, H/2 * W/2, 4 C], row by row."""
+    return rearrange(x, "b c 1 (h p) (w q) -> b (h w) (c p q)", p=PATCH, q=PATCH)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`.  height, width: in tokens"""
+    return rearrange(tokens, "b (h w) (c p q) -> b c 1 (h p) (w q)", h=height, w=width, p=PATCH, q=PATCH)
+
+
+def positions(height: int, width: int, device: torch.device) -> Tensor:
+    """The tokens' places for the rotary tables: 0, row, column.  returns float32 [height * width, 3]"""
+    rows = torch.arange(height, device=device, dtype=torch.float32).repeat_interleave(width)
+    columns = torch.arange(width, device=device, dtype=torch.float32).repeat(height)
+    return torch.stack([torch.zeros_like(rows), rows, columns], -1)
+
+
+class TextEncoder:
+    """The `fastgrpo.models.Encoder` of this family: T5's states of all its token places and CLIP's pooled output."""
+
+    def __init__(self, where: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self.device = device
+        self.tokenizer, self.clip = folder.text_model(where, "tokenizer", "text_encoder", dtype, device)
+        self.tokenizer_2, self.t5 = folder.text_model(where, "tokenizer_2", "text_encoder_2", dtype, device)
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
+        texts = [prompt.text for prompt in prompts]
+        for text in texts:
+            if not self.tokenizer_2(text, add_special_tokens=False).input_ids:
+                raise UserError(f"prompts: '{text}' has no tokens for the text encoder; leave it out.")
+        parts = [self._conditions(texts[start : start + TEXT_BATCH]) for start in range(0, len(texts), TEXT_BATCH)]
+        return [condition for part in parts for condition in part]
+
+    def negative(self, text: str) -> Condition:
+        return self._conditions([text])[0]
+
+    @torch.no_grad()
+    def _conditions(self, texts: list[str]) -> list[Condition]:
+        """Of each text: "text" [L, D], L = T5's longest text, and "pooled" [P], float32 on the CPU."""
+        longest = min(self.tokenizer_2.model_max_length, MAX_TEXT_TOKENS)
+        states = self.t5(self._tokens(self.tokenizer_2, texts, longest)).last_hidden_state
+        pooled = self.clip(self._tokens(self.tokenizer, texts, self.tokenizer.model_max_length)).pooler_output
+        pairs = zip(states.float().cpu(), pooled.float().cpu(), strict=True)
+        return [{"text": text, "pooled": vector} for text, vector in pairs]
+
+    def _tokens(self, tokenizer: Any, texts: list[str], longest: int) -> Tensor:
+        """returns int64 [len(texts), longest], padded, on the device"""
+        tokens = tokenizer(texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
+        ids: Tensor = tokens.input_ids
+        return ids.to(self.device)
+
+
+@contextmanager
+def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
+    """The text encoders of model.path; freed when the context ends."""
+    where = folder.pipeline_folder(settings, PARTS)
+    texts = TextEncoder(where, getattr(torch, settings.dtype), device)
+    try:
+        yield texts
+    finally:
+        del texts.clip, texts.t5
+        gc.collect()
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The dual-stream blocks, then the single-stream ones."""
+    return [*network.transformer_blocks, *network.single_transformer_blocks]  # type: ignore[misc]
+
+
+def load(settings: Model, device: torch.device) -> Flux:
+    """The policy of a folder in the diffusers layout, or of a hub id. The network is loaded in float32."""
+    if settings.cfg != 1:
+        raise UserError(
+            f"model.cfg={settings.cfg}: FLUX is guided by what it was distilled with, not by a second branch; leave it "
+            "out and set model.guidance."
+        )
+    where = folder.pipeline_folder(settings, PARTS)
+    schedule = Schedule(folder.scheduler_config(where))
+    vae = folder.read(AutoencoderKL, where / "vae", getattr(torch, settings.dtype))
+    network = folder.network_folder(settings, NETWORK)
+    check_network(folder.read_json(network / "config.json"), where, vae.config, settings)
+    network = folder.read(FluxTransformer2DModel, network, torch.float32)
+    return Flux(network.train().to(device), vae.requires_grad_(False).eval().to(device), schedule, settings)
+
+
+def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Model) -> None:
+    """The network's config, read before its weights, which are large. Raises UserError where it is of another kind."""
+    named = f"model.path={settings.path}" if settings.network is None else f"model.network={settings.network}"
+    if vae.get("shift_factor") is None:
+        raise UserError(f"{named}: vae/config.json has no shift_factor, which FLUX's has; correct model.family.")
+    taken, given = config.get("in_channels"), config.get("out_channels")
+    if taken != vae.latent_channels * PATCH**2 or given not in (None, taken) or config.get("patch_size", 1) != 1:
+        raise UserError(
+            f"{named}: the network has {taken} channels in and {taken if given is None else given} out, and the VAE's "
+            f"{vae.latent_channels} make {vae.latent_channels * PATCH**2}; use a text-to-image FLUX.1, not "
+            "Fill, Canny, Depth or FLUX.2."
+        )
+    widths = [config.get(key) for key in ("joint_attention_dim", "pooled_projection_dim")]
+    made = [folder.read_json(where / part / "config.json") for part in ("text_encoder_2", "text_encoder")]
+    if widths != [made[0].get("d_model"), made[1].get("hidden_size")]:
+        raise UserError(
+            f"{named}: the network takes text of widths {widths[0]} and {widths[1]}, the text encoders make "
+            f"{made[0].get('d_model')} and {made[1].get('hidden_size')}; the parts are of different models."
+        )
+    if settings.guidance is not None and not config.get("guidance_embeds", False):
+        raise UserError(
+            f"model.guidance={settings.guidance}: this network (FLUX.1-schnell's kind) has no guidance; leave it out."
+        )

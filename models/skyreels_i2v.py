@@ -1,0 +1,105 @@
+"""SkyReels-V1, image-to-video: HunyuanVideo with a reference image (Skywork AI 2025, SkyReels-V1-Hunyuan-I2V).
+
+The network's input channels are the noisy latent and, after it, the reference image's: its latent in the first frame,
+zeros in the others. The image is encoded once per prompt; as in diffusers' pipeline its latent is sampled from the
+VAE's posterior, but with noise that is a function of the pixels, so that a rollout, its update and a resumed run all
+see the same one. Both branches of classifier-free guidance see the same image. All but the network is HunyuanVideo's:
+`model.path` is its folder, and `model.network` SkyReels'.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fastgrpo import noise
+from fastgrpo.config import Model, Video
+from fastgrpo.data import images
+from fastgrpo.data.prompts import Prompt
+from fastgrpo.errors import UserError
+from fastgrpo.models import Condition, folder, hunyuan_video
+from fastgrpo.models.hunyuan_video import MAX_CLIP_TOKENS, MAX_TEXT_TOKENS, NETWORK, PARTS, HunyuanVideo, blocks
+
+__all__ = ["MAX_CLIP_TOKENS", "MAX_TEXT_TOKENS", "NETWORK", "PIPELINE", "SkyReels", "blocks", "encoder", "load"]
+
+PIPELINE = "HunyuanSkyreelsImageToVideoPipeline"  # of an export; the folder of the other parts names HunyuanVideo's
+USUAL_GUIDANCE = 1.0  # the embedded one: what follows the text is model.cfg
+
+
+class SkyReels(HunyuanVideo):
+    """The `fastgrpo.models.Policy` of this family."""
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        first = condition["image"].to(x.dtype)  # [B, C, 1, H, W]
+        return super().velocity(torch.cat([x, pad(first, (0, 0, 0, 0, 0, x.shape[2] - 1))], 1), t, condition)
+
+
+class ImageTextEncoder:
+    """The `fastgrpo.models.Encoder` of this family: HunyuanVideo's text features, and the reference image's latent."""
+
+    def __init__(self, texts: hunyuan_video.TextEncoder, vae: Any, video: Video) -> None:
+        self.texts = texts
+        self.vae = vae
+        self.size = (video.height, video.width)
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
+        first_frames = [self._pixels(prompt) for prompt in prompts]
+        texts = self.texts(prompts)
+        return [{**text, "image": self.image(pixels)} for text, pixels in zip(texts, first_frames, strict=True)]
+
+    def negative(self, text: str) -> Condition:
+        """Text alone: the image of the unconditional branch is each prompt's own."""
+        return self.texts.negative(text)
+
+    def _pixels(self, prompt: Prompt) -> Tensor:
+        """The reference image in the clips' size, uint8 [H, W, 3]. Raises UserError for none or an unreadable one."""
+        if prompt.image is None:
+            raise UserError(
+                f"prompts: '{prompt.text}' has no reference image, which skyreels_i2v needs; set prompts.image_column."
+            )
+        return images.cover(images.read_image(prompt.image), *self.size)
+
+    @torch.no_grad()
+    def image(self, pixels: Tensor) -> Tensor:
+        """A sample of the posterior, scaled.  pixels: uint8 [H, W, 3];  returns float32 [C, 1, h, w] on the CPU"""
+        frame = (pixels.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1).to(self.vae.device, self.vae.dtype)
+        posterior = self.vae.encode(frame).latent_dist
+        mean, std = posterior.mean[0].float().cpu(), posterior.std[0].float().cpu()
+        (draw,) = noise.normal([posterior_key(pixels)], tuple(mean.shape))
+        latent: Tensor = (mean + std * draw) * self.vae.config.scaling_factor
+        return latent
+
+
+def posterior_key(pixels: Tensor) -> noise.Key:
+    """What the noise of an image's latent is a function of.  pixels: uint8 [H, W, 3]"""
+    return ("reference image", *pixels.shape, hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest())
+
+
+@contextmanager
+def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[ImageTextEncoder]:
+    """The text encoders and the VAE of model.path; freed when the context ends."""
+    with hunyuan_video.encoder(settings, video, device) as texts:
+        where = folder.pipeline_folder(settings, PARTS)
+        patch = hunyuan_video.check_network(settings, where, images=True)["patch_size"]
+        vae = folder.read(AutoencoderKLHunyuanVideo, where / "vae", getattr(torch, settings.dtype))
+        config = vae.config  # a size that the VAE would round is refused before any image is encoded in it
+        folder.latent_size(video, config.spatial_compression_ratio, config.temporal_compression_ratio, patch)
+        both = ImageTextEncoder(texts, vae.requires_grad_(False).eval().to(device), video)
+        try:
+            yield both
+        finally:
+            del both.vae, vae  # the context around collects it, too
+
+
+def load(settings: Model, device: torch.device) -> SkyReels:
+    """The policy of HunyuanVideo's folder and SkyReels' network. The network is loaded in float32."""
+    where = folder.pipeline_folder(settings, PARTS)
+    hunyuan_video.check_network(settings, where, images=True)
+    network, vae = hunyuan_video.load_networks(settings, where, device)
+    guidance = USUAL_GUIDANCE if settings.guidance is None else settings.guidance
+    return SkyReels(network, vae, where, settings, guidance)

@@ -1,0 +1,172 @@
+"""A CLIP as a reward: the cosine of a frame's and its prompt's features, averaged over some frames of the clip.
+
+HPS-v2.1, the CLIP score and PickScore are this with other weights, pixels and scales. Where the references handle one
+image, a clip's score is the mean of its frames' scores.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from fastgrpo.config import RewardSpec
+from fastgrpo.errors import UserError
+from fastgrpo.rewards import Scores, clip_text, clip_weights, frames, options, weights
+from fastgrpo.rewards.clip_pixels import CLIP_MEAN, CLIP_STD, Preprocess
+
+SCORES_LAYOUT = 1
+"""Raise when a change of the code changes scores: it is part of the fingerprint."""
+
+Resize = Literal["letterbox", "shortest", "squash"]
+SIDE_FILES = ("open_clip_config.json", "config.json", "preprocessor_config.json", *clip_text.FILES)
+
+
+@dataclass(frozen=True)
+class Published:
+    """What one reward's reference fixes."""
+
+    part: str
+    files: tuple[str, ...]
+    """Names of the weights in a folder, the first that is there."""
+    remedy: str
+    """Where the weights come from, for messages."""
+    frames: frames.Rule
+    """Frames scored where the spec says nothing."""
+    known: Mapping[str, Any] | None = None
+    """open_clip's model_cfg where the checkpoint is published without one."""
+    resize: Resize | None = None
+    """None = what the checkpoint's config says."""
+
+
+class ClipReward:
+    """One part, made by a CLIP. Scores a frame alone, so batching changes them by rounding only."""
+
+    def __init__(
+        self,
+        part: str,
+        model: Any,
+        tokenizer: clip_text.ClipTokenizer,
+        preprocess: Preprocess,
+        rule: frames.Rule,
+        scale: float,
+        batch_size: int,
+        fingerprint: str,
+    ) -> None:
+        """scale: what the cosine is multiplied by;  batch_size: frames, or texts, per forward pass"""
+        self.names = (part,)
+        self.fingerprint = fingerprint
+        self.preprocess = preprocess
+        self.tokenizer = tokenizer
+        self.rule = rule
+        self.scale = scale
+        self.batch_size = batch_size
+        self.model = model
+
+    def to(self, device: torch.device) -> None:
+        """Move the weights."""
+        self.model.to(device)
+
+    def looks_at(self, frames_of_clip: int, fps: float) -> list[int]:
+        """Indices of the frames that are scored, of a clip of that many."""
+        return frames.choose(self.rule, frames_of_clip)
+
+    def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
+        """pixels: uint8 [B, F, H, W, 3];  prompts: B texts;  fps: not used
+
+        returns float32 [B], on the CPU. A clip with a score that is not finite is invalid.
+        """
+        frames.check(pixels, prompts)
+        chosen = pixels[:, self.looks_at(pixels.shape[1], fps)]
+        per_clip = chosen.shape[1]
+        with torch.inference_mode():
+            seen = self.image_features(rearrange(chosen, "b f h w c -> (b f) h w c"))
+            read = self.text_features(prompts).repeat_interleave(per_clip, 0)
+            cosine = rearrange((seen * read).sum(-1), "(b f) -> b f", f=per_clip)
+        scores = (self.scale * cosine).mean(1).clone()  # a plain tensor, outside inference mode
+        valid = torch.isfinite(scores)
+        return Scores({self.names[0]: scores.masked_fill(~valid, float("nan"))}, valid)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """uint8 [N, H, W, 3] to unit vectors, float32 [N, E], on the CPU."""
+        found = []
+        for batch in images.split(self.batch_size):
+            values = self.preprocess(batch).to(self.model.device, self.model.dtype)
+            found.append(F.normalize(self.model.get_image_features(values).pooler_output.float(), dim=-1).cpu())
+        return torch.cat(found)
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """Unit vectors of the texts, float32 [N, E], on the CPU; a text that occurs again is computed once."""
+        distinct = list(dict.fromkeys(prompts))
+        found = []
+        for batch in self.tokenizer(distinct).split(self.batch_size):
+            output = self.model.get_text_features(batch.to(self.model.device))
+            found.append(F.normalize(output.pooler_output.float(), dim=-1).cpu())
+        return torch.cat(found)[[distinct.index(prompt) for prompt in prompts]]
+
+
+def build(
+    spec: RewardSpec,
+    published: Published,
+    *,
+    tokenizer: str | None = None,
+    resize: Resize | None = None,
+    image_size: int | None = None,
+    antialias: bool = True,
+    scale: Literal["cosine", "logits", "logits / 26"] = "cosine",
+) -> ClipReward:
+    """The reward of a spec and its options. Raises UserError naming the file or the setting that is wrong."""
+    device, dtype = options.device(spec), options.dtype(spec)
+    file = weights.locate(spec.path, published.files, SIDE_FILES, "rewards.path", published.remedy)
+    loaded = clip_weights.read(file, published.known, image_size, dtype)
+    preprocess = _preprocess(loaded, resize or published.resize, antialias, file)
+    text = loaded.model.config.text_config
+    merges_file = clip_text.find(tokenizer, file)
+    clean = clip_text.clean_open_clip if loaded.open_clip else clip_text.clean_transformers
+    tokens = clip_text.ClipTokenizer(
+        clip_text.read_merges(merges_file, text.vocab_size), text.max_position_embeddings, clean
+    )
+    factor = {"cosine": 1.0, "logits": loaded.logit_scale, "logits / 26": loaded.logit_scale / 26}[scale]
+    rule = published.frames if spec.frames is None else spec.frames
+    settings = {
+        "layout": SCORES_LAYOUT,
+        "part": published.part,
+        "network": loaded.model.config.to_dict() | {"transformers_version": None, "dtype": None},
+        "preprocess": asdict(preprocess),
+        "text": "open_clip" if loaded.open_clip else "transformers",
+        "frames": rule,
+        "scale": scale,
+        "dtype": spec.dtype,
+    }
+    reward = ClipReward(
+        published.part, loaded.model, tokens, preprocess, rule, factor, spec.batch_size,
+        weights.fingerprint([file, merges_file], settings),
+    )  # fmt: skip
+    reward.to(device)
+    return reward
+
+
+def _preprocess(loaded: clip_weights.Loaded, resize: Resize | None, antialias: bool, file: Path) -> Preprocess:
+    """How the frames are prepared: by the reference where it fixes that, else by the checkpoint's config."""
+    said = loaded.preprocess
+    usual = {"mode": "RGB", "interpolation": "bicubic"}
+    other = [key for key, value in usual.items() if said.get(key, value) != value]
+    chosen = resize or said.get("resize_mode") or "shortest"
+    if other or chosen not in ("letterbox", "shortest", "squash"):
+        key = other[0] if other else "resize_mode"
+        raise UserError(
+            f"{file.parent / clip_weights.OPEN_CLIP_CONFIG}: preprocess_cfg.{key}={said.get(key)}: not supported; "
+            "use bicubic on RGB, resized by shortest or squash."
+        )
+    return Preprocess(
+        size=said["size"],
+        resize=chosen,
+        mean=tuple(said.get("mean", CLIP_MEAN)),
+        std=tuple(said.get("std", CLIP_STD)),
+        antialias=antialias,
+        crop="half_even" if loaded.open_clip else "down",
+    )

@@ -1,0 +1,45 @@
+"""CLIP score: the cosine between the picture and its prompt. Part CLIP.
+
+DanceGRPO used apple/DFN5B-CLIP-ViT-H-14-378 beside HPS, weights 1.4 to 0.7. Its pixels are its own, never those that
+were prepared for HPS. Any open_clip checkpoint with its open_clip_config.json works, and any CLIP in transformers'
+layout, such as openai/clip-vit-large-patch14, which Flow-Factory applies to the first frame, the default here.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fastgrpo.config import RewardSpec, Section
+from fastgrpo.rewards import clip_model, options
+
+PUBLISHED = clip_model.Published(
+    part="CLIP",
+    files=(
+        "open_clip_model.safetensors",
+        "open_clip_pytorch_model.safetensors",
+        "open_clip_pytorch_model.bin",
+        "model.safetensors",
+        "pytorch_model.bin",
+    ),
+    remedy="give a CLIP's folder or hub repository, such as apple/DFN5B-CLIP-ViT-H-14-378",
+    frames="first",
+)
+
+
+class Options(Section):
+    """`rewards.options` of clip_score."""
+
+    resize: Literal["shortest", "squash"] | None = None
+    """shortest = keep the sides' ratio and crop the centre; squash = do not keep it; none = as the config says."""
+    image_size: Annotated[int, Field(gt=0)] | None = None
+    """Side of the network's input where it is not the config's, with the same number of patches: 384 for 378."""
+    tokenizer: str | None = None
+    """Folder or hub repository of CLIP's merges; none = beside the weights, else the public one."""
+
+
+def load(spec: RewardSpec) -> clip_model.ClipReward:
+    """The reward of the file's name."""
+    chosen = options.parse(spec, Options)
+    return clip_model.build(
+        spec, PUBLISHED, tokenizer=chosen.tokenizer, resize=chosen.resize, image_size=chosen.image_size
+    )

@@ -1,0 +1,33 @@
+"""HPS-v2.1 (Wu et al. 2023, arXiv 2306.09341): how much people would prefer the picture for this prompt. Part HPS.
+
+The score is the bare cosine, without CLIP's temperature. Frames are letter-boxed, not cropped. DanceGRPO scores the
+first frame of a video, the default here; it is the easiest to game, so give `frames` where that matters.
+The reference ran in float16 autocast; here the weights are float32, or bfloat16 by the spec.
+"""
+
+from fastgrpo.config import RewardSpec, Section
+from fastgrpo.rewards import clip_model, clip_weights, options
+
+PUBLISHED = clip_model.Published(
+    part="HPS",
+    files=("HPS_v2.1_compressed.pt", "HPS_v2.1_compressed.safetensors"),
+    remedy="give HPS_v2.1_compressed.pt, from the hub repository xswu/HPSv2, or its folder",
+    frames="first",
+    known=clip_weights.VIT_H_14,
+    resize="letterbox",
+)
+
+
+class Options(Section):
+    """`rewards.options` of hps."""
+
+    antialias: bool = True
+    """The letter-boxing's filter: true as torchvision 0.17 and later, DanceGRPO's; false as earlier ones."""
+    tokenizer: str | None = None
+    """Folder or hub repository of CLIP's merges; none = beside the weights, else the public one."""
+
+
+def load(spec: RewardSpec) -> clip_model.ClipReward:
+    """The reward of the file's name."""
+    chosen = options.parse(spec, Options)
+    return clip_model.build(spec, PUBLISHED, tokenizer=chosen.tokenizer, antialias=chosen.antialias)

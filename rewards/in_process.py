@@ -1,0 +1,77 @@
+"""Rewards in the trainer's own process: no server, and the same scores bit for bit."""
+
+import threading
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from fastgrpo.config import RewardSpec
+from fastgrpo.rewards import Scores, judge_batch
+from fastgrpo.rewards.served import load_served
+
+
+class ScorerInProcess:
+    """Scores by rewards that this process holds.
+
+    Weights of a reward with device="auto" share the trainer's GPU: they come there when scoring begins and leave it at
+    `release`, so that the update has the memory. Scoring has a CUDA stream of its own and waits for no rollout.
+    """
+
+    at_once = 1  # rewards need not be thread-safe
+
+    def __init__(self, specs: Sequence[RewardSpec], device: torch.device | None = None) -> None:
+        """device: the trainer's; none = the CPU.  Raises UserError for a mistake in a spec."""
+        self.device = device or torch.device("cpu")
+        self.served = {spec.name: load_served(spec) for spec in specs}
+        self.names = tuple(self.served)
+        self._lock = threading.Lock()
+        self._here = False
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._move(torch.device("cpu"))
+
+    def score(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> dict[str, Scores]:
+        """pixels: uint8 [B, F, H, W, 3];  returns each reward's Scores, NaN and invalid where it had none."""
+        with self._lock, torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            if self._stream is not None:
+                torch.cuda.set_device(self.device)  # of this thread
+            if not self._here:
+                self._move(self.device)
+                self._here = True
+            result: dict[str, Scores] = {}
+            for name, one in self.served.items():
+                size = one.spec.batch_size
+                parts = [
+                    judge_batch(one.reward, pixels[i : i + size], prompts[i : i + size], one.spec.fps or fps)
+                    for i in range(0, len(pixels), size)
+                ]
+                result[name] = join(parts)
+            return result
+
+    def release(self) -> None:
+        """Give the trainer's GPU its memory back until the next scores are wanted."""
+        with self._lock:
+            if self._here and self.device.type == "cuda":
+                self._move(torch.device("cpu"))
+                torch.cuda.empty_cache()
+            self._here = False
+
+    def take_events(self) -> dict[str, int]:
+        """Nothing goes wrong on the way."""
+        return {}
+
+    def _move(self, device: torch.device) -> None:
+        """Move the weights that share the trainer's GPU."""
+        if self.device.type != "cuda":
+            return
+        for one in self.served.values():
+            move = getattr(one.reward, "to", None)
+            if one.spec.device == "auto" and move is not None:
+                move(device)
+
+
+def join(batches: Sequence[Scores]) -> Scores:
+    """The scores of consecutive batches as one."""
+    values = {part: torch.cat([batch.values[part] for batch in batches]) for part in batches[0].values}
+    return Scores(values, torch.cat([batch.valid for batch in batches]))

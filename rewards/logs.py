@@ -1,0 +1,41 @@
+"""A server's log: one JSON object a line, without prompts, tokens or what an exception says, which may quote them."""
+
+import json
+import logging
+import time
+import traceback
+
+EXTRA = "fields"
+
+
+class JsonLines(logging.Formatter):
+    """{"time": UTC, "level": ..., "logger": ..., "message": ...}, the record's `fields`, an error's class and place."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z",
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= getattr(record, EXTRA, {})
+        if record.exc_info and record.exc_info[1] is not None:
+            error = record.exc_info[1]
+            line["error"] = type(error).__name__
+            frames = traceback.extract_tb(error.__traceback__)
+            line["places"] = [f"{frame.filename}:{frame.lineno}" for frame in frames[-5:]]
+        return json.dumps(line)
+
+
+def start() -> None:
+    """Log to stderr in this form, for the whole process."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    for talkative in ("httpx", "httpcore"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
+
+
+def fields(**values: object) -> dict[str, dict[str, object]]:
+    """`extra` of a log call: what the line says beside its message."""
+    return {EXTRA: values}

@@ -1,0 +1,134 @@
+"""Which of several servers takes the next request, which ones are left alone for a while, and when all have failed."""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastgrpo.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
+
+
+@dataclass
+class Replica:
+    """One server as its client sees it. Times are of time.monotonic."""
+
+    url: str
+    under_way: int = 0  # requests
+    failures: int = 0  # in a row
+    rests_until: float = 0.0  # no request before
+    known: bool = False  # its rewards are the ones that we want; asked again after each failure
+    barred: str = ""  # why it is never asked again
+
+    def takes(self, now: float) -> bool:
+        """Whether it may be given a request; after failures only one at a time, as a trial."""
+        return not self.barred and now >= self.rests_until and not (self.failures and self.under_way)
+
+
+class Replicas:
+    """Servers that hold the same rewards. Threads may share it.
+
+    Of two drawn at random the one with fewer requests under way is taken (power of two choices: no herd runs to the
+    one that looked idle last). One that fails rests, at first shortly, after each failure longer, and then gets a
+    single request as a trial: the circuit breaker. Only when nothing has succeeded anywhere for `outage_s` since a
+    failure is it an outage.
+    """
+
+    def __init__(self, urls: Sequence[str], outage_s: float) -> None:
+        self.all = [Replica(url) for url in dict.fromkeys(url.rstrip("/") for url in urls)]
+        self.outage_s = outage_s
+        self._lock = threading.Lock()
+        self._random = random.Random()  # its own, so that pauses disturb no one's random numbers
+        self._trouble_since: float | None = None
+        self._last_trouble = ("", "")
+
+    def take(self, other_than: Replica | None = None) -> Replica:
+        """A replica for one request, once there is one that takes it; give it back with `release`.
+
+        other_than: taken only where there is no other.  Raises UserError in an outage, or where all are barred.
+        """
+        while True:
+            with self._lock:
+                self._check_outage()
+                self._check_barred()
+                now = time.monotonic()
+                able = [replica for replica in self.all if replica.takes(now)]
+                able = [replica for replica in able if replica is not other_than] or able
+                if able:
+                    some = self._random.sample(able, min(2, len(able)))
+                    chosen = min(some, key=lambda replica: replica.under_way)
+                    chosen.under_way += 1
+                    return chosen
+            time.sleep(0.05)
+
+    def release(self, replica: Replica) -> None:
+        with self._lock:
+            replica.under_way -= 1
+
+    def succeeded(self, replica: Replica) -> None:
+        """It gave an answer that is right: no trouble any more."""
+        with self._lock:
+            if replica.failures:
+                log.info("reward server %s is back", replica.url)
+            replica.failures, replica.rests_until = 0, 0.0
+            self._trouble_since = None
+
+    def live(self) -> None:
+        """One of them lives, whatever becomes of the request: no outage."""
+        with self._lock:
+            self._trouble_since = None
+
+    def failed(self, replica: Replica, trouble: str, lives: bool = False) -> None:
+        """Let it rest. Raises UserError in an outage, which it is not while the server lives."""
+        with self._lock:
+            if lives:
+                self._trouble_since = None
+            else:
+                self._note(replica.url, trouble)
+            replica.known = False
+            replica.failures += 1
+            longest = min(FIRST_PAUSE_S * 2.0 ** (replica.failures - 1), LONGEST_PAUSE_S)
+            replica.rests_until = time.monotonic() + longest * self._random.uniform(0.5, 1.0)
+            log.warning("reward server %s: %s; trying again", replica.url, trouble)
+            self._check_outage()
+
+    def busy(self, replica: Replica, trouble: str, pause_s: float) -> float:
+        """It turned a request away for now.  returns seconds to wait, at random, so that ranks do not knock together
+
+        Raises UserError in an outage.
+        """
+        with self._lock:
+            self._note(replica.url, trouble)
+            self._check_outage()
+            return pause_s * self._random.uniform(0.5, 1.5)
+
+    def bar(self, replica: Replica, why: str) -> None:
+        """Never ask it again. Raises UserError where no other is left."""
+        with self._lock:
+            replica.barred = why
+            log.error("reward server %s: %s; it gets no more requests", replica.url, why)
+            self._check_barred()
+
+    def _check_barred(self) -> None:
+        if all(one.barred for one in self.all):
+            last = self.all[-1]
+            raise UserError(f"server.urls={last.url}: {last.barred}; start all servers alike")
+
+    def _note(self, url: str, trouble: str) -> None:
+        self._last_trouble = (url, trouble)
+        if self._trouble_since is None:
+            self._trouble_since = time.monotonic()
+
+    def _check_outage(self) -> None:
+        if self._trouble_since is None or time.monotonic() - self._trouble_since < self.outage_s:
+            return
+        url, trouble = self._last_trouble
+        raise UserError(
+            f"server.urls={url}: no scores for {self.outage_s:g} s ({trouble}); see that the reward server runs and is "
+            "not overloaded, or raise server.outage_s. The newest checkpoint is intact: start again to go on from it."
+        )

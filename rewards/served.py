@@ -1,0 +1,107 @@
+"""A reward as a server holds it: loaded, warm, and with what tells it from another one."""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastgrpo.config import RewardSpec
+from fastgrpo.data import shapes
+from fastgrpo.errors import UserError
+from fastgrpo.rewards import Reward, load, wire
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Served:
+    """A reward, its settings, and its scores of the golden clip once it is warm."""
+
+    reward: Reward
+    spec: RewardSpec
+    golden: dict[str, float | None] = field(default_factory=dict)  # part -> score; none = it cannot judge that clip
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights and of what else changes scores, as the reward itself says; empty for one without weights."""
+        return str(getattr(self.reward, "fingerprint", ""))
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of all that decides its scores: replicas that differ in it must not be mixed in one run."""
+        settings = self.spec.model_dump(include={"name", "dtype", "frames", "threshold", "options"})
+        said = [code_hash(self.name), list(self.reward.names), self.fingerprint, settings]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    def looks_at(self, frames: int, fps: float) -> list[int] | None:
+        """Indices of the frames that it looks at in such a clip, in increasing order; none = all."""
+        choose = getattr(self.reward, "looks_at", None)
+        return None if choose is None else sorted({int(index) for index in choose(frames, fps)})
+
+    def choose(self, clip: wire.Clip, fps: float) -> tuple[Tensor, tuple[int, ...] | None]:
+        """(the frames that it looks at, their indices or none for all) of what was sent.
+
+        Raises WireError where a frame that it looks at was not sent.
+        """
+        wanted = self.looks_at(clip.of, fps)
+        if wanted is None:
+            if clip.at is not None and len(clip.at) < clip.of:
+                raise wire.WireError(f"frames: {self.name} looks at all {clip.of}, and {len(clip.at)} were sent")
+            return clip.pixels, None
+        sent = {index: row for row, index in enumerate(clip.at if clip.at is not None else range(clip.of))}
+        missing = [index for index in wanted if index not in sent]
+        if missing:
+            raise wire.WireError(f"frames: {self.name} looks at {missing[0]}, which was not sent")
+        if len(wanted) == len(clip.pixels):
+            return clip.pixels, tuple(wanted)
+        return clip.pixels[[sent[index] for index in wanted]], tuple(wanted)
+
+    def warm_up(self) -> None:
+        """Score the golden clip, twice: the first time is a warm-up, the second is told to clients.
+
+        Raises UserError where the reward fails at it, other than by a ValueError: that clip may not be its kind.
+        """
+        clip, prompt, fps = golden_clip(self.reward)
+        try:
+            self.reward(clip[None], [prompt], fps)
+            scores = self.reward(clip[None], [prompt], fps)
+            values = {part: scores.values[part].reshape(1).tolist()[0] for part in self.reward.names}
+        except ValueError:
+            log.warning("%s cannot judge the golden clip", self.name)
+            self.golden = dict.fromkeys(self.reward.names)
+            return
+        except Exception as error:  # anyone's code; what it says may be long, its class says enough in one line
+            raise UserError(
+                f"rewards.name={self.name}: it raised {type(error).__name__} at the golden clip, so it would score "
+                f"nothing ({str(error).splitlines()[0][:200] if str(error) else 'no message'}); correct its settings."
+            ) from None
+        self.golden = {part: value if value - value == 0.0 else None for part, value in values.items()}
+
+
+def code_hash(name: str) -> str:
+    """SHA-256 of the file rewards/<name>.py: another version of it may score otherwise."""
+    file = Path(__file__).with_name(f"{name}.py")
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
+
+
+def load_served(spec: RewardSpec) -> Served:
+    """Load a reward, weights and all. Raises UserError where its name or its settings are wrong."""
+    return Served(load(spec), spec)
+
+
+def golden_clip(reward: Reward) -> tuple[Tensor, str, float]:
+    """(uint8 [F, H, W, 3], prompt, fps): the reward's own, or a drawn one, nine frames of 32 x 32."""
+    own: tuple[Tensor, str, float] | None = getattr(reward, "golden", None)
+    if own is not None:
+        return own
+    meaning = shapes.meanings()[0][0]
+    return torch.from_numpy(shapes.draw(meaning)), shapes.caption(meaning, 0), float(shapes.FPS)

@@ -1,0 +1,71 @@
+"""Any reward as a binary one: 1 where a part reaches a value, else 0 (DanceGRPO's thresholded rewards)."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrpo.errors import UserError
+from fastgrpo.rewards import Reward, Scores
+
+
+class Thresholded:
+    """A reward with a further part `P_above` for some of its parts P; its other parts stay as they are."""
+
+    def __init__(self, reward: Reward, thresholds: Mapping[str, float]) -> None:
+        self.reward = reward
+        self.thresholds = dict(thresholds)
+        self.names = (*reward.names, *(above(part) for part in thresholds))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the reward's own and of the thresholds."""
+        inner = getattr(self.reward, "fingerprint", "")
+        return hashlib.sha256(json.dumps([inner, self.thresholds], sort_keys=True).encode()).hexdigest()
+
+    def to(self, device: torch.device) -> None:
+        """Move the weights, where the reward has any."""
+        move = getattr(self.reward, "to", None)
+        if move is not None:
+            move(device)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the reward offers, such as what it needs to see of a clip."""
+        if name == "reward":  # not set yet, as in copying: do not look it up in itself
+            raise AttributeError(name)
+        return getattr(self.reward, name)
+
+    def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
+        """As the reward's; `P_above` is float32 [B], 1 where P is at least the value, 0 below, NaN where P is invalid.
+
+        The comparison is made in float32, the precision of the scores: a score that prints as the value reaches it.
+        """
+        scores = self.reward(pixels, prompts, fps)
+        values = dict(scores.values)
+        for part, value in self.thresholds.items():
+            score = scores.values[part].float()
+            failed = ~scores.valid | ~torch.isfinite(score)
+            values[above(part)] = (score >= value).float().masked_fill(failed, float("nan"))
+        return Scores(values, scores.valid)
+
+
+def above(part: str) -> str:
+    """The name of the binary part."""
+    return f"{part}_above"
+
+
+def wrap(reward: Reward, thresholds: Mapping[str, float]) -> Reward:
+    """The reward with its binary parts. Raises UserError for a part that it does not have."""
+    for part in thresholds:
+        if part not in reward.names:
+            raise UserError(
+                f"rewards.threshold.{part}: the reward has no part '{part}'; its parts are {', '.join(reward.names)}."
+            )
+        if above(part) in reward.names:
+            raise UserError(
+                f"rewards.threshold.{part}: the reward has a part '{above(part)}' of its own; leave it out."
+            )
+    return Thresholded(reward, thresholds)

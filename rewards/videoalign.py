@@ -1,0 +1,166 @@
+"""VideoAlign (VideoReward): visual quality, motion quality and text alignment, judged by a fine-tuned Qwen2-VL-2B.
+
+Liu et al. 2025, "Improving Video Generation with Human Feedback" (arXiv 2501.13918); github.com/KwaiVGI/VideoAlign.
+Scores equal the reference's: same frames, pixels, text, positions and weights. Departures from it:
+- a clip that cannot be judged has no score; the DanceGRPO code scores it -1;
+- a user's text is never read as a special token (see videoalign_text);
+- adapters are folded into the weights in float32 and the head is applied in float32, where the reference's bfloat16
+  run rounds in between.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastgrpo.config import RewardSpec, Section
+from fastgrpo.errors import UserError
+from fastgrpo.rewards import Scores, frames, options, videoalign_checkpoint, weights
+from fastgrpo.rewards.videoalign_config import PARTS, Published, published
+from fastgrpo.rewards.videoalign_network import EMBEDDING, Network, build
+from fastgrpo.rewards.videoalign_preprocess import View, frame_indices, view
+from fastgrpo.rewards.videoalign_text import Reader, check_template, read_template
+
+log = logging.getLogger(__name__)
+
+
+class Options(Section):
+    """What only VideoAlign knows."""
+
+    template: str | None = None
+    """The official repository's prompt_template.py, or a text file with the template."""
+    template_sha256: str | None = None
+    """SHA-256 of a template that is accepted instead of the official one."""
+    base: str | None = None
+    """Folder or hub id of Qwen2-VL-2B-Instruct; none = what model_config.json names. Not needed once converted."""
+    raw: bool = False
+    """Scores as the network gives them, without the checkpoint's mean and standard deviation."""
+    coarse_rotary: bool | None = None
+    """Rotary frequencies rounded to bfloat16; none = as the reference: where dtype or the checkpoint is bfloat16."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A clip and its prompt, ready for the network."""
+
+    ids: list[int]
+    view: View
+
+
+class VideoAlign:
+    """The reward. Scores are of the declared fps: the same frames at another fps are another clip."""
+
+    names: tuple[str, ...] = PARTS
+
+    def __init__(
+        self, network: Network, reader: Reader, settings: Published, batch_size: int, longest: int, fingerprint: str
+    ) -> None:
+        """batch_size: clips per forward pass;  longest: tokens;  fingerprint: hash of all that makes the scores"""
+        self.network = network
+        self.reader = reader
+        self.settings = settings
+        self.batch_size = batch_size
+        self.longest = longest
+        self.fingerprint = fingerprint
+
+    def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
+        """pixels: uint8 [B, F, H, W, 3], F >= 2;  prompts: B texts;  fps: frames per second of the clips, above 0
+
+        returns float32 [B] for VQ, MQ and TA. A prompt that is too long, or a result that is not finite, makes its
+        clip invalid. With batch_size 1 no bit depends on the other clips; above, only the last bits do.
+        Raises ValueError for pixels of another form, a single frame, or a frame over 200 times longer than wide.
+        """
+        frames.check(pixels, prompts)
+        if not fps > 0.0:
+            raise ValueError(f"fps={fps}: must be above 0; say how fast the clips play")
+        raw = torch.full((len(prompts), len(PARTS)), float("nan"))
+        for start in range(0, len(prompts), self.batch_size):
+            some = range(start, min(start + self.batch_size, len(prompts)))
+            ready = {i: made for i in some if (made := self._prepare(pixels[i].cpu(), prompts[i], fps)) is not None}
+            if ready:
+                raw[list(ready)] = self._score(list(ready.values()))
+        mean, std = torch.tensor([self.settings.mean, self.settings.std], dtype=torch.float64)
+        values = ((raw.double() - mean) / std).float()
+        valid = values.isfinite().all(1)
+        values[~valid] = float("nan")
+        return Scores({part: values[:, n].clone() for n, part in enumerate(PARTS)}, valid)
+
+    def looks_at(self, frames_of_clip: int, fps: float) -> list[int]:
+        """The frames that it samples: only these need to travel to a server."""
+        if frames_of_clip < 2:
+            return list(range(frames_of_clip))
+        return frame_indices(frames_of_clip, fps, self.settings.fps)
+
+    def to(self, device: torch.device) -> None:
+        """Move the weights, to give a device's memory back or to score again."""
+        self.network.to(device)
+
+    def _prepare(self, clip: Tensor, prompt: str, fps: float) -> Input | None:
+        """None where the prompt has no place in the network."""
+        seen = view(clip, fps, self.settings.fps, self.settings.most_pixels)
+        try:
+            ids = self.reader(prompt, seen.tokens)
+        except ValueError as error:
+            log.warning("a clip has no score: %s", error)
+            return None
+        if len(ids) > self.longest:
+            log.warning("a clip has no score: its text and video are %d tokens, above %d", len(ids), self.longest)
+            return None
+        return Input(ids, seen)
+
+    def _score(self, inputs: Sequence[Input]) -> Tensor:
+        """Raw scores, float32 [N, 3] on the CPU, of one forward pass."""
+        device = self.network.head.device
+        longest = max(len(one.ids) for one in inputs)
+        ids = torch.tensor([one.ids + [self.reader.filler_id] * (longest - len(one.ids)) for one in inputs])
+        marks = torch.tensor([[one.ids.index(mark) for mark in self.reader.mark_ids] for one in inputs])
+        patches = torch.cat([one.view.patches for one in inputs])
+        grids = torch.tensor([one.view.grid for one in inputs])
+        scores: Tensor = self.network(ids.to(device), patches.to(device), grids.to(device), marks.to(device))
+        return scores.cpu()
+
+
+def load(spec: RewardSpec) -> VideoAlign:
+    """The reward of spec.path, a published or converted folder, on the spec's device.
+
+    Raises UserError for a wrong path, option, template, config or checkpoint.
+    """
+    chosen = options.parse(spec, Options)
+    if spec.frames is not None:
+        raise UserError(f"rewards.frames={spec.frames}: videoalign chooses its frames by rewards.fps; leave it out.")
+    device, dtype = options.device(spec), options.dtype(spec)
+    if chosen.template is None:
+        raise UserError(
+            "rewards.options.template: missing; name prompt_template.py of github.com/KwaiVGI/VideoAlign, which is "
+            "read and not run."
+        )
+    template = read_template(Path(chosen.template).expanduser())
+    template_hash = check_template(template, chosen.template_sha256, Path(chosen.template))
+    checkpoint = videoalign_checkpoint.find(spec.path, chosen.base)
+    settings = published(checkpoint.content, chosen.raw)
+    videoalign_checkpoint.check_precision(checkpoint, dtype)
+    if checkpoint.tokenizer is None:
+        raise UserError(f"rewards.options.base: no tokenizer.json; {videoalign_checkpoint.BASE}.")
+    tensors = videoalign_checkpoint.read(checkpoint, dtype).tensors
+    coarse = chosen.coarse_rotary
+    if coarse is None:
+        embedding = tensors.get(EMBEDDING)
+        coarse = torch.bfloat16 in (dtype, None if embedding is None else embedding.dtype)
+    network = build(tensors, checkpoint.base, dtype, coarse, str(checkpoint.files[-1]))
+    config = network.body.config
+    reader = Reader(checkpoint.tokenizer, template, config.video_token_id, len(tensors[EMBEDDING]))
+    network.to(device)
+    scoring = {
+        "template": template_hash,
+        "content": checkpoint.content,
+        "base": checkpoint.base,
+        "dtype": spec.dtype,
+        "raw": chosen.raw,
+        "coarse_rotary": coarse,
+    }
+    fingerprint = weights.fingerprint([*checkpoint.files, checkpoint.tokenizer], scoring)
+    longest = config.text_config.max_position_embeddings
+    return VideoAlign(network, reader, settings, spec.batch_size, longest, fingerprint)

@@ -1,0 +1,194 @@
+"""VideoAlign's published folder, and the folder that `convert-videoalign` makes of it, as tensors and settings.
+
+Three forms, the first that is there:
+  videoalign.safetensors                              converted: adapters folded, names of Qwen2VLModel
+  checkpoint-N/model.pth                              published: a whole PEFT state dict
+  checkpoint-N/{adapter_model.safetensors,            split: adapters and trained weights alone; all other weights
+                non_lora_state_dict.pth}              come from the base model's safetensors
+of the largest N, with model_config.json beside them. The base model's config.json and the tokenizer come from
+`rewards.options.base`, a folder or hub id of Qwen2-VL-2B-Instruct; a converted folder holds both.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastgrpo.errors import UserError
+from fastgrpo.rewards import videoalign_config, weights
+
+CONVERTED = "videoalign.safetensors"
+FORMAT = "fastgrpo videoalign 1"
+BASE = "name a folder or hub id of Qwen2-VL-2B-Instruct: its config.json and tokenizer.json"
+PREFIX = "base_model.model."
+ADAPTER = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where everything is."""
+
+    files: tuple[Path, ...]  # that hold the weights
+    content: dict[str, Any]  # of model_config.json
+    base: dict[str, Any]  # of the base model's config.json
+    tokenizer: Path | None  # tokenizer.json
+    folder: Path
+
+    @property
+    def converted(self) -> bool:
+        return self.files[0].name == CONVERTED
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint's weights with the adapters folded in, by the names of Qwen2VLModel and "rm_head.weight"."""
+
+    tensors: dict[str, Tensor]
+    rank: int | None  # of the adapters; None = there were none
+    scale: float | None  # alpha / rank, or alpha / sqrt(rank)
+
+
+def find(path: str | None, base: str | None) -> Checkpoint:
+    """Look at a checkpoint's folder.  base: `rewards.options.base`
+
+    Raises UserError where a file is missing.
+    """
+    if path is None or not Path(path).is_dir():
+        raise UserError(
+            f"rewards.path={path}: no folder; name the downloaded KlingTeam/VideoReward, which holds "
+            "model_config.json, or what convert-videoalign made of it."
+        )
+    folder = Path(path)
+    if not (folder / "model_config.json").is_file():
+        raise UserError(f"rewards.path={path}: has no model_config.json; name the folder of the published checkpoint.")
+    content = weights.read_json(folder / "model_config.json")
+    model = content.get("model_config")
+    named = str(model.get("model_name_or_path") or "") if isinstance(model, dict) else ""
+    if (folder / CONVERTED).is_file():
+        here = str(folder) if (folder / "config.json").is_file() else None
+        return Checkpoint(
+            (folder / CONVERTED,),
+            content,
+            _base(base or here or named),
+            _tokenizer(folder, base or here or named),
+            folder,
+        )
+    steps = [
+        (int(sub.name[11:]), sub) for sub in folder.glob("checkpoint-*") if sub.name[11:].isdecimal() and sub.is_dir()
+    ]
+    if not steps:
+        raise UserError(f"rewards.path={path}: has no {CONVERTED} and no checkpoint-N; download it again.")
+    newest = max(steps)[1]
+    inside = content.get("base_model_config")
+    config = inside if isinstance(inside, dict) and base is None else _base(base or named)
+    return Checkpoint(_weight_files(newest, base or named), content, config, _tokenizer(newest, base or named), folder)
+
+
+def _weight_files(step: Path, base: str) -> tuple[Path, ...]:
+    if (step / "model.pth").is_file():
+        return (step / "model.pth",)
+    split = (step / "adapter_model.safetensors", step / "non_lora_state_dict.pth")
+    absent = [file.name for file in split if not file.is_file()]
+    if absent:
+        raise UserError(f"rewards.path: {step} has neither model.pth nor {absent[0]}; download it again.")
+    local = Path(base)
+    return (*sorted(local.glob("*.safetensors")), *split) if base and local.is_dir() else split
+
+
+def _base(base: str) -> dict[str, Any]:
+    file = weights.locate(base or None, ["config.json"], [], "rewards.options.base", BASE)
+    return weights.read_json(file)
+
+
+def _tokenizer(step: Path, base: str) -> Path | None:
+    """The checkpoint's own tokenizer.json, else the base model's; None where neither is at hand."""
+    for file in (step / "tokenizer" / "tokenizer.json", step / "tokenizer.json"):
+        if file.is_file():
+            return file
+    if not base or (Path(base).is_dir() and not (Path(base) / "tokenizer.json").is_file()):
+        return None
+    return weights.locate(base, ["tokenizer.json"], [], "rewards.options.base", BASE)
+
+
+def read(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Loaded:
+    """The weights on the CPU, in the file's precision, but those that an adapter was folded into, in dtype."""
+    if checkpoint.converted:
+        return Loaded(weights.read(checkpoint.files[0]), None, None)
+    whole: dict[str, Tensor] = {}
+    for file in checkpoint.files:  # later ones hold what was trained, and replace the base model's
+        whole |= {name.removeprefix(PREFIX): tensor for name, tensor in weights.read(file).items()}
+    adapters: dict[str, dict[str, Tensor]] = {}
+    plain: dict[str, Tensor] = {}
+    for name, tensor in whole.items():
+        if adapter := ADAPTER.fullmatch(name):
+            adapters.setdefault(_ours(adapter[1]), {})[adapter[2]] = tensor
+        elif name != "lm_head.weight":  # the language head, which scores do not use
+            plain[_ours(name)] = tensor
+    return _fold(plain, adapters, checkpoint, dtype)
+
+
+def _ours(name: str) -> str:
+    """A name in Qwen2VLForConditionalGeneration of transformers 4 under PEFT, as Qwen2VLModel of 5 has it."""
+    return re.sub(r"^model\.", "language_model.", name).replace(".base_layer.", ".")
+
+
+def _fold(
+    plain: dict[str, Tensor], adapters: Mapping[str, Mapping[str, Tensor]], checkpoint: Checkpoint, dtype: torch.dtype
+) -> Loaded:
+    """W + scale B A, computed in float32 and kept in dtype."""
+    rank, scale = None, None
+    for module, pair in adapters.items():
+        name = f"{module}.weight"
+        if set(pair) != {"A", "B"} or name not in plain:
+            raise UserError(
+                f"rewards.path={checkpoint.files[-1]}: the adapter of {module} lacks its A, its B or its weight; "
+                "download it again, or name the base model's weights with rewards.options.base."
+            )
+        a, b = pair["A"], pair["B"]
+        if a.ndim != 2 or b.ndim != 2 or plain[name].shape != (len(b), a.shape[1]) or b.shape[1] != len(a):
+            raise UserError(
+                f"rewards.path={checkpoint.files[-1]}: the adapter of {module} does not fit; download it again."
+            )
+        if rank is not None and rank != len(a):
+            raise UserError(
+                f"rewards.path={checkpoint.files[-1]}: adapters of ranks {rank} and {len(a)}; download it again."
+            )
+        rank = len(a)
+        scale = videoalign_config.lora_scale(checkpoint.content, rank)
+        plain[name] = (plain[name].float() + scale * (b.float() @ a.float())).to(dtype)
+    return Loaded(plain, rank, scale)
+
+
+def provenance(file: Path) -> dict[str, str]:
+    """What convert-videoalign wrote into its file. Raises UserError where it is another kind of file."""
+    try:
+        with safe_open(file, "pt") as opened:
+            told = opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"rewards.path={file}: damaged ({error}); convert the checkpoint again.") from None
+    if told.get("format") != FORMAT:
+        raise UserError(f"rewards.path={file}: not written by this convert-videoalign; convert the checkpoint again.")
+    return dict(told)
+
+
+def check_precision(checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Raise UserError where a converted file holds less than `dtype` needs, so that its scores would differ."""
+    if not checkpoint.converted:
+        return
+    stored = provenance(checkpoint.files[0])["stored"]
+    if stored != "exact" and stored != str(dtype).removeprefix("torch."):
+        raise UserError(
+            f"rewards.dtype={str(dtype).removeprefix('torch.')}: {CONVERTED} was converted for {stored}; "
+            "use that, or convert again without --dtype."
+        )
+
+
+def as_text(tree: Mapping[str, Any]) -> str:
+    """A JSON object as a line of text, the same for equal content."""
+    return json.dumps(tree, sort_keys=True)

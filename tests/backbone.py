@@ -1,0 +1,129 @@
+"""What the tests of single families share: edited folders, one GRPO iteration without reward, the plain objective."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastgrpo import distributed, rollout
+from fastgrpo.config import Objective, Optimizer, Video
+from fastgrpo.distributed import World
+from fastgrpo.models import Condition, Policy, stack
+from fastgrpo.rollout import Plan, Trajectories
+from fastgrpo.update import Trainer, update
+from tests import tiny
+
+CPU = torch.device("cpu")
+GROUP = 3
+STEPS = 3
+ETA = 0.4
+CONFIGS = {"": "model_index.json", "scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+
+
+def changed(folder: Path, copy: Path, part: str, **entries: object) -> Path:
+    """A copy of the folder with entries of one part's config changed; part "" is model_index.json."""
+    shutil.copytree(folder, copy)
+    file = copy / part / CONFIGS.get(part.split("_")[0], "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+    return copy
+
+
+def plan_of(policy: Policy, video: Video) -> Plan:
+    shape = policy.latent_shape(video)
+    return Plan(3, 0, GROUP, policy.time_grid(STEPS, None, shape), ETA, True, shape)
+
+
+def draw(policy: Policy, plan: Plan, conditions: list[Condition], size: int) -> Trajectories:
+    """Trajectories of all prompts in batches of at most `size`; the policy is sharded."""
+    slots = range(len(conditions) * GROUP)
+    with distributed.gathered(policy.network):
+        batches = rollout.batches(slots, conditions, GROUP, size)
+        return rollout.concatenate([rollout.sample(policy, plan, conditions, batch) for batch in batches])
+
+
+def largest_log_ratio(policy: Policy, video: Video, conditions: list[Condition], world: World) -> float:
+    """Before the first optimizer step, over every trainable step, for rollout and update batches of 1, 2 and 3."""
+    distributed.shard(policy, world, torch.float32)
+    plan, kept = plan_of(policy, video), torch.ones(len(conditions) * GROUP, dtype=torch.bool)
+    largest = 0.0
+    for rollout_batch, update_batches in ((1, (1, 3)), (2, (2,)), (3, (1, 2, 3))):
+        drawn = draw(policy, plan, conditions, rollout_batch)
+        assert drawn.final.std() > 0.1
+        for update_batch in update_batches:
+            trainer = Trainer.create(policy, Optimizer(lr=1e-30, batch_size=update_batch), None)
+            metrics = update(trainer, Objective(), plan, drawn, conditions, kept.float(), kept, STEPS - 1, world)
+            assert metrics["update/transitions"] == len(drawn.slots) * (STEPS - 1)
+            largest = max(largest, metrics["update/max_log_ratio_first"])
+    return largest
+
+
+def assert_gradient_is_the_objectives(
+    policy: Policy,
+    video: Video,
+    condition: Condition,
+    world: World,
+    network: nn.Module,
+    predict: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """An update's gradient on one sample is plain autograd's of the objective written out, as functions of `network`.
+
+    network: another copy of the policy's, unsharded;  predict: x [1, C, F, H, W] and t [1] to the velocity, by it
+    """
+    distributed.shard(policy, world, torch.float32)
+    plan = plan_of(policy, video)
+    drawn = draw(policy, plan, [condition], GROUP)
+    trainer = tiny.Recorder.create(policy, Optimizer(lr=1e-4, batch_size=2), None)
+    assert isinstance(trainer, tiny.Recorder)
+    kept = torch.arange(GROUP) == 0
+    update(trainer, Objective(), plan, drawn, [condition], 0.7 * kept, kept, STEPS - 1, world)
+
+    loss = torch.zeros(())
+    for step in range(STEPS - 1):
+        t, dt = plan.grid[step], plan.grid[step] - plan.grid[step + 1]
+        x, x_next = drawn.states[0, step][None], drawn.states[0, step + 1][None]
+        v = predict(x, t[None])
+        mean = x - dt * (v + ETA**2 / (2 * t) * (x + (1 - t) * v))
+        log_prob = torch.distributions.Normal(mean, ETA * dt.sqrt()).log_prob(x_next).mean()
+        loss = loss - 0.7 * (log_prob - log_prob.detach()).exp() / (STEPS - 1)
+    loss.backward()
+    expected = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    assert expected.keys() == trainer.gradients[0].keys()
+    whole = torch.stack([grad.norm() for grad in expected.values()]).norm()
+    assert whole > 0
+    for name, grad in expected.items():
+        assert (trainer.gradients[0][name] - grad).norm() <= 1e-5 * whole, name
+
+
+def assert_checkpointing_changes_memory_alone(plain: Policy, recomputing: Policy, x: Tensor, about: Condition) -> None:
+    """Gradients equal bit for bit, and every block ran a second time.  about: the conditions of the batch"""
+    runs = dict.fromkeys(recomputing.blocks, 0)
+
+    def count(block: nn.Module, inputs: object) -> None:
+        runs[block] += 1
+
+    for block in runs:
+        block.register_forward_pre_hook(count)
+    for policy in (plain, recomputing):
+        policy.velocity(x, torch.full((len(x),), 0.6), about).square().mean().backward()
+    assert set(runs.values()) == {2}
+    for one, other in zip(plain.network.parameters(), recomputing.network.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad)
+
+
+def assert_nothing_waits_for_the_device(policy: Policy, video: Video, conditions: list[Condition]) -> None:
+    """A fake tensor has no values, so that reading one, which would wait for a GPU, is an error."""
+    plan = plan_of(policy, video)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        x, times = torch.empty(len(conditions), *plan.latent_shape), torch.empty(len(plan.grid))
+        v = policy.velocity(x, times[0].expand(len(x)), stack(conditions))
+        assert policy.transition(x, v, times[0], times[1], ETA)[0].shape == x.shape
+
+
+def outside_blocks(network: nn.Module, blocks: list[nn.Module]) -> set[str]:
+    """Modules with parameters of their own that are in no block, and so in the root's FSDP group."""
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    return {name.rpartition(".")[0] for name, p in network.named_parameters() if id(p) not in inside}

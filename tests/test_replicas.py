@@ -1,0 +1,98 @@
+"""A whole run on VideoAlign behind two reward servers, one of which is killed and comes back: nothing changes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import tomli_w
+
+from tests import runs, videoalign_folder
+
+TOKEN = "a token of at least sixteen characters"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Replica:
+    """A `fastgrpo serve-rewards` process for the recipe's rewards, to be killed and started again on its port."""
+
+    def __init__(self, recipe: Path, token: Path, folder: Path) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.ready = folder / f"{self.port}.json"
+        self.command = [
+            sys.executable, "-m", "fastgrpo.cli", "serve-rewards", "--recipe", str(recipe), "--port", str(self.port),
+            "--token-file", str(token), "--ready-file", str(self.ready),
+        ]  # fmt: skip
+        self.process = self.start()
+
+    def start(self) -> subprocess.Popen[bytes]:
+        self.ready.unlink(missing_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(self.command, cwd=runs.ROOT, env=environment, stderr=subprocess.DEVNULL)
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + 120
+        while not self.ready.exists():
+            assert self.process.poll() is None and time.monotonic() < deadline, "the replica did not start"
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def recipe_with_videoalign(folder: Path) -> Path:
+    """The tiny recipe, its reward a tiny random VideoAlign; a batch of one, so that no bit depends on neighbours."""
+    import tomllib
+
+    videoalign_folder.write(folder / "weights")
+    tree = tomllib.loads(runs.RECIPE.read_text())
+    spec = videoalign_folder.spec(folder / "weights", batch_size=1)
+    tree["rewards"] = [spec.model_dump(mode="json", exclude_none=True) | {"where": "server"}]
+    data = runs.ROOT / "data"
+    tree["model"]["path"] = str(data / "tiny_hunyuan_video")
+    tree["prompts"] |= {part: str(data / f"tiny_world_{part}.txt") for part in ("train", "heldout")}
+    file = folder / "recipe.toml"
+    file.write_text(tomli_w.dumps(tree))
+    return file
+
+
+def test_a_replica_killed_and_restarted_in_mid_run_changes_no_bit(tmp_path: Path) -> None:
+    recipe, token = recipe_with_videoalign(tmp_path), tmp_path / "token"
+    token.write_text(TOKEN)
+    replicas = [Replica(recipe, token, tmp_path) for _ in range(2)]
+    try:
+        for replica in replicas:
+            replica.wait()
+        servers = [f"server.urls={json.dumps([r.url for r in replicas])}", f"server.token_file={token}"]
+        calm = runs.command(tmp_path / "calm", servers)
+        stormy = runs.command(tmp_path / "stormy", [*servers, "server.outage_s=100"])
+        for command in (calm, stormy):
+            command[command.index(str(runs.RECIPE))] = str(recipe)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(calm, cwd=runs.ROOT, env=environment, check=True, timeout=runs.LIMIT, capture_output=True)
+        run = subprocess.Popen(stormy, cwd=runs.ROOT, env=environment, stdout=subprocess.DEVNULL)
+        metrics, deadline = tmp_path / "stormy" / "metrics.jsonl", time.monotonic() + runs.LIMIT
+        while not metrics.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        replicas[1].kill()
+        time.sleep(1.0)
+        replicas[1].process = replicas[1].start()
+        assert run.wait(runs.LIMIT) == 0
+    finally:
+        for replica in replicas:
+            replica.kill()
+    assert len(runs.metrics(tmp_path / "calm")) == 3
+    for one, other in zip(runs.metrics(tmp_path / "calm"), runs.metrics(tmp_path / "stormy"), strict=True):
+        for key in ("reward/VQ", "reward/MQ", "reward/sum", "reward/invalid", "group_std/VQ", "update/grad_norm"):
+            assert one[key] == other[key], key

@@ -1,0 +1,149 @@
+"""A run that is asked to stop saves what lies between two iterations, and goes on from there bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from fastgrpo import config, stopping
+from fastgrpo.config import Recipe
+from fastgrpo.stopping import Signals, Stop
+from fastgrpo.train import train
+from fastgrpo.update import Trainer
+from tests import runs
+
+ITERATIONS = 3
+
+
+def recipe(folder: Path) -> Recipe:
+    """Eight samples, so two batches of a rollout; two optimizer steps of at least two micro-batches each."""
+    small = ["checkpoint.every=10", "optimizer.batch_size=4", f"run.iterations={ITERATIONS}", f"run.dir={folder}"]
+    return config.load(runs.RECIPE, [*runs.SMALL, *runs.SMALLER, *small])
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoints/step-*"))
+
+
+@pytest.mark.timeout(180)
+def test_stopped_at_each_kind_of_moment_and_resumed_is_bit_for_bit_the_undisturbed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm, stormy = tmp_path / "calm", tmp_path / "stormy"
+    moments: list[str] = []  # "boundary", "optimizer step", as they happen
+    asked_at: dict[str, int] = {}  # moment -> its count at which a signal comes
+
+    def note(moment: str) -> None:
+        moments.append(moment)
+        if moments.count(moment) == asked_at.get(moment):
+            os.kill(os.getpid(), signal.SIGUSR1 if moment == "boundary" else signal.SIGTERM)
+
+    real_agree, real_step = Stop._agree, Trainer.step
+
+    def agree(stop: Stop, busy: bool) -> bool:
+        note("boundary")
+        return real_agree(stop, busy)
+
+    def step(trainer: Trainer) -> Tensor:
+        norm = real_step(trainer)
+        note("optimizer step")
+        return norm
+
+    monkeypatch.setattr(Stop, "_agree", agree)
+    monkeypatch.setattr(Trainer, "step", step)
+
+    assert train(recipe(calm)) is not None
+    assert moments.count("optimizer step") == 2 * ITERATIONS
+    first = moments[: [n for n, moment in enumerate(moments) if moment == "optimizer step"][1]].count("boundary")
+    assert first >= 8  # a batch of evaluation, two of the rollout, two micro-batches or more, and the end of each
+
+    def attempt(**at: int) -> list[str]:
+        """Run until a signal at the n-th of these moments stops it.  returns the checkpoints"""
+        moments.clear()
+        asked_at.clear()
+        asked_at.update({name.replace("_", " "): number for name, number in at.items()})
+        assert train(recipe(stormy)) is None
+        assert (stormy / "requeue").read_text() == "yes\n"
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        return checkpoints(stormy)
+
+    # at the end of the evaluation before training, and before the second batch of the first rollout: nothing to save
+    assert attempt(boundary=2) == []
+    assert attempt(boundary=4) == []
+    # before the second micro-batch of the second iteration: the first is saved
+    assert attempt(boundary=first + 5) == ["step-1"]
+    # in the rollout after the resumption: that is saved already
+    assert attempt(boundary=1) == ["step-1"]
+    # after the first optimizer step of the second iteration: it is finished first
+    assert attempt(optimizer_step=1) == ["step-1", "step-2"]
+    # after the last one of all: before the evaluation that would follow
+    assert attempt(optimizer_step=2)[-1] == "step-3"
+
+    asked_at.clear()
+    assert train(recipe(stormy)) is not None
+    assert not (stormy / "requeue").exists()
+    runs.assert_same_checkpoint(
+        runs.checkpoint(calm, ITERATIONS, tmp_path), runs.checkpoint(stormy, ITERATIONS, tmp_path)
+    )
+    assert [row["iteration"] for row in runs.metrics(stormy)] == list(range(ITERATIONS))
+    for one, other in zip(runs.metrics(calm), runs.metrics(stormy), strict=True):
+        assert one["reward/sum"] == other["reward/sum"]
+
+
+@pytest.mark.timeout(120)
+def test_all_ranks_stop_at_the_same_boundary_whatever_their_number_of_pieces(tmp_path: Path) -> None:
+    expected = {
+        "nobody": ["3 all done", "1 all done"],
+        "second rank": ["1 stopped", "1 stopped"],
+        "first rank": ["3 stopped", "1 stopped"],
+        "file": ["1 stopped", "1 stopped"],
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    worker = ["-m", "tests.worker_stopping", str(tmp_path), *expected]
+    done = subprocess.run([*command, *worker], cwd=runs.ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name, lines in expected.items():
+        assert [(tmp_path / name / rank).read_text() for rank in "01"] == lines, name
+        assert (tmp_path / name / "requeue").exists() == (name != "nobody")
+        assert not (tmp_path / name / "stop").exists()
+
+
+def test_a_signal_that_comes_before_the_handlers_is_held_back_and_heard() -> None:
+    """fastgrpo/launch.py blocks SIGUSR1 as its first act; importing torch takes seconds."""
+    code = """
+import json, os, signal, sys
+sys.modules["fastgrpo.cli"] = cli = type(sys)("fastgrpo.cli")
+def main(argv):
+    os.kill(os.getpid(), signal.SIGUSR1)  # would end a process without a handler
+    from fastgrpo.stopping import Signals
+    with Signals() as signals:
+        os.write(1, json.dumps(signals.received).encode())
+    return 0
+cli.main = main
+import fastgrpo
+fastgrpo.cli = cli
+from pathlib import Path
+from fastgrpo import launch
+launch.main(Path("x.toml"), [])
+"""
+    environment = os.environ | {"FASTGRPO_SETTLED": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=runs.ROOT, env=environment, capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) is True
+
+
+def test_signals_are_only_remembered_inside_the_context() -> None:
+    before = [signal.getsignal(number) for number in stopping.SIGNALS]
+    for number in stopping.SIGNALS:
+        with Signals() as signals:
+            assert not signals.received
+            os.kill(os.getpid(), number)
+            assert signals.received
+    assert [signal.getsignal(number) for number in stopping.SIGNALS] == before

@@ -1,0 +1,87 @@
+"""One rank: counts the bytes of its collectives in a rollout and an update.  argv: file, distributed settings (JSON)"""
+
+import json
+import math
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastgrpo import distributed, rollout
+from fastgrpo.config import Distributed
+from fastgrpo.distributed import open_world, shard
+from fastgrpo.lifetime import leave
+from tests import tiny
+
+KINDS = {
+    "_allgather_base_": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "allreduce_": "all-reduce",
+    "alltoall_base_": "all-to-all",
+}
+
+
+class Bytes(TorchDispatchMode):
+    """Bytes of the whole tensor of each collective: what a gather gives, what a scatter or a reduction takes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("c10d::")
+        if func.namespace == "c10d" and name in KINDS:
+            whole = max(tensors(args), key=lambda tensor: tensor.numel())
+            if whole.numel() > 64:  # not the totals of the metrics and the gradient's norm
+                self.counts[KINDS[name]] += whole.numel() * whole.itemsize
+        return func(*args, **(kwargs or {}))
+
+
+def tensors(arguments: Any) -> list[Tensor]:
+    if isinstance(arguments, Tensor):
+        return [arguments]
+    return [t for a in arguments for t in tensors(a)] if isinstance(arguments, list | tuple) else []
+
+
+def padded(network: torch.nn.Module, shards: int) -> tuple[int, int]:
+    """Elements of the blocks' and of the root's parameters, each padded to divide over the shards."""
+    blocks = {
+        id(p) for m in network.modules() if isinstance(m, FSDPModule) and m is not network for p in m.parameters()
+    }
+    sizes = {True: 0, False: 0}
+    for p in network.parameters():
+        sizes[id(p) in blocks] += shards * math.ceil(p.shape[0] / shards) * math.prod(p.shape[1:])
+    return sizes[True], sizes[False]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    settings = Distributed(**json.loads(sys.argv[2]))
+    with open_world(settings) as world:
+        policy, conditions = tiny.load_policy(), tiny.encode()
+        shard(policy, world, torch.float32)
+        blocks, root = padded(policy.network, world.mesh.size(-1))
+        plan = tiny.plan(policy)
+        total = len(tiny.PROMPTS) * tiny.GROUP
+        with (
+            Bytes() as in_rollout,
+            distributed.rollout_weights(policy.network, settings, torch.float32, world) as whole,
+        ):
+            rounds = list(rollout.rounds(total, conditions, tiny.GROUP, 4, world, not whole))
+            drawn = [(rollout.sample(policy, plan, conditions, batch), counts) for batch, counts in rounds]
+        trainer = tiny.Recorder.create(policy, tiny.settings(8, updates=2), None)
+        trajectories = rollout.concatenate([part for part, counts in drawn if counts])
+        with Bytes() as in_update:
+            tiny.run_update(trainer, plan, trajectories, conditions, world)
+        if world.main:
+            told = {
+                "blocks": blocks, "root": root, "forwards": len(rounds) * plan.steps,
+                "rollout": in_rollout.counts, "update": in_update.counts,
+            }  # fmt: skip
+            with open(sys.argv[1], "w") as file:
+                json.dump(told, file)
+    leave(0)
