@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fastgrpo import cli, config, distributed, rollout
-from fastgrpo.train import Session
+from fastgrpo.train import Session, claim
 
 ITERATIONS = 5
 
@@ -70,7 +70,7 @@ def measure(recipe: config.Recipe) -> tuple[list[float], list[dict[str, float]]]
     """Seconds of each iteration, in all and by part."""
     totals, parts = [], []
     with distributed.open_world() as world, ExitStack() as stack:
-        session = Session.open(recipe, world, stack)
+        session = Session.open(recipe, world, stack, *claim(recipe, world, stack))
         timers = Timers()
         instrument(session, timers)
         for _ in range(ITERATIONS + 1):

@@ -82,7 +82,7 @@ def main() -> None:
     longer = max(rolled, scored.seconds)
     print(f"{batches} batches of {BATCH}: rollout {rolled:.2f} s, scoring {scored.seconds:.2f} s")
     print(f"iteration {whole:.2f} s = {whole / longer:.3f} of the longer; at best {1 + 1 / batches:.3f}")
-    print(f"reward/hidden_share {scored.hidden_share:.3f}; scores equal to those made without overlap")
+    print(f"scoring/hidden_share {scored.hidden_share:.3f}; scores equal to those made without overlap")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from fastgrpo.config import Recipe
-from fastgrpo.models.folder import locate
+from fastgrpo import models
+from fastgrpo.config import Model, Recipe
+from fastgrpo.models import folder
 from fastgrpo.stored import Weights
 from fastgrpo.track import read_metrics
 
@@ -12,7 +13,6 @@ from fastgrpo.track import read_metrics
 def write(file: Path, run: Path, recipe: Recipe, weights: Weights, dtype: str) -> None:
     """A README.md with the front matter that the hub reads."""
     step = int(weights.checkpoint.name.removeprefix("step-"))
-    index = json.loads((locate(recipe.model.path) / "model_index.json").read_text())
     apart = not (file.parent / "model_index.json").exists()
     lines = [
         *front_matter(recipe),
@@ -23,7 +23,7 @@ def write(file: Path, run: Path, recipe: Recipe, weights: Weights, dtype: str) -
         f"{recipe.rollout.samples_per_prompt} samples each. The weights are the "
         f"{'moving average' if weights.averaged else 'raw ones'}, in {dtype}.",
         "",
-        *loading(recipe, index["_class_name"], apart),
+        *loading(recipe.model, apart),
         "",
         *rewards(run, recipe, step),
         "## Recipe",
@@ -44,31 +44,62 @@ def base_name(recipe: Recipe) -> str:
 def front_matter(recipe: Recipe) -> list[str]:
     """YAML between dashes; the base model only where it is a hub id."""
     name = recipe.model.network or recipe.model.path
-    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).is_dir()
-    base = [f"base_model: {name}"] if is_hub_id else []
+    base = [f"base_model: {name}"] if is_hub_id(name) else []
     return ["---", "library_name: diffusers", *base, "tags:", "- grpo", "- fastgrpo", "---", ""]
 
 
-def loading(recipe: Recipe, pipeline: str, apart: bool) -> list[str]:
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is one that others can load by."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).is_dir()
+
+
+def loading(model: Model, apart: bool) -> list[str]:
     """How to load the folder, and how to sample from it with the sampler of training.
 
     apart: adapters alone, without the base model
     """
-    note = []
-    if recipe.model.network is not None:
-        note = [
-            "The network came from a folder of its own: its pipeline may be another class than model_index.json names."
+    family = models.family(model.family)
+    index = folder.read_json(folder.locate(model.path) / "model_index.json")
+    pipeline = getattr(family, "PIPELINE", index["_class_name"])
+    base = model.path if is_hub_id(model.path) else "BASE"
+    if apart and model.network is not None:  # the base folder's own network is another one
+        code = [
+            *network_loading(model, model.network, family.NETWORK, index[family.NETWORK][1], pipeline),
+            f'pipeline = {pipeline}.from_pretrained("{base}", {family.NETWORK}={family.NETWORK})',
         ]
+    else:
+        code = [
+            "from diffusers import DiffusionPipeline",
+            "",
+            f'pipeline = DiffusionPipeline.from_pretrained("{base if apart else "FOLDER"}")  # a {pipeline}',
+        ]
+    code += ['pipeline.load_lora_weights("FOLDER")'] if apart else []
+    places = {"BASE": "the base model", "NETWORK": "the folder of its network", "FOLDER": "this folder"}
+    told = [f"{name} is {place}" for name, place in places.items() if any(f'"{name}"' in line for line in code)]
     return [
         "```python",
-        "from diffusers import DiffusionPipeline",
-        "",
-        f'pipeline = DiffusionPipeline.from_pretrained("{"BASE" if apart else "FOLDER"}")  # a {pipeline}',
-        *(['pipeline.load_lora_weights("FOLDER")'] if apart else []),
+        *code,
         "```",
         "",
-        *note,
+        f"{', '.join(told)}.",
+        "",
         'Or `fastgrpo sample FOLDER --prompt "..." --out samples`.',
+    ]
+
+
+def network_loading(model: Model, network: str, part: str, usual: str, pipeline: str) -> list[str]:
+    """The lines that load the network of a folder of its own, for the pipeline's `part`.
+
+    usual: its class, where its config.json names none
+    """
+    where = folder.network_folder(model, part)
+    kind = folder.read_json(where / "config.json").get("_class_name", usual)
+    inside = f', subfolder="{part}"' if where != folder.locate(network, "model.network") else ""
+    name = network if is_hub_id(network) else "NETWORK"
+    return [
+        f"from diffusers import {', '.join(sorted((kind, pipeline)))}",
+        "",
+        f'{part} = {kind}.from_pretrained("{name}"{inside})',
     ]
 
 

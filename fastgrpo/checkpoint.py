@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +66,7 @@ class Pending:
     path: Path
     progress: str  # JSON, as of the save
     best: str | None
+    forget_best: Callable[[], None]  # for a save that fails: what is not there cannot be the best
     written: "Future[Any] | None"  # none = this rank's parts are written already
     problem: str | None = None  # what went wrong on this rank
 
@@ -129,14 +130,18 @@ class Checkpoints:
         problem = self.finish()
         path = self.folder / f"step-{progress.iteration}"
         best_before = progress.best_reward, progress.best
+
+        def forget_best() -> None:
+            progress.best_reward, progress.best = best_before
+
         progress.close_span(path.name)
         numbers = json.dumps(vars(progress) | {"updates": trainer.updates, "skipped": trainer.skipped}, indent=1)
         try:
             self.world.on_main(lambda: _fresh(path.with_suffix(".partial")))
         except UserError as error:  # a full disk
-            progress.best_reward, progress.best = best_before
+            forget_best()
             return str(error)
-        self._pending = pending = Pending(path, numbers, progress.best, None)
+        self._pending = pending = Pending(path, numbers, progress.best, forget_best, None)
         try:
             if self.settings.background:
                 future = dcp.async_save(
@@ -148,10 +153,7 @@ class Checkpoints:
             dcp.save(_state(trainer), checkpoint_id=path.with_suffix(".partial"))
         except CheckpointException as failure:  # a BaseException, raised on every rank
             pending.problem = _cause(failure)
-        failed = self.finish()
-        if failed:
-            progress.best_reward, progress.best = best_before
-        return failed or problem
+        return self.finish() or problem
 
     def poll(self) -> str | None:
         """Publish a save in the background once every rank has written its part.  returns what went wrong"""
@@ -188,6 +190,7 @@ class Checkpoints:
             self.world.on_main(lambda: shutil.rmtree(pending.path.with_suffix(".partial"), ignore_errors=True))
         if problem is None:
             return None
+        pending.forget_best()
         return (
             f"run.dir={self.folder.parent}: checkpoint {pending.path.name} could not be written ({problem}); free "
             "space there and start again: the checkpoint before is intact."

@@ -204,16 +204,21 @@ def run(arguments: argparse.Namespace) -> None:
 def serve_rewards(arguments: argparse.Namespace) -> None:
     from fastgrpo.rewards import server
     from fastgrpo.rewards.admission import Limits
+    from fastgrpo.scoring import read_token
 
     file = arguments.token_file
     if file is None and arguments.host not in ("127.0.0.1", "localhost", "::1"):
         raise UserError(f"--host={arguments.host}: reachable from other machines; give --token-file, too.")
-    try:
-        token = file.read_text().strip() if file else os.environ.get("FASTGRPO_TOKEN", "")
-    except OSError as error:
-        raise UserError(f"--token-file={file}: {error.strerror}; write a token into it.") from None
+    token = os.environ.get("FASTGRPO_TOKEN", "")
+    if file is not None:
+        try:
+            token = read_token(file)
+        except UserError as error:  # its key of a recipe is an option here
+            raise UserError(str(error).replace("server.token_file", "--token-file", 1)) from None
     if not token:
         raise UserError("--token-file: no token; give a file with one, or set FASTGRPO_TOKEN.")
+    if not token.isascii() or not token.isprintable():
+        raise UserError("FASTGRPO_TOKEN: no usable token; set it to one line of printable characters.")
     if arguments.max_waiting < 1 or not 0 <= arguments.batch_wait <= 10_000:
         raise UserError("--max-waiting, --batch-wait: must be at least 1 MiB, and 0 to 10000 ms.")
     limits = Limits(max_waiting=arguments.max_waiting * 2**20, batch_wait_s=arguments.batch_wait / 1e3)
@@ -232,9 +237,14 @@ def served_specs(arguments: argparse.Namespace) -> "list[RewardSpec]":
     recipe = config.load(arguments.recipe, arguments.rewards)
     specs = [spec for spec in recipe.rewards if spec.where == "server"]
     missing = [name for name in arguments.only or () if name not in [spec.name for spec in specs]]
-    if missing or not specs:
-        has = ", ".join(spec.name for spec in specs) or "none"
-        raise UserError(f"--recipe={arguments.recipe}: no reward {missing or ''} with where='server'; it has {has}.")
+    if not specs:
+        raise UserError(
+            f"--recipe={arguments.recipe}: no reward with where='server'; it has none. Add rewards.0.where=server to "
+            f"serve {recipe.rewards[0].name}."
+        )
+    if missing:
+        has = ", ".join(spec.name for spec in specs)
+        raise UserError(f"--only={missing[0]}: {arguments.recipe} has no such reward with where='server', only {has}.")
     return [spec for spec in specs if not arguments.only or spec.name in arguments.only]
 
 

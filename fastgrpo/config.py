@@ -24,6 +24,7 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+LONGEST_WAIT_S = 1500.0  # below the time limit of a collective, fastgrpo.distributed.TIMEOUT
 
 
 class Section(BaseModel):
@@ -64,11 +65,9 @@ class Model(Section):
     negative_prompt: str | None = None
     """The text of the unconditional branch where cfg > 1; none = the empty text."""
     gradient_checkpointing: bool | Positive = False
-    """Recompute blocks in the backward pass, all or every n-th: more time, far less memory."""
+    """Recompute blocks in the backward pass, all or every n-th (a UNet: all): more time, far less memory."""
     attention: str | None = None
     """Attention kernel by diffusers' name, such as flash, _native_cudnn or sage; none = torch's own choice."""
-    compile: bool = False
-    """Compile each block with torch.compile. Not proven: see docs/performance.md before you trust it."""
     decode_batch: Positive | None = None
     """Clips per VAE decode; none = a rollout batch at once. Changes speed and memory, nothing else."""
 
@@ -365,6 +364,16 @@ def _check(recipe: Recipe) -> None:
         raise UserError(
             f"optimizer.updates_per_iteration={optimizer.updates_per_iteration}: does not divide the {kept} samples "
             f"trained per prompt, which are dealt out evenly; use one of {', '.join(map(str, divisors))}."
+        )
+    names = [spec.name for spec in recipe.rewards]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"rewards: '{twice}' is listed twice; put its parts into one entry, with its settings.")
+    patience = max(recipe.server.outage_s + 2 * recipe.server.request_timeout_s, recipe.server.start_timeout_s)
+    if patience > LONGEST_WAIT_S:
+        raise UserError(
+            f"server: {patience:g} s of waiting for scores (outage_s + 2 request_timeout_s, or start_timeout_s) are "
+            f"more than the {LONGEST_WAIT_S:g} s that ranks wait for each other; lower them."
         )
     parts = [part for spec in recipe.rewards for part in spec.weights]
     doubled = sorted({part for part in parts if parts.count(part) > 1})

@@ -94,6 +94,23 @@ class World:
             raise outcome
         return outcome  # type: ignore[return-value]
 
+    def together(self, action: Callable[[], T]) -> T:
+        """What `action` returns on this rank; a user's mistake, or a full disk, of any rank is raised on every rank.
+
+        The action must not talk to other ranks: one of them may not get there.
+        """
+        mistake, result = None, None
+        try:
+            result = action()
+        except UserError as error:
+            mistake = error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            mistake = no_space(error.filename)
+        self.agree(mistake)
+        return result  # type: ignore[return-value]
+
     def agree(self, error: UserError | None) -> None:
         """Raise on every rank the first error that any rank has."""
         failed = torch.tensor(float(error is not None), device=self.device)
@@ -125,7 +142,7 @@ def open_world(settings: Distributed | None = None) -> Iterator[World]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # offloaded gradients are reduced on the CPU
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:

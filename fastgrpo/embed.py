@@ -3,7 +3,6 @@
 Ranks share out the missing parts and go on in step, so that an error of one ends all, and the progress is exact.
 """
 
-import errno
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -89,7 +88,10 @@ def _make(recipe: Recipe, world: World, cache: Cache, missing: list[int], everyt
     """Encode the missing parts, one per rank and step."""
     total = sum(len(cache.prompts_of(number)) for number in missing)
     begun = time.perf_counter()
-    with models.encoder(recipe.model, recipe.video, world.device) as encoder, _progress(world, total) as show:
+    with ExitStack() as stack:
+        opened = models.encoder(recipe.model, recipe.video, world.device)
+        encoder = world.together(lambda: stack.enter_context(opened))
+        show = stack.enter_context(_progress(world, total))
 
         def make(numbers: list[int]) -> None:
             for number in numbers:
@@ -99,30 +101,16 @@ def _make(recipe: Recipe, world: World, cache: Cache, missing: list[int], everyt
             if world.main and recipe.model.cfg > 1:
                 embeddings.write_negative(cache, encoder, recipe)
 
-        _together(world, make_negative)
+        world.together(make_negative)
         done = 0
         for start in range(0, len(missing), world.size):
             now = missing[start : start + world.size]
-            _together(world, partial(make, now[world.rank : world.rank + 1]))  # none where the last step has too few
+            world.together(partial(make, now[world.rank : world.rank + 1]))  # none where the last step has too few
             done += sum(len(cache.prompts_of(number)) for number in now)
             show(done)
     if world.main:
         size = sum(file.stat().st_size for file in cache.folder.glob("*.safetensors")) / 1e6
         _say(f"{total:,} prompts encoded in {duration(time.perf_counter() - begun)}; the cache has {size:,.1f} MB")
-
-
-def _together(world: World, action: Callable[[], None]) -> None:
-    """Do a step on this rank; a user's mistake, or a full disk, of any rank is raised on every rank."""
-    mistake = None
-    try:
-        action()
-    except UserError as error:
-        mistake = error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        mistake = distributed.no_space(error.filename)
-    world.agree(mistake)
 
 
 @contextmanager

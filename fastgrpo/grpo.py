@@ -95,8 +95,11 @@ def minibatches(kept: Tensor, group_size: int, updates: int, key: noise.Key) -> 
     batches: list[list[int]] = [[] for _ in range(updates)]
     for start in range(0, len(kept), group_size):
         members = [i for i in range(start, start + group_size) if kept[i]]
-        order = noise.permutation(len(members), (*key, start // group_size))
         offset = start // group_size  # so that leftovers of incomplete groups do not all fall on the first batch
-        for place, member in enumerate(order):
-            batches[(place + offset) % updates].append(members[member])
+        for block in range(
+            0, len(members), updates
+        ):  # one to each batch, so that ranks with part of a group have as many
+            order = noise.permutation(len(members[block : block + updates]), (*key, offset, block))
+            for place, member in enumerate(order):
+                batches[(place + offset) % updates].append(members[block + member])
     return [sorted(batch) for batch in batches]

@@ -87,7 +87,8 @@ def rounds(
     if lockstep:
         shares = [world.share(total, group) for group in range(world.groups)]
         most = max(sum(1 for _ in batches(share, conditions, group_size, size)) for share in shares)
-        yield from ((own[-1], False) for _ in range(most - len(own)))
+        filler = own[-1] if own else [0]
+        yield from ((filler, False) for _ in range(most - len(own)))
 
 
 @torch.no_grad()

@@ -101,7 +101,7 @@ def score(wanted: Wanted, specs: Sequence[RewardSpec], servers: Servers) -> Resu
     """
     files = clip_files.expand(wanted.files)
     texts = clip_files.captions(files, wanted.prompt, wanted.prompts)
-    device = torch.device("cuda") if torch.cuda.is_available() else None
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     with judges.opened(specs, servers, device) as opened:
         if opened.read_prompts:
             _check_prompts(files, texts)

@@ -34,6 +34,10 @@ EVENTS = ("requests_failed", "requests_turned_away", "requests_bad", "clips_give
 """What sources count; see rewards/client.py."""
 
 
+class NoScores(UserError):
+    """Scores that could not be had end the run, on every rank, between two updates: what was trained can be saved."""
+
+
 class Source(Protocol):
     """Where scores come from: the trainer's own process or the reward server's client."""
 
@@ -73,8 +77,8 @@ class Scored:
     def metrics(self) -> dict[str, float]:
         """The time that scoring took, and how many samples of each part, and requests, went wrong."""
         invalid = {f"invalid/{part}": float(values.isnan().sum()) for part, values in self.values.items()}
-        timing = {"reward/seconds_scoring": self.seconds, "reward/hidden_share": self.hidden_share}
-        return timing | invalid | {f"reward/{name}": float(count) for name, count in self.events.items()}
+        timing = {"scoring/seconds": self.seconds, "scoring/hidden_share": self.hidden_share}
+        return timing | invalid | {f"scoring/{name}": float(count) for name, count in self.events.items()}
 
 
 @dataclass
@@ -133,7 +137,10 @@ class Scorer:
         start = time.perf_counter()
         error, rows = self._wait()
         waited = time.perf_counter() - start
-        self.world.agree(error)
+        try:
+            self.world.agree(error)
+        except UserError as failure:
+            raise NoScores(str(failure)) from None
         positions = [slot for batch in self.pending for slot in batch.slots]
         self.pending.clear()
         for source in self.sources:
@@ -222,7 +229,7 @@ def open_rewards(recipe: Recipe, world: World, stack: ExitStack) -> list[Source]
     sources: list[Source] = []
     parts: dict[str, Sequence[str]] = {}
     if inside:
-        here = ScorerInProcess(inside, world.device)
+        here = world.together(lambda: ScorerInProcess(inside, world.device))
         parts |= {name: one.reward.names for name, one in here.served.items()}
         sources.append(here)
     if outside:

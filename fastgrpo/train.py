@@ -19,6 +19,7 @@ from fastgrpo.checkpoint import Checkpoints, Progress, number
 from fastgrpo.config import Recipe
 from fastgrpo.data import prompts
 from fastgrpo.data.embeddings import Conditions
+from fastgrpo.data.prompts import Split
 from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 from fastgrpo.evaluate import Evaluation
@@ -28,7 +29,7 @@ from fastgrpo.reference import Reference, Unadapted
 from fastgrpo.report import write_report
 from fastgrpo.resume import check_folder, prepare_folder, write_atomically
 from fastgrpo.rollout import Plan, Trajectories
-from fastgrpo.scoring import Scored, Scorer, open_rewards
+from fastgrpo.scoring import NoScores, Scored, Scorer, open_rewards
 from fastgrpo.stopping import Signals, Stop, Stopped
 from fastgrpo.track import Tracker
 from fastgrpo.update import Trainer, update
@@ -44,7 +45,7 @@ class Stopwatch:
     def lap(self, phase: str) -> None:
         """Add the time since the last lap to a phase; on a GPU, of the work queued so far."""
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()  # not the scoring's stream, which runs beside it
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
         self.last = now
@@ -63,12 +64,21 @@ def train(recipe: Recipe) -> dict[str, object] | None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with(os.getppid())  # ranks are no process group of torchrun's: killing it would leave them training
     with distributed.open_world(recipe.distributed) as world, ExitStack() as stack:
-        session = Session.open(recipe, world, stack)
+        found, stop = claim(recipe, world, stack)
         try:
-            return session.run()
-        except UserError:
-            session.stop.tell(requeue=False)
+            return Session.open(recipe, world, stack, found, stop).run()
+        except UserError:  # a person must look at it first
+            stop.tell(requeue=False)
             raise
+
+
+def claim(recipe: Recipe, world: World, stack: ExitStack) -> tuple[Split, Stop]:
+    """Read the prompts, and take the run's folder, which must hold no other run, for as long as `stack` is open."""
+    signals = stack.enter_context(Signals())
+    found = embed.read_prompts(recipe, world)
+    world.on_main(lambda: check_folder(recipe, world))
+    world.on_main(lambda: stack.enter_context(only_run_in(recipe.run.dir)))
+    return found, Stop(recipe.run.dir, signals, world)
 
 
 @dataclass
@@ -87,20 +97,21 @@ class Session:
     heldout_prompts: list[str]
     conditions: Conditions  # of the training prompts, then of the held-out ones; read from the cache on demand
     grid: Tensor
+    heldout_grid: Tensor
     shape: tuple[int, ...]
     stop: Stop
 
     @classmethod
-    def open(cls, recipe: Recipe, world: World, stack: ExitStack) -> "Session":
+    def open(cls, recipe: Recipe, world: World, stack: ExitStack, found: Split, stop: Stop) -> "Session":
         """Load, shard, resume; start the reward server where the recipe asks for one. `stack` closes what is open."""
-        signals = stack.enter_context(Signals())
-        found = embed.read_prompts(recipe, world)
-        world.on_main(lambda: check_folder(recipe, world))
-        world.on_main(lambda: stack.enter_context(only_run_in(recipe.run.dir)))
-        stop = Stop(recipe.run.dir, signals, world)
         sources = open_rewards(recipe, world, stack)
-        policy = models.load(recipe.model, world.device, recipe.lora)
+        policy = world.together(lambda: models.load(recipe.model, world.device, recipe.lora))
         shape = policy.latent_shape(recipe.video)
+        grid = policy.time_grid(recipe.rollout.steps, recipe.rollout.shift, shape).to(world.device)
+        heldout_steps = recipe.evaluate.steps or recipe.rollout.steps
+        heldout_grid = policy.time_grid(heldout_steps, recipe.rollout.shift, shape).to(world.device)
+        nothing = torch.zeros(1, 1, device=world.device)
+        policy.transition(nothing, nothing, grid[0], grid[1], recipe.rollout.eta)  # refuses an eta that it cannot take
         world.on_main(lambda: prepare_folder(recipe, world))  # not before the recipe has proved itself
         encoded = embed.encode(recipe, world, found)
         distributed.shard(policy, world, getattr(torch, recipe.model.dtype), recipe.distributed.offload)
@@ -118,11 +129,10 @@ class Session:
             tracker.message(notice)
         if progress.iteration:
             tracker.message(f"resumed from checkpoint step-{progress.iteration}")
-        grid = policy.time_grid(recipe.rollout.steps, recipe.rollout.shift, shape).to(world.device)
         return cls(
             recipe, world, policy, trainer, scorer, tracker, checkpoints, progress,
             [prompt.text for prompt in encoded.train], [prompt.text for prompt in encoded.heldout],
-            encoded.conditions, grid, shape, stop,
+            encoded.conditions, grid, heldout_grid, shape, stop,
         )  # fmt: skip
 
     def run(self) -> dict[str, object] | None:
@@ -137,6 +147,9 @@ class Session:
         except Stopped:
             self.leave_off()
             return None
+        except NoScores:  # the weights are those of the last finished iteration
+            self.end_saving()
+            raise
 
     def iterate(self) -> None:
         """One iteration of Algorithm 1."""
@@ -185,9 +198,8 @@ class Session:
         total = len(texts) * plan.group_size
         parts = []
         size, dtype = self.recipe.rollout.batch_size, getattr(torch, self.recipe.model.dtype)
-        with distributed.rollout_weights(
-            self.policy.network, self.recipe.distributed, dtype, self.world
-        ) as whole:  # fmt: skip
+        settings = self.recipe.distributed
+        with distributed.rollout_weights(self.policy.network, settings, dtype, self.world) as whole:
             rounds = rollout.rounds(total, conditions, plan.group_size, size, self.world, not whole)
             for batch, counts in self.stop.between(rounds):
                 drawn = rollout.sample(self.policy, plan, conditions, batch)
@@ -211,9 +223,10 @@ class Session:
         share = 1.0 - scored.valid.float().mean().item()
         limit = self.recipe.server.max_invalid
         if share > limit:
-            raise UserError(
+            raise NoScores(
                 f"server.max_invalid={limit}: {share:.0%} of the samples of iteration {self.progress.iteration} have "
-                "no valid score; look at reward_server.log in the run folder. The newest checkpoint is intact."
+                "no valid score; look at the rewards' log (reward_server.log in the run folder where a server runs "
+                "beside the trainer). The newest checkpoint is intact."
             )
 
     def maybe_save(self) -> None:
@@ -245,12 +258,10 @@ class Session:
         """The held-out prompts with the weights as they are now."""
         count = min(self.recipe.evaluate.prompts, len(self.heldout_prompts))
         first = len(self.train_prompts)
-        steps = self.recipe.evaluate.steps or self.recipe.rollout.steps
-        grid = self.policy.time_grid(steps, self.recipe.rollout.shift, self.shape).to(self.world.device)
         conditions = [models.move(c, self.world.device) for c in self.conditions[first : first + count]]
         evaluation = evaluate.evaluate(
             self.trainer, self.recipe, self.heldout_prompts[:count], conditions,
-            self.scorer, self.world, self.progress.iteration, grid, self.shape, self.stop.between,
+            self.scorer, self.world, self.progress.iteration, self.heldout_grid, self.shape, self.stop.between,
         )  # fmt: skip
         if not np.isfinite(evaluation.columns()["sum"]).any():
             raise UserError("rewards: no held-out clip has a valid score; look at reward_server.log in the run folder.")
@@ -300,10 +311,10 @@ def initial_policy(recipe: Recipe, world: World, trained: Policy) -> Reference:
     """The policy before training, which the KL term measures against: frozen, or without its adapters."""
     if recipe.lora.rank:
         return Unadapted(trained)
-    policy = models.load(recipe.model, world.device)
+    policy = world.together(lambda: models.load(recipe.model, world.device))
     policy.network.requires_grad_(False)
     policy.negative = trained.negative
-    distributed.shard(policy, world, getattr(torch, recipe.model.dtype))
+    distributed.shard(policy, world, getattr(torch, recipe.model.dtype), recipe.distributed.offload)
     return policy
 
 

@@ -185,6 +185,8 @@ def _loss(
     row = torch.tensor([slot - start for slot, _ in batch], device=device)
     step = torch.tensor([step for _, step in batch], device=device)
     x, x_next = trajectories.states[row, step], trajectories.states[row, step + 1]
+    if weight == 0:  # a filler may be an invalid sample, and 0 x NaN is NaN
+        x, x_next = x.nan_to_num(), x_next.nan_to_num()
     t, t_next = plan.grid[step], plan.grid[step + 1]
     condition = stack([conditions[slot // plan.group_size] for slot, _ in batch])
     advantage = advantages[row + start]

@@ -6,6 +6,7 @@ A family is a file models/NAME.py with
   blocks(network) -> list[nn.Module]               its repeated blocks
   load(settings, device) -> Policy
   encoder(settings, video, device)                 a context manager that gives an Encoder
+  PIPELINES: tuple[str, ...]                       the diffusers pipelines whose folders it reads
   MAX_..._TOKENS: int                              its limits of text lengths: the cache of conditions notes them
 
 and, where its other parts lie in another pipeline's folder, PIPELINE: the diffusers class that an export names. Adding
@@ -118,7 +119,7 @@ def load(settings: Model, device: torch.device, lora: Lora | None = None) -> Pol
 
 
 def _configure(policy: Policy, settings: Model) -> None:
-    """Recomputation, attention kernel and compilation: the same for every family."""
+    """Recomputation and attention kernel: the same for every family."""
     network: Any = policy.network
     if settings.gradient_checkpointing:
         left_out = {id(b) for n, b in enumerate(policy.blocks) if n % int(settings.gradient_checkpointing)}
@@ -126,19 +127,18 @@ def _configure(policy: Policy, settings: Model) -> None:
         def run(module: nn.Module, *inputs: object) -> object:
             if id(module) in left_out:
                 return module(*inputs)
-            return checkpoint(module, *inputs, use_reentrant=False)
+            return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)  # no block draws
 
         network.enable_gradient_checkpointing(run)
     if settings.attention is not None:
         try:
             network.set_attention_backend(settings.attention)
+            if not any(getattr(p, "_attention_backend", None) for p in network.attn_processors.values()):
+                raise ValueError(f"a {type(network).__name__} has no choice of kernels")
         except (ValueError, RuntimeError, ImportError) as error:
             raise UserError(
                 f"model.attention={settings.attention}: {str(error).splitlines()[0]}; leave it out for torch's own."
             ) from None
-    if settings.compile:
-        for block in policy.blocks:
-            block.compile()
 
 
 def encoder(settings: Model, video: Video, device: torch.device) -> AbstractContextManager[Encoder]:

@@ -9,7 +9,6 @@ The network takes t in [0, 1] and the plain guidance scale, and multiplies both 
 bfloat16 the time is rounded to 8 bits, in diffusers' pipeline as here, and in rollout and update alike.
 """
 
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,10 +29,10 @@ from fastgrpo.models import Condition, folder
 
 NETWORK = "transformer"
 PARTS = ("vae", "text_encoder", "text_encoder_2", "scheduler", "tokenizer", "tokenizer_2")
+PIPELINES = ("FluxPipeline",)  # whose folders this family reads
 USUAL_GUIDANCE = 3.5
 PATCH = 2  # latent places per token and side; fixed by the pipeline, the network's own patch_size is 1
 MAX_TEXT_TOKENS = 512  # T5's, where the tokenizer does not say fewer; diffusers' pipeline accepts no more
-TRAIN_TIMESTEPS = 1000  # by which the network multiplies t
 TEXT_BATCH = 32  # prompts per forward pass of the text encoders
 TILED_ABOVE = 256  # latent height or width (2048 pixels) from which the VAE decodes in tiles, to bound its memory
 
@@ -42,13 +41,7 @@ class Schedule:
     """The times of the folder's scheduler."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        where, wanted = "model.path: scheduler/scheduler_config.json", FlowMatchEulerDiscreteScheduler.__name__
-        if config.get("_class_name") != wanted:
-            raise UserError(f"{where} is a {config.get('_class_name')}, not a {wanted}; correct model.family.")
-        if config.get("num_train_timesteps", TRAIN_TIMESTEPS) != TRAIN_TIMESTEPS or config.get("invert_sigmas"):
-            raise UserError(
-                f"{where} must have num_train_timesteps={TRAIN_TIMESTEPS} and invert_sigmas=false, FLUX's; correct it."
-            )
+        folder.check_flow_scheduler(config)
         self.config = dict(config)
 
     def grid(self, steps: int, shift: float | None, tokens: int) -> Tensor:
@@ -172,13 +165,9 @@ class TextEncoder:
 @contextmanager
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
     """The text encoders of model.path; freed when the context ends."""
-    where = folder.pipeline_folder(settings, PARTS)
-    texts = TextEncoder(where, getattr(torch, settings.dtype), device)
-    try:
+    where = folder.pipeline_folder(settings, PARTS, PIPELINES)
+    with folder.freed(TextEncoder(where, getattr(torch, settings.dtype), device)) as texts:
         yield texts
-    finally:
-        del texts.clip, texts.t5
-        gc.collect()
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
@@ -193,7 +182,7 @@ def load(settings: Model, device: torch.device) -> Flux:
             f"model.cfg={settings.cfg}: FLUX is guided by what it was distilled with, not by a second branch; leave it "
             "out and set model.guidance."
         )
-    where = folder.pipeline_folder(settings, PARTS)
+    where = folder.pipeline_folder(settings, PARTS, PIPELINES)
     schedule = Schedule(folder.scheduler_config(where))
     vae = folder.read(AutoencoderKL, where / "vae", getattr(torch, settings.dtype))
     network = folder.network_folder(settings, NETWORK)

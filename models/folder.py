@@ -4,20 +4,33 @@ Constants that matter (channels, scaling factors, shifts, patch sizes) are read 
 families; nothing of a checkpoint is assumed here but its layout.
 """
 
+import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.config import Model, Video
 from fastgrpo.errors import UserError
 
 INDEXES = ("diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json")
+FETCHED = (  # of a hub repository: all folders, and of its top what a family or an export reads, no whole-model files
+    "*/*", "*.json", "*.md", "*.txt", "*.toml", "LICENSE*", "NOTICE*", "diffusion_pytorch_model*",
+    "pytorch_lora_weights*",
+)  # fmt: skip
+NOT_FETCHED = (  # other formats and variants, which no family reads
+    "*.msgpack", "*.h5", "*.ckpt", "*.pb", "*.gguf", "*.onnx", "*.onnx_data", "*openvino*", "*.fp16.*", "*.fp16-*",
+    "*.non_ema.*", "*.non_ema-*",
+)  # fmt: skip
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+TRAIN_TIMESTEPS = 1000  # by which the networks of flow models count t
+E = TypeVar("E")
 
 
 def locate(path: str, key: str = "model.path") -> Path:
@@ -26,18 +39,32 @@ def locate(path: str, key: str = "model.path") -> Path:
         return Path(path)
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(f"{key}={path}: no such folder; give a folder in the diffusers layout or a hub id.")
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path))
+        return fetch(path)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         problem = str(error).splitlines()[0]
         raise UserError(f"{key}={path}: neither a folder nor on the hub ({problem}); correct the path.") from None
 
 
-def pipeline_folder(settings: Model, parts: Sequence[str]) -> Path:
-    """The folder of model.path, whose `parts` (such as "vae", "tokenizer") are all there."""
+def fetch(repository: str) -> Path:
+    """The local copy of a hub repository, without what no family reads; .bin files only where they are the weights."""
+    from huggingface_hub import snapshot_download
+
+    allowed = list(FETCHED)
+    folder = Path(snapshot_download(repository, allow_patterns=allowed, ignore_patterns=[*NOT_FETCHED, "*.bin"]))
+    parts = [config.parent for config in (*folder.glob("config.json"), *folder.glob("*/config.json"))]
+    if all(any(part.glob("*.safetensors")) for part in parts):
+        return folder
+    return Path(snapshot_download(repository, allow_patterns=allowed, ignore_patterns=list(NOT_FETCHED)))
+
+
+def pipeline_folder(settings: Model, parts: Sequence[str], pipelines: Sequence[str] = ()) -> Path:
+    """The folder of model.path, whose `parts` (such as "vae", "tokenizer") are all there.
+
+    pipelines: the classes that model_index.json may name, all where empty
+    """
     folder = locate(settings.path)
     config_of = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
     for file in ("model_index.json", *(f"{part}/{config_of.get(part.split('_')[0], 'config.json')}" for part in parts)):
@@ -45,7 +72,22 @@ def pipeline_folder(settings: Model, parts: Sequence[str]) -> Path:
             raise UserError(
                 f"model.path={settings.path}: {file} is missing; give a whole folder in the diffusers layout."
             )
+    named = read_json(folder / "model_index.json").get("_class_name")
+    if pipelines and named not in pipelines:
+        family = f"set model.family={fitting(named)}, or correct" if fitting(named) else "correct model.family or"
+        raise UserError(
+            f"model.path={settings.path}: model_index.json names a {named}, not a {' or a '.join(pipelines)}; "
+            f"{family} the path."
+        )
     return folder
+
+
+def fitting(pipeline: object) -> str | None:
+    """The family that is first of all for the folders of a pipeline's class."""
+    from fastgrpo import models
+
+    wanted = {name: getattr(models.family(name), "PIPELINES", None) for name in models.known()}
+    return next((name for name, pipelines in wanted.items() if pipelines and pipelines[0] == pipeline), None)
 
 
 def network_folder(settings: Model, part: str) -> Path:
@@ -75,16 +117,64 @@ def scheduler_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "scheduler" / "scheduler_config.json")
 
 
+def check_flow_scheduler(config: Mapping[str, Any]) -> None:
+    """Raise UserError for settings of a scheduler that is not FlowMatchEulerDiscreteScheduler, or of other times."""
+    where = "model.path: scheduler/scheduler_config.json"
+    if config.get("_class_name") != FLOW_SCHEDULER:
+        raise UserError(f"{where} is a {config.get('_class_name')}, not a {FLOW_SCHEDULER}; correct model.family.")
+    if config.get("num_train_timesteps", TRAIN_TIMESTEPS) != TRAIN_TIMESTEPS or config.get("invert_sigmas"):
+        raise UserError(f"{where} must have num_train_timesteps={TRAIN_TIMESTEPS} and invert_sigmas=false; correct it.")
+
+
+def constant_shift(folder: Path) -> float:
+    """The shift of the folder's flow scheduler, whose times are shifted by it and by nothing else.
+
+    Raises UserError where that is not so.
+    """
+    config, where = scheduler_config(folder), "model.path: scheduler/scheduler_config.json"
+    check_flow_scheduler(config)
+    for key in ("use_dynamic_shifting", *(f"use_{kind}_sigmas" for kind in ("karras", "exponential", "beta"))):
+        if config.get(key):
+            raise UserError(f"{where} has {key}=true, which this family's times have not; set it to false there.")
+    if config.get("shift_terminal") is not None:
+        raise UserError(f"{where} has a shift_terminal, which this family's times have not; set it to null there.")
+    shift = config.get("shift")
+    if isinstance(shift, bool) or not isinstance(shift, int | float) or not shift > 0:
+        raise UserError(f"{where} has shift={shift}, not a number above 0; correct it or download that file again.")
+    return float(shift)
+
+
 def read(network: Any, folder: Path, dtype: torch.dtype) -> Any:
     """A network of a diffusers or transformers class from its folder, in `dtype`, on the CPU.
 
-    Raises UserError for another class's folder, a missing shard or damaged weights.
+    Raises UserError for another class's folder, a missing shard, a tensor that is missing or of another shape, or
+    damaged weights.
     """
     named = read_json(folder / "config.json").get("_class_name", network.__name__)
     if named != network.__name__:
         raise UserError(
             f"model.path: {folder} holds a {named}, not a {network.__name__}; correct model.family or the path."
         )
+    check_shards(folder)
+    # transformers' own error for another shape names no tensor: what it leaves out is named below
+    options = {"ignore_mismatched_sizes": True} if hasattr(network, "config_class") else {}
+    try:
+        model, found = network.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        problem = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        problem = problem.split(". ")[0]  # what follows is advice to programmers
+        raise UserError(f"model.path: {folder} cannot be read ({problem}); download that folder again.") from None
+    # transformers draws what is missing at random, on each rank anew, and says so in a warning alone
+    others = [key for key, *_ in found["mismatched_keys"]]
+    for keys, problem in ((found["missing_keys"], "lacks {}"), (others, "has another shape of {}")):
+        if keys:
+            named = f"{problem.format(min(keys))} (and {len(keys) - 1} more) of a {network.__name__}"
+            raise UserError(f"model.path: {folder} {named}; correct model_index.json or download that folder again.")
+    return model
+
+
+def check_shards(folder: Path) -> None:
+    """Raise UserError where a file is missing that the index of the weights names."""
     for index in (folder / name for name in INDEXES):
         if index.is_file():
             for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
@@ -92,11 +182,26 @@ def read(network: Any, folder: Path, dtype: torch.dtype) -> Any:
                     raise UserError(
                         f"model.path: {folder / shard} is missing, a part of the weights; download it again."
                     )
-    try:
-        return network.from_pretrained(folder, torch_dtype=dtype)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        problem = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"model.path: {folder} cannot be read ({problem}); download that folder again.") from None
+
+
+def check_text_class(kind: Any, folder: Path) -> None:
+    """Raise UserError where the weights of the folder are of another architecture than the transformers class `kind`.
+
+    The encoder of a whole model is no other one: T5EncoderModel reads T5ForConditionalGeneration, CLIPTextModel reads
+    CLIPModel.
+    """
+    from transformers import CONFIG_MAPPING
+
+    config = read_json(folder / "config.json")
+    told, wanted = config.get("model_type"), getattr(kind, "config_class", None)
+    if wanted is not None and told in (None, wanted.model_type):
+        return
+    parts = CONFIG_MAPPING[told].sub_configs.values() if told in CONFIG_MAPPING else ()
+    if wanted is None or wanted not in parts:
+        raise UserError(
+            f"model.path: {folder} holds a {(config.get('architectures') or [told])[0]}, and model_index.json names a "
+            f"{kind.__name__} for it; correct model_index.json or download that folder again."
+        )
 
 
 def text_model(folder: Path, tokenizer: str, encoder: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
@@ -107,18 +212,31 @@ def text_model(folder: Path, tokenizer: str, encoder: str, dtype: torch.dtype, d
     classes = []
     for part in (tokenizer, encoder):
         entry = index.get(part)
-        found = getattr(transformers, entry[1], None) if isinstance(entry, list) and len(entry) == 2 else None
+        found = getattr(transformers, str(entry[1]), None) if isinstance(entry, list) and len(entry) == 2 else None
         if found is None:
             raise UserError(
-                f"model.path: {folder}/model_index.json names no transformers class for '{part}' ({entry})."
+                f"model.path: {folder}/model_index.json names no transformers class for '{part}' ({entry}); correct it "
+                "or download that folder again."
             )
         classes.append(found)
+    check_text_class(classes[1], folder / encoder)
     model = read(classes[1], folder / encoder, dtype)
     try:
         return classes[0].from_pretrained(folder / tokenizer), model.requires_grad_(False).to(device).eval()
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = str(error).splitlines()[0]
         raise UserError(f"model.path: {folder / tokenizer} cannot be read ({problem}); download it again.") from None
+
+
+@contextmanager
+def freed(encoder: E) -> Iterator[E]:
+    """`encoder`, which loses its networks when the context ends, whoever still holds it."""
+    try:
+        yield encoder
+    finally:
+        for name in [name for name, part in vars(encoder).items() if isinstance(part, nn.Module)]:
+            delattr(encoder, name)
+        gc.collect()
 
 
 def latent_size(video: Video, space: int, time: int, patch: int) -> tuple[int, int, int]:
@@ -129,9 +247,10 @@ def latent_size(video: Video, space: int, time: int, patch: int) -> tuple[int, i
     unit = space * patch
     for name, size in (("height", video.height), ("width", video.width)):
         if size % unit:
+            nearest = [str(count * unit) for count in (size // unit, size // unit + 1) if count]
             raise UserError(
                 f"video.{name}={size}: not a multiple of {unit} (VAE factor {space} x patch {patch}); "
-                f"use {max(size // unit, 1) * unit} or {(size // unit + 1) * unit}."
+                f"use {' or '.join(nearest)}."
             )
     if (video.frames - 1) % time:
         below = (video.frames - 1) // time * time + 1

@@ -7,7 +7,6 @@ bfloat16). Classifier-free guidance runs both branches as one batch; where their
 padded, and only then is there a mask.
 """
 
-import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ from fastgrpo.models import Condition, folder
 
 NETWORK = "transformer"
 PARTS = ("vae", "text_encoder", "text_encoder_2", "scheduler", "tokenizer", "tokenizer_2")
-TRAIN_TIMESTEPS = 1000  # the network's time unit: t = 1 is timestep 1000
+PIPELINES = ("HunyuanVideoPipeline",)  # whose folders this family reads
 USUAL_GUIDANCE = 6.0
 SKIPPED_LAYERS = 2  # of the Llama: the text features are the third hidden state from the end
 MAX_TEXT_TOKENS = 256
@@ -59,7 +58,7 @@ class TrimmedAttention(HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]
 class HunyuanVideo:
     """The `fastgrpo.models.Policy` of this family."""
 
-    def __init__(self, network: nn.Module, vae: nn.Module, where: Path, settings: Model, guidance: float) -> None:
+    def __init__(self, network: nn.Module, vae: nn.Module, shift: float, settings: Model, guidance: float) -> None:
         self.network = network
         self.blocks: Sequence[nn.Module] = blocks(network)
         self.vae = vae
@@ -68,7 +67,7 @@ class HunyuanVideo:
         self.guidance = guidance
         self.dtype = getattr(torch, settings.dtype)
         self.decode_batch = settings.decode_batch
-        self.shift = float(folder.scheduler_config(where)["shift"])
+        self.shift = shift
         self.attention = TrimmedAttention()
         for block in self.blocks:
             block.attn.set_processor(self.attention)  # type: ignore[operator, union-attr]
@@ -104,7 +103,7 @@ class HunyuanVideo:
             guidance = torch.full_like(t, self.guidance * 1000.0)
         (v,) = self.network(
             hidden_states=x.to(self.dtype),
-            timestep=t * TRAIN_TIMESTEPS,
+            timestep=t * folder.TRAIN_TIMESTEPS,
             encoder_hidden_states=text.to(self.dtype),
             encoder_attention_mask=mask,
             pooled_projections=pooled.to(self.dtype),
@@ -189,13 +188,9 @@ class TextEncoder:
 @contextmanager
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
     """The text encoders of model.path; freed when the context ends."""
-    where = folder.pipeline_folder(settings, PARTS)
-    texts = TextEncoder(where, getattr(torch, settings.dtype), device)
-    try:
+    where = folder.pipeline_folder(settings, PARTS, PIPELINES)
+    with folder.freed(TextEncoder(where, getattr(torch, settings.dtype), device)) as texts:
         yield texts
-    finally:
-        del texts.llama, texts.clip
-        gc.collect()
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
@@ -205,11 +200,12 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 def load(settings: Model, device: torch.device) -> HunyuanVideo:
     """The policy of a folder in the diffusers layout, or of a hub id. The network is loaded in float32."""
-    where = folder.pipeline_folder(settings, PARTS)
+    where = folder.pipeline_folder(settings, PARTS, PIPELINES)
+    shift = folder.constant_shift(where)
     check_network(settings, where, images=False)
     network, vae = load_networks(settings, where, device)
     guidance = USUAL_GUIDANCE if settings.guidance is None else settings.guidance
-    return HunyuanVideo(network, vae, where, settings, guidance)
+    return HunyuanVideo(network, vae, shift, settings, guidance)
 
 
 def check_network(settings: Model, where: Path, images: bool) -> dict[str, Any]:
@@ -230,6 +226,12 @@ def check_network(settings: Model, where: Path, images: bool) -> dict[str, Any]:
         raise UserError(
             f"{named}: a network of {kind}-to-video ({taken} channels in, {given} out); set model.family={other}, or "
             "correct the path."
+        )
+    patch, patch_t = config.get("patch_size"), config.get("patch_size_t", 1)
+    if not isinstance(patch, int) or patch_t != 1:
+        raise UserError(
+            f"{named}: its config.json has patch_size={patch} and patch_size_t={patch_t}, not a whole number and 1; "
+            "use a network of HunyuanVideo."
         )
     latent = folder.read_json(where / "vae" / "config.json").get("latent_channels")
     if latent != given:

@@ -28,6 +28,7 @@ from fastgrpo.models.hunyuan_video import MAX_CLIP_TOKENS, MAX_TEXT_TOKENS, NETW
 __all__ = ["MAX_CLIP_TOKENS", "MAX_TEXT_TOKENS", "NETWORK", "PIPELINE", "SkyReels", "blocks", "encoder", "load"]
 
 PIPELINE = "HunyuanSkyreelsImageToVideoPipeline"  # of an export; the folder of the other parts names HunyuanVideo's
+PIPELINES = (PIPELINE, *hunyuan_video.PIPELINES)  # whose folders this family reads
 USUAL_GUIDANCE = 1.0  # the embedded one: what follows the text is model.cfg
 
 
@@ -83,23 +84,23 @@ def posterior_key(pixels: Tensor) -> noise.Key:
 @contextmanager
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[ImageTextEncoder]:
     """The text encoders and the VAE of model.path; freed when the context ends."""
-    with hunyuan_video.encoder(settings, video, device) as texts:
-        where = folder.pipeline_folder(settings, PARTS)
+    where, dtype = folder.pipeline_folder(settings, PARTS, PIPELINES), getattr(torch, settings.dtype)
+    with folder.freed(hunyuan_video.TextEncoder(where, dtype, device)) as texts:
         patch = hunyuan_video.check_network(settings, where, images=True)["patch_size"]
-        vae = folder.read(AutoencoderKLHunyuanVideo, where / "vae", getattr(torch, settings.dtype))
+        vae = folder.read(AutoencoderKLHunyuanVideo, where / "vae", dtype)
         config = vae.config  # a size that the VAE would round is refused before any image is encoded in it
         folder.latent_size(video, config.spatial_compression_ratio, config.temporal_compression_ratio, patch)
-        both = ImageTextEncoder(texts, vae.requires_grad_(False).eval().to(device), video)
-        try:
+        vae = vae.requires_grad_(False).eval().to(device)
+        with folder.freed(ImageTextEncoder(texts, vae, video)) as both:
+            del vae, config  # the encoder's is to be the last one
             yield both
-        finally:
-            del both.vae, vae  # the context around collects it, too
 
 
 def load(settings: Model, device: torch.device) -> SkyReels:
     """The policy of HunyuanVideo's folder and SkyReels' network. The network is loaded in float32."""
-    where = folder.pipeline_folder(settings, PARTS)
+    where = folder.pipeline_folder(settings, PARTS, PIPELINES)
+    shift = folder.constant_shift(where)
     hunyuan_video.check_network(settings, where, images=True)
     network, vae = hunyuan_video.load_networks(settings, where, device)
     guidance = USUAL_GUIDANCE if settings.guidance is None else settings.guidance
-    return SkyReels(network, vae, where, settings, guidance)
+    return SkyReels(network, vae, shift, settings, guidance)

@@ -6,7 +6,6 @@ the folder's scheduler, read as diffusers' DDIMScheduler reads them, whichever s
 timesteps over the training timesteps, so a grid starts below 1 (0.981 with 50 steps).
 """
 
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from fastgrpo.models import Condition, folder
 
 NETWORK = "unet"
 PARTS = ("vae", "text_encoder", "scheduler", "tokenizer")
+PIPELINES = ("StableDiffusionPipeline",)  # whose folders this family reads
 NOT_SUPPORTED = (  # configuration of a UNet that wants inputs which this file does not make
     "time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type",
 )  # fmt: skip
@@ -194,13 +194,9 @@ class TextEncoder:
 @contextmanager
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
     """The text encoder of model.path; freed when the context ends."""
-    where = folder.pipeline_folder(settings, PARTS)
-    texts = TextEncoder(where, getattr(torch, settings.dtype), device)
-    try:
+    where = folder.pipeline_folder(settings, PARTS, PIPELINES)
+    with folder.freed(TextEncoder(where, getattr(torch, settings.dtype), device)) as texts:
         yield texts
-    finally:
-        del texts.clip
-        gc.collect()
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
@@ -214,7 +210,7 @@ def load(settings: Model, device: torch.device) -> StableDiffusion:
         raise UserError(
             f"model.guidance={settings.guidance}: Stable Diffusion has no embedded guidance; set model.cfg instead."
         )
-    where = folder.pipeline_folder(settings, PARTS)
+    where = folder.pipeline_folder(settings, PARTS, PIPELINES)
     schedule = Schedule(folder.scheduler_config(where), device)
     network = folder.read(UNet2DConditionModel, folder.network_folder(settings, NETWORK), torch.float32)
     vae = folder.read(AutoencoderKL, where / "vae", getattr(torch, settings.dtype))

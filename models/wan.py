@@ -10,7 +10,6 @@ WanPipeline with FlowMatchEulerDiscreteScheduler of the same shift, where the fo
 UniPC of first order, where it names UniPC; but for UniPC's rounding the network's times down to whole numbers.
 """
 
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +34,7 @@ from fastgrpo.models import Condition, folder
 
 NETWORK = "transformer"
 PARTS = ("vae", "text_encoder", "scheduler", "tokenizer")
+PIPELINES = ("WanPipeline",)  # whose folders this family reads
 MAX_TEXT_TOKENS = 512  # where the tokenizer does not say fewer; the pipeline's own number
 UNIPC_SETTINGS = {  # of a flow model; without them UniPC's sigmas are not times
     "use_flow_sigmas": True,
@@ -179,13 +179,9 @@ def text_tokens(where: Path) -> int:
 @contextmanager
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
     """The text encoder of model.path; freed when the context ends."""
-    where = folder.pipeline_folder(settings, PARTS)
-    texts = TextEncoder(where, getattr(torch, settings.dtype), device)
-    try:
+    where = folder.pipeline_folder(settings, PARTS, PIPELINES)
+    with folder.freed(TextEncoder(where, getattr(torch, settings.dtype), device)) as texts:
         yield texts
-    finally:
-        del texts.umt5
-        gc.collect()
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
@@ -198,7 +194,7 @@ def load(settings: Model, device: torch.device) -> Wan:
     VAE, as the model's authors have it."""
     if settings.guidance is not None:
         raise UserError(f"model.guidance={settings.guidance}: Wan has no embedded guidance; set model.cfg instead.")
-    where = folder.pipeline_folder(settings, PARTS)
+    where = folder.pipeline_folder(settings, PARTS, PIPELINES)
     check_pipeline(folder.read_json(where / "model_index.json"), settings)
     schedule = Schedule(folder.scheduler_config(where))
     vae = folder.read(AutoencoderKLWan, where / "vae", torch.float32)

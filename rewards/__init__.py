@@ -91,29 +91,13 @@ def check(name: str) -> None:
         )
 
 
-def judge(reward: Reward, clips: Sequence[Tensor], prompts: Sequence[str], fps: float) -> Scores:
-    """Scores of clips of any sizes; a reward that fails makes its clips invalid, never a made-up score.
-
-    clips: uint8 [F, H, W, 3] each. Clips of one size go to the reward as one batch, see `judge_batch`.
-    """
-    if len(clips) != len(prompts):
-        raise ValueError(f"prompts={len(prompts)}: there are {len(clips)} clips; give one prompt for each")
-    values = torch.full((len(reward.names), len(clips)), float("nan"))
-    batches: dict[torch.Size, list[int]] = {}
-    for i, clip in enumerate(clips):
-        batches.setdefault(clip.shape, []).append(i)
-    for members in batches.values():
-        scores = judge_batch(reward, torch.stack([clips[i] for i in members]), [prompts[i] for i in members], fps)
-        values[:, members] = torch.stack([scores.values[part] for part in reward.names])
-    return Scores({part: values[n].clone() for n, part in enumerate(reward.names)}, torch.isfinite(values).all(0))
-
-
 def judge_batch(reward: Reward, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
     """Scores of one batch, uint8 [B, F, H, W, 3].
 
     A clip is invalid where the reward says so, where one of its parts is not finite, or where the reward raised or gave
     another number of scores than there are clips; then every part is NaN. What was raised is logged by its class and
     place, without its text, which may quote a prompt.
+    Raises torch.OutOfMemoryError as the reward does: no fault of the clips, and the next batch would fare no better.
     """
     values = torch.full((len(reward.names), len(pixels)), float("nan"))
     try:
@@ -124,6 +108,8 @@ def judge_batch(reward: Reward, pixels: Tensor, prompts: Sequence[str], fps: flo
         if table.shape != values.shape or valid.shape != values.shape[1:]:  # one score would be spread over all clips
             raise ValueError(f"{list(table.shape)} scores, {list(valid.shape)} valid, expected {list(values.shape)}")
         values = table.masked_fill(~valid, float("nan"))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a reward is anyone's code: whatever it raises, the run goes on without these scores
         place = traceback.extract_tb(error.__traceback__)[-1]
         log.warning(

@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import math
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -48,10 +49,13 @@ class Admission:
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     @asynccontextmanager
-    async def room(self, length: int) -> AsyncIterator[None]:
-        """Keep room for a request of that many bytes. Raises Refusal 429 where there is none in time."""
+    async def room(self, length: int, longest: float = math.inf) -> AsyncIterator[None]:
+        """Keep room for a request of that many bytes. Raises Refusal 429 where there is none in time.
+
+        longest: seconds that this request may wait, where that is less than `wait_s`
+        """
         if self._queue or not self._fits(length):
-            await self._turn(length)
+            await self._turn(length, min(self.wait_s, longest))
         else:
             self.bytes += length
         try:
@@ -63,15 +67,16 @@ class Admission:
     def _fits(self, length: int) -> bool:
         return not self.bytes or self.bytes + length <= self.most
 
-    async def _turn(self, length: int) -> None:
+    async def _turn(self, length: int, wait_s: float) -> None:
         """Wait until it is this request's turn, which has then got its room."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.append((length, turn))
         try:
-            async with asyncio.timeout(self.wait_s):
+            async with asyncio.timeout(wait_s):
                 await turn
         except TimeoutError:
             if turn.cancelled():
+                self._admit()  # it may have stood before smaller ones, for which there is room
                 # Not closed: the sender, which is a friend, would lose this answer in the reset of its connection.
                 raise Refusal(429, "too many clips are waiting", close=False, headers={"Retry-After": "1"}) from None
 

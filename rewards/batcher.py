@@ -6,9 +6,11 @@ meet changes nothing but the speed.
 """
 
 import asyncio
+import logging
 import time
+import traceback
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +23,10 @@ from fastgrpo.rewards import Scores, judge_batch
 from fastgrpo.rewards.meters import Meters
 from fastgrpo.rewards.served import Served
 from fastgrpo.rewards.wire import Clip
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1  # between looks at what waits too long while a batch is scored
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,11 @@ class Job:
 
 
 class Expired(Exception):
-    """The sender of a clip does not wait for it any more."""
+    """A clip waited until its sender would not wait for it any more."""
+
+
+class Failed(Exception):
+    """A batch could not be scored, by no fault of its clips."""
 
 
 class Batcher:
@@ -65,27 +75,48 @@ class Batcher:
         return sum(len(jobs) for jobs in self._waiting.values())
 
     async def score(
-        self, name: str, clips: Sequence[Clip], prompts: Sequence[str], fps: float, deadline: float
-    ) -> Scores:
-        """A reward's scores of the clips of one request. Raises Expired where that takes until after the deadline."""
+        self, names: Sequence[str], clips: Sequence[Clip], prompts: Sequence[str], fps: float, deadline: float
+    ) -> dict[str, Scores]:
+        """Each reward's scores of the clips of one request.
+
+        Raises Expired where a clip waits until after the deadline, Failed where its batch could not be scored, and
+        WireError where a frame that a reward looks at was not sent; then no clip of the request waits any more.
+        """
         loop = asyncio.get_running_loop()
-        served = self.served[name]
-        jobs: list[Job] = []
-        for clip, prompt in zip(clips, prompts, strict=True):
-            pixels, at = served.choose(clip, fps)
-            jobs.append(Job(pixels, prompt, deadline, loop.create_future()))
-            key = Key(name, clip.of, at, pixels.shape[1:], fps)
-            self._waiting.setdefault(key, deque()).append(jobs[-1])
+        chosen = {name: [self.served[name].choose(clip, fps) for clip in clips] for name in names}  # all, or none waits
+        jobs: dict[str, list[Job]] = {name: [] for name in names}
+        for name in names:
+            for clip, prompt, (pixels, at) in zip(clips, prompts, chosen[name], strict=True):
+                job = Job(pixels, prompt, deadline, loop.create_future())
+                jobs[name].append(job)
+                self._waiting.setdefault(Key(name, clip.of, at, pixels.shape[1:], fps), deque()).append(job)
         self._news.set()
-        rows = await asyncio.gather(*(job.result for job in jobs))
+        try:
+            await asyncio.gather(*(job.result for one in jobs.values() for job in one))
+        finally:
+            for job in (job for one in jobs.values() for job in one):
+                job.result.cancel()  # nothing to those that are done
+        return {name: self._table(name, [job.result.result() for job in one]) for name, one in jobs.items()}
+
+    def _table(self, name: str, rows: Sequence[tuple[list[float], bool]]) -> Scores:
         table = torch.tensor([values for values, _ in rows], dtype=torch.float32)
-        values = {part: table[:, column] for column, part in enumerate(served.reward.names)}
+        values = {part: table[:, column] for column, part in enumerate(self.served[name].reward.names)}
         return Scores(values, torch.tensor([valid for _, valid in rows], dtype=torch.bool))
 
     async def run(self) -> None:
-        """Score what waits, for ever."""
+        """Score what waits, for ever. Where that cannot be, what waits fails and the error goes on."""
+        try:
+            await self._loop()
+        except Exception as error:
+            log.critical("scoring has ended: %s", place(error))
+            for jobs in self._waiting.values():
+                fail(jobs)
+            raise
+
+    async def _loop(self) -> None:
         while True:
             self._news.clear()
+            self._expire()
             key, patience = self._due(time.monotonic())
             if key is not None:
                 await self._score(key, self._take(key))
@@ -108,44 +139,60 @@ class Batcher:
         return None, left
 
     def _take(self, key: Key) -> list[Job]:
-        """The oldest clips of a key, at most as many as its reward takes at once; those that came too late fail."""
-        jobs, now = self._waiting[key], time.monotonic()
-        taken: list[Job] = []
-        while jobs and len(taken) < self.served[key.reward].spec.batch_size:
-            job = jobs.popleft()
-            if job.deadline >= now:
-                taken.append(job)
-            elif not job.result.done():
-                job.result.set_exception(Expired())
-                if self.meters is not None:
-                    self.meters.expired.labels(key.reward).inc()
+        """The oldest clips of a key, at most as many as its reward takes at once."""
+        jobs = self._waiting[key]
+        taken = [jobs.popleft() for _ in range(min(len(jobs), self.served[key.reward].spec.batch_size))]
         if not jobs:
             del self._waiting[key]
         return taken
 
-    async def _score(self, key: Key, jobs: list[Job]) -> None:
-        if not jobs:
-            return
-        start = time.perf_counter()
-        loop = asyncio.get_running_loop()
-        try:
-            scores = await loop.run_in_executor(self.thread, self._judge, key, jobs)
-        except MemoryError as error:  # of the batch itself; what a reward raises is an invalid score
+    def _expire(self) -> None:
+        """Fail what waits too long, of every key, and forget what nobody waits for."""
+        now = time.monotonic()
+        for key, jobs in list(self._waiting.items()):
             for job in jobs:
-                if not job.result.done():
-                    job.result.set_exception(error)
-            return
-        if self.meters is not None:
-            self.meters.batch(key.reward, scores, time.perf_counter() - start)
-        table = torch.stack(list(scores.values.values()), 1).tolist()
-        for job, row, valid in zip(jobs, table, scores.valid.tolist(), strict=True):
-            if not job.result.done():  # its request was dropped
-                job.result.set_result((row, valid))
+                if job.deadline < now and not job.result.done():
+                    job.result.set_exception(Expired())
+                    if self.meters is not None:
+                        self.meters.expired.labels(key.reward).inc()
+            self._waiting[key] = deque(job for job in jobs if not job.result.done())
+            if not self._waiting[key]:
+                del self._waiting[key]
+
+    async def _score(self, key: Key, jobs: list[Job]) -> None:
+        start = time.perf_counter()
+        try:
+            scoring = asyncio.get_running_loop().run_in_executor(self.thread, self._judge, key, jobs)
+            while not (await asyncio.wait([scoring], timeout=TICK_S))[0]:
+                self._expire()
+            scores = scoring.result()
+            if self.meters is not None:
+                self.meters.batch(key.reward, scores, time.perf_counter() - start)
+            table = torch.stack(list(scores.values.values()), 1).tolist()
+            for job, row, valid in zip(jobs, table, scores.valid.tolist(), strict=True):
+                if not job.result.done():  # its request was dropped
+                    job.result.set_result((row, valid))
+        except Exception as error:  # of the batch itself, such as no memory; no clip's fault, and the next one goes on
+            log.error("a batch of %d clips for %s failed: %s", len(jobs), key.reward, place(error))
+            fail(jobs)
 
     def _judge(self, key: Key, jobs: Sequence[Job]) -> Scores:
         """Score a batch; in the scoring thread."""
         pixels = batch([job.pixels for job in jobs], key.of, key.at)
         return judge_batch(self.served[key.reward].reward, pixels, [job.prompt for job in jobs], key.fps)
+
+
+def place(error: Exception) -> str:
+    """Its class and where it was raised, without its text, which may quote a prompt."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {frame.filename}:{frame.lineno}"
+
+
+def fail(jobs: Iterable[Job]) -> None:
+    """Tell the senders that there will be no score."""
+    for job in jobs:
+        if not job.result.done():
+            job.result.set_exception(Failed())
 
 
 def batch(clips: Sequence[Tensor], of: int, at: tuple[int, ...] | None) -> Tensor:

@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 REQUEST_BYTES = 64 * 2**20  # a batch of more pixels goes as several requests, well below the server's cap
 ATTEMPTS = 2  # at a request that a living server does not answer well, before its clips are invalid
+PATIENCE = 0.8  # of the time limit: for so long may a clip wait to be scored; the rest is for scoring it
 ASK_TIMEOUT_S = 5.0  # for what takes no scoring
 
 
@@ -43,8 +44,9 @@ class RewardClient:
     """Scores from one or more servers that hold the same rewards. Threads may share it.
 
     Scoring has no side effect, so a request that failed on its way is simply sent again, to another replica where there
-    is one. While every replica is gone it waits, for at most `outage_s`. A request that a living server cannot answer
-    well, or not in time, is tried once more; then its clips are invalid.
+    is one. While every replica is gone it waits, for at most `outage_s`. A request whose turn did not come in time is
+    sent again like one that was turned away. One that a living server cannot answer well, or not in time although its
+    turn had come, is tried once more; then its clips are invalid.
     """
 
     at_once = 4  # requests under way: enough that one is read while another is scored
@@ -107,7 +109,7 @@ class RewardClient:
         """Scores of a request's `count` clips; invalid ones where living servers did not answer well."""
 
         def post(replica: Replica) -> dict[str, Scores]:
-            headers = {"Content-Type": wire.CONTENT_TYPE, "X-Timeout-S": f"{self.timeout_s:g}"}
+            headers = {"Content-Type": wire.CONTENT_TYPE, "X-Timeout-S": f"{PATIENCE * self.timeout_s:g}"}
             try:
                 response = self._http.post(f"{replica.url}/v1/score", content=body, headers=headers)
             except (httpx.ReadTimeout, httpx.WriteTimeout):
@@ -273,7 +275,7 @@ def check_answer(url: str, response: httpx.Response) -> None:
         raise UserError(
             f"server.token_file: wrong token for {url} ({status}); give the token that the server was started with"
         )
-    if status in (408, 429):
+    if status in (408, 429, 504):  # 504: its turn did not come in time; the server scores others' clips
         raise Busy(f"status {status}", seconds(response.headers.get("retry-after"), 0.5))
     if status in (502, 503):
         raise httpx.NetworkError(f"status {status}")

@@ -1,13 +1,14 @@
 """Rewards in the trainer's own process: no server, and the same scores bit for bit."""
 
 import threading
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from fastgrpo.config import RewardSpec
+from fastgrpo.errors import UserError
 from fastgrpo.rewards import Scores, judge_batch
 from fastgrpo.rewards.served import load_served
 
@@ -32,7 +33,10 @@ class ScorerInProcess:
         self._move(torch.device("cpu"))
 
     def score(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> dict[str, Scores]:
-        """pixels: uint8 [B, F, H, W, 3];  returns each reward's Scores, NaN and invalid where it had none."""
+        """pixels: uint8 [B, F, H, W, 3];  returns each reward's Scores, NaN and invalid where it had none.
+
+        Raises UserError where the GPU has no room for a reward.
+        """
         with self._lock, torch.cuda.stream(self._stream) if self._stream else nullcontext():
             if self._stream is not None:
                 torch.cuda.set_device(self.device)  # of this thread
@@ -42,10 +46,11 @@ class ScorerInProcess:
             result: dict[str, Scores] = {}
             for name, one in self.served.items():
                 size = one.spec.batch_size
-                parts = [
-                    judge_batch(one.reward, pixels[i : i + size], prompts[i : i + size], one.spec.fps or fps)
-                    for i in range(0, len(pixels), size)
-                ]
+                with room_for(one.spec):
+                    parts = [
+                        judge_batch(one.reward, pixels[i : i + size], prompts[i : i + size], one.spec.fps or fps)
+                        for i in range(0, len(pixels), size)
+                    ]
                 result[name] = join(parts)
             return result
 
@@ -68,7 +73,20 @@ class ScorerInProcess:
         for one in self.served.values():
             move = getattr(one.reward, "to", None)
             if one.spec.device == "auto" and move is not None:
-                move(device)
+                with room_for(one.spec):
+                    move(device)
+
+
+@contextmanager
+def room_for(spec: RewardSpec) -> Iterator[None]:
+    """Raise UserError where the GPU has no memory left: every clip would be without a score."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"rewards.batch_size={spec.batch_size}: the GPU has no room for {spec.name}; lower it, or give it its own "
+            "device."
+        ) from None
 
 
 def join(batches: Sequence[Scores]) -> Scores:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import time
 import traceback
 
@@ -16,7 +17,7 @@ class JsonLines(logging.Formatter):
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z",
             "level": record.levelname,
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": message(record),
         }
         line |= getattr(record, EXTRA, {})
         if record.exc_info and record.exc_info[1] is not None:
@@ -25,6 +26,17 @@ class JsonLines(logging.Formatter):
             frames = traceback.extract_tb(error.__traceback__)
             line["places"] = [f"{frame.filename}:{frame.lineno}" for frame in frames[-5:]]
         return json.dumps(line)
+
+
+def message(record: logging.LogRecord) -> str:
+    """What a record says, of other libraries its first line: asyncio puts exceptions, with their text, into the rest.
+
+    Of asyncio's first line, what stands before the description of a callback, which shows its arguments.
+    """
+    text = record.getMessage()
+    if record.name.partition(".")[0] != "fastgrpo":
+        text = text.partition("\n")[0]
+    return re.split(r"[(<]", text, maxsplit=1)[0].rstrip() if record.name == "asyncio" else text
 
 
 def start() -> None:

@@ -5,6 +5,7 @@ import json
 import logging
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -16,6 +17,9 @@ from fastgrpo.errors import UserError
 from fastgrpo.rewards import Reward, load, wire
 
 log = logging.getLogger(__name__)
+
+VERSIONS = {name: version(name) for name in ("torch", "transformers", "pillow")}
+"""Of the libraries whose other versions may score otherwise."""
 
 
 @dataclass
@@ -37,9 +41,20 @@ class Served:
 
     @cached_property
     def identity(self) -> str:
-        """SHA-256 of all that decides its scores: replicas that differ in it must not be mixed in one run."""
-        settings = self.spec.model_dump(include={"name", "dtype", "frames", "threshold", "options"})
-        said = [code_hash(self.name), list(self.reward.names), self.fingerprint, settings]
+        """SHA-256 of all that decides its scores: replicas that differ in it must not be mixed in one run.
+
+        Options count where no fingerprint says what they do; else a path in them may differ from machine to machine.
+        """
+        settings = self.spec.model_dump(include={"name", "dtype", "frames", "threshold"})
+        options = {} if self.fingerprint else self.spec.options
+        said = [
+            code_hash(Path(__file__).parent),
+            VERSIONS,
+            list(self.reward.names),
+            self.fingerprint,
+            settings,
+            options,
+        ]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def looks_at(self, frames: int, fps: float) -> list[int] | None:
@@ -87,10 +102,12 @@ class Served:
         self.golden = {part: value if value - value == 0.0 else None for part, value in values.items()}
 
 
-def code_hash(name: str) -> str:
-    """SHA-256 of the file rewards/<name>.py: another version of it may score otherwise."""
-    file = Path(__file__).with_name(f"{name}.py")
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
+def code_hash(folder: Path) -> str:
+    """SHA-256 of the folder's *.py by name and content: a reward's scores depend on the files that it shares, too."""
+    total = hashlib.sha256()
+    for file in sorted(folder.glob("*.py")):
+        total.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return total.hexdigest()
 
 
 def load_served(spec: RewardSpec) -> Served:

@@ -21,7 +21,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -34,7 +34,7 @@ from fastgrpo.config import RewardSpec
 from fastgrpo.errors import UserError
 from fastgrpo.rewards import logs, wire
 from fastgrpo.rewards.admission import Admission, Limits, Refusal, authenticate, body_length, patience, read_body
-from fastgrpo.rewards.batcher import Batcher, Expired
+from fastgrpo.rewards.batcher import Batcher, Expired, Failed
 from fastgrpo.rewards.meters import Meters
 from fastgrpo.rewards.served import Served, load_served
 from fastgrpo.rewards.strict_http import strict_http
@@ -56,6 +56,7 @@ class Desk:
     meters: Meters
     reading: ThreadPoolExecutor  # takes bodies apart, so that a long header does not stop the event loop
     ready: bool = False
+    worker: asyncio.Task[None] | None = None  # scores what waits
 
     @classmethod
     def open(cls, served: Sequence[Served], token: str, limits: Limits) -> "Desk":
@@ -65,12 +66,22 @@ class Desk:
         reading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reading")
         return cls(by_name, token, limits, admission, batcher, meters, reading)
 
+    @property
+    def lives(self) -> bool:
+        """Whether anything that waits will be scored."""
+        return self.worker is not None and not self.worker.done()
+
     async def score(self, request: Request) -> tuple[bytes, int]:
         """(answer, clips) of a request. Raises Refusal, or WireError for a body that is not well-formed."""
         authenticate(request, self.token)
+        if not self.lives:
+            raise Refusal(503, "scoring has ended; see the server's log")
         length, seconds = body_length(request, self.limits.max_body), patience(request)
-        async with self.admission.room(length):
+        start = time.monotonic()
+        async with self.admission.room(length, seconds / 2):
+            seconds -= time.monotonic() - start  # a small body is sent before it is read: its sender waits already
             body = await read_body(request, length, self.limits.body_timeout_s)
+            deadline = time.monotonic() + seconds
             loop = asyncio.get_running_loop()
             asked = await loop.run_in_executor(self.reading, wire.decode_request, body)
             del body  # the clips hold what they need of it
@@ -78,17 +89,12 @@ class Desk:
             if unknown:
                 here = ", ".join(self.served)
                 raise Refusal(422, f"no reward '{unknown[0]}' here; this server has {here}", close=False)
-            deadline = time.monotonic() + seconds
             try:
-                scores = await asyncio.gather(
-                    *(
-                        self.batcher.score(name, asked.clips, asked.prompts, asked.fps, deadline)
-                        for name in asked.rewards
-                    )
-                )
+                by_name = await self.batcher.score(asked.rewards, asked.clips, asked.prompts, asked.fps, deadline)
             except Expired:
-                raise Refusal(504, f"not scored within {seconds:g} s", close=False) from None
-        by_name = dict(zip(asked.rewards, scores, strict=True))
+                raise Refusal(504, f"not scored within {seconds:.3g} s", close=False) from None
+            except Failed:
+                raise Refusal(500, "not scored; see the server's log", close=False) from None
         return wire.encode_scores(by_name, {name: self.served[name].identity for name in by_name}), len(asked.clips)
 
     def spec(self, frames: int | None, fps: float | None) -> dict[str, object]:
@@ -118,13 +124,12 @@ def make_app(served: Sequence[Served], token: str, limits: Limits | None = None)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        worker = asyncio.create_task(desk.batcher.run())
+        desk.worker = asyncio.create_task(desk.batcher.run())
         desk.ready = True
         yield
         desk.ready = False
-        worker.cancel()
-        with suppress(asyncio.CancelledError):
-            await worker
+        desk.worker.cancel()
+        await asyncio.wait([desk.worker])
         desk.batcher.thread.shutdown()
         desk.reading.shutdown()
 
@@ -146,6 +151,8 @@ def add_probes(app: FastAPI, desk: Desk) -> None:
     async def readyz() -> str:
         if not desk.ready:
             raise HTTPException(503, "starting or draining")
+        if not desk.lives:
+            raise HTTPException(503, "scoring has ended; see the server's log")
         return "ready"
 
     @app.get("/metrics")

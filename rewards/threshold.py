@@ -22,9 +22,9 @@ class Thresholded:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the reward's own and of the thresholds."""
+        """SHA-256 of the reward's own and of the thresholds; empty where the reward has none."""
         inner = getattr(self.reward, "fingerprint", "")
-        return hashlib.sha256(json.dumps([inner, self.thresholds], sort_keys=True).encode()).hexdigest()
+        return inner and hashlib.sha256(json.dumps([inner, self.thresholds], sort_keys=True).encode()).hexdigest()
 
     def to(self, device: torch.device) -> None:
         """Move the weights, where the reward has any."""

@@ -35,7 +35,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fastgrpo.config import RewardSpec, Section
-from fastgrpo.rewards import Scores, frames, optical_flow, options
+from fastgrpo.rewards import Scores, frames, optical_flow, options, weights
 
 PARTS = ("motion", "speed", "smoothness", "flicker", "sharpness", "colourfulness", "clipped", "grid", "jpeg")
 SEEN = 160  # longest side at which motion is measured, pixels
@@ -67,6 +67,7 @@ class VideoStats:
     def __init__(self, settings: Options, rule: frames.Rule) -> None:
         self.settings = settings
         self.rule = rule
+        self.fingerprint = weights.fingerprint([], settings.model_dump() | {"frames": rule})
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
         """pixels: uint8 [B, F, H, W, 3], sides of at least 3 pixels;  prompts: B texts;  fps: above 0

@@ -59,12 +59,12 @@ def find(path: str | None, base: str | None) -> Checkpoint:
 
     Raises UserError where a file is missing.
     """
-    if path is None or not Path(path).is_dir():
+    if path is None or not Path(path).expanduser().is_dir():
         raise UserError(
             f"rewards.path={path}: no folder; name the downloaded KlingTeam/VideoReward, which holds "
             "model_config.json, or what convert-videoalign made of it."
         )
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not (folder / "model_config.json").is_file():
         raise UserError(f"rewards.path={path}: has no model_config.json; name the folder of the published checkpoint.")
     content = weights.read_json(folder / "model_config.json")
@@ -97,7 +97,7 @@ def _weight_files(step: Path, base: str) -> tuple[Path, ...]:
     absent = [file.name for file in split if not file.is_file()]
     if absent:
         raise UserError(f"rewards.path: {step} has neither model.pth nor {absent[0]}; download it again.")
-    local = Path(base)
+    local = Path(base).expanduser()
     return (*sorted(local.glob("*.safetensors")), *split) if base and local.is_dir() else split
 
 

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from fastgrpo.errors import UserError
 
+FILE_KINDS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json", ".txt", ".gz")
+"""What ends so is a file, not a hub repository's name."""
+
 
 def locate(path: str | None, names: Sequence[str], beside: Sequence[str], where: str, remedy: str) -> Path:
     """The file itself where `path` is one, else the first of `names` in that folder or hub repository.
@@ -34,7 +37,7 @@ def locate(path: str | None, names: Sequence[str], beside: Sequence[str], where:
             if (given / name).is_file():
                 return given / name
         raise UserError(f"{where}={path}: the folder has no {' or '.join(names)}; {remedy}.")
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if path.startswith((".", "/", "~")) or path.count("/") != 1 or given.suffix in FILE_KINDS:
         raise UserError(f"{where}={path}: no such file or folder; {remedy}.")
     return _from_hub(path, names, beside, where, remedy)
 

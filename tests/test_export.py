@@ -8,6 +8,7 @@ import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -238,6 +239,50 @@ def test_every_familys_export_is_its_pipeline(family: str, tmp_path: Path) -> No
     assert_same(getattr(pipeline, models.family(family).NETWORK).state_dict(), state)
     if family == "skyreels_i2v":
         assert type(pipeline).__name__ == "HunyuanSkyreelsImageToVideoPipeline"
+
+
+def told_code(card: Path) -> str:
+    """The Python code of a model card."""
+    return card.read_text().split("```python\n")[1].split("```")[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_code_of_a_card_loads_the_network_that_was_trained(tmp_path: Path) -> None:
+    """SkyReels: its adapters go onto its own network, not onto that of HunyuanVideo's folder, which they fit too."""
+    for family in ("skyreels_i2v", "hunyuan_video"):
+        importlib.import_module(f"tests.folders.{family}").write(tmp_path / family)
+    parts = [f"model.path={tmp_path / 'hunyuan_video'}", f"model.network={tmp_path / 'skyreels_i2v'}"]
+    recipe = config.load(runs.RECIPE, ["model.family=skyreels_i2v", *parts, "lora.rank=2"])
+    network = models.load(recipe.model, torch.device("cpu"), recipe.lora).network
+    state = {name: p.detach() + 0.1 for name, p in network.named_parameters() if p.requires_grad}
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-1"
+    dcp.save({"model": state}, checkpoint_id=checkpoint, no_dist=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    (tmp_path / "run" / "recipe.toml").write_text(recipe.to_toml())
+    kinds: tuple[Literal["apart", "merged"], ...] = ("apart", "merged")
+    for kind in kinds:
+        export(Export(tmp_path / "run", tmp_path / kind, lora=kind))
+        code = told_code(tmp_path / kind / "README.md")
+        assert ("NETWORK is the folder of its network" in (tmp_path / kind / "README.md").read_text()) == (
+            kind == "apart"
+        )
+        places = {"FOLDER": tmp_path / kind, "BASE": tmp_path / "hunyuan_video", "NETWORK": tmp_path / "skyreels_i2v"}
+        for name, place in places.items():
+            code = code.replace(f'"{name}"', f'"{place}"')
+        names: dict[str, Any] = {}
+        exec(code, names)  # as its reader does
+        pipeline = names["pipeline"]
+        assert type(pipeline).__name__ == "HunyuanSkyreelsImageToVideoPipeline" and "HunyuanSkyreels" in code
+        found = pipeline.transformer.state_dict()
+        if kind == "merged":
+            own = load_file(tmp_path / "merged" / "transformer" / "diffusion_pytorch_model.safetensors")
+        else:
+            own = load_file(tmp_path / "skyreels_i2v" / "transformer" / "diffusion_pytorch_model.safetensors")
+            assert sum(".lora_B." in name for name in found) == len(state) // 2
+        for name, tensor in own.items():
+            layer, _, kept = name.rpartition(".")
+            at = name if name in found else f"{layer}.base_layer.{kept}"
+            assert torch.equal(found[at], tensor), name
 
 
 @pytest.fixture(scope="module")

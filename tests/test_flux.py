@@ -256,6 +256,7 @@ def test_the_full_size_network_is_wrapped_block_by_block(guidance_embeds: bool, 
 
 
 @pytest.mark.parametrize(("part", "entries", "message"), [
+    ("", {"_class_name": "HunyuanVideoPipeline"}, "not a FluxPipeline; set model.family=hunyuan_video, or correct the"),
     ("scheduler", {"_class_name": "DDIMScheduler"}, "is a DDIMScheduler, not a FlowMatchEulerDiscreteScheduler"),
     ("scheduler", {"num_train_timesteps": 500}, "must have num_train_timesteps=1000"),
     ("scheduler", {"invert_sigmas": True}, "invert_sigmas=false"),

@@ -101,6 +101,7 @@ def test_minibatches_are_balanced_over_prompts_and_disjoint() -> None:
     assert sorted(index for batch in batches for index in batch) == list(range(24))
     for batch in batches:
         assert [sum(index // 8 == prompt for index in batch) for prompt in range(3)] == [2, 2, 2]
+        assert all(sum(start <= index < start + 4 for index in batch) == 1 for start in range(0, 24, 4))
     assert grpo.minibatches(kept, 8, 4, ("minibatches", 0, 0)) == batches
     assert grpo.minibatches(kept, 8, 4, ("minibatches", 0, 1)) != batches
 

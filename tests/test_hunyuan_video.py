@@ -1,17 +1,23 @@
 """HunyuanVideo against diffusers' own pipeline, which is the oracle: text features, ODE latents, pixels, gradients."""
 
 import json
+import re
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from huggingface_hub.utils._paths import filter_repo_objects
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, LlamaForCausalLM, LlamaModel
 
 from fastgrpo import distributed, models, rollout
 from fastgrpo.config import Model, Objective, Optimizer, Video
@@ -19,11 +25,12 @@ from fastgrpo.data.prompts import Prompt
 from fastgrpo.distributed import World, open_world
 from fastgrpo.errors import UserError
 from fastgrpo.flow import gaussian_log_prob, sde_transition
-from fastgrpo.models import Condition, Policy, stack
+from fastgrpo.models import Condition, Policy, folder, stack
 from fastgrpo.models.hunyuan_video import TrimmedAttention, blocks, both_texts
 from fastgrpo.rollout import Plan, Trajectories, sample_ode
 from fastgrpo.update import Trainer, update
 from tests import tiny
+from tests.backbone import changed
 
 FOLDER = Path(__file__).parent.parent / "data" / "tiny_hunyuan_video"
 PROMPTS = ["a red circle moves left slowly", "watch as one blue square glides upwards quickly"]
@@ -40,8 +47,8 @@ def policy() -> Policy:
     return models.load(Model(family="hunyuan_video", path=str(FOLDER)), torch.device("cpu"))
 
 
-def encode(texts: list[str]) -> list[Condition]:
-    with models.encoder(Model(family="hunyuan_video", path=str(FOLDER)), VIDEO, torch.device("cpu")) as encoder:
+def encode(texts: list[str], path: Path = FOLDER) -> list[Condition]:
+    with models.encoder(Model(family="hunyuan_video", path=str(path)), VIDEO, torch.device("cpu")) as encoder:
         return encoder([Prompt(text) for text in texts])
 
 
@@ -301,8 +308,10 @@ def test_latent_shape_and_its_errors(policy: Policy) -> None:
     assert policy.latent_shape(VIDEO) == (8, 3, 8, 8)
     with pytest.raises(UserError, match=r"video.frames=8: must be a multiple of 4, plus 1; use 5 or 9"):
         policy.latent_shape(VIDEO.model_copy(update={"frames": 8}))
-    with pytest.raises(UserError, match=r"video.height=30: not a multiple of 8"):
+    with pytest.raises(UserError, match=r"video.height=30: not a multiple of 8 .*; use 24 or 32\.$"):
         policy.latent_shape(VIDEO.model_copy(update={"height": 30}))
+    with pytest.raises(UserError, match=r"video.height=4: not a multiple of 8 .*; use 8\.$"):
+        policy.latent_shape(VIDEO.model_copy(update={"height": 4}))
 
 
 @pytest.mark.parametrize(("family", "path", "message"), [
@@ -313,3 +322,137 @@ def test_latent_shape_and_its_errors(policy: Policy) -> None:
 def test_a_wrong_model_is_one_clear_line(family: str, path: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         models.load(Model(family=family, path=path), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("part", "entries", "message"), [
+    ("", {"_class_name": "WanPipeline"}, "names a WanPipeline, not a HunyuanVideoPipeline; set model.family=wan, or "),
+    ("", {"_class_name": "MochiPipeline"}, "names a MochiPipeline, not .*; correct model.family or the path"),
+    ("scheduler", {"shift": None}, "has shift=None, not a number above 0; correct it"),
+    ("scheduler", {"use_dynamic_shifting": True}, "has use_dynamic_shifting=true, .*; set it to false there"),
+    ("scheduler", {"use_karras_sigmas": True}, "has use_karras_sigmas=true, .*; set it to false there"),
+    ("scheduler", {"shift_terminal": 0.02}, "has a shift_terminal, .*; set it to null there"),
+    ("scheduler", {"_class_name": "PNDMScheduler"}, "is a PNDMScheduler, not a FlowMatchEulerDiscreteScheduler"),
+    ("scheduler", {"num_train_timesteps": 500}, "must have num_train_timesteps=1000"),
+    ("scheduler", {"invert_sigmas": True}, "invert_sigmas=false"),
+    ("transformer", {"patch_size_t": 2}, "patch_size=2 and patch_size_t=2, not a whole number and 1; use"),
+])  # fmt: skip
+def test_a_folder_that_does_not_fit_is_one_line_before_its_weights_are_read(
+    tmp_path: Path, part: str, entries: dict[str, object], message: str
+) -> None:
+    edited = changed(FOLDER, tmp_path / "edited", part, **entries)
+    for file in edited.glob("*/*.safetensors"):
+        file.unlink()
+    with pytest.raises(UserError, match=message) as caught:
+        models.load(Model(family="hunyuan_video", path=str(edited)), torch.device("cpu"))
+    assert "\n" not in str(caught.value)
+    if part == "":
+        with pytest.raises(UserError, match=message):
+            encode(PROMPTS, edited)
+
+
+def test_a_scheduler_without_shift_is_one_line(tmp_path: Path) -> None:
+    shutil.copytree(FOLDER / "scheduler", tmp_path / "scheduler")
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    assert folder.constant_shift(tmp_path) == config.pop("shift")
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"scheduler_config.json has shift=None, not a number above 0"):
+        folder.constant_shift(tmp_path)
+
+
+def damaged(copy: Path, part: str, cut: bool) -> tuple[Path, str]:
+    """A copy of the folder with the first tensor of a part left out, or one row shorter.  returns it and the name"""
+    shutil.copytree(FOLDER, copy)
+    (file,) = (copy / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = min(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    tensor = tensors.pop(name)
+    save_file(tensors | ({name: tensor[1:].clone()} if cut else {}), file, metadata={"format": "pt"})
+    return copy, name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_2"])
+def test_a_missing_or_misshapen_tensor_is_one_line_and_never_random(tmp_path: Path, part: str, cut: bool) -> None:
+    edited, name = damaged(tmp_path / "edited", part, cut)
+    with pytest.raises(UserError) as caught:
+        if part.startswith("text"):
+            encode(PROMPTS, edited)
+        else:
+            models.load(Model(family="hunyuan_video", path=str(edited)), torch.device("cpu"))
+    told = str(caught.value)
+    assert name.removeprefix("text_model.") in told and f"{edited / part} " in told and "\n" not in told
+    assert cut or re.search(r"lacks \S+ \(and 0 more\) of a \w+; correct model_index.json or download", told)
+
+
+@pytest.mark.parametrize(("part", "name", "message"), [
+    ("text_encoder", "MistralModel", "text_encoder holds a LlamaModel, and model_index.json names a MistralModel for"),
+    ("text_encoder", "LlamaConfig", "holds a LlamaModel, and model_index.json names a LlamaConfig"),
+    ("text_encoder_2", "CLIPVisionModel", "holds a CLIPTextModel, and model_index.json names a CLIPVisionModel"),
+    ("text_encoder_2", "CLIPTextModelWithProjection", r"lacks text_projection.weight \(and 0 more\) of a CLIPText"),
+    ("text_encoder", "NoSuchModel", "names no transformers class for 'text_encoder'"),
+    ("text_encoder", None, "names no transformers class for 'text_encoder'"),
+])  # fmt: skip
+def test_another_class_in_model_index_is_one_line(tmp_path: Path, part: str, name: str | None, message: str) -> None:
+    edited = changed(FOLDER, tmp_path / "edited", "", **{part: ["transformers", name]})
+    with pytest.raises(UserError, match=message) as caught:
+        encode(PROMPTS, edited)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_encoder_of_a_whole_model_is_read(tmp_path: Path) -> None:
+    """As published: a LlamaModel or CLIPTextModel from the weights of LlamaForCausalLM or CLIPModel."""
+    expected = encode(PROMPTS)
+    edited = tmp_path / "edited"
+    shutil.copytree(FOLDER, edited)
+    llama, clip = LlamaModel.from_pretrained(FOLDER / "text_encoder"), FOLDER / "text_encoder_2"
+    causal = LlamaForCausalLM(llama.config)
+    causal.model = llama
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = CLIPTextConfig.from_pretrained(clip).to_dict()
+    whole = CLIPModel(CLIPConfig(text_config=text, vision_config=small | {"patch_size": 16}))
+    whole.text_model = CLIPTextModel.from_pretrained(clip)
+    for model, part in ((causal, "text_encoder"), (whole, "text_encoder_2")):
+        shutil.rmtree(edited / part)
+        model.save_pretrained(edited / part)
+    for one, other in zip(encode(PROMPTS, edited), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_encoder_loses_its_networks_when_it_is_closed() -> None:
+    with models.encoder(Model(family="hunyuan_video", path=str(FOLDER)), VIDEO, torch.device("cpu")) as encoder:
+        held = [weakref.ref(part) for part in vars(encoder).values() if isinstance(part, torch.nn.Module)]
+    assert len(held) == 2 and not any(reference() for reference in held)
+
+
+HUB = {  # files of repositories, and whether a family reads them
+    "model_index.json": True, "README.md": True, "LICENSE.md": True, "transformer/config.json": True,
+    "transformer/diffusion_pytorch_model-00001-of-00003.safetensors": True, "text_encoder_2/model.safetensors": True,
+    "transformer/diffusion_pytorch_model.safetensors.index.json": True, "tokenizer/merges.txt": True,
+    "tokenizer_2/spiece.model": True, "scheduler/scheduler_config.json": True, "config.json": True,
+    "diffusion_pytorch_model-00001-of-00006.safetensors": True, "pytorch_lora_weights.safetensors": True,
+    "flux1-dev.safetensors": False, "ae.safetensors": False, "v1-5-pruned.ckpt": False, "dev_grid.jpg": False,
+    "unet/diffusion_pytorch_model.fp16.safetensors": False, "unet/diffusion_flax_model.msgpack": False,
+    "unet/diffusion_pytorch_model.non_ema.safetensors": False, "vae/diffusion_pytorch_model.bin": False,
+    "text_encoder/model.fp16-00001-of-00002.safetensors": False, "text_encoder/model.onnx": False,
+    "unet/openvino_model.xml": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_what_no_family_reads_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, safe: bool) -> None:
+    """The hub's own filter on the names of published repositories; a part without safetensors keeps its .bin files."""
+    files = HUB if safe else {name: read for name, read in HUB.items() if not name.endswith(".safetensors")}
+
+    def snapshot(repository: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        for name in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert folder.locate("owner/name") == tmp_path
+    fetched = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    kept_bin = set() if safe else {"vae/diffusion_pytorch_model.bin"}
+    assert fetched == {name for name, read in files.items() if read} | kept_bin

@@ -67,6 +67,19 @@ def weakest(gradients: dict[str, Tensor]) -> set[str]:
     return {key for key in gradients if ".refiner_blocks.0.attn.to_q" in key}
 
 
+def test_every_family_shares_sequences_exactly(tmp_path: Path) -> None:
+    """Guided with texts of two lengths, odd numbers of tokens, with adapters and recomputation and without."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    worker = ["-m", "tests.worker_sequences", str(tmp_path), str(tmp_path / "found")]
+    done = subprocess.run([*command, *worker], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads((tmp_path / "found").read_text())
+    assert len(found) == 8
+    for name, differences_of in found.items():
+        assert differences_of["velocity"] <= 1e-6, name
+        assert differences_of["gradient"] <= 1e-6, name
+
+
 @pytest.mark.parametrize(("ranks", "settings"), [
     (2, {"rollout_weights": "gathered"}),
     (2, {"rollout_weights": "sharded"}),

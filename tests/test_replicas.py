@@ -2,17 +2,23 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import tomli_w
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests import runs, videoalign_folder
 
 TOKEN = "a token of at least sixteen characters"
+ITERATIONS = 6
+LONGER = (f"run.iterations={ITERATIONS}", "rollout.batch_size=2")  # four requests per iteration
 
 
 def free_port() -> int:
@@ -46,9 +52,33 @@ class Replica:
             assert self.process.poll() is None and time.monotonic() < deadline, "the replica did not start"
             time.sleep(0.1)
 
+    def clips_scored(self) -> float:
+        """By the process that runs now."""
+        answer = httpx.get(f"{self.url}/metrics", headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False)
+        samples = [one for family in text_string_to_metric_families(answer.text) for one in family.samples]
+        return sum(one.value for one in samples if one.name == "reward_clips_total")
+
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+def rows(folder: Path) -> list[str]:
+    """Of a run's metrics, those that are whole."""
+    file = folder / "metrics.jsonl"
+    return file.read_text().split("\n")[:-1] if file.exists() else []
+
+
+def failed(folder: Path) -> float:
+    """Requests that did not reach a server, so far."""
+    return sum(float(json.loads(row)["scoring/requests_failed"]) for row in rows(folder))
+
+
+def wait_for(run: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + runs.LIMIT
+    while not reached():
+        assert run.poll() is None and time.monotonic() < deadline, "the run ended before"
+        time.sleep(0.02)
 
 
 def recipe_with_videoalign(folder: Path) -> Path:
@@ -71,10 +101,11 @@ def test_a_replica_killed_and_restarted_in_mid_run_changes_no_bit(tmp_path: Path
     recipe, token = recipe_with_videoalign(tmp_path), tmp_path / "token"
     token.write_text(TOKEN)
     replicas = [Replica(recipe, token, tmp_path) for _ in range(2)]
+    processes: list[subprocess.Popen[bytes]] = []
     try:
         for replica in replicas:
             replica.wait()
-        servers = [f"server.urls={json.dumps([r.url for r in replicas])}", f"server.token_file={token}"]
+        servers = [f"server.urls={json.dumps([r.url for r in replicas])}", f"server.token_file={token}", *LONGER]
         calm = runs.command(tmp_path / "calm", servers)
         stormy = runs.command(tmp_path / "stormy", [*servers, "server.outage_s=100"])
         for command in (calm, stormy):
@@ -82,17 +113,24 @@ def test_a_replica_killed_and_restarted_in_mid_run_changes_no_bit(tmp_path: Path
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run(calm, cwd=runs.ROOT, env=environment, check=True, timeout=runs.LIMIT, capture_output=True)
         run = subprocess.Popen(stormy, cwd=runs.ROOT, env=environment, stdout=subprocess.DEVNULL)
-        metrics, deadline = tmp_path / "stormy" / "metrics.jsonl", time.monotonic() + runs.LIMIT
-        while not metrics.exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        processes.append(run)
+        wait_for(run, lambda: len(rows(tmp_path / "stormy")) > 0)  # the file itself is there before the first iteration
         replicas[1].kill()
-        time.sleep(1.0)
+        wait_for(run, lambda: failed(tmp_path / "stormy") > 0)
+        run.send_signal(signal.SIGSTOP)  # it is to go on with both replicas, however long the start takes
         replicas[1].process = replicas[1].start()
+        replicas[1].wait()
+        assert len(rows(tmp_path / "stormy")) < ITERATIONS - 1
+        run.send_signal(signal.SIGCONT)
         assert run.wait(runs.LIMIT) == 0
+        assert replicas[1].clips_scored() > 0  # of the new process
     finally:
+        for process in processes:
+            process.kill()
+            process.wait()
         for replica in replicas:
             replica.kill()
-    assert len(runs.metrics(tmp_path / "calm")) == 3
+    assert len(runs.metrics(tmp_path / "calm")) == ITERATIONS and failed(tmp_path / "calm") == 0
     for one, other in zip(runs.metrics(tmp_path / "calm"), runs.metrics(tmp_path / "stormy"), strict=True):
         for key in ("reward/VQ", "reward/MQ", "reward/sum", "reward/invalid", "group_std/VQ", "update/grad_norm"):
             assert one[key] == other[key], key

@@ -1,9 +1,13 @@
 """How a server puts clips of many requests together, what it sends for, and what it counts."""
 
+import asyncio
+import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +18,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 
 from fastgrpo.config import RewardSpec
-from fastgrpo.rewards import Reward, Scores, judge_batch, load, plain, wire
+from fastgrpo.errors import UserError
+from fastgrpo.rewards import Reward, Scores, batcher, judge_batch, load, logs, plain, served, wire
+from fastgrpo.rewards.admission import Admission, Refusal
 from fastgrpo.rewards.batcher import batch
 from fastgrpo.rewards.client import RewardClient
 from fastgrpo.rewards.in_process import ScorerInProcess
-from fastgrpo.rewards.served import Served
+from fastgrpo.rewards.meters import Meters
+from fastgrpo.rewards.served import Served, code_hash
 from tests.servers import CAPTIONS, TOKEN, clips, post, running, same
 
 
@@ -141,6 +148,132 @@ def test_what_its_sender_gave_up_is_not_scored() -> None:
             assert post(url, body, **{"X-Timeout-S": wrong}).status_code == 400
 
 
+def test_what_waits_behind_another_shape_is_given_up_in_time() -> None:
+    """Its sender hears of it while a batch is scored, not after: by then it would have given up on the server."""
+    with running({"sums": Sums(1.5)}, wait_s=0.0) as url, ThreadPoolExecutor(2) as threads:
+        first = threads.submit(post, url, wire.encode_request([picture(1)], ["p"], 8.0, ["sums"]))
+        time.sleep(0.3)
+        start = time.monotonic()
+        other = wire.encode_request([picture(1, 8)], ["p"], 8.0, ["sums"])
+        assert post(url, other, **{"X-Timeout-S": "0.2"}).status_code == 504
+        assert time.monotonic() - start < 0.9 and not first.done()
+        assert first.result().status_code == 200
+
+
+def test_a_slow_server_loses_no_sample() -> None:
+    pixels = torch.stack([picture(n) for n in range(4)])
+    with (
+        running({"sums": Sums(0.12)}, batch_size=4) as url,
+        RewardClient([url], TOKEN, ["sums"], timeout_s=1.2, outage_s=60.0) as client,
+        ThreadPoolExecutor(32) as threads,
+    ):
+        answers = list(threads.map(lambda _: client.score(pixels, ["p"] * 4, 8.0)["sums"], range(32)))
+        events = client.take_events()
+    assert all(answer.valid.all() for answer in answers)
+    assert events["requests_turned_away"] > 0 and "clips_given_up" not in events
+
+
+@pytest.mark.parametrize("place", ["batch", "meters"])
+def test_a_batch_that_fails_ends_neither_the_scoring_nor_tells_its_text(
+    place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = [RuntimeError("not enough memory for a secret prompt")]
+
+    def once(call: Callable[..., Any]) -> Callable[..., Any]:
+        def failing(*arguments: Any) -> Any:
+            if left:
+                raise left.pop()
+            return call(*arguments)
+
+        return failing
+
+    target: Any = batcher if place == "batch" else Meters
+    monkeypatch.setattr(target, "batch", once(target.batch))
+    with running({"sums": Sums()}) as url:
+        body = wire.encode_request([picture(1)] * 2, ["p"] * 2, 8.0, ["sums"])
+        assert post(url, body).status_code == 500
+        assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
+        assert post(url, body).json()["scores"]["sums"]["sum"] == [96.0, 96.0]
+    assert "a batch of 2 clips for sums failed: RuntimeError at" in caplog.text and "secret" not in caplog.text
+
+
+def test_a_server_whose_scoring_has_ended_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running({"sums": Sums()}) as url:
+        assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
+        monkeypatch.setattr(batcher.Batcher, "_due", lambda *_: 1 / 0)
+        body = wire.encode_request([picture(1)], ["p"], 8.0, ["sums"])
+        assert post(url, body).status_code == 500
+        assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 503
+        assert post(url, body).status_code == 503
+
+
+class Full(Sums):
+    def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_no_memory_is_no_invalid_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running({"full": Full()}) as url:
+        assert post(url, wire.encode_request([picture(1)], ["p"], 8.0, ["full"])).status_code == 500
+    monkeypatch.setattr("fastgrpo.rewards.in_process.load_served", lambda spec: Served(Full(), spec))
+    scorer = ScorerInProcess([RewardSpec(name="full", weights={}, batch_size=3)])
+    with pytest.raises(UserError, match=r"rewards.batch_size=3: the GPU has no room for full; lower it, or give it"):
+        scorer.score(picture(1)[None], ["p"], 8.0)
+
+
+def test_a_request_that_one_reward_refuses_leaves_nothing_waiting() -> None:
+    sums = Sums()
+    with running({"sums": sums, "two": Choosy(4.0)}) as url:
+        at = [0, 1, 3, 5]
+        body = wire.encode_request([torch.ones(4, 8, 8, 3, dtype=torch.uint8)], ["p"], 8.0, ["sums", "two"], at, 9)
+        assert post(url, body).status_code == 400
+        whole = wire.encode_request([picture(1)], ["p"], 8.0, ["two", "sums"])
+        assert post(url, whole).status_code == 200
+    assert len(sums.shapes) == 1
+
+
+def test_one_that_waited_for_room_in_vain_lets_smaller_ones_in() -> None:
+    async def scene() -> None:
+        admission = Admission(100, 5.0)
+        entered: list[str] = []
+
+        async def ask(name: str, length: int, longest: float) -> None:
+            async with admission.room(length, longest):
+                entered.append(name)
+
+        async with admission.room(60):
+            big = asyncio.create_task(ask("big", 90, 0.1))
+            await asyncio.sleep(0)
+            small = asyncio.create_task(ask("small", 30, 5.0))
+            with pytest.raises(Refusal, match="429"):
+                await big
+            await asyncio.wait_for(small, 0.5)  # while the first one is still there
+        assert entered == ["small"] and admission.bytes == 0
+
+    asyncio.run(scene())
+
+
+def test_the_log_has_no_text_of_exceptions_of_other_libraries() -> None:
+    error = KeyError("a secret prompt")
+    told = (type(error), error, None)
+    messages = (
+        f"Task exception was never retrieved\nfuture: <Task finished exception={error!r}>",
+        f"Exception in callback done(<Task finished exception={error!r}>)\nhandle: <Handle>",
+    )
+    lines = [
+        logs.JsonLines().format(logging.LogRecord("asyncio", logging.ERROR, "f", 1, text, (), told))
+        for text in messages
+    ]
+    assert [json.loads(line)["message"] for line in lines] == [
+        "Task exception was never retrieved", "Exception in callback done",
+    ]  # fmt: skip
+    assert all(json.loads(line)["error"] == "KeyError" and "secret" not in line for line in lines)
+    uvicorn = logging.LogRecord(
+        "uvicorn.error", logging.ERROR, "f", 1, "Exception in ASGI application\nsecret", (), told
+    )
+    assert json.loads(logs.JsonLines().format(uvicorn))["message"] == "Exception in ASGI application"
+
+
 def test_metrics_count_what_happened() -> None:
     with running({"tiny_world": load(plain("tiny_world"))}) as url:
         body = wire.encode_request(list(clips()[:4]), [*CAPTIONS[:3], "not of this world"], 8.0, ["tiny_world"])
@@ -175,21 +308,50 @@ def test_identity_covers_all_that_decides_scores() -> None:
 
     base = identity()
     assert base == identity(device="cpu", batch_size=3, path="elsewhere", urls=("http://a",), where="process")
+    assert base == identity(options={"tokenizer": "/a/path"})  # its effect is in the fingerprint
+    assert identity("") != identity("", options={"k": 1})  # nothing else says what it does
     others = [
         identity("b"),
         identity(names=("A", "B")),
         identity(dtype="bfloat16"),
         identity(frames="first"),
         identity(threshold={"A": 1.0}),
-        identity(options={"k": 1}),
+        identity(""),
     ]
     assert len({base, *others}) == len(others) + 1
 
 
+def test_identity_covers_options_of_rewards_without_weights() -> None:
+    def identity(name: str, **fields: Any) -> str:
+        spec = RewardSpec(name=name, weights={}, **fields)
+        return Served(load(spec), spec).identity
+
+    assert identity("video_stats") == identity("video_stats", options={"jpeg_quality": 95})  # its default
+    assert identity("video_stats") != identity("video_stats", options={"jpeg_quality": 90})
+    binary: dict[str, Any] = {"threshold": {"jpeg": 5.0}}
+    assert identity("video_stats", **binary) != identity("video_stats", options={"jpeg_quality": 90}, **binary)
+
+
+def test_identity_covers_the_code_of_all_files_and_the_libraries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.py").write_text(f"# {name}")
+    first = code_hash(tmp_path)
+    assert code_hash(tmp_path) == first
+    (tmp_path / "a.py").write_text("# fixed: a file that rewards share")
+    fixed = code_hash(tmp_path)
+    (tmp_path / "a.py").rename(tmp_path / "c.py")
+    assert len({first, fixed, code_hash(tmp_path)}) == 3
+    before = Served(load(plain("tiny_world")), plain("tiny_world")).identity
+    monkeypatch.setitem(served.VERSIONS, "torch", "0.4")
+    assert Served(load(plain("tiny_world")), plain("tiny_world")).identity != before
+
+
 def test_golden_clip_is_scored_at_the_start_and_told() -> None:
-    served = Served(load(plain("tiny_world")), plain("tiny_world"))
-    served.warm_up()
-    assert all(score is not None and score > 0.9 for score in served.golden.values())  # a clip of this very world
+    tiny = Served(load(plain("tiny_world")), plain("tiny_world"))
+    tiny.warm_up()
+    assert all(score is not None and score > 0.9 for score in tiny.golden.values())  # a clip of this very world
 
     class Narrow(Sums):
         def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:

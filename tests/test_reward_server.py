@@ -22,8 +22,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fastgrpo import cli
 from fastgrpo.errors import UserError
-from fastgrpo.rewards import Reward, Scores, load, plain, wire
+from fastgrpo.rewards import Reward, Scores, load, plain, weights, wire
 from fastgrpo.rewards.beside import launch_beside
 from fastgrpo.rewards.client import RewardClient
 from fastgrpo.rewards.in_process import ScorerInProcess
@@ -452,3 +453,20 @@ def test_addresses_that_cannot_be_had_are_one_line() -> None:
         serve([plain("tiny_world")], "0.0.0.0", 0, "short", None)
     with pytest.raises(UserError, match="token=''"):
         serve([plain("tiny_world")], "127.0.0.1", 0, "", None)
+
+
+def test_a_token_that_no_header_carries_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = tmp_path / "token"
+    token.write_bytes("gre\u00fc\u00df".encode())
+    command = cli.parser().parse_args(["serve-rewards", "tiny_world", "--token-file", str(token)])
+    with pytest.raises(UserError, match=f"--token-file={token}: no usable token in it"):
+        cli.serve_rewards(command)
+    monkeypatch.setenv("FASTGRPO_TOKEN", "two\nlines")
+    with pytest.raises(UserError, match="FASTGRPO_TOKEN: no usable token"):
+        cli.serve_rewards(cli.parser().parse_args(["serve-rewards", "tiny_world"]))
+
+
+def test_a_missing_file_is_not_looked_for_on_the_hub() -> None:
+    for name in ("weights/HPS_v2.1_compressed.pt", "weights/absent.safetensors"):
+        with pytest.raises(UserError, match=f"rewards.path={name}: no such file or folder; fetch it."):
+            weights.locate(name, ["a.pt"], [], "rewards.path", "fetch it")

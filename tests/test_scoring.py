@@ -138,7 +138,7 @@ def test_one_clip_in_five_fails_and_the_others_are_as_if_it_were_not_there(
     metrics = scored.metrics()
     assert metrics["invalid/A"] == metrics["invalid/B"] == (0 if in_time else 4)
     if fault == "late" and where == "server":
-        assert metrics["reward/requests_bad"] >= 8 and metrics["reward/clips_given_up"] == 4
+        assert metrics["scoring/requests_bad"] >= 8 and metrics["scoring/clips_given_up"] == 4
     recipe: Any = SimpleNamespace(weights={"A": 1.0, "B": 1.0})
     logged = reward_metrics(scored, recipe, GROUP)
     assert logged["reward/invalid"] == metrics["invalid/A"]
@@ -245,7 +245,7 @@ def test_each_source_has_its_own_threads_and_is_released_at_the_end(world: World
     scorer.close()
     assert one.most == 1 and 2 <= four.most <= 4
     assert one.released == four.released == 1
-    assert scored.events["requests_failed"] == 4 and scored.metrics()["reward/requests_failed"] == 4.0
+    assert scored.events["requests_failed"] == 4 and scored.metrics()["scoring/requests_failed"] == 4.0
 
 
 def test_a_source_that_fails_ends_the_iteration_with_its_line(world: World) -> None:
@@ -311,9 +311,9 @@ def test_serve_rewards_takes_its_rewards_from_a_recipe() -> None:
         (["--only", "a", "tiny_world"], "nothing to serve"),
         (
             ["--recipe", str(runs.RECIPE), several, "--only", "b"],
-            "no reward .'b'. with where='server'; it has tiny_world",
+            "--only=b: .* has no such reward with where='server', only tiny_world",
         ),
-        (["--recipe", str(runs.RECIPE), "rewards.0.where=process"], "with where='server'; it has none"),
+        (["--recipe", str(runs.RECIPE), "rewards.0.where=process"], "with where='server'; it has none. Add"),
     ):
         with pytest.raises(UserError, match=said):
             asked(*arguments)
@@ -354,7 +354,7 @@ def test_a_run_goes_on_without_the_samples_that_have_no_score(tmp_path: Path) ->
     rows = runs.metrics(tmp_path / "run")
     assert len(rows) == 2 and all(1 <= row["reward/invalid"] <= 3 for row in rows)  # of 8, in steps of five
     assert all(row["reward/invalid"] == row["invalid/VQ"] for row in rows)
-    assert all(row["update/grad_norm"] > 0 and 0.0 <= row["reward/hidden_share"] <= 1.0 for row in rows)
+    assert all(row["update/grad_norm"] > 0 and 0.0 <= row["scoring/hidden_share"] <= 1.0 for row in rows)
 
 
 def test_too_many_samples_without_a_score_end_the_run() -> None:

@@ -4,7 +4,6 @@ The pipeline samples the image's latent with the generator it is given before it
 function of the image: its generator, handed to the pipeline together with the noise, makes both draw the same sample.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from fastgrpo.models.skyreels_i2v import SkyReels, blocks, posterior_key
 from fastgrpo.rollout import Plan, Trajectories, sample_ode
 from fastgrpo.update import Trainer, update
 from tests import tiny
+from tests.backbone import changed
 from tests.folders import hunyuan_video as base_files
 from tests.folders import skyreels_i2v as files
 
@@ -239,14 +239,6 @@ def test_the_images_latent_is_a_reproducible_sample(
     assert abs(torch.corrcoef(draws.flatten(1)) - torch.eye(3)).max() < 0.2
 
 
-def changed(folder: Path, copy: Path, part: str, **entries: object) -> Path:
-    """A copy of the folder with entries of one part's config changed."""
-    shutil.copytree(folder, copy)
-    file = copy / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
-    return copy
-
-
 def test_the_folders_constants_are_followed(folder: Path, prompts: list[Prompt], tmp_path: Path) -> None:
     scaled = changed(folder, tmp_path / "scaled", "vae", scaling_factor=0.9)
     shifted = changed(scaled, tmp_path / "shifted", "scheduler", shift=2.0)
@@ -367,6 +359,7 @@ def test_the_full_size_network_is_wrapped_block_by_block() -> None:
     ("hunyuan_video", {"in_channels": 16, "image_condition_type": "token_replace"}, r"\(token_replace\), which no fam"),
     ("skyreels_i2v", {"in_channels": 33}, "has in_channels=33 and out_channels=16; correct the path"),
     ("skyreels_i2v", {"in_channels": 8, "out_channels": 4}, "makes 4 channels and the VAE takes 16"),
+    ("skyreels_i2v", {"patch_size": None}, "has patch_size=None and patch_size_t=1, not a whole number and 1"),
     ("skyreels_i2v", {"guidance_embeds": False}, r"model.guidance=2.0: .*no embedded guidance; set model.cfg instead"),
     ("skyreels_i2v", {"_class_name": "UNet2DConditionModel"}, "holds a UNet2DConditionModel, not a Hunyuan"),
 ])  # fmt: skip
@@ -375,11 +368,27 @@ def test_a_network_that_does_not_fit_is_one_line_before_its_weights_are_read(
 ) -> None:
     edited = changed(folder, tmp_path / "edited", "transformer", **entries)
     (edited / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    if family == "hunyuan_video":  # another network put into its folder
+        edited = changed(edited, tmp_path / "named", "", _class_name="HunyuanVideoPipeline")
     recipe = settings(edited).model_copy(update={"family": family, "guidance": 2.0})
     with pytest.raises(UserError, match=message) as caught:
         models.load(recipe, CPU)
     assert "\n" not in str(caught.value)
     if family == "skyreels_i2v" and "_class_name" not in entries:
+        with pytest.raises(UserError, match=message), models.encoder(recipe, VIDEO, CPU):
+            pass
+
+
+def test_another_pipelines_folder_is_one_line_that_names_its_family(folder: Path, tmp_path: Path) -> None:
+    wan = changed(folder, tmp_path / "wan", "", _class_name="WanPipeline")
+    own = r"a HunyuanSkyreelsImageToVideoPipeline or a HunyuanVideoPipeline"
+    for path, family, message in (
+        (wan, "skyreels_i2v", f"names a WanPipeline, not {own}; set model.family=wan, or correct the path"),
+        (folder, "hunyuan_video", r"ToVideoPipeline, not a HunyuanVideoPipeline; set model.family=skyreels_i2v, or"),
+    ):
+        recipe = settings(path).model_copy(update={"family": family})
+        with pytest.raises(UserError, match=message):
+            models.load(recipe, CPU)
         with pytest.raises(UserError, match=message), models.encoder(recipe, VIDEO, CPU):
             pass
 

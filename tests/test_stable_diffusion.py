@@ -27,6 +27,7 @@ from fastgrpo.models.stable_diffusion import Schedule, StableDiffusion, blocks
 from fastgrpo.rollout import Plan, Trajectories, sample_ode
 from fastgrpo.update import Trainer, update
 from tests import tiny
+from tests.backbone import CONFIGS
 from tests.folders import stable_diffusion as files
 
 CPU = torch.device("cpu")
@@ -53,7 +54,7 @@ def world() -> Iterator[World]:
 def changed(folder: Path, copy: Path, part: str, **entries: object) -> Path:
     """A copy of the folder with entries of one part's config changed; None takes one out."""
     shutil.copytree(folder, copy)
-    file = copy / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    file = copy / part / CONFIGS.get(part, "config.json")
     config = json.loads(file.read_text()) | entries
     file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     return copy
@@ -367,6 +368,8 @@ def test_every_block_is_sharded(folder: Path, world: World) -> None:
 
 
 @pytest.mark.parametrize(("part", "entries", "message"), [
+    ("", {"_class_name": "StableDiffusionXLPipeline"}, "not a StableDiffusionPipeline; correct model.family or the"),
+    ("", {"_class_name": "FluxPipeline"}, "names a FluxPipeline, not a StableDiffusionPipeline; set model.family=flux"),
     ("scheduler", {"clip_sample": True}, "has clip_sample=true, .*set it to false"),
     ("scheduler", {"thresholding": True}, "has thresholding=true, .*set it to false"),
     ("scheduler", {"rescale_betas_zero_snr": True}, "has rescale_betas_zero_snr=true"),

@@ -67,9 +67,9 @@ def test_an_invalid_score_is_neither_above_nor_below() -> None:
     assert threshold.wrap(Table({"HPS": [nan]}), {"HPS": -1e30})(PIXELS, [""], 8.0).values["HPS_above"].isnan().all()
 
 
-def test_an_invalid_clip_stays_so_through_judge() -> None:
+def test_an_invalid_clip_stays_so_through_judge_batch() -> None:
     reward = threshold.wrap(Table({"HPS": [0.9, float("nan")]}), {"HPS": 0.5})
-    scores = rewards.judge(reward, list(PIXELS[:2]), ["", ""], 8.0)
+    scores = rewards.judge_batch(reward, PIXELS[:2], ["", ""], 8.0)
     assert scores.valid.tolist() == [True, False]
     assert scores.values["HPS_above"].isnan().tolist() == [False, True]
 

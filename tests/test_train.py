@@ -4,6 +4,9 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +80,41 @@ def test_a_run_folder_of_another_recipe_is_refused(finished: Path) -> None:
     line = runs.complaint(finished, ["optimizer.lr=1e-3", "run.seed=4"])
     assert "holds a run of another recipe (optimizer.lr: " in line and "-> 0.001; run.seed: 0 -> 4)" in line
     assert "holds a run already" in runs.complaint(finished, ["run.resume=never"])
+
+
+def test_sharded_rollout_offload_and_saving_in_the_background_end_alike(finished: Path, tmp_path: Path) -> None:
+    """Also where a rank has no clip to evaluate: one prompt, one seed, two ranks."""
+    settings = ["distributed.rollout_weights=sharded", "distributed.offload=true", "checkpoint.background=true"]
+    runs.succeed(tmp_path / "run", [*settings, "evaluate.prompts=1", "evaluate.clips=1"], ranks=2)
+    for row, other in zip(runs.metrics(tmp_path / "run"), runs.metrics(finished), strict=True):
+        assert row["reward/sum"] == pytest.approx(other["reward/sum"], abs=1e-4)
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-3\n"
+
+
+def test_an_outage_beyond_the_limit_saves_what_was_trained(tmp_path: Path) -> None:
+    folder, ready, token = tmp_path / "run", tmp_path / "ready.json", tmp_path / "token"
+    token.write_text("a token of at least sixteen characters")
+    serve = ["-m", "fastgrpo.cli", "serve-rewards", "tiny_world", "--port", "0", "--ready-file", str(ready)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen([sys.executable, *serve, "--token-file", str(token)], cwd=runs.ROOT, env=environment)
+    deadline = time.monotonic() + 120
+    while not ready.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    settings = [f"server.urls=['{json.loads(ready.read_text())['url']}']", f"server.token_file={token}"]
+    settings += ["server.outage_s=1", "server.request_timeout_s=2", "run.iterations=200", "checkpoint.every=1000"]
+    pipe = subprocess.PIPE
+    run = subprocess.Popen(
+        runs.command(folder, settings), cwd=runs.ROOT, env=environment, stdout=pipe, stderr=pipe, text=True
+    )
+    metrics = folder / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    server.kill()
+    server.wait()
+    _, told = run.communicate(timeout=120)
+    assert run.returncode == 2 and "no scores for 1 s" in told, told
+    done = len(runs.metrics(folder))
+    assert done >= 1 and (folder / "checkpoints" / "latest").read_text() == f"step-{done}\n"
 
 
 def test_a_flipped_byte_is_named_and_the_checkpoint_before_taken(finished: Path, tmp_path: Path) -> None:

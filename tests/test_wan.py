@@ -298,6 +298,7 @@ def test_the_full_size_network_is_wrapped_block_by_block(config: dict[str, Any],
 
 
 @pytest.mark.parametrize(("part", "entries", "message"), [
+    ("", {"_class_name": "WanImageToVideoPipeline"}, "not a WanPipeline; correct model.family or the path"),
     ("", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "has transformer_2, as Wan 2.2 does; use"),
     ("", {"boundary_ratio": 0.875}, "has boundary_ratio, as Wan 2.2 does"),
     ("", {"expand_timesteps": True}, "has expand_timesteps, as Wan 2.2 does"),
