@@ -74,13 +74,15 @@ if __name__ == "__main__":
             rounds = list(rollout.rounds(total, conditions, tiny.GROUP, 4, world, not whole))
             drawn = [(rollout.sample(policy, plan, conditions, batch), counts) for batch, counts in rounds]
         trainer = tiny.Recorder.create(policy, tiny.settings(8, updates=2), None)
+        forwards: list[int] = []
+        policy.network.register_forward_pre_hook(lambda module, inputs: forwards.append(1))
         trajectories = rollout.concatenate([part for part, counts in drawn if counts])
         with Bytes() as in_update:
             tiny.run_update(trainer, plan, trajectories, conditions, world)
         if world.main:
             told = {
                 "blocks": blocks, "root": root, "forwards": len(rounds) * plan.steps,
-                "rollout": in_rollout.counts, "update": in_update.counts,
+                "micro_batches": len(forwards), "rollout": in_rollout.counts, "update": in_update.counts,
             }  # fmt: skip
             with open(sys.argv[1], "w") as file:
                 json.dump(told, file)
