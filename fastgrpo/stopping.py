@@ -74,18 +74,29 @@ class Stop:
     def between(self, work: Iterable[T]) -> Iterator[T]:
         """The pieces of work, one by one; raises Stopped, on every rank, before one where a rank was asked to stop.
 
-        Ranks may have different numbers of pieces, also none: all return when all are done.
+        The ranks agree while a piece is under way and read the answer before the next, so that none waits for another's
+        piece. They may have different numbers of pieces, also none: all return when all are done.
         """
+        agreement = None
         for piece in work:
-            self._agree(busy=True)
+            if agreement is not None:
+                self._answer(agreement)
+            agreement = self._ask(busy=True)
             yield piece
-        while self._agree(busy=False):
+        if agreement is not None:
+            self._answer(agreement)
+        while self._answer(self._ask(busy=False)):
             pass
 
-    def _agree(self, busy: bool) -> bool:
-        """Whether any rank is busy; raises Stopped where any was asked to stop."""
+    def _ask(self, busy: bool) -> tuple[Any, torch.Tensor]:
+        """Begin an agreement: was any rank asked to stop, and is any busy."""
         flags = torch.tensor([self._asked(), busy], dtype=torch.uint8)
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
+        return dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True), flags
+
+    def _answer(self, agreement: tuple[Any, torch.Tensor]) -> bool:
+        """Whether any rank is busy; raises Stopped where any was asked to stop."""
+        under_way, flags = agreement
+        under_way.wait()
         asked, any_busy = flags.tolist()
         if asked:
             raise Stopped
