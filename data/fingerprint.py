@@ -14,6 +14,7 @@ from typing import Any
 from fastgrpo import models
 from fastgrpo.config import Recipe
 from fastgrpo.data.prompts import Prompt
+from fastgrpo.files import replace_text, sha256
 from fastgrpo.models import folder
 
 TEXT_PARTS = ("tokenizer", "text_encoder")  # beginnings of the names in model_index.json
@@ -71,13 +72,11 @@ def _hashes(files: Sequence[Path], remembered: Path) -> dict[Path, str]:
     places = {file: str(file.resolve()) for file in files}
     changed = [file for file in files if known.get(places[file], {}).get("stamp") != stamps[file]]
     with ThreadPoolExecutor(THREADS) as pool:
-        for file, sha256 in zip(changed, pool.map(_sha256, changed), strict=True):
-            known[places[file]] = {"stamp": stamps[file], "sha256": sha256}
+        for file, digest in zip(changed, pool.map(sha256, changed), strict=True):
+            known[places[file]] = {"stamp": stamps[file], "sha256": digest}
     if changed:
         remembered.parent.mkdir(parents=True, exist_ok=True)
-        partial = remembered.with_name(remembered.name + ".partial")
-        partial.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, remembered)
+        replace_text(remembered, json.dumps(known, indent=1) + "\n")
     return {file: known[places[file]]["sha256"] for file in files}
 
 
@@ -88,11 +87,6 @@ def _remembered(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _digest(content: object) -> str:

@@ -7,12 +7,11 @@ the state is copied to host memory first, and training goes on while it is writt
 training goes on. Randomness is keyed, so no generator's state is stored: any number of ranks and any mesh resumes.
 """
 
-import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from fastgrpo import stored
 from fastgrpo.config import Checkpoint
 from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
+from fastgrpo.files import flush, sha256
 from fastgrpo.update import Trainer
 
 T = TypeVar("T")
@@ -174,7 +174,8 @@ class Checkpoints:
             if pending.written is not None:
                 pending.written.result()
             if pending.problem is None:
-                hashes = _hashes(pending.path.with_suffix(".partial"), self.world.rank)
+                written = pending.path.with_suffix(".partial").glob(f"__{self.world.rank}_*")  # by this rank
+                hashes = _hashes(written)
         except CheckpointException as failure:
             pending.problem = _cause(failure)
         except OSError as error:
@@ -207,23 +208,20 @@ class Checkpoints:
         path, partial = pending.path, pending.path.with_suffix(".partial")
         try:
             (partial / "progress.json").write_text(pending.progress)
-            manifest = dict(parts) | {
-                name: (len(content), hashlib.sha256(content).hexdigest())
-                for name, content in ((n, (partial / n).read_bytes()) for n in ("progress.json", ".metadata"))
-            }
+            manifest = dict(parts) | _hashes([partial / "progress.json", partial / ".metadata"])
             missing = {file.name for file in partial.iterdir()} - set(manifest)
             assert not missing, missing
             entries = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(manifest.items())}
             (partial / "manifest.json").write_text(json.dumps(entries, indent=1))
             for file in partial.iterdir():
-                _flush(file)
-            _flush(partial)
+                flush(file)
+            flush(partial)
             os.rename(partial, path)
             latest = self.folder / "latest.tmp"
             latest.write_text(path.name + "\n")
-            _flush(latest)
+            flush(latest)
             os.replace(latest, self.folder / "latest")
-            _flush(self.folder)
+            flush(self.folder)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             return error.strerror or type(error).__name__
@@ -255,7 +253,7 @@ class Checkpoints:
         problem, entries = self.world.on_main(sizes)
         if problem is None:
             own = sorted(entries)[self.world.rank :: self.world.size]
-            wrong = [name for name in own if _sha256(path / name) != entries[name]["sha256"]]
+            wrong = [name for name in own if sha256(path / name) != entries[name]["sha256"]]
             problem = next((f"{name} is not what was written" for found in self._gather(wrong) for name in found), None)
         return problem
 
@@ -264,14 +262,9 @@ def _cause(failure: CheckpointException) -> str:
     return str(next(iter(failure.failures.values()))[0])
 
 
-def _hashes(folder: Path, rank: int) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of the parts that this rank wrote."""
-    return {file.name: (file.stat().st_size, _sha256(file)) for file in folder.glob(f"__{rank}_*")}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+def _hashes(files: Iterable[Path]) -> dict[str, tuple[int, str]]:
+    """Size in bytes and SHA-256 of each file, by its name."""
+    return {file.name: (file.stat().st_size, sha256(file)) for file in files}
 
 
 def _set_aside(path: Path, aside: Path) -> None:
@@ -297,12 +290,3 @@ def number(checkpoint: Path) -> int:
 def _fresh(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

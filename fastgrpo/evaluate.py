@@ -4,7 +4,6 @@ The seeds do not depend on the run's seed, so that all runs of a recipe are judg
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from fastgrpo.config import Recipe
 from fastgrpo.data import video
 from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
+from fastgrpo.files import replace_text
 from fastgrpo.models import Condition, Policy, stack
 from fastgrpo.rollout import Plan, Round
 from fastgrpo.scoring import Scorer
@@ -49,9 +49,7 @@ class Evaluation:
             ) from None
 
     def write(self, file: Path) -> None:
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self)))
-        os.replace(partial, file)
+        replace_text(file, json.dumps(asdict(self)))
 
     def columns(self) -> dict[str, np.ndarray]:
         """Each part and the weighted sum, float64 [clips]."""

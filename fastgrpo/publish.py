@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastgrpo.errors import UserError
+from fastgrpo.files import flush
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def whole_folder(folder: Path, option: str, replaces: str | None = None) -> Iter
         partial.mkdir(parents=True)
         yield partial
         for path in (*partial.rglob("*"), partial):
-            _flush(path)
+            flush(path)
         if target.exists():
             os.rename(target, old)
         os.rename(partial, target)
@@ -56,12 +57,3 @@ def refused(folder: Path, option: str, error: OSError) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"{option}={folder}: no space left on the disk; free some and start again.")
     return UserError(f"{option}={folder}: {error.filename}: {error.strerror}; choose another folder or correct that.")
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

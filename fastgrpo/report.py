@@ -16,6 +16,7 @@ import numpy as np
 from fastgrpo.charts import Series, curves, interval, smoothing_width, stacked_bars
 from fastgrpo.data import video
 from fastgrpo.display import PHASES, duration
+from fastgrpo.files import replace_text
 from fastgrpo.page import chart, legend, page, table
 from fastgrpo.runfolder import Evaluation, Run, read_run
 
@@ -54,9 +55,7 @@ def write_report(run_dir: Path) -> Path:
         "value.</footer>",
     )
     path = run_dir / "report.html"
-    partial = path.with_name("report.html.partial")
-    partial.write_text(page(f"{name}: fastgrpo report", "\n".join(sections)), encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, page(f"{name}: fastgrpo report", "\n".join(sections)))
     return path
 
 

@@ -1,6 +1,5 @@
-"""Starting in a run folder: whose run it holds, what it runs on, and files that are replaced as a whole."""
+"""Starting in a run folder: whose run it holds, what it runs on."""
 
-import hashlib
 import json
 import os
 import platform
@@ -13,6 +12,7 @@ from fastgrpo import config
 from fastgrpo.config import Recipe
 from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
+from fastgrpo.files import replace_text, sha256
 
 FREE_SECTIONS = ("checkpoint", "track", "server", "distributed")
 FREE_TO_CHANGE = (
@@ -43,9 +43,9 @@ def prepare_folder(recipe: Recipe, world: World) -> None:
     """Make the run's folder and note in it what runs. On the main rank only."""
     folder = recipe.run.dir
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "recipe.toml", recipe.to_toml())
-    write_atomically(folder / "inputs.json", json.dumps(inputs(recipe), indent=1) + "\n")
-    write_atomically(folder / "environment.json", json.dumps(environment(world), indent=1) + "\n")
+    replace_text(folder / "recipe.toml", recipe.to_toml())
+    replace_text(folder / "inputs.json", json.dumps(inputs(recipe), indent=1) + "\n")
+    replace_text(folder / "environment.json", json.dumps(environment(world), indent=1) + "\n")
 
 
 def check_same_recipe(old: Recipe, new: Recipe) -> None:
@@ -68,12 +68,7 @@ def check_same_recipe(old: Recipe, new: Recipe) -> None:
 def inputs(recipe: Recipe) -> dict[str, str]:
     """SHA-256 of the files whose content the recipe does not show."""
     files = {"prompts.train": recipe.prompts.train, "prompts.heldout": recipe.prompts.heldout}
-    digests = {}
-    for key, file in files.items():
-        if file is not None:
-            with open(file, "rb") as stream:
-                digests[key] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return digests
+    return {key: sha256(Path(file)) for key, file in files.items() if file is not None}
 
 
 def check_same_inputs(file: Path, recipe: Recipe) -> None:
@@ -122,10 +117,3 @@ def environment(world: World) -> dict[str, object]:
         "threads per rank": torch.get_num_threads(),
         "commit": commit.stdout.strip() or "unknown",
     }
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Replace a file as a whole, so that a kill leaves the old one or the new one."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)

@@ -21,6 +21,7 @@ from rich.table import Table
 from fastgrpo import clip_files, judges
 from fastgrpo.config import RewardSpec
 from fastgrpo.errors import UserError
+from fastgrpo.files import replace_text
 from fastgrpo.judges import Judges, Servers, Verdict
 
 UNREADABLE = "unreadable"  # the kind of what a file cannot be scored for
@@ -188,10 +189,7 @@ def write(option: str, file: Path, content: str) -> None:
     if str(file) == "-":
         print(content, end="")
         return
-    partial = file.with_name(file.name + ".partial")
     try:
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, file)
+        replace_text(file, content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{option}={file}: cannot be written ({error.strerror}); choose another file.") from None

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from fastgrpo.errors import UserError
 
+LAYERS = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
+TEXT_LAYERS = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
+
 
 @dataclass(frozen=True)
 class Group:
@@ -163,12 +166,11 @@ class HunyuanAttention:
         own, length = hidden_states.shape[1], encoder_hidden_states.shape[1]
         dual = attn.add_q_proj is not None
         sequence = hidden_states if dual else torch.cat([hidden_states, encoder_hidden_states], 1)
-        q, k, v = _heads(attn, sequence, "to_q", "to_k", "to_v", "norm_q", "norm_k")
+        q, k, v = _heads(attn, sequence, LAYERS)
         if image_rotary_emb is not None:
             q, k = (torch.cat([_rotated(x[:, :own], image_rotary_emb), x[:, own:]], 1) for x in (q, k))
         if dual:
-            names = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
-            about_text = _heads(attn, encoder_hidden_states, *names)
+            about_text = _heads(attn, encoder_hidden_states, TEXT_LAYERS)
             q, k, v = (torch.cat(pair, 1) for pair in zip((q, k, v), about_text, strict=True))
         mask = attention_mask[..., own:] if attention_mask is not None and self.plain.padded else None
         where = slice(own, own + length)
@@ -196,10 +198,9 @@ class FluxAttention:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        q, k, v = _heads(attn, hidden_states, "to_q", "to_k", "to_v", "norm_q", "norm_k")
+        q, k, v = _heads(attn, hidden_states, LAYERS)
         if encoder_hidden_states is not None:
-            names = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
-            about_text = _heads(attn, encoder_hidden_states, *names)
+            about_text = _heads(attn, encoder_hidden_states, TEXT_LAYERS)
             q, k, v = (torch.cat(pair, 1) for pair in zip(about_text, (q, k, v), strict=True))
         if image_rotary_emb is not None:
             q, k = _rotated(q, image_rotary_emb), _rotated(k, image_rotary_emb)
@@ -238,7 +239,7 @@ class WanAttention:
         return attn.to_out[1](attn.to_out[0](out.flatten(2).type_as(hidden_states)))
 
 
-def _heads(attn: Any, x: Tensor, *names: str) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(attn: Any, x: Tensor, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values by the layers of these names, the first two normalised.  returns [B, S, H, D] each"""
     query, key, value, norm_query, norm_key = (getattr(attn, name, None) for name in names)
     q, k, v = (layer(x).unflatten(2, (attn.heads, -1)) for layer in (query, key, value))  # type: ignore[misc]

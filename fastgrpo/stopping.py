@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from fastgrpo.distributed import World
-from fastgrpo.resume import write_atomically
+from fastgrpo.files import replace_text
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -113,4 +113,4 @@ class Stop:
         if self.world.main:
             with contextlib.suppress(OSError):  # without an answer the job counts as crashed
                 self.file.unlink(missing_ok=True)
-                write_atomically(self.answer, "yes\n" if requeue else "no\n")
+                replace_text(self.answer, "yes\n" if requeue else "no\n")

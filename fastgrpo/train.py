@@ -23,11 +23,12 @@ from fastgrpo.data.prompts import Split
 from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 from fastgrpo.evaluate import Evaluation
+from fastgrpo.files import replace_text
 from fastgrpo.lifetime import die_with, only_run_in
 from fastgrpo.models import Condition, Policy
 from fastgrpo.reference import Reference, Unadapted
 from fastgrpo.report import write_report
-from fastgrpo.resume import check_folder, prepare_folder, write_atomically
+from fastgrpo.resume import check_folder, prepare_folder
 from fastgrpo.rollout import Plan, Trajectories
 from fastgrpo.scoring import NoScores, Scored, Scorer, open_rewards
 from fastgrpo.stopping import Signals, Stop, Stopped
@@ -288,7 +289,7 @@ class Session:
         }
 
         def write() -> None:
-            write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+            replace_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
             self.log_clips(after)
             write_report(folder)
 

@@ -25,16 +25,24 @@ print(run["dir"], run["max_requeues"], sep="\n")')
     address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
     export FASTGRPO_MASTER=${address:-$first}:$((20000 + SLURM_JOB_ID % 10000)) FASTGRPO_BATCH=1
     export FASTGRPO_LOGS=$folder/logs/job-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
-    # One task per node with all its cores; without the fourth option srun gives a task one core.
-    srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
-        --cpus-per-task="${SLURM_JOB_CPUS_PER_NODE%%[(,]*}" --kill-on-bad-exit=1 \
-        bash "${BASH_SOURCE[0]%/*}/_run.sh" "$file" "$@" &
-    local step=$! code=0
-    wait "$step" || code=$?
-    while ((code > 128)) && kill -0 "$step" 2>/dev/null; do # a signal has ended `wait`, not the step
+    # The step's exit code goes through a file: bash's `wait` loses it where a signal comes as the step ends.
+    local ended=$FASTGRPO_LOGS.exit step code=137
+    rm -f "$ended"
+    (
+        trap : USR1 TERM # slurm may send them to every process of the batch script
         code=0
-        wait "$step" || code=$?
+        # One task per node with all its cores; without the fourth option srun gives a task one core.
+        srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
+            --cpus-per-task="${SLURM_JOB_CPUS_PER_NODE%%[(,]*}" --kill-on-bad-exit=1 \
+            bash "${BASH_SOURCE[0]%/*}/_run.sh" "$file" "$@" || code=$?
+        echo "$code" >"$ended"
+    ) &
+    step=$!
+    while kill -0 "$step" 2>/dev/null; do # a signal ends `wait`, not the step
+        wait "$step" || true
     done
+    [[ ! -f $ended ]] || read -r code <"$ended"
+    rm -f "$ended"
     conclude "$code" "$limit"
 }
 

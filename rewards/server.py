@@ -32,6 +32,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 
 from fastgrpo.config import RewardSpec
 from fastgrpo.errors import UserError
+from fastgrpo.files import replace_text
 from fastgrpo.rewards import logs, wire
 from fastgrpo.rewards.admission import Admission, Limits, Refusal, authenticate, body_length, patience, read_body
 from fastgrpo.rewards.batcher import Batcher, Expired, Failed
@@ -214,9 +215,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started and self.ready_file is not None:
-            partial = self.ready_file.with_name(self.ready_file.name + ".partial")
-            partial.write_text(json.dumps({"url": self.url, "pid": os.getpid()}) + "\n", encoding="utf-8")
-            partial.replace(self.ready_file)
+            replace_text(self.ready_file, json.dumps({"url": self.url, "pid": os.getpid()}) + "\n")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.desk.ready = False

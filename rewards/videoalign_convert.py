@@ -4,7 +4,6 @@ The file holds the weights with the adapters folded in, so that a server starts 
 scores are equal bit for bit. Beside it lie the three small files that it needs, so that the folder is complete.
 """
 
-import hashlib
 import os
 import shutil
 from importlib.metadata import version
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fastgrpo.errors import UserError
+from fastgrpo.files import sha256
 from fastgrpo.rewards import videoalign_checkpoint, videoalign_network
 from fastgrpo.rewards.videoalign_checkpoint import CONVERTED, FORMAT, Checkpoint, Loaded, as_text
 from fastgrpo.rewards.videoalign_network import HEAD
@@ -92,9 +92,3 @@ def _publish(folder: Path, target: Path) -> None:
             raise UserError(f"DST={target}: has another {file.name}; name a new folder.")
     for file in new:
         os.replace(file, target / file.name)
-
-
-def sha256(file: Path) -> str:
-    """In hexadecimal."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

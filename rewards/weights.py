@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastgrpo.errors import UserError
+from fastgrpo.files import sha256
 
 FILE_KINDS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json", ".txt", ".gz")
 """What ends so is a file, not a hub repository's name."""
@@ -98,6 +99,5 @@ def fingerprint(files: Sequence[Path], settings: Mapping[str, object]) -> str:
     """SHA-256, in hexadecimal, of the files' contents in this order and of the settings that change scores."""
     total = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for file in files:
-        with file.open("rb") as content:
-            total.update(hashlib.file_digest(content, "sha256").digest())
+        total.update(bytes.fromhex(sha256(file)))
     return total.hexdigest()

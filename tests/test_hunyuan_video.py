@@ -315,7 +315,7 @@ def test_latent_shape_and_its_errors(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize(("family", "path", "message"), [
-    ("hunyuan", str(FOLDER), "no file models/hunyuan.py. Use one of "),
+    ("hunyuan", str(FOLDER), "no file models/hunyuan.py. Use one of flux, hunyuan_video, "),
     ("hunyuan_video", "/nowhere/at/all", "no such folder"),
     ("hunyuan_video", str(FOLDER / "vae"), "model_index.json is missing"),
 ])  # fmt: skip

@@ -190,6 +190,7 @@ def test_slurm_finds_the_file_behind_its_copy_and_starts_every_node(tree: Path, 
         assert json.loads(output.read_text())["RANK"] == str(node)
 
 
+WARN = "kill -USR1 $(cut -d' ' -f4 /proc/$PPID/stat)"  # the batch script: srun is a child of its child
 JOB = """
 case "$1 $2" in
     "show job") echo "   JobState=$STATE Dependency=(null)" ;;
@@ -214,10 +215,11 @@ esac
         pytest.param("exit 1", "step-2 2", "RUNNING Reason=None", 1, True, id="first-crash-since-a-checkpoint"),
         pytest.param("echo yes >'the run/requeue'", "step-3 2", "RUNNING Reason=None", 2, False, id="no-progress"),
         pytest.param(
-            "kill -USR1 $PPID; for _ in {1..50}; do [[ ! -f 'the run/stop' ]] || break; sleep 0.1; done;"
+            f"{WARN}; for _ in {{1..50}}; do [[ ! -f 'the run/stop' ]] || break; sleep 0.1; done;"
             " [[ -f 'the run/stop' ]] && echo yes >'the run/requeue'; exit 0",
             None, "RUNNING Reason=None", 0, True, id="warned",
         ),
+        pytest.param(f"{WARN}; exit 3", None, "RUNNING Reason=None", 3, True, id="warned-as-it-ends"),
     ],
 )  # fmt: skip
 @pytest.mark.timeout(60)

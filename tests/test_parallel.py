@@ -51,7 +51,7 @@ def test_a_mesh_equals_one_process(name: str, alone: dict[str, Any], tmp_path: P
     assert mesh["metrics"]["update/transitions"] == alone["metrics"]["update/transitions"]
     worst = differences(mesh["gradients"][0], alone["gradients"][0])
     assert {key for key, value in worst.items() if value > 1e-6} <= weak(alone["gradients"][0])
-    assert max(worst.values()) <= 3e-6
+    assert max(worst.values()) <= 2e-6
 
 
 def differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
@@ -100,7 +100,7 @@ def test_bytes_on_the_wire_are_those_of_the_formulas(ranks: int, settings: dict[
     else:
         assert counted["rollout"] == {"all-gather": element * (counted["forwards"] * blocks + root)}
     updates, micro_batches = 2, counted["micro_batches"]
-    assert micro_batches >= updates
+    assert micro_batches == 4
     expected = {
         "all-gather": micro_batches * element * (2 * blocks + root),
         "reduce-scatter": micro_batches * whole,

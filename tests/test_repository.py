@@ -19,7 +19,7 @@ LINKED = ("models", "rewards", "data")
 PARTS = "every other module: rollout, scoring, update, distributed, checkpoint, track, report ..."
 LAYERS = (
     ("errors",),
-    ("config", "flow", "noise", "grpo", "lifetime", "sequence_parallel"),
+    ("config", "files", "flow", "noise", "grpo", "lifetime", "sequence_parallel"),
     LINKED,
     (PARTS,),
     ("train",),

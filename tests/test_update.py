@@ -96,6 +96,7 @@ def test_one_and_two_ranks_and_any_batch_size_agree(tmp_path: Path) -> None:
         for name in ("states", "final", "log_probs"):
             difference = other[name] - reference[name]
             assert difference.norm() <= 1e-6 * reference[name].norm(), name
+            assert difference.abs().max() <= 1e-5, name  # single values: matmuls of other batch sizes round otherwise
         assert_gradients_equal(other["gradients"][0], reference["gradients"][0], 1e-6)
         assert other["metrics"]["update/max_log_ratio_first"] <= 1e-6
 

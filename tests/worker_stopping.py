@@ -16,6 +16,7 @@ from fastgrpo.stopping import POLL_S, Signals, Stop, Stopped
 def work(folder: Path, how: str, world: World) -> None:
     with Signals() as signals:
         stop = Stop(folder, signals, world)
+        world.barrier()  # the first rank's forgets a file that is there
         begun, end = 0, "all done"
         try:
             for _ in stop.between(range(1 if world.rank else 3)):

@@ -1,0 +1,31 @@
+"""Files replaced as a whole, flushed to the disk, and hashed."""
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Replace a file as a whole: a kill or an OSError, which is raised, leaves the old one or the new one."""
+    partial = file.with_name(file.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(file: Path) -> str:
+    """Of the content, in hexadecimal."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
