@@ -18,7 +18,7 @@ demo: $(READY)
 	@echo "The report of this run is report.html in its folder, runs/t2v_tiny unless ARGS named another (run.dir)."
 
 test: $(READY)
-	$(BIN)/pytest -q -n 2 --dist loadfile
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Charts as SVG text for the report: curves, stacked bars, and interval bars. Pure functions, no scripts, no fonts.
+"""Charts as SVG text for the report: curves, stacked, level and interval bars. Pure functions, no scripts, no fonts.
 
 Colours are CSS classes (`s-VQ` gives `var(--VQ)`; see report.py), so that one drawing serves light and dark pages.
 Each drawing is 440 units wide: two stand side by side on a desk, one fills a telephone, and text stays legible.
@@ -91,6 +91,37 @@ def stacked_bars(label: str, names: Sequence[str], colours: Sequence[str], heigh
             )
             bottom += float(value)
     return _svg(label, body)
+
+
+def level_bars(label: str, names: Sequence[str], colours: Sequence[str], levels: NDArray[np.float64]) -> str:
+    """A bar per name that lies down, with its levels inside each other.  levels: [names, kinds], ascending, in GiB
+
+    The first level is drawn full, what the next adds faint; the last is written beside the bar.
+    """
+    height, left, right = 30, 70, 78
+    marks = ticks(0.0, float(levels.max()))
+    bottom = TOP + height * len(names)
+
+    def px(value: float) -> float:
+        return left + value / marks[-1] * (WIDTH - left - right)
+
+    body = ""
+    for tick in marks:
+        body += f'<line class="grid" x1="{px(tick):.1f}" x2="{px(tick):.1f}" y1="{TOP}" y2="{bottom}"/>'
+        body += f'<text x="{px(tick):.1f}" y="{bottom + 17}" text-anchor="middle">{_tick(tick)}</text>'
+    for row, (name, colour, values) in enumerate(zip(names, colours, levels, strict=True)):
+        y = TOP + height * row
+        body += f'<text x="{left - 8}" y="{y + 19}" text-anchor="end">{escape(name)}</text>'
+        start = 0.0
+        for style, value in zip(("fill", "fill faint"), values, strict=False):
+            body += (
+                f'<rect class="s-{colour} {style}" x="{px(start):.1f}" y="{y + 5}" '
+                f'width="{max(px(value) - px(start), 0.5):.1f}" height="20"><title>{escape(name)}: {value:.2f} GiB'
+                "</title></rect>"
+            )
+            start = float(value)
+        body += f'<text class="value" x="{px(start) + 6:.1f}" y="{y + 19}">{start:.2f} GiB</text>'
+    return _svg(label, body, bottom + 24)
 
 
 def interval(low: float, mid: float, high: float, limits: tuple[float, float]) -> str:
@@ -190,5 +221,5 @@ def _rings(series: Series, frame: Frame) -> str:
     return f'<g class="s-{series.colour} stroke ring">{rings}</g>'
 
 
-def _svg(label: str, body: str) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{body}</svg>'
+def _svg(label: str, body: str, height: float = HEIGHT) -> str:
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'

@@ -37,6 +37,8 @@ from fastgrpo.files import flush, sha256
 from fastgrpo.update import Trainer
 
 T = TypeVar("T")
+HEADER_BYTES = 2048  # of each tensor in a part, and its entry in the metadata
+SPARE_BYTES = 2**20  # left for the run's other files
 
 
 @dataclass
@@ -136,21 +138,24 @@ class Checkpoints:
 
         progress.close_span(path.name)
         numbers = json.dumps(vars(progress) | {"updates": trainer.updates, "skipped": trainer.skipped}, indent=1)
+        state = _state(trainer)
+        needed = _size(state, self.world.size)
         try:
-            self.world.on_main(lambda: _fresh(path.with_suffix(".partial")))
+            lacking = self.world.on_main(lambda: _fresh(path.with_suffix(".partial"), needed))
         except UserError as error:  # a full disk
             forget_best()
             return str(error)
+        if lacking is not None:
+            forget_best()
+            return self._could_not(path, lacking)
         self._pending = pending = Pending(path, numbers, progress.best, forget_best, None)
         try:
             if self.settings.background:
-                future = dcp.async_save(
-                    _state(trainer), checkpoint_id=path.with_suffix(".partial"), process_group=self._group
-                )
+                future = dcp.async_save(state, checkpoint_id=path.with_suffix(".partial"), process_group=self._group)
                 assert isinstance(future, Future)
                 pending.written = future
                 return problem
-            dcp.save(_state(trainer), checkpoint_id=path.with_suffix(".partial"))
+            dcp.save(state, checkpoint_id=path.with_suffix(".partial"))
         except CheckpointException as failure:  # a BaseException, raised on every rank
             pending.problem = _cause(failure)
         return self.finish() or problem
@@ -192,9 +197,12 @@ class Checkpoints:
         if problem is None:
             return None
         pending.forget_best()
+        return self._could_not(pending.path, problem)
+
+    def _could_not(self, path: Path, problem: str) -> str:
         return (
-            f"run.dir={self.folder.parent}: checkpoint {pending.path.name} could not be written ({problem}); free "
-            "space there and start again: the checkpoint before is intact."
+            f"run.dir={self.folder.parent}: checkpoint {path.name} could not be written ({problem}); free space there "
+            "and start again: the checkpoint before is intact."
         )
 
     def _gather(self, value: T) -> list[T]:
@@ -259,7 +267,13 @@ class Checkpoints:
 
 
 def _cause(failure: CheckpointException) -> str:
-    return str(next(iter(failure.failures.values()))[0])
+    """What went wrong on the first rank where something did."""
+    first = next(iter(failure.failures.values()))[0]
+    if isinstance(first, OSError) and first.strerror:
+        return first.strerror
+    if "inline_container.cc" in str(first):  # torch's writer of files hides the system's error
+        return "a file could not be written whole: disk full, quota used up, or a failing disk"
+    return str(first)
 
 
 def _hashes(files: Iterable[Path]) -> dict[str, tuple[int, str]]:
@@ -287,6 +301,30 @@ def number(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def _fresh(folder: Path) -> None:
+def _size(state: dict[str, Any], ranks: int) -> int:
+    """Bytes that a checkpoint takes at most, about: every rank's part of every tensor has a header."""
+    tensors: list[torch.Tensor] = []
+
+    def walk(node: object) -> None:
+        if isinstance(node, torch.Tensor):
+            tensors.append(node)
+        elif isinstance(node, dict):
+            for value in node.values():
+                walk(value)
+
+    walk(state)
+    return sum(tensor.numel() * tensor.itemsize + ranks * HEADER_BYTES for tensor in tensors)
+
+
+def _fresh(folder: Path, needed: int) -> str | None:
+    """Make an empty folder for so many bytes.  returns what is wrong where the disk has no room for them
+
+    Found out before and not by writing: a save in the background would leave the run's other files no room either.
+    """
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed + SPARE_BYTES:
+        return f"No space left on device: it takes {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
+    folder.mkdir()
+    return None

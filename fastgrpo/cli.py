@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from fastgrpo.commands import add_export, add_sample, run_export, run_sample
+from fastgrpo.commands import add_export, add_sample, add_status, run_export, run_sample, run_status
 from fastgrpo.errors import UserError
 from fastgrpo.judging import add_evaluate, add_score, run_evaluate, run_score
-from fastgrpo.lifetime import leave
+from fastgrpo.lifetime import die_with_torchrun, leave
+from fastgrpo.planning import add_plan, overrides_first, run_plan
 
 if TYPE_CHECKING:
     from fastgrpo.config import RewardSpec
@@ -21,12 +22,15 @@ EPILOG = """examples:
   fastgrpo train launch/t2v_tiny.toml                           one process, the tiny world
   fastgrpo train launch/t2v_tiny.toml run.dir=runs/a run.seed=1 rewards.0.where=process
   torchrun --nproc-per-node 2 launch/t2v_tiny.sh                the same recipe on two ranks
+  fastgrpo preflight launch/t2v_tiny.toml                       is this recipe correct on this machine
+  fastgrpo plan launch/t2v_hunyuan.toml --gpus 64 --gpu h800    does it fit, how long will it take
   fastgrpo embed launch/t2v_tiny.toml                           encode its prompts beforehand
   fastgrpo sample runs/t2v_tiny --against-base                  held-out clips, beside the base model's
   fastgrpo export runs/t2v_tiny exported                        a folder that diffusers loads
   fastgrpo score clip.mp4 --reward tiny_world --prompt "..."    what a reward says of a file
   fastgrpo evaluate runs/t2v_tiny                               base against trained, by several rewards
   fastgrpo report runs/t2v_tiny                                 the report of a finished or running run
+  fastgrpo status runs/t2v_tiny                                 where each rank is: does it hang, and which one
   fastgrpo keys                                                 every recipe key, its default and meaning
 """
 
@@ -55,6 +59,15 @@ def parser() -> argparse.ArgumentParser:
         description="Read a recipe with its overrides, check it and the files it names, and print it in full. Nothing "
         "is loaded and nothing is written.",
     )
+    preflight = commands.add_parser(
+        "preflight",
+        help="check a recipe on this machine before training",
+        description="Before GPUs are burnt: ratio 1 at the recipe's batch sizes, gradients and weights equal on "
+        "replicas, shared sequences equal to whole ones, noise, the rewards' golden clips, decoding, a checkpoint "
+        "saved and loaded, room for checkpoints, and seconds and memory per phase. A green or red line each, with the "
+        "remedy. Alone on a machine with several GPUs it starts one process per GPU; under torchrun it is one of the "
+        "ranks. The exit code is 1 where a line is red. See docs/preflight.md.",
+    )
     embed = commands.add_parser(
         "embed",
         help="encode a recipe's prompts beforehand",
@@ -62,12 +75,13 @@ def parser() -> argparse.ArgumentParser:
         "prompts.cache, or else in run.dir/embeddings. `train` does the same where it is missing. Runs in this process "
         "or, under torchrun, over all ranks; started again after a kill it goes on with what is missing.",
     )
-    for command in (train, check, embed):
+    for command in (train, check, preflight, embed):
         command.add_argument("recipe", type=Path, help="a TOML file, such as launch/t2v_tiny.toml")
         command.add_argument(
             "overrides", nargs="*", metavar="section.key=value", help="a recipe key to set; `fastgrpo keys` lists them"
         )
 
+    add_plan(commands)
     add_sample(commands)
     add_export(commands)
     add_score(commands)
@@ -126,12 +140,15 @@ def parser() -> argparse.ArgumentParser:
         description="Write run.dir/report.html, one self-contained page, from the files of a finished or running run.",
     )
     report.add_argument("run", type=Path, help="a run folder, such as runs/t2v_tiny")
+
+    add_status(commands)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.  returns the exit code: 0, or 2 for a user's mistake, told in one line on rank 0"""
-    arguments = parser().parse_args(argv)
+    die_with_torchrun()
+    arguments = parser().parse_args(overrides_first(sys.argv[1:] if argv is None else argv))
     try:
         run(arguments)
     except UserError as error:  # raised on every rank, see World.on_main and World.agree
@@ -166,6 +183,19 @@ def run(arguments: argparse.Namespace) -> None:
             recipe = config.load(arguments.recipe, arguments.overrides)
             print(f"# {prompts.split(recipe.prompts).summary}")
             print(recipe.to_toml(), end="")
+        case "preflight":
+            quiet_libraries()
+            from fastgrpo import config, preflight_run, processes
+
+            recipe = config.load(arguments.recipe, arguments.overrides)
+            if (count := processes.processes_to_start(os.environ)) > 1:
+                again = ["-m", "fastgrpo.cli", "preflight", str(arguments.recipe), *arguments.overrides]
+                processes.replace_by_torchrun(again, count)
+            if not preflight_run.run(recipe):
+                leave(1)
+        case "plan":
+            if not run_plan(arguments):
+                sys.exit(1)
         case "embed":
             quiet_libraries()
             from fastgrpo import config
@@ -199,6 +229,9 @@ def run(arguments: argparse.Namespace) -> None:
             from fastgrpo.report import write_report
 
             print(write_report(arguments.run))
+        case "status":
+            if not run_status(arguments):
+                sys.exit(1)
 
 
 def serve_rewards(arguments: argparse.Namespace) -> None:

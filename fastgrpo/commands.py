@@ -1,4 +1,4 @@
-"""The options of `fastgrpo sample` and `fastgrpo export`, and what they ask for. Heavy imports wait until one runs."""
+"""The options of `fastgrpo sample`, `export` and `status`, and what they ask for. Heavy imports wait until one runs."""
 
 import argparse
 import re
@@ -130,6 +130,33 @@ def run_export(arguments: argparse.Namespace) -> None:
         link=arguments.link,
     )
     print(export(wanted))
+
+
+def add_status(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The parser of `fastgrpo status`."""
+    command = commands.add_parser(
+        "status",
+        help="where each rank of a run is, and which one seems dead or hung",
+        description="Read the heartbeats in a run folder, from any machine that sees it: iteration, phase, for how "
+        "long, when last heard and the innermost functions of each rank, those in trouble first. The exit code is 1 "
+        "where a rank failed or seems dead or hung.",
+    )
+    command.add_argument("run", type=Path, help="a run folder, such as runs/t2v_tiny")
+    command.add_argument(
+        "--limit",
+        type=positive,
+        default=60,
+        metavar="SECONDS",
+        help="silent for longer: dead; in a phase for longer, and three times as long as ever before: hung "
+        "(default: %(default)s)",
+    )
+
+
+def run_status(arguments: argparse.Namespace) -> bool:
+    """`fastgrpo status`: print where the ranks are.  returns whether all is well"""
+    from fastgrpo.status import status
+
+    return status(arguments.run, arguments.limit)
 
 
 def step(text: str) -> Any:

@@ -47,6 +47,8 @@ class Run(Section):
     """`auto` goes on from the newest intact checkpoint in run.dir; `never` refuses a folder that already has one."""
     max_requeues: Count = 3
     """How often in a row a slurm job is put back into the queue without a new checkpoint in between; 0 = never."""
+    preflight: bool = True
+    """Check rollout, update, noise, rewards and the checkpoint folder for some seconds before training."""
 
 
 class Model(Section):
@@ -136,11 +138,40 @@ class Rollout(Section):
     """Time-grid shift; none = what the model folder's scheduler says."""
     shared_noise: bool = True
     """Every sample of a group starts from the same noise (the paper's choice)."""
+    sampler: Literal["dance", "flow", "precise", "cps"] = "dance"
+    """The noisy steps' transition: the paper's constant noise level, Flow-GRPO's, SAGE-GRPO's or Flow-CPS'; see
+    docs/algorithms.md."""
+    window: Positive | None = None
+    """Noisy steps; the others follow the ODE and are never trained (MixGRPO). None = all but the last."""
+    window_schedule: Literal["first", "random", "progressive"] = "progressive"
+    """Where the window lies: at high noise, anew in each iteration, or moving from high noise to low and again."""
+    window_every: Positive = 25
+    """Iterations after which a progressive window moves on."""
+    window_stride: Positive = 1
+    """Steps by which it moves."""
+    tail_steps: Positive | None = None
+    """At most this many ODE steps after the window; none = as many as the grid has there."""
+    store: Literal["device", "host"] = "device"
+    """Where the chosen transitions wait for the update: in the device's memory, or pinned in the host's."""
     batch_size: Positive = 8
     """Samples per forward pass and rank. Changes speed and memory, nothing else."""
 
 
 class Objective(Section):
+    kind: Literal["grpo", "guard", "dppo", "ddpo", "nft"] = "grpo"
+    """What is descended: DanceGRPO's clipped objective, GRPO-Guard's, Flow-DPPO's, DDPO's, or DiffusionNFT's, which
+    needs no trajectories; see docs/algorithms.md."""
+    normalise: Literal["group", "batch", "largest_std", "global"] = "group"
+    """Advantages: by each group's mean and std (the paper), then over the batch (GDPO), by the largest group's std
+    (LongCat), or of the summed rewards over all samples (DDPO)."""
+    step_weights: Literal["equal", "gradient", "noise"] = "equal"
+    """Weights of the steps' losses: equal, the inverse of the gradient's usual size, or the noise level (TempFlow)."""
+    max_kl: Rate = 1e-5
+    """kind = dppo: a transition whose KL divergence from the old policy is above this is not pushed further."""
+    nft_beta: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """kind = nft: how far the implicit positive and negative policies lie from the old one."""
+    nft_kl: Annotated[float, Field(ge=0)] = 1e-4
+    """kind = nft: weight of the squared difference from the initial policy's velocity; 0 = none."""
     clip_range: Rate = 1e-4
     """Clip range of the ratio; small because log-probs are means over the latent's dimensions."""
     advantage_clip: Rate = 5.0
@@ -172,7 +203,7 @@ class Optimizer(Section):
     updates_per_iteration: Positive = 1
     """K: optimizer steps per iteration (4 in the paper; 1 with CFG in training)."""
     batch_size: Positive = 8
-    """Transitions (sample x step) per forward and backward pass and rank. Changes speed and memory, nothing else."""
+    """States (sample x step) per forward and backward pass and rank. Changes speed and memory, nothing else."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay per optimizer step of an exponential moving average of the weights, used in evaluation; 0 = none."""
     max_skipped: Count = 3
@@ -216,7 +247,9 @@ class Distributed(Section):
     """Hold the whole weights during the rollout, gathered once, or gather each block for each step; auto = gathered
     where the free memory allows."""
     offload: bool = False
-    """Masters, gradients and optimizer state in host memory; the step runs on the CPU."""
+    """Masters, gradients and optimizer state in host memory; the step runs on the CPU, with torch's fused AdamW."""
+    prefetch: Count = 1
+    """Blocks whose weights are asked for ahead of the one that computes; 0 = the engine's way. Speed and memory."""
 
 
 class Server(Section):
@@ -293,9 +326,15 @@ class Recipe(Section):
 
     @property
     def steps_trained(self) -> int:
-        """Transitions trained per sample: ceil(tau T), and never the deterministic last step."""
+        """Transitions trained per sample: ceil(tau T), and noisy steps alone, so never the deterministic last one."""
         exact = self.objective.timestep_fraction * self.rollout.steps
-        return min(math.ceil(exact - 1e-9), self.rollout.steps - 1)  # 0.28 * 25 is 7, and a little more in binary
+        noisy = self.rollout.window or self.rollout.steps - 1
+        return min(math.ceil(exact - 1e-9), noisy)  # 0.28 * 25 is 7, and a little more in binary
+
+    @property
+    def needs_initial_policy(self) -> bool:
+        """Whether the objective measures against the policy before training."""
+        return bool(self.objective.nft_kl if self.objective.kind == "nft" else self.objective.kl_weight)
 
     def to_toml(self) -> str:
         """The resolved recipe as TOML; unset optional fields are left out."""
@@ -351,8 +390,31 @@ def _check(recipe: Recipe) -> None:
         raise UserError("model.negative_prompt: has no effect without guidance; set model.cfg above 1 or leave it out.")
     if recipe.prompts.heldout is None and not recipe.prompts.heldout_share:
         raise UserError("prompts.heldout: none, and prompts.heldout_share is 0; name a file or hold some prompts out.")
-    if rollout.eta <= 0:
+    if objective.kind == "nft":
+        _check_nft(recipe)
+    elif rollout.eta <= 0:
         raise UserError(f"rollout.eta={rollout.eta}: GRPO needs a stochastic sampler; use eta > 0 (0.3 in the paper).")
+    if rollout.window is not None and rollout.window >= rollout.steps:
+        raise UserError(
+            f"rollout.window={rollout.window}: must be below rollout.steps={rollout.steps}, whose last is never noisy."
+        )
+    if rollout.tail_steps is not None and rollout.window is None:
+        raise UserError("rollout.tail_steps: has no effect without a window; set rollout.window or leave it out.")
+    if rollout.sampler == "cps" and rollout.eta > 1:
+        raise UserError(
+            f"rollout.eta={rollout.eta}: for rollout.sampler=cps it says how much noise is drawn anew, and 1 means all "
+            "of it; use at most 1 (0.8 in Flow-CPS)."
+        )
+    if objective.kind == "guard" and rollout.sampler == "cps":
+        raise UserError(
+            "objective.kind=guard: normalises a Gaussian log-probability, which Flow-CPS does not use; choose "
+            "rollout.sampler=dance or objective.kind=grpo."
+        )
+    if objective.kind == "ddpo" and objective.normalise != "global":
+        raise UserError(
+            f"objective.normalise={objective.normalise}: DDPO's advantages are over all samples of an iteration; set "
+            "objective.normalise=global."
+        )
     kept = recipe.samples_trained
     if kept > rollout.samples_per_prompt or (kept % 2 and objective.best_of_n):
         raise UserError(
@@ -383,6 +445,32 @@ def _check(recipe: Recipe) -> None:
         raise UserError("rewards: every weight is 0, so nothing would be learned; give one part a weight above 0.")
     if recipe.server.token_file is None and (recipe.server.urls or any(spec.urls for spec in recipe.rewards)):
         raise UserError("server.token_file: missing; running servers (urls) want a token, name its file.")
+
+
+def _check_nft(recipe: Recipe) -> None:
+    """DiffusionNFT draws with the ODE from the moving average of the weights, and has no transitions."""
+    rollout, objective = recipe.rollout, recipe.objective
+    if rollout.shared_noise:
+        raise UserError(
+            "rollout.shared_noise=true: objective.kind=nft draws without noise on the way, so all samples of a group "
+            "would be the same; set rollout.shared_noise=false."
+        )
+    if not recipe.optimizer.ema_decay:
+        raise UserError(
+            "optimizer.ema_decay=0: with objective.kind=nft the moving average of the weights draws the samples; set "
+            "e.g. optimizer.ema_decay=0.5."
+        )
+    if rollout.window is not None:
+        raise UserError("rollout.window: has no effect with objective.kind=nft, where no step is noisy; leave it out.")
+    if objective.step_weights != "equal":
+        raise UserError(
+            f"objective.step_weights={objective.step_weights}: has no effect with objective.kind=nft; leave it out."
+        )
+    if objective.kl_weight:
+        raise UserError(
+            f"objective.kl_weight={objective.kl_weight}: is of noisy steps, and objective.kind=nft has none; use "
+            "objective.nft_kl."
+        )
 
 
 def _resolve_paths(tree: dict[str, Any], base: Path) -> None:

@@ -16,8 +16,8 @@ from rich.text import Text
 
 Row = Mapping[str, float]
 
-PHASES = ("rollout", "decode", "reward", "update")
-PHASE_COLOURS = {"rollout": "blue", "decode": "cyan", "reward": "yellow", "update": "magenta"}
+PHASES = ("rollout", "decode", "reward", "update", "wait")
+PHASE_COLOURS = {"rollout": "blue", "decode": "cyan", "reward": "yellow", "update": "magenta", "wait": "white"}
 BLOCKS = "▁▂▃▄▅▆▇█"
 TREND_WIDTH = 32  # characters
 WINDOW = 5  # iterations averaged at both ends, because each iteration has other prompts
@@ -53,19 +53,28 @@ def seconds_left(rows: Sequence[Row], total: int) -> float:
     return sum(times) / len(times) * max(0, total - 1 - int(rows[-1]["iteration"]))
 
 
-def plain_line(rows: Sequence[Row], total: int) -> str:
-    """The last row as one line: `iteration 12/90  reward 2.113 (VQ 0.71 ...)  8.1 s (rollout 2.0 ...)  eta 9 min`."""
+def plain_line(rows: Sequence[Row], total: int, note: str = "") -> str:
+    """The last row as one line: `iteration 12/90  reward 2.113 (VQ 0.71 ...)  8.1 s (rollout 2.0 ...)  eta 9 min`.
+
+    note: what else is worth saying, at the line's end
+    """
     row = rows[-1]
     if "reward/sum" not in row:
         return f"iteration {row['iteration'] + 1:.0f}/{total}  " + _others(row)
     scores = " ".join(f"{part} {row[f'reward/{part}']:.2f}" for part in parts(row))
-    phases = " ".join(f"{phase} {row[f'seconds/{phase}']:.1f}" for phase in PHASES if f"seconds/{phase}" in row)
+    phases = " ".join(f"{phase} {row[f'seconds/{phase}']:.1f}" for phase in _timed(row))
     line = f"iteration {row['iteration'] + 1:.0f}/{total}  reward {row['reward/sum']:.3f} ({scores})"
     if "seconds/total" in row:
         line += f"  {row['seconds/total']:.1f} s ({phases})  eta {duration(seconds_left(rows, total))}"
     if row.get("reward/invalid", 0) > 0:
         line += f"  invalid scores: {row['reward/invalid']:.0f}"
-    return line
+    return f"{line}  {note}" if note else line
+
+
+def _timed(row: Row) -> list[str]:
+    """The phases to show: those that were timed, and waiting only where there was some."""
+    timed = [phase for phase in PHASES if f"seconds/{phase}" in row]
+    return [phase for phase in timed if phase != "wait" or row["seconds/wait"] >= 0.05]
 
 
 def _others(row: Row) -> str:
@@ -78,15 +87,19 @@ def _others(row: Row) -> str:
     return "  ".join(f"{group} {' '.join(values)}".strip() for group, values in groups.items())
 
 
-def dashboard(rows: Sequence[Row], total: int, title: str) -> RenderableType:
-    """The live display: progress, each reward with its change and trend, the update's health, where time goes."""
+def dashboard(rows: Sequence[Row], total: int, title: str, note: str = "") -> RenderableType:
+    """The live display: progress, each reward with its change and trend, the update's health, where time goes.
+
+    note: what else is worth saying of the last iteration, below all
+    """
     trained = [row for row in rows if "reward/sum" in row]
     if not trained:
         waiting = Text(f"iteration 1/{total} is under way", style="dim")
         return Panel(waiting, title=Text(title), title_align="left", border_style="dim")
     body = Group(
-        _progress(trained, total), Text(), _rewards(trained), Text(), _health(trained[-1]), _times(trained[-1])
-    )
+        _progress(trained, total), Text(), _rewards(trained), Text(), _health(trained[-1]), _times(trained[-1]),
+        *([Text(note, style="yellow")] if note else []),
+    )  # fmt: skip
     return Panel(body, title=Text(title, style="bold"), title_align="left", border_style="dim")
 
 
@@ -151,9 +164,7 @@ def _health(row: Row) -> Table:
 def _times(row: Row) -> Table:
     line = Table.grid(padding=(0, 2))
     cells = [
-        f"[{PHASE_COLOURS[phase]}]■[/] [dim]{phase}[/dim] {row[f'seconds/{phase}']:.1f} s"
-        for phase in PHASES
-        if f"seconds/{phase}" in row
+        f"[{PHASE_COLOURS[phase]}]■[/] [dim]{phase}[/dim] {row[f'seconds/{phase}']:.1f} s" for phase in _timed(row)
     ]
     if "seconds/total" in row:
         cells.append(f"[dim]iteration[/dim] {row['seconds/total']:.1f} s at {time.strftime('%H:%M:%S', _clock(row))}")

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from fastgrpo import sequence_parallel
 from fastgrpo.config import Distributed
 from fastgrpo.errors import UserError
+from fastgrpo.mesh import mesh_shape as mesh_shape
 from fastgrpo.models import Policy
 
 T = TypeVar("T")
@@ -160,26 +161,6 @@ def open_world(settings: Distributed | None = None) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def mesh_shape(settings: Distributed, size: int, ranks_of_node: int) -> tuple[int, int]:
-    """(replicas, ranks over which each is sharded) of a world of `size` ranks.
-
-    Within a node where there are several: layer-wise gathers then stay off the slower network.
-    """
-    sp, shard = settings.sp, settings.shard or min(ranks_of_node, size)
-    fitting = [n for n in range(1, size + 1) if size % n == 0]
-    if size % sp:
-        raise UserError(
-            f"distributed.sp={sp}: does not divide the {size} ranks; use one of {', '.join(map(str, fitting))}."
-        )
-    if size % shard or shard % sp:
-        fitting = [n for n in fitting if n % sp == 0]
-        raise UserError(
-            f"distributed.shard={shard}: must divide the {size} ranks and be a multiple of sp={sp}; use one of "
-            f"{', '.join(map(str, fitting))}."
-        )
-    return size // shard, shard
-
-
 def _sequence_group(rank: int, size: int, sp: int) -> sequence_parallel.Group | None:
     """The consecutive ranks that share sequences with this one."""
     if sp == 1:
@@ -201,6 +182,21 @@ def shard(policy: Policy, world: World, dtype: torch.dtype, offload: bool = Fals
     where = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy()
     for module in (*policy.blocks, policy.network):
         fully_shard(module, mesh=world.mesh, mp_policy=precision, offload_policy=where)
+
+
+def prefetch(policy: Policy, blocks: int) -> None:
+    """Ask for the weights of the next `blocks` blocks before a block computes, both ways; 0 = as the engine does.
+
+    The engine alone asks one block ahead, in a forward only when the block before has been launched, which a host that
+    is slower than the device does late. Each block ahead is held whole beside the one that computes.
+    """
+    if not blocks:
+        return
+    forward, backward = (policy.network, *policy.blocks), (policy.network, *reversed(policy.blocks))
+    for number in range(len(forward)):
+        following = slice(number + 1, number + 1 + blocks)
+        forward[number].set_modules_to_forward_prefetch(list(forward[following]))  # type: ignore[operator]
+        backward[number].set_modules_to_backward_prefetch(list(backward[following]))  # type: ignore[operator]
 
 
 @contextmanager

@@ -18,15 +18,38 @@ def group_advantages(rewards: Tensor, group_size: int, valid: Tensor | None = No
     rewards: float [N];  valid: bool [N], by default where rewards are finite
     returns float32 [N]; 0 for invalid samples and for groups with fewer than two valid ones or a std below min_spread
     """
+    centred, std, teaches = _group_statistics(rewards, group_size, valid, min_spread)
+    return _flat(torch.where(teaches, centred / std.clamp(min=min_spread), 0.0))
+
+
+def largest_std_advantages(
+    rewards: Tensor, group_size: int, valid: Tensor | None = None, min_spread: float = 1e-6
+) -> Tensor:
+    """(r - the group's mean) / the largest group's std (LongCat-Video, arXiv 2510.22200, section on GRPO).
+
+    A group whose samples hardly differ keeps a small advantage, where its own std would blow up the reward's noise.
+    As `group_advantages` otherwise.
+    """
+    centred, std, teaches = _group_statistics(rewards, group_size, valid, min_spread)
+    largest = torch.where(teaches, std, 0.0).max()
+    return _flat(torch.where(teaches, centred / largest.clamp(min=min_spread), 0.0))
+
+
+def _group_statistics(
+    rewards: Tensor, group_size: int, valid: Tensor | None, min_spread: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Over the valid samples: r - mean [n, g], 0 where invalid; std [n, 1]; whether the group teaches, bool [n, 1]."""
     valid = torch.isfinite(rewards) if valid is None else valid & torch.isfinite(rewards)
     mask = rearrange(valid, "(n g) -> n g", g=group_size)
     r = rearrange(rewards.double(), "(n g) -> n g", g=group_size).masked_fill(~mask, 0.0)
     count = mask.sum(1, keepdim=True)
     centred = (r - r.sum(1, keepdim=True) / count.clamp(min=1)).masked_fill(~mask, 0.0)
     std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    teaches = (count >= 2) & (std >= min_spread)
-    advantages = torch.where(teaches, centred / std.clamp(min=min_spread), 0.0)
-    return rearrange(advantages, "n g -> (n g)").float()
+    return centred, std, (count >= 2) & (std >= min_spread)
+
+
+def _flat(grouped: Tensor) -> Tensor:
+    return rearrange(grouped, "n g -> (n g)").float()
 
 
 def combined_advantages(
@@ -36,16 +59,34 @@ def combined_advantages(
     group_size: int,
     clip: float,
     min_spread: float,
+    normalise: str = "group",
 ) -> Tensor:
-    """Advantages summed over rewards, not rewards summed: their scales differ (DanceGRPO section 3.3).
+    """One advantage per sample from all rewards.
+
+    group: advantages summed over rewards, not rewards summed: their scales differ (DanceGRPO section 3.3).
+    batch: the same, then over the samples of groups that teach to mean 0 and std 1, so that the size of the update does
+      not depend on the number of rewards (GDPO, arXiv 2601.05242).
+    largest_std: as group, of `largest_std_advantages`.
+    global: rewards summed, then to mean 0 and std 1 over all samples whatever their prompt (DDPO, arXiv 2305.13301).
 
     scores: part -> float [N];  valid: bool [N]
-    returns float32 [N], clamped to +-clip
+    returns float32 [N], clamped to +-clip; 0 for invalid samples and where the rewards do not differ
     """
     total = torch.zeros(len(valid))
     for part, weight in weights.items():
-        if weight:
+        if not weight:
+            continue
+        if normalise == "global":
+            total += weight * scores[part]
+        elif normalise == "largest_std":
+            total += weight * largest_std_advantages(scores[part], group_size, valid, min_spread)
+        else:
             total += weight * group_advantages(scores[part], group_size, valid, min_spread)
+    if normalise == "batch":
+        taught = rearrange(total != 0, "(n g) -> n g", g=group_size).any(1).repeat_interleave(group_size)
+        total = group_advantages(total, len(total), valid & taught, min_spread)
+    elif normalise == "global":
+        total = group_advantages(total, len(total), valid, min_spread)
     return total.clamp(-clip, clip)
 
 
@@ -65,26 +106,16 @@ def best_of_n(advantages: Tensor, valid: Tensor, group_size: int, keep: int) -> 
     return kept
 
 
-def choose_timesteps(num_steps: int, count: int, choice: str, key: noise.Key) -> list[int]:
-    """`count` of the trainable steps 0 .. num_steps - 2 (the last step is deterministic), in increasing order.
+def choose_timesteps(steps: range, count: int, choice: str, key: noise.Key) -> list[int]:
+    """`count` of the noisy steps, the only ones that can be trained, in increasing order.
 
     choice: random (from the key), first, or last (the paper's ablations)
     """
     if choice == "first":
-        return list(range(count))
+        return list(steps[:count])
     if choice == "last":
-        return list(range(num_steps - 1 - count, num_steps - 1))
-    return sorted(noise.permutation(num_steps - 1, key)[:count])
-
-
-def clipped_objective(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """-min(rho A, clip(rho, 1 - eps, 1 + eps) A) with rho = exp(log_prob - old_log_prob) (DanceGRPO eq. 6).
-
-    All [B] float32; the loss to descend, one per transition.
-    """
-    ratio = (log_prob - old_log_prob).exp()
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+        return list(steps[len(steps) - count :])
+    return sorted(steps[n] for n in noise.permutation(len(steps), key)[:count])
 
 
 def minibatches(kept: Tensor, group_size: int, updates: int, key: noise.Key) -> list[list[int]]:
@@ -93,8 +124,9 @@ def minibatches(kept: Tensor, group_size: int, updates: int, key: noise.Key) -> 
     kept: bool [N];  returns for each optimizer step the indices of its samples, in increasing order
     """
     batches: list[list[int]] = [[] for _ in range(updates)]
-    for start in range(0, len(kept), group_size):
-        members = [i for i in range(start, start + group_size) if kept[i]]
+    trained = kept.tolist()
+    for start in range(0, len(trained), group_size):
+        members = [i for i in range(start, start + group_size) if trained[i]]
         offset = start // group_size  # so that leftovers of incomplete groups do not all fall on the first batch
         for block in range(
             0, len(members), updates

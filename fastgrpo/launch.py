@@ -9,16 +9,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
 from fastgrpo.errors import UserError
 from fastgrpo.lifetime import leave
-
-SETTLED = "FASTGRPO_SETTLED"
-"""In the environment once the recipe is checked and the number of processes settled, here or by launch/_run.sh."""
+from fastgrpo.processes import SETTLED, processes_to_start, replace_by_torchrun
 
 USER_ERROR = 2
 """Exit code for a user's mistake."""
@@ -47,45 +45,9 @@ def main(recipe: Path, arguments: list[str]) -> int:
         except UserError as error:
             return _complain(f"fastgrpo: {error}")
         if processes > 1:
-            _replace_by_torchrun(recipe, arguments, processes)
+            replace_by_torchrun([str(recipe.with_suffix(".sh")), *arguments], processes)
     code = cli.main(["train", str(recipe), *arguments])
     leave(_after_rank_0(code) if code else 0)
-
-
-def processes_to_start(environment: Mapping[str, str]) -> int:
-    """How many processes should take this one's place on this node; 1: it goes on as it is.
-
-    More than 1 only for a lone process (WORLD_SIZE 1 or unset).
-    Raises UserError where FASTGRPO_PROCESSES is not a positive number.
-    """
-    if environment.get("WORLD_SIZE", "1") != "1":
-        return 1
-    wanted = environment.get("FASTGRPO_PROCESSES")
-    if wanted is None:
-        import torch
-
-        return max(1, torch.cuda.device_count())
-    if not wanted.isdecimal() or int(wanted) < 1:
-        raise UserError(f"FASTGRPO_PROCESSES={wanted}: not a number of processes; use 1 or more, such as 8.")
-    return int(wanted)
-
-
-def torchrun_environment(environment: Mapping[str, str], processes: int) -> dict[str, str]:
-    """`environment` without what an outer torchrun put there, for a new torchrun of `processes` processes."""
-    outer = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
-    inner = {name: value for name, value in environment.items() if not name.startswith(outer)}
-    threads = max(1, min(8, (os.cpu_count() or 1) // processes))
-    inner.setdefault("OMP_NUM_THREADS", str(threads))
-    return inner | {SETTLED: "1"}
-
-
-def _replace_by_torchrun(recipe: Path, arguments: list[str], processes: int) -> None:
-    """Run the launch file beside `recipe` under a torchrun that takes this process's place; does not return."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    sys.stdout.flush()
-    sys.stderr.flush()
-    command = [*torchrun, str(recipe.with_suffix(".sh")), *arguments]
-    os.execve(sys.executable, command, torchrun_environment(os.environ, processes))
 
 
 def _check(command: Callable[[list[str]], int], recipe: Path, arguments: list[str]) -> str:

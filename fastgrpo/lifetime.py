@@ -26,6 +26,15 @@ def die_with(parent: int) -> None:
         sys.exit("the parent process is gone")
 
 
+def die_with_torchrun() -> None:
+    """As one of torchrun's processes, end with it in whatever way: they are no process group that is killed as one.
+
+    To be called before the heavy imports: a process whose torchrun is killed earlier would go on without it.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with(os.getppid())
+
+
 def leave(code: int) -> NoReturn:
     """End the process with its exit hooks run and its output flushed, but without tearing the interpreter down.
 

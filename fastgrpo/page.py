@@ -8,7 +8,7 @@ STYLE = """
   --page: #f7f7f5; --card: #ffffff; --ink: #1c1c1e; --soft: #62626a; --rule: #e3e3df; --code: #f1f1ee;
   --sum: #2563c9; --before: #8a8a92;
   --p1: #0e8f6e; --p2: #c2410c; --p3: #7c4dcc; --p4: #b8860b; --p5: #be3f7c; --p6: #4b7a12;
-  --t1: #2f6fd0; --t2: #2ba3b8; --t3: #d99a1c; --t4: #9a5bd0; --t5: #a9a9b0;
+  --t1: #2f6fd0; --t2: #2ba3b8; --t3: #d99a1c; --t4: #9a5bd0; --t5: #a9a9b0; --t6: #c9a58a;
   --up: #0e8f6e; --down: #c0362c; --flat: #8a8a92;
 }
 @media (prefers-color-scheme: dark) {
@@ -16,7 +16,7 @@ STYLE = """
     --page: #131316; --card: #1c1c20; --ink: #ececee; --soft: #a0a0aa; --rule: #303036; --code: #232328;
     --sum: #6ea8ff; --before: #8f8f99;
     --p1: #35c79c; --p2: #f38a52; --p3: #b392f5; --p4: #e0b23c; --p5: #ee82b3; --p6: #9bcb5a;
-    --t1: #5b95ee; --t2: #49bfd3; --t3: #e6b450; --t4: #b98aea; --t5: #6f6f78;
+    --t1: #5b95ee; --t2: #49bfd3; --t3: #e6b450; --t4: #b98aea; --t5: #6f6f78; --t6: #8a6d57;
     --up: #35c79c; --down: #f0776c; --flat: #8f8f99;
   }
 }
@@ -53,6 +53,7 @@ tbody th { font-weight: 600; }
 svg { display: block; width: 100%; height: auto; }
 svg.interval { width: 160px; height: 20px; margin-left: auto; }
 svg text { font-size: 12.5px; fill: var(--soft); font-variant-numeric: tabular-nums; }
+svg .value { paint-order: stroke; stroke: var(--card); stroke-width: 5px; }
 svg .grid { stroke: var(--rule); stroke-width: 1; }
 svg .zero { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 2; }
 svg .line { fill: none; stroke-width: 2.4; stroke-linejoin: round; stroke-linecap: round; }
@@ -69,7 +70,7 @@ svg .ring { fill: var(--card); stroke-width: 2.4; }
 .s-p1 { --c: var(--p1); } .s-p2 { --c: var(--p2); } .s-p3 { --c: var(--p3); }
 .s-p4 { --c: var(--p4); } .s-p5 { --c: var(--p5); } .s-p6 { --c: var(--p6); }
 .s-t1 { --c: var(--t1); } .s-t2 { --c: var(--t2); } .s-t3 { --c: var(--t3); } .s-t4 { --c: var(--t4); }
-.s-t5 { --c: var(--t5); }
+.s-t5 { --c: var(--t5); } .s-t6 { --c: var(--t6); }
 .s-up { --c: var(--up); } .s-down { --c: var(--down); } .s-flat { --c: var(--flat); }
 .gain { color: var(--c); font-weight: 600; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 10px; margin: 8px 0; }

@@ -15,9 +15,10 @@ import numpy as np
 
 from fastgrpo.charts import Series, curves, interval, smoothing_width, stacked_bars
 from fastgrpo.data import video
-from fastgrpo.display import PHASES, duration
+from fastgrpo.display import duration
 from fastgrpo.files import replace_text
 from fastgrpo.page import chart, legend, page, table
+from fastgrpo.report_ranks import memory, phase_colour, ranks
 from fastgrpo.runfolder import Evaluation, Run, read_run
 
 SMALL = 256  # pixels: the short side up to which a clip is shown with hard pixel edges
@@ -49,6 +50,8 @@ def write_report(run_dir: Path) -> Path:
         clips(run),
         reward_curves(run),
         timings(run),
+        memory(run),
+        ranks(run),
         health(run),
         settings(run),
         "<footer>Written by fastgrpo from the files of the run folder alone. Point at a dot or a bar to read its "
@@ -224,7 +227,7 @@ def timings(run: Run) -> str:
     names, seconds = run.seconds()
     if not len(seconds):
         return ""
-    colours = [f"t{PHASES.index(name) + 1}" if name in PHASES else "t5" for name in names]
+    colours = [phase_colour(name) for name in names]
     label = f"Seconds of each phase over {len(seconds)} iterations; totals are in the table"
     bars = chart(
         "Seconds per iteration",

@@ -16,8 +16,8 @@ from fastgrpo.files import replace_text, sha256
 
 FREE_SECTIONS = ("checkpoint", "track", "server", "distributed")
 FREE_TO_CHANGE = (
-    "run.iterations", "run.resume", "run.max_requeues", "prompts.cache", "rollout.batch_size", "optimizer.batch_size",
-    "evaluate.clips",
+    "run.iterations", "run.resume", "run.max_requeues", "run.preflight", "prompts.cache", "rollout.batch_size",
+    "optimizer.batch_size", "evaluate.clips",
 )  # fmt: skip
 
 

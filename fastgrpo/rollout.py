@@ -2,21 +2,25 @@
 
 A sample's slot is prompt * G + sample within its iteration. All of a sample's noise is keyed by (seed, iteration,
 prompt, sample, step), so how slots are dealt over ranks and batches changes nothing but the speed.
+
+Samples of a group that share their initial noise are equal until the first noisy step: what comes before it, and the
+prediction there, is computed once for the group (`starts`). Of each sample only the transitions are kept that the
+update will train, which its key tells beforehand.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from fastgrpo import noise
+from fastgrpo import grpo, noise, samplers
 from fastgrpo.distributed import World
-from fastgrpo.flow import gaussian_log_prob
 from fastgrpo.models import Condition, Policy, shape_key, stack
+from fastgrpo.pinned import to_host
 
-Round = tuple[list[int], bool]  # a batch of slots, and whether its result counts
+Round = tuple[list[int], bool]  # a batch of slots or prompts, and whether its result counts
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,31 @@ class Plan:
     eta: float
     shared_noise: bool
     latent_shape: tuple[int, ...]  # (C, F, H, W)
+    window: range | None = None  # the noisy steps; none = all but the last
+    trained: int | None = None  # transitions trained per sample; none = all noisy ones
+    choice: str = "random"  # which ones, see grpo.choose_timesteps
+    sampler: str = "dance"  # the noisy steps' transition, see samplers
+    store: str = "device"  # where the chosen transitions are kept, or host
 
     @property
     def steps(self) -> int:
         return len(self.grid) - 1
+
+    @property
+    def noisy(self) -> range:
+        """The steps that draw noise."""
+        return range(self.steps - 1) if self.window is None else self.window
+
+    @property
+    def first(self) -> int:
+        """The step at which a group's samples part: with shared noise they are equal up to its prediction."""
+        return self.noisy.start if self.shared_noise else 0
+
+    def chosen(self, slot: int) -> list[int]:
+        """The steps of a sample that the update trains, in increasing order."""
+        count = len(self.noisy) if self.trained is None else self.trained
+        key = ("timesteps", self.seed, self.iteration, *divmod(slot, self.group_size))
+        return grpo.choose_timesteps(self.noisy, count, self.choice, key)
 
     def initial_noise(self, slots: Sequence[int], device: torch.device) -> Tensor:
         """x at t = 1.  returns [len(slots), C, F, H, W]"""
@@ -51,14 +76,30 @@ class Plan:
         return noise.normal(keys, self.latent_shape, device)
 
 
+@dataclass(frozen=True)
+class Start:
+    """What the samples of a group have in common: the state at `plan.first`, and the network's prediction there."""
+
+    x: Tensor  # [C, F, H, W] float32
+    v: Tensor  # likewise
+
+
 @dataclass
-class Trajectories:
-    """Samples of one rank. B samples, T steps; the last step has no log-probability."""
+class Trajectory:
+    """What the update needs of one sample."""
+
+    states: dict[int, Tensor] = field(default_factory=dict)  # x [C, F, H, W] float32 before a chosen step and after it
+    log_probs: dict[int, Tensor] = field(default_factory=dict)  # float32 scalar, of each chosen step
+    velocities: dict[int, Tensor] = field(default_factory=dict)  # like x, of the policy that drew it; for nft alone
+
+
+@dataclass
+class Drawn:
+    """A batch of samples. B samples in the order of `slots`."""
 
     slots: list[int]
-    states: Tensor  # [B, T, C, F, H, W] float32: x at grid[0] .. grid[T - 1]
-    log_probs: Tensor  # [B, T - 1] float32, of the transition from states[:, i] to states[:, i + 1]
     final: Tensor  # [B, C, F, H, W] float32: x_0
+    trajectories: dict[int, Trajectory]  # by slot
 
 
 def batches(slots: Sequence[int], conditions: Sequence[Condition], group_size: int, size: int) -> Iterator[list[int]]:
@@ -82,39 +123,89 @@ def rounds(
     lockstep: with sharded weights every forward is a collective, so a group with fewer batches repeats its last one
     until it has run as many as the others.
     """
-    own = list(batches(world.share(total), conditions, group_size, size))
+    return _in_step(
+        lambda group: list(batches(world.share(total, group), conditions, group_size, size)), world, lockstep
+    )
+
+
+def start_rounds(
+    total: int, conditions: Sequence[Condition], group_size: int, size: int, world: World, lockstep: bool
+) -> Iterator[Round]:
+    """The same for `starts`: batches of the prompts of which this rank's group has samples."""
+
+    def of(group: int) -> list[list[int]]:
+        share = world.share(total, group)
+        prompts = range(share.start // group_size, -(-share.stop // group_size) if share else 0)
+        return list(batches(prompts, conditions, 1, size))
+
+    return _in_step(of, world, lockstep)
+
+
+def _in_step(of: Callable[[int], list[list[int]]], world: World, lockstep: bool) -> Iterator[Round]:
+    own = of(world.group)
     yield from ((batch, True) for batch in own)
     if lockstep:
-        shares = [world.share(total, group) for group in range(world.groups)]
-        most = max(sum(1 for _ in batches(share, conditions, group_size, size)) for share in shares)
+        most = max(len(of(group)) for group in range(world.groups))
         filler = own[-1] if own else [0]
         yield from ((filler, False) for _ in range(most - len(own)))
 
 
 @torch.no_grad()
-def sample(policy: Policy, plan: Plan, conditions: Sequence[Condition], slots: list[int]) -> Trajectories:
-    """Draw one batch of trajectories from the reverse SDE; its last step is the deterministic estimate of x_0."""
-    prompts = [slot // plan.group_size for slot in slots]
-    distinct = sorted(set(prompts))
-    row_of = torch.tensor([distinct.index(prompt) for prompt in prompts], device=plan.grid.device)
-    condition_of = stack([conditions[prompt] for prompt in distinct])
-    condition = {name: tensor[row_of] for name, tensor in condition_of.items()}
+def starts(policy: Policy, plan: Plan, conditions: Sequence[Condition], prompts: Sequence[int]) -> dict[int, Start]:
+    """The ODE from the shared noise to the first noisy step, once per prompt."""
+    condition = stack([conditions[prompt] for prompt in prompts])
+    x = plan.initial_noise([prompt * plan.group_size for prompt in prompts], plan.grid.device)
+    for t, t_next in pairwise(plan.grid[: plan.first + 1]):
+        x, _ = policy.transition(x, policy.velocity(x, t.expand(len(x)), condition), t, t_next, 0.0)
+    v = policy.velocity(x, plan.grid[plan.first].expand(len(x)), condition)
+    return {prompt: Start(x[row], v[row]) for row, prompt in enumerate(prompts)}
 
-    x = plan.initial_noise(slots, plan.grid.device)
-    states, log_probs = [x], []
-    for step, (t, t_next) in enumerate(pairwise(plan.grid[:-1])):
-        if step == 0 and plan.shared_noise:  # equal states: one evaluation serves the whole group
-            first = x[[prompts.index(prompt) for prompt in distinct]]
-            v = policy.velocity(first, t.expand(len(first)), condition_of)[row_of]
-        else:
+
+@torch.no_grad()
+def sample(
+    policy: Policy, plan: Plan, conditions: Sequence[Condition], slots: list[int], started: Mapping[int, Start]
+) -> Drawn:
+    """Draw one batch of trajectories: noisy steps and ODE steps; the last is the deterministic estimate of x_0.
+
+    started: of the slots' prompts, where the plan shares noise
+    """
+    groups = [slot // plan.group_size for slot in slots]
+    condition = stack([conditions[prompt] for prompt in groups])
+    sampler = samplers.of(policy, plan.sampler)
+    chosen = {slot: plan.chosen(slot) for slot in slots}
+    kept = {slot: Trajectory() for slot in slots}
+    if plan.shared_noise:
+        x, v = (torch.stack(rows) for rows in zip(*((started[p].x, started[p].v) for p in groups), strict=True))
+    else:
+        x = plan.initial_noise(slots, plan.grid.device)
+        v = policy.velocity(x, plan.grid[0].expand(len(x)), condition)
+    for step in range(plan.first, plan.steps - 1):
+        t, t_next = plan.grid[step], plan.grid[step + 1]
+        if step > plan.first:
             v = policy.velocity(x, t.expand(len(x)), condition)
-        mean, std = policy.transition(x, v, t, t_next, plan.eta)
-        x = mean + std * plan.step_noise(slots, step, plan.grid.device)
-        log_probs.append(gaussian_log_prob(x, mean, std))
-        states.append(x)
+        if step not in plan.noisy:
+            x, _ = policy.transition(x, v, t, t_next, 0.0)
+            continue
+        mean, std = sampler.transition(x, v, t, t_next, plan.eta)
+        x_next = mean + std * plan.step_noise(slots, step, plan.grid.device)
+        log_prob = sampler.log_prob(x_next, mean, std)
+        for row, slot in enumerate(slots):
+            if step in chosen[slot]:
+                trajectory = kept[slot]
+                if step not in trajectory.states:
+                    trajectory.states[step] = stored(x[row], plan)
+                trajectory.states[step + 1] = stored(x_next[row], plan)
+                trajectory.log_probs[step] = log_prob[row]
+        x = x_next
     t = plan.grid[-2]
-    final = policy.clean_estimate(x, policy.velocity(x, t.expand(len(x)), condition), t)
-    return Trajectories(slots, torch.stack(states, 1), torch.stack(log_probs, 1), final)
+    if plan.steps - 1 > plan.first:
+        v = policy.velocity(x, t.expand(len(x)), condition)
+    return Drawn(slots, policy.clean_estimate(x, v, t), kept)
+
+
+def stored(x: Tensor, plan: Plan) -> Tensor:
+    """A sample's state for as long as the update needs it; not a view of the batch, which would keep all of it."""
+    return to_host(x) if plan.store == "host" and x.is_cuda else x.clone()
 
 
 @torch.no_grad()
@@ -126,14 +217,15 @@ def sample_ode(policy: Policy, x: Tensor, grid: Tensor, condition: Condition) ->
     return policy.clean_estimate(x, policy.velocity(x, grid[-2].expand(len(x)), condition), grid[-2])
 
 
-def concatenate(parts: Sequence[Trajectories]) -> Trajectories:
-    """Batches of one rank put together, in the order of their slots."""
-    slots = [slot for part in parts for slot in part.slots]
-    order = sorted(range(len(slots)), key=slots.__getitem__)
-    index = torch.tensor(order, device=parts[0].final.device)
-    return Trajectories(
-        [slots[i] for i in order],
-        torch.cat([part.states for part in parts])[index],
-        torch.cat([part.log_probs for part in parts])[index],
-        torch.cat([part.final for part in parts])[index],
-    )
+def draw(policy: Policy, plan: Plan, conditions: Sequence[Condition], slots: Sequence[int], size: int) -> Drawn:
+    """All of the slots in batches of at most `size`, on this rank alone, which must hold the weights whole."""
+    started: dict[int, Start] = {}
+    if plan.shared_noise:
+        for prompts in batches(sorted({slot // plan.group_size for slot in slots}), conditions, 1, size):
+            started |= starts(policy, plan, conditions, prompts)
+    parts = [
+        sample(policy, plan, conditions, batch, started) for batch in batches(slots, conditions, plan.group_size, size)
+    ]
+    final = {slot: x for part in parts for slot, x in zip(part.slots, part.final, strict=True)}
+    trajectories = {slot: kept for part in parts for slot, kept in part.trajectories.items()}
+    return Drawn(list(slots), torch.stack([final[slot] for slot in slots]), trajectories)

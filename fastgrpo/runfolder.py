@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fastgrpo.charts import Series
 from fastgrpo.display import PHASES, parts
 from fastgrpo.errors import UserError
+from fastgrpo.ranklog import hosts_of
 from fastgrpo.track import Row, read_metrics
 
 Verdict = Literal["up", "down", "flat"]  # of a difference whose interval excludes 0, or does not
@@ -58,6 +59,7 @@ class Run:
     summary: dict[str, Any] | None
     recipe: str
     environment: dict[str, Any]
+    hosts: dict[int, str]  # the node of each rank that has a log
 
     @property
     def parts(self) -> list[str]:
@@ -96,6 +98,11 @@ class Run:
         x, y = np.array(found, dtype=np.float64).reshape(-1, 2).T
         return Series(label, colour, x, y)
 
+    def values(self, name: str) -> NDArray[np.float64]:
+        """A metric of the iterations that have it, without those where it is not finite."""
+        found = np.array([row.get(name, np.nan) for row in self.rows], dtype=np.float64)
+        return found[np.isfinite(found)]
+
     def seconds(self) -> tuple[list[str], NDArray[np.float64]]:
         """Phases and [iterations, phases] seconds; the last phase is whatever the others leave of the total."""
         rows = [row for row in self.rows if "seconds/total" in row]
@@ -126,6 +133,7 @@ def read_run(run_dir: Path) -> Run:
         summary=read_json(summary) if summary.exists() else None,
         recipe=recipe.read_text(encoding="utf-8") if recipe.exists() else "",
         environment=read_json(environment) if environment.exists() else {},
+        hosts=hosts_of(run_dir),
     )
 
 

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from fastgrpo import rewards
 from fastgrpo.config import Recipe, RewardSpec
 from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
+from fastgrpo.pinned import to_host
 from fastgrpo.rewards import Scores
 from fastgrpo.rewards.beside import launch_beside
 from fastgrpo.rewards.client import RewardClient
@@ -132,11 +133,15 @@ class Scorer:
             with self._lock:
                 self.spans.append((start, time.perf_counter()))
 
-    def collect(self, total: int) -> Scored:
-        """Wait for this rank's batches and gather the ranks'. Raises a rank's UserError on every rank."""
+    def collect(self, total: int, here: Callable[[], None] = lambda: None) -> Scored:
+        """Wait for this rank's batches and gather the ranks'. Raises a rank's UserError on every rank.
+
+        here: called once this rank's own scores are there
+        """
         start = time.perf_counter()
         error, rows = self._wait()
         waited = time.perf_counter() - start
+        here()
         try:
             self.world.agree(error)
         except UserError as failure:
@@ -197,13 +202,6 @@ def _weights(specs: Sequence[RewardSpec]) -> dict[str, float]:
     return {part: weight for spec in specs for part, weight in spec.weights.items()}
 
 
-def to_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory; from a GPU it is only under way, and the host goes on, see `_mark`."""
-    if not tensor.is_cuda:
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-
 def _mark(tensor: Tensor) -> torch.cuda.Event | None:
     """The moment at which what was queued so far on the tensor's GPU is done."""
     if not tensor.is_cuda:
@@ -224,6 +222,12 @@ def union_length(spans: Sequence[tuple[float, float]]) -> float:
 
 def open_rewards(recipe: Recipe, world: World, stack: ExitStack) -> list[Source]:
     """Where each reward's scores come from; starts the server beside the trainer where the recipe names none."""
+    for spec in recipe.rewards:
+        if recipe.video.frames < (least := rewards.least_frames(spec.name)):
+            raise UserError(
+                f"video.frames={recipe.video.frames}: {spec.name} judges clips of at least {least}; use longer clips, "
+                "or another reward."
+            )
     inside = [spec for spec in recipe.rewards if spec.where == "process"]
     outside = [spec for spec in recipe.rewards if spec.where == "server"]
     sources: list[Source] = []

@@ -2,7 +2,10 @@
 
 Iterations count from 0, as in `for iteration in range(start_iteration, total_iterations)`; people read `iteration + 1`.
 Names of metrics: `reward/sum`, `reward/<part>`, `reward/invalid`, `group_std/<part>`, `heldout/sum`, `heldout/<part>`,
-`seconds/<phase>`, `seconds/total`, `update/...`, `lr`. Everything is written inside the run's folder.
+`seconds/<phase>` and `seconds/total` of rank 0, `update/...`, `lr`; of several ranks `seconds_min/<phase>`,
+`seconds_median/<phase>`, `seconds_max/<phase>`, `slowest/<phase>` and `slowest/rank` (a rank); `resident_gib/<phase>`,
+on a GPU `allocated_gib/<phase>` and `reserved_gib/<phase>`: the largest peak of any rank. Everything is written inside
+the run's folder.
 """
 
 import json
@@ -85,8 +88,8 @@ class Tracker:
             self._live = Live(screen, console=self._console, refresh_per_second=4)
             self._live.start()
 
-    def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Appends one line {"iteration": ..., "time": unix seconds, ...} and shows it.
+    def log(self, iteration: int, metrics: Mapping[str, float], note: str = "") -> None:
+        """Appends one line {"iteration": ..., "time": unix seconds, ...} and shows it, with a note for people.
 
         A number that is not finite is written as null, which every JSON reader takes. An iteration may be logged in
         several lines with different names, for example when an evaluation follows it.
@@ -102,9 +105,9 @@ class Tracker:
             # wandb refuses a step that it has: iterations repeated after a resume equal those it refuses
             self._wandb.log(dict(metrics), step=iteration)
         if self._live is not None:
-            self._live.update(dashboard(self._rows, self.total, self.run_dir.name))
+            self._live.update(dashboard(self._rows, self.total, self.run_dir.name, note))
         else:
-            self.message(plain_line(self._rows, self.total))
+            self.message(plain_line(self._rows, self.total, note))
 
     def message(self, text: str) -> None:
         """Prints a line, above the live display where there is one."""

@@ -6,15 +6,14 @@ disjoint minibatches balanced over prompts, and everything random is keyed so th
 
 import json
 import os
-import time
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrpo import distributed, embed, evaluate, grpo, models, rollout, track
+from fastgrpo import distributed, embed, evaluate, grpo, models, nft, preflight, rollout, samplers, track, window
 from fastgrpo.checkpoint import Checkpoints, Progress, number
 from fastgrpo.config import Recipe
 from fastgrpo.data import prompts
@@ -24,37 +23,21 @@ from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 from fastgrpo.evaluate import Evaluation
 from fastgrpo.files import replace_text
+from fastgrpo.heartbeat import Heart
 from fastgrpo.lifetime import die_with, only_run_in
+from fastgrpo.loading import shard_and_read
 from fastgrpo.models import Condition, Policy
+from fastgrpo.preflight_parts import Parts
+from fastgrpo.ranks import Ranks
 from fastgrpo.reference import Reference, Unadapted
 from fastgrpo.report import write_report
 from fastgrpo.resume import check_folder, prepare_folder
-from fastgrpo.rollout import Plan, Trajectories
+from fastgrpo.rollout import Plan, Trajectory
 from fastgrpo.scoring import NoScores, Scored, Scorer, open_rewards
 from fastgrpo.stopping import Signals, Stop, Stopped
+from fastgrpo.stopwatch import Stopwatch
 from fastgrpo.track import Tracker
 from fastgrpo.update import Trainer, update
-
-
-@dataclass
-class Stopwatch:
-    """Seconds per phase of one iteration."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    last: float = field(default_factory=time.perf_counter)
-
-    def lap(self, phase: str) -> None:
-        """Add the time since the last lap to a phase; on a GPU, of the work queued so far."""
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()  # not the scoring's stream, which runs beside it
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
-        self.last = now
-
-    def metrics(self) -> dict[str, float]:
-        return {f"seconds/{phase}": value for phase, value in self.seconds.items()} | {
-            "seconds/total": sum(self.seconds.values())
-        }
 
 
 def train(recipe: Recipe) -> dict[str, object] | None:
@@ -101,25 +84,30 @@ class Session:
     heldout_grid: Tensor
     shape: tuple[int, ...]
     stop: Stop
+    ranks: Ranks
 
     @classmethod
     def open(cls, recipe: Recipe, world: World, stack: ExitStack, found: Split, stop: Stop) -> "Session":
         """Load, shard, resume; start the reward server where the recipe asks for one. `stack` closes what is open."""
+        ranks = Ranks(recipe.run.dir, world, stack.enter_context(Heart(recipe.run.dir, world.rank, world.size)))
         sources = open_rewards(recipe, world, stack)
-        policy = world.together(lambda: models.load(recipe.model, world.device, recipe.lora))
+        policy = world.together(lambda: models.outline(recipe.model, world.device, recipe.lora))
         shape = policy.latent_shape(recipe.video)
         grid = policy.time_grid(recipe.rollout.steps, recipe.rollout.shift, shape).to(world.device)
         heldout_steps = recipe.evaluate.steps or recipe.rollout.steps
         heldout_grid = policy.time_grid(heldout_steps, recipe.rollout.shift, shape).to(world.device)
+        samplers.check(policy, recipe.rollout.sampler, world.device)
+        if recipe.objective.kind == "nft":
+            nft.check(policy, world.device)
         nothing = torch.zeros(1, 1, device=world.device)
         policy.transition(nothing, nothing, grid[0], grid[1], recipe.rollout.eta)  # refuses an eta that it cannot take
         world.on_main(lambda: prepare_folder(recipe, world))  # not before the recipe has proved itself
         encoded = embed.encode(recipe, world, found)
-        distributed.shard(policy, world, getattr(torch, recipe.model.dtype), recipe.distributed.offload)
+        shard_and_read(policy, recipe, world)
         if encoded.conditions.negative is not None:
             policy.negative = models.move(encoded.conditions.negative, world.device)
-        reference = initial_policy(recipe, world, policy) if recipe.objective.kl_weight else None
-        trainer = Trainer.create(policy, recipe.optimizer, reference)
+        reference = initial_policy(recipe, world, policy) if recipe.needs_initial_policy else None
+        trainer = Trainer.create(policy, recipe.optimizer, reference, recipe.distributed.offload)
         checkpoints = Checkpoints(recipe.run.dir / "checkpoints", recipe.checkpoint, world)
         progress = checkpoints.load(trainer)
         scorer = Scorer(sources, recipe.rewards, recipe.video.fps, world)
@@ -133,12 +121,14 @@ class Session:
         return cls(
             recipe, world, policy, trainer, scorer, tracker, checkpoints, progress,
             [prompt.text for prompt in encoded.train], [prompt.text for prompt in encoded.heldout],
-            encoded.conditions, grid, heldout_grid, shape, stop,
+            encoded.conditions, grid, heldout_grid, shape, stop, ranks,
         )  # fmt: skip
 
     def run(self) -> dict[str, object] | None:
         """What `train` returns."""
         try:
+            if self.recipe.run.preflight and not self.progress.iteration:
+                preflight.quick(self.preflight_parts(), self.tracker.message)
             before = self.baseline()
             while self.progress.iteration < self.recipe.run.iterations:
                 self.iterate()
@@ -152,19 +142,28 @@ class Session:
             self.end_saving()
             raise
 
+    def preflight_parts(self) -> Parts:
+        """What is checked before the first iteration."""
+        chosen = prompts.draw(len(self.train_prompts), self.recipe.prompts.per_iteration, 0, self.recipe.run.seed)
+        return Parts(
+            self.recipe, self.world, self.trainer, self.scorer, self.plan(0),
+            [self.train_prompts[index] for index in chosen],
+            [models.move(self.conditions[index], self.world.device) for index in chosen],
+        )  # fmt: skip
+
     def iterate(self) -> None:
         """One iteration of Algorithm 1."""
         recipe, iteration = self.recipe, self.progress.iteration
         group = recipe.rollout.samples_per_prompt
-        watch = Stopwatch()
+        watch = self.ranks.watch(iteration)
 
         # 1. a batch of prompts
         chosen = prompts.draw(len(self.train_prompts), recipe.prompts.per_iteration, iteration, recipe.run.seed)
         texts = [self.train_prompts[index] for index in chosen]
         conditions = [models.move(self.conditions[index], self.world.device) for index in chosen]
-        plan = Plan(
-            recipe.run.seed, iteration, group, self.grid, recipe.rollout.eta, recipe.rollout.shared_noise, self.shape
-        )
+        plan = self.plan(iteration)
+        if recipe.objective.kind == "nft":
+            plan = nft.of_any_step(plan)
 
         # 2. trajectories of the current policy, and their rewards
         trajectories, scored = self.draw(plan, texts, conditions, watch)
@@ -173,50 +172,72 @@ class Session:
         # 3. advantages within each prompt's group, summed over rewards
         advantages = grpo.combined_advantages(
             scored.values, scored.valid, recipe.weights, group, recipe.objective.advantage_clip,
-            recipe.objective.min_spread,
+            recipe.objective.min_spread, recipe.objective.normalise,
         )  # fmt: skip
         kept = scored.valid
         if recipe.objective.best_of_n:
             kept = grpo.best_of_n(advantages, scored.valid, group, recipe.objective.best_of_n)
+        trajectories = {slot: trajectory for slot, trajectory in trajectories.items() if kept[slot]}
 
         # 4. optimizer steps on a subset of the timesteps
         metrics = update(
-            self.trainer, recipe.objective, plan, trajectories, conditions, advantages, kept,
-            recipe.steps_trained, self.world, self.stop.between,
+            self.trainer, recipe.objective, plan, trajectories, conditions, advantages, kept, self.world,
+            self.stop.between,
         )  # fmt: skip
         watch.lap("update")
 
-        metrics |= reward_metrics(scored, recipe, group) | watch.metrics()
-        self.tracker.log(iteration, metrics)
+        spread = self.ranks.gather(iteration, watch)
+        metrics |= reward_metrics(scored, recipe, group) | watch.metrics() | spread.metrics()
+        self.tracker.log(iteration, metrics, spread.note())
         self.progress.iteration += 1
         self.progress.rewards = (*self.progress.rewards, metrics["reward/sum"])
         self.progress.seconds += metrics["seconds/total"]
 
+    def plan(self, iteration: int) -> Plan:
+        """What the recipe wants drawn in an iteration."""
+        settings, seed = self.recipe.rollout, self.recipe.run.seed
+        noisy = window.noisy_steps(settings, iteration, seed)
+        return Plan(
+            seed, iteration, settings.samples_per_prompt, window.shortened(self.grid, noisy, settings.tail_steps),
+            settings.eta, settings.shared_noise, self.shape, noisy, self.recipe.steps_trained,
+            self.recipe.objective.timestep_choice, settings.sampler, settings.store,
+        )  # fmt: skip
+
     def draw(
         self, plan: Plan, texts: list[str], conditions: list[Condition], watch: Stopwatch
-    ) -> tuple[Trajectories, Scored]:
-        """Rollout in batches; each batch is scored while the next is drawn."""
+    ) -> tuple[dict[int, Trajectory], Scored]:
+        """Rollout in batches; each batch is scored while the next is drawn.  returns this rank's samples, all scores"""
         total = len(texts) * plan.group_size
-        parts = []
+        trajectories: dict[int, Trajectory] = {}
         size, dtype = self.recipe.rollout.batch_size, getattr(torch, self.recipe.model.dtype)
         settings = self.recipe.distributed
-        with distributed.rollout_weights(self.policy.network, settings, dtype, self.world) as whole:
-            rounds = rollout.rounds(total, conditions, plan.group_size, size, self.world, not whole)
-            for batch, counts in self.stop.between(rounds):
-                drawn = rollout.sample(self.policy, plan, conditions, batch)
-                watch.lap("rollout")
+        old = self.recipe.objective.kind == "nft"
+        with (
+            evaluate.averaged_weights(self.trainer) if old else nullcontext(),
+            distributed.rollout_weights(self.policy.network, settings, dtype, self.world) as whole,
+        ):
+            work = (total, conditions, plan.group_size, size, self.world, not whole)
+            started: dict[int, rollout.Start] = {}
+            rounds = self.stop.between(rollout.start_rounds(*work) if plan.shared_noise else ())
+            for prompts_here, _ in watch.pieces(rounds, "rollout", then="rollout"):
+                started |= rollout.starts(self.policy, plan, conditions, prompts_here)
+            for batch, counts in watch.pieces(self.stop.between(rollout.rounds(*work)), "rollout", then="reward"):
+                if old:
+                    drawn = nft.sample(self.policy, plan, conditions, batch)
+                else:
+                    drawn = rollout.sample(self.policy, plan, conditions, batch, started)
+                watch.lap("rollout", then="decode")
                 if not counts:
                     continue
-                parts.append(drawn)
+                trajectories |= drawn.trajectories
                 own = self.world.part(len(batch))  # the ranks that share a sequence divide its decoding and scoring
                 if own:
-                    final, scored_here = parts[-1].final[own.start : own.stop], batch[own.start : own.stop]
+                    final, scored_here = drawn.final[own.start : own.stop], batch[own.start : own.stop]
                     prompts_of = [texts[slot // plan.group_size] for slot in scored_here]
                     self.scorer.submit(scored_here, final, self.policy.decode(final), prompts_of)
                 watch.lap("decode")
-        trajectories = rollout.concatenate(parts)
-        scored = self.scorer.collect(total)
-        watch.lap("reward")
+        scored = self.scorer.collect(total, lambda: watch.lap("reward", then="wait"))
+        watch.lap("wait", then="update")
         return trajectories, scored
 
     def check_validity(self, scored: Scored) -> None:
@@ -232,6 +253,7 @@ class Session:
 
     def maybe_save(self) -> None:
         """A checkpoint where the recipe wants one and after the last iteration; one that fails does not end the run."""
+        self.ranks.heart.enter("save")
         done, wanted = self.progress.iteration, self.recipe.checkpoint.every
         problem = self.checkpoints.poll()
         if done % wanted == 0 or done == self.recipe.run.iterations:
@@ -257,6 +279,7 @@ class Session:
 
     def evaluate(self) -> Evaluation:
         """The held-out prompts with the weights as they are now."""
+        self.ranks.heart.enter("evaluate")
         count = min(self.recipe.evaluate.prompts, len(self.heldout_prompts))
         first = len(self.train_prompts)
         conditions = [models.move(c, self.world.device) for c in self.conditions[first : first + count]]
@@ -312,10 +335,10 @@ def initial_policy(recipe: Recipe, world: World, trained: Policy) -> Reference:
     """The policy before training, which the KL term measures against: frozen, or without its adapters."""
     if recipe.lora.rank:
         return Unadapted(trained)
-    policy = world.together(lambda: models.load(recipe.model, world.device))
+    policy = world.together(lambda: models.outline(recipe.model, world.device))
     policy.network.requires_grad_(False)
     policy.negative = trained.negative
-    distributed.shard(policy, world, getattr(torch, recipe.model.dtype), recipe.distributed.offload)
+    shard_and_read(policy, recipe, world, "weights of the initial policy")
     return policy
 
 

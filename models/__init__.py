@@ -4,13 +4,14 @@ A family is a file models/NAME.py with
 
   NETWORK: str                                     the folder part that is trained: "transformer" or "unet"
   blocks(network) -> list[nn.Module]               its repeated blocks
-  load(settings, device) -> Policy
+  load(settings, device) -> Policy                 its network from streaming.outline, without weights yet
   encoder(settings, video, device)                 a context manager that gives an Encoder
   PIPELINES: tuple[str, ...]                       the diffusers pipelines whose folders it reads
   MAX_..._TOKENS: int                              its limits of text lengths: the cache of conditions notes them
 
 and, where its other parts lie in another pipeline's folder, PIPELINE: the diffusers class that an export names. Adding
-one edits no other file. `folder` reads the diffusers layout, `lora` adds adapters to any family's network.
+one edits no other file. `folder` reads the diffusers layout, `streaming` the network's weights, `lora` adds adapters to
+any family's network.
 """
 
 import importlib
@@ -27,6 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from fastgrpo.config import Lora, Model, Video
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import UserError
+from fastgrpo.models import streaming
+from fastgrpo.models.lora import add_adapters
 
 Condition = Mapping[str, Tensor]  # what the network is conditioned on; one prompt's without, a batch's with a first dim
 
@@ -86,7 +89,8 @@ class Family(Protocol):
 
     def blocks(self, network: nn.Module) -> list[nn.Module]: ...
 
-    def load(self, settings: Model, device: torch.device) -> Policy: ...
+    def load(self, settings: Model, device: torch.device) -> Policy:
+        """The policy, its network from `streaming.outline`: without weights, which `outline` and `load` below know."""
 
     def encoder(self, settings: Model, video: Video, device: torch.device) -> AbstractContextManager[Encoder]: ...
 
@@ -107,14 +111,22 @@ def family(name: str) -> Family:
     return cast(Family, importlib.import_module(f"{__name__}.{name}"))
 
 
-def load(settings: Model, device: torch.device, lora: Lora | None = None) -> Policy:
-    """The policy of a recipe's [model] section, its network in float32 on `device`, with adapters where it asks."""
+def outline(settings: Model, device: torch.device, lora: Lora | None = None) -> Policy:
+    """The policy of a recipe's [model] section, with adapters where it asks, and a network that has no weights yet.
+
+    Shard it, then `streaming.fill` its network; nothing before needs the weights. Its other parts are on `device`.
+    """
     policy = family(settings.family).load(settings, device)
     _configure(policy, settings)
     if lora is not None and lora.rank:
-        from fastgrpo.models.lora import add_adapters
-
         add_adapters(policy.network, lora, getattr(torch, settings.dtype))
+    return policy
+
+
+def load(settings: Model, device: torch.device, lora: Lora | None = None) -> Policy:
+    """`outline`, with the whole network in float32 on `device`; what adapters stand beside is in compute precision."""
+    policy = outline(settings, device, lora)
+    streaming.fill(policy.network, device)
     return policy
 
 

@@ -25,7 +25,7 @@ from fastgrpo import flow
 from fastgrpo.config import Model, Video
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import UserError
-from fastgrpo.models import Condition, folder
+from fastgrpo.models import Condition, folder, streaming
 
 NETWORK = "transformer"
 PARTS = ("vae", "text_encoder", "text_encoder_2", "scheduler", "tokenizer", "tokenizer_2")
@@ -176,7 +176,7 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def load(settings: Model, device: torch.device) -> Flux:
-    """The policy of a folder in the diffusers layout, or of a hub id. The network is loaded in float32."""
+    """The policy of a folder in the diffusers layout, or of a hub id; its network has no weights yet."""
     if settings.cfg != 1:
         raise UserError(
             f"model.cfg={settings.cfg}: FLUX is guided by what it was distilled with, not by a second branch; leave it "
@@ -187,8 +187,8 @@ def load(settings: Model, device: torch.device) -> Flux:
     vae = folder.read(AutoencoderKL, where / "vae", getattr(torch, settings.dtype))
     network = folder.network_folder(settings, NETWORK)
     check_network(folder.read_json(network / "config.json"), where, vae.config, settings)
-    network = folder.read(FluxTransformer2DModel, network, torch.float32)
-    return Flux(network.train().to(device), vae.requires_grad_(False).eval().to(device), schedule, settings)
+    network = streaming.outline(FluxTransformer2DModel, network, device)
+    return Flux(network, vae.requires_grad_(False).eval().to(device), schedule, settings)
 
 
 def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Model) -> None:

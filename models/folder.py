@@ -5,7 +5,6 @@ families; nothing of a checkpoint is assumed here but its layout.
 """
 
 import gc
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 
 from fastgrpo.config import Model, Video
 from fastgrpo.errors import UserError
+from fastgrpo.models.network_folder import check_class, check_shards
+from fastgrpo.models.network_folder import read_json as read_json
 
-INDEXES = ("diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json")
 FETCHED = (  # of a hub repository: all folders, and of its top what a family or an export reads, no whole-model files
     "*/*", "*.json", "*.md", "*.txt", "*.toml", "LICENSE*", "NOTICE*", "diffusion_pytorch_model*",
     "pytorch_lora_weights*",
@@ -101,17 +101,6 @@ def network_folder(settings: Model, part: str) -> Path:
     return folder
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A config file of the folder. Raises UserError where it is no JSON object."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {file} cannot be read ({error}); download that folder again.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"model.path: {file} is not a JSON object; download that folder again.")
-    return content
-
-
 def scheduler_config(folder: Path) -> dict[str, Any]:
     """The scheduler's settings."""
     return read_json(folder / "scheduler" / "scheduler_config.json")
@@ -145,16 +134,12 @@ def constant_shift(folder: Path) -> float:
 
 
 def read(network: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A network of a diffusers or transformers class from its folder, in `dtype`, on the CPU.
+    """A frozen network, of a diffusers or transformers class, from its folder, in `dtype`, on the CPU.
 
     Raises UserError for another class's folder, a missing shard, a tensor that is missing or of another shape, or
     damaged weights.
     """
-    named = read_json(folder / "config.json").get("_class_name", network.__name__)
-    if named != network.__name__:
-        raise UserError(
-            f"model.path: {folder} holds a {named}, not a {network.__name__}; correct model.family or the path."
-        )
+    check_class(network, folder)
     check_shards(folder)
     # transformers' own error for another shape names no tensor: what it leaves out is named below
     options = {"ignore_mismatched_sizes": True} if hasattr(network, "config_class") else {}
@@ -171,17 +156,6 @@ def read(network: Any, folder: Path, dtype: torch.dtype) -> Any:
             named = f"{problem.format(min(keys))} (and {len(keys) - 1} more) of a {network.__name__}"
             raise UserError(f"model.path: {folder} {named}; correct model_index.json or download that folder again.")
     return model
-
-
-def check_shards(folder: Path) -> None:
-    """Raise UserError where a file is missing that the index of the weights names."""
-    for index in (folder / name for name in INDEXES):
-        if index.is_file():
-            for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
-                if not (folder / shard).is_file():
-                    raise UserError(
-                        f"model.path: {folder / shard} is missing, a part of the weights; download it again."
-                    )
 
 
 def check_text_class(kind: Any, folder: Path) -> None:

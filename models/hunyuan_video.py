@@ -23,7 +23,7 @@ from fastgrpo import flow
 from fastgrpo.config import Model, Video
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import UserError
-from fastgrpo.models import Condition, folder
+from fastgrpo.models import Condition, folder, streaming
 
 NETWORK = "transformer"
 PARTS = ("vae", "text_encoder", "text_encoder_2", "scheduler", "tokenizer", "tokenizer_2")
@@ -199,7 +199,7 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def load(settings: Model, device: torch.device) -> HunyuanVideo:
-    """The policy of a folder in the diffusers layout, or of a hub id. The network is loaded in float32."""
+    """The policy of a folder in the diffusers layout, or of a hub id; its network has no weights yet."""
     where = folder.pipeline_folder(settings, PARTS, PIPELINES)
     shift = folder.constant_shift(where)
     check_network(settings, where, images=False)
@@ -244,7 +244,8 @@ def check_network(settings: Model, where: Path, images: bool) -> dict[str, Any]:
 
 
 def load_networks(settings: Model, where: Path, device: torch.device) -> tuple[Any, Any]:
-    """The transformer, float32 and trainable, and the VAE, in the compute precision and frozen."""
-    network = folder.read(HunyuanVideoTransformer3DModel, folder.network_folder(settings, NETWORK), torch.float32)
+    """The transformer, without weights yet, and the VAE, in the compute precision and frozen."""
+    place = folder.network_folder(settings, NETWORK)
+    network = streaming.outline(HunyuanVideoTransformer3DModel, place, device)
     vae = folder.read(AutoencoderKLHunyuanVideo, where / "vae", getattr(torch, settings.dtype))
-    return network.train().to(device), vae.requires_grad_(False).eval().to(device)
+    return network, vae.requires_grad_(False).eval().to(device)

@@ -8,7 +8,7 @@ average and in checkpoints, under the names `LAYER.lora_A.default.weight` [rank,
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,7 @@ DOWN, UP = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 def add_adapters(network: nn.Module, settings: Lora, frozen_dtype: torch.dtype = torch.float32) -> None:
     """Freeze a diffusers network and put float32 adapters beside its linear layers, in place; before it is sharded.
 
-    B starts at 0, so the network's output does not change; A is uniform within +- 1 / sqrt(in), as peft has it, but a
-    function of the layer's name alone: every rank and every attempt of a run starts from the same adapters.
+    They start as `initial` says; those of a network without weights get their values with these, from `streaming`.
 
     frozen_dtype: what to keep the frozen weights in; the compute precision loses nothing, as they are cast to it anyway
     Raises UserError where peft is missing or a target of the recipe is no linear layer.
@@ -47,11 +46,32 @@ def add_adapters(network: nn.Module, settings: Lora, frozen_dtype: torch.dtype =
         parameter.data = parameter.data.to(frozen_dtype)
     network.add_adapter(config, ADAPTER)  # type: ignore[operator]
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name.endswith((DOWN, UP)))
-        if name.endswith(DOWN):
-            _set(parameter, _initial(name.removesuffix(DOWN), tuple(parameter.shape)))
-        elif name.endswith(UP):
-            _set(parameter, torch.zeros(parameter.shape))
+        parameter.requires_grad_(is_adapter(name))
+        if is_adapter(name):  # float32, whatever precision peft chose
+            start = parameter.data.float() if parameter.is_meta else initial(name, parameter.shape)
+            parameter.data = start.to(parameter.device)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
+    return name.endswith((DOWN, UP))
+
+
+def unadapted(name: str) -> str:
+    """A frozen parameter's name in the network without adapters."""
+    return name.replace(".base_layer.", ".")
+
+
+def initial(name: str, shape: Sequence[int]) -> Tensor:
+    """What an adapter's parameter starts with, the whole of it, float32 on the CPU.
+
+    B starts at 0, so the network's output does not change; A is uniform within +- 1 / sqrt(in), as peft has it, but a
+    function of the layer's name alone: every rank and every attempt of a run starts from the same adapters.
+    """
+    if name.endswith(UP):
+        return torch.zeros(*shape)
+    uniform = torch.rand(*shape, generator=noise.generator(("lora", name.removesuffix(DOWN))))
+    return (2 * uniform - 1) / shape[1] ** 0.5
 
 
 def target_layers(network: nn.Module, settings: Lora) -> list[str]:
@@ -81,16 +101,6 @@ def _endings(names: list[str]) -> list[str]:
 
 def _alpha(settings: Lora) -> float:
     return float(settings.rank) if settings.alpha is None else settings.alpha
-
-
-def _initial(layer: str, shape: tuple[int, ...]) -> Tensor:
-    uniform = torch.rand(shape, generator=noise.generator(("lora", layer)))
-    return (2 * uniform - 1) / shape[1] ** 0.5
-
-
-@torch.no_grad()
-def _set(parameter: nn.Parameter, value: Tensor) -> None:
-    parameter.data = value.to(parameter.device)  # float32, whatever precision peft chose
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[Ima
 
 
 def load(settings: Model, device: torch.device) -> SkyReels:
-    """The policy of HunyuanVideo's folder and SkyReels' network. The network is loaded in float32."""
+    """The policy of HunyuanVideo's folder and SkyReels' network, which has no weights yet."""
     where = folder.pipeline_folder(settings, PARTS, PIPELINES)
     shift = folder.constant_shift(where)
     hunyuan_video.check_network(settings, where, images=True)

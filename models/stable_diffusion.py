@@ -19,7 +19,7 @@ from fastgrpo import flow
 from fastgrpo.config import Model, Video
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import UserError
-from fastgrpo.models import Condition, folder
+from fastgrpo.models import Condition, folder, streaming
 
 NETWORK = "unet"
 PARTS = ("vae", "text_encoder", "scheduler", "tokenizer")
@@ -205,18 +205,17 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def load(settings: Model, device: torch.device) -> StableDiffusion:
-    """The policy of a folder in the diffusers layout, or of a hub id. The network is loaded in float32."""
+    """The policy of a folder in the diffusers layout, or of a hub id; its network has no weights yet."""
     if settings.guidance is not None:
         raise UserError(
             f"model.guidance={settings.guidance}: Stable Diffusion has no embedded guidance; set model.cfg instead."
         )
     where = folder.pipeline_folder(settings, PARTS, PIPELINES)
     schedule = Schedule(folder.scheduler_config(where), device)
-    network = folder.read(UNet2DConditionModel, folder.network_folder(settings, NETWORK), torch.float32)
+    network = streaming.outline(UNet2DConditionModel, folder.network_folder(settings, NETWORK), device)
     vae = folder.read(AutoencoderKL, where / "vae", getattr(torch, settings.dtype))
     check_parts(network.config, vae.config, folder.read_json(where / "text_encoder" / "config.json"))
-    network, vae = network.train().to(device), vae.requires_grad_(False).eval().to(device)
-    return StableDiffusion(network, vae, schedule, settings)
+    return StableDiffusion(network, vae.requires_grad_(False).eval().to(device), schedule, settings)
 
 
 def check_parts(network: Any, vae: Any, text: Mapping[str, Any]) -> None:

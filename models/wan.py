@@ -30,7 +30,7 @@ from fastgrpo import flow
 from fastgrpo.config import Model, Video
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import UserError
-from fastgrpo.models import Condition, folder
+from fastgrpo.models import Condition, folder, streaming
 
 NETWORK = "transformer"
 PARTS = ("vae", "text_encoder", "scheduler", "tokenizer")
@@ -190,8 +190,10 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def load(settings: Model, device: torch.device) -> Wan:
-    """The policy of a folder in the diffusers layout, or of a hub id. The network is loaded in float32, and so is the
-    VAE, as the model's authors have it."""
+    """The policy of a folder in the diffusers layout, or of a hub id; its network has no weights yet.
+
+    The VAE is loaded in float32, as the model's authors have it.
+    """
     if settings.guidance is not None:
         raise UserError(f"model.guidance={settings.guidance}: Wan has no embedded guidance; set model.cfg instead.")
     where = folder.pipeline_folder(settings, PARTS, PIPELINES)
@@ -200,9 +202,9 @@ def load(settings: Model, device: torch.device) -> Wan:
     vae = folder.read(AutoencoderKLWan, where / "vae", torch.float32)
     network = folder.network_folder(settings, NETWORK)
     check_network(folder.read_json(network / "config.json"), where, vae.config, settings)
-    network = folder.read(WanTransformer3DModel, network, torch.float32)
+    network = streaming.outline(WanTransformer3DModel, network, device)
     vae = vae.requires_grad_(False).eval().to(device)
-    return Wan(network.train().to(device), vae, schedule, text_tokens(where), settings, device)
+    return Wan(network, vae, schedule, text_tokens(where), settings, device)
 
 
 def check_pipeline(index: Mapping[str, Any], settings: Model) -> None:

@@ -1,7 +1,7 @@
 """Rewards: functions that look at pixels and prompts and give named scores. The folder is the registry.
 
 A file `rewards/<name>.py` with a function `load(spec) -> Reward` is the reward `<name>`; adding one edits no
-other file.
+other file. Where it cannot judge short clips, it says so by `LEAST_FRAMES = 2` at its top.
 The other files carry scores between processes (`wire`: the bytes, `server`, `client`), make binary parts
 (`threshold`), or hold what several rewards share.
 """
@@ -43,6 +43,7 @@ class Reward(Protocol):
       looks_at(frames, fps)        indices of the frames that it looks at in a clip of that many: only these travel to
                                    the server, where the others of its `pixels` are black
       golden: (clip, prompt, fps)  what a server scores at its start, uint8 [F, H, W, 3]; none = a drawn clip
+      golden_scores: {part: score} what that clip must score, where it is written down; preflight compares
       reads_prompts                false where prompts change nothing; `fastgrpo score` then asks for none
       to(device)                   moves its weights, so that a GPU that it shares has their memory between phases
     """
@@ -89,6 +90,15 @@ def check(name: str) -> None:
             f"reward='{name}': no such reward; use one of {', '.join(known())}, "
             f"or add rewards/{name}.py with a function load(spec) -> Reward"
         )
+
+
+def least_frames(name: str) -> int:
+    """The frames that a clip must have for a reward: LEAST_FRAMES in its file, which is not run; 1 without it."""
+    if name not in known():  # of a server elsewhere
+        return 1
+    text = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    found = re.search(r"^LEAST_FRAMES = (\d+)", text, re.MULTILINE)
+    return int(found[1]) if found else 1
 
 
 def judge_batch(reward: Reward, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:

@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -192,6 +192,11 @@ class RewardClient:
     def expect(self, spec: Spec) -> None:
         """Take only replicas that are like this, as another rank found them."""
         self._expected = {name: spec[name] for name in self.names}
+
+    def told(self, name: str) -> Mapping[str, Any]:
+        """What its servers say of a reward, see `GET /v1/spec`."""
+        assert self._expected is not None
+        return self._expected[name]
 
     def _wait_for(self, replica: Replica, deadline: float, timeout_s: float) -> None:
         while True:

@@ -115,7 +115,7 @@ def load_served(spec: RewardSpec) -> Served:
     return Served(load(spec), spec)
 
 
-def golden_clip(reward: Reward) -> tuple[Tensor, str, float]:
+def golden_clip(reward: Reward | None) -> tuple[Tensor, str, float]:
     """(uint8 [F, H, W, 3], prompt, fps): the reward's own, or a drawn one, nine frames of 32 x 32."""
     own: tuple[Tensor, str, float] | None = getattr(reward, "golden", None)
     if own is not None:

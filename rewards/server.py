@@ -109,6 +109,7 @@ class Desk:
                 "dtype": one.spec.dtype,
                 "batch_size": one.spec.batch_size,
                 "golden": one.golden,
+                "golden_clip": "own" if getattr(one.reward, "golden", None) is not None else "drawn",
             }
             if frames is not None and fps is not None:
                 rewards[name]["looks_at"] = one.looks_at(frames, fps)

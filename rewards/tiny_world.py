@@ -9,7 +9,7 @@ Only a clip without any object gets exactly nothing.
   TA  colour, shape and direction are those of the caption, whatever the speed
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -175,6 +175,7 @@ class TinyWorld:
     """The reward of the tiny world. A prompt that is no caption of this world makes its clip invalid."""
 
     names: tuple[str, ...] = PARTS
+    golden_scores: Mapping[str, float] = {"VQ": 0.978119, "MQ": 0.999504, "TA": 0.992966}  # of the drawn golden clip
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
         """pixels: uint8 [B, F, N, N, 3], F >= 3;  prompts: B captions;  fps: frames per second, above 0.

@@ -26,6 +26,8 @@ from fastgrpo.rewards.videoalign_text import Reader, check_template, read_templa
 
 log = logging.getLogger(__name__)
 
+LEAST_FRAMES = 2  # a single one shows no motion
+
 
 class Options(Section):
     """What only VideoAlign knows."""

@@ -13,7 +13,7 @@ from fastgrpo import distributed, rollout
 from fastgrpo.config import Objective, Optimizer, Video
 from fastgrpo.distributed import World
 from fastgrpo.models import Condition, Policy, stack
-from fastgrpo.rollout import Plan, Trajectories
+from fastgrpo.rollout import Drawn, Plan
 from fastgrpo.update import Trainer, update
 from tests import tiny
 
@@ -37,12 +37,11 @@ def plan_of(policy: Policy, video: Video) -> Plan:
     return Plan(3, 0, GROUP, policy.time_grid(STEPS, None, shape), ETA, True, shape)
 
 
-def draw(policy: Policy, plan: Plan, conditions: list[Condition], size: int) -> Trajectories:
+def draw(policy: Policy, plan: Plan, conditions: list[Condition], size: int) -> Drawn:
     """Trajectories of all prompts in batches of at most `size`; the policy is sharded."""
     slots = range(len(conditions) * GROUP)
     with distributed.gathered(policy.network):
-        batches = rollout.batches(slots, conditions, GROUP, size)
-        return rollout.concatenate([rollout.sample(policy, plan, conditions, batch) for batch in batches])
+        return rollout.draw(policy, plan, conditions, slots, size)
 
 
 def largest_log_ratio(policy: Policy, video: Video, conditions: list[Condition], world: World) -> float:
@@ -55,7 +54,7 @@ def largest_log_ratio(policy: Policy, video: Video, conditions: list[Condition],
         assert drawn.final.std() > 0.1
         for update_batch in update_batches:
             trainer = Trainer.create(policy, Optimizer(lr=1e-30, batch_size=update_batch), None)
-            metrics = update(trainer, Objective(), plan, drawn, conditions, kept.float(), kept, STEPS - 1, world)
+            metrics = update(trainer, Objective(), plan, drawn.trajectories, conditions, kept.float(), kept, world)
             assert metrics["update/transitions"] == len(drawn.slots) * (STEPS - 1)
             largest = max(largest, metrics["update/max_log_ratio_first"])
     return largest
@@ -79,12 +78,12 @@ def assert_gradient_is_the_objectives(
     trainer = tiny.Recorder.create(policy, Optimizer(lr=1e-4, batch_size=2), None)
     assert isinstance(trainer, tiny.Recorder)
     kept = torch.arange(GROUP) == 0
-    update(trainer, Objective(), plan, drawn, [condition], 0.7 * kept, kept, STEPS - 1, world)
+    update(trainer, Objective(), plan, drawn.trajectories, [condition], 0.7 * kept, kept, world)
 
     loss = torch.zeros(())
     for step in range(STEPS - 1):
         t, dt = plan.grid[step], plan.grid[step] - plan.grid[step + 1]
-        x, x_next = drawn.states[0, step][None], drawn.states[0, step + 1][None]
+        x, x_next = drawn.trajectories[0].states[step][None], drawn.trajectories[0].states[step + 1][None]
         v = predict(x, t[None])
         mean = x - dt * (v + ETA**2 / (2 * t) * (x + (1 - t) * v))
         log_prob = torch.distributions.Normal(mean, ETA * dt.sqrt()).log_prob(x_next).mean()

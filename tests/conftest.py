@@ -15,6 +15,17 @@ for variable, value in {
     os.environ.setdefault(variable, value)
 
 
+LONGEST = (
+    "test_chaos", "test_slurm", "test_parallel", "test_train", "test_families", "test_update", "test_resume",
+    "test_replicas", "test_export", "test_sample", "test_launch", "test_stopping", "test_evaluate_command",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest go first: one that came last would keep a single process busy alone."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def two_rank_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small run that two ranks trained."""

@@ -7,9 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +21,7 @@ from fastgrpo.data.embeddings import PART, Conditions
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import UserError
 from fastgrpo.models import Condition
-from tests import runs, tiny
+from tests import forks, runs, tiny
 
 MANY = 6 * PART - 5
 FEW = 2 * PART + 9
@@ -68,17 +65,6 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
     return {file.name: (file.stat().st_ino, file.stat().st_mtime_ns) for file in found}
 
 
-def start_ranks(ranks: int, overrides: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Ranks in a process group of their own, so that all can be killed at once."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.worker_embed", str(ranks), str(port), str(runs.RECIPE), *overrides],
-        cwd=runs.ROOT, start_new_session=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder whose cache one rank has made undisturbed."""
@@ -98,16 +84,16 @@ def small(tmp_path: Path) -> Recipe:
 
 
 def test_killed_half_way_it_resumes_and_two_ranks_make_what_one_makes(calm: Path, tmp_path: Path) -> None:
-    overrides = arguments(tmp_path, calm / f"prompts_{MANY}.txt")
-    process = start_ranks(2, overrides)
+    command = ["embed", str(runs.RECIPE), *arguments(tmp_path, calm / f"prompts_{MANY}.txt")]
+    process = forks.start("fastgrpo.cli", command, ranks=2)
     deadline = time.monotonic() + runs.LIMIT
     while len(stamps(tmp_path)) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    assert process.wait(10) == -signal.SIGKILL
     finished = stamps(tmp_path)
     assert 2 <= len(finished) < len(files(calm)), "killed too early or too late"
-    assert start_ranks(2, overrides).wait(timeout=runs.LIMIT) == 0
+    assert forks.start("fastgrpo.cli", command, ranks=2).wait(runs.LIMIT) == 0
     assert files(tmp_path) == files(calm)
     assert {name: stamps(tmp_path)[name] for name in finished} == finished, "finished parts are kept"
 

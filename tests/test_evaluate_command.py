@@ -1,10 +1,7 @@
 """`fastgrpo evaluate`: the base model against the trained one, by the paired difference of what several rewards say."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +21,7 @@ from fastgrpo.models import Policy
 from fastgrpo.sample import Work
 from fastgrpo.snapshot import Asked
 from fastgrpo.update import Trainer
-from tests import runs
+from tests import forks, runs
 from tests.tiny import FOLDER
 
 CPU = torch.device("cpu")
@@ -142,10 +139,8 @@ def test_the_base_against_itself_differs_in_nothing(run: Path, capsys: pytest.Ca
 
 
 def test_two_ranks_give_the_figures_of_one(run: Path, improved: tuple[dict[str, Any], str], tmp_path: Path) -> None:
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastgrpo.cli"]
-    command = [*ranks, "evaluate", str(run), *SHORT, *BOTH, "--json", str(tmp_path / "two")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=runs.ROOT, env=environment, timeout=180, capture_output=True, text=True)
+    command = ["evaluate", str(run), *SHORT, *BOTH, "--json", str(tmp_path / "two")]
+    result = forks.run("fastgrpo.cli", command, ranks=2)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("95 % interval ") == 1
     assert json.loads((tmp_path / "two").read_text()) == improved[0]

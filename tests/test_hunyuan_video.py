@@ -27,7 +27,7 @@ from fastgrpo.errors import UserError
 from fastgrpo.flow import gaussian_log_prob, sde_transition
 from fastgrpo.models import Condition, Policy, folder, stack
 from fastgrpo.models.hunyuan_video import TrimmedAttention, blocks, both_texts
-from fastgrpo.rollout import Plan, Trajectories, sample_ode
+from fastgrpo.rollout import Drawn, Plan, sample_ode
 from fastgrpo.update import Trainer, update
 from tests import tiny
 from tests.backbone import changed
@@ -193,10 +193,9 @@ def plan_of(policy: Policy) -> Plan:
     return Plan(3, 0, GROUP, policy.time_grid(STEPS, None, shape), 0.4, True, shape)
 
 
-def draw(policy: Policy, plan: Plan, conditions: list[Condition], size: int) -> Trajectories:
+def draw(policy: Policy, plan: Plan, conditions: list[Condition], size: int) -> Drawn:
     with distributed.gathered(policy.network):
-        batches = rollout.batches(range(len(conditions) * GROUP), conditions, GROUP, size)
-        return rollout.concatenate([rollout.sample(policy, plan, conditions, batch) for batch in batches])
+        return rollout.draw(policy, plan, conditions, range(len(conditions) * GROUP), size)
 
 
 def test_guided_ratio_is_one_for_any_batch_size(
@@ -209,8 +208,8 @@ def test_guided_ratio_is_one_for_any_batch_size(
     for rollout_batch, update_batch in ((1, 3), (2, 1), (3, 2)):
         drawn = draw(policy, plan, conditions, rollout_batch)
         trainer = Trainer.create(policy, Optimizer(lr=1e-30, batch_size=update_batch), None)
-        metrics = update(trainer, Objective(), plan, drawn, conditions, kept.float(), kept, 2, world)
-        assert metrics["update/transitions"] == 2 * GROUP * 2
+        metrics = update(trainer, Objective(), plan, drawn.trajectories, conditions, kept.float(), kept, world)
+        assert metrics["update/transitions"] == 2 * GROUP * (STEPS - 1)
         assert metrics["update/max_log_ratio_first"] <= 1e-6, (rollout_batch, update_batch)
 
 
@@ -225,12 +224,12 @@ def test_guided_gradient_equals_plain_autograd_of_the_objective(
     trainer = tiny.Recorder.create(policy, Optimizer(lr=1e-4, batch_size=2), None)
     assert isinstance(trainer, tiny.Recorder)
     kept = torch.tensor([False, True, False])
-    update(trainer, Objective(), plan, drawn, conditions[1:], 0.7 * kept, kept, STEPS - 1, world)
+    update(trainer, Objective(), plan, drawn.trajectories, conditions[1:], 0.7 * kept, kept, world)
 
     network = HunyuanVideoTransformer3DModel.from_pretrained(FOLDER / "transformer")
     loss = torch.zeros(())
     for step in range(STEPS - 1):
-        x, t = drawn.states[1, step][None], plan.grid[step]
+        x, t = drawn.trajectories[1].states[step][None], plan.grid[step]
         without, with_text = (
             network(
                 x, t[None] * 1000, branch["text"][None], torch.ones(1, len(branch["text"])), branch["pooled"][None],
@@ -240,7 +239,7 @@ def test_guided_gradient_equals_plain_autograd_of_the_objective(
         )  # fmt: skip
         v = without + CFG * (with_text - without)
         moments = sde_transition(x, v, t, plan.grid[step + 1], plan.eta)
-        log_prob = gaussian_log_prob(drawn.states[1, step + 1][None], *moments)[0]
+        log_prob = gaussian_log_prob(drawn.trajectories[1].states[step + 1][None], *moments)[0]
         loss = loss - 0.7 * (log_prob - log_prob.detach()).exp() / (STEPS - 1)
     loss.backward()
     expected = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fastgrpo.errors import UserError
-from fastgrpo.launch import SETTLED, processes_to_start, torchrun_environment
+from fastgrpo.processes import SETTLED, processes_to_start, torchrun_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -56,6 +56,7 @@ def tree(tmp_path: Path) -> Path:
         "fastgrpo/launch.py",
         "fastgrpo/errors.py",
         "fastgrpo/lifetime.py",
+        "fastgrpo/processes.py",
         "fastgrpo/__init__.py",
     ):
         shutil.copy(ROOT / file, tree / file)

@@ -1,8 +1,8 @@
 """Adapters: what they are put on, that only they train, and that diffusers loads what is exported."""
 
-import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,10 @@ from fastgrpo.errors import UserError
 from fastgrpo.models import stack
 from fastgrpo.models.lora import add_adapters, at_rest, merged, save_adapters, target_layers
 from fastgrpo.reference import Unadapted
-from tests import tiny, worker_lora
+from tests import forks, tiny, worker_lora
 from tests.folders import stable_diffusion
 from tests.worker_lora import stir
 
-ROOT = Path(__file__).parent.parent
 LORA = Lora(rank=3, alpha=4.5)
 
 
@@ -312,9 +311,8 @@ def test_two_ranks_train_and_resume_adapters_as_one_does(tmp_path: Path, world: 
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     one = worker_lora.run(tmp_path / "one", world)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = ["-m", "tests.worker_lora", str(tmp_path / "two")]
-    subprocess.run([*command, *arguments], cwd=ROOT, check=True, timeout=120, capture_output=True)
+    done = forks.run("tests.worker_lora", [str(tmp_path / "two")], ranks=2)
+    assert done.returncode == 0, done.stderr[-4000:]
     two: dict[str, Any] = torch.load(tmp_path / "two" / "result.pt", weights_only=True)
 
     names = set(one["initial"])
@@ -341,8 +339,8 @@ def test_the_reference_without_adapters_is_the_initial_policy(world: World) -> N
     """KL and gradients are those of a second, frozen network."""
     policy, initial = worker_lora.load_policy(world, stirred=True), tiny.load_policy(world)
     initial.network.requires_grad_(False)
-    conditions, plan = tiny.encode(), tiny.plan(policy)
-    trajectories = tiny.draw(policy, plan, conditions, world, 4)
+    conditions, plan = tiny.encode(), replace(tiny.plan(policy), trained=1)
+    trajectories = tiny.draw(policy, plan, conditions, world, 4).trajectories
     results = []
     for reference in (initial, Unadapted(policy)):
         trainer = worker_lora.create_trainer(policy, reference, lr=1e-30)

@@ -6,8 +6,6 @@ prompts have two text lengths.
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,8 @@ from fastgrpo.distributed import World, mesh_shape, open_world, shard
 from fastgrpo.errors import UserError
 from fastgrpo.models import stack
 from fastgrpo.sequence_parallel import install
-from tests import tiny
-from tests.test_update import ROOT, run
+from tests import forks, tiny
+from tests.test_update import run
 
 ZERO = "refiner_blocks.0.attn.to_k.bias"
 """Softmax does not see a bias of the keys that all keys share; where they have one, its true gradient is zero."""
@@ -63,16 +61,14 @@ def differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[
 
 
 def weak(gradients: dict[str, Tensor]) -> set[str]:
-    """Parameters with less than 0.2 % of the whole gradient's norm: float32 rounds sums of ranks' parts no finer."""
+    """Parameters with less than 0.3 % of the whole gradient's norm: float32 rounds sums of ranks' parts no finer."""
     whole = torch.stack([grad.norm() for grad in gradients.values()]).norm()
-    return {key for key, grad in gradients.items() if grad.norm() < 2e-3 * whole}
+    return {key for key, grad in gradients.items() if grad.norm() < 3e-3 * whole}
 
 
 def test_every_family_shares_sequences_exactly(tmp_path: Path) -> None:
     """Guided with texts of two lengths, odd numbers of tokens, with adapters and recomputation and without."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    worker = ["-m", "tests.worker_sequences", str(tmp_path), str(tmp_path / "found")]
-    done = subprocess.run([*command, *worker], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    done = forks.run("tests.worker_sequences", [str(tmp_path), str(tmp_path / "found")], ranks=2)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads((tmp_path / "found").read_text())
     assert len(found) == 8
@@ -88,9 +84,7 @@ def test_every_family_shares_sequences_exactly(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_bytes_on_the_wire_are_those_of_the_formulas(ranks: int, settings: dict[str, Any], tmp_path: Path) -> None:
     """The formulas of docs/cluster.md."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    worker = ["-m", "tests.worker_communication", str(tmp_path / "bytes"), json.dumps(settings)]
-    done = subprocess.run([*command, *worker], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = forks.run("tests.worker_communication", [str(tmp_path / "bytes"), json.dumps(settings)], ranks)
     assert done.returncode == 0, done.stderr[-4000:]
     counted = json.loads((tmp_path / "bytes").read_text())
     blocks, root, element = counted["blocks"], counted["root"], 4

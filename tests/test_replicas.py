@@ -1,11 +1,8 @@
 """A whole run on VideoAlign behind two reward servers, one of which is killed and comes back: nothing changes."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +11,7 @@ import httpx
 import tomli_w
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests import runs, videoalign_folder
+from tests import forks, runs, videoalign_folder
 
 TOKEN = "a token of at least sixteen characters"
 ITERATIONS = 6
@@ -35,16 +32,15 @@ class Replica:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.ready = folder / f"{self.port}.json"
-        self.command = [
-            sys.executable, "-m", "fastgrpo.cli", "serve-rewards", "--recipe", str(recipe), "--port", str(self.port),
-            "--token-file", str(token), "--ready-file", str(self.ready),
+        self.arguments = [
+            "serve-rewards", "--recipe", str(recipe), "--port", str(self.port), "--token-file", str(token),
+            "--ready-file", str(self.ready),
         ]  # fmt: skip
         self.process = self.start()
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> forks.Started:
         self.ready.unlink(missing_ok=True)
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(self.command, cwd=runs.ROOT, env=environment, stderr=subprocess.DEVNULL)
+        return forks.start("fastgrpo.cli", self.arguments)
 
     def wait(self) -> None:
         deadline = time.monotonic() + 120
@@ -60,7 +56,6 @@ class Replica:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
 
 
 def rows(folder: Path) -> list[str]:
@@ -74,7 +69,7 @@ def failed(folder: Path) -> float:
     return sum(float(json.loads(row)["scoring/requests_failed"]) for row in rows(folder))
 
 
-def wait_for(run: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
+def wait_for(run: forks.Started, reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + runs.LIMIT
     while not reached():
         assert run.poll() is None and time.monotonic() < deadline, "the run ended before"
@@ -101,33 +96,32 @@ def test_a_replica_killed_and_restarted_in_mid_run_changes_no_bit(tmp_path: Path
     recipe, token = recipe_with_videoalign(tmp_path), tmp_path / "token"
     token.write_text(TOKEN)
     replicas = [Replica(recipe, token, tmp_path) for _ in range(2)]
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[forks.Started] = []
     try:
         for replica in replicas:
             replica.wait()
         servers = [f"server.urls={json.dumps([r.url for r in replicas])}", f"server.token_file={token}", *LONGER]
-        calm = runs.command(tmp_path / "calm", servers)
-        stormy = runs.command(tmp_path / "stormy", [*servers, "server.outage_s=100"])
+        calm = runs.arguments(tmp_path / "calm", servers)
+        stormy = runs.arguments(tmp_path / "stormy", [*servers, "server.outage_s=100"])
         for command in (calm, stormy):
             command[command.index(str(runs.RECIPE))] = str(recipe)
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(calm, cwd=runs.ROOT, env=environment, check=True, timeout=runs.LIMIT, capture_output=True)
-        run = subprocess.Popen(stormy, cwd=runs.ROOT, env=environment, stdout=subprocess.DEVNULL)
+        undisturbed = forks.run("fastgrpo.cli", calm)
+        assert undisturbed.returncode == 0, undisturbed.stderr
+        run = forks.start("fastgrpo.cli", stormy)
         processes.append(run)
         wait_for(run, lambda: len(rows(tmp_path / "stormy")) > 0)  # the file itself is there before the first iteration
         replicas[1].kill()
         wait_for(run, lambda: failed(tmp_path / "stormy") > 0)
-        run.send_signal(signal.SIGSTOP)  # it is to go on with both replicas, however long the start takes
+        run.send(signal.SIGSTOP)  # it is to go on with both replicas, however long the start takes
         replicas[1].process = replicas[1].start()
         replicas[1].wait()
         assert len(rows(tmp_path / "stormy")) < ITERATIONS - 1
-        run.send_signal(signal.SIGCONT)
+        run.send(signal.SIGCONT)
         assert run.wait(runs.LIMIT) == 0
         assert replicas[1].clips_scored() > 0  # of the new process
     finally:
         for process in processes:
             process.kill()
-            process.wait()
         for replica in replicas:
             replica.kill()
     assert len(runs.metrics(tmp_path / "calm")) == ITERATIONS and failed(tmp_path / "calm") == 0

@@ -41,10 +41,15 @@ def fake_run(folder: Path, iterations: int = 60, finished: bool = True) -> Path:
             | {f"group_std/{part}": 0.2 * math.exp(-i / 60) + 0.01 * rng.random() for part in PARTS}
             | {f"seconds/{name}": float(value) for name, value in phases.items()}
             | {"seconds/total": float(sum(phases.values())) + 0.3, "reward/invalid": float(i == 7)}
+            | fake_ranks({**phases, "wait": 0.4}, i)
             | {"update/max_log_ratio_first": 1e-6 * rng.random(), "update/clip_fraction": 0.1 * rng.random()}
             | {"update/grad_norm": 0.5 + 0.2 * rng.random(), "lr": 1e-4}
         )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "logs").mkdir()
+    for rank in range(8):
+        row = {"iteration": 0, "rank": rank, "host": f"gpu-node-{rank // 4}"}
+        (folder / "logs" / f"rank-{rank}.jsonl").write_text(json.dumps(row) + "\n")
     (folder / "recipe.toml").write_text(RECIPE)
     (folder / "environment.json").write_text(json.dumps({"torch": "2.13.0", "device": "x86_64", "ranks": 2}))
     before = fake_evaluation(folder, 0, 0.5, rng)
@@ -55,6 +60,20 @@ def fake_run(folder: Path, iterations: int = 60, finished: bool = True) -> Path:
         summary = {"before": before, "after": after, "difference": change, "ci95": bounds}
         (folder / "summary.json").write_text(json.dumps(summary | {"iterations": iterations, "wall_seconds": 421.0}))
     return folder
+
+
+def fake_ranks(phases: dict[str, float], iteration: int) -> dict[str, float]:
+    """What an iteration says of eight ranks: three times in four the sixth is slow in its rollout."""
+    slow = iteration % 4 > 0
+    row: dict[str, float] = {}
+    for n, (phase, seconds) in enumerate(phases.items()):
+        longest = seconds + (1.5 if slow and phase == "rollout" else 0.1)
+        row |= {f"seconds_min/{phase}": seconds - 0.1, f"seconds_median/{phase}": seconds}
+        row |= {f"seconds_max/{phase}": longest, f"resident_gib/{phase}": 4.0 + n}
+        row |= {f"allocated_gib/{phase}": 30.0 + n, f"reserved_gib/{phase}": 40.5 + n + iteration / 100}
+        if phase != "wait":
+            row[f"slowest/{phase}"] = 5.0 if slow else 2.0
+    return row | {"slowest/rank": 5.0 if slow else 2.0}
 
 
 def fake_evaluation(folder: Path, iteration: int, level: float, rng: np.random.Generator) -> dict[str, float]:
@@ -147,6 +166,27 @@ def test_pictures_and_clips_have_names_and_clips_play(finished: Path) -> None:
     assert labels[1] == "after 60 iterations: a red circle moves left slowly"
     assert all(svg["aria-label"] for svg in page.all("svg"))
     assert page.all("html") == [{"lang": "en"}]
+
+
+def test_ranks_and_memory_are_shown_by_phase(finished: Path) -> None:
+    page = Page(finished.read_text())
+    rows = [json.loads(line) for line in (finished.parent / "metrics.jsonl").open()]
+    cells = [" ".join(words.split()) for words in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", finished.read_text())]
+    start = next(n for n, cell in enumerate(cells) if cell.endswith("rollout</span>") and "rank 5" in cells[n + 4])
+    means = [f"{np.mean([row[f'seconds_{kind}/rollout'] for row in rows]):.2f} s" for kind in ("min", "median", "max")]
+    assert cells[start + 1 : start + 5] == [*means, "rank 5 (gpu-node-1), 75%"]
+    labels = [svg["aria-label"] or "" for svg in page.all("svg")]
+    gpu = next(label for label in labels if label.startswith("GPU memory by phase: "))
+    assert "rollout 41.09 GiB" in gpu and "update 44.09 GiB" in gpu  # the largest of all iterations
+    assert any(label.startswith("Host memory by phase: rollout 4.00 GiB, decode 5.00 GiB") for label in labels)
+    assert "41.09 GiB" in page.words
+
+
+def test_a_run_of_one_rank_has_no_spread(tmp_path: Path) -> None:
+    row = {"iteration": 0, "time": 1.0, "reward/sum": 1.0, "seconds/rollout": 1.0, "resident_gib/rollout": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    words = Page(write_report(tmp_path).read_text()).words
+    assert "How far apart" not in words and "Host memory" in words and "GPU memory" not in words
 
 
 def test_a_run_under_way_says_so(tmp_path: Path) -> None:

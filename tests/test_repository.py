@@ -23,6 +23,7 @@ LAYERS = (
     LINKED,
     (PARTS,),
     ("train",),
+    ("preflight_run",),
     ("cli",),
     ("launch",),
 )

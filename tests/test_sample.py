@@ -1,8 +1,6 @@
 """Sampling: the same prompt and seed give the same clip from any source, on any number of ranks, in any company."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from fastgrpo.data import video
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.snapshot import Asked
 from fastgrpo.update import Trainer
-from tests import runs
+from tests import forks, runs
 from tests.folders import skyreels_i2v
 from tests.tiny import FOLDER, PROMPTS, VIDEO
 
@@ -58,9 +56,8 @@ def only(folder: Path) -> bytes:
 
 
 def test_two_ranks_write_the_files_of_one(run: Path, three: Path, tmp_path: Path) -> None:
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastgrpo.cli"]
-    command = [*ranks, "sample", str(run), "--out", str(tmp_path / "two"), *THREE, "--against-base"]
-    result = subprocess.run(command, cwd=runs.ROOT, timeout=180, capture_output=True, text=True)
+    command = ["sample", str(run), "--out", str(tmp_path / "two"), *THREE, "--against-base"]
+    result = forks.run("fastgrpo.cli", command, ranks=2)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"6 samples, sheet.png and manifest.json in {tmp_path / 'two'}\n" in result.stdout
     one, two = ({file.name: file.read_bytes() for file in f.iterdir()} for f in (three, tmp_path / "two"))

@@ -365,3 +365,12 @@ def test_too_many_samples_without_a_score_end_the_run() -> None:
         UserError, match=r"server\.max_invalid=0\.2: 30% of the samples of iteration 7 have no valid score"
     ):
         Session.check_validity(session, Scored({}, torch.arange(10) >= 3))
+
+
+@pytest.mark.parametrize("where", ["process", "server"])
+def test_a_reward_for_longer_clips_is_refused_before_it_is_loaded(where: str, world: World) -> None:
+    """VideoAlign on images: neither its weights nor a server are looked for."""
+    recipe = config.load(runs.RECIPE, ["video.frames=1", "rewards.0.name=videoalign", f"rewards.0.where={where}"])
+    told = "video.frames=1: videoalign judges clips of at least 2; use longer clips, or another reward."
+    with ExitStack() as stack, pytest.raises(UserError, match=f"^{told}$"):
+        scoring.open_rewards(recipe, world, stack)

@@ -26,7 +26,7 @@ from fastgrpo.errors import UserError
 from fastgrpo.flow import gaussian_log_prob, sde_transition
 from fastgrpo.models import Condition, skyreels_i2v, stack
 from fastgrpo.models.skyreels_i2v import SkyReels, blocks, posterior_key
-from fastgrpo.rollout import Plan, Trajectories, sample_ode
+from fastgrpo.rollout import Drawn, Plan, sample_ode
 from fastgrpo.update import Trainer, update
 from tests import tiny
 from tests.backbone import changed
@@ -267,11 +267,10 @@ def plan_of(policy: SkyReels) -> Plan:
     return Plan(3, 0, GROUP, policy.time_grid(STEPS, None, shape), 0.4, True, shape)
 
 
-def draw(policy: SkyReels, plan: Plan, conditions: list[Condition], size: int) -> Trajectories:
+def draw(policy: SkyReels, plan: Plan, conditions: list[Condition], size: int) -> Drawn:
     slots = range(len(conditions) * GROUP)
     with distributed.gathered(policy.network):
-        batches = rollout.batches(slots, conditions, GROUP, size)
-        return rollout.concatenate([rollout.sample(policy, plan, conditions, batch) for batch in batches])
+        return rollout.draw(policy, plan, conditions, slots, size)
 
 
 @pytest.mark.parametrize("cfg", [1.0, CFG])
@@ -285,8 +284,8 @@ def test_ratio_is_one_for_any_batch_size(
     for rollout_batch, update_batch in ((1, 3), (2, 1), (3, 2)):
         drawn = draw(policy, plan, two, rollout_batch)
         trainer = Trainer.create(policy, Optimizer(lr=1e-30, batch_size=update_batch), None)
-        metrics = update(trainer, Objective(), plan, drawn, two, kept.float(), kept, 2, world)
-        assert metrics["update/transitions"] == 2 * GROUP * 2
+        metrics = update(trainer, Objective(), plan, drawn.trajectories, two, kept.float(), kept, world)
+        assert metrics["update/transitions"] == 2 * GROUP * (STEPS - 1)
         assert metrics["update/max_log_ratio_first"] <= 1e-6, (rollout_batch, update_batch)
 
 
@@ -301,13 +300,13 @@ def test_cfg_gradient_equals_plain_autograd_of_the_objective(
     trainer = tiny.Recorder.create(policy, Optimizer(lr=1e-4, batch_size=2), None)
     assert isinstance(trainer, tiny.Recorder)
     kept = torch.tensor([False, True, False])
-    update(trainer, Objective(), plan, drawn, [condition], 0.7 * kept, kept, STEPS - 1, world)
+    update(trainer, Objective(), plan, drawn.trajectories, [condition], 0.7 * kept, kept, world)
 
     network = HunyuanVideoTransformer3DModel.from_pretrained(folder / "transformer")
     first = torch.cat([condition["image"], torch.zeros(16, 1, 8, 8)], 1)[None]
     loss = torch.zeros(())
     for step in range(STEPS - 1):
-        x, t = drawn.states[1, step][None], plan.grid[step]
+        x, t = drawn.trajectories[1].states[step][None], plan.grid[step]
         without, with_text = (
             network(
                 torch.cat([x, first], 1), t[None] * 1000, branch["text"][None], torch.ones(1, len(branch["text"])),
@@ -317,7 +316,7 @@ def test_cfg_gradient_equals_plain_autograd_of_the_objective(
         )  # fmt: skip
         v = without + CFG * (with_text - without)
         moments = sde_transition(x, v, t, plan.grid[step + 1], plan.eta)
-        log_prob = gaussian_log_prob(drawn.states[1, step + 1][None], *moments)[0]
+        log_prob = gaussian_log_prob(drawn.trajectories[1].states[step + 1][None], *moments)[0]
         loss = loss - 0.7 * (log_prob - log_prob.detach()).exp() / (STEPS - 1)
     loss.backward()
     expected = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from fastgrpo.errors import UserError
 from fastgrpo.flow import gaussian_log_prob
 from fastgrpo.models import Condition, stack
 from fastgrpo.models.stable_diffusion import Schedule, StableDiffusion, blocks
-from fastgrpo.rollout import Plan, Trajectories, sample_ode
+from fastgrpo.rollout import Drawn, Plan, sample_ode
 from fastgrpo.update import Trainer, update
 from tests import tiny
 from tests.backbone import CONFIGS
@@ -224,20 +224,19 @@ def plan_of(policy: StableDiffusion) -> Plan:
     return Plan(3, 0, GROUP, policy.time_grid(STEPS, None, shape), 1.0, True, shape)
 
 
-def draw(policy: StableDiffusion, plan: Plan, conditions: list[Condition], size: int) -> Trajectories:
+def draw(policy: StableDiffusion, plan: Plan, conditions: list[Condition], size: int) -> Drawn:
     slots = range(len(conditions) * GROUP)
     with distributed.gathered(policy.network):
-        batches = rollout.batches(slots, conditions, GROUP, size)
-        return rollout.concatenate([rollout.sample(policy, plan, conditions, batch) for batch in batches])
+        return rollout.draw(policy, plan, conditions, slots, size)
 
 
 def first_ratio(
-    policy: StableDiffusion, plan: Plan, drawn: Trajectories, conditions: list[Condition], size: int, world: World
+    policy: StableDiffusion, plan: Plan, drawn: Drawn, conditions: list[Condition], size: int, world: World
 ) -> float:
     """max |log ratio| of an update over every trainable step, before its first optimizer step."""
     trainer = Trainer.create(policy, Optimizer(lr=1e-30, batch_size=size), None)
     kept = torch.ones(len(drawn.slots), dtype=torch.bool)
-    metrics = update(trainer, Objective(), plan, drawn, conditions, kept.float(), kept, STEPS - 1, world)
+    metrics = update(trainer, Objective(), plan, drawn.trajectories, conditions, kept.float(), kept, world)
     assert metrics["update/transitions"] == len(drawn.slots) * (STEPS - 1)
     return metrics["update/max_log_ratio_first"]
 
@@ -253,8 +252,9 @@ def test_ratio_is_one_on_every_step_for_any_batch_size(folder: Path, texts: Text
             assert first_ratio(policy, plan, drawn, conditions, update_batch, world) <= 1e-6
 
     # the reference scores what it drew and keeps it rounded: its ratio leaves the clip range of 1e-4
-    rounded = replace(drawn, states=drawn.states.bfloat16().float())
-    assert first_ratio(policy, plan, rounded, conditions, 2, world) > 1e-4
+    for trajectory in drawn.trajectories.values():
+        trajectory.states = {step: x.bfloat16().float() for step, x in trajectory.states.items()}
+    assert first_ratio(policy, plan, drawn, conditions, 2, world) > 1e-4
 
 
 def test_log_probs_are_those_of_the_stored_samples(folder: Path, texts: Texts) -> None:
@@ -266,13 +266,14 @@ def test_log_probs_are_those_of_the_stored_samples(folder: Path, texts: Texts) -
     scheduler.set_timesteps(STEPS)
     for slot in range(len(drawn.slots)):
         for step, timestep in enumerate(scheduler.timesteps[:-1]):
-            x, x_next = drawn.states[slot, step][None], drawn.states[slot, step + 1][None].double()
+            states = drawn.trajectories[slot].states
+            x, x_next = states[step][None], states[step + 1][None].double()
             with torch.no_grad():
                 eps = policy.velocity(x, plan.grid[step][None], stack([conditions[slot // GROUP]]))
             mean = scheduler.step(eps.double(), timestep, x.double(), 1.0, variance_noise=0 * eps.double()).prev_sample
             std = scheduler._get_variance(timestep, timestep - 1000 // STEPS) ** 0.5
             expected = torch.distributions.Normal(mean, std.double()).log_prob(x_next).mean()
-            assert drawn.log_probs[slot, step].item() == pytest.approx(expected.item(), abs=3e-5)
+            assert drawn.trajectories[slot].log_probs[step].item() == pytest.approx(expected.item(), abs=3e-5)
 
 
 def test_cfg_gradient_equals_plain_autograd_of_the_objective(
@@ -285,12 +286,12 @@ def test_cfg_gradient_equals_plain_autograd_of_the_objective(
     trainer = tiny.Recorder.create(policy, Optimizer(lr=1e-4, batch_size=3), None)
     assert isinstance(trainer, tiny.Recorder)
     kept, advantages = torch.tensor([True, False]), torch.tensor([0.7, 0.0])
-    update(trainer, Objective(), plan, drawn, conditions[:1], advantages, kept, STEPS - 1, world)
+    update(trainer, Objective(), plan, drawn.trajectories, conditions[:1], advantages, kept, world)
 
     pipeline.scheduler.set_timesteps(STEPS)
     loss = torch.zeros(())
     for step, timestep in enumerate(pipeline.scheduler.timesteps[:-1]):
-        x, x_next = drawn.states[0, step, None, :, 0], drawn.states[0, step + 1, None, :, 0]
+        x, x_next = drawn.trajectories[0].states[step][None, :, 0], drawn.trajectories[0].states[step + 1][None, :, 0]
         without, with_text = (
             pipeline.unet(x, timestep, condition["text"][None]).sample for condition in (negative, conditions[0])
         )

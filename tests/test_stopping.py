@@ -16,7 +16,7 @@ from fastgrpo.config import Recipe
 from fastgrpo.stopping import Signals, Stop
 from fastgrpo.train import train
 from fastgrpo.update import Trainer
-from tests import runs
+from tests import forks, runs
 
 ITERATIONS = 3
 
@@ -61,7 +61,7 @@ def test_stopped_at_each_kind_of_moment_and_resumed_is_bit_for_bit_the_undisturb
     assert train(recipe(calm)) is not None
     assert moments.count("optimizer step") == 2 * ITERATIONS
     first = moments[: [n for n, moment in enumerate(moments) if moment == "optimizer step"][1]].count("boundary")
-    assert first >= 8  # a batch of evaluation, two of the rollout, two micro-batches or more, and the end of each
+    assert first >= 10  # a batch of evaluation, of starts, two of samples, two micro-batches, and each one's end
 
     def attempt(**at: int) -> list[str]:
         """Run until a signal at the n-th of these moments stops it.  returns the checkpoints"""
@@ -75,9 +75,9 @@ def test_stopped_at_each_kind_of_moment_and_resumed_is_bit_for_bit_the_undisturb
 
     # at the end of the evaluation before training, and before the second batch of the first rollout: nothing to save
     assert attempt(boundary=2) == []
-    assert attempt(boundary=4) == []
+    assert attempt(boundary=6) == []
     # before the second micro-batch of the second iteration: the first is saved
-    assert attempt(boundary=first + 5) == ["step-1"]
+    assert attempt(boundary=first + 7) == ["step-1"]
     # in the rollout after the resumption: that is saved already
     assert attempt(boundary=1) == ["step-1"]
     # after the first optimizer step of the second iteration: it is finished first
@@ -104,9 +104,7 @@ def test_all_ranks_stop_at_the_same_boundary_whatever_their_number_of_pieces(tmp
         "first rank": ["3 stopped", "1 stopped"],
         "file": ["2 stopped", "1 stopped"],
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    worker = ["-m", "tests.worker_stopping", str(tmp_path), *expected]
-    done = subprocess.run([*command, *worker], cwd=runs.ROOT, capture_output=True, text=True, timeout=100, check=False)
+    done = forks.run("tests.worker_stopping", [str(tmp_path), *expected], ranks=2)
     assert done.returncode == 0, done.stderr[-4000:]
     for name, lines in expected.items():
         assert [(tmp_path / name / rank).read_text() for rank in "01"] == lines, name

@@ -98,7 +98,7 @@ def test_the_plain_line_says_it_all(tmp_path: Path) -> None:
     tracked.message("resumed from checkpoint [step-11]")
     tracked.log(11, METRICS)
     tracked.log(11, {"heldout/sum": 2.2, "heldout/VQ": 0.8})
-    tracked.log(12, METRICS | {"reward/invalid": 3.0})
+    tracked.log(12, METRICS | {"reward/invalid": 3.0, "seconds/wait": 0.01}, "slow: rank 5")
     tracked.close()
     assert output.getvalue().splitlines() == [
         "resumed from checkpoint [step-11]",
@@ -106,7 +106,7 @@ def test_the_plain_line_says_it_all(tmp_path: Path) -> None:
         "  8.1 s (rollout 2.0 decode 0.6 reward 0.1 update 5.2)  eta 11 min",
         "iteration 12/90  heldout sum 2.2 VQ 0.8",
         "iteration 13/90  reward 2.113 (VQ 0.71 MQ 0.66 TA 0.74)"
-        "  8.1 s (rollout 2.0 decode 0.6 reward 0.1 update 5.2)  eta 10 min  invalid scores: 3",
+        "  8.1 s (rollout 2.0 decode 0.6 reward 0.1 update 5.2)  eta 10 min  invalid scores: 3  slow: rank 5",
     ]
 
 
@@ -117,9 +117,10 @@ def test_a_terminal_gets_a_live_display(tmp_path: Path) -> None:
     tracked.message("saved step-20")
     tracked.close()
     shown = Console(width=100, file=io.StringIO(), record=True)
-    shown.print(display.dashboard(read_metrics(tmp_path / "t2v" / "metrics.jsonl"), 90, "t2v"))
+    note = "slow: rank 5 (node n1) took 1.9x the median in rollout"
+    shown.print(display.dashboard(read_metrics(tmp_path / "t2v" / "metrics.jsonl"), 90, "t2v", note))
     text = " ".join(shown.export_text().split())
-    assert "saved step-20" in output.getvalue()
+    assert "saved step-20" in output.getvalue() and note in text
     assert "iteration 20/90" in text
     assert "sum 2.900 +1.500" in text  # means of the last and the first five iterations
     assert "VQ 0.100 -1.500" in text

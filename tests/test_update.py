@@ -1,8 +1,6 @@
 """Rollout and update: ratio 1 before the first step, and independence of batch sizes and of the number of ranks."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -13,15 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo import grpo
 from fastgrpo.distributed import World, open_world
 from fastgrpo.errors import UserError
 from fastgrpo.flow import gaussian_log_prob, sde_transition
 from fastgrpo.models import Condition, Policy, stack
 from fastgrpo.update import Trainer
-from tests import tiny
+from tests import forks, tiny
 
-ROOT = Path(__file__).parent.parent
 TOTAL = len(tiny.PROMPTS) * tiny.GROUP
 
 
@@ -44,7 +40,7 @@ def conditions() -> list[Condition]:
 def test_ratio_is_one_before_the_first_update(policy: Policy, conditions: list[Condition], world: World) -> None:
     plan = tiny.plan(policy)
     for rollout_batch in (1, 2, 7):
-        trajectories = tiny.draw(policy, plan, conditions, world, rollout_batch)
+        trajectories = tiny.draw(policy, plan, conditions, world, rollout_batch).trajectories
         for update_batch in (1, 2, 7):
             trainer = Trainer.create(policy, tiny.settings(update_batch, lr=1e-30), None)
             metrics = tiny.run_update(trainer, plan, trajectories, conditions, world)
@@ -57,7 +53,7 @@ def test_old_log_probs_are_the_rollouts_not_the_updates(
 ) -> None:
     """After an optimizer step the ratio must move; recomputed old log-probs would hold it at 1."""
     plan = tiny.plan(policy)
-    trajectories = tiny.draw(policy, plan, conditions, world, 4)
+    trajectories = tiny.draw(policy, plan, conditions, world, 4).trajectories
     trainer = Trainer.create(policy, tiny.settings(16, updates=2, lr=1e-3), None)
     metrics = tiny.run_update(trainer, plan, trajectories, conditions, world)
     assert metrics["update/max_log_ratio_first"] <= 1e-6
@@ -68,7 +64,7 @@ def test_gradient_equals_plain_autograd_of_the_objective(
     policy: Policy, conditions: list[Condition], world: World
 ) -> None:
     plan = tiny.plan(policy)
-    trajectories = tiny.draw(policy, plan, conditions, world, 4)
+    trajectories = tiny.draw(policy, plan, conditions, world, 4).trajectories
     trainer = tiny.Recorder.create(policy, tiny.settings(8), None)
     assert isinstance(trainer, tiny.Recorder)
     tiny.run_update(trainer, plan, trajectories, conditions, world)
@@ -76,10 +72,9 @@ def test_gradient_equals_plain_autograd_of_the_objective(
     plain = tiny.load_policy()
     loss = torch.zeros(())
     for slot in range(TOTAL):
-        key = ("timesteps", plan.seed, plan.iteration, *divmod(slot, tiny.GROUP))
-        for step in grpo.choose_timesteps(plan.steps, 3, "random", key):
+        for step in plan.chosen(slot):
             t, t_next = plan.grid[step], plan.grid[step + 1]
-            x, x_next = trajectories.states[slot, step][None], trajectories.states[slot, step + 1][None]
+            x, x_next = trajectories[slot].states[step][None], trajectories[slot].states[step + 1][None]
             v = plain.velocity(x, t[None], stack([conditions[slot // tiny.GROUP]]))
             log_prob = gaussian_log_prob(x_next, *sde_transition(x, v, t, t_next, plan.eta))[0]
             # at ratio 1 the clipped objective's gradient is -A times the ratio's
@@ -103,7 +98,7 @@ def test_one_and_two_ranks_and_any_batch_size_agree(tmp_path: Path) -> None:
 
 def test_one_and_two_ranks_agree_bit_for_bit_where_their_batches_coincide(tmp_path: Path) -> None:
     """So the division of work changes nothing; other batch sizes change only how float32 matmuls round."""
-    one, two = (run(tmp_path / str(ranks), ranks, 2, 4) for ranks in (1, 2))
+    one, two = (run(tmp_path / str(ranks), ranks, 1, 4) for ranks in (1, 2))
     for name in ("states", "final", "log_probs"):
         assert torch.equal(one[name], two[name]), name
     assert_gradients_equal(two["gradients"][0], one["gradients"][0], 1e-6)
@@ -111,10 +106,7 @@ def test_one_and_two_ranks_agree_bit_for_bit_where_their_batches_coincide(tmp_pa
 
 def run(file: Path, ranks: int, rollout_batch: int, update_batch: int, **distributed: int) -> dict[str, Any]:
     arguments = [str(file), str(rollout_batch), str(update_batch), json.dumps(distributed)]
-    command = [sys.executable, "-m", "tests.worker_update", *arguments]
-    if ranks > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run(command, cwd=ROOT, check=False, timeout=120, capture_output=True, text=True)
+    done = forks.run("tests.worker_update", arguments, ranks if ranks > 1 else 0)
     assert done.returncode == 0, done.stderr[-4000:]
     result: dict[str, Any] = torch.load(file, weights_only=True)
     return result
@@ -140,39 +132,41 @@ def assert_gradients_equal(actual: dict[str, Tensor], expected: dict[str, Tensor
 def test_trajectories_have_shared_noise_and_differ_afterwards(
     policy: Policy, conditions: list[Condition], world: World
 ) -> None:
-    shared = tiny.draw(policy, tiny.plan(policy), conditions, world, 4).states
+    plan = replace(tiny.plan(policy), trained=None)
+    shared = tiny.states(tiny.draw(policy, plan, conditions, world, 4), plan)
     groups = shared.reshape(len(tiny.PROMPTS), tiny.GROUP, *shared.shape[1:])
     assert torch.equal(groups[:, :1, 0].expand_as(groups[:, :, 0]), groups[:, :, 0])
     assert not torch.equal(groups[0, 0, 0], groups[1, 0, 0])
     assert not torch.equal(groups[:, 0, 1], groups[:, 1, 1])
-    independent = tiny.draw(policy, tiny.plan(policy, shared_noise=False), conditions, world, 4).states
+    apart = replace(plan, shared_noise=False)
+    independent = tiny.states(tiny.draw(policy, apart, conditions, world, 4), apart)
     assert not torch.equal(independent[0, 0], independent[1, 0])
 
 
 def test_stored_log_probs_are_those_of_the_stored_states(
     policy: Policy, conditions: list[Condition], world: World
 ) -> None:
-    plan = tiny.plan(policy)
-    trajectories = tiny.draw(policy, plan, conditions, world, 4)
+    plan = replace(tiny.plan(policy), trained=None)
+    trajectories = tiny.draw(policy, plan, conditions, world, 4).trajectories
     for slot, step in product((0, TOTAL - 1), range(plan.steps - 1)):
-        x, t = trajectories.states[slot, step][None], plan.grid[step]
+        x, t = trajectories[slot].states[step][None], plan.grid[step]
         with torch.no_grad():
             v = policy.velocity(x, t[None], stack([conditions[slot // tiny.GROUP]]))
         log_prob = gaussian_log_prob(
-            trajectories.states[slot, step + 1][None], *sde_transition(x, v, t, plan.grid[step + 1], plan.eta)
+            trajectories[slot].states[step + 1][None], *sde_transition(x, v, t, plan.grid[step + 1], plan.eta)
         )
-        assert log_prob.item() == pytest.approx(trajectories.log_probs[slot, step].item(), abs=1e-6)
+        assert log_prob.item() == pytest.approx(trajectories[slot].log_probs[step].item(), abs=1e-6)
 
 
 def test_invalid_samples_do_not_reach_the_gradient(policy: Policy, conditions: list[Condition], world: World) -> None:
     plan = tiny.plan(policy)
-    trajectories = tiny.draw(policy, plan, conditions, world, 4)
+    trajectories = tiny.draw(policy, plan, conditions, world, 4).trajectories
     kept = torch.ones(TOTAL, dtype=torch.bool)
     kept[[1, 6]] = False
     gradients = []
     for poison in (0.0, float("nan")):
-        poisoned = replace(trajectories, states=trajectories.states.clone())
-        poisoned.states[1] += poison
+        worse = {step: x + poison for step, x in trajectories[1].states.items()}
+        poisoned = trajectories | {1: replace(trajectories[1], states=worse)}
         trainer = tiny.Recorder.create(policy, tiny.settings(8, lr=1e-30), None)
         assert isinstance(trainer, tiny.Recorder)
         metrics = tiny.run_update(trainer, plan, poisoned, conditions, world, kept)
@@ -186,8 +180,8 @@ def test_non_finite_gradients_skip_the_step_and_end_the_run_at_the_limit(
     policy: Policy, conditions: list[Condition], world: World
 ) -> None:
     plan = tiny.plan(policy)
-    trajectories = tiny.draw(policy, plan, conditions, world, 4)
-    trajectories.states[0] = float("nan")
+    trajectories = tiny.draw(policy, plan, conditions, world, 4).trajectories
+    trajectories[0].states = {step: x * float("nan") for step, x in trajectories[0].states.items()}
     trainer = Trainer.create(policy, tiny.settings(8), None)
     before = [p.detach().clone() for p in policy.network.parameters()]
     for attempt in range(1, 4):
@@ -203,7 +197,7 @@ def test_kl_to_the_initial_policy_is_zero_before_the_first_step_and_pulls_back(
     policy: Policy, conditions: list[Condition], world: World
 ) -> None:
     plan = tiny.plan(policy)
-    trajectories = tiny.draw(policy, plan, conditions, world, 4)
+    trajectories = tiny.draw(policy, plan, conditions, world, 4).trajectories
     reference = tiny.load_policy(world)
     reference.network.requires_grad_(False)
     trainer = Trainer.create(policy, tiny.settings(16, lr=1e-3), reference)
@@ -214,7 +208,7 @@ def test_kl_to_the_initial_policy_is_zero_before_the_first_step_and_pulls_back(
 
 def test_ema_follows_its_recursion(policy: Policy, conditions: list[Condition], world: World) -> None:
     plan = tiny.plan(policy)
-    trajectories = tiny.draw(policy, plan, conditions, world, 4)
+    trajectories = tiny.draw(policy, plan, conditions, world, 4).trajectories
     settings = tiny.settings(16, lr=1e-3).model_copy(update={"ema_decay": 0.9})
     trainer = Trainer.create(policy, settings, None)
     start = {name: value.clone() for name, value in trainer.ema.items()}

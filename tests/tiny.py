@@ -1,5 +1,6 @@
 """One GRPO iteration of the shipped tiny model without reward or files: what several tests start from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from fastgrpo.config import Model, Objective, Optimizer, Video
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.distributed import World
 from fastgrpo.models import Condition, Policy
-from fastgrpo.rollout import Plan, Trajectories
+from fastgrpo.rollout import Drawn, Plan, Trajectory
 from fastgrpo.update import Trainer, update
 
 FOLDER = Path(__file__).parent.parent / "data" / "tiny_hunyuan_video"
@@ -51,7 +52,7 @@ def load_policy(world: World | None = None) -> Policy:
 
 def plan(policy: Policy, shared_noise: bool = True) -> Plan:
     shape = policy.latent_shape(VIDEO)
-    return Plan(3, 0, GROUP, policy.time_grid(STEPS, None, shape), 0.4, shared_noise, shape)
+    return Plan(3, 0, GROUP, policy.time_grid(STEPS, None, shape), 0.4, shared_noise, shape, trained=3)
 
 
 def encode() -> list[Condition]:
@@ -61,15 +62,23 @@ def encode() -> list[Condition]:
         return encoder([Prompt(text) for text in PROMPTS])
 
 
-def draw(policy: Policy, the_plan: Plan, conditions: list[Condition], world: World, batch_size: int) -> Trajectories:
-    """This rank's trajectories."""
+def draw(policy: Policy, the_plan: Plan, conditions: list[Condition], world: World, batch_size: int) -> Drawn:
+    """This rank's samples."""
     share = world.share(len(PROMPTS) * GROUP)
     with distributed.gathered(policy.network):
-        parts = [
-            rollout.sample(policy, the_plan, conditions, slots)
-            for slots in rollout.batches(share, conditions, GROUP, batch_size)
-        ]
-    return rollout.concatenate(parts)
+        return rollout.draw(policy, the_plan, conditions, share, batch_size)
+
+
+def states(drawn: Drawn, the_plan: Plan) -> Tensor:
+    """[B, T, C, F, H, W]: each sample's state before each step, of a plan that trains every noisy step."""
+    return torch.stack(
+        [torch.stack([drawn.trajectories[s].states[n] for n in range(the_plan.steps)]) for s in drawn.slots]
+    )
+
+
+def log_probs(drawn: Drawn, the_plan: Plan) -> Tensor:
+    """[B, T - 1], likewise."""
+    return torch.stack([torch.stack([drawn.trajectories[s].log_probs[n] for n in the_plan.noisy]) for s in drawn.slots])
 
 
 def advantages() -> Tensor:
@@ -80,13 +89,13 @@ def advantages() -> Tensor:
 def run_update(
     trainer: Trainer,
     the_plan: Plan,
-    trajectories: Trajectories,
+    trajectories: Mapping[int, Trajectory],
     conditions: list[Condition],
     world: World,
     kept: Tensor | None = None,
 ) -> dict[str, float]:
     kept = torch.ones(len(PROMPTS) * GROUP, dtype=torch.bool) if kept is None else kept
-    return update(trainer, Objective(clip_range=1e-4), the_plan, trajectories, conditions, advantages(), kept, 3, world)
+    return update(trainer, Objective(clip_range=1e-4), the_plan, trajectories, conditions, advantages(), kept, world)
 
 
 def settings(batch_size: int, updates: int = 1, lr: float = 1e-4) -> Optimizer:

@@ -71,17 +71,21 @@ if __name__ == "__main__":
             Bytes() as in_rollout,
             distributed.rollout_weights(policy.network, settings, torch.float32, world) as whole,
         ):
-            rounds = list(rollout.rounds(total, conditions, tiny.GROUP, 4, world, not whole))
-            drawn = [(rollout.sample(policy, plan, conditions, batch), counts) for batch, counts in rounds]
+            work = (total, conditions, tiny.GROUP, 4, world, not whole)
+            started: dict[int, rollout.Start] = {}
+            first_rounds, rounds = list(rollout.start_rounds(*work)), list(rollout.rounds(*work))
+            for batch, _ in first_rounds:
+                started |= rollout.starts(policy, plan, conditions, batch)
+            drawn = [(rollout.sample(policy, plan, conditions, batch, started), counts) for batch, counts in rounds]
         trainer = tiny.Recorder.create(policy, tiny.settings(8, updates=2), None)
         forwards: list[int] = []
         policy.network.register_forward_pre_hook(lambda module, inputs: forwards.append(1))
-        trajectories = rollout.concatenate([part for part, counts in drawn if counts])
+        trajectories = {slot: kept for part, counts in drawn if counts for slot, kept in part.trajectories.items()}
         with Bytes() as in_update:
             tiny.run_update(trainer, plan, trajectories, conditions, world)
         if world.main:
             told = {
-                "blocks": blocks, "root": root, "forwards": len(rounds) * plan.steps,
+                "blocks": blocks, "root": root, "forwards": len(first_rounds) + len(rounds) * (plan.steps - 1),
                 "micro_batches": len(forwards), "rollout": in_rollout.counts, "update": in_update.counts,
             }  # fmt: skip
             with open(sys.argv[1], "w") as file:

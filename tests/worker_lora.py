@@ -4,6 +4,8 @@ argv: folder for the checkpoint and for result.pt
 """
 
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from fastgrpo.distributed import World, open_world
 from fastgrpo.lifetime import leave
 from fastgrpo.models import Condition, Policy
 from fastgrpo.reference import Reference, Unadapted
-from fastgrpo.rollout import Plan, Trajectories
+from fastgrpo.rollout import Plan, Trajectory
 from fastgrpo.update import update
 from tests import tiny
 
@@ -59,18 +61,22 @@ def create_trainer(policy: Policy, reference: Reference, lr: float) -> tiny.Reco
 
 
 def train(
-    trainer: tiny.Recorder, plan: Plan, trajectories: Trajectories, conditions: list[Condition], world: World
+    trainer: tiny.Recorder,
+    plan: Plan,
+    trajectories: Mapping[int, Trajectory],
+    conditions: list[Condition],
+    world: World,
 ) -> dict[str, float]:
     kept = torch.ones(len(tiny.PROMPTS) * tiny.GROUP, dtype=torch.bool)
-    return update(trainer, OBJECTIVE, plan, trajectories, conditions, tiny.advantages(), kept, 1, world)
+    return update(trainer, OBJECTIVE, plan, trajectories, conditions, tiny.advantages(), kept, world)
 
 
 def run(folder: Path, world: World) -> dict[str, Any]:
     """returns what the test compares, the same on every rank"""
     policy, conditions = load_policy(world, stirred=True), tiny.encode()
     initial = adapters(policy)
-    plan = tiny.plan(policy)
-    trajectories = tiny.draw(policy, plan, conditions, world, 4)
+    plan = replace(tiny.plan(policy), trained=1)
+    trajectories = tiny.draw(policy, plan, conditions, world, 4).trajectories
     trainer = create_trainer(policy, Unadapted(policy), 1e-3)
     metrics = train(trainer, plan, trajectories, conditions, world)
     checkpoints = Checkpoints(folder / "checkpoints", Checkpoint(), world)

@@ -5,6 +5,7 @@ The last argument is the JSON of the recipe's [distributed] section.
 
 import json
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -21,16 +22,17 @@ if __name__ == "__main__":
         conditions = tiny.encode()
         shard(policy, world, torch.float32)
         plan = tiny.plan(policy)
-        trajectories = tiny.draw(policy, plan, conditions, world, rollout_batch)
+        everything = replace(plan, trained=None)
+        drawn = tiny.draw(policy, everything, conditions, world, rollout_batch)
         trainer = tiny.Recorder.create(policy, tiny.settings(update_batch, updates=2), None)
-        metrics = tiny.run_update(trainer, plan, trajectories, conditions, world)
+        metrics = tiny.run_update(trainer, plan, drawn.trajectories, conditions, world)
         total = len(tiny.PROMPTS) * tiny.GROUP
         share = world.share(total) if world.sp is None or world.sp.rank == 0 else range(0)  # each row from one rank
         rows = len(share)
         result = {
-            "states": world.combine(trajectories.states[:rows], share, total),
-            "final": world.combine(trajectories.final[:rows], share, total),
-            "log_probs": world.combine(trajectories.log_probs[:rows], share, total),
+            "states": world.combine(tiny.states(drawn, everything)[:rows], share, total),
+            "final": world.combine(drawn.final[:rows], share, total),
+            "log_probs": world.combine(tiny.log_probs(drawn, everything)[:rows], share, total),
             "gradients": trainer.gradients,  # type: ignore[attr-defined]
             "metrics": metrics,
         }

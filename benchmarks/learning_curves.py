@@ -1,0 +1,106 @@
+"""Reward against seconds of training: every step noisy, a window of noisy steps, and no trajectories at all (NFT).
+
+    python -m benchmarks.learning_curves                          the demo's length, three seeds each
+    python -m benchmarks.learning_curves --iterations 20 --seeds 1 --only full window
+    python -m benchmarks.learning_curves --window rollout.window=2 rollout.window_schedule=first
+
+Held-out prompts are evaluated on the way, outside the seconds that are counted. It prints how long each recipe took to
+reach the held-out reward at which the full one ended, and draws docs/learning_curves.png. Finished runs are not run
+again. The seconds mean something on a quiet machine alone.
+"""
+
+import argparse
+import os
+import platform
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import pictures
+from benchmarks.campaign import Trained, Variant, train_all
+from fastgrpo import cli
+from fastgrpo.errors import UserError
+from fastgrpo.lifetime import leave
+
+RECIPE = Path("launch/t2v_tiny.toml")
+PICTURE = Path("docs/learning_curves.png")
+PARTS = ("VQ", "MQ", "TA")
+COMMON = ("run.preflight=false", "checkpoint.keep_best=false", "evaluate.seeds=4", "evaluate.clips=0")
+WINDOW = ("rollout.window=2", "rollout.window_every=19", "rollout.tail_steps=2")
+NFT = ("objective.kind=nft", "rollout.shared_noise=false", "optimizer.ema_decay=0.5")
+
+
+def reached(trained: Trained, goal: float) -> float:
+    """Seconds of training after which the held-out reward first reached the goal, between evaluations; NaN if never."""
+    seconds, reward = trained.heldout_curve(PARTS)
+    above = np.flatnonzero(reward >= goal)
+    if not len(above):
+        return float("nan")
+    last = int(above[0])
+    if last == 0:
+        return 0.0
+    first = last - 1
+    share = (goal - reward[first]) / (reward[last] - reward[first])
+    return float(seconds[first] + share * (seconds[last] - seconds[first]))
+
+
+def table(trained: Sequence[Trained]) -> str:
+    """Markdown: one row per recipe; the first one's end is everyone's goal."""
+    seconds, reward = trained[0].heldout_curve(PARTS)
+    goal, time = float(reward[-1]), float(seconds[-1])
+    head = ["recipe", "seconds", "per iteration", "held-out gain", "95 % interval", f"seconds to {goal:.3f}", "share"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for one in trained:
+        gain, spent = one.gain(PARTS), reached(one, goal)
+        cells = [one.variant.label, f"{one.seconds()[-1]:.0f}", f"{one.metric('seconds/total'):.2f}"]
+        if gain is None:
+            cells += [f"ended: {one.failures[0] if one.failures else 'unfinished'}"]
+        else:
+            cells += [f"{gain.difference:+.3f}", f"{gain.low:+.3f} .. {gain.high:+.3f}"]
+            cells += [f"{spent:.0f}", f"{spent / time:.0%}"] if np.isfinite(spent) else ["never", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--iterations", type=int, default=76)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--every", type=int, default=8, help="iterations between evaluations (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=("full", "window", "nft"), default=("full", "window", "nft"))
+    parser.add_argument("--window", nargs="+", default=WINDOW, metavar="KEY=VALUE", help="overrides of that recipe")
+    parser.add_argument("--nft", nargs="+", default=NFT, metavar="KEY=VALUE", help="overrides of that recipe")
+    parser.add_argument("--common", nargs="+", default=(), metavar="KEY=VALUE", help="overrides of all recipes")
+    parser.add_argument("--folder", type=Path, default=Path("runs/learning_curves"), help="of the runs (%(default)s)")
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="default: %(default)s")
+    arguments = parser.parse_args()
+    cli.quiet_libraries()
+    variants = (
+        Variant("full", "every step noisy"),
+        Variant("window", "a window of noisy steps", tuple(arguments.window)),
+        Variant("nft", "DiffusionNFT", tuple(arguments.nft)),
+    )
+    length = (f"run.iterations={arguments.iterations}", f"optimizer.decay_updates={arguments.iterations}")
+    trained = train_all(
+        RECIPE,
+        [*COMMON, *length, *arguments.common],
+        [variant for variant in variants if variant.name in arguments.only],
+        arguments.seeds,
+        arguments.folder,
+        arguments.every,
+    )
+    pictures.over_time(trained, PARTS, arguments.picture)
+    print(table(trained))
+    print(f"{date.today()}, {os.cpu_count()} cores of {platform.machine()}, {arguments.seeds} seeds")
+    leave(0)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"learning_curves: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("learning_curves: stopped; start again to go on") from None

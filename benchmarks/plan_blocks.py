@@ -1,0 +1,136 @@
+"""What a block keeps per token and channel, by running one of each kind without contents; for plan_memory.KEPT.
+
+FakeTensorMode on the CPU, diffusers' eager kernels, no sharding. The bytes are linear in the numbers of tokens, so that
+three runs with different numbers give the coefficients.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from benchmarks.plan_check import ROOT
+from fastgrpo import config, plan_simulate, sequence_parallel
+from fastgrpo.plan_simulate import Sizes
+from fastgrpo.plan_sizes import FLUX_DEV, HUNYUAN, SD_1, WAN_14B
+
+HEADS, WIDTH = 8, 1024
+ONE = {"num_attention_heads": HEADS, "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}
+VIDEO, TEXT = ((16, 16, 64, 64), 256), 4096  # the smallest latent and text; what is added to the text
+IMAGE = ((16, 1, 128, 128), 512)
+KINDS: tuple[tuple[str, Mapping[str, Any], int, str, tuple[tuple[int, int, int, int], int]], ...] = (
+    ("hunyuan_video", HUNYUAN | ONE, 0, "dual", VIDEO),
+    ("hunyuan_video", HUNYUAN | ONE, 1, "single", VIDEO),
+    ("flux", FLUX_DEV | {k: v for k, v in ONE.items() if k != "num_refiner_layers"}, 0, "dual", IMAGE),
+    ("flux", FLUX_DEV | {k: v for k, v in ONE.items() if k != "num_refiner_layers"}, 1, "single", IMAGE),
+    ("wan", WAN_14B | {"num_attention_heads": HEADS, "num_layers": 1, "ffn_dim": 5 * WIDTH}, 0, "block", VIDEO),
+)
+COSTS = ("forward", "saved", "working")
+
+
+def calibrate() -> None:
+    """Print the coefficients of each kind, in both precisions, on one rank and with sequence parallelism."""
+    for dtype in ("bfloat16", "float32"):
+        for sp in (1, 4):
+            for family, settings, place, name, (latent, text) in KINDS:
+                found = coefficients(family, settings, place, dtype, sp, latent, text)
+                columns = ", ".join(f"{cost} {video:.1f} {words:.1f}" for cost, (video, words) in found.items())
+                print(f"{dtype:<9} sp {sp} {family:<14}{name:<7} bytes per video and text token: {columns}", flush=True)
+        for place in range(8):
+            small, large = (costs("stable_diffusion", SD_1, place, dtype, 1, (4, 1, h, 64), 77) for h in (64, 128))
+            columns = ", ".join(f"{cost} {(large[cost] - small[cost]) / 64 / 64 / 320:.2f}" for cost in COSTS)
+            print(f"{dtype:<9} stable_diffusion level {place}: bytes per place and channel: {columns}", flush=True)
+
+
+def coefficients(
+    family: str, settings: Mapping[str, Any], place: int, dtype: str, sp: int,
+    latent: tuple[int, int, int, int], text: int,
+) -> dict[str, tuple[float, float]]:  # fmt: skip
+    """Bytes per channel of a video token of this rank, and of a text token (Wan's are always 512: 0)."""
+    channels, frames, height, width = latent
+    longer = (channels, frames, 2 * height, width)
+    first = costs(family, settings, place, dtype, sp, latent, text)
+    video = costs(family, settings, place, dtype, sp, longer, text)
+    words = first if family == "wan" else costs(family, settings, place, dtype, sp, latent, text + TEXT)
+    tokens = frames * height * width / 4 / sp
+    return {
+        cost: ((video[cost] - first[cost]) / tokens / WIDTH, (words[cost] - first[cost]) / TEXT / WIDTH)
+        for cost in COSTS
+    }
+
+
+def costs(
+    family: str, settings: Mapping[str, Any], place: int, dtype: str, sp: int,
+    latent: tuple[int, int, int, int], text: int,
+) -> dict[str, float]:  # fmt: skip
+    """Bytes of one block of a family's network beyond its weights and inputs."""
+    if sp > 1:
+        dist.init_process_group("fake", rank=0, world_size=sp, store=FakeStore())
+    try:
+        with FakeTensorMode(), torch.device("cpu"):
+            block, arguments, keywords = _block(family, settings, place, dtype, sp, Sizes(latent, text))
+            return _measured(block, arguments, keywords)
+    finally:
+        if sp > 1:
+            dist.destroy_process_group()
+
+
+def _block(
+    family: str, settings: Mapping[str, Any], place: int, dtype: str, sp: int, sizes: Sizes
+) -> tuple[nn.Module, Any, Any]:
+    """The block, and the inputs with which the network calls it, as leaves that want gradients."""
+    recipe = config.load(ROOT / "launch" / "t2v_hunyuan.toml", [
+        f"model.family={family}", f"model.dtype={dtype}", "model.gradient_checkpointing=false", "model.guidance=none",
+    ])  # fmt: skip
+    policy, precision = plan_simulate.outline(recipe, settings), getattr(torch, dtype)
+    for parameter in policy.network.parameters():
+        parameter.data = parameter.data.to(precision)
+    if sp > 1:
+        assert dist.group.WORLD is not None
+        sequence_parallel.install(policy.network, sequence_parallel.Group(dist.group.WORLD, 0, sp))
+    seen: list[tuple[Any, Any]] = []
+    block = policy.blocks[place]
+    hook = block.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    x, t, condition = plan_simulate.inputs(recipe, policy, sizes, 1)
+    with torch.no_grad():
+        policy.velocity(x, t, condition)
+    hook.remove()
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return tensor.detach().requires_grad_() if tensor.dtype == precision and tensor.ndim >= 2 else tensor
+
+    arguments, keywords = tree_map_only(torch.Tensor, leaf, seen[0])
+    return block, arguments, keywords
+
+
+def _measured(block: nn.Module, arguments: Any, keywords: Any) -> dict[str, float]:
+    inputs = [leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor)]
+    tracker = _tracker(block, inputs)
+    held, found = _total(tracker, "current"), {}
+    with tracker, torch.no_grad():
+        block(*arguments, **keywords)
+    found["forward"] = _total(tracker, "peak") - held
+    tracker = _tracker(block, inputs)
+    with tracker:
+        outputs = [leaf for leaf in tree_leaves(block(*arguments, **keywords)) if isinstance(leaf, Tensor)]
+        found["saved"] = _total(tracker, "current") - held
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+    found["working"] = _total(tracker, "peak") - held
+    return found
+
+
+def _tracker(block: nn.Module, inputs: list[Tensor]) -> MemTracker:
+    tracker = MemTracker()
+    tracker.track_external(block, *inputs)
+    return tracker
+
+
+def _total(tracker: MemTracker, kind: str) -> float:
+    (parts,) = tracker.get_tracker_snapshot(kind).values()
+    return float(parts["Total"])

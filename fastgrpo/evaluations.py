@@ -1,0 +1,136 @@
+"""How often the network is evaluated in an iteration: the one formula, of a recipe alone.
+
+An evaluation is one sample's state through the network once; classifier-free guidance makes two forwards of it, and in
+the update a backward follows. With G samples per prompt, S steps on the grid (shortened behind a window by
+`rollout.tail_steps`), the first noisy step f, and P prompts:
+
+    rollout, shared noise         P [(f + 1) + G (S - f - 1)]
+    rollout, independent noise    P G S
+    update                        transitions, those from a group's shared state counted once per optimizer step
+    DiffusionNFT, c chosen times  P G (S + c) in the rollout, the old policy's velocities included; P G c in the update
+
+States before the first noisy step, and the one at it, are equal for a group, so f + 1 evaluations serve all G samples.
+Where a group's samples lie on several ranks, each of them computes what its own share needs: the sums below run over
+(group of ranks, prompt). The last step's evaluation gives the clean estimate. With `timestep_choice = "random"` it is
+chance how many of a group's samples chose the shared step: an expectation, and the bounds that always hold.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fastgrpo.config import Recipe
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Of one iteration, summed over all groups of ranks."""
+
+    shared: int  # rollout: by states that a group has in common
+    single: int  # rollout: by states of one sample each
+    transitions: int  # that the update trains, at most one evaluation each
+    update: float  # forwards with a backward, expected
+    update_least: int
+    update_most: int
+    reference: float  # forwards of the initial policy, without a backward, expected
+
+    @property
+    def rollout(self) -> int:
+        return self.shared + self.single
+
+
+def of_iteration(recipe: Recipe, first: int, groups: int = 1) -> Evaluations:
+    """The evaluations of an iteration with every score valid.
+
+    first: the first noisy step, such as `window.noisy_steps(...).start`
+    groups: groups of ranks that work on different samples, `World.groups`
+    """
+    rollout, prompts = recipe.rollout, recipe.prompts.per_iteration
+    samples, steps = prompts * rollout.samples_per_prompt, grid_steps(recipe, first)
+    visits = sum(1 for _ in _shares(prompts, rollout.samples_per_prompt, groups))
+    shared, single = 0, samples * steps
+    if recipe.objective.kind == "nft":
+        single += samples * recipe.steps_trained
+    elif rollout.shared_noise:
+        shared, single = visits * (first + 1), samples * (steps - first - 1)
+    update = _update(recipe, groups)
+    reference = update[1] if recipe.needs_initial_policy else 0.0
+    return Evaluations(shared, single, *update, reference)
+
+
+def grid_steps(recipe: Recipe, first: int) -> int:
+    """S: the steps of the rollout's grid with the window at `first`, see `window.shortened`."""
+    rollout = recipe.rollout
+    if rollout.window is None or rollout.tail_steps is None:
+        return rollout.steps
+    end = first + rollout.window
+    return end + min(rollout.tail_steps, rollout.steps - end)
+
+
+def first_steps(recipe: Recipe) -> dict[int, float]:
+    """Where the first noisy step lies, with its share of the run's iterations; an expectation for a random window."""
+    rollout = recipe.rollout
+    if rollout.window is None or rollout.window_schedule == "first":
+        return {0: 1.0}
+    places = rollout.steps - rollout.window
+    if rollout.window_schedule == "random":
+        return dict.fromkeys(range(places), 1.0 / places)
+    shares: dict[int, float] = {}
+    for iteration in range(recipe.run.iterations):
+        place = iteration // rollout.window_every * rollout.window_stride % places
+        shares[place] = shares.get(place, 0.0) + 1.0 / recipe.run.iterations
+    return shares
+
+
+def _shares(prompts: int, size: int, groups: int) -> Iterator[tuple[int, int]]:
+    """(prompt, samples of it) for each group of ranks that has any, dealt as `World.share` deals them."""
+    total = prompts * size
+    for group in range(groups):
+        start, stop = group * total // groups, (group + 1) * total // groups
+        for prompt in range(start // size, -(-stop // size) if stop > start else 0):
+            yield prompt, min(stop, (prompt + 1) * size) - max(start, prompt * size)
+
+
+def _update(recipe: Recipe, groups: int) -> tuple[int, float, int, int]:
+    """(transitions, evaluations expected, at least, at most).
+
+    Per optimizer step and (group of ranks, prompt): m samples that choose c of w noisy steps each, m c transitions. A
+    sample's choice has the shared step with probability c / w, so that m c / w transitions become
+    1 - (1 - c / w)^m evaluations.
+    """
+    size, kept = recipe.rollout.samples_per_prompt, recipe.samples_trained
+    updates, chosen = recipe.optimizer.updates_per_iteration, recipe.steps_trained
+    transitions = recipe.prompts.per_iteration * kept * chosen
+    if not recipe.rollout.shared_noise or recipe.objective.kind == "nft":
+        return transitions, float(transitions), transitions, transitions
+    share = _share_of_first(recipe)
+    expected = 0.0
+    for _, here in _shares(recipe.prompts.per_iteration, size, groups):
+        members = here * kept / size / updates
+        whole, more = int(members), members % 1  # so many samples, or one more with this probability
+        none = (1 - share) ** whole * (1 - more * share)
+        expected += updates * (members * (chosen - share) + 1 - none)
+    least = recipe.prompts.per_iteration * (kept * (chosen - 1) + updates) if share else transitions
+    most = transitions
+    if groups == 1 and share in (0.0, 1.0):  # nothing is left to chance
+        most, expected = least, float(least)
+    return transitions, expected, least, most
+
+
+def _share_of_first(recipe: Recipe) -> float:
+    """Probability that a sample's chosen steps have the first noisy one among them."""
+    noisy, chosen = recipe.rollout.window or recipe.rollout.steps - 1, recipe.steps_trained
+    if recipe.objective.timestep_choice == "first" or chosen == noisy:
+        return 1.0
+    return 0.0 if recipe.objective.timestep_choice == "last" else chosen / noisy
+
+
+def busiest(recipe: Recipe, groups: int) -> tuple[int, int]:
+    """(samples, prompts they belong to) of the group of ranks with the most work: the others wait for it."""
+    size, prompts = recipe.rollout.samples_per_prompt, recipe.prompts.per_iteration
+    samples = [0] * groups
+    visits = [0] * groups
+    total = prompts * size
+    for group in range(groups):
+        start, stop = group * total // groups, (group + 1) * total // groups
+        samples[group], visits[group] = stop - start, (-(-stop // size) - start // size if stop > start else 0)
+    return max(zip(samples, visits, strict=True))

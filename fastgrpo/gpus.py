@@ -1,0 +1,86 @@
+"""What a plan knows of GPUs: a table of published figures, and what share of them a run is assumed to achieve.
+
+Peaks are dense, bfloat16 with float32 accumulation. Bandwidths are one GPU's, in one direction: NVLink's 900 GB/s of an
+H100 count both. Where a card has no NVLink, its GPUs exchange over PCIe. The network is what such nodes are usually
+sold with, a card per GPU; yours may differ: every number can be overridden.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+from fastgrpo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU of a node. Sources: NVIDIA's data sheets; memory as nvidia-smi shows it."""
+
+    name: str
+    tflops: float  # bfloat16, dense
+    memory_gib: float
+    memory_gbs: float  # bandwidth of its own memory, 10^9 bytes per second
+    link_gbs: float  # to the other GPUs of the node
+    network_gbs: float  # to other nodes
+    host_gbs: float  # to the host's memory, PCIe
+
+
+@dataclass(frozen=True)
+class Achieved:
+    """Shares of the table's figures. Assumed: no GPU was at hand; measure yours and override them."""
+
+    rollout: float = 0.50
+    """Of the peak, forwards without gradients."""
+    update: float = 0.45
+    """Of the peak, forward and backward, in whose time recomputation counts as work."""
+    decode: float = 0.30
+    """Of the peak, a VAE's convolutions."""
+    reward: float = 0.30
+    """Of the peak, a reward's network."""
+    link: float = 0.80
+    """Of the bandwidth to the node's other GPUs."""
+    network: float = 0.85
+    """Of the bandwidth to other nodes."""
+    memory: float = 0.75
+    """Of the memory's bandwidth: the optimizer's step."""
+    disk_gbs: float = 2.0
+    """What a node reads and writes of weights and checkpoints, 10^9 bytes per second; no share."""
+    reserve_gib: float = 2.5
+    """CUDA context, NCCL's and cuBLAS' buffers; no share."""
+    fragmentation: float = 0.05
+    """Of the memory in use: what the allocator holds and cannot give."""
+
+
+GPUS = (
+    Gpu("h800", 989, 79.6, 3350, 200, 50, 55),
+    Gpu("h100", 989, 79.6, 3350, 450, 50, 55),
+    Gpu("h200", 989, 140.4, 4800, 450, 50, 55),
+    Gpu("a100-80", 312, 79.2, 2039, 300, 25, 25),
+    Gpu("a100-40", 312, 39.4, 1555, 300, 25, 25),
+    Gpu("l40s", 362, 44.4, 864, 25, 12.5, 25),
+    Gpu("4090", 165, 23.5, 1008, 25, 12.5, 25),
+)
+
+
+def gpu(name: str) -> Gpu:
+    """The GPU of this name. Raises UserError where the table has none."""
+    wanted = name.lower().replace("_", "-").removeprefix("nvidia-").removeprefix("rtx-")
+    for known in GPUS:
+        if wanted in (known.name, known.name.replace("-", "")):
+            return known
+    raise UserError(f"--gpu={name}: not in the table; use one of {', '.join(known.name for known in GPUS)}.")
+
+
+def changed(card: Gpu, achieved: Achieved, settings: dict[str, float]) -> tuple[Gpu, Achieved]:
+    """Both with numbers replaced: `tflops`, `link_gbs` ... of the card, `rollout`, `update` ... of what is achieved.
+
+    Raises UserError for a name that neither has, and for a value that cannot be.
+    """
+    of_card, of_achieved = ({f.name for f in fields(kind)} - {"name"} for kind in (Gpu, Achieved))
+    for name, value in settings.items():
+        if name not in of_card | of_achieved:
+            raise UserError(f"--set={name}: no such number; use one of {', '.join(sorted(of_card | of_achieved))}.")
+        share = name in of_achieved and not name.endswith(("_gbs", "_gib"))
+        if value < 0 or (value == 0 and name not in ("reserve_gib", "fragmentation")) or (share and value > 1):
+            raise UserError(f"--set={name}={value:g}: must be {'a share from 0 to 1' if share else 'above 0'}.")
+    own = {name: value for name, value in settings.items() if name in of_card}
+    card = Gpu(card.name, **{name: own.get(name, getattr(card, name)) for name in of_card})
+    return card, replace(achieved, **{name: value for name, value in settings.items() if name in of_achieved})

@@ -1,0 +1,160 @@
+"""Where this rank is: a small file that a thread of its own rewrites, so that a run that hangs shows where.
+
+The thread that trains only changes what is to be told; it never waits for a disk. No torch here: `fastgrpo status`
+reads the files on a login node.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+FOLDER = "heartbeats"
+INTERVAL_S = 3.0  # at the latest
+SHORTEST_S = 0.5  # between two writes, however often the phase changes
+SIZE = 1024  # bytes of a file, always the same, so that it is overwritten in place, on a full disk too
+WAIT = "wait"
+"""The phase in which a rank has done its part and waits for others'."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a heartbeat tells."""
+
+    rank: int
+    ranks: int
+    host: str
+    pid: int
+    iteration: int = 0  # from 0
+    phase: str = "start"
+    laps: int = 0  # phases that this rank has ended in this iteration
+    phase_s: float = 0.0  # since the phase was entered, when this was written
+    longest_s: float = 0.0  # the longest that this phase lasted before; 0 = it has not ended before
+    time: float = 0.0  # when this was written, seconds since 1970
+    at: str = ""  # what the main thread runs: module:line function, innermost first
+    end: str = ""  # "done", or the error, once this rank has left the run
+
+
+class Heart:
+    """Writes run_dir/heartbeats/rank-N within half a second of a change of phase, and every three seconds.
+
+    A context manager: on leaving it the file says how the rank ended. An OSError, as of a full disk or a folder that
+    is gone, is passed over; the next beat tries again.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, ranks: int, interval_s: float = INTERVAL_S) -> None:
+        self.file = run_dir / FOLDER / f"rank-{rank}"
+        self.interval_s = interval_s
+        self.written = 0  # files written so far
+        self._beat = Beat(rank, ranks, node(), os.getpid())
+        self._entered = time.monotonic()
+        self._longest: dict[str, float] = {}
+        self._main = threading.get_ident()
+        self._lock = threading.Lock()
+        self._changed, self._over = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def enter(self, phase: str, iteration: int | None = None) -> None:
+        """This rank begins a phase, with `iteration` the first of that iteration."""
+        now = time.monotonic()
+        with self._lock:
+            before = self._beat
+            self._longest[before.phase] = max(self._longest.get(before.phase, 0.0), now - self._entered)
+            self._entered = now
+            self._beat = replace(
+                before,
+                phase=phase,
+                iteration=before.iteration if iteration is None else iteration,
+                laps=before.laps + 1 if iteration is None else 0,
+                longest_s=self._longest.get(phase, 0.0),
+            )
+        self._changed.set()
+
+    def __enter__(self) -> Self:
+        with suppress(OSError):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            if self._beat.rank == 0:
+                forget(self.file.parent, self._beat.ranks)
+        self._write("", "")
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._changed.set()
+        self._thread.join(self.interval_s)  # not for ever: the disk may hang
+        frame = None
+        while trace is not None:
+            frame, trace = trace.tb_frame, trace.tb_next
+        self._write("done" if error is None else f"{type(error).__name__}: {error}", place(frame))
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            self._changed.wait(self.interval_s)
+            self._changed.clear()
+            if not self._over.is_set():
+                self._write("", place(sys._current_frames().get(self._main)))
+                self._over.wait(min(SHORTEST_S, self.interval_s))
+
+    def _write(self, end: str, at: str) -> None:
+        with self._lock:
+            since = time.monotonic() - self._entered
+            beat = replace(self._beat, phase_s=since, time=time.time(), at=at, end=end[:300])
+        with suppress(OSError):
+            file = os.open(self.file, os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                os.pwrite(file, encoded(beat), 0)
+                self.written += 1
+            finally:
+                os.close(file)
+
+
+def node() -> str:
+    """This machine's name, slurm's where it gives one."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def encoded(beat: Beat) -> bytes:
+    """One line of JSON, filled up with spaces to SIZE bytes."""
+    text = json.dumps(asdict(beat))
+    while len(text) >= SIZE:  # a long path or message; all the rest is short
+        beat = replace(beat, at=beat.at[: len(beat.at) // 2], end=beat.end[: len(beat.end) // 2])
+        text = json.dumps(asdict(beat))
+    return text.ljust(SIZE - 1).encode("ascii") + b"\n"
+
+
+def place(frame: FrameType | None) -> str:
+    """The innermost function, and the three innermost of this package: `module:line function < ...`."""
+    found: list[str] = []
+    while frame is not None and len(found) < 4:
+        module = str(frame.f_globals.get("__name__", "?"))
+        if not found or module.startswith("fastgrpo."):
+            found.append(f"{module}:{frame.f_lineno} {frame.f_code.co_name}")
+        frame = frame.f_back
+    return " < ".join(found)
+
+
+def forget(folder: Path, ranks: int) -> None:
+    """Remove the heartbeats of an earlier attempt that had more ranks; those of fewer are overwritten."""
+    for file in folder.glob("rank-*"):
+        number = file.name.removeprefix("rank-")
+        if number.isdecimal() and int(number) >= ranks:
+            file.unlink(missing_ok=True)
+
+
+def read(run_dir: Path) -> list[Beat]:
+    """Every rank's last heartbeat, by rank; one that is just being written for the first time is left out."""
+    beats = []
+    for file in (run_dir / FOLDER).glob("rank-*"):
+        with suppress(OSError, ValueError, TypeError):
+            beats.append(Beat(**json.loads(file.read_text(encoding="utf-8"))))
+    return sorted(beats, key=lambda beat: beat.rank)

@@ -1,0 +1,53 @@
+"""The trained network: sharded while it has no weights, then read from its files, by each rank its own part."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from fastgrpo import distributed
+from fastgrpo.config import Recipe
+from fastgrpo.display import duration
+from fastgrpo.distributed import World
+from fastgrpo.models import Policy, streaming
+from fastgrpo.models.streaming import Bytes, Show
+
+
+def shard_and_read(policy: Policy, recipe: Recipe, world: World, what: str = "weights") -> None:
+    """Shard the network of `models.outline` as the recipe says, read its weights, and say how long that took.
+
+    what: for that line. Raises the UserError of a rank, whose files are not what they were, on every rank.
+    """
+    distributed.shard(policy, world, getattr(torch, recipe.model.dtype), recipe.distributed.offload)
+    distributed.prefetch(policy, recipe.distributed.prefetch)
+    device = torch.device("cpu") if recipe.distributed.offload else world.device
+    begun = time.perf_counter()
+    with _progress(world, what) as show:
+        read = world.together(lambda: streaming.fill(policy.network, device, show))
+    if world.main:
+        line = f"{what}: {_size(read.own)} of {_size(read.network)} read in {duration(time.perf_counter() - begun)}"
+        Console().print(line, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress(world: World, what: str) -> Iterator[Show]:
+    """Gives what shows the main rank's reading: a bar on a terminal, nothing elsewhere."""
+    console = Console()
+    if not (world.main and console.is_terminal):
+        yield lambda read: None
+        return
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn(f"reading {what}"), *columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(read: Bytes) -> None:
+            bar.update(task, completed=read.done, total=read.own)
+
+        yield show
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,167 @@
+"""What an update descends: one pure function per algorithm, from transitions or noised samples to a loss each.
+
+Every log-probability and divergence is a mean over the latent's dimensions, see fastgrpo.flow. docs/algorithms.md says
+when to use which.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgrpo.config import Objective
+from fastgrpo.flow import _column as column
+from fastgrpo.flow import gaussian_kl
+from fastgrpo.samplers import Sampler
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Transitions as an update sees them; what is old is of the policy that drew them and has no gradient. float32."""
+
+    log_prob: Tensor  # [B]
+    old_log_prob: Tensor  # [B]
+    mean: Tensor  # [B, ...] of p(x_next | x)
+    old_mean: Tensor  # [B, ...]
+    std: Tensor  # a scalar or [B, 1, ...], > 0
+    advantage: Tensor  # [B]
+    dt: Tensor  # [B]: t - t_next > 0
+
+
+def grpo(terms: Terms, objective: Objective) -> Tensor:
+    """-min(r A, clip(r, 1 - eps, 1 + eps) A), r = exp(log_prob - old_log_prob) (DanceGRPO, arXiv 2505.07818, eq. 6).
+
+    returns [B], the loss to descend, one per transition; so all below
+    """
+    return _clipped(ratio(terms), terms.advantage, objective.clip_range)
+
+
+def ddpo(terms: Terms, objective: Objective) -> Tensor:
+    """DDPO with importance sampling and clipping (DDPO_IS of Black et al., arXiv 2305.13301).
+
+    For one transition that is GRPO's expression; what differs is the advantage, which is normalised over all samples
+    of the iteration (objective.normalise = "global"). The baseline that DanceGRPO reports as diverging on flows.
+    """
+    return grpo(terms, objective)
+
+
+def guard(terms: Terms, objective: Objective) -> Tensor:
+    """GRPO-Guard: the clipped objective of a normalised ratio, over dt.
+
+    Wang et al., arXiv 2510.22319: RatioNorm (eq. 8) and the reweighting of gradients over steps.
+    GRPO's log-ratio has a negative mean and a spread that grows as the noise falls, so that clipping stops hardly any
+    positive update; the normalised one is centred and spreads alike at all steps. Its clip range is of order 2e-6.
+    """
+    return _clipped(normalised_ratio(terms), terms.advantage, objective.clip_range) / terms.dt
+
+
+def dppo(terms: Terms, objective: Objective) -> Tensor:
+    """Flow-DPPO: -r A, without a gradient where the policy is too far from the old one and would go further.
+
+    Too far: a KL divergence above max_kl. Further: A > 0 and r > 1, or A < 0 and r < 1 (arXiv 2606.11025). The
+    divergence of two Gaussians is exact, where the ratio that others clip is one noisy draw of it.
+    """
+    r = ratio(terms)
+    further = (r - 1) * terms.advantage > 0
+    return -torch.where(further & _too_far(terms, objective), r.detach(), r) * terms.advantage
+
+
+known: Mapping[str, Callable[[Terms, Objective], Tensor]] = {"grpo": grpo, "ddpo": ddpo, "guard": guard, "dppo": dppo}
+"""The objectives of transitions, by objective.kind; "nft" has none, see `nft`."""
+
+NEED_OLD_MEAN = frozenset({"guard", "dppo"})
+"""Those that look at Terms.old_mean."""
+
+
+def outside(terms: Terms, objective: Objective) -> Tensor:
+    """Transitions outside the region that the objective trusts, whichever way the update would go.  returns bool [B]"""
+    if objective.kind == "dppo":
+        return _too_far(terms, objective)
+    r = normalised_ratio(terms) if objective.kind == "guard" else ratio(terms)
+    return (r - 1).abs() > objective.clip_range
+
+
+def ratio(terms: Terms) -> Tensor:
+    """exp(log_prob - old_log_prob).  returns [B]"""
+    return (terms.log_prob - terms.old_log_prob).exp()
+
+
+def normalised_ratio(terms: Terms) -> Tensor:
+    """GRPO-Guard's ratio exp[(log_prob - old_log_prob + b) std], b the KL divergence (arXiv 2510.22319, eq. 8).
+
+    For x_next = old_mean + std e it is exp of the mean of e (mean - old_mean): centred for every std. For Gaussian
+    log-probabilities only.  returns [B]
+    """
+    bias = gaussian_kl(terms.mean, terms.old_mean, terms.std)
+    return ((terms.log_prob - terms.old_log_prob + bias) * terms.std.reshape(-1)).exp()
+
+
+def _clipped(r: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
+    return -torch.minimum(r * advantage, r.clamp(1 - clip_range, 1 + clip_range) * advantage)
+
+
+def _too_far(terms: Terms, objective: Objective) -> Tensor:
+    return gaussian_kl(terms.mean, terms.old_mean, terms.std) > objective.max_kl
+
+
+def step_weights(kind: str, grid: Tensor, steps: Sequence[int], eta: float, sampler: Sampler) -> Tensor:
+    """Weight of each step's loss, of mean 1 over `steps`, the steps that may be trained.
+
+    equal: 1.
+    gradient: the inverse of the policy gradient's size with respect to v, which is sqrt(dt) / eta *
+      (1 + eta^2 (1 - t) / (2 t)) for DanceGRPO's step (LongCat-Video, arXiv 2510.22200, section on GRPO); here of
+      whichever sampler, for a draw one std away from the mean.
+    noise: proportional to the step's std (TempFlow-GRPO, arXiv 2508.04324, noise-aware weighting).
+
+    grid: float32 [T + 1];  returns float32 [T], 0 for other steps
+    """
+    index = torch.tensor(list(steps), device=grid.device)
+    weights = torch.zeros(len(grid) - 1, device=grid.device)
+    raw = torch.ones(len(index), device=grid.device)
+    if kind != "equal":
+        x = torch.zeros(len(index), 1, device=grid.device)
+        with torch.enable_grad():
+            v = torch.zeros_like(x).requires_grad_()
+            mean, std = sampler.transition(x, v, grid[index], grid[index + 1], eta)
+            log_prob = sampler.log_prob((mean + std).detach(), mean, std)
+            (slope,) = torch.autograd.grad(log_prob.sum(), v)
+        raw = (1 / slope.abs() if kind == "gradient" else std.expand_as(x)).flatten()
+    weights[index] = raw / raw.mean()
+    return weights
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Samples noised again, and what two policies predict for them. float32; only v has a gradient."""
+
+    x: Tensor  # [B, ...]: (1 - t) x_0 + t e
+    x_0: Tensor  # [B, ...]: the samples
+    t: Tensor  # [B]
+    v: Tensor  # [B, ...]: the trained policy's velocity at x
+    v_old: Tensor  # [B, ...]: that of the policy that drew the samples
+    advantage: Tensor  # [B]
+
+
+def nft(noised: Noised, objective: Objective) -> Tensor:
+    """DiffusionNFT's contrast of an implicit positive and an implicit negative policy.
+
+    Zheng et al., arXiv 2509.16117, the training loss with its adaptive weighting:
+    v+- = v_old +- beta (v - v_old), x_0+- = x - t v+-, and per sample
+    A_max / beta [q |x_0+ - x_0|^2 / w+ + (1 - q) |x_0- - x_0|^2 / w-] with the means over dimensions, q the advantage
+    clamped to +-A_max and mapped to [0, 1], and w+- the mean of |x_0+- - x_0| without gradient (the paper's adaptive
+    weighting). A_max is objective.advantage_clip.  returns [B]
+    """
+    beta, most = objective.nft_beta, objective.advantage_clip
+    q = noised.advantage.clamp(-most, most) / (2 * most) + 0.5
+    change = beta * (noised.v - noised.v_old)
+    t = column(noised.t, noised.x)
+    positive = _reconstruction(noised.x - t * (noised.v_old + change), noised.x_0)
+    negative = _reconstruction(noised.x - t * (noised.v_old - change), noised.x_0)
+    return most / beta * (q * positive + (1 - q) * negative)
+
+
+def _reconstruction(estimate: Tensor, x_0: Tensor) -> Tensor:
+    """Mean squared error over the mean absolute error, the latter without gradient.  returns [B]"""
+    error = (estimate - x_0).flatten(1)
+    return error.square().mean(1) / error.detach().abs().mean(1).clamp(min=1e-5)

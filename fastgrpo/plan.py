@@ -1,0 +1,171 @@
+"""Does a recipe fit on so many GPUs, how long will it take, and what to change: the answer of `fastgrpo plan`.
+
+In closed form by default, in about a second and without torch; `--simulate` runs one rank with the full-size network
+and no memory behind it (plan_simulate) and puts its figures beside. docs/planning.md has what the two say of the same.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+from fastgrpo import config, plan_phases, plan_work
+from fastgrpo.config import Recipe
+from fastgrpo.errors import UserError
+from fastgrpo.plan_phases import GIB, Machine, Phase
+from fastgrpo.plan_sizes import Subject, subject
+
+CURVE = (8, 16, 32, 64, 128, 256, 512)
+LARGE_REST, LARGE_REST_GIB = 0.02, 0.25  # share of the parameters outside the blocks, from which a plan warns
+ADVICE = 5  # recipes that are named
+USUAL_CHANGES, MOST_CHANGES = 3, 6  # more than the usual number are tried only where fewer do not do
+LORA_RANK = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe on a number of GPUs."""
+
+    subject: Subject
+    machine: Machine
+    phases: list[Phase]
+    iterations: int
+    every: int  # iterations per checkpoint
+
+    @property
+    def worst(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.peak)
+
+    @property
+    def fits(self) -> bool:
+        return self.worst.peak <= self.machine.usable()
+
+    @property
+    def seconds(self) -> float:
+        """Of an iteration."""
+        return plan_phases.iteration_seconds(self.phases, self.every)
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of the run, loading included; evaluations and the encoding of prompts are not."""
+        load = sum(phase.seconds for phase in self.phases if phase.name == "load")
+        return (self.seconds * self.iterations + load) * self.subject.job.gpus / 3600
+
+
+@dataclass(frozen=True)
+class Change:
+    """A recipe near the given one that fits, and what it takes."""
+
+    overrides: tuple[str, ...]
+    plan: Plan
+
+
+def plan(recipe: Recipe, gpus: int, machine: Machine, ranks_per_node: int = 8, text: int | None = None) -> Plan:
+    """The closed form.  text: tokens of the longest text, in place of the family's limit"""
+    if gpus > ranks_per_node and gpus % ranks_per_node:
+        raise UserError(f"--gpus={gpus}: not a multiple of the {ranks_per_node} of a node (--ranks-per-node).")
+    found = subject(recipe, gpus, ranks_per_node, text)
+    return Plan(found, machine, plan_phases.phases(found, machine), recipe.run.iterations, recipe.checkpoint.every)
+
+
+def curve(recipe: Recipe, machine: Machine, ranks_per_node: int, text: int | None) -> list[Plan]:
+    """The same recipe on 8 to 512 GPUs, where its mesh divides them."""
+    plans = []
+    for gpus in CURVE:
+        try:
+            plans.append(plan(recipe, gpus, machine, ranks_per_node, text))
+        except UserError:
+            continue
+    return plans
+
+
+def advice(given: Plan, file: Path, overrides: Sequence[str], text: int | None) -> list[Change]:
+    """Recipes near the given one that fit, the quickest first, those that train something else last.
+
+    file, overrides: where the given recipe comes from; the changes are more overrides of it
+    """
+    found: list[Change] = []
+    for count in range(1, MOST_CHANGES + 1):
+        if count > USUAL_CHANGES and found:
+            break
+        for changes in _nearby(given.subject.job, count):
+            try:
+                recipe = config.load(file, [*overrides, *changes])
+                tried = plan(recipe, given.subject.job.gpus, given.machine, given.subject.job.ranks_per_node, text)
+            except UserError:
+                continue
+            if tried.fits:
+                found.append(Change(changes, tried))
+    found.sort(key=lambda change: (_learns_otherwise(change), change.plan.seconds, len(change.overrides)))
+    return _distinct(found)
+
+
+def _distinct(found: Sequence[Change]) -> list[Change]:
+    """The first few, leaving out those that only add changes to a quicker one."""
+    chosen: list[Change] = []
+    for change in found:
+        if len(chosen) < ADVICE and not any(set(c.overrides) < set(change.overrides) for c in chosen):
+            chosen.append(change)
+    return chosen
+
+
+def _learns_otherwise(change: Change) -> bool:
+    return any(override.startswith("lora.") for override in change.overrides)
+
+
+def _nearby(job: plan_work.Job, count: int) -> Iterator[tuple[str, ...]]:
+    """Overrides that change so many keys of a recipe."""
+    for keys in combinations(_choices(job), count):
+        for values in product(*(alternatives for _, alternatives in keys)):
+            yield tuple(f"{key}={_toml(value)}" for (key, _), value in zip(keys, values, strict=True))
+
+
+def _choices(job: plan_work.Job) -> list[tuple[str, list[Any]]]:
+    """What may be changed, and to which other values."""
+    recipe, heads = job.recipe, job.network.heads
+    sizes = [n for n in (1, 2, 4, 8) if heads % n == 0 and job.gpus % n == 0 and job.ranks_per_node % n == 0]
+    mesh = sorted({min(job.ranks_per_node, job.gpus), 2 * job.ranks_per_node, job.gpus} - {job.shards})
+    wanted: list[tuple[str, Any, list[Any]]] = [
+        ("distributed.sp", job.sp, sizes if job.network.blocks[0].kind != "unet" else []),
+        ("distributed.shard", job.shards, mesh),
+        ("model.gradient_checkpointing", int(recipe.model.gradient_checkpointing), [True]),
+        ("optimizer.batch_size", recipe.optimizer.batch_size, [1, recipe.optimizer.batch_size // 2]),
+        ("rollout.batch_size", recipe.rollout.batch_size, [1]),
+        ("rollout.store", recipe.rollout.store, ["host"]),
+        ("distributed.rollout_weights", recipe.distributed.rollout_weights, ["sharded"]),
+        ("model.decode_batch", recipe.model.decode_batch, [1]),
+        ("distributed.offload", recipe.distributed.offload, [True]),
+        ("lora.rank", recipe.lora.rank, [] if job.lora else [LORA_RANK]),
+    ]
+    others = [(key, sorted({v for v in values if v != old and v}, key=str)) for key, old, values in wanted]
+    return [(key, values) for key, values in others if values]
+
+
+def _toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def warnings(found: Plan) -> list[str]:
+    """What a person should know beside the numbers."""
+    job, lines = found.subject.job, list(found.subject.notes)
+    rest = job.network.rest.parameters
+    whole = job.element * rest / GIB
+    if rest > LARGE_REST * job.network.parameters and whole > LARGE_REST_GIB and not job.lora:
+        modules = {name.split(".")[0] for name in job.network.rest.weights}
+        largest = max(sorted(modules), key=lambda module: _module_size(job, module))
+        lines.append(
+            f"{rest / 1e6:,.1f} M parameters ({rest / job.network.parameters:.1%}) lie outside the sharded blocks, "
+            f"most in {largest}: {whole:.2f} GiB are whole on each GPU during the update"
+        )
+    samples = job.recipe.prompts.per_iteration * job.recipe.rollout.samples_per_prompt
+    if job.groups > samples:
+        lines.append(f"{job.groups} groups of ranks for {samples} samples per iteration: {job.groups - samples} idle")
+    return lines
+
+
+def _module_size(job: plan_work.Job, module: str) -> int:
+    """Parameters of a module outside the blocks."""
+    sizes = job.network.rest.weights
+    return sum(math.prod(shape) for name, shape in sizes.items() if name.split(".")[0] == module)

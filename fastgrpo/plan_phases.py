@@ -1,0 +1,242 @@
+"""One iteration of a run, phase by phase: memory, FLOPs, bytes on the wire and seconds of the busiest rank.
+
+Seconds are the larger of computing and of gathering and scattering weights, which overlap, plus what does not: the
+exchange of tokens inside a sequence group, and the optimizer's step. Shares of the peaks are `gpus.Achieved`.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from fastgrpo import evaluations, plan_memory, plan_work
+from fastgrpo.gpus import Achieved, Gpu
+from fastgrpo.plan_sizes import Subject, frames_scored, judges
+from fastgrpo.plan_work import Job, Sent
+
+GIB = 2**30
+ROOM = 1.5  # the rollout holds the whole weights where this many times their size is free, see fastgrpo.distributed
+STEP_BYTES = 44  # per trained parameter: the gradient's norm and clipping, AdamW's reads and writes, float32
+AVERAGE_BYTES = 12  # and of the moving average
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Of one rank and iteration; loading is once per run, saving once per checkpoint."""
+
+    name: str
+    memory: dict[str, float] = field(default_factory=dict)  # bytes on the GPU at the peak, by kind
+    flops: float = 0.0
+    link: float = 0.0  # bytes sent to GPUs of the same node
+    network: float = 0.0  # bytes sent to other nodes
+    seconds: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What it runs on."""
+
+    card: Gpu
+    achieved: Achieved
+
+    def usable(self) -> float:
+        """Bytes that tensors may take: the rest is the context's, the libraries' and the allocator's."""
+        return (self.card.memory_gib - self.achieved.reserve_gib) * GIB / (1 + self.achieved.fragmentation)
+
+    def compute(self, flops: float, share: float) -> float:
+        return flops / (self.card.tflops * 1e12 * share)
+
+    def send(self, link: float, network: float) -> float:
+        """Seconds of a transfer whose parts run beside each other."""
+        card, achieved = self.card, self.achieved
+        return max(link / (card.link_gbs * achieved.link), network / (card.network_gbs * achieved.network)) / 1e9
+
+
+def phases(subject: Subject, machine: Machine) -> list[Phase]:
+    """All phases in their order."""
+    job = subject.job
+    whole = holds_whole(subject, machine)
+    return [
+        _load(subject, machine), _rollout(subject, machine, whole), _decode(subject, machine, whole),
+        _reward(subject, machine), _update(subject, machine), _save(job, machine),
+    ]  # fmt: skip
+
+
+def holds_whole(subject: Subject, machine: Machine) -> bool:
+    """Whether the rollout gathers the weights once."""
+    choice, job = subject.job.recipe.distributed.rollout_weights, subject.job
+    if choice != "auto":
+        return choice == "gathered"
+    needed = sum(plan_work.gathered_bytes(job, unit) for unit in job.network.units)
+    return ROOM * needed < machine.usable() - sum(plan_memory.states(job).values()) - _vae(subject)
+
+
+def route(job: Job, sent: Sent) -> tuple[float, float]:
+    """(bytes to GPUs of the node, bytes to other nodes) of a rank.
+
+    A ring over shards on several nodes leaves a node once per byte: that part is shared by the cards of its ranks.
+    """
+    weights, tokens = sent.gather + sent.scatter, sent.exchange + sent.collect
+    ranks = min(job.ranks_per_node, job.gpus)
+    link, network = weights, weights / ranks if job.shards > ranks else 0.0
+    for count, inside in ((sent.reduce, job.gpus <= ranks), (tokens, job.sp <= ranks)):
+        link, network = (link + count, network) if inside else (link, network + count)
+    return link, network
+
+
+def _seconds(job: Job, machine: Machine, compute: float, sent: Sent) -> float:
+    weights = Sent(sent.gather, sent.scatter, sent.reduce)
+    tokens = Sent(exchange=sent.exchange, collect=sent.collect)
+    return max(compute, machine.send(*route(job, weights))) + machine.send(*route(job, tokens))
+
+
+def _vae(subject: Subject) -> float:
+    return subject.family.vae * subject.job.element
+
+
+def _rewards(subject: Subject) -> float:
+    """Bytes of the rewards' weights, which lie on the GPU from the first score to the last of an iteration."""
+    return sum(judge.parameters * (2 if s.dtype == "bfloat16" else 4) for s, judge in judges(subject.job.recipe))
+
+
+def _kept(subject: Subject) -> dict[str, float]:
+    """What waits for the update: the chosen transitions of this rank's samples."""
+    job = subject.job
+    samples, _ = evaluations.busiest(job.recipe, job.groups)
+    return {"trajectories": plan_memory.trajectories(job, samples, job.recipe.steps_trained)}
+
+
+def _load(subject: Subject, machine: Machine) -> Phase:
+    """The text encoders, whole, on each rank that encodes prompts; then this rank's shards, read from files."""
+    job, states = subject.job, plan_memory.states(subject.job)
+    encoders = {"text encoders": subject.family.encoders * job.element}
+    memory = max(encoders, {"weights": states.get("weights", 0.0)}, key=lambda parts: sum(parts.values()))
+    of_node = min(job.ranks_per_node, job.gpus) / job.shards
+    read = 2.0 * job.network.parameters * min(1.0, of_node) * max(1.0, of_node)  # files of bfloat16
+    seconds = (read + 2 * subject.family.encoders) / (machine.achieved.disk_gbs * 1e9)
+    return Phase("load", memory | {"VAE": _vae(subject)}, seconds=seconds)
+
+
+def _rollout(subject: Subject, machine: Machine, whole: bool) -> Phase:
+    job = subject.job
+    batch = min(job.recipe.rollout.batch_size, evaluations.busiest(job.recipe, job.groups)[0])
+    states, forwards = _rollout_work(job)
+    flops = plan_work.forward(job, 1).total * states
+    weights = plan_work.gather_whole(job) if whole else plan_work.gather_blocks(job, math.ceil(forwards))
+    sent = weights + plan_work.exchanged(job, 1).times(states)
+    memory = plan_memory.rollout(job, batch, whole) | _kept(subject)
+    memory |= {"VAE": _vae(subject), "rewards": _rewards(subject)}
+    compute = machine.compute(flops, machine.achieved.rollout)
+    return Phase("rollout", memory, flops, *route(job, sent), _seconds(job, machine, compute, sent))
+
+
+def _rollout_work(job: Job) -> tuple[float, float]:
+    """(states evaluated, forwards) of the busiest rank in an iteration, the mean over the run's windows."""
+    recipe, states, forwards = job.recipe, 0.0, 0.0
+    samples, prompts = evaluations.busiest(recipe, job.groups)
+    batch = recipe.rollout.batch_size
+    for first, share in evaluations.first_steps(recipe).items():
+        steps = evaluations.grid_steps(recipe, first)
+        if recipe.objective.kind == "nft":
+            shared, single = 0, steps + recipe.steps_trained
+        else:
+            shared, single = (first + 1, steps - first - 1) if recipe.rollout.shared_noise else (0, steps)
+        states += share * (prompts * shared + samples * single)
+        forwards += share * (math.ceil(prompts / batch) * shared + math.ceil(samples / batch) * single)
+    return states, forwards
+
+
+def _decode(subject: Subject, machine: Machine, whole: bool) -> Phase:
+    """This rank's clips through the VAE, in tiles where the family decodes so."""
+    job, family, video = subject.job, subject.family, subject.job.recipe.video
+    samples = evaluations.busiest(job.recipe, job.groups)[0]
+    own = math.ceil(samples / job.sp)
+    size = (video.frames, video.height, video.width)
+    tile, stride = family.tile or size, family.stride if family.tile else size
+    pixels = [_tiled(length, t, s) for length, t, s in zip(size, tile, stride, strict=True)]
+    flops = own * math.prod(pixels) * family.decode_flops
+    at_once = min(math.ceil(min(samples, job.recipe.rollout.batch_size) / job.sp), own)
+    at_once = min(at_once, job.recipe.model.decode_batch or at_once)
+    tile_pixels = math.prod(min(t, length) for t, length in zip(tile, size, strict=True))
+    working = at_once * family.decode_bytes * job.element / 2 * tile_pixels
+    clips = at_once * math.prod(size) * 3 * (2 * job.element + 4 + 1)
+    rollout = plan_memory.rollout(job, 1, whole)
+    rollout.pop("activations")
+    if not whole:
+        rollout["gathered"] = plan_work.gathered_bytes(job, job.network.rest)
+    memory = rollout | {"activations": working + clips, "VAE": _vae(subject), "rewards": _rewards(subject)}
+    seconds = machine.compute(flops, machine.achieved.decode)
+    return Phase("decode", memory | _kept(subject), flops, seconds=seconds)
+
+
+def _tiled(length: int, tile: int, stride: int) -> int:
+    """Places that tiles of an axis cover, overlaps counted twice."""
+    return length if length <= tile else sum(min(tile, length - start) for start in range(0, length, stride))
+
+
+def _reward(subject: Subject, machine: Machine) -> Phase:
+    job = subject.job
+    own = math.ceil(evaluations.busiest(job.recipe, job.groups)[0] / job.sp)
+    flops = 0.0
+    for spec, judge in judges(job.recipe):
+        frames = frames_scored(spec, job.recipe) if judge.per_frame else 1.0
+        flops += own * 2.0 * judge.parameters * judge.tokens * frames
+    states = plan_memory.states(job) | {"VAE": _vae(subject), "rewards": _rewards(subject)}
+    return Phase("reward", states | _kept(subject), flops, seconds=machine.compute(flops, machine.achieved.reward))
+
+
+def _update(subject: Subject, machine: Machine) -> Phase:
+    job, recipe = subject.job, subject.job.recipe
+    states, batches = _update_work(job)
+    batch = min(recipe.optimizer.batch_size, math.ceil(states / recipe.optimizer.updates_per_iteration))
+    flops = plan_work.update(job, 1).total * states
+    if job.reference:
+        flops += plan_work.forward(job, 1).total * states
+    sent = plan_work.micro_batch(job, 0).times(batches)
+    sent = sent + plan_work.tokens_of_update(job, 1).times(states)
+    sent = sent + plan_work.between_replicas(job).times(recipe.optimizer.updates_per_iteration)
+    several = batches > recipe.optimizer.updates_per_iteration
+    memory = plan_memory.update(job, batch, several) | _kept(subject) | {"VAE": _vae(subject)}
+    compute = machine.compute(flops, machine.achieved.update)
+    seconds = _seconds(job, machine, compute, sent)
+    seconds += recipe.optimizer.updates_per_iteration * _step_seconds(job, machine, batches)
+    return Phase("update", memory, flops, *route(job, sent), seconds)
+
+
+def _update_work(job: Job) -> tuple[float, int]:
+    """(states evaluated, micro-batches) of the busiest rank in an iteration."""
+    recipe, updates = job.recipe, job.recipe.optimizer.updates_per_iteration
+    samples, _ = evaluations.busiest(recipe, job.groups)
+    total = evaluations.of_iteration(recipe, 0, job.groups)
+    everything = recipe.prompts.per_iteration * recipe.rollout.samples_per_prompt
+    states = total.update * samples / everything
+    return states, updates * math.ceil(states / updates / recipe.optimizer.batch_size)
+
+
+def _step_seconds(job: Job, machine: Machine, batches: int) -> float:
+    """Of clipping and AdamW, which wait for memory; with offloading also of the way to the host and back."""
+    trained = sum(plan_work.reduced_bytes(job, unit) for unit in job.network.units) / 4 / job.shards
+    count = STEP_BYTES + (AVERAGE_BYTES if job.recipe.optimizer.ema_decay else 0)
+    if not job.recipe.distributed.offload:
+        return trained * count / (machine.card.memory_gbs * machine.achieved.memory * 1e9)
+    per_batch = 3 * 4 * trained * batches / job.recipe.optimizer.updates_per_iteration  # two gathers and the gradient
+    return (trained * count + per_batch) / (machine.card.host_gbs * 1e9)
+
+
+def _save(job: Job, machine: Machine) -> Phase:
+    """Masters, moments and the moving average, each value written once by the ranks together."""
+    trained = sum(plan_work.reduced_bytes(job, unit) for unit in job.network.units) / 4
+    count = 12 + (4 if job.recipe.optimizer.ema_decay else 0)
+    nodes = max(1, job.gpus // job.ranks_per_node)
+    writers = min(nodes, math.ceil(job.shards / min(job.ranks_per_node, job.gpus)))
+    seconds = trained * count / (machine.achieved.disk_gbs * 1e9 * writers)
+    return Phase("save", plan_memory.states(job), seconds=0.0 if job.recipe.checkpoint.background else seconds)
+
+
+def iteration_seconds(found: Iterable[Phase], every: int) -> float:
+    """Of the phases that each iteration has, and its share of a checkpoint."""
+    shares = {"load": 0.0, "save": 1.0 / every}
+    return sum(phase.seconds * shares.get(phase.name, 1.0) for phase in found)

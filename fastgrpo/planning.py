@@ -1,0 +1,126 @@
+"""The options of `fastgrpo plan`, and what they ask for. Heavy imports wait until `--simulate` or `--picture`."""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgrpo.errors import UserError
+
+if TYPE_CHECKING:
+    from fastgrpo.plan import Plan
+
+GIB = 2**30
+OVERRIDE = re.compile(r"[a-z_]+(\.\w+)+=")  # has a dot in its name, unlike what follows --set
+
+
+def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The parser of `fastgrpo plan`."""
+    command = commands.add_parser(
+        "plan",
+        help="does a recipe fit on so many GPUs, how long will it take",
+        description="On any machine, without a GPU: peak memory, FLOPs, bytes on the wire and seconds of each phase, "
+        "GPU-hours of the run and on other numbers of GPUs; where it does not fit, recipes near it that do. Nothing is "
+        "downloaded. The exit code is 1 where it does not fit. See docs/planning.md.",
+    )
+    command.add_argument("recipe", type=Path, help="a TOML file, such as launch/t2v_hunyuan.toml")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="a recipe key to set")
+    add = command.add_argument
+    add("--gpus", type=_positive, required=True, metavar="N", help="how many GPUs")
+    add("--gpu", required=True, metavar="NAME", help="h800, h100, h200, a100-80, a100-40, l40s or 4090")
+    add("--ranks-per-node", type=_positive, default=8, metavar="N", help="GPUs of a node (default: %(default)s)")
+    add("--text-tokens", type=_positive, metavar="N", help="of the longest prompt (default: the family's limit)")
+    add(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="a number of the GPU or an achieved share, such as update=0.5, network_gbs=6.25; may be repeated",
+    )  # fmt: skip
+    add("--simulate", action="store_true", help="also run one rank with the full-size network, minutes, no memory")
+    add("--json", action="store_true", help="print JSON in place of the tables")
+    add("--picture", type=Path, metavar="FILE", help="write memory and seconds by phase as .png, .svg or .pdf")
+
+
+def overrides_first(argv: Sequence[str]) -> list[str]:
+    """The command with a plan's overrides right behind its recipe, wherever they were pasted: argparse wants that."""
+    if len(argv) < 2 or argv[0] != "plan" or argv[1].startswith("-"):
+        return list(argv)
+    moved = [argument for argument in argv[2:] if OVERRIDE.match(argument)]
+    return [*argv[:2], *moved, *(argument for argument in argv[2:] if not OVERRIDE.match(argument))]
+
+
+def run_plan(arguments: argparse.Namespace) -> bool:
+    """`fastgrpo plan`.  returns whether the recipe fits"""
+    from fastgrpo import config, plan, plan_output
+    from fastgrpo.gpus import Achieved, changed, gpu
+    from fastgrpo.plan_phases import Machine
+
+    if arguments.picture and arguments.picture.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--picture={arguments.picture}: no format of that name; use .png, .svg or .pdf.")
+    if arguments.picture and not arguments.picture.parent.is_dir():
+        raise UserError(f"--picture={arguments.picture}: no such folder; make {arguments.picture.parent} first.")
+    recipe = config.load(arguments.recipe, arguments.overrides)
+    machine = Machine(*changed(gpu(arguments.gpu), Achieved(), _numbers(arguments.set)))
+    text = arguments.text_tokens
+    found = plan.plan(recipe, arguments.gpus, machine, arguments.ranks_per_node, text)
+    changes = [] if found.fits else plan.advice(found, arguments.recipe, arguments.overrides, text)
+    plans = plan.curve(recipe, machine, arguments.ranks_per_node, text)
+    simulated = _simulate(found) if arguments.simulate else None
+    if arguments.picture:
+        plan_output.picture(found, arguments.picture)
+    if arguments.json:
+        print(json.dumps(plan_output.as_json(found, plans, changes, simulated), indent=1))
+    else:
+        plan_output.show(found, plans, changes, simulated)
+    return found.fits
+
+
+def _numbers(settings: list[str]) -> dict[str, float]:
+    """The values of --set."""
+    numbers = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        try:
+            numbers[name] = float(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise UserError(f"--set={setting}: not of the form NAME=NUMBER, e.g. update=0.5.")
+    return numbers
+
+
+def _simulate(found: "Plan") -> dict[str, Any]:
+    """One rank simulated, and what the closed form says of the same micro-batch and forward."""
+    import warnings
+
+    if found.subject.job.lora:
+        raise UserError("--simulate: peft cannot make adapters of tensors without contents; leave --simulate out.")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # none is changed
+    from fastgrpo import plan_memory, plan_phases, plan_work
+    from fastgrpo.plan_simulate import Sizes, simulate
+    from fastgrpo.plan_sizes import network_config
+
+    job = found.subject.job
+    recipe, config = job.recipe, network_config(job.recipe)[0]
+    exact = simulate(recipe, config, Sizes(job.latent, job.text), job.gpus, job.ranks_per_node)
+    whole = plan_phases.holds_whole(found.subject, found.machine)
+    batch, drawn = recipe.optimizer.batch_size, recipe.rollout.batch_size
+    sent = plan_work.micro_batch(job, batch)
+    rows = {
+        "update: peak GiB": (exact.update_peak / GIB, sum(plan_memory.update(job, batch, False).values()) / GIB),
+        "update: forward TFLOP": (exact.forward_flops / 1e12, plan_work.forward(job, batch).total / 1e12),
+        "update: all TFLOP": (exact.update_flops / 1e12, plan_work.update(job, batch).total / 1e12),
+        "update: gathered GiB": (exact.update_sent.get("all-gather", 0) / GIB, sent.gather / GIB),
+        "update: scattered GiB": (exact.update_sent.get("reduce-scatter", 0) / GIB, sent.scatter / GIB),
+        "update: exchanged GiB": (exact.update_sent.get("all-to-all", 0) / GIB, sent.exchange / GIB),
+        "rollout: peak GiB": (exact.rollout_peak / GIB, sum(plan_memory.rollout(job, drawn, whole).values()) / GIB),
+        "rollout: forward TFLOP": (exact.rollout_flops / 1e12, plan_work.forward(job, drawn).total / 1e12),
+    }
+    return {"compared": rows, "seconds": exact.seconds, **exact.as_dict()}
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number

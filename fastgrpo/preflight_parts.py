@@ -1,0 +1,102 @@
+"""What preflight looks at, what it says, and how its ranks compare notes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from fastgrpo.config import Recipe
+from fastgrpo.distributed import World
+from fastgrpo.models import Condition, Policy
+from fastgrpo.rollout import Plan
+from fastgrpo.scoring import Scorer
+from fastgrpo.update import Trainer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a run before its first iteration, and what that iteration will draw."""
+
+    recipe: Recipe
+    world: World
+    trainer: Trainer
+    scorer: Scorer
+    plan: Plan  # of the first iteration
+    texts: Sequence[str]  # of its prompts
+    conditions: Sequence[Condition]  # of its prompts, on the device
+
+    @property
+    def policy(self) -> Policy:
+        return self.trainer.policy
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network's forward."""
+        found = getattr(torch, self.recipe.model.dtype)
+        assert isinstance(found, torch.dtype)
+        return found
+
+    @property
+    def total(self) -> int:
+        """Samples of an iteration, of all ranks."""
+        return len(self.texts) * self.plan.group_size
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found, the same on every rank."""
+
+    check: str
+    green: bool
+    measured: str
+    remedy: str = ""  # what to do where it is red
+
+    @property
+    def line(self) -> str:
+        """As the user reads it."""
+        if self.green:
+            return f"green  {self.check}: {self.measured}"
+        return f"red    {self.check}: {self.measured}; {self.remedy}"
+
+
+def gathered(value: T, world: World) -> list[T]:
+    """Every rank's value, on every rank."""
+    values: list[T] = [value] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def largest(value: float, world: World) -> float:
+    """The largest of the ranks' values; NaN where any is, since a maximum may hide it."""
+    found = gathered(value, world)
+    return next((one for one in found if one != one), max(found))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def fingerprints(tensors: Sequence[Tensor], world: World) -> Tensor:
+    """The sum of each tensor's bits, of this rank's parts.  returns int64 [len(tensors)] on the world's device"""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [local(one.detach()).contiguous().view(whole[one.element_size()]).sum(dtype=torch.int64) for one in tensors]
+    return torch.stack([one.to(world.device) for one in sums]) if sums else torch.zeros(0, dtype=torch.int64)
+
+
+def replicas_differ(tensors: dict[str, Tensor], world: World) -> str:
+    """The name of a tensor whose parts are not the same bits on all replicas, on any rank; empty where all are."""
+    if world.mesh.ndim == 1:
+        return ""
+    group = world.mesh.get_group("replicate")
+    low, high = fingerprints(list(tensors.values()), world), fingerprints(list(tensors.values()), world)
+    dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
+    names = [name for name, other in zip(tensors, (low != high).tolist(), strict=True) if other]
+    return next((name for found in gathered(names, world) for name in found), "")

@@ -1,0 +1,101 @@
+"""`fastgrpo preflight`: a recipe's own session in a folder that is removed, and all checks on it.
+
+Started on every rank like training. Alone on a machine with several GPUs it starts itself on all of them.
+"""
+
+import io
+import os
+from contextlib import ExitStack, redirect_stdout
+from pathlib import Path
+from typing import IO
+
+import torch
+from rich.console import Console
+
+from fastgrpo import distributed, embed, plan, preflight
+from fastgrpo.config import Recipe, Track
+from fastgrpo.data import prompts
+from fastgrpo.data.prompts import Split
+from fastgrpo.distributed import World
+from fastgrpo.gpus import GPUS, Achieved, Gpu
+from fastgrpo.lifetime import die_with
+from fastgrpo.plan_phases import GIB, Machine
+from fastgrpo.preflight_folder import scratch
+from fastgrpo.preflight_parts import Finding
+from fastgrpo.preflight_phases import Planned, table
+from fastgrpo.resume import check_folder
+from fastgrpo.stopping import Signals, Stop
+from fastgrpo.train import Session
+
+
+def run(recipe: Recipe) -> bool:
+    """Print a line per check and the phases' table, on the main rank.  returns whether all checks are green"""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with(os.getppid())  # as in training
+    console = Console()
+    with distributed.open_world(recipe.distributed) as world, ExitStack() as stack:
+        found = first_prompts(recipe, embed.read_prompts(recipe, world))
+        world.on_main(lambda: check_folder(recipe, world))
+        folder = stack.enter_context(scratch(recipe.run.dir, world))
+        stop = Stop(folder, stack.enter_context(Signals()), world)
+
+        def tell(finding: Finding) -> None:
+            if world.main:
+                style = "green" if finding.green else "bold red"
+                console.print(finding.line, style=style, highlight=False, markup=False, soft_wrap=True)
+
+        with redirect_stdout(NoTerminal(console.file)):  # a live display of a run would have nothing to show
+            session = Session.open(elsewhere(recipe, folder), world, stack, found, stop)
+            session.tracker.close()
+        green, phases = preflight.thorough(session.preflight_parts(), folder, tell)
+        if world.main:
+            console.print(table(phases, planned(recipe, world)), highlight=False)
+            told = "all green" if green else "red: do not train before it is green"
+            console.print(f"preflight: {told}", highlight=False)
+        world.barrier()  # torchrun ends the others as soon as one leaves with code 1
+        return green
+
+
+def elsewhere(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe as a run in that folder that tells no one."""
+    changed = {
+        "run": recipe.run.model_copy(update={"dir": folder}),
+        "prompts": recipe.prompts.model_copy(update={"cache": None}),
+        "track": Track(),
+    }
+    return recipe.model_copy(update=changed)
+
+
+def first_prompts(recipe: Recipe, found: Split) -> Split:
+    """The prompts of the first iteration, in the order of the file, and one held-out: no others are encoded."""
+    drawn = prompts.draw(len(found.train), recipe.prompts.per_iteration, 0, recipe.run.seed)
+    return Split([found.train[index] for index in sorted(drawn)], found.heldout[:1], found.summary)
+
+
+def planned(recipe: Recipe, world: World) -> dict[str, Planned]:
+    """What the planner expects of each phase; empty where it does not know the GPU, or there is none."""
+    card = card_of(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
+    if card is None:
+        return {}
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    found = plan.plan(recipe, world.size, Machine(card, Achieved()), per_node)
+    times = {"save": 1 / recipe.checkpoint.every}
+    return {phase.name: Planned(phase.seconds * times.get(phase.name, 1.0), phase.peak / GIB) for phase in found.phases}
+
+
+def card_of(device: str) -> Gpu | None:
+    """The planner's GPU of a device's name, such as "NVIDIA A100-SXM4-80GB"; none where its table has none."""
+    return next((card for card in GPUS if all(part in device.lower() for part in card.name.split("-"))), None)
+
+
+class NoTerminal(io.TextIOBase):
+    """Passes text on, and is no terminal."""
+
+    def __init__(self, out: IO[str]) -> None:
+        self.out = out
+
+    def write(self, text: str) -> int:
+        return self.out.write(text)
+
+    def flush(self) -> None:
+        self.out.flush()

@@ -1,0 +1,110 @@
+"""Noisy steps of rectified flows by name: how a step draws x_next, and the log-probability that the update scores.
+
+All are Euler steps of the ODE at eta = 0. Each pairs a transition with its log-probability; rollout and update must use
+the same pair. docs/algorithms.md says when to use which.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgrpo.errors import UserError
+from fastgrpo.flow import _column as column
+from fastgrpo.flow import gaussian_log_prob, sde_transition
+from fastgrpo.models import Policy
+
+Transition = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+LogProb = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A policy's step: p(x_next | x) as mean and std, and the log-probability of what was drawn."""
+
+    transition: Transition
+    """(x, v, t, t_next, eta) -> mean [B, ...] and std, which broadcasts against it.
+
+    x, v: [B, ...] float32;  t, t_next: scalars or [B], 1 >= t > t_next >= 0"""
+    log_prob: LogProb
+    """(x_next, mean, std) -> float32 [B]"""
+
+
+def flow_transition(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    """Flow-GRPO's SDE step: as DanceGRPO's, with the noise level eta sqrt(t / (1 - t)) in place of a constant eta.
+
+    Liu et al., Flow-GRPO, arXiv 2505.05470, the final update rule. The level is infinite at t = 1; as in its authors'
+    program 1 - t is there taken at the next time, so that this step adds noise of variance eta^2.
+    """
+    t, t_next = column(t, x), column(t_next, x)
+    return _noisy_step(x, v, t, t_next, eta**2 * t / (1 - torch.where(t == 1, t_next, t)) * (t - t_next))
+
+
+def precise_transition(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    """SAGE-GRPO's step: Flow-GRPO's noise level squared, integrated over the step in place of its value at t.
+
+    eta^2 [ln((1 - t_next) / (1 - t)) - (t - t_next)] is the integral of eta^2 s / (1 - s) from t_next to t, and less
+    than Flow-GRPO's variance (SAGE-GRPO, arXiv 2603.21872, section 3.2.1). It is infinite at t = 1, where the step is
+    Flow-GRPO's.
+    """
+    t, t_next = column(t, x), column(t_next, x)
+    within = t < 1
+    area = ((1 - t_next) / (1 - torch.where(within, t, t_next))).log() - (t - t_next)
+    return _noisy_step(x, v, t, t_next, eta**2 * torch.where(within, area, torch.ones_like(area)))
+
+
+def _noisy_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """The ODE's step with noise of a variance, and the half of that variance along the score that makes up for it."""
+    score = -(x + (1 - t) * v) / t
+    return x - (t - t_next) * v + 0.5 * variance * score, variance.sqrt()
+
+
+def cps_transition(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    """Flow-CPS: part of the predicted noise is replaced by fresh noise, so x_next has noise of exactly t_next.
+
+    std = t_next sin(eta pi / 2), mean = (1 - t_next) x_0 + sqrt(t_next^2 - std^2) e with the predicted x_0 = x - t v
+    and e = x + (1 - t) v (Wang and Yu, Coefficients-Preserving Sampling, arXiv 2509.05952).  eta: 0 to 1
+    """
+    t, t_next = column(t, x), column(t_next, x)
+    angle = eta * math.pi / 2
+    mean = (1 - t_next) * (x - t * v) + t_next * math.cos(angle) * (x + (1 - t) * v)
+    return mean, t_next * math.sin(angle)
+
+
+def squared_distance(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """-(x_next - mean)^2, averaged over all dimensions but the first: Flow-CPS' log-probability.  returns float32 [B]
+
+    The Gaussian's without its variance, so std is not used and all steps weigh alike (arXiv 2509.05952).
+    """
+    return -((x_next - mean) ** 2).flatten(1).mean(1)
+
+
+known: Mapping[str, Sampler] = {
+    "dance": Sampler(sde_transition, gaussian_log_prob),
+    "flow": Sampler(flow_transition, gaussian_log_prob),
+    "cps": Sampler(cps_transition, squared_distance),
+    "precise": Sampler(precise_transition, gaussian_log_prob),
+}
+
+
+def of(policy: Policy, name: str) -> Sampler:
+    """The sampler of a recipe for a policy; "dance" is the policy's own step, DDIM for a diffusion model."""
+    return Sampler(policy.transition, gaussian_log_prob) if name == "dance" else known[name]
+
+
+def check(policy: Policy, name: str, device: torch.device) -> None:
+    """Raise UserError where the sampler's steps are not made for the policy. Once per run: it waits for the device."""
+    if name != "dance" and not is_flow(policy, device):
+        raise UserError(
+            f"rollout.sampler={name}: a step of rectified flows, which this model is not; use dance, its own step."
+        )
+
+
+def is_flow(policy: Policy, device: torch.device) -> bool:
+    """Whether the policy is a rectified flow: its step without noise is x - (t - t_next) v.  device: of its schedule"""
+    x, v = torch.zeros(1, 1, device=device), torch.ones(1, 1, device=device)
+    t, t_next = (torch.tensor([time], device=device) for time in (0.5, 0.25))
+    mean, _ = policy.transition(x, v, t, t_next, 0.0)
+    return bool(torch.allclose(mean, x + (t_next - t) * v))

@@ -1,0 +1,30 @@
+#!/bin/bash
+#SBATCH --job-name=t2v_hunyuan_fast
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=3-00:00:00
+#SBATCH --output=slurm-%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+''':'
+# torchrun, bash or sbatch FILE [section.key=value ...]; bash reads this half, Python the other.
+# slurm runs a copy of FILE, so scontrol must tell where it lies.
+file=$(realpath "${BASH_SOURCE[0]}")
+[[ -f ${file%/*}/_run.sh ]] || file=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p")
+file=${file% "$*"}
+exec bash "${file%/*}/_run.sh" "$file" "$@"
+: <<'pass'
+'''
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    recipe = Path(__file__).resolve().with_suffix(".toml")
+    sys.path.insert(0, str(recipe.parent.parent))
+    from fastgrpo.launch import main
+
+    sys.exit(main(recipe, sys.argv[1:]))
+pass

@@ -1,0 +1,103 @@
+"""The folder of one network in the diffusers layout: its configuration, and which of its files holds which tensor.
+
+The weights are one .safetensors file, several with an index, or one .bin file where there is no other. They are mapped
+into memory and not read: what is taken of a tensor comes from the disk, and nothing else does.
+"""
+
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastgrpo.errors import UserError
+
+WEIGHTS = "diffusion_pytorch_model"
+INDEX = f"{WEIGHTS}.safetensors.index.json"
+INDEXES = (INDEX, "model.safetensors.index.json")  # of diffusers' networks and of transformers'
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies, and what it is there."""
+
+    file: Path
+    key: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A config file of the folder. Raises UserError where it is no JSON object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {file} cannot be read ({error}); download that folder again.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"model.path: {file} is not a JSON object; download that folder again.")
+    return content
+
+
+def check_class(kind: Any, folder: Path) -> None:
+    """Raise UserError where the folder's config names another class than `kind`."""
+    named = read_json(folder / "config.json").get("_class_name", kind.__name__)
+    if named != kind.__name__:
+        raise UserError(
+            f"model.path: {folder} holds a {named}, not a {kind.__name__}; correct model.family or the path."
+        )
+
+
+def check_shards(folder: Path) -> None:
+    """Raise UserError where a file is missing that the index of the weights names."""
+    for index in (folder / name for name in INDEXES):
+        if index.is_file():
+            for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
+                if not (folder / shard).is_file():
+                    raise UserError(
+                        f"model.path: {folder / shard} is missing, a part of the weights; download it again."
+                    )
+
+
+def tensors(folder: Path) -> dict[str, Place]:
+    """Every tensor of a diffusers network's folder, by its name in the files.
+
+    Raises UserError for a part that is missing or damaged, and for a folder without weights.
+    """
+    check_shards(folder)
+    return {
+        key: Place(file, key, tensor.shape, tensor.dtype)
+        for file in _weight_files(folder)
+        for key, tensor in mapped(file).items()
+    }
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        return [folder / part for part in sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))]
+    for file in (folder / f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.bin"):
+        if file.is_file():
+            return [file]
+    raise UserError(f"model.path: {folder} has no {WEIGHTS}.safetensors; download that folder again.")
+
+
+def mapped(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file of weights, on the CPU, mapped into memory; they go when the last of them does.
+
+    Raises UserError for a damaged file, and for a .bin in torch's format of before 2020, which cannot be mapped.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise ValueError("not a mapping of tensors")
+        return content
+    except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
+        problem = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        problem = problem.split(". ")[0]  # what follows is advice to programmers
+        raise UserError(f"model.path: {file} cannot be read ({problem}); download that folder again.") from None

@@ -1,0 +1,117 @@
+"""Killing ranks from within at chosen moments, and what a kill must leave of the checkpoints."""
+
+import importlib
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fastgrpo import checkpoint, stored
+from fastgrpo.files import sha256
+
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+@dataclass(frozen=True)
+class InFile:
+    """The n-th time that a rank is about to do something with the files of the checkpoints."""
+
+    operation: str  # regular expression of "mkdir PATH", "write PATH", "read PATH", "rename FROM TO", "remove NAME"
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class InCall:
+    """So many seconds after the n-th call of a function has begun, whatever the rank is doing then."""
+
+    function: str  # module:Class.name
+    count: int = 1
+    delay_s: float = 0.0
+
+
+def lay_mine(moment: InFile | InCall, whose: int, rank: int) -> None:
+    """Have the process kill itself by SIGKILL at that moment, if it is the rank that is meant."""
+    if rank == whose:
+        _watch_files(moment) if isinstance(moment, InFile) else _wrap(moment)
+
+
+def mine(moment: InFile | InCall, rank: int) -> Callable[[int], None]:
+    """For `forks.start`."""
+    return partial(lay_mine, moment, rank)
+
+
+def die() -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("alive")
+
+
+def _watch_files(moment: InFile) -> None:
+    left, pattern = moment.count, re.compile(moment.operation)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        told = _operation(event, arguments)
+        if told is not None and pattern.search(told):
+            left -= 1
+            if left == 0:
+                die()
+
+    sys.addaudithook(hook)
+
+
+def _operation(event: str, arguments: tuple[Any, ...]) -> str | None:
+    """What Python is about to do, in words; none = not with files."""
+    if event == "open":
+        path, _, flags = arguments
+        return f"{'write' if flags & WRITES else 'read'} {path}"
+    if event in ("os.mkdir", "os.remove", "os.rmdir"):
+        return f"{event.removeprefix('os.')} {arguments[0]}"
+    if event == "os.rename":
+        return f"rename {arguments[0]} {arguments[1]}"
+    return None
+
+
+def _wrap(moment: InCall) -> None:
+    module, _, path = moment.function.partition(":")
+    *owners, name = path.split(".")
+    owner = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    real, left = getattr(owner, name), moment.count
+
+    def called(*arguments: Any, **named: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            timer = threading.Timer(moment.delay_s, die)
+            timer.daemon = True
+            timer.start()
+        return real(*arguments, **named)
+
+    setattr(owner, name, called)
+
+
+def published(folder: Path) -> dict[int, dict[str, str]]:
+    """SHA-256 of each part of each published checkpoint, all of which must be whole, as must what `latest` names."""
+    found = {}
+    for path in sorted(folder.glob("checkpoints/step-*")):
+        if path.suffix == ".partial":
+            continue
+        assert path.name[5:].isdecimal(), f"{path.name}: a kill has damaged it"
+        assert stored.wrong_size(path) is None
+        entries = stored.manifest(path)
+        hashes = {file.name: sha256(file) for file in path.iterdir() if file.name != "manifest.json"}
+        assert hashes == {name: entry["sha256"] for name, entry in entries.items()}, path
+        found[checkpoint.number(path)] = {name: told for name, told in hashes.items() if name.endswith(".distcp")}
+    latest = folder / "checkpoints" / "latest"
+    if latest.exists():
+        assert checkpoint.number(Path(latest.read_text().rstrip("\n"))) in found
+    else:
+        assert len(found) <= 1, "only the first checkpoint is there without `latest` for a moment"
+    return found

@@ -1,0 +1,93 @@
+"""The formula of network evaluations against the states that rollout and update really make."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgrpo import config, evaluations, grpo, update, window
+from fastgrpo.config import Recipe
+from fastgrpo.distributed import World
+from fastgrpo.rollout import Plan
+
+TINY = Path(__file__).parent.parent / "launch" / "t2v_tiny.toml"
+BASE = ("prompts.per_iteration=5", "rollout.samples_per_prompt=6", "rollout.steps=8", "objective.best_of_n=none")
+
+
+def recipe(*overrides: str) -> Recipe:
+    return config.load(TINY, [*BASE, *overrides])
+
+
+def plan_of(asked: Recipe, iteration: int) -> Plan:
+    noisy = window.noisy_steps(asked.rollout, iteration, asked.run.seed)
+    grid = window.shortened(torch.linspace(1, 0, asked.rollout.steps + 1), noisy, asked.rollout.tail_steps)
+    return Plan(
+        asked.run.seed, iteration, asked.rollout.samples_per_prompt, grid, 0.3, asked.rollout.shared_noise, (1,),
+        noisy, asked.steps_trained, asked.objective.timestep_choice,
+    )  # fmt: skip
+
+
+def states(asked: Recipe, plan: Plan, groups: int) -> int:
+    """The update's states in an iteration, as `update` makes them, of all groups of ranks."""
+    total = asked.prompts.per_iteration * plan.group_size
+    key = ("minibatches", plan.seed, plan.iteration)
+    count = 0
+    for members in grpo.minibatches(
+        torch.ones(total, dtype=torch.bool), plan.group_size, asked.optimizer.updates_per_iteration, key
+    ):
+        for group in range(groups):
+            mine = World(0, groups, torch.device("cpu"), None).share(total, group)  # type: ignore[arg-type]
+            count += len(update._states([slot for slot in members if slot in mine], plan))
+    return count
+
+
+SWITCHES = [
+    (),
+    ("rollout.shared_noise=false",),
+    ("rollout.window=3", "rollout.window_schedule=first", "rollout.tail_steps=2"),
+    ("rollout.window=2", "rollout.window_schedule=random"),
+    ("objective.timestep_choice=first",),
+    ("objective.timestep_choice=last", "objective.timestep_fraction=0.3"),
+    ("objective.timestep_fraction=1.0",),
+]
+
+
+@pytest.mark.parametrize(("switches", "updates"), list(product(SWITCHES, (1, 2))))
+def test_states_of_the_update(switches: tuple[str, ...], updates: int) -> None:
+    asked = recipe(*switches, f"optimizer.updates_per_iteration={updates}")
+    for groups in (1, 4):
+        counted = []
+        for iteration in range(60):
+            plan = plan_of(asked, iteration)
+            told = evaluations.of_iteration(asked, plan.first, groups)
+            counted.append(states(asked, plan, groups))
+            assert told.update_least <= counted[-1] <= told.update_most
+        assert sum(counted) / len(counted) == pytest.approx(told.update, rel=0.02)
+        if groups == 1 and told.update_least == told.update_most:
+            assert set(counted) == {told.update_least}
+
+
+def test_states_of_the_rollout() -> None:
+    """P [(f + 1) + G (S - f - 1)], by hand."""
+    full = evaluations.of_iteration(recipe(), 0)
+    assert (full.shared, full.single) == (5 * 1, 5 * 6 * 7)
+    alone = evaluations.of_iteration(recipe("rollout.shared_noise=false"), 0)
+    assert (alone.shared, alone.single) == (0, 5 * 6 * 8)
+    middle = recipe("rollout.window=2", "rollout.tail_steps=1")
+    assert evaluations.grid_steps(middle, 3) == 6
+    assert evaluations.of_iteration(middle, 3).rollout == 5 * 4 + 5 * 6 * 2
+    assert evaluations.of_iteration(recipe(), 0, groups=10).shared == 10  # two groups of ranks for each prompt
+
+
+def test_windows_that_move_are_averaged() -> None:
+    asked = recipe("rollout.window=2", "rollout.window_every=4", "run.iterations=10")
+    assert evaluations.first_steps(asked) == pytest.approx({0: 0.4, 1: 0.4, 2: 0.2})
+    places = evaluations.first_steps(recipe("rollout.window=2", "rollout.window_schedule=random"))
+    assert list(places) == list(range(6)) and sum(places.values()) == pytest.approx(1)
+
+
+def test_the_busiest_group_of_ranks() -> None:
+    assert evaluations.busiest(recipe(), 1) == (30, 5)
+    assert evaluations.busiest(recipe(), 4) == (8, 2)
+    assert evaluations.busiest(recipe(), 60) == (1, 1)
