@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from fastgrpo.commands import add_export, add_sample, add_status, run_export, run_sample, run_status
 from fastgrpo.errors import UserError
 from fastgrpo.judging import add_evaluate, add_score, run_evaluate, run_score
-from fastgrpo.lifetime import die_with_torchrun, leave
+from fastgrpo.lifetime import after_rank_0, die_with_torchrun, leave
 from fastgrpo.planning import add_plan, overrides_first, run_plan
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:  # raised on every rank, see World.on_main and World.agree
         if _rank() == 0:
             _complain(str(error))
-        return 2
+        return after_rank_0(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -15,7 +15,7 @@ from io import StringIO
 from pathlib import Path
 
 from fastgrpo.errors import UserError
-from fastgrpo.lifetime import leave
+from fastgrpo.lifetime import after_rank_0, leave
 from fastgrpo.processes import SETTLED, processes_to_start, replace_by_torchrun
 
 USER_ERROR = 2
@@ -47,7 +47,7 @@ def main(recipe: Path, arguments: list[str]) -> int:
         if processes > 1:
             replace_by_torchrun([str(recipe.with_suffix(".sh")), *arguments], processes)
     code = cli.main(["train", str(recipe), *arguments])
-    leave(_after_rank_0(code) if code else 0)
+    leave(after_rank_0(code) if code else 0)
 
 
 def _check(command: Callable[[list[str]], int], recipe: Path, arguments: list[str]) -> str:
@@ -68,14 +68,7 @@ def _complain(message: str) -> int:
         if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             told = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
             Path(report).write_text(json.dumps({"message": told}))
-    return _after_rank_0(USER_ERROR)
-
-
-def _after_rank_0(code: int) -> int:
-    """`code`, half a minute late on ranks other than 0: torchrun ends them all once one has failed, and 0 tells why."""
-    if _rank() != 0:
-        time.sleep(30)
-    return code
+    return after_rank_0(USER_ERROR)
 
 
 def _rank() -> int:

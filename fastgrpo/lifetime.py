@@ -15,6 +15,7 @@ from typing import NoReturn
 from fastgrpo.errors import UserError
 
 PATIENCE_S = 10.0  # a killed run's other processes take a moment to go
+LATE_S = 30.0  # for rank 0 to tell what is wrong
 
 
 def die_with(parent: int) -> None:
@@ -33,6 +34,13 @@ def die_with_torchrun() -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with(os.getppid())
+
+
+def after_rank_0(code: int) -> int:
+    """`code`, late on ranks other than 0: torchrun ends them all once one has failed, and rank 0 tells why."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(LATE_S)
+    return code
 
 
 def leave(code: int) -> NoReturn:
