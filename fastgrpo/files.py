@@ -1,8 +1,23 @@
-"""Files replaced as a whole, flushed to the disk, and hashed."""
+"""Files read as JSON, replaced as a whole, flushed to the disk, and hashed."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+from fastgrpo.errors import UserError
+
+
+def read_json(file: Path, where: str, remedy: str) -> dict[str, Any]:
+    """A JSON object. Raises UserError where the file holds none.  where: the recipe key;  remedy: what to do"""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: {file} cannot be read ({error}); {remedy}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: {file} is not a JSON object; {remedy}.")
+    return content
 
 
 def replace_text(file: Path, text: str) -> None:

@@ -4,7 +4,6 @@ Configs are read from the folder that a recipe names, or from the hub's local ca
 published network of that name is assumed, and the plan says so. Nothing is fetched.
 """
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 from fastgrpo.config import Recipe, RewardSpec
 from fastgrpo.errors import UserError
+from fastgrpo.files import read_json
 from fastgrpo.mesh import mesh_shape
 from fastgrpo.plan_network import FLUX_PATCH, network
 from fastgrpo.plan_units import Network
@@ -140,7 +140,7 @@ def network_config(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     for folder in _folders(named):
         for file in (folder / part / "config.json", folder / "config.json"):
             if file.is_file():
-                return _read(file), []
+                return read_json(file, "model.path", "download that folder again"), []
     if named.startswith((".", "/", "~")):
         raise UserError(f"model.path={named}: has no {part}/config.json; correct the path, or name a hub id.")
     choices = PUBLISHED[recipe.model.family]
@@ -157,23 +157,14 @@ def _folders(named: str) -> list[Path]:
     return sorted((hub / f"models--{named.replace('/', '--')}" / "snapshots").glob("*"))
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {file} cannot be read ({error}); download that folder again.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"model.path: {file} is not a JSON object; download that folder again.")
-    return content
-
-
 def _family(recipe: Recipe, notes: list[str]) -> tuple[Family, float]:
     """The family's facts with the VAE's own compression, and the VAE's width over the published one's."""
     family = FAMILIES[recipe.model.family]
     files = [folder / "vae" / "config.json" for folder in _folders(recipe.model.path)]
-    config = next((_read(file) for file in files if file.is_file()), None)
-    if config is None:
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
         return family, 1.0
+    config = read_json(found, "model.path", "download that folder again")
     widths = config.get("block_out_channels") or [config.get("base_dim", 96) * VAE_CHANNELS / 96]
     space = config.get("spatial_compression_ratio") or config.get("scale_factor_spatial")
     time = config.get("temporal_compression_ratio") or config.get("scale_factor_temporal") or family.time

@@ -4,7 +4,6 @@ The weights are one .safetensors file, several with an index, or one .bin file w
 into memory and not read: what is taken of a tensor comes from the disk, and nothing else does.
 """
 
-import json
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastgrpo import files
 from fastgrpo.errors import UserError
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -34,13 +34,7 @@ class Place:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A config file of the folder. Raises UserError where it is no JSON object."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {file} cannot be read ({error}); download that folder again.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"model.path: {file} is not a JSON object; download that folder again.")
-    return content
+    return files.read_json(file, "model.path", "download that folder again")
 
 
 def check_class(kind: Any, folder: Path) -> None:

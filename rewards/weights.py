@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastgrpo.errors import UserError
+from fastgrpo.files import read_json as read_object
 from fastgrpo.files import sha256
 
 FILE_KINDS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json", ".txt", ".gz")
@@ -86,13 +87,7 @@ def read(file: Path) -> dict[str, Tensor]:
 
 def read_json(file: Path) -> dict[str, Any]:
     """A config file beside the weights. Raises UserError where it is no JSON object."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"rewards.path: {file} cannot be read ({error}); download it again.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"rewards.path: {file} is not a JSON object; download it again.")
-    return content
+    return read_object(file, "rewards.path", "download it again")
 
 
 def fingerprint(files: Sequence[Path], settings: Mapping[str, object]) -> str:

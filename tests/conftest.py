@@ -1,9 +1,14 @@
 """Settings for every test: one thread per process, no network beyond this machine, no display."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from fastgrpo.distributed import World
 
 for variable, value in {
     "OMP_NUM_THREADS": "1",  # read when torch is first imported
@@ -24,6 +29,15 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest go first: one that came last would keep a single process busy alone."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="module")
+def world() -> "Iterator[World]":
+    """This process as the only rank."""
+    from fastgrpo.distributed import open_world
+
+    with open_world() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The benchmarks measure what they say: the public way computes what ours computes, and runs are compared rightly."""
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from benchmarks.ways import Ours, Theirs, Way, open_ways
 from fastgrpo import config, rewards
 from fastgrpo.config import Objective
 from fastgrpo.data import video
-from fastgrpo.distributed import World, open_world
+from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 from fastgrpo.evaluate import Evaluation, compare
 from fastgrpo.flow import gaussian_log_prob, sde_transition
@@ -36,12 +35,6 @@ TINY = (
     "rewards.0.where=process", "evaluate.prompts=1",
 )  # fmt: skip
 """Weights do not move, so that both optimizer steps' gradients are of the same policy."""
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with open_world() as one:
-        yield one
 
 
 def test_public_step_log_prob_loss_and_advantages_are_ours() -> None:

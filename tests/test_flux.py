@@ -1,7 +1,6 @@
 """FLUX against diffusers' own pipeline, which is the oracle: text features, times, ODE latents, pixels, gradients."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 from fastgrpo import flow, models
 from fastgrpo.config import Model, Video
 from fastgrpo.data.prompts import Prompt
-from fastgrpo.distributed import World, open_world
+from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 from fastgrpo.models import Condition, flux, stack
 from fastgrpo.models.flux import Flux
@@ -44,12 +43,6 @@ def schnell(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("schnell")
     files.write(path / "whole", guidance_embeds=False)
     return changed(path / "whole", path / "edited", "scheduler", **SCHNELL)
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with open_world() as opened:
-        yield opened
 
 
 def settings(path: Path, guidance: float | None = None, **more: object) -> Model:

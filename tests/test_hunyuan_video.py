@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, L
 from fastgrpo import distributed, models, rollout
 from fastgrpo.config import Model, Objective, Optimizer, Video
 from fastgrpo.data.prompts import Prompt
-from fastgrpo.distributed import World, open_world
+from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 from fastgrpo.flow import gaussian_log_prob, sde_transition
 from fastgrpo.models import Condition, Policy, folder, stack
@@ -111,12 +110,6 @@ def negatives() -> dict[str, Condition]:
 @pytest.fixture(scope="module")
 def conditions() -> list[Condition]:
     return encode(PROMPTS)
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with open_world() as opened:
-        yield opened
 
 
 def guided(negative: Condition | None, checkpointing: bool | int = False) -> Policy:

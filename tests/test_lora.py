@@ -1,7 +1,6 @@
 """Adapters: what they are put on, that only they train, and that diffusers loads what is exported."""
 
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from fastgrpo import distributed, models
 from fastgrpo.config import Lora, Model
-from fastgrpo.distributed import World, open_world
+from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 from fastgrpo.models import stack
 from fastgrpo.models.lora import add_adapters, at_rest, merged, save_adapters, target_layers
@@ -34,12 +33,6 @@ from tests.folders import stable_diffusion
 from tests.worker_lora import stir
 
 LORA = Lora(rank=3, alpha=4.5)
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with open_world() as opened:
-        yield opened
 
 
 def seeded(network: type[nn.Module], **config: object) -> nn.Module:

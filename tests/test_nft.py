@@ -1,7 +1,6 @@
 """DiffusionNFT on the tiny model: what is drawn and kept, the update's gradient, that it learns, and a whole run."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fastgrpo import config, distributed, nft, noise, objectives, rollout
 from fastgrpo.config import Objective
-from fastgrpo.distributed import World, open_world
+from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 from fastgrpo.flow import ddim_transition
 from fastgrpo.models import Condition, Policy, stack
@@ -22,12 +21,6 @@ from tests import runs, tiny
 
 TOTAL = len(tiny.PROMPTS) * tiny.GROUP
 SETTINGS = Objective(kind="nft", nft_kl=0.0)
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with open_world() as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Objectives: gradients against the policy gradient, what each of them stops, and the formulas as plain arithmetic."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from fastgrpo import objectives, samplers
 from fastgrpo.config import Objective
-from fastgrpo.distributed import World, open_world
+from fastgrpo.distributed import World
 from fastgrpo.flow import gaussian_kl, gaussian_log_prob, time_grid
 from fastgrpo.models import Condition
 from fastgrpo.objectives import Noised, Terms
@@ -191,12 +190,6 @@ def test_nft_is_least_at_the_better_of_two_policies() -> None:
         loss.backward()
         optimizer.step()
     assert (-0.5 * v).item() == pytest.approx(1.0, abs=0.05)
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with open_world() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

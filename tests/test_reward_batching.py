@@ -37,9 +37,11 @@ class Sums:
     def __init__(self, pause_s: float = 0.0) -> None:
         self.pause_s = pause_s
         self.shapes: list[tuple[int, ...]] = []
+        self.begun = threading.Event()
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
         self.shapes.append(tuple(pixels.shape))
+        self.begun.set()
         time.sleep(self.pause_s)
         total = pixels.flatten(1).sum(1).float()
         return Scores({"sum": total, "fps": torch.full((len(pixels),), fps)}, torch.ones(len(pixels), dtype=torch.bool))
@@ -77,15 +79,15 @@ def test_clips_of_many_requests_meet_by_shape_and_get_their_own_scores() -> None
 
 
 def test_a_clip_waits_for_others_no_longer_than_it_may() -> None:
-    with running({"sums": Sums()}, batch_size=8, wait_s=0.5) as url:
+    with running({"sums": Sums()}, batch_size=8, wait_s=2.0) as url:
         body = wire.encode_request([picture(1)], ["p"], 8.0, ["sums"])
         full = wire.encode_request([picture(1)] * 8, ["p"] * 8, 8.0, ["sums"])
         start = time.monotonic()
         assert post(url, body).status_code == 200
-        assert 0.45 < time.monotonic() - start < 5.0
+        assert time.monotonic() - start > 1.9
         start = time.monotonic()
         assert post(url, full).status_code == 200  # as many as the reward takes: nothing to wait for
-        assert time.monotonic() - start < 0.45
+        assert time.monotonic() - start < 1.9
 
 
 def test_different_rates_and_rewards_do_not_meet() -> None:
@@ -136,11 +138,11 @@ def test_black_frames_are_made_of_the_right_ones() -> None:
 
 
 def test_what_its_sender_gave_up_is_not_scored() -> None:
-    sums = Sums(0.5)
+    sums = Sums(2.0)
     with running({"sums": sums}, wait_s=0.0) as url, ThreadPoolExecutor(2) as threads:
         body = wire.encode_request([picture(1)], ["p"], 8.0, ["sums"])
         first = threads.submit(post, url, body)
-        time.sleep(0.2)
+        sums.begun.wait(30.0)
         late = post(url, body, **{"X-Timeout-S": "0.1"})
         assert late.status_code == 504 and first.result().status_code == 200
         assert len(sums.shapes) == 1
@@ -150,13 +152,13 @@ def test_what_its_sender_gave_up_is_not_scored() -> None:
 
 def test_what_waits_behind_another_shape_is_given_up_in_time() -> None:
     """Its sender hears of it while a batch is scored, not after: by then it would have given up on the server."""
-    with running({"sums": Sums(1.5)}, wait_s=0.0) as url, ThreadPoolExecutor(2) as threads:
+    sums = Sums(3.0)
+    with running({"sums": sums}, wait_s=0.0) as url, ThreadPoolExecutor(2) as threads:
         first = threads.submit(post, url, wire.encode_request([picture(1)], ["p"], 8.0, ["sums"]))
-        time.sleep(0.3)
-        start = time.monotonic()
+        sums.begun.wait(30.0)
         other = wire.encode_request([picture(1, 8)], ["p"], 8.0, ["sums"])
         assert post(url, other, **{"X-Timeout-S": "0.2"}).status_code == 504
-        assert time.monotonic() - start < 0.9 and not first.done()
+        assert not first.done()
         assert first.result().status_code == 200
 
 

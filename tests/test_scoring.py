@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastgrpo import cli, config, grpo, scoring
 from fastgrpo.config import RewardSpec
-from fastgrpo.distributed import World, open_world
+from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 from fastgrpo.rewards import Scores, load, plain
 from fastgrpo.rewards.client import RewardClient
@@ -26,12 +26,6 @@ from tests import runs
 from tests.servers import TOKEN, running
 
 GROUP, SAMPLES = 5, 20
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with open_world() as opened:
-        yield opened
 
 
 class Brightness:
@@ -193,7 +187,7 @@ def test_scoring_runs_beside_the_rollout_and_changes_no_score(world: World, monk
         one_by_one.append(source.score(pixels()[slot : slot + 1], ["p"], 8.0)["x"].values["B"])
     reward.pause_s, reward.spans = 0.02, []
     scorer = Scorer([source], specs(), 8.0, world)
-    rollouts = submit(scorer, 2, rollout_s=0.04)
+    rollouts = submit(scorer, 2, rollout_s=0.12)
     scored = scorer.collect(SAMPLES)
     scorer.close()
     assert torch.equal(scored.values["B"], torch.cat(one_by_one))

@@ -5,7 +5,6 @@ function of the image: its generator, handed to the pipeline together with the n
 """
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from fastgrpo import distributed, models, noise, rollout
 from fastgrpo.config import Model, Objective, Optimizer, Video
 from fastgrpo.data import images, video
 from fastgrpo.data.prompts import Prompt
-from fastgrpo.distributed import World, open_world
+from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 from fastgrpo.flow import gaussian_log_prob, sde_transition
 from fastgrpo.models import Condition, skyreels_i2v, stack
@@ -74,12 +73,6 @@ def conditions(encoded: tuple[list[Condition], Condition]) -> list[Condition]:
 @pytest.fixture(scope="module")
 def negative(encoded: tuple[list[Condition], Condition]) -> Condition:
     return encoded[1]
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with open_world() as opened:
-        yield opened
 
 
 def settings(path: Path, cfg: float = CFG) -> Model:

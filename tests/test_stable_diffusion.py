@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from fastgrpo import distributed, models, rollout
 from fastgrpo.config import Model, Objective, Optimizer, Video
 from fastgrpo.data.prompts import Prompt
-from fastgrpo.distributed import World, open_world
+from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 from fastgrpo.flow import gaussian_log_prob
 from fastgrpo.models import Condition, stack
@@ -43,12 +42,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stable_diffusion")
     files.write(path)
     return path
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with open_world() as opened:
-        yield opened
 
 
 def changed(folder: Path, copy: Path, part: str, **entries: object) -> Path:

@@ -1,7 +1,6 @@
 """Rollout and update: ratio 1 before the first step, and independence of batch sizes and of the number of ranks."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo.distributed import World, open_world
+from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 from fastgrpo.flow import gaussian_log_prob, sde_transition
 from fastgrpo.models import Condition, Policy, stack
@@ -19,12 +18,6 @@ from fastgrpo.update import Trainer
 from tests import forks, tiny
 
 TOTAL = len(tiny.PROMPTS) * tiny.GROUP
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with open_world() as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ The official pipeline's solver is of second order; it is given an Euler schedule
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from fastgrpo import models
 from fastgrpo.config import Model, Video
 from fastgrpo.data.prompts import Prompt
-from fastgrpo.distributed import World, open_world
+from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 from fastgrpo.models import Condition, stack, wan
 from fastgrpo.models.wan import Wan
@@ -61,12 +60,6 @@ def euler(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     changed(folder, path, "", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
     (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(EULER))
     return path
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with open_world() as opened:
-        yield opened
 
 
 def settings(path: Path, cfg: float = 1.0, **more: object) -> Model:

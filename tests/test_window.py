@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo import distributed, rollout
 from fastgrpo.config import Rollout
-from fastgrpo.distributed import World, open_world
+from fastgrpo.distributed import World
 from fastgrpo.flow import time_grid
 from fastgrpo.models import Condition, Policy
 from fastgrpo.rollout import Plan
@@ -22,12 +22,6 @@ from tests import tiny
 from tests.test_update import assert_gradients_equal
 
 TOTAL = len(tiny.PROMPTS) * tiny.GROUP
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    with open_world() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
