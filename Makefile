@@ -7,11 +7,12 @@ SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.stamp
-RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+RECENT := import pip, sys; sys.exit(sys.version_info < (3, 11))
 
 .PHONY: demo test lint venv clean
 
 demo: export OMP_NUM_THREADS ?= 1
+demo: export CUDA_VISIBLE_DEVICES :=
 demo: $(READY)
 	@$(BIN)/python -m fastgrpo.cli check launch/t2v_tiny.toml $(ARGS) >/dev/null
 	$(BIN)/torchrun --standalone --nproc-per-node 2 launch/t2v_tiny.sh $(ARGS)
@@ -33,8 +34,8 @@ $(READY): requirements.lock setup.py
 	  found=; for python in $(PYTHON) python3.11 python3 python3.12 python3.13 python; do \
 	    $$python -c "$(RECENT)" 2>/dev/null && found=$$python && break; \
 	  done; \
-	  [ -n "$$found" ] || { echo "PATH: no Python 3.11 or newer; install one or add PYTHON=/its/path" >&2; exit 2; }; \
-	  $$found -m venv --clear $(VENV) || exit; \
+	  [ -n "$$found" ] || { echo "PATH: no Python 3.11 or newer with pip; install one or add PYTHON=/its/path" >&2; exit 2; }; \
+	  $$found -m venv --clear $(VENV) || { rm -rf $(VENV); exit 2; }; \
 	fi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock

@@ -51,6 +51,7 @@ setup(
         "numpy>=2.4,<3",
         "pillow>=13,<14",
         "rich>=15,<16",
+        "tomli-w>=1.2,<2",
         "matplotlib>=3.11,<4",
     ],
     extras_require={

@@ -54,6 +54,7 @@ class Trained:
     variant: Variant
     runs: list[Run]
     failures: list[str]  # why runs ended early, one line each
+    pace: Array | None = None  # seconds of each iteration, measured in turn with other variants'; none = as they ran
 
     def curve(self, parts: Sequence[str]) -> Array:
         """The sum of these parts' mean training rewards, mean of the runs.  returns [iterations that all runs have]"""
@@ -62,6 +63,8 @@ class Trained:
 
     def seconds(self) -> Array:
         """Seconds of training up to the end of each iteration, mean of the runs.  returns as long as `curve`"""
+        if self.pace is not None:
+            return np.cumsum(self.pace)[: min(len(run.rows) for run in self.runs)]
         spent = [np.cumsum([row["seconds/total"] for row in run.rows]) for run in self.runs]
         return np.mean([one[: min(map(len, spent))] for one in spent], axis=0)
 

@@ -6,21 +6,26 @@
 
 Held-out prompts are evaluated on the way, outside the seconds that are counted. It prints how long each recipe took to
 reach the held-out reward at which the full one ended, and draws docs/learning_curves.png. Finished runs are not run
-again. The seconds mean something on a quiet machine alone.
+again. What is learned does not depend on what else the machine does, but the seconds do: so they are not the runs' own
+but those of iterations that all recipes run in turn, at the end, spread over the length of a run.
 """
 
 import argparse
 import os
 import platform
+import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import pictures
-from benchmarks.campaign import Trained, Variant, train_all
-from fastgrpo import cli
+from benchmarks.campaign import Array, Trained, Variant, train_all
+from benchmarks.ways import Ours, open_session
+from fastgrpo import cli, config, distributed
 from fastgrpo.errors import UserError
 from fastgrpo.lifetime import leave
 
@@ -30,6 +35,28 @@ PARTS = ("VQ", "MQ", "TA")
 COMMON = ("run.preflight=false", "checkpoint.keep_best=false", "evaluate.seeds=4", "evaluate.clips=0")
 WINDOW = ("rollout.window=2", "rollout.window_every=19", "rollout.tail_steps=2")
 NFT = ("objective.kind=nft", "rollout.shared_noise=false", "optimizer.ema_decay=0.5")
+
+
+def paces(common: Sequence[str], variants: Sequence[Variant], cache: str, rounds: int) -> list[Array]:
+    """Seconds of every iteration of each variant, between `rounds` that are measured.
+
+    A round is one iteration of each variant, one after the other, at the same place of the run, since what a window
+    costs depends on where it lies.  returns [iterations] each
+    """
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        world = stack.enter_context(distributed.open_world())
+        ways = []
+        for variant in variants:
+            overrides = [*common, *variant.overrides, cache, f"run.dir={folder}/{variant.name}"]
+            ways.append(Ours(open_session(config.load(RECIPE, overrides), world, stack)))
+        length = ways[0].session.recipe.run.iterations
+        places = np.linspace(0, length - 1, rounds).round().astype(int)
+        measured: list[list[float]] = [[] for _ in ways]
+        for place in (0, *places):  # a warm-up first
+            for way, seconds in zip(ways, measured, strict=True):
+                way.session.progress.iteration = int(place)
+                seconds.append(way.iterate()["total"])
+        return [np.interp(np.arange(length), places, seconds[1:]) for seconds in measured]
 
 
 def reached(trained: Trained, goal: float) -> float:
@@ -54,7 +81,8 @@ def table(trained: Sequence[Trained]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for one in trained:
         gain, spent = one.gain(PARTS), reached(one, goal)
-        cells = [one.variant.label, f"{one.seconds()[-1]:.0f}", f"{one.metric('seconds/total'):.2f}"]
+        took = one.seconds()
+        cells = [one.variant.label, f"{took[-1]:.0f}", f"{took[-1] / len(took):.2f}"]
         if gain is None:
             cells += [f"ended: {one.failures[0] if one.failures else 'unfinished'}"]
         else:
@@ -69,6 +97,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=76)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--every", type=int, default=8, help="iterations between evaluations (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=16, help="iterations that are timed (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=("full", "window", "nft"), default=("full", "window", "nft"))
     parser.add_argument("--window", nargs="+", default=WINDOW, metavar="KEY=VALUE", help="overrides of that recipe")
     parser.add_argument("--nft", nargs="+", default=NFT, metavar="KEY=VALUE", help="overrides of that recipe")
@@ -83,17 +112,18 @@ def main() -> None:
         Variant("nft", "DiffusionNFT", tuple(arguments.nft)),
     )
     length = (f"run.iterations={arguments.iterations}", f"optimizer.decay_updates={arguments.iterations}")
-    trained = train_all(
-        RECIPE,
-        [*COMMON, *length, *arguments.common],
-        [variant for variant in variants if variant.name in arguments.only],
-        arguments.seeds,
-        arguments.folder,
-        arguments.every,
-    )
+    common, chosen = [*COMMON, *length, *arguments.common], [v for v in variants if v.name in arguments.only]
+    trained = train_all(RECIPE, common, chosen, arguments.seeds, arguments.folder, arguments.every)
+    cache = f"prompts.cache={arguments.folder / 'embeddings'}"
+    load = os.getloadavg()[0]
+    timed = paces(common, chosen, cache, arguments.rounds)
+    trained = [replace(one, pace=pace) for one, pace in zip(trained, timed, strict=True)]
     pictures.over_time(trained, PARTS, arguments.picture)
     print(table(trained))
-    print(f"{date.today()}, {os.cpu_count()} cores of {platform.machine()}, {arguments.seeds} seeds")
+    print(
+        f"{date.today()}, {os.cpu_count()} cores of {platform.machine()}, {arguments.seeds} seeds, "
+        f"seconds of {arguments.rounds} paired iterations; load before {load:.1f}"
+    )
     leave(0)
 
 

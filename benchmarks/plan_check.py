@@ -3,7 +3,8 @@
 python -m benchmarks.plan_check                 two networks that run here: memory by RSS, bytes on the wire
 python -m benchmarks.plan_check --families      each family's published width, a few blocks: simulated, closed form
 python -m benchmarks.plan_check --table 1 8     HunyuanVideo whole on 64 ranks at these sp: minutes to an hour each
-python -m benchmarks.plan_check --calibrate     what a block keeps per token and channel: the numbers of plan_memory
+python -m benchmarks.plan_check --calibrate     what a block keeps per token and channel, a decoder per pixel: the
+                                                numbers of plan_memory and plan_sizes
 """
 
 import argparse
@@ -171,7 +172,7 @@ def against_simulation(names: Sequence[str]) -> None:
         recipe = config.load(ROOT / "launch" / f"{recipe_name}.toml", [*overrides, "distributed.prefetch=0"])
         exact = simulate(recipe, settings, Sizes(latent, text), 8, 8)
         closed = job(recipe, settings, latent, text, 8)
-        batch, drawn = recipe.optimizer.batch_size, recipe.rollout.batch_size
+        batch, drawn = recipe.optimizer.batch_size, recipe.rollout.at_once
         pairs = (
             (exact.update_peak / GIB, sum(plan_memory.update(closed, batch, False).values()) / GIB),
             (exact.forward_flops / 1e12, plan_work.forward(closed, batch).total / 1e12),
@@ -227,9 +228,10 @@ def main() -> None:
     elif asked.table:
         table([int(name) for name in asked.names] or [1, 2, 4, 8])
     elif asked.calibrate:
-        from benchmarks.plan_blocks import calibrate
+        from benchmarks import plan_blocks, plan_decoders
 
-        calibrate()
+        plan_blocks.calibrate()
+        plan_decoders.calibrate()
     else:
         against_reality(asked.names or list(REAL))
 

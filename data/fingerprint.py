@@ -54,8 +54,8 @@ def _model_parts(recipe: Recipe, beginnings: tuple[str, ...], remembered: Path) 
     index = folder.read_json(where / "model_index.json")
     parts = sorted(name for name in index if name.startswith(beginnings) and (where / name).is_dir())
     files = {part: _files(where / part) for part in parts}
-    hashes = _hashes([file for part in parts for file in files[part]], remembered)
-    return {part: _digest([[file.name, hashes[file]] for file in files[part]]) for part in parts}
+    found = hashes([file for part in parts for file in files[part]], remembered)
+    return {part: _digest([[file.name, found[file]] for file in files[part]]) for part in parts}
 
 
 def _files(part: Path) -> list[Path]:
@@ -65,8 +65,11 @@ def _files(part: Path) -> list[Path]:
     return [f for f in found if f.suffix not in OTHER_FORMATS and not (safe and f.suffix == ".bin")]
 
 
-def _hashes(files: Sequence[Path], remembered: Path) -> dict[Path, str]:
-    """SHA-256 of each file, from `remembered` where its size and time are still those."""
+def hashes(files: Sequence[Path], remembered: Path) -> dict[Path, str]:
+    """SHA-256 of each file, from `remembered` where its size and time are still those.
+
+    remembered: a JSON file, which is kept up to date
+    """
     known = _remembered(remembered)
     stamps = {file: f"{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files}
     places = {file: str(file.resolve()) for file in files}

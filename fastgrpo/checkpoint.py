@@ -50,6 +50,7 @@ class Progress:
     best: str | None = None  # the checkpoint that ended that span
     rewards: tuple[float, ...] = ()  # of the iterations since the last checkpoint
     seconds: float = 0.0  # of training, over all attempts
+    rollout_batch: int = 0  # what rollout.batch_size = "auto" came to; 0 = the recipe has a number
 
     def close_span(self, checkpoint: str) -> None:
         """Note the checkpoint as the best if the mean reward since the one before is the highest."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from fastgrpo.commands import add_export, add_sample, add_status, run_export, run_sample, run_status
 from fastgrpo.errors import UserError
 from fastgrpo.judging import add_evaluate, add_score, run_evaluate, run_score
-from fastgrpo.lifetime import after_rank_0, die_with_torchrun, leave
+from fastgrpo.lifetime import OneRankError, after_rank_0, die_with_torchrun, leave
 from fastgrpo.planning import add_plan, overrides_first, run_plan
 
 if TYPE_CHECKING:
@@ -146,11 +146,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.  returns the exit code: 0, or 2 for a user's mistake, told in one line on rank 0"""
+    """Run one command.  returns the exit code: 0, or 2 for a user's mistake, told in one line by one rank"""
     die_with_torchrun()
     arguments = parser().parse_args(overrides_first(sys.argv[1:] if argv is None else argv))
     try:
         run(arguments)
+    except OneRankError:  # which that rank has told; the others learn of it by its end
+        return 2
     except UserError as error:  # raised on every rank, see World.on_main and World.agree
         if _rank() == 0:
             _complain(str(error))

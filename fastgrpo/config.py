@@ -153,8 +153,19 @@ class Rollout(Section):
     """At most this many ODE steps after the window; none = as many as the grid has there."""
     store: Literal["device", "host"] = "device"
     """Where the chosen transitions wait for the update: in the device's memory, or pinned in the host's."""
-    batch_size: Positive = 8
-    """Samples per forward pass and rank. Changes speed and memory, nothing else."""
+    batch_size: Positive | Literal["auto"] = 8
+    """Samples per forward pass and rank; auto = as many as the free memory has room for, measured before the first
+    iteration. Changes speed and memory, nothing else."""
+
+    @property
+    def at_once(self) -> int:
+        """`batch_size` as a number; to be asked for once "auto" is settled."""
+        assert self.batch_size != "auto"
+        return self.batch_size
+
+    def settled(self, size: int) -> "Rollout":
+        """With that number of samples per forward pass."""
+        return self.model_copy(update={"batch_size": size})
 
 
 class Objective(Section):

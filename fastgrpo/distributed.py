@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from fastgrpo import sequence_parallel
+from fastgrpo import interface, sequence_parallel
 from fastgrpo.config import Distributed
 from fastgrpo.errors import UserError
+from fastgrpo.lifetime import die_with_torchrun
 from fastgrpo.mesh import mesh_shape as mesh_shape
 from fastgrpo.models import Policy
+from fastgrpo.peaks import free_memory
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # a rank may wait for another's slow reward server
@@ -135,12 +137,20 @@ def no_space(file: str | None) -> UserError:
 
 @contextmanager
 def open_world(settings: Distributed | None = None) -> Iterator[World]:
-    """Join the other ranks that torchrun started, or be a world of one.
+    """Join the other ranks that torchrun started, or be a world of one. Ends with torchrun, however that ends.
 
-    Raises UserError where sp and shard do not divide the ranks.
+    Raises UserError where sp and shard do not divide the ranks, or a node has fewer GPUs than ranks.
     """
+    die_with_torchrun()
+    interface.choose()
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if ranks > gpus:
+            raise UserError(
+                f"--nproc-per-node={ranks}: {ranks} processes for {gpus} GPUs; start {gpus}, or set "
+                "CUDA_VISIBLE_DEVICES= to train on the CPU."
+            )
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # offloaded gradients are reduced on the CPU
@@ -165,7 +175,7 @@ def _sequence_group(rank: int, size: int, sp: int) -> sequence_parallel.Group | 
     """The consecutive ranks that share sequences with this one."""
     if sp == 1:
         return None
-    own, _ = dist.new_subgroups(group_size=sp)
+    own, _ = dist.new_subgroups(group_size=sp, timeout=TIMEOUT)
     return sequence_parallel.Group(own, rank % sp, sp)
 
 
@@ -223,10 +233,8 @@ def _whole_weights_fit(network: nn.Module, dtype: torch.dtype, world: World) -> 
     """Whether every rank has room for them, and half as much again for the activations."""
     if world.device.type != "cuda":
         return True
-    held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by the allocator, free for us
-    room = torch.cuda.mem_get_info()[0] + held
     needed = sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
-    fits = torch.tensor(float(1.5 * needed < room), device=world.device)
+    fits = torch.tensor(float(1.5 * needed < free_memory(world.device)), device=world.device)
     dist.all_reduce(fits, dist.ReduceOp.MIN)
     return bool(fits)
 

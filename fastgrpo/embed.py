@@ -3,7 +3,6 @@
 Ranks share out the missing parts and go on in step, so that an error of one ends all, and the progress is exact.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,9 +22,10 @@ from fastgrpo.data.prompts import Prompt, Split
 from fastgrpo.display import duration
 from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
-from fastgrpo.lifetime import die_with, only_run_in
+from fastgrpo.lifetime import take_lock
 
 LINE_EVERY_S = 10.0  # between lines of progress where there is no terminal
+LOOK_EVERY_S = 2.0  # between looks whether another process has ended with the cache
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,6 @@ class Encoded:
 
 def embed(recipe: Recipe) -> None:
     """Make a recipe's cache of conditions, or what is missing of it, and say so."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with(os.getppid())  # as in training
     with distributed.open_world() as world:
         encoded = encode(recipe, world, read_prompts(recipe, world))
         if world.main:
@@ -61,7 +59,8 @@ def read_prompts(recipe: Recipe, world: World) -> Split:
 def encode(recipe: Recipe, world: World, found: Split) -> Encoded:
     """Every prompt's condition, from the cache; what it lacks is made first, by all ranks.
 
-    Raises UserError, on every rank, for a cache of other conditions and for prompts that cannot be encoded.
+    Where another process is making it, waits until that ends. Raises UserError, on every rank, for a cache of other
+    conditions and for prompts that cannot be encoded.
     """
     everything = [*found.train, *found.heldout]
     folder = cache_folder(recipe)
@@ -73,15 +72,39 @@ def encode(recipe: Recipe, world: World, found: Split) -> Encoded:
     with_negative = recipe.model.cfg > 1
     if not world.on_main(lambda: cache.complete(with_negative)):
         with ExitStack() as stack:
-            world.on_main(lambda: stack.enter_context(only_run_in(folder, "prompts.cache", "encoding")))
-            missing = world.on_main(cache.open)
-            _make(recipe, world, cache, missing, everything)
+            if _claim(cache, with_negative, world, stack):
+                missing = world.on_main(cache.open)
+                _make(recipe, world, cache, missing, everything)
     return _without_skipped(recipe, world, found, Conditions(cache, with_negative))
 
 
 def cache_folder(recipe: Recipe) -> Path:
     """The folder of the recipe's conditions."""
     return recipe.prompts.cache or recipe.run.dir / "embeddings"
+
+
+def _claim(cache: Cache, with_negative: bool, world: World, stack: ExitStack) -> bool:
+    """Take the cache's lock for as long as `stack` is open, once no other process holds it.
+
+    Returns False, on every rank, where others have completed the cache meanwhile.
+    """
+
+    def look() -> bool | None:
+        """Whether something is left to make, none = by the process that is at it. By the main rank."""
+        lock = take_lock(cache.folder, "prompts.cache")
+        if lock is not None:
+            stack.enter_context(lock)
+        if cache.complete(with_negative):
+            return False
+        return None if lock is None else True
+
+    told = False
+    while (left := world.on_main(look)) is None:
+        if world.main and not told:
+            _say(f"prompts.cache={cache.folder}: another process is encoding there; waiting until it ends")
+        told = True
+        time.sleep(LOOK_EVERY_S)  # not in a collective: it has a time limit, and Ctrl-C would not end it
+    return left
 
 
 def _make(recipe: Recipe, world: World, cache: Cache, missing: list[int], everything: list[Prompt]) -> None:

@@ -110,7 +110,16 @@ def copy_parts(base: Path, network: str, partial: Path, link: bool) -> None:
         shutil.copyfile(file, partial / file.name)
     for name in parts:
         if name != network and (base / name).is_dir():  # an optional part, such as a safety checker, may be null
-            shutil.copytree(base / name, partial / name, copy_function=put)
+            copy_folder(base / name, partial / name, put)
+
+
+def copy_folder(source: Path, target: Path, put: Callable[[str, str], Any]) -> None:
+    """As shutil.copytree, which gathers the files' errors into one that no longer tells a full disk."""
+    for folder, _, names in os.walk(source, followlinks=True):
+        place = target / Path(folder).relative_to(source)
+        place.mkdir(parents=True)
+        for name in names:
+            put(os.path.join(folder, name), str(place / name))
 
 
 def name_pipeline(index: Path, family: str) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ def read_json(file: Path, where: str, remedy: str) -> dict[str, Any]:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Replace a file as a whole: a kill or an OSError, which is raised, leaves the old one or the new one."""
-    partial = file.with_name(file.name + ".partial")
+    """Replace a file as a whole: a kill or an OSError, which is raised, leaves the old one or the new one.
+
+    Of several processes that do so at once, on any machine, the last one's is left.
+    """
+    partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, file)

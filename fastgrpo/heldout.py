@@ -8,7 +8,6 @@ import gc
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,6 @@ from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 from fastgrpo.evaluate import RESAMPLES, Evaluation, compare
 from fastgrpo.judges import Judges, Servers
-from fastgrpo.lifetime import die_with
 from fastgrpo.sample import Drawn, Work
 from fastgrpo.snapshot import Asked
 
@@ -139,8 +137,6 @@ def evaluate(asked: Asked, wanted: Wanted) -> Result | None:
 
     Raises UserError on every rank for a mistake that any rank meets; a reward's before anything is sampled.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with(os.getppid())  # as in sample.sample
     with distributed.open_world() as world, ExitStack() as stack:
         plan = world.on_main(lambda: prepare(asked, wanted))
         opened = _open(plan, wanted.servers, world, stack)

@@ -46,8 +46,7 @@ def main(recipe: Path, arguments: list[str]) -> int:
             return _complain(f"fastgrpo: {error}")
         if processes > 1:
             replace_by_torchrun([str(recipe.with_suffix(".sh")), *arguments], processes)
-    code = cli.main(["train", str(recipe), *arguments])
-    leave(after_rank_0(code) if code else 0)
+    leave(cli.main(["train", str(recipe), *arguments]))
 
 
 def _check(command: Callable[[list[str]], int], recipe: Path, arguments: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import errno
 import fcntl
 import os
 import signal
@@ -10,12 +11,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from fastgrpo.errors import UserError
 
 PATIENCE_S = 10.0  # a killed run's other processes take a moment to go
 LATE_S = 30.0  # for rank 0 to tell what is wrong
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""Errors of file systems without file locks: Lustre mounted without `flock`, NFS without its lock service."""
+
+
+class OneRankError(UserError):
+    """A mistake that shows on this rank alone, which has told it: the others may wait for it inside a collective."""
 
 
 def die_with(parent: int) -> None:
@@ -43,6 +50,12 @@ def after_rank_0(code: int) -> int:
     return code
 
 
+def fail_alone(message: str) -> NoReturn:
+    """Raise OneRankError, and tell it at once: what is closed on its way up may wait for the other ranks."""
+    print(f"fastgrpo: rank {os.environ.get('RANK', '0')}: {message}", file=sys.stderr, flush=True)
+    raise OneRankError(message) from None
+
+
 def leave(code: int) -> NoReturn:
     """End the process with its exit hooks run and its output flushed, but without tearing the interpreter down.
 
@@ -56,23 +69,39 @@ def leave(code: int) -> NoReturn:
 
 
 @contextmanager
-def only_run_in(folder: Path, key: str = "run.dir", doing: str = "training") -> Iterator[None]:
-    """Hold the folder's lock; the kernel drops it however this process ends.
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder. Raises UserError where another process keeps holding it."""
+    deadline = time.monotonic() + PATIENCE_S
+    while (lock := take_lock(folder, "run.dir")) is None:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"run.dir={folder}: another process is training there; wait for it, stop it, or choose another folder."
+            )
+        time.sleep(0.1)
+    with lock:
+        yield
 
-    Raises UserError, which names the recipe key and what the other does, where another process keeps holding it.
+
+def take_lock(folder: Path, key: str) -> IO[str] | None:
+    """The folder's lock, ours until it is closed or this process ends in whatever way; none where another has it.
+
+    A file system without file locks gives it to everyone, with a line on stderr: it guards against a second run alone,
+    and many clusters have no other place.  key: the recipe's, of the folder
     """
     folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + PATIENCE_S
-    with (folder / "lock").open("a") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"{key}={folder}: another process is {doing} there; wait for it, stop it, or choose "
-                        "another folder."
-                    ) from None
-                time.sleep(0.1)
-        yield
+    lock = (folder / "lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            lock.close()
+            raise
+        print(
+            f"fastgrpo: {key}={folder}: its file system has no file locks ({error.strerror}), so a second process "
+            "there would not be noticed; start none, or have it mounted with them (Lustre: flock; NFS: lockd).",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    return lock

@@ -1,4 +1,4 @@
-"""Peak memory since the last reading: of the GPU's allocator, and of the process as Linux counts it."""
+"""Memory: the peak since the last reading, of the GPU's allocator and of the process; and what is free."""
 
 import contextlib
 import os
@@ -52,3 +52,13 @@ class Peaks:
             return False
         finally:
             os.close(file)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that this rank may still take: of its GPU, or its share of the machine's memory."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by the allocator, free for us
+        return float(torch.cuda.mem_get_info()[0] + held)
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -5,13 +5,14 @@ and no memory behind it (plan_simulate) and puts its figures beside. docs/planni
 """
 
 import math
+from bisect import bisect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from fastgrpo import config, plan_phases, plan_work
+from fastgrpo import config, evaluations, plan_minibatches, plan_phases, plan_work, sizing
 from fastgrpo.config import Recipe
 from fastgrpo.errors import UserError
 from fastgrpo.plan_phases import GIB, Machine, Phase
@@ -22,6 +23,7 @@ LARGE_REST, LARGE_REST_GIB = 0.02, 0.25  # share of the parameters outside the b
 ADVICE = 5  # recipes that are named
 USUAL_CHANGES, MOST_CHANGES = 3, 6  # more than the usual number are tried only where fewer do not do
 LORA_RANK = 32
+LARGE_IDLE = 0.15  # of the update, from which a plan warns
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,35 @@ def plan(recipe: Recipe, gpus: int, machine: Machine, ranks_per_node: int = 8, t
     """The closed form.  text: tokens of the longest text, in place of the family's limit"""
     if gpus > ranks_per_node and gpus % ranks_per_node:
         raise UserError(f"--gpus={gpus}: not a multiple of the {ranks_per_node} of a node (--ranks-per-node).")
+    if recipe.rollout.batch_size != "auto":
+        return _plan(recipe, gpus, machine, ranks_per_node, text)
+
+    def sized(size: int) -> Plan:
+        settled = recipe.model_copy(update={"rollout": recipe.rollout.settled(size)})
+        return _plan(settled, gpus, machine, ranks_per_node, text)
+
+    samples, _ = evaluations.busiest(recipe, sized(1).subject.job.groups)
+    fit = bisect(range(2, samples + 1), 0, key=lambda size: 0 if _has_room(sized(size)) else 1)
+    size = sizing.balanced(samples, 1 + fit)
+    found = sized(size)
+    note = f"rollout.batch_size=auto comes to {size} of a rank's {samples} samples at once"
+    return replace(found, subject=replace(found.subject, notes=(*found.subject.notes, note)))
+
+
+def _plan(recipe: Recipe, gpus: int, machine: Machine, ranks_per_node: int, text: int | None) -> Plan:
     found = subject(recipe, gpus, ranks_per_node, text)
     return Plan(found, machine, plan_phases.phases(found, machine), recipe.run.iterations, recipe.checkpoint.every)
 
 
+def _has_room(found: Plan) -> bool:
+    """Whether the rollout's batch is one that a run with rollout.batch_size = "auto" would take."""
+    batch = {phase.name: phase for phase in found.phases if phase.name in ("rollout", "decode")}
+    gaps = 1 / sizing.SHARE - 1
+    return all(one.peak + gaps * one.memory["activations"] <= found.machine.usable() for one in batch.values())
+
+
 def curve(recipe: Recipe, machine: Machine, ranks_per_node: int, text: int | None) -> list[Plan]:
-    """The same recipe on 8 to 512 GPUs, where its mesh divides them."""
+    """The same recipe on 8 to 512 GPUs, as far as a run would accept them."""
     plans = []
     for gpus in CURVE:
         try:
@@ -132,7 +157,7 @@ def _choices(job: plan_work.Job) -> list[tuple[str, list[Any]]]:
         ("distributed.shard", job.shards, mesh),
         ("model.gradient_checkpointing", int(recipe.model.gradient_checkpointing), [True]),
         ("optimizer.batch_size", recipe.optimizer.batch_size, [1, recipe.optimizer.batch_size // 2]),
-        ("rollout.batch_size", recipe.rollout.batch_size, [1]),
+        ("rollout.batch_size", recipe.rollout.at_once, [1]),
         ("rollout.store", recipe.rollout.store, ["host"]),
         ("distributed.rollout_weights", recipe.distributed.rollout_weights, ["sharded"]),
         ("model.decode_batch", recipe.model.decode_batch, [1]),
@@ -159,9 +184,12 @@ def warnings(found: Plan) -> list[str]:
             f"{rest / 1e6:,.1f} M parameters ({rest / job.network.parameters:.1%}) lie outside the sharded blocks, "
             f"most in {largest}: {whole:.2f} GiB are whole on each GPU during the update"
         )
-    samples = job.recipe.prompts.per_iteration * job.recipe.rollout.samples_per_prompt
-    if job.groups > samples:
-        lines.append(f"{job.groups} groups of ranks for {samples} samples per iteration: {job.groups - samples} idle")
+    idle = plan_minibatches.idle(job.recipe, job.groups)
+    if idle > LARGE_IDLE:
+        lines.append(
+            f"the update's ranks wait {idle:.0%} of its time for those with more samples of an optimizer step; more "
+            "samples per group of ranks make it less (distributed.sp, optimizer.updates_per_iteration)"
+        )
     return lines
 
 

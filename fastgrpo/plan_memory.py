@@ -7,7 +7,6 @@ and channel are those of diffusers' eager kernels, measured on one block of each
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastgrpo.plan_units import Unit
@@ -47,28 +46,40 @@ WAN_HIDDEN = {2: 4.0, 4: 8.0}
 
 
 def states(job: Job) -> dict[str, float]:
-    """Bytes that a rank holds at all times: masters, AdamW's moments, the moving average, the initial policy."""
+    """Bytes that a rank holds at all times: masters, AdamW's moments, the moving average, the initial policy.
+
+    Of the initial policy's network what lies outside the blocks is whole, too: FSDP2 keeps the root so after a forward,
+    and it has no backward to give it up.
+    """
+    root = gathered_bytes(job, job.network.rest) if job.second_network else 0.0
     if job.recipe.distributed.offload:
-        return {}
-    shards, frozen, trained = job.shards, 0.0, 0.0
-    for unit in job.network.units:
-        trained += reduced_bytes(job, unit) / GRADIENT / shards
-        frozen += unit.padded(shards) / shards * job.element if job.lora else 0.0
+        return {"initial policy": root} if root else {}
+    trained = _trained(job)
+    frozen = job.element * sum(unit.padded(job.shards) for unit in job.network.units) / job.shards if job.lora else 0.0
     found = {"weights": MASTER * trained + frozen, "optimizer": MOMENTS * trained}
     if job.recipe.optimizer.ema_decay:
         found["average"] = MASTER * trained
     if job.second_network:
-        found["initial policy"] = MASTER * trained
+        found["initial policy"] = MASTER * trained + root
     return found
+
+
+def raw_weights(job: Job) -> dict[str, float]:
+    """Bytes of the trained weights, which DiffusionNFT sets aside while their moving average draws and decodes."""
+    recipe = job.recipe
+    if recipe.objective.kind != "nft" or not recipe.optimizer.ema_decay or recipe.distributed.offload:
+        return {}
+    return {"raw weights": MASTER * _trained(job)}
+
+
+def _trained(job: Job) -> float:
+    """Trained parameters of a rank's shards."""
+    return sum(reduced_bytes(job, unit) for unit in job.network.units) / GRADIENT / job.shards
 
 
 def gradients(job: Job) -> float:
     """Bytes of a rank's whole gradient, which it holds from the first micro-batch of an optimizer step to its end."""
-    return (
-        0.0
-        if job.recipe.distributed.offload
-        else sum(reduced_bytes(job, unit) for unit in job.network.units) / job.shards
-    )
+    return 0.0 if job.recipe.distributed.offload else GRADIENT * _trained(job)
 
 
 def update(job: Job, batch: int, accumulated: bool = True) -> dict[str, float]:
@@ -99,14 +110,20 @@ def update(job: Job, batch: int, accumulated: bool = True) -> dict[str, float]:
 
 
 def rollout(job: Job, batch: int, gathered: bool) -> dict[str, float]:
-    """Bytes at the peak of a forward without gradients.  gathered: the rank holds the whole weights"""
-    sizes = [gathered_bytes(job, unit) for unit in job.network.units]
-    weights = sum(sizes)
-    if not gathered:
-        depth = 1 + max(1, job.recipe.distributed.prefetch)
-        weights = sizes[-1] + max(sum(sizes[place : place + depth]) for place in range(len(sizes) - 1))
-    forward = max(_forward(job, unit, batch) for unit in job.network.blocks) + _input(job, job.network.blocks[0], batch)
-    return states(job) | {"gathered": float(weights), "activations": forward + _outside(job, batch)}
+    """Bytes at the peak of a forward without gradients.  gathered: the rank holds the whole weights
+
+    Else FSDP2 holds a block's weights and, until the next block's are there, the buffer that they were gathered into,
+    beside the buffers of the blocks ahead.
+    """
+    network, depth = job.network, max(1, job.recipe.distributed.prefetch)
+    whole, root = sum(gathered_bytes(job, unit) for unit in network.units), gathered_bytes(job, network.rest)
+    outside, best = _input(job, network.blocks[0], batch) + _outside(job, batch), (0.0, 0.0)
+    for place, unit in enumerate(network.blocks):
+        buffers = network.blocks[place : place + 1 + depth]
+        weights = root + gathered_bytes(job, unit) + sum(gathered_bytes(job, block) for block in buffers)
+        now = (whole if gathered else weights, _forward(job, unit, batch) + outside)
+        best = max(best, now, key=sum)
+    return states(job) | raw_weights(job) | dict(zip(("gathered", "activations"), best, strict=True))
 
 
 def _tokens(job: Job, batch: int) -> tuple[int, int]:
@@ -189,20 +206,16 @@ def _outside(job: Job, batch: int) -> float:
     return float(latents + split + tables)
 
 
-def total(parts: dict[str, float]) -> float:
-    return sum(parts.values())
-
-
 def trajectories(job: Job, samples: int, chosen: int) -> float:
-    """Bytes of the states before and after each chosen transition of this rank's samples, float32.
+    """Bytes of what waits for the update of this rank's samples, float32.
 
-    Steps that follow each other share a state: at least chosen + 1 states, at most twice chosen; the latter here.
+    The states before and after each chosen transition: steps that follow each other share one, so at least chosen + 1
+    and at most twice chosen; the latter here. DiffusionNFT's are a noised state and a velocity for each chosen step,
+    and the sample itself.
     """
     if job.recipe.rollout.store == "host":
         return 0.0
-    states_each = min(2 * chosen, job.recipe.rollout.steps)
-    return float(4 * math.prod(job.latent) * states_each * samples)
-
-
-def largest(parts: Sequence[dict[str, float]]) -> dict[str, float]:
-    return max(parts, key=total)
+    latents = min(2 * chosen, job.recipe.rollout.steps)
+    if job.recipe.objective.kind == "nft":
+        latents = 2 * chosen + 1
+    return float(4 * math.prod(job.latent) * latents * samples)

@@ -12,8 +12,8 @@ from fastgrpo.plan import Change, Plan, warnings
 from fastgrpo.plan_phases import GIB
 
 KINDS = (  # of memory, in the order in which the picture stacks them
-    "weights", "optimizer", "average", "initial policy", "gradients", "gathered", "gathered ahead", "reduced",
-    "activations", "trajectories", "VAE", "rewards", "text encoders",
+    "weights", "optimizer", "average", "raw weights", "initial policy", "gradients", "gathered", "gathered ahead",
+    "reduced", "activations", "trajectories", "VAE", "rewards", "text encoders",
 )  # fmt: skip
 
 
@@ -33,6 +33,9 @@ def show(found: Plan, plans: Sequence[Plan], changes: Sequence[Change], simulate
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     if simulated:
         console.print(_simulated(simulated))
+        if simulated["left_out"]:
+            line = f"both without {' and '.join(simulated['left_out'])}, of which a simulated rank has none"
+            console.print(line, highlight=False, soft_wrap=True)
     if not found.fits:
         _changes(console, changes)
     console.print(_curve(plans))

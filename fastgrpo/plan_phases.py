@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from fastgrpo import evaluations, plan_memory, plan_work
+from fastgrpo import evaluations, plan_memory, plan_minibatches, plan_rewards, plan_work
 from fastgrpo.gpus import Achieved, Gpu
-from fastgrpo.plan_sizes import Subject, frames_scored, judges
+from fastgrpo.plan_sizes import Subject
 from fastgrpo.plan_work import Job, Sent
 
 GIB = 2**30
@@ -57,11 +57,10 @@ class Machine:
 
 def phases(subject: Subject, machine: Machine) -> list[Phase]:
     """All phases in their order."""
-    job = subject.job
     whole = holds_whole(subject, machine)
     return [
         _load(subject, machine), _rollout(subject, machine, whole), _decode(subject, machine, whole),
-        _reward(subject, machine), _update(subject, machine), _save(job, machine),
+        _reward(subject, machine), _update(subject, machine), _save(subject, machine),
     ]  # fmt: skip
 
 
@@ -71,7 +70,8 @@ def holds_whole(subject: Subject, machine: Machine) -> bool:
     if choice != "auto":
         return choice == "gathered"
     needed = sum(plan_work.gathered_bytes(job, unit) for unit in job.network.units)
-    return ROOM * needed < machine.usable() - sum(plan_memory.states(job).values()) - _vae(subject)
+    held = plan_memory.states(job) | plan_memory.raw_weights(job)
+    return ROOM * needed < machine.usable() - sum(held.values()) - _vae(subject) - plan_rewards.of_node(job).staying
 
 
 def route(job: Job, sent: Sent) -> tuple[float, float]:
@@ -97,9 +97,10 @@ def _vae(subject: Subject) -> float:
     return subject.family.vae * subject.job.element
 
 
-def _rewards(subject: Subject) -> float:
-    """Bytes of the rewards' weights, which lie on the GPU from the first score to the last of an iteration."""
-    return sum(judge.parameters * (2 if s.dtype == "bfloat16" else 4) for s, judge in judges(subject.job.recipe))
+def _others(subject: Subject, scoring: bool) -> dict[str, float]:
+    """Bytes that lie beside the network.  scoring: between the first score of an iteration and the last"""
+    rewards = plan_rewards.of_node(subject.job)
+    return {"VAE": _vae(subject), "rewards": rewards.staying + (rewards.passing if scoring else 0.0)}
 
 
 def _kept(subject: Subject) -> dict[str, float]:
@@ -115,20 +116,19 @@ def _load(subject: Subject, machine: Machine) -> Phase:
     encoders = {"text encoders": subject.family.encoders * job.element}
     memory = max(encoders, {"weights": states.get("weights", 0.0)}, key=lambda parts: sum(parts.values()))
     of_node = min(job.ranks_per_node, job.gpus) / job.shards
-    read = 2.0 * job.network.parameters * min(1.0, of_node) * max(1.0, of_node)  # files of bfloat16
+    read = 2.0 * job.network.parameters * of_node  # files of bfloat16
     seconds = (read + 2 * subject.family.encoders) / (machine.achieved.disk_gbs * 1e9)
-    return Phase("load", memory | {"VAE": _vae(subject)}, seconds=seconds)
+    return Phase("load", memory | _others(subject, scoring=False), seconds=seconds)
 
 
 def _rollout(subject: Subject, machine: Machine, whole: bool) -> Phase:
     job = subject.job
-    batch = min(job.recipe.rollout.batch_size, evaluations.busiest(job.recipe, job.groups)[0])
+    batch = min(job.recipe.rollout.at_once, evaluations.busiest(job.recipe, job.groups)[0])
     states, forwards = _rollout_work(job)
     flops = plan_work.forward(job, 1).total * states
     weights = plan_work.gather_whole(job) if whole else plan_work.gather_blocks(job, math.ceil(forwards))
     sent = weights + plan_work.exchanged(job, 1).times(states)
-    memory = plan_memory.rollout(job, batch, whole) | _kept(subject)
-    memory |= {"VAE": _vae(subject), "rewards": _rewards(subject)}
+    memory = plan_memory.rollout(job, batch, whole) | _kept(subject) | _others(subject, scoring=True)
     compute = machine.compute(flops, machine.achieved.rollout)
     return Phase("rollout", memory, flops, *route(job, sent), _seconds(job, machine, compute, sent))
 
@@ -137,7 +137,7 @@ def _rollout_work(job: Job) -> tuple[float, float]:
     """(states evaluated, forwards) of the busiest rank in an iteration, the mean over the run's windows."""
     recipe, states, forwards = job.recipe, 0.0, 0.0
     samples, prompts = evaluations.busiest(recipe, job.groups)
-    batch = recipe.rollout.batch_size
+    batch = recipe.rollout.at_once
     for first, share in evaluations.first_steps(recipe).items():
         steps = evaluations.grid_steps(recipe, first)
         if recipe.objective.kind == "nft":
@@ -158,7 +158,7 @@ def _decode(subject: Subject, machine: Machine, whole: bool) -> Phase:
     tile, stride = family.tile or size, family.stride if family.tile else size
     pixels = [_tiled(length, t, s) for length, t, s in zip(size, tile, stride, strict=True)]
     flops = own * math.prod(pixels) * family.decode_flops
-    at_once = min(math.ceil(min(samples, job.recipe.rollout.batch_size) / job.sp), own)
+    at_once = min(math.ceil(min(samples, job.recipe.rollout.at_once) / job.sp), own)
     at_once = min(at_once, job.recipe.model.decode_batch or at_once)
     tile_pixels = math.prod(min(t, length) for t, length in zip(tile, size, strict=True))
     working = at_once * family.decode_bytes * job.element / 2 * tile_pixels
@@ -167,9 +167,8 @@ def _decode(subject: Subject, machine: Machine, whole: bool) -> Phase:
     rollout.pop("activations")
     if not whole:
         rollout["gathered"] = plan_work.gathered_bytes(job, job.network.rest)
-    memory = rollout | {"activations": working + clips, "VAE": _vae(subject), "rewards": _rewards(subject)}
-    seconds = machine.compute(flops, machine.achieved.decode)
-    return Phase("decode", memory | _kept(subject), flops, seconds=seconds)
+    memory = rollout | {"activations": working + clips} | _kept(subject) | _others(subject, scoring=True)
+    return Phase("decode", memory, flops, seconds=machine.compute(flops, machine.achieved.decode))
 
 
 def _tiled(length: int, tile: int, stride: int) -> int:
@@ -178,14 +177,9 @@ def _tiled(length: int, tile: int, stride: int) -> int:
 
 
 def _reward(subject: Subject, machine: Machine) -> Phase:
-    job = subject.job
-    own = math.ceil(evaluations.busiest(job.recipe, job.groups)[0] / job.sp)
-    flops = 0.0
-    for spec, judge in judges(job.recipe):
-        frames = frames_scored(spec, job.recipe) if judge.per_frame else 1.0
-        flops += own * 2.0 * judge.parameters * judge.tokens * frames
-    states = plan_memory.states(job) | {"VAE": _vae(subject), "rewards": _rewards(subject)}
-    return Phase("reward", states | _kept(subject), flops, seconds=machine.compute(flops, machine.achieved.reward))
+    memory = plan_memory.states(subject.job) | _kept(subject) | _others(subject, scoring=True)
+    flops = plan_rewards.of_node(subject.job).flops
+    return Phase("reward", memory, flops, seconds=machine.compute(flops, machine.achieved.reward))
 
 
 def _update(subject: Subject, machine: Machine) -> Phase:
@@ -199,7 +193,7 @@ def _update(subject: Subject, machine: Machine) -> Phase:
     sent = sent + plan_work.tokens_of_update(job, 1).times(states)
     sent = sent + plan_work.between_replicas(job).times(recipe.optimizer.updates_per_iteration)
     several = batches > recipe.optimizer.updates_per_iteration
-    memory = plan_memory.update(job, batch, several) | _kept(subject) | {"VAE": _vae(subject)}
+    memory = plan_memory.update(job, batch, several) | _kept(subject) | _others(subject, scoring=False)
     compute = machine.compute(flops, machine.achieved.update)
     seconds = _seconds(job, machine, compute, sent)
     seconds += recipe.optimizer.updates_per_iteration * _step_seconds(job, machine, batches)
@@ -207,12 +201,12 @@ def _update(subject: Subject, machine: Machine) -> Phase:
 
 
 def _update_work(job: Job) -> tuple[float, int]:
-    """(states evaluated, micro-batches) of the busiest rank in an iteration."""
+    """(states evaluated, micro-batches) in an iteration, of the busiest rank of each optimizer step."""
     recipe, updates = job.recipe, job.recipe.optimizer.updates_per_iteration
-    samples, _ = evaluations.busiest(recipe, job.groups)
+    prompts, size, kept = recipe.prompts.per_iteration, recipe.rollout.samples_per_prompt, recipe.samples_trained
     total = evaluations.of_iteration(recipe, 0, job.groups)
-    everything = recipe.prompts.per_iteration * recipe.rollout.samples_per_prompt
-    states = total.update * samples / everything
+    samples = plan_minibatches.widest(prompts, size, kept, updates, job.groups)
+    states = total.update * samples / (prompts * kept)
     return states, updates * math.ceil(states / updates / recipe.optimizer.batch_size)
 
 
@@ -226,14 +220,16 @@ def _step_seconds(job: Job, machine: Machine, batches: int) -> float:
     return (trained * count + per_batch) / (machine.card.host_gbs * 1e9)
 
 
-def _save(job: Job, machine: Machine) -> Phase:
+def _save(subject: Subject, machine: Machine) -> Phase:
     """Masters, moments and the moving average, each value written once by the ranks together."""
+    job = subject.job
     trained = sum(plan_work.reduced_bytes(job, unit) for unit in job.network.units) / 4
     count = 12 + (4 if job.recipe.optimizer.ema_decay else 0)
     nodes = max(1, job.gpus // job.ranks_per_node)
     writers = min(nodes, math.ceil(job.shards / min(job.ranks_per_node, job.gpus)))
     seconds = trained * count / (machine.achieved.disk_gbs * 1e9 * writers)
-    return Phase("save", plan_memory.states(job), seconds=0.0 if job.recipe.checkpoint.background else seconds)
+    memory = plan_memory.states(job) | _others(subject, scoring=False)
+    return Phase("save", memory, seconds=0.0 if job.recipe.checkpoint.background else seconds)
 
 
 def iteration_seconds(found: Iterable[Phase], every: int) -> float:

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,6 +73,9 @@ class Simulated:
         return asdict(self)
 
 
+Pass = Callable[[Recipe, Policy, Sizes, Simulated], None]
+
+
 def simulate(
     recipe: Recipe,
     config: Mapping[str, Any],
@@ -80,15 +84,18 @@ def simulate(
     ranks_per_node: int,
     passes: Sequence[str] = PASSES,
     units: Sequence[str] = (),
+    whole: bool = True,
 ) -> Simulated:
     """The first of `gpus` ranks: one forward of the rollout, and one micro-batch and optimizer step of the update.
 
     config: of the network's class;  passes: some of PASSES, minutes each for a network of 60 blocks
     units: modules outside the family's blocks to shard on their own as well, by their names in the network
+    whole: the rollout's forward has the whole weights, gathered before it; else it gathers them block by block
     Raises UserError where sp and shard do not divide the ranks, or sp the network's heads.
     """
     start, found = time.perf_counter(), Simulated()
-    does = (_update_memory, _update_work, _rollout_memory, _rollout_work, _held_memory)
+    rollout = (partial(_rollout_memory, whole=whole), partial(_rollout_work, whole=whole))
+    does: tuple[Pass, ...] = (_update_memory, _update_work, *rollout, _held_memory)
     actions = dict(zip((*PASSES, HELD), does, strict=True))
     for name in passes:
         with _rank(recipe, config, units, gpus, ranks_per_node) as policy:
@@ -211,11 +218,10 @@ def _held_memory(recipe: Recipe, policy: Policy, sizes: Sizes, found: Simulated)
     found.held_peak, _ = _peak(tracker)
 
 
-def _rollout_memory(recipe: Recipe, policy: Policy, sizes: Sizes, found: Simulated) -> None:
-    x, t, condition = inputs(recipe, policy, sizes, recipe.rollout.batch_size)
+def _rollout_memory(recipe: Recipe, policy: Policy, sizes: Sizes, found: Simulated, whole: bool) -> None:
+    x, t, condition = inputs(recipe, policy, sizes, recipe.rollout.at_once)
     tracker = _tracker(policy, _optimizer(recipe, policy))
     tracker.track_inputs((x, t, condition))
-    whole = recipe.distributed.rollout_weights != "sharded"
     with distributed.gathered(policy.network) if whole else nullcontext():
         if whole:
             _track_gathered(policy.network, tracker)
@@ -268,10 +274,10 @@ def _update_work(recipe: Recipe, policy: Policy, sizes: Sizes, found: Simulated)
     found.update_sent, found.calls = dict(sent.sent), dict(sent.calls)
 
 
-def _rollout_work(recipe: Recipe, policy: Policy, sizes: Sizes, found: Simulated) -> None:
-    x, t, condition = inputs(recipe, policy, sizes, recipe.rollout.batch_size)
+def _rollout_work(recipe: Recipe, policy: Policy, sizes: Sizes, found: Simulated, whole: bool) -> None:
+    x, t, condition = inputs(recipe, policy, sizes, recipe.rollout.at_once)
     sent, flops = Sent(_branches(recipe) * len(x)), counting_flops()
-    with sent, flops, torch.no_grad():
+    with distributed.gathered(policy.network) if whole else nullcontext(), sent, flops, torch.no_grad():
         policy.velocity(x, t, condition)
     found.rollout_flops, found.rollout_sent = flops.get_total_flops(), dict(sent.sent)
 

@@ -1,4 +1,4 @@
-"""What a plan has to know of a model and its rewards beside the network's blocks, and where that comes from.
+"""What a plan has to know of a model beside the network's blocks, and where that comes from.
 
 Configs are read from the folder that a recipe names, or from the hub's local cache; where neither is there, the
 published network of that name is assumed, and the plan says so. Nothing is fetched.
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.config import Recipe, RewardSpec
+from fastgrpo import plan_rewards
+from fastgrpo.config import Recipe
 from fastgrpo.errors import UserError
 from fastgrpo.files import read_json
 from fastgrpo.mesh import mesh_shape
@@ -61,7 +62,7 @@ class Family:
     text: int  # tokens of the longest text
     encoders: float  # parameters of the text encoders
     vae: float  # parameters of the VAE
-    decode_flops: float  # per pixel
+    decode_flops: float  # per pixel that a tile covers
     decode_bytes: float  # per pixel of a tile at work, in bfloat16
     tile: tuple[int, int, int] | None = None  # frames, height, width in pixels; none = the whole clip
     stride: tuple[int, int, int] = (1, 1, 1)
@@ -69,7 +70,7 @@ class Family:
 
 VAE_CHANNELS = 128  # of the first level of the published VAEs, to whose size the two numbers above belong
 HUNYUAN_FAMILY = Family(
-    "transformer", 8, 4, 16, 256, 8.15e9, 0.2465e9, 23.2e6, 2321, (17, 256, 256), (12, 192, 192)
+    "transformer", 8, 4, 16, 256, 8.15e9, 0.2465e9, 17.6e6, 2321, (17, 256, 256), (12, 192, 192)
 )  # fmt: skip
 FAMILIES = {
     "hunyuan_video": HUNYUAN_FAMILY,
@@ -81,43 +82,28 @@ FAMILIES = {
 
 
 @dataclass(frozen=True)
-class Judge:
-    """A reward's network: parameters, and tokens that it reads per clip (an image reward: per scored frame)."""
-
-    parameters: float
-    tokens: float
-    per_frame: bool = True
-
-
-JUDGES = {  # assumed from the published architectures; tokens of VideoAlign: 2 frames per second of 448 x 448
-    "videoalign": Judge(2.2e9, 1300, True),
-    "hps": Judge(0.99e9, 257 + 77),
-    "clip_score": Judge(0.99e9, 729 + 77),
-    "pick_score": Judge(0.99e9, 257 + 77),
-}
-
-
-@dataclass(frozen=True)
 class Subject:
     """A job, its family's other parts, and what was assumed to make it."""
 
     job: Job
     family: Family
-    vae_scale: float  # the VAE's width over the published one's
     notes: tuple[str, ...]
 
 
 def subject(recipe: Recipe, gpus: int, ranks_per_node: int, text: int | None = None) -> Subject:
     """A recipe on so many GPUs.  text: tokens of the longest text, in place of the family's limit
 
-    Raises UserError for a mesh that does not divide, and for a size that the model cannot take.
+    Raises UserError for what a run would refuse: a mesh that does not divide, fewer samples than groups of ranks, a
+    size that the model cannot take, a reward server that not all nodes reach.
     """
     if recipe.model.family not in FAMILIES:
         raise UserError(f"model.family='{recipe.model.family}': no plan for it; plans know {', '.join(FAMILIES)}.")
     replicas, shards = mesh_shape(recipe.distributed, gpus, min(ranks_per_node, gpus))
+    _check_samples(recipe, gpus)
+    plan_rewards.check(recipe, gpus, ranks_per_node)
     config, notes = network_config(recipe)
     net = network(recipe.model.family, config)
-    family, scale = _family(recipe, notes)
+    family = _family(recipe, notes)
     if net.heads % recipe.distributed.sp and net.heads > 1:
         sizes = ", ".join(str(n) for n in range(1, net.heads + 1) if net.heads % n == 0)
         raise UserError(
@@ -131,7 +117,17 @@ def subject(recipe: Recipe, gpus: int, ranks_per_node: int, text: int | None = N
     if text is None:
         notes.append(f"texts of {tokens} tokens, the longest; --text-tokens for others")
     job = Job(recipe, net, latent, _tokens(net, latent, config, recipe), tokens, gpus, ranks_per_node, replicas, shards)
-    return Subject(job, family, scale, tuple(notes))
+    return Subject(job, family, tuple(notes))
+
+
+def _check_samples(recipe: Recipe, gpus: int) -> None:
+    """Raise UserError where a group of ranks would have nothing to do."""
+    groups, total = gpus // recipe.distributed.sp, recipe.prompts.per_iteration * recipe.rollout.samples_per_prompt
+    if total < groups:
+        raise UserError(
+            f"prompts.per_iteration={recipe.prompts.per_iteration}: {total} samples per iteration for {groups} groups "
+            "of ranks; raise it, rollout.samples_per_prompt or distributed.sp, or use fewer GPUs."
+        )
 
 
 def network_config(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
@@ -157,13 +153,13 @@ def _folders(named: str) -> list[Path]:
     return sorted((hub / f"models--{named.replace('/', '--')}" / "snapshots").glob("*"))
 
 
-def _family(recipe: Recipe, notes: list[str]) -> tuple[Family, float]:
-    """The family's facts with the VAE's own compression, and the VAE's width over the published one's."""
+def _family(recipe: Recipe, notes: list[str]) -> Family:
+    """The family's facts with the VAE's own compression, decoding scaled by the VAE's width."""
     family = FAMILIES[recipe.model.family]
     files = [folder / "vae" / "config.json" for folder in _folders(recipe.model.path)]
     found = next((file for file in files if file.is_file()), None)
     if found is None:
-        return family, 1.0
+        return family
     config = read_json(found, "model.path", "download that folder again")
     widths = config.get("block_out_channels") or [config.get("base_dim", 96) * VAE_CHANNELS / 96]
     space = config.get("spatial_compression_ratio") or config.get("scale_factor_spatial")
@@ -177,7 +173,7 @@ def _family(recipe: Recipe, notes: list[str]) -> tuple[Family, float]:
     )  # fmt: skip
     if scale != 1:
         notes.append("decoding and text encoders of another size than the published: scaled by the VAE's width")
-    return changed, scale
+    return changed
 
 
 def _latent(recipe: Recipe, family: Family, config: Mapping[str, Any]) -> tuple[int, int, int, int]:
@@ -207,19 +203,3 @@ def _tokens(net: Network, latent: tuple[int, int, int, int], config: Mapping[str
     if net.blocks[0].kind == "unet":
         return math.prod(latent[1:])
     return math.prod(latent[1:]) // _patch(recipe, config) ** 2
-
-
-def judges(recipe: Recipe) -> list[tuple[RewardSpec, Judge]]:
-    """The recipe's rewards that have a network, and no server of their own elsewhere."""
-    urls = recipe.server.urls
-    here = [spec for spec in recipe.rewards if spec.where == "process" or not (spec.urls or urls)]
-    return [(spec, JUDGES[spec.name]) for spec in here if spec.name in JUDGES and spec.device != "cpu"]
-
-
-def frames_scored(spec: RewardSpec, recipe: Recipe) -> float:
-    """Frames of a clip that a reward looks at."""
-    if spec.name == "videoalign":
-        return max(2.0, 2.0 * recipe.video.frames / (spec.fps or recipe.video.fps))
-    if isinstance(spec.frames, int):
-        return float(min(spec.frames, recipe.video.frames))
-    return float(recipe.video.frames) if spec.frames == "all" else 1.0

@@ -48,7 +48,7 @@ class Unit:
     weights: dict[str, Shape] = field(default_factory=dict)
     products: list[Product] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
-    saved: float = 0.0  # a UNet's level: bytes per latent place kept for the backward in bfloat16, see _UNetBlocks
+    saved: float = 0.0  # a UNet's level: bytes per latent place kept for the backward in bfloat16, see plan_unet.Levels
     _padded: dict[int, int] = field(default_factory=dict, repr=False)  # counted once: a search asks a thousand times
 
     @property

@@ -152,10 +152,6 @@ class Sent:
             self.gather * count, self.scatter * count, self.reduce * count, self.exchange * count, self.collect * count
         )
 
-    @property
-    def total(self) -> float:
-        return self.gather + self.scatter + self.reduce + self.exchange + self.collect
-
 
 def gathered_bytes(job: Job, unit: Unit) -> float:
     """Bytes of a unit's whole weights in compute precision, adapters included."""
@@ -183,18 +179,25 @@ def gather_blocks(job: Job, forwards: int) -> Sent:
 
 
 def micro_batch(job: Job, batch: int) -> Sent:
-    """One micro-batch of the update: gathers for forward and backward, the scattered gradient, exchanged tokens."""
+    """One micro-batch of the update: gathers for forward and backward, the scattered gradient, exchanged tokens.
+
+    The initial policy's forward gathers the blocks once more; the root is whole by then, see `plan_memory.states`.
+    """
     blocks = sum(gathered_bytes(job, unit) for unit in job.network.units if unit is not job.network.rest)
     gradient = sum(reduced_bytes(job, unit) for unit in job.network.units)
-    sent = Sent(gather=_ring(job) * (2 * blocks + gathered_bytes(job, job.network.rest)), scatter=_ring(job) * gradient)
+    gathered = (2 + job.reference) * blocks + gathered_bytes(job, job.network.rest)
+    sent = Sent(gather=_ring(job) * gathered, scatter=_ring(job) * gradient)
     return sent + tokens_of_update(job, batch)
 
 
 def tokens_of_update(job: Job, batch: int) -> Sent:
-    """What a micro-batch of `batch` states sends inside the sequence group: forward, recomputation and backward."""
+    """What a micro-batch of `batch` states sends inside the sequence group.
+
+    Forward, recomputation and backward, and the initial policy's forward.
+    """
     every, blocks = int(job.recipe.model.gradient_checkpointing), len(job.network.blocks)
     again = math.ceil(blocks / every) / blocks if every else 0.0
-    return _tokens(job, batch, 2 + again, 2)
+    return _tokens(job, batch, 2 + again + job.reference, 2 + job.reference)
 
 
 def between_replicas(job: Job) -> Sent:

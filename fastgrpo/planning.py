@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from fastgrpo.errors import UserError
 
 if TYPE_CHECKING:
     from fastgrpo.plan import Plan
+    from fastgrpo.plan_work import Job
 
 GIB = 2**30
 OVERRIDE = re.compile(r"[a-z_]+(\.\w+)+=")  # has a dot in its name, unlike what follows --set
@@ -93,18 +95,23 @@ def _simulate(found: "Plan") -> dict[str, Any]:
     """One rank simulated, and what the closed form says of the same micro-batch and forward."""
     import warnings
 
-    if found.subject.job.lora:
+    job, left_out = _alone(found.subject.job)
+    if job.lora:
         raise UserError("--simulate: peft cannot make adapters of tensors without contents; leave --simulate out.")
+    if job.recipe.distributed.offload:
+        raise UserError(
+            "--simulate: a rank without a GPU has no other memory to offload to; leave --simulate out, or set "
+            "distributed.offload=false."
+        )
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # none is changed
     from fastgrpo import plan_memory, plan_phases, plan_work
     from fastgrpo.plan_simulate import Sizes, simulate
     from fastgrpo.plan_sizes import network_config
 
-    job = found.subject.job
     recipe, config = job.recipe, network_config(job.recipe)[0]
-    exact = simulate(recipe, config, Sizes(job.latent, job.text), job.gpus, job.ranks_per_node)
     whole = plan_phases.holds_whole(found.subject, found.machine)
-    batch, drawn = recipe.optimizer.batch_size, recipe.rollout.batch_size
+    exact = simulate(recipe, config, Sizes(job.latent, job.text), job.gpus, job.ranks_per_node, whole=whole)
+    batch, drawn = recipe.optimizer.batch_size, recipe.rollout.at_once
     sent = plan_work.micro_batch(job, batch)
     rows = {
         "update: peak GiB": (exact.update_peak / GIB, sum(plan_memory.update(job, batch, False).values()) / GIB),
@@ -116,7 +123,22 @@ def _simulate(found: "Plan") -> dict[str, Any]:
         "rollout: peak GiB": (exact.rollout_peak / GIB, sum(plan_memory.rollout(job, drawn, whole).values()) / GIB),
         "rollout: forward TFLOP": (exact.rollout_flops / 1e12, plan_work.forward(job, drawn).total / 1e12),
     }
-    return {"compared": rows, "seconds": exact.seconds, **exact.as_dict()}
+    return {"compared": rows, "left_out": left_out, "seconds": exact.seconds, **exact.as_dict()}
+
+
+def _alone(job: "Job") -> "tuple[Job, list[str]]":
+    """The job as a simulated rank has it, with one copy of the weights, and the kinds of memory that are left out."""
+    recipe = job.recipe
+    left_out = ["average"] if recipe.optimizer.ema_decay else []
+    if recipe.objective.kind == "nft":
+        left_out.append("raw weights")
+    if job.second_network:
+        left_out.append("initial policy")
+    changed = {
+        "optimizer": recipe.optimizer.model_copy(update={"ema_decay": 0.0}),
+        "objective": recipe.objective.model_copy(update={"kl_weight": 0.0, "nft_kl": 0.0}),
+    }
+    return replace(job, recipe=recipe.model_copy(update=changed)), left_out
 
 
 def _positive(text: str) -> int:

@@ -83,7 +83,7 @@ def thorough(parts: Parts, folder: Path, tell: Callable[[Finding], None]) -> tup
 def some_trained(parts: Parts) -> Plan:
     """The run's own plan, with as few trained steps per sample as make two micro-batches."""
     recipe = parts.recipe
-    wanted = math.ceil(2 * recipe.optimizer.batch_size / recipe.rollout.batch_size)
+    wanted = math.ceil(2 * recipe.optimizer.batch_size / recipe.rollout.at_once)
     plan = noisy_plan(parts)
     return replace(plan, trained=max(1, min(wanted, recipe.steps_trained, len(plan.noisy))))
 

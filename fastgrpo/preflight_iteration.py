@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from fastgrpo import distributed, rollout, samplers
 from fastgrpo.config import Objective
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
+from fastgrpo.lifetime import fail_alone
 from fastgrpo.peaks import Peaks
 from fastgrpo.preflight_parts import Finding, Parts, gathered, largest, replicas_differ
 from fastgrpo.rollout import Drawn, Plan, Start
@@ -40,7 +40,7 @@ class Probe(Trainer):
 
     world: World | None = None
     norms: list[float] = field(default_factory=list)
-    missing: int = 0  # trained parameters without a gradient, in the last step
+    missing: str = ""  # a trained parameter that has no gradient on some rank
     differing: str = ""  # a parameter whose gradient is not the same on all replicas
 
     @classmethod
@@ -55,11 +55,13 @@ class Probe(Trainer):
         assert self.world is not None
         trained = {name: p for name, p in self.policy.network.named_parameters() if p.requires_grad}
         grads = {name: p.grad for name, p in trained.items() if p.grad is not None}
-        self.missing = len(trained) - len(grads)
+        lacking = next((name for name in trained if name not in grads), "")
+        self.missing = self.missing or next(filter(None, gathered(lacking, self.world)), "")
         norm = nn.utils.get_total_norm(list(grads.values()))
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.norms.append(norm.item())
-        self.differing = self.differing or replicas_differ(grads, self.world)
+        if not self.missing:  # else ranks may have different ones to compare
+            self.differing = self.differing or replicas_differ(grads, self.world)
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -75,13 +77,13 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str, remedy: str) -> Iterator[None]:
-        """Measure what is done inside. Raises UserError, with the remedy, where the GPU has no room for it."""
+        """Measure what is done inside. Raises OneRankError, with the remedy, where this GPU has no room for it."""
         self.memory.read()
         start = time.perf_counter()
         try:
             yield
         except torch.OutOfMemoryError:
-            raise UserError(f"{remedy}: the GPU has no room for the {name}.") from None
+            fail_alone(f"{remedy}: the GPU has no room for the {name}.")
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds[name] = time.perf_counter() - start
@@ -127,7 +129,7 @@ def run(parts: Parts, plan: Plan, probe: Probe, clips: int | None, meter: Meter)
     clips: at most so many of this rank's are decoded and scored; none = all
     """
     recipe, world, policy = parts.recipe, parts.world, parts.policy
-    size = recipe.rollout.batch_size
+    size = recipe.rollout.at_once
     batches = [next(_batches(parts, group)) for group in range(world.groups)]
     batch = batches[world.group]
     memory = f"rollout.batch_size={size}: lower it, or set distributed.rollout_weights=sharded"
@@ -158,7 +160,7 @@ def run(parts: Parts, plan: Plan, probe: Probe, clips: int | None, meter: Meter)
 
 def _batches(parts: Parts, group: int) -> Iterator[list[int]]:
     share = parts.world.share(parts.total, group)
-    return rollout.batches(share, parts.conditions, parts.plan.group_size, parts.recipe.rollout.batch_size)
+    return rollout.batches(share, parts.conditions, parts.plan.group_size, parts.recipe.rollout.at_once)
 
 
 def _score(parts: Parts, slots: list[int], latents: Tensor, pixels: Tensor) -> tuple[int, int]:
@@ -266,13 +268,16 @@ def ratio(parts: Parts, done: Iteration) -> Finding:
 
 
 def gradients(parts: Parts, done: Iteration) -> Finding:
-    """One backward's gradients are finite, not zero, and the same bits on all replicas."""
+    """One backward gives every trained parameter a gradient: finite, not all zero, the same bits on all replicas."""
     probe, world = done.probe, parts.world
     norm = probe.norms[-1] if probe.norms else math.nan
     replicas = world.mesh.size(0) if world.mesh.ndim == 2 else 1
     remedy = "look for the layer that overflows in model.dtype, or for another model.attention"
     if not math.isfinite(norm) or norm == 0.0:
         return Finding("gradients", False, f"their norm is {norm:.3g}", remedy)
+    if probe.missing:
+        remedy = f"leave it out of lora.targets, or freeze it in models/{parts.recipe.model.family}.py"
+        return Finding("gradients", False, f"none for {probe.missing}, which the loss does not depend on", remedy)
     if probe.differing:
         remedy = "the replicas would drift apart: see that nothing changes their reduction (distributed.shard, NCCL)"
         return Finding("gradients", False, f"of {probe.differing} differ between the {replicas} replicas", remedy)

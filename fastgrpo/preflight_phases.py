@@ -36,7 +36,7 @@ def measured(parts: Parts, done: Iteration, meter: Meter, saving_s: float) -> li
     recipe, world = parts.recipe, parts.world
     batch, steps = len(done.drawn.slots), done.plan.steps
     shares = (world.share(parts.total, group) for group in range(world.groups))
-    size = recipe.rollout.batch_size
+    size = recipe.rollout.at_once
     rounds = max(
         sum(1 for _ in rollout.batches(share, parts.conditions, done.plan.group_size, size)) for share in shares
     )

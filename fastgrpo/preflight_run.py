@@ -17,8 +17,8 @@ from fastgrpo.config import Recipe, Track
 from fastgrpo.data import prompts
 from fastgrpo.data.prompts import Split
 from fastgrpo.distributed import World
+from fastgrpo.errors import UserError
 from fastgrpo.gpus import GPUS, Achieved, Gpu
-from fastgrpo.lifetime import die_with
 from fastgrpo.plan_phases import GIB, Machine
 from fastgrpo.preflight_folder import scratch
 from fastgrpo.preflight_parts import Finding
@@ -30,8 +30,6 @@ from fastgrpo.train import Session
 
 def run(recipe: Recipe) -> bool:
     """Print a line per check and the phases' table, on the main rank.  returns whether all checks are green"""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with(os.getppid())  # as in training
     console = Console()
     with distributed.open_world(recipe.distributed) as world, ExitStack() as stack:
         found = first_prompts(recipe, embed.read_prompts(recipe, world))
@@ -73,12 +71,15 @@ def first_prompts(recipe: Recipe, found: Split) -> Split:
 
 
 def planned(recipe: Recipe, world: World) -> dict[str, Planned]:
-    """What the planner expects of each phase; empty where it does not know the GPU, or there is none."""
+    """What the planner expects of each phase; empty where it knows not the GPU or the model, or there is no GPU."""
     card = card_of(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
     if card is None:
         return {}
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    found = plan.plan(recipe, world.size, Machine(card, Achieved()), per_node)
+    try:
+        found = plan.plan(recipe, world.size, Machine(card, Achieved()), per_node)
+    except UserError:  # of a family or a config that plans do not know: the run itself took it
+        return {}
     times = {"save": 1 / recipe.checkpoint.every}
     return {phase.name: Planned(phase.seconds * times.get(phase.name, 1.0), phase.peak / GIB) for phase in found.phases}
 

@@ -14,8 +14,6 @@ class Reference(Protocol):
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor: ...
 
-    def transition(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float) -> tuple[Tensor, Tensor]: ...
-
 
 @dataclass(frozen=True)
 class Unadapted:
@@ -26,6 +24,3 @@ class Unadapted:
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         with at_rest(self.policy.network):
             return self.policy.velocity(x, t, condition)
-
-    def transition(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-        return self.policy.transition(x, v, t, t_next, eta)

@@ -22,7 +22,6 @@ from fastgrpo.report_ranks import memory, phase_colour, ranks
 from fastgrpo.runfolder import Evaluation, Run, read_run
 
 SMALL = 256  # pixels: the short side up to which a clip is shown with hard pixel edges
-IMAGES = {".png": "png", ".jpg": "jpeg"}
 HEALTH = (
     (
         "update/max_log_ratio_first",
@@ -167,19 +166,16 @@ def clips(run: Run) -> str:
 
 
 def clip_figure(evaluation: Evaluation, index: int, prompt: str) -> str:
-    """A clip (or a picture, for models of pictures) inside the page; small clips keep their hard pixel edges."""
+    """A clip (of one frame, for models of pictures) inside the page; small clips keep their hard pixel edges."""
     path = evaluation.clips[index]
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     label = escape(f"{when(evaluation)}: {prompt}")
-    if path.suffix in IMAGES:
-        shown = f'<img src="data:image/{IMAGES[path.suffix]};base64,{data}" alt="{label}">'
-    else:
-        height, width = video.read_mp4(path, [0])[0].shape[1:3]
-        style = ' class="pixelated"' if min(height, width) <= SMALL else ""
-        shown = (
-            f'<video{style} width="{width}" height="{height}" autoplay loop muted playsinline '
-            f'aria-label="{label}" src="data:video/mp4;base64,{data}"></video>'
-        )
+    height, width = video.read_mp4(path, [0])[0].shape[1:3]
+    style = ' class="pixelated"' if min(height, width) <= SMALL else ""
+    shown = (
+        f'<video{style} width="{width}" height="{height}" autoplay loop muted playsinline '
+        f'aria-label="{label}" src="data:video/mp4;base64,{data}"></video>'
+    )
     return f"<figure>{shown}<figcaption>{when(evaluation)}</figcaption></figure>"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastgrpo import config
+from fastgrpo import config, provenance
 from fastgrpo.config import Recipe
 from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
@@ -16,9 +16,12 @@ from fastgrpo.files import replace_text, sha256
 
 FREE_SECTIONS = ("checkpoint", "track", "server", "distributed")
 FREE_TO_CHANGE = (
-    "run.iterations", "run.resume", "run.max_requeues", "run.preflight", "prompts.cache", "rollout.batch_size",
-    "optimizer.batch_size", "evaluate.clips",
+    "run.dir", "run.iterations", "run.resume", "run.max_requeues", "run.preflight", "model.gradient_checkpointing",
+    "model.decode_batch", "prompts.cache", "rollout.batch_size", "rollout.store", "optimizer.batch_size",
+    "evaluate.clips",
 )  # fmt: skip
+FREE_OF_REWARDS = ("where", "urls", "device", "batch_size")
+"""Keys of a reward that move its scores to another place or pace, and change none."""
 
 
 def check_folder(recipe: Recipe, world: World) -> None:
@@ -30,13 +33,19 @@ def check_folder(recipe: Recipe, world: World) -> None:
             f"groups of ranks; raise it, rollout.samples_per_prompt or distributed.sp, or start fewer processes."
         )
     folder = recipe.run.dir
-    started = (folder / "metrics.jsonl").exists() or any(folder.glob("checkpoints/step-*"))
-    if not started:
-        return  # an attempt that failed before its first iteration binds nobody
+    if not holds_run(folder):
+        return
     if recipe.run.resume == "never":
         raise UserError(f"run.dir={folder}: holds a run already; choose another folder or run.resume=auto.")
     check_same_recipe(config.load(folder / "recipe.toml"), recipe)
     check_same_inputs(folder / "inputs.json", recipe)
+    provenance.check_network(recipe)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether an iteration was finished there: an attempt that failed before binds nobody."""
+    metrics = folder / "metrics.jsonl"  # empty from the moment at which a tracker opens it
+    return (metrics.is_file() and metrics.stat().st_size > 0) or any(folder.glob("checkpoints/step-*"))
 
 
 def prepare_folder(recipe: Recipe, world: World) -> None:
@@ -54,9 +63,7 @@ def check_same_recipe(old: Recipe, new: Recipe) -> None:
     differing = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and key not in FREE_TO_CHANGE
-        and not key.startswith(tuple(f"{section}." for section in FREE_SECTIONS))
+        if before.get(key) != now.get(key) and not _is_free(key)
     ]
     if differing:
         raise UserError(
@@ -82,15 +89,20 @@ def check_same_inputs(file: Path, recipe: Recipe) -> None:
             )
 
 
+def _is_free(key: str) -> bool:
+    """Whether a run may go on with another value there."""
+    section, _, rest = key.partition(".")
+    of_reward = section == "rewards" and rest.partition(".")[2] in FREE_OF_REWARDS
+    return of_reward or section in FREE_SECTIONS or key in FREE_TO_CHANGE
+
+
 def _flat(recipe: Recipe) -> dict[str, object]:
-    """Every `section.key` and its value; the list of rewards as one."""
-    flat: dict[str, object] = {}
-    for section, fields in recipe.model_dump(mode="json").items():
-        if isinstance(fields, dict):
-            flat |= {f"{section}.{key}": value for key, value in fields.items() if (section, key) != ("run", "dir")}
-        else:
-            flat[section] = fields
-    return flat
+    """Every key as an override names it, such as "run.seed" and "rewards.0.dtype", and its value."""
+    tables: dict[str, dict[str, object]] = {}
+    for section, content in recipe.model_dump(mode="json").items():
+        several = isinstance(content, list)
+        tables |= {f"{section}.{n}": one for n, one in enumerate(content)} if several else {section: content}
+    return {f"{table}.{key}": value for table, fields in tables.items() for key, value in fields.items()}
 
 
 def environment(world: World) -> dict[str, object]:

@@ -6,7 +6,6 @@ out: the same prompt and seed give the same clip, bit for bit, on one rank or ma
 
 import gc
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,6 @@ from fastgrpo.data import video
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
-from fastgrpo.lifetime import die_with
 from fastgrpo.models import Condition, Policy
 from fastgrpo.snapshot import Asked, Snapshot, Source
 
@@ -106,8 +104,6 @@ def sample(asked: Asked, wanted: Wanted) -> Sampled:
 
     Raises UserError on every rank for a mistake that any rank meets.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with(os.getppid())  # ranks are no process group of torchrun's: killing it would leave them sampling
     with distributed.open_world() as world, ExitStack() as stack:
         job = world.on_main(lambda: plan(snapshot.find(asked), wanted))
         replaces = MANIFEST if job.overwrite else None

@@ -39,7 +39,7 @@ def flow_transition(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float)
     program 1 - t is there taken at the next time, so that this step adds noise of variance eta^2.
     """
     t, t_next = column(t, x), column(t_next, x)
-    return _noisy_step(x, v, t, t_next, eta**2 * t / (1 - torch.where(t == 1, t_next, t)) * (t - t_next))
+    return _noisy_step(x, v, t, t_next, eta**2 * t / (1 - torch.where(_at_one(t, t_next), t_next, t)) * (t - t_next))
 
 
 def precise_transition(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
@@ -50,9 +50,14 @@ def precise_transition(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: flo
     Flow-GRPO's.
     """
     t, t_next = column(t, x), column(t_next, x)
-    within = t < 1
+    within = ~_at_one(t, t_next)
     area = ((1 - t_next) / (1 - torch.where(within, t, t_next))).log() - (t - t_next)
     return _noisy_step(x, v, t, t_next, eta**2 * torch.where(within, area, torch.ones_like(area)))
+
+
+def _at_one(t: Tensor, t_next: Tensor) -> Tensor:
+    """Whether a step begins at t = 1, or so near that only rounding is between: UniPC's grid begins at 1 - 1e-6."""
+    return 1 - t < 1e-3 * (t - t_next)
 
 
 def _noisy_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,7 @@ class Scorer:
         self.fps = fps
         self.world = world
         self.threads = [
-            ThreadPoolExecutor(max_workers=source.at_once, thread_name_prefix="scoring") for source in sources
+            ThreadPoolExecutor(source.at_once, "scoring", _take_device, (world.device,)) for source in sources
         ]
         self.pending: list[Batch] = []
         self.spans: list[tuple[float, float]] = []  # when scores were being made, of time.perf_counter
@@ -200,6 +200,12 @@ class Scorer:
 
 def _weights(specs: Sequence[RewardSpec]) -> dict[str, float]:
     return {part: weight for spec in specs for part, weight in spec.weights.items()}
+
+
+def _take_device(device: torch.device) -> None:
+    """Begin a thread on this rank's GPU: on the first one, where a thread begins, even waiting makes a context."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _mark(tensor: Tensor) -> torch.cuda.Event | None:

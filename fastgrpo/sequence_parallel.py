@@ -122,11 +122,10 @@ class Layout:
     video: int = 0  # tokens of all ranks
     text: int = 0  # text tokens at the front of a single-stream block's sequence (FLUX)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, text: slice, backend: Any, mask: Tensor | None = None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, text: slice, backend: Any) -> Tensor:
         """Joint attention of this rank's video tokens and the replicated text.
 
-        q, k, v: [B, n + L, H, D];  text: where the L text tokens are, at one end;  mask: [B, 1, 1, L] of the text
-        returns [B, n + L, H, D]
+        q, k, v: [B, n + L, H, D];  text: where the L text tokens are, at one end;  returns [B, n + L, H, D]
         """
         sp, first = self.sp, text.start == 0
         heads = sp.part(q.shape[2])
@@ -137,10 +136,7 @@ class Layout:
             both = [tokens_to_heads(video, self.video, sp), own_text[:, :, heads.start : heads.stop]]
             return torch.cat(both[::-1] if first else both, 1)
 
-        if mask is not None:
-            seen = mask.new_ones(*mask.shape[:-1], self.video)
-            mask = torch.cat([mask, seen] if first else [seen, mask], -1)
-        out = dispatch_attention_fn(exchange(q), exchange(k), exchange(v), attn_mask=mask, backend=backend)
+        out = dispatch_attention_fn(exchange(q), exchange(k), exchange(v), backend=backend)
         length = text.stop - text.start
         about_text = out[:, :length] if first else out[:, self.video :]
         about_video = out[:, length:] if first else out[:, : self.video]
@@ -153,7 +149,7 @@ class HunyuanAttention:
 
     def __init__(self, layout: Layout, plain: Any) -> None:
         self.layout = layout
-        self.plain = plain  # the processor of one rank: knows whether some text is padded, and the attention backend
+        self.plain = plain  # the processor of one rank: knows which texts are padded, and the attention backend
 
     def __call__(
         self,
@@ -162,6 +158,18 @@ class HunyuanAttention:
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        both: tuple[Tensor, Tensor] = self.plain.by_branch(
+            lambda video, text: self._attend(attn, video, text, image_rotary_emb), hidden_states, encoder_hidden_states
+        )
+        return both
+
+    def _attend(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         own, length = hidden_states.shape[1], encoder_hidden_states.shape[1]
         dual = attn.add_q_proj is not None
@@ -172,9 +180,8 @@ class HunyuanAttention:
         if dual:
             about_text = _heads(attn, encoder_hidden_states, TEXT_LAYERS)
             q, k, v = (torch.cat(pair, 1) for pair in zip((q, k, v), about_text, strict=True))
-        mask = attention_mask[..., own:] if attention_mask is not None and self.plain.padded else None
         where = slice(own, own + length)
-        out = self.layout.attend(q, k, v, where, self.plain._attention_backend, mask).flatten(2).to(q.dtype)
+        out = self.layout.attend(q, k, v, where, self.plain._attention_backend).flatten(2).to(q.dtype)
         video, text = out[:, :own], out[:, own:]
         if getattr(attn, "to_out", None) is not None:
             video = attn.to_out[1](attn.to_out[0](video))

@@ -6,7 +6,8 @@ first optimizer step, the ranks agree whether to stop. What was begun is then dr
 start draws it again exactly. After the first optimizer step the iteration is finished first. So what is saved lies
 between two iterations.
 
-torchrun passes no exit code on, so that the file `requeue` tells the batch script of a slurm job what to do next.
+torchrun passes no exit code on, so that the file `requeue` tells the batch script of a slurm job what to do next: go
+on where slurm asked, by a signal or by its word in the file, and not where a person made the file.
 """
 
 import contextlib
@@ -23,10 +24,14 @@ import torch.distributed as dist
 
 from fastgrpo.distributed import World
 from fastgrpo.files import replace_text
+from fastgrpo.lifetime import take_lock
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 POLL_S = 1.0  # between two looks for the file, which may lie on a network file system
+ANSWER = "requeue"
+SLURM = "slurm"
+"""What the batch script, launch/_job.sh, writes into the file `stop`."""
 BATCH = "FASTGRPO_BATCH"
 """In the environment of a slurm job whose batch script, launch/_job.sh, has removed what an earlier attempt left."""
 
@@ -62,7 +67,7 @@ class Stop:
 
     def __init__(self, folder: Path, signals: Signals, world: World) -> None:
         """For the run in `folder`, which must hold its lock; forgets what an earlier attempt left. On every rank."""
-        self.file, self.answer = folder / "stop", folder / "requeue"
+        self.file, self.answer = folder / "stop", folder / ANSWER
         self.signals, self.world = signals, world
         # On the hosts: a GPU's queue of kernels is not waited for.
         self._group = dist.new_group(backend="gloo") if world.device.type == "cuda" else None
@@ -108,9 +113,28 @@ class Stop:
             return self.file.exists()
         return self.signals.received
 
-    def tell(self, requeue: bool) -> None:
-        """Answer the batch script: put the job back into the queue, to go on, or not, since it needs a person."""
+    def tell(self) -> None:
+        """Answer the batch script after Stopped: put the job back into the queue, unless a person wants it stopped."""
         if self.world.main:
-            with contextlib.suppress(OSError):  # without an answer the job counts as crashed
+            with contextlib.suppress(OSError):
+                person = self.file.exists() and self.file.read_text(errors="replace").strip() != SLURM
                 self.file.unlink(missing_ok=True)
-                replace_text(self.answer, "yes\n" if requeue else "no\n")
+                answer(self.answer.parent, requeue=not person)
+
+
+def answer(folder: Path, requeue: bool) -> None:
+    """Tell the batch script of the run in `folder`, whose lock one of its ranks must hold, what becomes of the job."""
+    with contextlib.suppress(OSError):  # without an answer the job counts as crashed
+        replace_text(folder / ANSWER, "yes\n" if requeue else "no\n")
+
+
+def answer_mistake(folder: Path) -> None:
+    """Tell it not to requeue, since a person must look at it first. On the main rank, once it has let go of the lock.
+
+    Where another run has the lock by now, or had it all along, the folder and its answer are that one's.
+    """
+    with contextlib.suppress(OSError):
+        lock = take_lock(folder, "run.dir")
+        if lock is not None:
+            with lock:
+                answer(folder, requeue=False)

@@ -1,11 +1,11 @@
 """The numbers of a run: one JSON line per iteration, a live display or plain lines, and wandb when it is asked for.
 
 Iterations count from 0, as in `for iteration in range(start_iteration, total_iterations)`; people read `iteration + 1`.
-Names of metrics: `reward/sum`, `reward/<part>`, `reward/invalid`, `group_std/<part>`, `heldout/sum`, `heldout/<part>`,
-`seconds/<phase>` and `seconds/total` of rank 0, `update/...`, `lr`; of several ranks `seconds_min/<phase>`,
-`seconds_median/<phase>`, `seconds_max/<phase>`, `slowest/<phase>` and `slowest/rank` (a rank); `resident_gib/<phase>`,
-on a GPU `allocated_gib/<phase>` and `reserved_gib/<phase>`: the largest peak of any rank. Everything is written inside
-the run's folder.
+Names of metrics: `reward/sum`, `reward/<part>`, `reward/invalid`, `group_std/<part>`, `seconds/<phase>` and
+`seconds/total` of rank 0, `update/...`, `lr`; of several ranks `seconds_min/<phase>`, `seconds_median/<phase>`,
+`seconds_max/<phase>`, `slowest/<phase>` and `slowest/rank` (a rank); `resident_gib/<phase>`, on a GPU
+`allocated_gib/<phase>` and `reserved_gib/<phase>`: the largest peak of any rank. wandb's summary also has
+`heldout_before/<part>` and `heldout_after/<part>`. Everything is written inside the run's folder.
 """
 
 import json
@@ -39,7 +39,7 @@ Row = dict[str, float]  # one line of metrics.jsonl; NaN where it says null
 
 @dataclass(frozen=True)
 class Wandb:
-    """Where a run appears in wandb; mode "online" falls back to offline where no key is at hand."""
+    """Where a run appears in wandb; mode "online" falls back to offline without a key, or where no server answers."""
 
     project: str
     name: str | None = None  # None: the name of the run's folder
@@ -131,6 +131,11 @@ class Tracker:
                 panel.append(wandb.Video(str(path), caption=caption, format="mp4"))
             self._wandb.log({f"videos/{name}": panel}, step=iteration)
 
+    def summary(self, values: Mapping[str, object]) -> None:
+        """Numbers of the whole run, for wandb's summary; the run's folder has them in summary.json."""
+        if self._wandb is not None:
+            self._wandb.summary.update(dict(values))
+
     def close(self) -> None:
         """Ends the display, the file and the wandb run; a second call does nothing."""
         if not self.main or self._file.closed:
@@ -200,17 +205,27 @@ def start_wandb(run_dir: Path, settings: Wandb, config: Mapping[str, object]) ->
         run_id = id_file.read_text(encoding="utf-8").strip()
         online = settings.mode == "online" and has_wandb_key()
         quiet = wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True)
-        return wandb.init(
-            project=settings.project,
-            name=settings.name or run_dir.name,
-            entity=settings.entity,
-            dir=str(run_dir),
-            id=run_id,
-            resume="allow" if online else None,  # offline pieces with one id are joined by wandb sync
-            mode="online" if online else "offline",
-            config=dict(config),
-            settings=quiet,
-        )
+
+        def begin(online: bool) -> "WandbRun":
+            return wandb.init(
+                project=settings.project,
+                name=settings.name or run_dir.name,
+                entity=settings.entity,
+                dir=str(run_dir),
+                id=run_id,
+                resume="allow" if online else None,  # offline pieces with one id are joined by wandb sync
+                mode="online" if online else "offline",
+                config=dict(config),
+                settings=quiet,
+            )
+
+        try:
+            return begin(online)
+        except wandb.errors.Error:  # a key at hand, and no way out: the nodes of many clusters
+            if not online:
+                raise
+            wandb.teardown()
+            return begin(online=False)
 
 
 def has_wandb_key() -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrpo import distributed, embed, evaluate, grpo, models, nft, preflight, rollout, samplers, track, window
+from fastgrpo import distributed, embed, evaluate, grpo, models, nft, preflight, rollout, room, samplers, track, window
 from fastgrpo.checkpoint import Checkpoints, Progress, number
 from fastgrpo.config import Recipe
 from fastgrpo.data import prompts
@@ -24,17 +24,18 @@ from fastgrpo.errors import UserError
 from fastgrpo.evaluate import Evaluation
 from fastgrpo.files import replace_text
 from fastgrpo.heartbeat import Heart
-from fastgrpo.lifetime import die_with, only_run_in
+from fastgrpo.lifetime import OneRankError, only_run_in
 from fastgrpo.loading import shard_and_read
 from fastgrpo.models import Condition, Policy
 from fastgrpo.preflight_parts import Parts
+from fastgrpo.provenance import check_rewards, record_provenance
 from fastgrpo.ranks import Ranks
 from fastgrpo.reference import Reference, Unadapted
 from fastgrpo.report import write_report
-from fastgrpo.resume import check_folder, prepare_folder
+from fastgrpo.resume import check_folder, holds_run, prepare_folder
 from fastgrpo.rollout import Plan, Trajectory
 from fastgrpo.scoring import NoScores, Scored, Scorer, open_rewards
-from fastgrpo.stopping import Signals, Stop, Stopped
+from fastgrpo.stopping import Signals, Stop, Stopped, answer, answer_mistake
 from fastgrpo.stopwatch import Stopwatch
 from fastgrpo.track import Tracker
 from fastgrpo.update import Trainer, update
@@ -45,15 +46,18 @@ def train(recipe: Recipe) -> dict[str, object] | None:
 
     Returns the summary, on every rank; None where the run was asked to stop, and starting it again goes on with it.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with(os.getppid())  # ranks are no process group of torchrun's: killing it would leave them training
-    with distributed.open_world(recipe.distributed) as world, ExitStack() as stack:
-        found, stop = claim(recipe, world, stack)
-        try:
-            return Session.open(recipe, world, stack, found, stop).run()
-        except UserError:  # a person must look at it first
-            stop.tell(requeue=False)
-            raise
+    try:
+        with distributed.open_world(recipe.distributed) as world, ExitStack() as stack:
+            found, stop = claim(recipe, world, stack)
+            try:
+                return Session.open(recipe, world, stack, found, stop).run()
+            except OneRankError:  # closing the world may wait for the other ranks, for ever
+                answer(recipe.run.dir, requeue=False)
+                raise
+    except UserError:  # also of the first lines: the job, started again, would end there again
+        if os.environ.get("RANK", "0") == "0":
+            answer_mistake(recipe.run.dir)
+        raise
 
 
 def claim(recipe: Recipe, world: World, stack: ExitStack) -> tuple[Split, Stop]:
@@ -91,6 +95,7 @@ class Session:
         """Load, shard, resume; start the reward server where the recipe asks for one. `stack` closes what is open."""
         ranks = Ranks(recipe.run.dir, world, stack.enter_context(Heart(recipe.run.dir, world.rank, world.size)))
         sources = open_rewards(recipe, world, stack)
+        notices = world.on_main(lambda: check_rewards(recipe.run.dir, sources) if holds_run(recipe.run.dir) else [])
         policy = world.together(lambda: models.outline(recipe.model, world.device, recipe.lora))
         shape = policy.latent_shape(recipe.video)
         grid = policy.time_grid(recipe.rollout.steps, recipe.rollout.shift, shape).to(world.device)
@@ -114,21 +119,34 @@ class Session:
         stack.callback(scorer.close)
         tracker = open_tracker(recipe, world, progress.iteration)
         stack.callback(tracker.close)
-        for notice in checkpoints.notices:
+        for notice in (*notices, *checkpoints.notices):
             tracker.message(notice)
         if progress.iteration:
             tracker.message(f"resumed from checkpoint step-{progress.iteration}")
-        return cls(
+        session = cls(
             recipe, world, policy, trainer, scorer, tracker, checkpoints, progress,
             [prompt.text for prompt in encoded.train], [prompt.text for prompt in encoded.heldout],
             encoded.conditions, grid, heldout_grid, shape, stop, ranks,
         )  # fmt: skip
+        if recipe.rollout.batch_size == "auto":
+            session.settle_batch()
+        return session
+
+    def settle_batch(self) -> None:
+        """Put a number in the place of rollout.batch_size = "auto": the checkpoint's, or what the memory allows."""
+        if not self.progress.rollout_batch:
+            self.progress.rollout_batch, told = room.rollout_batch(self.preflight_parts())
+            self.tracker.message(told)
+        settled = self.recipe.rollout.settled(self.progress.rollout_batch)
+        self.recipe = self.recipe.model_copy(update={"rollout": settled})
 
     def run(self) -> dict[str, object] | None:
         """What `train` returns."""
         try:
             if self.recipe.run.preflight and not self.progress.iteration:
                 preflight.quick(self.preflight_parts(), self.tracker.message)
+            if not self.progress.iteration:
+                self.world.on_main(lambda: record_provenance(self.recipe, self.scorer.sources))
             before = self.baseline()
             while self.progress.iteration < self.recipe.run.iterations:
                 self.iterate()
@@ -144,12 +162,14 @@ class Session:
 
     def preflight_parts(self) -> Parts:
         """What is checked before the first iteration."""
-        chosen = prompts.draw(len(self.train_prompts), self.recipe.prompts.per_iteration, 0, self.recipe.run.seed)
-        return Parts(
-            self.recipe, self.world, self.trainer, self.scorer, self.plan(0),
-            [self.train_prompts[index] for index in chosen],
-            [models.move(self.conditions[index], self.world.device) for index in chosen],
-        )  # fmt: skip
+        return Parts(self.recipe, self.world, self.trainer, self.scorer, self.plan(0), *self.batch(0))
+
+    def batch(self, iteration: int) -> tuple[list[str], list[Condition]]:
+        """The prompts of an iteration, and their conditions on the device."""
+        recipe = self.recipe
+        chosen = prompts.draw(len(self.train_prompts), recipe.prompts.per_iteration, iteration, recipe.run.seed)
+        conditions = [models.move(self.conditions[index], self.world.device) for index in chosen]
+        return [self.train_prompts[index] for index in chosen], conditions
 
     def iterate(self) -> None:
         """One iteration of Algorithm 1."""
@@ -158,9 +178,7 @@ class Session:
         watch = self.ranks.watch(iteration)
 
         # 1. a batch of prompts
-        chosen = prompts.draw(len(self.train_prompts), recipe.prompts.per_iteration, iteration, recipe.run.seed)
-        texts = [self.train_prompts[index] for index in chosen]
-        conditions = [models.move(self.conditions[index], self.world.device) for index in chosen]
+        texts, conditions = self.batch(iteration)
         plan = self.plan(iteration)
         if recipe.objective.kind == "nft":
             plan = nft.of_any_step(plan)
@@ -209,7 +227,7 @@ class Session:
         """Rollout in batches; each batch is scored while the next is drawn.  returns this rank's samples, all scores"""
         total = len(texts) * plan.group_size
         trajectories: dict[int, Trajectory] = {}
-        size, dtype = self.recipe.rollout.batch_size, getattr(torch, self.recipe.model.dtype)
+        size, dtype = self.recipe.rollout.at_once, getattr(torch, self.recipe.model.dtype)
         settings = self.recipe.distributed
         old = self.recipe.objective.kind == "nft"
         with (
@@ -274,7 +292,7 @@ class Session:
         """Save what the last checkpoint lacks; of the iteration that was dropped nothing has reached the weights."""
         self.trainer.optimizer.zero_grad(set_to_none=True)
         self.end_saving()
-        self.stop.tell(requeue=True)
+        self.stop.tell()
         self.tracker.message(f"asked to stop: saved after {self.progress.iteration} iterations; start again to go on")
 
     def evaluate(self) -> Evaluation:
@@ -304,8 +322,9 @@ class Session:
         self.tracker.message("evaluating the held-out prompts after training")
         after = self.evaluate()
         folder = self.recipe.run.dir
+        compared = evaluate.compare(before, after)
         summary: dict[str, object] = {
-            **evaluate.compare(before, after),
+            **compared,
             "iterations": self.progress.iteration,
             "wall_seconds": self.progress.seconds,
             "ranks": self.world.size,
@@ -313,6 +332,8 @@ class Session:
 
         def write() -> None:
             replace_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+            for when in ("before", "after"):
+                self.tracker.summary({f"heldout_{when}/{part}": value for part, value in compared[when].items()})
             self.log_clips(after)
             write_report(folder)
 
@@ -336,8 +357,9 @@ def initial_policy(recipe: Recipe, world: World, trained: Policy) -> Reference:
     if recipe.lora.rank:
         return Unadapted(trained)
     policy = world.together(lambda: models.outline(recipe.model, world.device))
-    policy.network.requires_grad_(False)
-    policy.negative = trained.negative
+    for parameter in policy.network.requires_grad_(False).parameters():  # nothing trains it: no masters
+        parameter.data = parameter.data.to(getattr(torch, recipe.model.dtype))
+    policy.negative, policy.vae = trained.negative, trained.vae
     shard_and_read(policy, recipe, world, "weights of the initial policy")
     return policy
 

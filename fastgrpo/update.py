@@ -1,7 +1,8 @@
 """Trajectories and advantages to optimizer steps.
 
 The unit of work is a state: a sample at a chosen step, or a whole group where its samples have not parted yet, so that
-one forward and backward serves all their transitions. Micro-batches mix samples and steps and never text lengths; every
+one forward and backward serves all their transitions. Samples of advantage 0, such as a group's whose rewards are all
+equal, count in the objective's mean and cost nothing. Micro-batches mix samples and steps and never text lengths; every
 rank runs the same number of them, and where it has none left a loss of zero, so that collectives stay in step.
 """
 
@@ -145,6 +146,7 @@ def update(
     between: gives the micro-batches before the first optimizer step one by one, and may raise in place of one
     """
     totals = Totals.zeros(world.device)
+    idle = (advantages == 0).tolist() if _advantage_is_all(objective) else [False] * len(advantages)
     advantages = advantages.to(world.device)
     sampler = samplers.of(trainer.policy, plan.sampler)
     step_weights = objectives.step_weights(objective.step_weights, plan.grid, plan.noisy, plan.eta, sampler)
@@ -154,7 +156,8 @@ def update(
         transitions = sum(len(plan.chosen(slot)) for slot in members)
         if not transitions:
             continue
-        batches = _micro_batches(members, conditions, plan, trainer.settings.batch_size, world)
+        teaching = [slot for slot in members if not idle[slot]]
+        batches = _micro_batches(teaching, conditions, plan, trainer.settings.batch_size, world) or [[]]
         for number, batch in enumerate(batches if norms else between(batches), 1):
             if world.mesh.ndim == 2:  # replicas need to agree before the step only
                 trainer.policy.network.set_requires_all_reduce(number == len(batches))  # type: ignore[operator]
@@ -169,6 +172,11 @@ def update(
             totals.max_log_ratio_first = totals.max_log_ratio
         norms.append(trainer.step())
     return _metrics(totals, norms, trainer, world)
+
+
+def _advantage_is_all(objective: Objective) -> bool:
+    """Whether a sample of advantage 0 has no gradient: its forwards and backwards can be left out."""
+    return objective.kind != "nft" and not objective.kl_weight
 
 
 def _micro_batches(

@@ -1,10 +1,31 @@
 # Part of launch/_run.sh for the batch script of a slurm job: it stays beside the run, asks it to save and end when slurm
 # is about to end the job, and puts the job back into the queue where there is more to do.
 
+LIVES='JobState=(RUNNING |COMPLETING Reason=TimeLimit)' # as scontrol shows a job that nobody cancelled
+
 asked=
 # The first thing that a batch script does: a signal without a handler would end it. Waiting for a child is interrupted.
 hear_slurm() {
-    trap 'asked=1; [[ -z ${folder:-} ]] || touch "$folder/stop"' USR1 TERM
+    trap 'asked=1; [[ -z ${folder:-} ]] || ask_to_stop' USR1 TERM
+}
+
+# In slurm's name, so that the ranks answer "yes" to going on; a person's file stays. Whole at once: the ranks may look.
+ask_to_stop() {
+    { echo slurm >"$folder/stop.partial" && mv -n "$folder/stop.partial" "$folder/stop"; } || true
+    rm -f "$folder/stop.partial"
+}
+
+# ask_slurm ARGUMENT ...: what scontrol answers; asked again where it does not, as while slurmctld starts anew
+ask_slurm() {
+    local pause answer
+    for pause in 1 2 4 0; do
+        if answer=$(scontrol "$@"); then
+            [[ -z $answer ]] || echo "$answer"
+            return
+        fi
+        sleep "$pause"
+    done
+    return 1
 }
 
 # run_job PYTHON FILE [section.key=value ...] < the resolved recipe; does not return
@@ -17,13 +38,14 @@ run = tomllib.load(sys.stdin.buffer)["run"]
 print(run["dir"], run["max_requeues"], sep="\n")')
     mkdir -p "$folder/logs"
     rm -f "$folder/stop" "$folder/requeue" # of an earlier attempt
-    [[ -z $asked ]] || touch "$folder/stop"
+    [[ -z $asked ]] || ask_to_stop
 
-    # By the address that slurm itself uses: a node's name need not resolve. Not piped into head: it could die of SIGPIPE.
+    # By the address that slurm itself uses: a node's name need not resolve. No pipes: one dies of a SIGPIPE or a failure.
     hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     first=${hosts%%[[:space:]]*}
-    address=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-    export FASTGRPO_MASTER=${address:-$first}:$((20000 + SLURM_JOB_ID % 10000)) FASTGRPO_BATCH=1
+    address=$first
+    [[ ! $(ask_slurm show node "$first" || true) =~ NodeAddr=([^[:space:]]+) ]] || address=${BASH_REMATCH[1]}
+    export FASTGRPO_MASTER=$address:$((20000 + SLURM_JOB_ID % 10000)) FASTGRPO_BATCH=1
     export FASTGRPO_LOGS=$folder/logs/job-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
     # The step's exit code goes through a file: bash's `wait` loses it where a signal comes as the step ends.
     local ended=$FASTGRPO_LOGS.exit step code=137
@@ -48,15 +70,16 @@ print(run["dir"], run["max_requeues"], sep="\n")')
 
 # conclude EXIT_CODE LIMIT: what becomes of the job; does not return
 conclude() {
-    local code=$1 limit=$2 answer=none newest=none before=none ended=0 how
+    local code=$1 limit=$2 answer=none newest=none before=none ended=0 how state
     trap '' USR1 TERM
     [[ ! -f $folder/requeue ]] || answer=$(<"$folder/requeue")
     if [[ ${ENVIRONMENT:-} != BATCH || $answer == no || ($code == 0 && $answer == none) ]]; then
         rm -f "$folder/attempts"
         exit "$code"
     fi
-    # A job that slurm is ending by now was cancelled, or slurm itself puts it back, unless its time was up.
-    if ! scontrol show job "$SLURM_JOB_ID" | grep -Eq "JobState=(RUNNING |COMPLETING Reason=TimeLimit)"; then
+    # A job that slurm is ending by now was cancelled, or slurm itself puts it back, unless its time was up. Where slurm
+    # does not say, the job is put back: what was not cancelled must not be lost.
+    if state=$(ask_slurm show job "$SLURM_JOB_ID") && [[ ! $state =~ $LIVES ]]; then
         echo "job $SLURM_JOB_ID: cancelled; submitting it again goes on with what $folder holds" >&2
         exit "$code"
     fi
@@ -72,6 +95,9 @@ conclude() {
     fi
     echo "$newest $((ended + 1))" >"$folder/attempts"
     echo "job $SLURM_JOB_ID: $how, newest checkpoint $newest; back into the queue" >&2
-    scontrol requeue "$SLURM_JOB_ID"
+    if ! ask_slurm requeue "$SLURM_JOB_ID"; then
+        echo "job $SLURM_JOB_ID: slurm did not take it back; submitting it again goes on with what $folder holds" >&2
+        exit $((code == 0 ? 1 : code))
+    fi
     exit "$code"
 }

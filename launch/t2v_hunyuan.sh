@@ -8,7 +8,7 @@
 #SBATCH --output=slurm-%x-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-#SBATCH --signal=B:USR1@300
+#SBATCH --signal=B:USR1@600
 ''':'
 # torchrun, bash or sbatch FILE [section.key=value ...]; bash reads this half, Python the other.
 # slurm runs a copy of FILE, so scontrol must tell where it lies.

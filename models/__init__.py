@@ -53,6 +53,8 @@ class Policy(Protocol):
 
     network: nn.Module
     """The trainable network."""
+    vae: nn.Module
+    """The decoder, frozen."""
     negative: Condition | None
     """The unconditional branch's condition, on the network's device; set before sampling where model.cfg > 1."""
 

@@ -4,10 +4,10 @@ diffusers' unmodified classes, and the embedded guidance of the distilled checkp
 pipeline, both exact: text is trimmed to its own length and blocks attend without a mask (a batch never mixes lengths),
 so that the fastest attention kernels apply; and the guidance stays in float32 (the pipeline rounds 6000 to 6016 in
 bfloat16). Classifier-free guidance runs both branches as one batch; where their texts differ in length the shorter is
-padded, and only then is there a mask.
+padded, and each branch attends by itself, to its own text alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,22 +37,40 @@ TILED_ABOVE = 32  # latent height or width from which the VAE decodes in tiles: 
 
 
 class TrimmedAttention(HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]
-    """diffusers' attention without the mask where no text is padded: all ones, it would rule flash attention out."""
+    """diffusers' attention to the text's own tokens in place of a mask, which would rule flash attention out."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.padded = False  # set before each forward; a checkpointed block runs again before the next one
+        # Of the texts of guidance's two branches; empty where all of a batch are of one length. Set before each
+        # forward; a checkpointed block runs again before the next one.
+        self.lengths: tuple[int, ...] = ()
 
     def __call__(
         self,
         attn: nn.Module,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Any:
-        mask = attention_mask if self.padded else None
-        return super().__call__(attn, hidden_states, encoder_hidden_states, mask, image_rotary_emb)
+    ) -> tuple[Tensor, Tensor]:
+        attend = super().__call__
+        return self.by_branch(
+            lambda video, text: attend(attn, video, text, None, image_rotary_emb), hidden_states, encoder_hidden_states
+        )
+
+    def by_branch(
+        self, attend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], video: Tensor, text: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`attend`, or, where texts are padded, each branch by itself without the padding, for which zeros come out.
+
+        attend: (video, text) -> likewise;  video: [B, n, D];  text: [B, L, D], both branches' rows one after the other
+        """
+        if not self.lengths:
+            return attend(video, text)
+        branches = zip(video.chunk(2), text.chunk(2), self.lengths, strict=True)
+        done = [attend(video, text[:, :length]) for video, text, length in branches]
+        texts = [pad(text, (0, 0, 0, max(self.lengths) - text.shape[1])) for _, text in done]
+        return torch.cat([video for video, _ in done]), torch.cat(texts)
 
 
 class HunyuanVideo:
@@ -85,19 +103,20 @@ class HunyuanVideo:
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         if self.cfg == 1:
-            return self._predict(x, t, condition["text"], condition["pooled"], None)
+            return self._predict(x, t, condition["text"], condition["pooled"], ())
         assert self.negative is not None
-        text, mask = both_texts(self.negative["text"], condition["text"])
+        text, lengths = both_texts(self.negative["text"], condition["text"])
         pooled = condition["pooled"]
         pooled = torch.cat([self.negative["pooled"].expand_as(pooled), pooled])
-        without, with_text = self._predict(torch.cat([x, x]), torch.cat([t, t]), text, pooled, mask).chunk(2)
+        without, with_text = self._predict(torch.cat([x, x]), torch.cat([t, t]), text, pooled, lengths).chunk(2)
         return without + self.cfg * (with_text - without)
 
-    def _predict(self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor, mask: Tensor | None) -> Tensor:
-        """One forward of the network.  text: [B, L, D];  mask: [B, L] bool where some text is padded"""
-        self.attention.padded = mask is not None
-        if mask is None:
-            mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+    def _predict(self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """One forward of the network.  text: [B, L, D];  lengths: of both branches' texts where one is padded"""
+        self.attention.lengths = lengths
+        mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)  # the text refiner's
+        for rows, length in zip(mask.chunk(2), lengths, strict=False):
+            rows[:, length:] = False
         guidance = None
         if self.network.config.guidance_embeds:  # type: ignore[union-attr]
             guidance = torch.full_like(t, self.guidance * 1000.0)
@@ -125,18 +144,15 @@ class HunyuanVideo:
         )
 
 
-def both_texts(negative: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The two branches' texts as one batch, the shorter padded, and the mask where that was needed.
+def both_texts(negative: Tensor, text: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The two branches' texts as one batch, the shorter padded, and their lengths where that was needed.
 
-    negative: [L, D];  text: [B, M, D];  returns [2 B, max(L, M), D] and bool [2 B, max(L, M)] or none
+    negative: [L, D];  text: [B, M, D];  returns [2 B, max(L, M), D], and (L, M) or nothing
     """
-    count, length, shorter = len(text), max(len(negative), text.shape[1]), min(len(negative), text.shape[1])
-    padded = pad(negative, (0, 0, 0, length - len(negative))).expand(count, -1, -1)
-    both = torch.cat([padded, pad(text, (0, 0, 0, length - text.shape[1]))])
-    if length == shorter:
-        return both, None
-    position = torch.arange(length, device=text.device).expand(count, -1)
-    return both, torch.cat([position < len(negative), position < text.shape[1]])
+    lengths = (len(negative), text.shape[1])
+    padded = pad(negative, (0, 0, 0, max(lengths) - len(negative))).expand(len(text), -1, -1)
+    both = torch.cat([padded, pad(text, (0, 0, 0, max(lengths) - text.shape[1]))])
+    return both, lengths if lengths[0] != lengths[1] else ()
 
 
 class TextEncoder:

@@ -13,10 +13,11 @@ import httpx
 import torch
 from torch import Tensor
 
+from fastgrpo.config import LONGEST_WAIT_S
 from fastgrpo.errors import UserError
 from fastgrpo.rewards import Scores, wire
 from fastgrpo.rewards.in_process import join
-from fastgrpo.rewards.replicas import LONGEST_PAUSE_S, Replica, Replicas
+from fastgrpo.rewards.replicas import LONGEST_PAUSE_S, Patience, Replica, Replicas
 from fastgrpo.rewards.spec import Spec, Unlike, compare, differs, read_spec
 
 log = logging.getLogger(__name__)
@@ -45,8 +46,9 @@ class RewardClient:
 
     Scoring has no side effect, so a request that failed on its way is simply sent again, to another replica where there
     is one. While every replica is gone it waits, for at most `outage_s`. A request whose turn did not come in time is
-    sent again like one that was turned away. One that a living server cannot answer well, or not in time although its
-    turn had come, is tried once more; then its clips are invalid.
+    sent again like one that was turned away, for as long as the servers answer others, but not so long that the ranks'
+    own time limit ends the run. One that a living server cannot answer well, or not in time although its turn had come,
+    is tried once more; then its clips are invalid.
     """
 
     at_once = 4  # requests under way: enough that one is read while another is scored
@@ -137,10 +139,11 @@ class RewardClient:
 
         Raises UserError in an outage, and for an answer that trying again would not change.
         """
-        bad, last, troubled_since = 0, None, math.inf
+        bad, last = 0, None
+        patience = Patience(self.replicas, LONGEST_WAIT_S - 2 * self.timeout_s)  # one more may be under way at its end
         while True:
             replica = self.replicas.take(last)
-            pause = 0.0
+            pause, turned_away = 0.0, False
             try:
                 if not replica.known:
                     self._meet(replica)
@@ -151,6 +154,7 @@ class RewardClient:
             except Unlike as unlike:
                 self.replicas.bar(replica, str(unlike))
             except Busy as busy:
+                turned_away = True
                 self._count("requests_turned_away")
                 pause = self.replicas.busy(replica, str(busy), busy.pause_s)
             except Bad as trouble:
@@ -162,9 +166,7 @@ class RewardClient:
                 self.replicas.failed(replica, f"{type(error).__name__}: {error}")
             finally:
                 self.replicas.release(replica)
-            now = time.monotonic()
-            troubled_since = min(troubled_since, now)
-            if bad >= ATTEMPTS or now - troubled_since > self.replicas.outage_s:  # others' requests succeed meanwhile
+            if bad >= ATTEMPTS or patience.ends(turned_away):
                 return None
             time.sleep(pause)
             last = replica

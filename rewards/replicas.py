@@ -1,6 +1,7 @@
 """Which of several servers takes the next request, which ones are left alone for a while, and when all have failed."""
 
 import logging
+import math
 import random
 import threading
 import time
@@ -46,6 +47,7 @@ class Replicas:
         self._random = random.Random()  # its own, so that pauses disturb no one's random numbers
         self._trouble_since: float | None = None
         self._last_trouble = ("", "")
+        self._last_success = -math.inf
 
     def take(self, other_than: Replica | None = None) -> Replica:
         """A replica for one request, once there is one that takes it; give it back with `release`.
@@ -77,6 +79,12 @@ class Replicas:
                 log.info("reward server %s is back", replica.url)
             replica.failures, replica.rests_until = 0, 0.0
             self._trouble_since = None
+            self._last_success = time.monotonic()
+
+    def served_since(self, moment: float) -> bool:
+        """Whether any of them has given an answer that is right since then, of time.monotonic."""
+        with self._lock:
+            return self._last_success >= moment
 
     def live(self) -> None:
         """One of them lives, whatever becomes of the request: no outage."""
@@ -132,3 +140,26 @@ class Replicas:
             f"server.urls={url}: no scores for {self.outage_s:g} s ({trouble}); see that the reward server runs and is "
             "not overloaded, or raise server.outage_s. The newest checkpoint is intact: start again to go on from it."
         )
+
+
+@dataclass
+class Patience:
+    """How long one request is sent again while the servers answer others.
+
+    At most `outage_s`. That it is turned away does not count once another has been answered since: the server is slow,
+    not stuck, and its turn will come. But no request takes more than `longest_s`, since other ranks wait for it.
+    """
+
+    replicas: Replicas
+    longest_s: float
+    since: float = math.inf  # the trouble that counts; of time.monotonic
+    until: float = math.inf  # likewise
+
+    def ends(self, turned_away: bool) -> bool:
+        """Whether to give the request up, which was just turned away or else failed."""
+        now = time.monotonic()
+        if turned_away and self.replicas.served_since(self.since):
+            self.since = now
+        self.since = min(self.since, now)
+        self.until = min(self.until, now + max(self.longest_s, self.replicas.outage_s))
+        return now > min(self.until, self.since + self.replicas.outage_s)

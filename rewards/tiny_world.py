@@ -23,6 +23,7 @@ from fastgrpo.rewards import Scores
 
 Array = NDArray[np.float64]
 
+LEAST_FRAMES = 3  # for a path
 PARTS = ("VQ", "MQ", "TA")
 FAINTEST = 110.0  # colour distance from the background below which an object is only partly there; palette: 159 to 286
 OBJECT_REACH = 11.0  # canvas pixels from its centroid that every shape stays within
@@ -201,9 +202,10 @@ def check(pixels: Tensor, prompts: Sequence[str], fps: float) -> None:
     form = f"{pixels.dtype} {list(pixels.shape)}"
     if pixels.dtype != torch.uint8 or pixels.ndim != 5 or pixels.shape[-1] != 3:
         raise ValueError(f"pixels={form}: expected torch.uint8 [B, F, H, W, 3]; convert the clips first")
-    if pixels.shape[1] < 3 or pixels.shape[2] != pixels.shape[3]:
+    if pixels.shape[1] < LEAST_FRAMES or pixels.shape[2] != pixels.shape[3]:
         raise ValueError(
-            f"pixels={form}: tiny_world judges motion on a square canvas; give at least 3 frames of equal sides"
+            f"pixels={form}: tiny_world judges motion on a square canvas; give at least {LEAST_FRAMES} frames of "
+            "equal sides"
         )
     if len(prompts) != len(pixels):
         raise ValueError(f"prompts={len(prompts)}: there are {len(pixels)} clips; give one prompt for each")

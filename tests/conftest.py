@@ -10,6 +10,7 @@ import pytest
 if TYPE_CHECKING:
     from fastgrpo.distributed import World
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested is the CPU's path, whatever the machine has
 for variable, value in {
     "OMP_NUM_THREADS": "1",  # read when torch is first imported
     "HF_HUB_OFFLINE": "1",

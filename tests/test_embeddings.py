@@ -1,7 +1,6 @@
 """The cache of conditions: killed and resumed, shared over ranks, refused when it is of something else."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,8 @@ from fastgrpo.config import Model, Recipe, Video
 from fastgrpo.data.embeddings import PART, Conditions
 from fastgrpo.data.prompts import Prompt
 from fastgrpo.errors import UserError
+from fastgrpo.files import replace_text
+from fastgrpo.lifetime import take_lock
 from fastgrpo.models import Condition
 from tests import forks, runs, tiny
 
@@ -288,13 +289,63 @@ def test_the_command_encodes_and_says_how_long(tmp_path: Path, capsys: pytest.Ca
     assert err.startswith("fastgrpo: prompts.cache=") and err.count("\n") == 1
 
 
-def test_two_at_once_in_one_cache_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifetime, "PATIENCE_S", 0.1)
-    (tmp_path / "run" / "embeddings").mkdir(parents=True)
-    with (tmp_path / "run" / "embeddings" / "lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        line = complaint(recipe(tmp_path / "run", prompt_file(tmp_path, 20)))
-    assert line.startswith("prompts.cache=") and "another process is encoding there" in line
+def looking_often(rank: int) -> None:
+    """And with no patience for anything else."""
+    embed.LOOK_EVERY_S, lifetime.PATIENCE_S = 0.05, 0.0
+
+
+def test_what_another_process_is_encoding_is_waited_for(calm: Path, tmp_path: Path) -> None:
+    """By two ranks; once the other one is gone, without having made anything, they make it."""
+    command, out = ["embed", str(runs.RECIPE), *arguments(tmp_path, calm / f"prompts_{MANY}.txt")], tmp_path / "out"
+    waits = f"prompts.cache={tmp_path / 'embeddings'}: another process is encoding there; waiting until it ends\n"
+    lock = take_lock(tmp_path / "embeddings", "prompts.cache")
+    assert lock is not None
+    with lock:
+        process = forks.start("fastgrpo.cli", command, ranks=2, output=out, first=looking_often)
+        deadline = time.monotonic() + runs.LIMIT
+        while not (out.exists() and waits in out.read_text()) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(1.0)  # many looks
+        assert process.poll() is None and not files(tmp_path)
+    assert process.wait(runs.LIMIT) == 0
+    assert files(tmp_path) == files(calm) and out.read_text().count(waits) == 1
+
+
+def test_what_another_process_has_completed_is_taken(
+    calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though it still holds the lock."""
+    folder = tmp_path / "run" / "embeddings"
+
+    def complete(_: float) -> None:
+        assert not folder.joinpath("manifest.json").exists(), "it was complete at the last look already"
+        shutil.copytree(calm / "embeddings", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lock"))
+
+    monkeypatch.setattr(time, "sleep", complete)
+    lock = take_lock(folder, "prompts.cache")
+    assert lock is not None
+    with lock:
+        assert len(encode(recipe(tmp_path / "run", calm / f"prompts_{MANY}.txt")).conditions) == MANY
+    told = capsys.readouterr().out
+    assert "waiting until it ends" in told and "prompts encoded" not in told
+    after = take_lock(folder, "prompts.cache")
+    assert after is not None, "nothing is held once it is there"
+    after.close()
+
+
+def test_of_two_that_replace_a_file_at_once_both_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two runs with the hashes of one cache, which they keep before either holds its lock."""
+    rename, file = os.replace, tmp_path / "hashes.json"
+
+    def late(partial: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "replace", rename)
+        replace_text(target, "the second's")
+        rename(partial, target)
+
+    monkeypatch.setattr(os, "replace", late)
+    replace_text(file, "the first's")
+    assert file.read_text() == "the first's" and list(tmp_path.iterdir()) == [file]
 
 
 def test_conditions_are_a_sequence(calm: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import gc
 import importlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -345,6 +346,22 @@ def test_what_fails_half_way_leaves_nothing(
     with pytest.raises(UserError, match=r"DST=.*: no space left on the disk; free some|damaged"):
         export(Export(run, tmp_path / "model"))
     assert count == 30 and not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_with_another_part_is_one_line(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = shutil.copyfile
+
+    def failing(source: str, target: str) -> object:
+        if "text_encoder" in source:
+            raise OSError(errno.ENOSPC, "full", target)
+        return whole(source, target)
+
+    monkeypatch.setattr("fastgrpo.export.shutil.copyfile", failing)
+    with pytest.raises(UserError, match=r"DST=.*: no space left on the disk; free some"):
+        export(Export(run, tmp_path / "model"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests import forks, runs
 ROOT = Path(__file__).parent.parent
 LAUNCH = {
     "t2v_hunyuan": ("hunyuan_video", 5),
+    "t2v_hunyuan_fast": ("hunyuan_video", 5),
     "t2i_hunyuan": ("hunyuan_video", 1),
     "i2v_skyreels": ("skyreels_i2v", 5),
     "t2i_flux": ("flux", 1),
@@ -32,7 +34,7 @@ def overrides() -> list[str]:
     page = (ROOT / "docs" / "backbones.md").read_text()
     block = re.search(r"^```overrides\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert block is not None
-    return block[1].split()
+    return shlex.split(block[1])
 
 
 def with_images(folder: Path) -> Path:
@@ -44,6 +46,10 @@ def with_images(folder: Path) -> Path:
     file = folder / "prompts.jsonl"
     file.write_text("\n".join(rows) + "\n")
     return file
+
+
+def test_every_launch_file_is_tried_here() -> None:
+    assert {file.stem for file in (ROOT / "launch").glob("*.toml")} == {*LAUNCH, "t2v_tiny"}
 
 
 @pytest.mark.parametrize("name", LAUNCH)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -145,19 +146,42 @@ def test_guided_ode_equals_the_pipeline(
         assert (plain - latents).abs().max() > 0.1
 
 
-def test_only_texts_of_different_lengths_are_padded_and_masked(
+def test_only_texts_of_different_lengths_are_padded(
     negatives: dict[str, Condition], conditions: list[Condition]
 ) -> None:
     batch = stack(conditions[:1] * 2)["text"]
     for name, negative in negatives.items():
-        text, mask = both_texts(negative["text"], batch)
+        text, told = both_texts(negative["text"], batch)
         lengths = (len(negative["text"]), batch.shape[1])
         assert text.shape[:2] == (4, max(lengths))
         assert torch.equal(text[1, : lengths[0]], negative["text"]) and torch.equal(text[3, : lengths[1]], batch[1])
-        if name == "as long":
-            assert mask is None
-        else:
-            assert mask is not None and mask.sum(1).tolist() == [lengths[0]] * 2 + [lengths[1]] * 2
+        assert told == (() if name == "as long" else lengths)
+
+
+def test_no_block_attends_with_a_mask_and_each_branch_sees_its_own_text(
+    negatives: dict[str, Condition], conditions: list[Condition], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask rules flash attention out, and with it most of what a long clip's attention could be."""
+    module = sys.modules[HunyuanVideoTransformer3DModel.__module__]
+    real, seen = vars(module)["dispatch_attention_fn"], []
+
+    def noting(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+        seen.append((len(query), key.shape[1], settings.get("attn_mask")))
+        attended: Tensor = real(query, key, value, **settings)
+        return attended
+
+    monkeypatch.setattr(module, "dispatch_attention_fn", noting)
+    condition = stack(conditions[:1] * 2)
+    for name, negative in negatives.items():
+        policy = guided(negative)
+        shape = policy.latent_shape(SHORT)
+        seen.clear()
+        policy.velocity(torch.zeros(2, *shape), torch.tensor([0.9, 0.4]), condition)
+        tokens = shape[1] * shape[2] * shape[3] // policy.network.config.patch_size**2  # type: ignore[union-attr, operator]
+        texts = [len(negative["text"]), condition["text"].shape[1]]
+        branches = [(2, tokens + length, None) for length in texts]
+        expected = [(4, tokens + texts[0], None)] if name == "as long" else branches
+        assert seen == expected * len(policy.blocks)
 
 
 def gradients(policy: Policy, condition: Condition) -> dict[str, Tensor]:

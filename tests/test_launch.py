@@ -210,6 +210,7 @@ esac
         pytest.param("echo yes >'the run/requeue'", None, "COMPLETING Reason=None", 0, False, id="cancelled"),
         pytest.param("echo yes >'the run/requeue'", None, "COMPLETING Reason=TimeLimit", 0, True, id="time-limit"),
         pytest.param("echo no >'the run/requeue'; exit 1", None, "RUNNING Reason=None", 1, False, id="mistake"),
+        pytest.param("echo no >'the run/requeue'", None, "RUNNING Reason=None", 0, False, id="stopped-by-a-person"),
         pytest.param("exit 137", None, "RUNNING Reason=None", 137, True, id="first-crash"),
         pytest.param("exit 1", "step-3 1", "RUNNING Reason=None", 1, True, id="second-crash"),
         pytest.param("exit 1", "step-3 2", "RUNNING Reason=None", 2, False, id="third-crash"),
@@ -217,7 +218,7 @@ esac
         pytest.param("echo yes >'the run/requeue'", "step-3 2", "RUNNING Reason=None", 2, False, id="no-progress"),
         pytest.param(
             f"{WARN}; for _ in {{1..50}}; do [[ ! -f 'the run/stop' ]] || break; sleep 0.1; done;"
-            " [[ -f 'the run/stop' ]] && echo yes >'the run/requeue'; exit 0",
+            " [[ $(<'the run/stop') == slurm ]] && echo yes >'the run/requeue'; exit 0",
             None, "RUNNING Reason=None", 0, True, id="warned",
         ),
         pytest.param(f"{WARN}; exit 3", None, "RUNNING Reason=None", 3, True, id="warned-as-it-ends"),
@@ -244,6 +245,74 @@ def test_a_job_goes_back_into_the_queue_where_there_is_more_to_do(
         assert "fastgrpo: run.max_requeues=2: attempt 3 that ends at checkpoint step-3, " in result.stderr
     if requeued:
         assert (folder / "attempts").read_text() == f"step-3 {2 if attempts == 'step-3 1' else 1}\n"
+
+
+FLAKY_JOB = """
+deaf() { # COMMAND TIMES: whether it is among the first so many calls of the command, of which it keeps count
+    echo "$1" >>calls
+    (($(grep -c "$1" calls) <= $2))
+}
+case "$1 $2" in
+    "show job")
+        ! deaf state "$DEAF_STATE" || exit 1
+        echo "   JobState=$STATE Dependency=(null)"
+        head -c 1000000 /dev/zero | tr '\\0' ' ' ;; # a reader that leaves early ends this with SIGPIPE
+    "show node") ! deaf node "$DEAF_NODE" || exit 1; echo "   NodeAddr=127.0.0.7 NodeHostName=n1" ;;
+    "requeue "*) ! deaf requeue "$DEAF_REQUEUE" || exit 1; echo "requeued $2" ;;
+    *) echo n1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("state", "deaf", "code", "requeued", "pauses"),
+    [
+        pytest.param("RUNNING", {}, 3, True, "", id="answers-at-length"),
+        pytest.param("RUNNING", {"DEAF_STATE": "2"}, 3, True, "1 2", id="answers-late"),
+        pytest.param("COMPLETING", {"DEAF_STATE": "2"}, 3, False, "1 2", id="cancelled-and-answers-late"),
+        pytest.param("RUNNING", {"DEAF_STATE": "99"}, 3, True, "1 2 4 0", id="never-answers"),
+        pytest.param("RUNNING", {"DEAF_REQUEUE": "3"}, 3, True, "1 2 4", id="takes-it-back-late"),
+        pytest.param("RUNNING", {"DEAF_REQUEUE": "99"}, 3, False, "1 2 4 0", id="never-takes-it-back"),
+        pytest.param("RUNNING", {"DEAF_NODE": "99"}, 3, True, "1 2 4 0", id="does-not-know-the-node"),
+    ],
+)
+@pytest.mark.timeout(60)
+def test_a_slurm_that_does_not_answer_is_no_cancelled_job(
+    tree: Path, tmp_path: Path, state: str, deaf: dict[str, str], code: int, requeued: bool, pauses: str
+) -> None:
+    """A crashed job whose scontrol fails some times; its pauses are counted, not slept."""
+    srun = "echo $FASTGRPO_MASTER >master; exit 3"
+    path = programs(tmp_path, {"scontrol": FLAKY_JOB, "srun": srun, "sleep": "echo $1 >>pauses"})
+    told = {"DEAF_STATE": "0", "DEAF_NODE": "0", "DEAF_REQUEUE": "0"} | deaf
+    command = ["bash", str(tree / "launch/t2v_tiny.sh")]
+    result = start(
+        command,
+        cwd=tmp_path,
+        PATH=path,
+        STATE=f"{state} Reason=None",
+        ENVIRONMENT="BATCH",
+        **SLURM | {"SLURM_NNODES": "1"},
+        **told,
+    )
+    assert result.returncode == code, result.stderr
+    assert (f"requeued {SLURM['SLURM_JOB_ID']}" in result.stdout) == requeued
+    assert ("cancelled; submitting it again goes on" in result.stderr) == (state == "COMPLETING")
+    assert ("slurm did not take it back; submitting it again" in result.stderr) == (
+        "DEAF_REQUEUE" in deaf and not requeued
+    )
+    slept = tmp_path / "pauses"
+    assert (slept.read_text().split() if slept.exists() else []) == pauses.split()
+    address = "n1" if "DEAF_NODE" in deaf else "127.0.0.7"
+    assert (tmp_path / "master").read_text().startswith(f"{address}:")
+
+
+@pytest.mark.parametrize(("person", "left"), [(None, "slurm\n"), ("", ""), ("enough\n", "enough\n")])
+def test_slurms_word_leaves_a_persons_stop_file_as_it_is(tmp_path: Path, person: str | None, left: str) -> None:
+    if person is not None:
+        (tmp_path / "stop").write_text(person)
+    script = f"set -euo pipefail; source '{ROOT}/launch/_job.sh'; folder='{tmp_path}'; hear_slurm; kill -USR1 $$"
+    subprocess.run(["bash", "-c", script], check=True, timeout=20)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"stop": left}
 
 
 def test_only_a_lone_process_whose_number_is_open_starts_more() -> None:

@@ -198,11 +198,13 @@ def test_a_recipe_is_followed() -> None:
     )
     assert "weights" not in parts(other("distributed.offload=true"), "update")
     assert parts(other("optimizer.ema_decay=0.9"), "update")["average"] == update["weights"]
-    assert parts(other("objective.kl_weight=0.1"), "update")["initial policy"] == update["weights"]
+    assert parts(other("objective.kl_weight=0.1"), "update")["initial policy"] == (
+        update["weights"] + plan_work.gathered_bytes(base.subject.job, base.subject.job.network.rest)
+    )
     assert parts(other("lora.rank=16"), "update")["optimizer"] < 0.01 * update["optimizer"]
     assert parts(other("rollout.store=host"), "update")["trajectories"] == 0
     sharded = parts(other("distributed.rollout_weights=sharded"), "rollout")["gathered"]
-    assert sharded < 0.1 * parts(base, "rollout")["gathered"]
+    assert sharded < 0.15 * parts(base, "rollout")["gathered"]
     assert seconds(other("model.cfg=2"), "rollout") == pytest.approx(2 * seconds(base, "rollout"), rel=0.01)
     assert seconds(other("objective.best_of_n=4"), "update") == pytest.approx(seconds(base, "update") / 3, rel=0.05)
     assert seconds(other("objective.kl_weight=0.1"), "update") == pytest.approx(
@@ -268,7 +270,7 @@ def test_the_command_prints_json_and_a_picture_and_exits_by_the_answer(
     assert cli.main(["plan", str(T2V), "--gpus", "64", "--gpu", "h800", "--json", "--picture", str(file)]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["fits"] and told["parameters"] == 12_821_012_544
-    assert [row["gpus"] for row in told["curve"]] == [8, 16, 32, 64, 128, 256, 512]
+    assert [row["gpus"] for row in told["curve"]] == [8, 16, 32, 64, 128, 256]  # 384 samples
     assert file.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit) as left:
         cli.main(["plan", str(T2V), "--gpus", "8", "--gpu", "4090", "video.height=240"])

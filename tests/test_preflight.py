@@ -2,20 +2,28 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoConditionEmbedding
 
-from fastgrpo import cli, config
+from fastgrpo import cli, config, preflight_run
 from fastgrpo.errors import UserError
+from fastgrpo.models.hunyuan_video import HunyuanVideo
 from fastgrpo.preflight_iteration import short
-from fastgrpo.preflight_rewards import Tried, _judge
+from fastgrpo.preflight_rewards import Tried, _judge, _try
 from fastgrpo.preflight_run import card_of
+from fastgrpo.rewards import Reward, load, plain
+from fastgrpo.rewards.client import RewardClient
+from fastgrpo.rewards.in_process import ScorerInProcess
 from fastgrpo.rollout import Plan
 from fastgrpo.train import train
 from tests import forks, runs
+from tests.servers import TOKEN, running
 
 EVERYTHING = ("folder", "weights", "noise", "sequences", "reward tiny_world", "log-probabilities", "ratio", "gradients",
               "decode", "scoring")  # fmt: skip
@@ -147,6 +155,38 @@ def test_training_ends_before_its_first_evaluation_where_a_line_is_red(
     assert not (tmp_path / "run" / "evaluation").exists() and not list(tmp_path.rglob("*.partial"))
 
 
+def test_a_parameter_that_gets_no_gradient_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The embedding of the time is taken as a constant: of its parameters, and of no others, none has a gradient."""
+    forward = HunyuanVideoConditionEmbedding.forward
+
+    def constant(*arguments: Any, **named: Any) -> Any:
+        with torch.no_grad():
+            return forward(*arguments, **named)
+
+    recipe = config.load(runs.RECIPE, [*SMALL, f"run.dir={tmp_path / 'run'}"])
+    with mock.patch.object(HunyuanVideoConditionEmbedding, "forward", constant):
+        assert not preflight_run.run(recipe)
+    (red,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("red  ")]
+    assert red.startswith("red    gradients: none for time_text_embed.") and "models/hunyuan_video.py" in red
+
+
+def no_room_on_the_second(rank: int) -> None:
+    def decode(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if rank == 1:
+        HunyuanVideo.decode = decode  # type: ignore[method-assign, assignment]
+
+
+def test_a_rank_whose_gpu_has_no_room_says_so_itself(tmp_path: Path) -> None:
+    """The first rank waits for the second one's scores and cannot be told."""
+    command, told = runs.arguments(tmp_path / "run", SMALL), tmp_path / "told"
+    run = forks.start("fastgrpo.cli", command, ranks=2, errors=told, first=no_room_on_the_second)
+    assert run.wait(runs.LIMIT) == 1
+    line = "fastgrpo: rank 1: model.decode_batch=none: set it to 1: the GPU has no room for the decode."
+    assert told.read_text().splitlines().count(line) == 1, told.read_text()
+
+
 def plan(steps: int, window: range | None) -> Plan:
     return Plan(0, 0, 4, torch.linspace(1, 0, steps + 1), 0.3, True, (1, 1, 1, 1), window, 2)
 
@@ -172,8 +212,28 @@ def test_the_short_plan_keeps_the_first_and_the_last_noisy_step(
     (Tried("r", {"A": 0.51}, {"A": 0.51}, {"A": 0.5}, "then"), False, "A is 0.51 on rank 1, and was 0.5 then"),
     (Tried("r", {"A": 0.51}, {"A": 0.51}, None), False, "A is 0.51 on rank 1, and 0.5 on rank 0"),
     (Tried("r", {"A": None}, {"A": None}, None), False, "A is none on rank 1, and 0.5 on rank 0"),
+    (Tried("r", {"A": 0.5}, {"A": 0.5009}, None, alone=False), True, "A 0.5: twice the same"),
+    (Tried("r", {"A": 0.5}, {"A": 0.502}, None, alone=False), False, "A is 0.5 and at once again 0.502, on rank 1"),
 ])  # fmt: skip
 def test_a_golden_clip_is_judged(rank_1: Tried, green: bool, told: str) -> None:
     rank_0 = Tried("r", {"A": 0.5}, {"A": 0.5}, rank_1.expected and {"A": 0.5}, rank_1.of)
     finding = _judge((rank_0, rank_1), 1e-3)
     assert finding.green == green and told in finding.measured
+
+
+@pytest.mark.parametrize(("batch_sizes", "alone"), [((1,), True), ((8,), False), ((1, 1), False)])
+def test_the_same_kernels_score_twice_where_one_server_takes_one_clip_at_a_time(
+    batch_sizes: tuple[int, ...], alone: bool
+) -> None:
+    rewards: dict[str, Reward] = {"tiny_world": load(plain("tiny_world"))}
+    with ExitStack() as stack:
+        urls = [stack.enter_context(running(rewards, batch_size=size)) for size in batch_sizes]
+        client = stack.enter_context(RewardClient(urls, TOKEN, ["tiny_world"]))
+        client.wait_ready(30.0)
+        (found,) = _try(client)
+    assert found.alone == alone and found.scores == found.again
+
+
+def test_the_same_kernels_score_twice_in_the_trainers_process() -> None:
+    (found,) = _try(ScorerInProcess([plain("tiny_world")]))
+    assert found.alone and found.scores == found.again

@@ -4,8 +4,10 @@ import ast
 import glob
 import os
 import re
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ LAYERS = (
 """A module imports from its own layer and from those before it, never from a later one; only train and cli know all."""
 
 NOT_INSTALLED = {".", "tests", "docs", "benchmarks", "launch"}
+BROUGHT = {"huggingface_hub", "tokenizers", "starlette"}
+"""Libraries that others bring in the version that they want: transformers and fastapi."""
 NOT_OURS = {"__pycache__", "build", "dist", "runs", "wandb", "venv"}
 
 
@@ -98,6 +102,17 @@ def imported(source: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{source}:{node.lineno}: relative import; write the full name"
             yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def test_every_library_is_declared() -> None:
+    """A module that nothing asks for is there by accident, and gone from the next environment."""
+    setup = setup_arguments()
+    asked = [*setup["install_requires"], *(line for extra in setup["extras_require"].values() for line in extra)]
+    declared = {re.split(r"[<>=;\s]", line)[0].lower().replace("_", "-") for line in asked}
+    for module, source in modules().items():
+        for library in {name.partition(".")[0] for name in imported(source)} - {"fastgrpo"} - sys.stdlib_module_names:
+            found = {name.lower().replace("_", "-") for name in packages_distributions()[library]}
+            assert found & declared or library in BROUGHT, f"{module} imports {library}: declare it in setup.py"
 
 
 def graph() -> dict[str, set[str]]:

@@ -1,6 +1,7 @@
 """The client among several servers: which it asks, what it makes of bad answers, and when it gives up."""
 
 import json
+import math
 import threading
 import time
 from collections import Counter
@@ -11,14 +12,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from torch import Tensor
 
+from fastgrpo.config import LONGEST_WAIT_S
+from fastgrpo.distributed import TIMEOUT
 from fastgrpo.errors import UserError
 from fastgrpo.rewards import Reward, Scores, load, plain
-from fastgrpo.rewards.client import RewardClient
-from fastgrpo.rewards.replicas import Replicas
+from fastgrpo.rewards.client import Busy, RewardClient
+from fastgrpo.rewards.replicas import Replica, Replicas
 from tests import forks
 from tests.servers import CAPTIONS, TOKEN, clips, running, same
 
@@ -237,6 +241,90 @@ def test_turned_away_is_tried_again_without_leaving_the_server() -> None:
         assert client.score(clips()[:1], CAPTIONS[:1], 8.0)["one"].valid.all()
         assert client.take_events() == {"requests_turned_away": 2}
         assert client.replicas.all[0].failures == 0
+
+
+# ---- how long one request is sent again
+
+
+class Clock:
+    """In the place of a module's `time`: it passes in sleep alone, and where a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in ("client", "replicas"):
+        monkeypatch.setattr(f"fastgrpo.rewards.{module}.time", clock)
+    monkeypatch.setattr(RewardClient, "_meet", lambda self, replica: setattr(replica, "known", True))
+    return clock
+
+
+def right(client: RewardClient, replica: Replica) -> None:
+    client.replicas.succeeded(replica)
+
+
+def wrong(client: RewardClient, replica: Replica) -> None:
+    client.replicas.failed(replica, "status 500", lives=True)
+
+
+def none(client: RewardClient, replica: Replica) -> None:
+    pass
+
+
+def persist(
+    clock: Clock, takes_s: float, others: Callable[[RewardClient, Replica], None], until_s: float, error: Exception
+) -> tuple[str | None, float]:
+    """What comes of a request that raises `error` until so long after its start, and the seconds that it took.
+
+    takes_s: each attempt;  others: answers that another request gets meanwhile.  Limits: a minute for each, 300 s
+    """
+    start = clock.now
+    with RewardClient(["http://a"], TOKEN, ["one"], timeout_s=60.0, outage_s=300.0) as client:
+
+        def call(replica: Replica) -> str:
+            clock.now += takes_s
+            others(client, replica)
+            if clock.now - start < until_s:
+                raise error
+            return "scores"
+
+        return client._persist(call), clock.now - start
+
+
+def test_a_slow_server_is_waited_for_beyond_the_limit_of_an_outage(clock: Clock) -> None:
+    found, took = persist(clock, 48.0, right, 1300.0, Busy("status 504", 0.5))
+    assert found == "scores" and 1300.0 <= took < 1360.0
+
+
+def test_nor_is_it_waited_for_until_the_ranks_time_limit(clock: Clock) -> None:
+    found, took = persist(clock, 60.0, right, math.inf, Busy("status 429", 1.0))
+    assert found is None and 1300.0 < took <= LONGEST_WAIT_S + 60.0 < TIMEOUT.total_seconds()
+
+
+def test_a_server_that_turns_everything_away_is_an_outage(clock: Clock) -> None:
+    start = clock.now
+    with pytest.raises(UserError, match=r"no scores for 300 s \(status 429\)"):
+        persist(clock, 5.0, none, math.inf, Busy("status 429", 1.0))
+    assert 300.0 <= clock.now - start < 320.0
+
+
+def test_one_that_answers_no_other_well_is_not_waited_for(clock: Clock) -> None:
+    found, took = persist(clock, 5.0, wrong, math.inf, Busy("status 429", 1.0))
+    assert found is None and 300.0 < took < 330.0
+
+
+def test_a_request_that_breaks_its_connections_is_given_up_while_others_are_answered(clock: Clock) -> None:
+    found, took = persist(clock, 1.0, right, math.inf, httpx.ReadError("reset"))
+    assert found is None and 300.0 < took < 320.0
 
 
 # ---- a replica killed in mid-run

@@ -41,6 +41,18 @@ def test_the_stochastic_differential_equations_keep_the_marginal(name: str) -> N
     assert x.std().item() == pytest.approx(STD, abs=0.02)
 
 
+@pytest.mark.parametrize("name", ["flow", "precise"])
+def test_a_grid_that_begins_a_rounding_below_one_is_one_that_begins_at_one(name: str) -> None:
+    """UniPC's, and so Wan's, begins at 1 - 1e-6, where the noise level is a million in place of infinite."""
+    generator = torch.Generator().manual_seed(0)
+    x, v = torch.randn(2, 3, 4, generator=generator), torch.randn(2, 3, 4, generator=generator)
+    t_next = time_grid(20, 3.0)[1]
+    whole, near = (samplers.known[name].transition(x, v, torch.tensor(t), t_next, ETA[name]) for t in (1.0, 1.0 - 1e-6))
+    assert 0.5 < torch.as_tensor(whole[1]).max() < 1.0
+    for one, other in zip(whole, near, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
 def test_cps_keeps_the_coefficients_and_narrows_what_is_not_a_point() -> None:
     for t, x in drawn("cps", ETA["cps"], 8, 1e-6):  # even in few steps: where the data is one point, noise is exact
         assert x.mean().item() == pytest.approx((1 - t.item()) * MEAN, abs=0.02)

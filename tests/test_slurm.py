@@ -111,3 +111,30 @@ def test_warned_and_crashed_job_goes_on_to_the_weights_of_an_undisturbed_run(
     assert attempts == {f"job-{job}-{attempt}" for attempt in range(3)}
     outputs = [file.read_text() for file in stormy.glob(f"logs/job-{job}-2/n1/**/stdout.log")]
     assert any(re.search(rf"iteration {ITERATIONS}/{ITERATIONS} ", text) for text in outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_persons_stop_and_a_persons_mistake_are_not_requeued(slurm: dict[str, str], tmp_path: Path) -> None:
+    """The mistake, a mesh that does not divide the ranks, shows only once these have met."""
+
+    def submit(name: str, *overrides: str) -> str:
+        log = tmp_path / f"{name}.log"
+        command = ["sbatch", "--nodes=1", f"--output={log}", str(LAUNCH), *runs.SMALL, *runs.SMALLER]
+        return ask(slurm, *command, f"run.dir={tmp_path / name}", *overrides).split()[-1]
+
+    def ended(job: str) -> str:
+        until(lambda: job not in ask(slurm, "squeue", "--noheader", "--format=%i"), "end of the job")
+        return ask(slurm, "scontrol", "show", "job", job)
+
+    stopped = submit("stopped", "run.iterations=1000", "checkpoint.every=1000")
+    until(lambda: iterations(tmp_path / "stopped") >= 1, "first iteration")
+    (tmp_path / "stopped" / "stop").touch()
+    shown = ended(stopped)
+    assert "JobState=COMPLETED" in shown and "Restarts=0" in shown
+    assert (tmp_path / "stopped" / "requeue").read_text() == "no\n"
+    assert (tmp_path / "stopped" / "checkpoints" / "latest").exists()
+
+    shown = ended(submit("mistaken", "distributed.shard=3"))
+    assert "JobState=FAILED" in shown and "Restarts=0" in shown
+    assert (tmp_path / "mistaken.log").read_text().count("fastgrpo: distributed.shard=3: ") == 1

@@ -1,7 +1,9 @@
 """A run that is asked to stop saves what lies between two iterations, and goes on from there bit for bit."""
 
+import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from torch import Tensor
 
-from fastgrpo import config, stopping
+from fastgrpo import config, lifetime, stopping
 from fastgrpo.config import Recipe
-from fastgrpo.stopping import Signals, Stop
-from fastgrpo.train import train
+from fastgrpo.distributed import open_world
+from fastgrpo.errors import UserError
+from fastgrpo.lifetime import OneRankError
+from fastgrpo.stopping import Signals, Stop, answer_mistake
+from fastgrpo.train import Session, train
 from fastgrpo.update import Trainer
 from tests import forks, runs
 
@@ -104,11 +110,13 @@ def test_all_ranks_stop_at_the_same_boundary_whatever_their_number_of_pieces(tmp
         "first rank": ["3 stopped", "1 stopped"],
         "file": ["2 stopped", "1 stopped"],
     }
+    answers = {"nobody": None, "second rank": "yes\n", "first rank": "yes\n", "file": "no\n"}
     done = forks.run("tests.worker_stopping", [str(tmp_path), *expected], ranks=2)
     assert done.returncode == 0, done.stderr[-4000:]
     for name, lines in expected.items():
         assert [(tmp_path / name / rank).read_text() for rank in "01"] == lines, name
-        assert (tmp_path / name / "requeue").exists() == (name != "nobody")
+        answer = tmp_path / name / "requeue"
+        assert (answer.read_text() if answer.exists() else None) == answers[name]
         assert not (tmp_path / name / "stop").exists()
 
 
@@ -146,3 +154,75 @@ def test_signals_are_only_remembered_inside_the_context() -> None:
             os.kill(os.getpid(), number)
             assert signals.received
     assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
+
+
+@pytest.mark.parametrize(
+    ("file", "answer"), [(None, "yes\n"), ("slurm\n", "yes\n"), ("", "no\n"), ("enough\n", "no\n")]
+)
+def test_a_job_goes_on_where_slurm_asked_and_not_where_a_person_did(
+    tmp_path: Path, file: str | None, answer: str
+) -> None:
+    """file: what the file `stop` holds; none = a rank had a signal"""
+    with open_world() as world:
+        stop = Stop(tmp_path, Signals(), world)
+        if file is not None:
+            stop.file.write_text(file)
+        stop.tell()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"requeue": answer}
+
+
+MISTAKES = {
+    "prompts.train=/nowhere/prompts.txt": "no such file",  # read first
+    "distributed.shard=3": "distributed.shard=3: ",  # where the ranks meet
+    "rewards.0.weights={XQ=1.0}": "has no part 'XQ'",  # once the folder is this run's
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_at_any_moment_is_answered_with_no(tmp_path: Path, override: str) -> None:
+    overrides = [*runs.SMALL, *runs.SMALLER, f"run.dir={tmp_path / 'run'}", override]
+    with pytest.raises(UserError, match=re.escape(MISTAKES[override])):
+        train(config.load(runs.RECIPE, overrides))
+    assert (tmp_path / "run" / "requeue").read_text() == "no\n"
+
+
+def test_another_recipe_in_the_folder_is_answered_with_no(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-1").mkdir(parents=True)
+    (tmp_path / "recipe.toml").write_text(recipe(tmp_path).to_toml())
+    with pytest.raises(UserError, match="holds a run of another recipe"):
+        train(config.load(runs.RECIPE, [f"run.dir={tmp_path}", "optimizer.lr=0.5"]))
+    assert (tmp_path / "requeue").read_text() == "no\n"
+
+
+def test_one_ranks_mistake_is_answered_before_it_waits_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there: list[bool] = []
+    real = dist.destroy_process_group  # which may wait for them
+
+    def destroy() -> None:
+        there.append((tmp_path / "requeue").exists())
+        real()
+
+    def run(session: Session) -> None:
+        raise OneRankError("the GPU has no room for the rollout")
+
+    monkeypatch.setattr(dist, "destroy_process_group", destroy)
+    monkeypatch.setattr(Session, "run", run)
+    with pytest.raises(OneRankError):
+        train(recipe(tmp_path))
+    assert there == [True] and (tmp_path / "requeue").read_text() == "no\n"
+
+
+def test_the_folder_of_another_run_gets_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where the lock itself is missed, nor after another mistake."""
+    monkeypatch.setattr(lifetime, "PATIENCE_S", 0.0)
+    with (tmp_path / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is training there"):
+            train(recipe(tmp_path))
+        with pytest.raises(UserError, match="no such file"):
+            train(config.load(runs.RECIPE, [f"run.dir={tmp_path}", "prompts.train=/nowhere/prompts.txt"]))
+        assert not (tmp_path / "requeue").exists()
+    answer_mistake(tmp_path)
+    assert (tmp_path / "requeue").read_text() == "no\n"

@@ -165,6 +165,30 @@ def test_a_key_for_wandb_is_looked_for_where_wandb_looks(tmp_path: Path, monkeyp
     assert has_wandb_key()
 
 
+UNREACHABLE_RUN = """
+import sys
+from pathlib import Path
+from fastgrpo.track import Tracker, Wandb
+with Tracker(Path(sys.argv[1]), True, 1, 0, Wandb(project="p")) as tracked:
+    tracked.log(0, {"reward/sum": 0.5})
+    tracked.summary({"heldout_after/sum": 1.25})
+"""
+
+
+def test_a_key_without_a_way_out_is_a_run_kept_offline(tmp_path: Path) -> None:
+    """Compute nodes of many clusters have the user's netrc and no internet: that must not end a run."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "XDG", "NETRC"))}
+    nobody = {"WANDB_API_KEY": 40 * "a", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "3"}
+    environment = kept | nobody | {"HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", UNREACHABLE_RUN, str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    assert "wandb: offline; upload later with: wandb sync" in done.stdout
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert offline_history(folder)[0]["reward/sum"] == 0.5
+    assert [row["reward/sum"] for row in lines(tmp_path / "run")] == [0.5]
+
+
 WANDB_RUN = """
 import sys
 from pathlib import Path

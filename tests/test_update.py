@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgrpo.config import Objective
 from fastgrpo.distributed import World
 from fastgrpo.errors import UserError
 from fastgrpo.flow import gaussian_log_prob, sde_transition
 from fastgrpo.models import Condition, Policy, stack
-from fastgrpo.update import Trainer
+from fastgrpo.update import Trainer, update
 from tests import forks, tiny
 
 TOTAL = len(tiny.PROMPTS) * tiny.GROUP
@@ -167,6 +168,38 @@ def test_invalid_samples_do_not_reach_the_gradient(policy: Policy, conditions: l
         gradients.append(trainer.gradients[0])
     for name, grad in gradients[0].items():
         assert torch.equal(grad, gradients[1][name])
+
+
+def test_samples_of_advantage_zero_cost_nothing_and_count_in_the_mean(
+    policy: Policy, conditions: list[Condition], world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tiny.plan(policy)
+    trajectories = tiny.draw(policy, plan, conditions, world, 4).trajectories
+    kept, everyone = torch.ones(TOTAL, dtype=torch.bool), torch.arange(TOTAL)
+    rows: list[int] = []
+    real = policy.velocity
+
+    def counting(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        rows.append(len(x))
+        return real(x, t, condition)
+
+    monkeypatch.setattr(policy, "velocity", counting)
+
+    def updated(advantages: Tensor, **settings: float) -> tuple[tiny.Recorder, int]:
+        rows.clear()
+        trainer = tiny.Recorder.create(policy, tiny.settings(2, lr=1e-30), None)
+        assert isinstance(trainer, tiny.Recorder)
+        update(trainer, Objective(**settings), plan, trajectories, conditions, advantages, kept, world)
+        return trainer, sum(rows)
+
+    some = tiny.advantages() * (everyone >= tiny.GROUP)  # the first prompt's rewards were all equal
+    almost = some + 1e-12 * (everyone < tiny.GROUP)
+    (skipped, fewer), (evaluated, all_rows) = updated(some), updated(almost)
+    assert fewer < 0.8 * all_rows
+    assert_gradients_equal(skipped.gradients[0], evaluated.gradients[0], 1e-6)
+    nothing, forwards = updated(torch.zeros(TOTAL))
+    assert forwards == 1 and nothing.updates == 1  # AdamW's averages go on, as with any gradient of zero
+    assert all(not grad.any() for grad in nothing.gradients[0].values())
 
 
 def test_non_finite_gradients_skip_the_step_and_end_the_run_at_the_limit(

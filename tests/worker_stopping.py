@@ -33,7 +33,7 @@ def work(folder: Path, how: str, world: World) -> None:
                     stop._polled -= POLL_S  # as if the time until the next look had passed
         except Stopped:
             end = "stopped"
-            stop.tell(requeue=True)
+            stop.tell()
         (folder / str(world.rank)).write_text(f"{begun} {end}")
 
 

@@ -1,0 +1,106 @@
+"""What a VAE's decoder computes and holds per pixel, by running it without contents; for plan_sizes.FAMILIES.
+
+FakeTensorMode on the CPU, diffusers' classes of the published sizes, bfloat16, PyTorch's own kernels: a GPU's
+convolutions take a workspace besides. FLOPs are those of convolutions, matrix products and attention.
+"""
+
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo, AutoencoderKLWan
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fastgrpo.plan_counts import counting_flops
+from fastgrpo.plan_sizes import FAMILIES
+
+
+def _image(latent_channels: int, quantised: bool) -> Any:
+    """The VAE of FLUX or of Stable Diffusion."""
+    return AutoencoderKL(
+        latent_channels=latent_channels, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        use_quant_conv=quantised, use_post_quant_conv=quantised,
+    )  # fmt: skip
+
+
+def _hunyuan() -> Any:
+    vae = AutoencoderKLHunyuanVideo()
+    vae.use_framewise_decoding = False  # what is decoded here is one of its tiles
+    return vae
+
+
+Pixels = tuple[int, int, int]
+DECODERS: dict[str, tuple[Callable[[], Any], Pixels]] = {  # (frames, height, width) of the clip that is decoded
+    "hunyuan_video": (_hunyuan, (17, 256, 256)),
+    "flux": (lambda: _image(16, quantised=False), (1, 720, 720)),
+    "wan": (AutoencoderKLWan, (9, 480, 832)),
+    "stable_diffusion": (lambda: _image(4, quantised=True), (1, 512, 512)),
+}
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that tensors made inside have at once. MemTracker takes no module that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.most, self.known = 0, 0, WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.known:
+                self.known[storage] = True
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return result
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+def costs(family: str, size: Pixels) -> tuple[float, float]:
+    """(FLOPs, bytes at the peak beyond weights and latent) of decoding one clip.  size: frames, height, width"""
+    facts, (frames, height, width) = FAMILIES[family], size
+    latent = [facts.channels, (frames - 1) // facts.time + 1, height // facts.space, width // facts.space]
+    with FakeTensorMode(), torch.device("cpu"), torch.no_grad():
+        vae = DECODERS[family][0]()
+        for parameter in vae.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+        z = torch.zeros(1, *latent, dtype=torch.bfloat16)
+        z = z.squeeze(2) if facts.time == 1 else z
+        with counting_flops() as flops:
+            vae.decode(z)
+        with Held() as held:  # a pass of its own, as in plan_simulate
+            vae.decode(z)
+    return float(flops.get_total_flops()), float(held.most)
+
+
+def per_pixel(family: str) -> tuple[float, float]:
+    """(FLOPs, bytes) per pixel of what is decoded at once: a tile, an image, of Wan the frames of one latent frame."""
+    facts, (_, size) = FAMILIES[family], DECODERS[family]
+    flops, held = costs(family, size)
+    if family != "wan":
+        return flops / math.prod(size), held / math.prod(size)
+    frames, height, width = size
+    shorter, _ = costs(family, (frames - facts.time, height, width))
+    pixels = facts.time * height * width
+    return (flops - shorter) / pixels, held / pixels
+
+
+def calibrate() -> None:
+    """Print both of each family beside the plan's."""
+    for family in DECODERS:
+        (flops, held), facts = per_pixel(family), FAMILIES[family]
+        print(
+            f"bfloat16  {family:<17} decoding, per pixel: {flops / 1e6:.1f} MFLOP (plan {facts.decode_flops / 1e6:.1f})"
+            f", {held:,.0f} bytes (plan {facts.decode_bytes:,.0f})",
+            flush=True,
+        )

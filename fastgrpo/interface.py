@@ -1,0 +1,49 @@
+"""The network interface through which a node reaches the others, for gloo, which has no way to find it.
+
+Gloo takes the address that the machine's own name resolves to: on many systems a loopback one, or none. NCCL looks for
+itself.
+"""
+
+import os
+import socket
+import struct
+from collections.abc import MutableMapping
+from fcntl import ioctl
+
+CHOSEN = "GLOO_SOCKET_IFNAME"
+
+
+def choose(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Name gloo's interface where a run spans several nodes and nobody has: the one on the way to MASTER_ADDR."""
+    if CHOSEN in environment or "WORLD_SIZE" not in environment:
+        return
+    if int(environment["WORLD_SIZE"]) == int(environment.get("LOCAL_WORLD_SIZE", "1")):
+        return
+    name = towards(environment["MASTER_ADDR"])
+    if name is not None:
+        environment[CHOSEN] = name
+
+
+def towards(host: str) -> str | None:
+    """The interface whose address this machine would send from; none where that is loopback, or the name unknown."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 9, socket.AF_INET, socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # a datagram socket: nothing is sent
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    if own.startswith("127."):
+        return None
+    return next((name for _, name in socket.if_nameindex() if address_of(name) == own), None)
+
+
+def address_of(interface: str) -> str | None:
+    """The IPv4 address of an interface of this machine; none where it has none."""
+    get_address = 0x8915  # SIOCGIFADDR of linux/sockios.h
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        try:
+            found = ioctl(any_socket, get_address, struct.pack("256s", interface.encode()[:15]))
+        except OSError:
+            return None
+    return socket.inet_ntoa(found[20:24])

@@ -1,0 +1,72 @@
+"""Folders that only one run may use, on file systems with and without locks, and a rank that fails alone."""
+
+import errno
+import fcntl
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastgrpo import cli, lifetime
+from fastgrpo.errors import UserError
+from fastgrpo.lifetime import OneRankError, fail_alone, only_run_in, take_lock
+
+
+def test_a_folder_is_one_processs_until_that_gives_it_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifetime, "PATIENCE_S", 0.0)
+    with only_run_in(tmp_path / "run"):
+        assert take_lock(tmp_path / "run", "run.dir") is None
+        with pytest.raises(UserError, match=r"run\.dir=.*/run: another process is training there; wait for it"):
+            only_run_in(tmp_path / "run").__enter__()
+    with only_run_in(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_without_file_locks_a_run_goes_on_with_one_line(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(number, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with only_run_in(tmp_path / "run"):
+        told = capsys.readouterr().err
+    assert told.startswith(f"fastgrpo: run.dir={tmp_path / 'run'}: its file system has no file locks (Function not")
+    assert told.count("\n") == 1 and "Lustre: flock; NFS: lockd" in told
+
+
+def test_a_lock_that_fails_otherwise_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="Input/output error"), only_run_in(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_a_rank_that_fails_alone_tells_it_itself_and_ends_at_once(
+    rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: Any) -> None:
+        try:
+            fail_alone("rollout.batch_size=8: no room; lower it.")
+        except OneRankError:
+            assert "no room" in capsys.readouterr().err, "told before anything is closed, which may wait for others"
+            raise
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(cli, "run", run)
+    monkeypatch.setattr(cli, "after_rank_0", lambda code: pytest.fail("rank 0 has nothing to tell"))
+    assert cli.main(["keys"]) == 2
+    assert capsys.readouterr().err == "", "and once"
+
+
+def test_what_a_rank_that_fails_alone_tells(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(OneRankError, match=r"^x=1: wrong; use 2\.$"):
+        fail_alone("x=1: wrong; use 2.")
+    assert capsys.readouterr().err == "fastgrpo: rank 3: x=1: wrong; use 2.\n"

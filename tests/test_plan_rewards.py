@@ -1,0 +1,124 @@
+"""The plan's rewards: frames against the rewards' own files, GPUs against every rank's share, refusals against `train`.
+
+No GPU is asked: what a server or a rank holds is enumerated here rank by rank.
+"""
+
+import importlib
+import math
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastgrpo import config, plan, plan_rewards, scoring
+from fastgrpo.config import Recipe, RewardSpec
+from fastgrpo.distributed import World
+from fastgrpo.errors import UserError
+from fastgrpo.gpus import Achieved, gpu
+from fastgrpo.plan_phases import Machine
+from fastgrpo.plan_sizes import subject
+from fastgrpo.resume import check_folder
+from fastgrpo.rewards import frames
+from fastgrpo.sequence_parallel import Group
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+HPS = "rewards=[{name='hps', weights={HPS=1.0}, %s}]"
+WEIGHTS = 0.99e9 * 4
+
+
+def recipe(*overrides: str) -> Recipe:
+    return config.load(LAUNCH / "t2v_hunyuan.toml", overrides)
+
+
+def world(gpus: int, sp: int = 1) -> World:
+    mesh: Any = None
+    return World(0, gpus, torch.device("cpu"), mesh, Group(mesh, 0, sp) if sp > 1 else None)
+
+
+@pytest.mark.parametrize("name", ["hps", "clip_score", "pick_score"])
+@pytest.mark.parametrize("rule", [None, "all", "first", "middle", 1, 4, 100])
+def test_frames_scored_are_those_that_the_reward_chooses(name: str, rule: Any) -> None:
+    own = importlib.import_module(f"fastgrpo.rewards.{name}").PUBLISHED.frames
+    spec = RewardSpec(name=name, weights={}, frames=rule)
+    asked = recipe("video.frames=53")
+    assert plan_rewards.frames_scored(spec, asked) == len(frames.choose(own if rule is None else rule, 53))
+
+
+@pytest.mark.parametrize(("where", "passing"), [
+    ("where='process'", True),
+    ("where='process', device='cuda'", False),
+    ("where='process', device='cuda:2'", False),
+    ("where='process', device='cuda:7'", False),  # a GPU of the node that has no rank
+    ("where='process', device='cpu'", False),
+    ("where='server'", False),
+    ("where='server', device='cuda:3'", False),
+])  # fmt: skip
+@pytest.mark.parametrize("sp", [1, 2])
+def test_every_ranks_clips_are_scored_where_the_recipe_says(where: str, passing: bool, sp: int) -> None:
+    """4 ranks of a node of 8 GPUs: where each one's weights and clips come to lie, then the busiest GPU."""
+    asked, ranks = recipe(HPS % where, f"distributed.sp={sp}", "prompts.per_iteration=5"), 4
+    spec, total = asked.rewards[0], 5 * 12
+    weights, clips = dict.fromkeys(range(8), 0.0), Counter[int]()
+    for rank in range(ranks):
+        share = len(world(ranks, sp).share(total, rank // sp))
+        own = math.ceil(share / sp)
+        named = int(spec.device[5:]) if ":" in spec.device else None
+        if spec.where == "process":
+            place = rank if named is None else named
+            weights[place] += WEIGHTS
+            clips[place] += own
+        else:
+            place = named or 0
+            weights[place] = WEIGHTS
+            clips[place] += share // sp
+    load = plan_rewards.of_node(subject(asked, ranks, 8).job)
+    busiest = max(weights[rank] for rank in range(ranks))
+    if spec.device == "cpu":
+        assert load == plan_rewards.Load(0.0, 0.0, 0.0)
+        return
+    assert (load.passing, load.staying) == ((busiest, 0.0) if passing else (0.0, busiest))
+    assert load.flops == pytest.approx(max(clips.values()) * 2 * 0.99e9 * (257 + 77))
+
+
+def test_a_server_beside_the_trainer_keeps_its_weights_through_the_update() -> None:
+    machine = Machine(gpu("h800"), Achieved())
+
+    def weights(where: str) -> dict[str, float]:
+        found = plan.plan(recipe(HPS % where), 8, machine)
+        return {phase.name: phase.memory["rewards"] for phase in found.phases}
+
+    scoring_phases = dict.fromkeys(("rollout", "decode", "reward"), WEIGHTS)
+    assert weights("where='server'") == dict.fromkeys(("load", "update", "save"), WEIGHTS) | scoring_phases
+    assert weights("where='process'") == dict.fromkeys(("load", "update", "save"), 0.0) | scoring_phases
+
+
+def test_what_cannot_be_scored_is_refused_by_plan_and_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server beside the first rank serves one node."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    asked = recipe(HPS % "where='server'")
+    with ExitStack() as stack, pytest.raises(UserError, match=r"server\.urls: none, and the run spans several nodes"):
+        scoring._servers(asked, list(asked.rewards), world(16), stack)
+    with pytest.raises(UserError, match=r"server\.urls: none, and the run spans 2 nodes.* rewards\.0\.where=process\."):
+        plan.plan(asked, 16, Machine(gpu("h800"), Achieved()))
+    token = tmp_path / "token"
+    elsewhere = recipe(HPS % "where='server', urls=['http://h:1']", f"server.token_file={token}")
+    assert plan_rewards.of_node(subject(elsewhere, 16, 8).job) == plan_rewards.Load(0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(("gpus", "sp"), [(376, 1), (384, 1), (392, 1), (400, 1), (768, 2), (784, 2), (1024, 2)])
+def test_too_few_samples_are_refused_by_plan_and_train(tmp_path: Path, gpus: int, sp: int) -> None:
+    asked = recipe(f"distributed.sp={sp}", "distributed.shard=8", f"run.dir={tmp_path}")
+
+    def refusal(action: Any) -> str | None:
+        try:
+            action()
+        except UserError as error:
+            return str(error).split(";")[0]
+        return None
+
+    by_train = refusal(lambda: check_folder(asked, world(gpus, sp)))
+    assert refusal(lambda: plan.plan(asked, gpus, Machine(gpu("h800"), Achieved()))) == by_train
+    assert (by_train is not None) == (gpus / sp > 384)
