@@ -353,8 +353,8 @@ def test_a_disk_that_fills_with_another_part_is_one_line(
 ) -> None:
     whole = shutil.copyfile
 
-    def failing(source: str, target: str) -> object:
-        if "text_encoder" in source:
+    def failing(source: str | Path, target: str) -> object:
+        if "text_encoder" in str(source):
             raise OSError(errno.ENOSPC, "full", target)
         return whole(source, target)
 
