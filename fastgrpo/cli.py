@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from fastgrpo.commands import add_export, add_sample, add_status, run_export, run_sample, run_status
 from fastgrpo.errors import UserError
 from fastgrpo.judging import add_evaluate, add_score, run_evaluate, run_score
-from fastgrpo.lifetime import OneRankError, after_rank_0, die_with_torchrun, leave
+from fastgrpo.lifetime import OneRankError, after_rank_0, die_with_torchrun, leave, rank
 from fastgrpo.planning import add_plan, overrides_first, run_plan
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OneRankError:  # which that rank has told; the others learn of it by its end
         return 2
     except UserError as error:  # raised on every rank, see World.on_main and World.agree
-        if _rank() == 0:
+        if rank() == 0:
             _complain(str(error))
         return after_rank_0(2)
     except OSError as error:
@@ -176,7 +176,7 @@ def run(arguments: argparse.Namespace) -> None:
             from fastgrpo.train import train
 
             summary = train(config.load(arguments.recipe, arguments.overrides))
-            if summary is not None and _rank() == 0:
+            if summary is not None and rank() == 0:
                 print_summary(summary, config.load(arguments.recipe, arguments.overrides).run.dir)
         case "check":
             from fastgrpo import config
@@ -317,10 +317,6 @@ def print_summary(summary: dict[str, object], folder: Path) -> None:
 
 def _complain(message: str) -> None:
     print(f"fastgrpo: {message}", file=sys.stderr)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
 
 
 def console() -> NoReturn:

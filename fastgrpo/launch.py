@@ -15,7 +15,7 @@ from io import StringIO
 from pathlib import Path
 
 from fastgrpo.errors import UserError
-from fastgrpo.lifetime import after_rank_0, leave
+from fastgrpo.lifetime import after_rank_0, leave, rank
 from fastgrpo.processes import SETTLED, processes_to_start, replace_by_torchrun
 
 USER_ERROR = 2
@@ -62,13 +62,9 @@ def _check(command: Callable[[list[str]], int], recipe: Path, arguments: list[st
 
 def _complain(message: str) -> int:
     """Tell a user's mistake on rank 0, and once more at the end of torchrun's report of failed processes."""
-    if _rank() == 0:
+    if rank() == 0:
         print(message, file=sys.stderr)
         if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             told = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
             Path(report).write_text(json.dumps({"message": told}))
     return after_rank_0(USER_ERROR)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))

@@ -43,16 +43,21 @@ def die_with_torchrun() -> None:
         die_with(os.getppid())
 
 
+def rank() -> int:
+    """This process's number among torchrun's, also before they have met; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def after_rank_0(code: int) -> int:
     """`code`, late on ranks other than 0: torchrun ends them all once one has failed, and rank 0 tells why."""
-    if os.environ.get("RANK", "0") != "0":
+    if rank() != 0:
         time.sleep(LATE_S)
     return code
 
 
 def fail_alone(message: str) -> NoReturn:
     """Raise OneRankError, and tell it at once: what is closed on its way up may wait for the other ranks."""
-    print(f"fastgrpo: rank {os.environ.get('RANK', '0')}: {message}", file=sys.stderr, flush=True)
+    print(f"fastgrpo: rank {rank()}: {message}", file=sys.stderr, flush=True)
     raise OneRankError(message) from None
 
 

@@ -65,7 +65,11 @@ class Change:
 
 
 def plan(recipe: Recipe, gpus: int, machine: Machine, ranks_per_node: int = 8, text: int | None = None) -> Plan:
-    """The closed form.  text: tokens of the longest text, in place of the family's limit"""
+    """The closed form; rollout.batch_size = "auto" comes to the largest that fits, and a note says so.
+
+    text: tokens of the longest text, in place of the family's limit
+    Raises UserError for what a run would refuse, and for GPUs that are no whole nodes.
+    """
     if gpus > ranks_per_node and gpus % ranks_per_node:
         raise UserError(f"--gpus={gpus}: not a multiple of the {ranks_per_node} of a node (--ranks-per-node).")
     if recipe.rollout.batch_size != "auto":
@@ -90,9 +94,9 @@ def _plan(recipe: Recipe, gpus: int, machine: Machine, ranks_per_node: int, text
 
 def _has_room(found: Plan) -> bool:
     """Whether the rollout's batch is one that a run with rollout.batch_size = "auto" would take."""
-    batch = {phase.name: phase for phase in found.phases if phase.name in ("rollout", "decode")}
     gaps = 1 / sizing.SHARE - 1
-    return all(one.peak + gaps * one.memory["activations"] <= found.machine.usable() for one in batch.values())
+    drawing = (phase for phase in found.phases if phase.name in ("rollout", "decode"))
+    return all(one.peak + gaps * one.memory["activations"] <= found.machine.usable() for one in drawing)
 
 
 def curve(recipe: Recipe, machine: Machine, ranks_per_node: int, text: int | None) -> list[Plan]:

@@ -131,8 +131,11 @@ def answer(folder: Path, requeue: bool) -> None:
 def answer_mistake(folder: Path) -> None:
     """Tell it not to requeue, since a person must look at it first. On the main rank, once it has let go of the lock.
 
-    Where another run has the lock by now, or had it all along, the folder and its answer are that one's.
+    Where another run has the lock by now, or had it all along, the folder and its answer are that one's. Where there is
+    no folder none is made: the batch script, which would read the answer, has made it.
     """
+    if not folder.is_dir():
+        return
     with contextlib.suppress(OSError):
         lock = take_lock(folder, "run.dir")
         if lock is not None:

@@ -5,7 +5,6 @@ disjoint minibatches balanced over prompts, and everything random is keyed so th
 """
 
 import json
-import os
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ from fastgrpo.errors import UserError
 from fastgrpo.evaluate import Evaluation
 from fastgrpo.files import replace_text
 from fastgrpo.heartbeat import Heart
-from fastgrpo.lifetime import OneRankError, only_run_in
+from fastgrpo.lifetime import OneRankError, only_run_in, rank
 from fastgrpo.loading import shard_and_read
 from fastgrpo.models import Condition, Policy
 from fastgrpo.preflight_parts import Parts
@@ -55,7 +54,7 @@ def train(recipe: Recipe) -> dict[str, object] | None:
                 answer(recipe.run.dir, requeue=False)
                 raise
     except UserError:  # also of the first lines: the job, started again, would end there again
-        if os.environ.get("RANK", "0") == "0":
+        if rank() == 0:
             answer_mistake(recipe.run.dir)
         raise
 

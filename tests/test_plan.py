@@ -204,7 +204,7 @@ def test_a_recipe_is_followed() -> None:
     assert parts(other("lora.rank=16"), "update")["optimizer"] < 0.01 * update["optimizer"]
     assert parts(other("rollout.store=host"), "update")["trajectories"] == 0
     sharded = parts(other("distributed.rollout_weights=sharded"), "rollout")["gathered"]
-    assert sharded < 0.15 * parts(base, "rollout")["gathered"]
+    assert sharded < 0.11 * parts(base, "rollout")["gathered"]  # two blocks, a buffer and the root
     assert seconds(other("model.cfg=2"), "rollout") == pytest.approx(2 * seconds(base, "rollout"), rel=0.01)
     best, everyone = (plan.plan(recipe(*more), 8, machine("h800")) for more in (["objective.best_of_n=4"], []))
     assert seconds(best, "update") == pytest.approx(seconds(everyone, "update") / 3, rel=0.05)  # whole groups per rank

@@ -180,10 +180,18 @@ MISTAKES = {
 
 @pytest.mark.parametrize("override", MISTAKES)
 def test_a_mistake_at_any_moment_is_answered_with_no(tmp_path: Path, override: str) -> None:
+    (tmp_path / "run").mkdir()  # as the batch script does, for its logs
     overrides = [*runs.SMALL, *runs.SMALLER, f"run.dir={tmp_path / 'run'}", override]
     with pytest.raises(UserError, match=re.escape(MISTAKES[override])):
         train(config.load(runs.RECIPE, overrides))
     assert (tmp_path / "run" / "requeue").read_text() == "no\n"
+
+
+def test_a_mistake_before_the_folder_is_needed_leaves_none(tmp_path: Path) -> None:
+    overrides = [f"run.dir={tmp_path / 'run'}", "prompts.train=/nowhere/prompts.txt"]
+    with pytest.raises(UserError, match="no such file"):
+        train(config.load(runs.RECIPE, overrides))
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_recipe_in_the_folder_is_answered_with_no(tmp_path: Path) -> None:
