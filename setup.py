@@ -10,6 +10,15 @@ from pathlib import Path
 
 from setuptools import setup
 
+PACKAGES = {
+    "fastgrpo": "fastgrpo",
+    "fastgrpo.core": "fastgrpo/core",
+    "fastgrpo.models": "models",
+    "fastgrpo.rewards": "rewards",
+    "fastgrpo.data": "data",
+}
+"""Every package and its folder."""
+
 setup(
     name="fastgrpo",
     version="0.1.0",
@@ -19,13 +28,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["fastgrpo", "fastgrpo.models", "fastgrpo.rewards", "fastgrpo.data"],
-    package_dir={
-        "fastgrpo": "fastgrpo",
-        "fastgrpo.models": "models",
-        "fastgrpo.rewards": "rewards",
-        "fastgrpo.data": "data",
-    },
+    packages=[*PACKAGES],
+    package_dir=PACKAGES,
     package_data={
         "fastgrpo": ["py.typed"],
         "fastgrpo.data": ["*.txt", "tiny_hunyuan_video/**"],

@@ -25,9 +25,9 @@ from pathlib import Path
 from benchmarks import pictures
 from benchmarks.campaign import Trained, Variant, train_all
 from fastgrpo import cli
-from fastgrpo.errors import UserError
-from fastgrpo.files import replace_text
-from fastgrpo.lifetime import leave
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import replace_text
+from fastgrpo.core.processes import leave
 
 RECIPE = Path("launch/t2v_tiny.toml")
 PAGE = Path("docs/ablations.md")

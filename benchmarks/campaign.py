@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from fastgrpo import config, distributed
 from fastgrpo.config import Recipe
-from fastgrpo.errors import UserError
-from fastgrpo.files import replace_text
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import replace_text
 from fastgrpo.runfolder import Evaluation, Run, read_run
 from fastgrpo.train import Session, claim
 

@@ -20,8 +20,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastgrpo import models
 from fastgrpo.config import Model, Video
+from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.flow import gaussian_log_prob
-from fastgrpo.models import Condition, Policy
 
 VIDEO = Video(frames=9, height=24, width=40)
 TEXT_LENGTHS = (5, 7, 11)

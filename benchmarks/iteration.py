@@ -34,9 +34,9 @@ from torch import Tensor
 from benchmarks.meters import KINDS, Counts, counted
 from benchmarks.ways import PHASES, Theirs, Way, open_ways
 from fastgrpo import cli, config, distributed
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.processes import leave
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
-from fastgrpo.lifetime import leave
 
 TINY = Path("launch/t2v_tiny.toml")
 SETTING = (

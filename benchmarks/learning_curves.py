@@ -26,8 +26,8 @@ from benchmarks import pictures
 from benchmarks.campaign import Array, Trained, Variant, train_all
 from benchmarks.ways import Ours, open_session
 from fastgrpo import cli, config, distributed
-from fastgrpo.errors import UserError
-from fastgrpo.lifetime import leave
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.processes import leave
 
 RECIPE = Path("launch/t2v_tiny.toml")
 PICTURE = Path("docs/learning_curves.png")

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from fastgrpo import distributed, flow, grpo, models, noise, rewards
 from fastgrpo.config import Recipe
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Condition, Policy, move, stack
+from fastgrpo.core.reward import Reward
 from fastgrpo.data import video
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
-from fastgrpo.models import Condition, Policy, stack
-from fastgrpo.rewards import Reward
 from fastgrpo.stopwatch import Stopwatch
 
 
@@ -92,7 +92,7 @@ class Public:
         policy = models.load(recipe.model, world.device, recipe.lora)
         if policy.transition is not flow.sde_transition:
             raise UserError(f"model.family={recipe.model.family}: the public way is written for flow models only.")
-        policy.negative = None if negative is None else models.move(negative, world.device)
+        policy.negative = None if negative is None else move(negative, world.device)
         shape = policy.latent_shape(recipe.video)
         distributed.shard(policy, world, torch.float32)
         policy.network.set_reshard_after_forward(True)  # type: ignore[operator]  # the root as well

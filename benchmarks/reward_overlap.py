@@ -18,8 +18,8 @@ import uvicorn
 from torch import Tensor
 
 from fastgrpo.config import RewardSpec
+from fastgrpo.core.reward import Scores
 from fastgrpo.distributed import open_world
-from fastgrpo.rewards import Scores
 from fastgrpo.rewards.admission import Limits
 from fastgrpo.rewards.client import RewardClient
 from fastgrpo.rewards.served import Served

@@ -25,7 +25,8 @@ import torch
 import uvicorn
 from torch import Tensor
 
-from fastgrpo.rewards import Scores, plain, wire
+from fastgrpo.core.reward import Scores
+from fastgrpo.rewards import plain, wire
 from fastgrpo.rewards.admission import Limits
 from fastgrpo.rewards.client import RewardClient
 from fastgrpo.rewards.served import Served

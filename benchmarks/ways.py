@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from benchmarks.meters import held_bytes
 from benchmarks.public_way import Public, Sample
-from fastgrpo import config, models
+from fastgrpo import config
 from fastgrpo.config import Recipe
+from fastgrpo.core.policy import move
 from fastgrpo.data import prompts
 from fastgrpo.distributed import World
 from fastgrpo.rollout import Plan
@@ -113,7 +114,7 @@ class Theirs:
         start = time.perf_counter()
         chosen = prompts.draw(len(session.train_prompts), recipe.prompts.per_iteration, self.done, recipe.run.seed)
         self.texts = [session.train_prompts[index] for index in chosen]
-        conditions = [models.move(session.conditions[index], session.world.device) for index in chosen]
+        conditions = [move(session.conditions[index], session.world.device) for index in chosen]
         self.samples, seconds = self.public.iterate(self.done, self.texts, conditions)
         self.done += 1
         self.kept = held_bytes([(sample.states, sample.log_probs) for sample in self.samples])

@@ -20,9 +20,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastgrpo.config import Recipe
-from fastgrpo.data.prompts import Prompt
-from fastgrpo.errors import UserError
-from fastgrpo.models import Condition, Encoder
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Condition, Encoder, Prompt
 
 FORMAT = 1  # of the folder
 PART = 64  # prompts per file: at most 256 MiB of a 512-token T5 in bfloat16

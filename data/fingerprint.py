@@ -13,8 +13,8 @@ from typing import Any
 
 from fastgrpo import models
 from fastgrpo.config import Recipe
-from fastgrpo.data.prompts import Prompt
-from fastgrpo.files import replace_text, sha256
+from fastgrpo.core.files import replace_text, sha256
+from fastgrpo.core.policy import Prompt
 from fastgrpo.models import folder
 
 TEXT_PARTS = ("tokenizer", "text_encoder")  # beginnings of the names in model_index.json

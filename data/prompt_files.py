@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
 PARQUET_BATCH = 4096  # rows decoded at a time

@@ -4,24 +4,16 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastgrpo import config, noise
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Prompt
 from fastgrpo.data import prompt_files
 from fastgrpo.data.prompt_files import Row
-from fastgrpo.errors import UserError
 
 UNUSABLE = "without text or image"  # what is counted where prompts.bad_rows=skip
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What one group of samples is drawn for."""
-
-    text: str
-    image: Path | None = None  # the reference image of image-to-video: a picture, or a video whose first frame is meant
-    place: str = field(default="", compare=False)  # recipe key, file and row, for messages
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,10 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
+from fastgrpo.core.errors import UserError
 from fastgrpo.data import shapes
 from fastgrpo.data.tiny_world_text import clip_tokenizer, encode, encode_pooled, llama_tokenizer
 from fastgrpo.data.tiny_world_vae import CHANNELS, latents_of, new_vae, train_vae
-from fastgrpo.errors import UserError
 
 STAGES = ("prompts", "tokenizers", "vae", "transformer")
 GUIDANCE = 6.0  # the embedded guidance scale that the transformer always saw; the network is given 1000 times it

@@ -31,9 +31,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from fastgrpo import stored
 from fastgrpo.config import Checkpoint
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import flush, sha256
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
-from fastgrpo.files import flush, sha256
 from fastgrpo.update import Trainer
 
 T = TypeVar("T")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from fastgrpo.commands import add_export, add_sample, add_status, run_export, run_sample, run_status
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.processes import OneRankError, after_rank_0, die_with_torchrun, leave, rank
 from fastgrpo.judging import add_evaluate, add_score, run_evaluate, run_score
-from fastgrpo.lifetime import OneRankError, after_rank_0, die_with_torchrun, leave, rank
 from fastgrpo.planning import add_plan, overrides_first, run_plan
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastgrpo import config
 from fastgrpo.config import Video
+from fastgrpo.core.errors import UserError
 from fastgrpo.data import prompt_files, video
 from fastgrpo.data.images import read_image
-from fastgrpo.errors import UserError
 from fastgrpo.sample import MANIFEST, SHEET
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

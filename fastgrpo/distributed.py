@@ -21,11 +21,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from fastgrpo import interface, sequence_parallel
 from fastgrpo.config import Distributed
-from fastgrpo.errors import UserError
-from fastgrpo.lifetime import die_with_torchrun
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.memory import free_memory
+from fastgrpo.core.policy import Policy
+from fastgrpo.core.processes import die_with_torchrun
 from fastgrpo.mesh import mesh_shape as mesh_shape
-from fastgrpo.models import Policy
-from fastgrpo.peaks import free_memory
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # a rank may wait for another's slow reward server

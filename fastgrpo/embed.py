@@ -15,14 +15,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastgrpo import distributed, models
 from fastgrpo.config import Recipe
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import take_lock
+from fastgrpo.core.policy import Prompt
 from fastgrpo.data import embeddings, prompts
 from fastgrpo.data.embeddings import Cache, Conditions
 from fastgrpo.data.fingerprint import fingerprint
-from fastgrpo.data.prompts import Prompt, Split
+from fastgrpo.data.prompts import Split
 from fastgrpo.display import duration
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
-from fastgrpo.lifetime import take_lock
 
 LINE_EVERY_S = 10.0  # between lines of progress where there is no terminal
 LOOK_EVERY_S = 2.0  # between looks whether another process has ended with the cache

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from fastgrpo import distributed, rollout
 from fastgrpo.config import Recipe
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import replace_text
+from fastgrpo.core.policy import Condition, Policy, stack
 from fastgrpo.data import video
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
-from fastgrpo.files import replace_text
-from fastgrpo.models import Condition, Policy, stack
 from fastgrpo.rollout import Plan, Round
 from fastgrpo.scoring import Scorer
 from fastgrpo.update import Trainer

@@ -15,9 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastgrpo import card, config, models, publish, shards, stored
+from fastgrpo import card, config, models, shards, stored
 from fastgrpo.config import Recipe
-from fastgrpo.errors import UserError
+from fastgrpo.core import files
+from fastgrpo.core.errors import UserError
 from fastgrpo.models import folder as layout_folder
 from fastgrpo.models import lora
 from fastgrpo.stored import Step, Weights
@@ -51,7 +52,7 @@ def export(wanted: Export) -> Path:
     if wanted.lora is not None and not recipe.lora.rank:
         raise UserError(f"--lora={wanted.lora}: the run in {wanted.run} trained no adapters; leave it out.")
     weights = Weights(checkpoint, wanted.raw)
-    with publish.whole_folder(wanted.folder, "DST") as partial:
+    with files.whole_folder(wanted.folder, "DST") as partial:
         if recipe.lora.rank and wanted.lora != "merged":
             write_adapters(wanted, recipe, weights, partial)
         else:

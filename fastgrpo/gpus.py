@@ -7,7 +7,7 @@ sold with, a card per GPU; yours may differ: every number can be overridden.
 
 from dataclasses import dataclass, fields, replace
 
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 
 
 @dataclass(frozen=True)

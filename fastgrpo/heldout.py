@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fastgrpo import config, distributed, judges, rewards, sample, snapshot
 from fastgrpo.config import RewardSpec
+from fastgrpo.core.errors import UserError
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
 from fastgrpo.evaluate import RESAMPLES, Evaluation, compare
 from fastgrpo.judges import Judges, Servers
 from fastgrpo.sample import Drawn, Work

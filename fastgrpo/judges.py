@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fastgrpo import config, rewards
 from fastgrpo.config import RewardSpec
-from fastgrpo.errors import UserError
-from fastgrpo.rewards import Reward, Scores
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.rewards.client import RewardClient
 from fastgrpo.rewards.in_process import ScorerInProcess
 from fastgrpo.scoring import Source, read_token

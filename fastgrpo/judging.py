@@ -87,7 +87,7 @@ def _servers(command: argparse.ArgumentParser) -> None:
 def run_score(arguments: argparse.Namespace) -> None:
     """`fastgrpo score`: print the table."""
     from fastgrpo import judges, score
-    from fastgrpo.errors import UserError
+    from fastgrpo.core.errors import UserError
 
     servers = _asked_servers(arguments)
     if servers.urls and (arguments.path or arguments.option or arguments.set):

@@ -14,8 +14,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-from fastgrpo.errors import UserError
-from fastgrpo.lifetime import after_rank_0, leave, rank
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.processes import after_rank_0, leave, rank
 from fastgrpo.processes import SETTLED, processes_to_start, replace_by_torchrun
 
 USER_ERROR = 2

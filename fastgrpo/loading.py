@@ -10,9 +10,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from fastgrpo import distributed
 from fastgrpo.config import Recipe
+from fastgrpo.core.policy import Policy
 from fastgrpo.display import duration
 from fastgrpo.distributed import World
-from fastgrpo.models import Policy, streaming
+from fastgrpo.models import streaming
 from fastgrpo.models.streaming import Bytes, Show
 
 

@@ -1,7 +1,7 @@
 """How ranks are divided over replicas and shards: arithmetic alone, which a plan wants without importing torch."""
 
 from fastgrpo.config import Distributed
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 
 
 def mesh_shape(settings: Distributed, size: int, ranks_of_node: int) -> tuple[int, int]:

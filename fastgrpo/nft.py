@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastgrpo import noise, objectives
 from fastgrpo.config import Objective
-from fastgrpo.errors import UserError
-from fastgrpo.models import Condition, Policy, stack
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Condition, Policy, stack
 from fastgrpo.objectives import Noised
 from fastgrpo.rollout import Drawn, Plan, Trajectory, sample_ode, stored
 from fastgrpo.samplers import is_flow

@@ -14,7 +14,7 @@ from typing import Any
 
 from fastgrpo import config, evaluations, plan_minibatches, plan_phases, plan_work, sizing
 from fastgrpo.config import Recipe
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 from fastgrpo.plan_phases import GIB, Machine, Phase
 from fastgrpo.plan_sizes import Subject, subject
 

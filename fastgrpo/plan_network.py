@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 from fastgrpo.plan_unet import unet
 from fastgrpo.plan_units import BOTH, SAMPLE, TEXT, VIDEO, Attention, Network, Unit, time_embedder
 

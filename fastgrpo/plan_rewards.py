@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from fastgrpo import evaluations
 from fastgrpo.config import Recipe, RewardSpec
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 from fastgrpo.plan_work import Job
 
 

@@ -34,8 +34,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastgrpo import distributed, models, sequence_parallel
 from fastgrpo.config import Recipe
+from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.distributed import World
-from fastgrpo.models import Condition, Policy, flux, hunyuan_video, skyreels_i2v, stable_diffusion, wan
+from fastgrpo.models import flux, hunyuan_video, skyreels_i2v, stable_diffusion, wan
 from fastgrpo.models.lora import add_adapters
 from fastgrpo.plan_counts import Sent, counting_flops
 

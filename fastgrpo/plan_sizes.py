@@ -13,8 +13,8 @@ from typing import Any
 
 from fastgrpo import plan_rewards
 from fastgrpo.config import Recipe
-from fastgrpo.errors import UserError
-from fastgrpo.files import read_json
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import read_json
 from fastgrpo.mesh import mesh_shape
 from fastgrpo.plan_network import FLUX_PATCH, network
 from fastgrpo.plan_units import Network

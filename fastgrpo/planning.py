@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 
 if TYPE_CHECKING:
     from fastgrpo.plan import Plan

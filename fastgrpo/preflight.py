@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fastgrpo import preflight_folder, preflight_iteration, preflight_machine
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 from fastgrpo.preflight_iteration import Iteration, Meter, Probe, noisy_plan, short
 from fastgrpo.preflight_parts import Finding, Parts
 from fastgrpo.preflight_phases import Phase, measured

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from fastgrpo import distributed, rollout, samplers
 from fastgrpo.config import Objective
+from fastgrpo.core.memory import Peaks
+from fastgrpo.core.processes import fail_alone
 from fastgrpo.distributed import World
-from fastgrpo.lifetime import fail_alone
-from fastgrpo.peaks import Peaks
 from fastgrpo.preflight_parts import Finding, Parts, gathered, largest, replicas_differ
 from fastgrpo.rollout import Drawn, Plan, Start
 from fastgrpo.update import MicroBatch, Trainer, update

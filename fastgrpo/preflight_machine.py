@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo import distributed, sequence_parallel
-from fastgrpo.models import stack
+from fastgrpo.core.policy import stack
 from fastgrpo.preflight_parts import Finding, Parts, fingerprints, gathered, largest, replicas_differ
 
 SHARED_BOUND = {torch.float32: 1e-4, torch.bfloat16: 5e-2}

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fastgrpo.config import Recipe
+from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.distributed import World
-from fastgrpo.models import Condition, Policy
 from fastgrpo.rollout import Plan
 from fastgrpo.scoring import Scorer
 from fastgrpo.update import Trainer

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from fastgrpo.core.reward import Reward
 from fastgrpo.preflight_parts import Finding, Parts, gathered
-from fastgrpo.rewards import Reward
 from fastgrpo.rewards.client import RewardClient
 from fastgrpo.rewards.in_process import ScorerInProcess
 from fastgrpo.rewards.served import Served, golden_clip

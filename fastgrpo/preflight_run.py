@@ -14,10 +14,10 @@ from rich.console import Console
 
 from fastgrpo import distributed, embed, plan, preflight
 from fastgrpo.config import Recipe, Track
+from fastgrpo.core.errors import UserError
 from fastgrpo.data import prompts
 from fastgrpo.data.prompts import Split
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
 from fastgrpo.gpus import GPUS, Achieved, Gpu
 from fastgrpo.plan_phases import GIB, Machine
 from fastgrpo.preflight_folder import scratch

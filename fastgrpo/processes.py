@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 
 SETTLED = "FASTGRPO_SETTLED"
 """In the environment once the recipe is checked and the number of processes settled, by Python or launch/_run.sh."""

@@ -11,9 +11,9 @@ from typing import Any
 
 from fastgrpo import models
 from fastgrpo.config import Recipe
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import read_json, replace_text
 from fastgrpo.data.fingerprint import hashes
-from fastgrpo.errors import UserError
-from fastgrpo.files import read_json, replace_text
 from fastgrpo.models import folder, network_folder
 from fastgrpo.rewards.client import RewardClient
 from fastgrpo.rewards.in_process import ScorerInProcess

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastgrpo.core.memory import KINDS
 from fastgrpo.display import PHASES
 from fastgrpo.distributed import World
 from fastgrpo.heartbeat import WAIT, Heart, node
-from fastgrpo.peaks import KINDS
 from fastgrpo.ranklog import RankLog
 from fastgrpo.stopwatch import Stopwatch
 

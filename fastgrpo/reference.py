@@ -5,12 +5,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fastgrpo.models import Condition, Policy
+from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.models.lora import at_rest
 
 
 class Reference(Protocol):
-    """What the KL term needs of it; every `fastgrpo.models.Policy` has that."""
+    """What the KL term needs of it; every `fastgrpo.core.policy.Policy` has that."""
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor: ...
 

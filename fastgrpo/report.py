@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from fastgrpo.charts import Series, curves, interval, smoothing_width, stacked_bars
+from fastgrpo.core.files import replace_text
 from fastgrpo.data import video
 from fastgrpo.display import duration
-from fastgrpo.files import replace_text
 from fastgrpo.page import chart, legend, page, table
 from fastgrpo.report_ranks import memory, phase_colour, ranks
 from fastgrpo.runfolder import Evaluation, Run, read_run

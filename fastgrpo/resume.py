@@ -10,9 +10,9 @@ import torch
 
 from fastgrpo import config, provenance
 from fastgrpo.config import Recipe
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import replace_text, sha256
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
-from fastgrpo.files import replace_text, sha256
 
 FREE_SECTIONS = ("checkpoint", "track", "server", "distributed")
 FREE_TO_CHANGE = (

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fastgrpo import grpo, noise, samplers
+from fastgrpo.core.memory import to_host
+from fastgrpo.core.policy import Condition, Policy, shape_key, stack
 from fastgrpo.distributed import World
-from fastgrpo.models import Condition, Policy, shape_key, stack
-from fastgrpo.pinned import to_host
 
 Round = tuple[list[int], bool]  # a batch of slots or prompts, and whether its result counts
 

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 
 from fastgrpo import distributed, sizing
+from fastgrpo.core.memory import GIB, Peaks, free_memory
+from fastgrpo.core.policy import Condition, stack
+from fastgrpo.core.processes import fail_alone
 from fastgrpo.distributed import World
-from fastgrpo.lifetime import fail_alone
-from fastgrpo.models import Condition, stack
-from fastgrpo.peaks import GIB, Peaks, free_memory
 from fastgrpo.preflight_parts import Parts, local
 
 

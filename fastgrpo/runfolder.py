@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgrpo.charts import Series
+from fastgrpo.core.errors import UserError
 from fastgrpo.display import PHASES, parts
-from fastgrpo.errors import UserError
 from fastgrpo.ranklog import hosts_of
 from fastgrpo.track import Row, read_metrics
 

@@ -17,13 +17,13 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from fastgrpo import config, distributed, models, noise, publish, rollout, sheet, snapshot
+from fastgrpo import config, distributed, models, noise, rollout, sheet, snapshot
+from fastgrpo.core import files
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Condition, Policy, Prompt, move, stack
 from fastgrpo.data import prompts as prompt_file
 from fastgrpo.data import video
-from fastgrpo.data.prompts import Prompt
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
-from fastgrpo.models import Condition, Policy
 from fastgrpo.snapshot import Asked, Snapshot, Source
 
 MANIFEST = "manifest.json"
@@ -107,14 +107,14 @@ def sample(asked: Asked, wanted: Wanted) -> Sampled:
     with distributed.open_world() as world, ExitStack() as stack:
         job = world.on_main(lambda: plan(snapshot.find(asked), wanted))
         replaces = MANIFEST if job.overwrite else None
-        folder = world.on_main(lambda: stack.enter_context(publish.whole_folder(job.out, "--out", replaces)))
+        folder = world.on_main(lambda: stack.enter_context(files.whole_folder(job.out, "--out", replaces)))
         mistake, strips = None, {}
         try:
             strips = draw(job, folder, world)
         except UserError as error:
             mistake = error
         except OSError as error:
-            mistake = publish.refused(job.out, "--out", error)
+            mistake = files.refused(job.out, "--out", error)
         world.agree(mistake)
         everything = gather(job, strips, world)
         world.on_main(lambda: describe(job, folder, everything))
@@ -202,7 +202,7 @@ def generate(work: Work, world: World) -> Iterator[Drawn]:
     distinct = dict.fromkeys(work.clips[batch.start].prompt for batch in batches)
     with models.encoder(model, source.video, world.device) as encode:
         conditions = {prompt: encode([prompt])[0] for prompt in distinct}
-        negative = models.move(encode.negative(model.negative_prompt or ""), world.device) if model.cfg > 1 else None
+        negative = move(encode.negative(model.negative_prompt or ""), world.device) if model.cfg > 1 else None
     before = {}
     if work.against_base:
         assert source.base is not None
@@ -232,7 +232,7 @@ def latents_of(
     latents: dict[int, Tensor] = {}
     for batch in track(batches, f"sampling {weights.label}", disable=not shown):
         x = noise.normal([noise_key(work.clips[n].seed) for n in batch], shape).to(world.device)
-        condition = models.move(models.stack([conditions[work.clips[n].prompt] for n in batch]), world.device)
+        condition = move(stack([conditions[work.clips[n].prompt] for n in batch]), world.device)
         latents |= zip(batch, rollout.sample_ode(policy, x, grid, condition).cpu(), strict=True)
     return policy, latents
 

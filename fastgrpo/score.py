@@ -20,8 +20,8 @@ from rich.table import Table
 
 from fastgrpo import clip_files, judges
 from fastgrpo.config import RewardSpec
-from fastgrpo.errors import UserError
-from fastgrpo.files import replace_text
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import replace_text
 from fastgrpo.judges import Judges, Servers, Verdict
 
 UNREADABLE = "unreadable"  # the kind of what a file cannot be scored for

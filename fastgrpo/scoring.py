@@ -21,10 +21,10 @@ from torch import Tensor
 
 from fastgrpo import rewards
 from fastgrpo.config import Recipe, RewardSpec
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.memory import to_host
+from fastgrpo.core.reward import Scores
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
-from fastgrpo.pinned import to_host
-from fastgrpo.rewards import Scores
 from fastgrpo.rewards.beside import launch_beside
 from fastgrpo.rewards.client import RewardClient
 from fastgrpo.rewards.in_process import ScorerInProcess

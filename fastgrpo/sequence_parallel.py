@@ -20,7 +20,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 
 LAYERS = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
 TEXT_LAYERS = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 
 WEIGHTS = "diffusion_pytorch_model"
 ADAPTERS = "pytorch_lora_weights.safetensors"

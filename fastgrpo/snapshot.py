@@ -16,8 +16,9 @@ from torch import nn
 
 from fastgrpo import config, models, stored
 from fastgrpo.config import Lora, Model, Prompts, Recipe, Rollout, Section, Video
-from fastgrpo.errors import UserError
-from fastgrpo.models import Policy, lora
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Policy
+from fastgrpo.models import lora
 from fastgrpo.shards import ADAPTERS
 from fastgrpo.stored import Step, Weights
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 from fastgrpo.heartbeat import FOLDER, WAIT, Beat, read
 
 SILENT_S = 60.0  # heartbeats come every three seconds

@@ -22,9 +22,8 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.distributed as dist
 
+from fastgrpo.core.files import replace_text, take_lock
 from fastgrpo.distributed import World
-from fastgrpo.files import replace_text
-from fastgrpo.lifetime import take_lock
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 
 Step = int | Literal["best", "newest"]
 

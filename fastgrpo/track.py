@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.live import Live
 from torch import Tensor
 
+from fastgrpo.core.errors import UserError
 from fastgrpo.data import video
 from fastgrpo.display import dashboard, plain_line
-from fastgrpo.errors import UserError
 
 if TYPE_CHECKING:
     from wandb import Run as WandbRun

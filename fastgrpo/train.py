@@ -15,17 +15,17 @@ from torch import Tensor
 from fastgrpo import distributed, embed, evaluate, grpo, models, nft, preflight, rollout, room, samplers, track, window
 from fastgrpo.checkpoint import Checkpoints, Progress, number
 from fastgrpo.config import Recipe
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import only_run_in, replace_text
+from fastgrpo.core.policy import Condition, Policy, move
+from fastgrpo.core.processes import OneRankError, rank
 from fastgrpo.data import prompts
 from fastgrpo.data.embeddings import Conditions
 from fastgrpo.data.prompts import Split
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
 from fastgrpo.evaluate import Evaluation
-from fastgrpo.files import replace_text
 from fastgrpo.heartbeat import Heart
-from fastgrpo.lifetime import OneRankError, only_run_in, rank
 from fastgrpo.loading import shard_and_read
-from fastgrpo.models import Condition, Policy
 from fastgrpo.preflight_parts import Parts
 from fastgrpo.provenance import check_rewards, record_provenance
 from fastgrpo.ranks import Ranks
@@ -109,7 +109,7 @@ class Session:
         encoded = embed.encode(recipe, world, found)
         shard_and_read(policy, recipe, world)
         if encoded.conditions.negative is not None:
-            policy.negative = models.move(encoded.conditions.negative, world.device)
+            policy.negative = move(encoded.conditions.negative, world.device)
         reference = initial_policy(recipe, world, policy) if recipe.needs_initial_policy else None
         trainer = Trainer.create(policy, recipe.optimizer, reference, recipe.distributed.offload)
         checkpoints = Checkpoints(recipe.run.dir / "checkpoints", recipe.checkpoint, world)
@@ -167,7 +167,7 @@ class Session:
         """The prompts of an iteration, and their conditions on the device."""
         recipe = self.recipe
         chosen = prompts.draw(len(self.train_prompts), recipe.prompts.per_iteration, iteration, recipe.run.seed)
-        conditions = [models.move(self.conditions[index], self.world.device) for index in chosen]
+        conditions = [move(self.conditions[index], self.world.device) for index in chosen]
         return [self.train_prompts[index] for index in chosen], conditions
 
     def iterate(self) -> None:
@@ -299,7 +299,7 @@ class Session:
         self.ranks.heart.enter("evaluate")
         count = min(self.recipe.evaluate.prompts, len(self.heldout_prompts))
         first = len(self.train_prompts)
-        conditions = [models.move(c, self.world.device) for c in self.conditions[first : first + count]]
+        conditions = [move(c, self.world.device) for c in self.conditions[first : first + count]]
         evaluation = evaluate.evaluate(
             self.trainer, self.recipe, self.heldout_prompts[:count], conditions,
             self.scorer, self.world, self.progress.iteration, self.heldout_grid, self.shape, self.stop.between,

@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor
 
 from fastgrpo import grpo, nft, objectives, samplers
 from fastgrpo.config import Objective, Optimizer
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Condition, Policy, shape_key, stack
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
 from fastgrpo.flow import gaussian_kl
-from fastgrpo.models import Condition, Policy, shape_key, stack
 from fastgrpo.objectives import Terms
 from fastgrpo.reference import Reference
 from fastgrpo.rollout import Plan, Trajectory

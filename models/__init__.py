@@ -16,72 +16,19 @@ any family's network.
 
 import importlib
 import re
-from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastgrpo.config import Lora, Model, Video
-from fastgrpo.data.prompts import Prompt
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Encoder, Policy
 from fastgrpo.models import streaming
 from fastgrpo.models.lora import add_adapters
-
-Condition = Mapping[str, Tensor]  # what the network is conditioned on; one prompt's without, a batch's with a first dim
-
-
-class Encoder(Protocol):
-    """Prompts to conditions, with the family's own text encoders (and image encoder), loaded while it is open."""
-
-    def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
-        """One condition per prompt, float32 on the CPU, without a batch dimension.
-
-        A prompt's condition depends on that prompt alone. Raises UserError for a prompt without tokens or, where the
-        network needs a reference image, without one.
-        """
-
-    def negative(self, text: str) -> Condition:
-        """The condition of the unconditional branch of classifier-free guidance."""
-
-
-class Policy(Protocol):
-    """A generator that can be sampled and trained. Everything outside it speaks t in [0, 1], float32 and uint8."""
-
-    network: nn.Module
-    """The trainable network."""
-    vae: nn.Module
-    """The decoder, frozen."""
-    negative: Condition | None
-    """The unconditional branch's condition, on the network's device; set before sampling where model.cfg > 1."""
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        """The network's repeated blocks, in the order in which they run: the units of sharding and recomputation."""
-
-    def latent_shape(self, video: Video) -> tuple[int, ...]:
-        """(C, F, H, W) of one sample's latent. Raises UserError for a size that the networks cannot take."""
-
-    def time_grid(self, steps: int, shift: float | None, shape: tuple[int, ...]) -> Tensor:
-        """Times of a sampler with `steps` steps for latents of `shape`, as the folder's scheduler has them.
-
-        shift: in place of the scheduler's, where the family has one;  returns float32 [steps + 1], falling to 0
-        """
-
-    def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The network's prediction, guidance included. x: [B, C, F, H, W] float32;  t: [B];  returns like x."""
-
-    def transition(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-        """Mean and std of p(x_next | x), see fastgrpo.flow."""
-
-    def clean_estimate(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        """The x_0 that the prediction implies: the deterministic last step, from time t to 0."""
-
-    def decode(self, x: Tensor) -> Tensor:
-        """Latents [B, C, F, H, W] to pixels, uint8 [B, F, H, W, 3]."""
 
 
 class Family(Protocol):
@@ -158,18 +105,3 @@ def _configure(policy: Policy, settings: Model) -> None:
 def encoder(settings: Model, video: Video, device: torch.device) -> AbstractContextManager[Encoder]:
     """The text encoders of a recipe's [model] section; freed when the context ends."""
     return family(settings.family).encoder(settings, video, device)
-
-
-def stack(conditions: Sequence[Condition]) -> Condition:
-    """Single prompts' conditions of equal shapes to one batch."""
-    return {name: torch.stack([c[name] for c in conditions]) for name in conditions[0]}
-
-
-def move(condition: Condition, device: torch.device) -> Condition:
-    """The condition on another device."""
-    return {name: tensor.to(device) for name, tensor in condition.items()}
-
-
-def shape_key(condition: Condition) -> tuple[tuple[int, ...], ...]:
-    """Conditions with the same key can share a batch without padding."""
-    return tuple(tuple(condition[name].shape) for name in sorted(condition))

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from fastgrpo import flow
 from fastgrpo.config import Model, Video
-from fastgrpo.data.prompts import Prompt
-from fastgrpo.errors import UserError
-from fastgrpo.models import Condition, folder, streaming
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Condition, Prompt
+from fastgrpo.models import folder, streaming
 
 NETWORK = "transformer"
 PARTS = ("vae", "text_encoder", "text_encoder_2", "scheduler", "tokenizer", "tokenizer_2")
@@ -58,7 +58,7 @@ class Schedule:
 
 
 class Flux:
-    """The `fastgrpo.models.Policy` of this family."""
+    """The `fastgrpo.core.policy.Policy` of this family."""
 
     def __init__(self, network: nn.Module, vae: nn.Module, schedule: Schedule, settings: Model) -> None:
         self.network = network
@@ -128,7 +128,7 @@ def positions(height: int, width: int, device: torch.device) -> Tensor:
 
 
 class TextEncoder:
-    """The `fastgrpo.models.Encoder` of this family: T5's states of all its token places and CLIP's pooled output."""
+    """This family's `Encoder`: T5's states of all its token places and CLIP's pooled output."""
 
     def __init__(self, where: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.device = device

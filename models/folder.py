@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastgrpo.config import Model, Video
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 from fastgrpo.models.network_folder import check_class, check_shards
 from fastgrpo.models.network_folder import read_json as read_json
 

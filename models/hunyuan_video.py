@@ -21,9 +21,9 @@ from torch.nn.functional import pad
 
 from fastgrpo import flow
 from fastgrpo.config import Model, Video
-from fastgrpo.data.prompts import Prompt
-from fastgrpo.errors import UserError
-from fastgrpo.models import Condition, folder, streaming
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Condition, Prompt
+from fastgrpo.models import folder, streaming
 
 NETWORK = "transformer"
 PARTS = ("vae", "text_encoder", "text_encoder_2", "scheduler", "tokenizer", "tokenizer_2")
@@ -74,7 +74,7 @@ class TrimmedAttention(HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]
 
 
 class HunyuanVideo:
-    """The `fastgrpo.models.Policy` of this family."""
+    """The `fastgrpo.core.policy.Policy` of this family."""
 
     def __init__(self, network: nn.Module, vae: nn.Module, shift: float, settings: Model, guidance: float) -> None:
         self.network = network
@@ -156,7 +156,7 @@ def both_texts(negative: Tensor, text: Tensor) -> tuple[Tensor, tuple[int, ...]]
 
 
 class TextEncoder:
-    """The `fastgrpo.models.Encoder` of this family: Llama features and CLIP's pooled output."""
+    """This family's `Encoder`: Llama features and CLIP's pooled output."""
 
     def __init__(self, where: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.device = device

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastgrpo import noise
 from fastgrpo.config import Lora
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 
 ATTENTION = (  # the names that diffusers' networks give the projections of their attention
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",

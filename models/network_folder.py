@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastgrpo import files
-from fastgrpo.errors import UserError
+from fastgrpo.core import files
+from fastgrpo.core.errors import UserError
 
 WEIGHTS = "diffusion_pytorch_model"
 INDEX = f"{WEIGHTS}.safetensors.index.json"

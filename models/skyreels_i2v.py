@@ -19,10 +19,10 @@ from torch.nn.functional import pad
 
 from fastgrpo import noise
 from fastgrpo.config import Model, Video
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Condition, Prompt
 from fastgrpo.data import images
-from fastgrpo.data.prompts import Prompt
-from fastgrpo.errors import UserError
-from fastgrpo.models import Condition, folder, hunyuan_video
+from fastgrpo.models import folder, hunyuan_video
 from fastgrpo.models.hunyuan_video import MAX_CLIP_TOKENS, MAX_TEXT_TOKENS, NETWORK, PARTS, HunyuanVideo, blocks
 
 __all__ = ["MAX_CLIP_TOKENS", "MAX_TEXT_TOKENS", "NETWORK", "PIPELINE", "SkyReels", "blocks", "encoder", "load"]
@@ -33,7 +33,7 @@ USUAL_GUIDANCE = 1.0  # the embedded one: what follows the text is model.cfg
 
 
 class SkyReels(HunyuanVideo):
-    """The `fastgrpo.models.Policy` of this family."""
+    """The `fastgrpo.core.policy.Policy` of this family."""
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         first = condition["image"].to(x.dtype)  # [B, C, 1, H, W]
@@ -41,7 +41,7 @@ class SkyReels(HunyuanVideo):
 
 
 class ImageTextEncoder:
-    """The `fastgrpo.models.Encoder` of this family: HunyuanVideo's text features, and the reference image's latent."""
+    """This family's `Encoder`: HunyuanVideo's text features, and the reference image's latent."""
 
     def __init__(self, texts: hunyuan_video.TextEncoder, vae: Any, video: Video) -> None:
         self.texts = texts

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from fastgrpo import flow
 from fastgrpo.config import Model, Video
-from fastgrpo.data.prompts import Prompt
-from fastgrpo.errors import UserError
-from fastgrpo.models import Condition, folder, streaming
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Condition, Prompt
+from fastgrpo.models import folder, streaming
 
 NETWORK = "unet"
 PARTS = ("vae", "text_encoder", "scheduler", "tokenizer")
@@ -90,7 +90,7 @@ class Schedule:
 
 
 class StableDiffusion:
-    """The `fastgrpo.models.Policy` of this family."""
+    """The `fastgrpo.core.policy.Policy` of this family."""
 
     def __init__(self, network: nn.Module, vae: nn.Module, schedule: Schedule, settings: Model) -> None:
         self.network = network
@@ -162,7 +162,7 @@ class StableDiffusion:
 
 
 class TextEncoder:
-    """The `fastgrpo.models.Encoder` of this family: CLIP's states of all its token places, padding included."""
+    """This family's `Encoder`: CLIP's states of all its token places, padding included."""
 
     def __init__(self, where: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.device = device

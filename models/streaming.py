@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 from fastgrpo.models import lora, network_folder
 from fastgrpo.models.network_folder import Place
 

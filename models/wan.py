@@ -28,9 +28,9 @@ from torch.nn.functional import pad
 
 from fastgrpo import flow
 from fastgrpo.config import Model, Video
-from fastgrpo.data.prompts import Prompt
-from fastgrpo.errors import UserError
-from fastgrpo.models import Condition, folder, streaming
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Condition, Prompt
+from fastgrpo.models import folder, streaming
 
 NETWORK = "transformer"
 PARTS = ("vae", "text_encoder", "scheduler", "tokenizer")
@@ -74,7 +74,7 @@ class Schedule:
 
 
 class Wan:
-    """The `fastgrpo.models.Policy` of this family."""
+    """The `fastgrpo.core.policy.Policy` of this family."""
 
     def __init__(
         self, network: nn.Module, vae: Any, schedule: Schedule, text_tokens: int, settings: Model, device: torch.device
@@ -138,7 +138,7 @@ class Wan:
 
 
 class TextEncoder:
-    """The `fastgrpo.models.Encoder` of this family: UMT5's states of the prompt's own tokens and the closing one."""
+    """This family's `Encoder`: UMT5's states of the prompt's own tokens and the closing one."""
 
     def __init__(self, where: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.device = device

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrpo.rewards import Scores, judge_batch
+from fastgrpo.core.reward import Scores
+from fastgrpo.rewards import judge_batch
 from fastgrpo.rewards.meters import Meters
 from fastgrpo.rewards.served import Served
 from fastgrpo.rewards.wire import Clip

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import fastgrpo
 from fastgrpo.config import RewardSpec
-from fastgrpo.errors import UserError
-from fastgrpo.lifetime import die_with
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.processes import die_with
 from fastgrpo.rewards.server import serve
 
 TOKEN_VARIABLE = "FASTGRPO_TOKEN"

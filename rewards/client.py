@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import LONGEST_WAIT_S
-from fastgrpo.errors import UserError
-from fastgrpo.rewards import Scores, wire
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.reward import Scores
+from fastgrpo.rewards import wire
 from fastgrpo.rewards.in_process import join
 from fastgrpo.rewards.replicas import LONGEST_PAUSE_S, Patience, Replica, Replicas
 from fastgrpo.rewards.spec import Spec, Unlike, compare, differs, read_spec

@@ -15,8 +15,9 @@ from einops import rearrange
 from torch import Tensor
 
 from fastgrpo.config import RewardSpec
-from fastgrpo.errors import UserError
-from fastgrpo.rewards import Scores, clip_text, clip_weights, frames, options, weights
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.reward import Scores
+from fastgrpo.rewards import clip_text, clip_weights, frames, options, weights
 from fastgrpo.rewards.clip_pixels import CLIP_MEAN, CLIP_STD, Preprocess
 
 SCORES_LAYOUT = 1

@@ -19,7 +19,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 from fastgrpo.rewards import weights
 
 FILES = ("merges.txt", "tokenizer.json", "bpe_simple_vocab_16e6.txt.gz")

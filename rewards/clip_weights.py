@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 from fastgrpo.rewards import weights
 
 OPEN_CLIP_CONFIG, CONFIG, PREPROCESSOR = "open_clip_config.json", "config.json", "preprocessor_config.json"

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import RewardSpec
-from fastgrpo.errors import UserError
-from fastgrpo.rewards import Scores, judge_batch
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.reward import Scores
+from fastgrpo.rewards import judge_batch
 from fastgrpo.rewards.served import load_served
 
 

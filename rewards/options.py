@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from fastgrpo.config import RewardSpec, Section
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 
 Options = TypeVar("Options", bound=Section)
 

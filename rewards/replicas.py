@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 
 log = logging.getLogger(__name__)
 

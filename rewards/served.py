@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import RewardSpec
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.reward import Reward
 from fastgrpo.data import shapes
-from fastgrpo.errors import UserError
-from fastgrpo.rewards import Reward, load, wire
+from fastgrpo.rewards import load, wire
 
 log = logging.getLogger(__name__)
 

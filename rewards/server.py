@@ -31,8 +31,8 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 
 from fastgrpo.config import RewardSpec
-from fastgrpo.errors import UserError
-from fastgrpo.files import replace_text
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import replace_text
 from fastgrpo.rewards import logs, wire
 from fastgrpo.rewards.admission import Admission, Limits, Refusal, authenticate, body_length, patience, read_body
 from fastgrpo.rewards.batcher import Batcher, Expired, Failed

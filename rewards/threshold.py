@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.errors import UserError
-from fastgrpo.rewards import Reward, Scores
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.reward import Reward, Scores
 
 
 class Thresholded:

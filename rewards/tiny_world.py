@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgrpo.config import RewardSpec
+from fastgrpo.core.reward import Scores
 from fastgrpo.data import shapes
-from fastgrpo.rewards import Scores
 
 Array = NDArray[np.float64]
 

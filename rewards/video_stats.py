@@ -35,7 +35,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fastgrpo.config import RewardSpec, Section
-from fastgrpo.rewards import Scores, frames, optical_flow, options, weights
+from fastgrpo.core.reward import Scores
+from fastgrpo.rewards import frames, optical_flow, options, weights
 
 PARTS = ("motion", "speed", "smoothness", "flicker", "sharpness", "colourfulness", "clipped", "grid", "jpeg")
 SEEN = 160  # longest side at which motion is measured, pixels

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import RewardSpec, Section
-from fastgrpo.errors import UserError
-from fastgrpo.rewards import Scores, frames, options, videoalign_checkpoint, weights
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.reward import Scores
+from fastgrpo.rewards import frames, options, videoalign_checkpoint, weights
 from fastgrpo.rewards.videoalign_config import PARTS, Published, published
 from fastgrpo.rewards.videoalign_network import EMBEDDING, Network, build
 from fastgrpo.rewards.videoalign_preprocess import View, frame_indices, view

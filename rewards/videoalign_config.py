@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 
 PARTS = ("VQ", "MQ", "TA")
 SCORED: dict[str, dict[str, object]] = {

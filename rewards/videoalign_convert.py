@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from fastgrpo.errors import UserError
-from fastgrpo.files import sha256
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import sha256
 from fastgrpo.rewards import videoalign_checkpoint, videoalign_network
 from fastgrpo.rewards.videoalign_checkpoint import CONVERTED, FORMAT, Checkpoint, Loaded, as_text
 from fastgrpo.rewards.videoalign_network import HEAD

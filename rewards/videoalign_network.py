@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding, Qwen2VLVisionRotaryEmbedding
 
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 from fastgrpo.rewards.videoalign_preprocess import MERGE, PATCH, TUBE
 
 HEAD = "rm_head.weight"

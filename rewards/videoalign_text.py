@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 
 MARKS = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
 TEMPLATE_NAME = "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastgrpo.errors import UserError
-from fastgrpo.files import read_json as read_object
-from fastgrpo.files import sha256
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import read_json as read_object
+from fastgrpo.core.files import sha256
 
 FILE_KINDS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json", ".txt", ".gz")
 """What ends so is a file, not a hub repository's name."""

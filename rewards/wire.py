@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrpo.rewards import Scores
+from fastgrpo.core.reward import Scores
 
 MAX_BODY = 256 * 2**20  # bytes; one 53 x 480 x 480 clip is 37 MB
 MAX_HEADER = 16 * 64 * 2**10  # bytes, 1 MiB: room for MAX_CLIPS prompts of 3 KiB

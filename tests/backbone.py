@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgrpo import distributed, rollout
 from fastgrpo.config import Objective, Optimizer, Video
+from fastgrpo.core.policy import Condition, Policy, stack
 from fastgrpo.distributed import World
-from fastgrpo.models import Condition, Policy, stack
 from fastgrpo.rollout import Drawn, Plan
 from fastgrpo.update import Trainer, update
 from tests import tiny

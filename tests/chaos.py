@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastgrpo import checkpoint, stored
-from fastgrpo.files import sha256
+from fastgrpo.core.files import sha256
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
 
-from fastgrpo.lifetime import die_with, leave
+from fastgrpo.core.processes import die_with, leave
 
 Completed = subprocess.CompletedProcess[str]
 ROOT = Path(__file__).parent.parent

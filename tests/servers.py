@@ -11,8 +11,9 @@ import torch
 import uvicorn
 from torch import Tensor
 
+from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.data import shapes
-from fastgrpo.rewards import Reward, Scores, plain, wire
+from fastgrpo.rewards import plain, wire
 from fastgrpo.rewards.admission import Limits
 from fastgrpo.rewards.served import Served
 from fastgrpo.rewards.server import make_app, serving

@@ -16,9 +16,9 @@ from benchmarks.meters import counted
 from benchmarks.ways import Ours, Theirs, Way, open_ways
 from fastgrpo import config, rewards
 from fastgrpo.config import Objective
+from fastgrpo.core.errors import UserError
 from fastgrpo.data import video
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
 from fastgrpo.evaluate import Evaluation, compare
 from fastgrpo.flow import gaussian_log_prob, sde_transition
 from fastgrpo.grpo import combined_advantages

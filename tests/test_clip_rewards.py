@@ -20,7 +20,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel
 
 from fastgrpo import rewards
 from fastgrpo.config import RewardSpec
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 from fastgrpo.rewards import clip_pixels, clip_text, clip_weights, frames
 from fastgrpo.rewards.clip_model import ClipReward
 from tests import clip_folder as clip

@@ -7,8 +7,8 @@ import torch
 
 from fastgrpo import models
 from fastgrpo.config import Model
-from fastgrpo.errors import UserError
-from fastgrpo.models import stack
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import stack
 from tests import tiny
 from tests.folders import stable_diffusion
 

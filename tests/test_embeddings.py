@@ -14,14 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo import cli, config, distributed, embed, lifetime, models
+from fastgrpo import cli, config, distributed, embed, models
 from fastgrpo.config import Model, Recipe, Video
+from fastgrpo.core import files as core_files
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import replace_text, take_lock
+from fastgrpo.core.policy import Condition, Prompt
 from fastgrpo.data.embeddings import PART, Conditions
-from fastgrpo.data.prompts import Prompt
-from fastgrpo.errors import UserError
-from fastgrpo.files import replace_text
-from fastgrpo.lifetime import take_lock
-from fastgrpo.models import Condition
 from tests import forks, runs, tiny
 
 MANY = 6 * PART - 5
@@ -291,7 +290,7 @@ def test_the_command_encodes_and_says_how_long(tmp_path: Path, capsys: pytest.Ca
 
 def looking_often(rank: int) -> None:
     """And with no patience for anything else."""
-    embed.LOOK_EVERY_S, lifetime.PATIENCE_S = 0.05, 0.0
+    embed.LOOK_EVERY_S, core_files.PATIENCE_S = 0.05, 0.0
 
 
 def test_what_another_process_is_encoding_is_waited_for(calm: Path, tmp_path: Path) -> None:

@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from fastgrpo import cli, config, distributed, heldout, models, noise, paper_table, rewards, rollout, sample, snapshot
 from fastgrpo.checkpoint import Checkpoints, Progress
 from fastgrpo.config import Checkpoint
-from fastgrpo.data.prompts import Prompt
+from fastgrpo.core.policy import Policy, Prompt, stack
 from fastgrpo.heldout import Column, Plan, Result
-from fastgrpo.models import Policy
 from fastgrpo.sample import Work
 from fastgrpo.snapshot import Asked
 from fastgrpo.update import Trainer
@@ -105,7 +104,7 @@ def test_a_clips_score_is_the_rewards_of_the_samplers_pixels(run: Path, improved
     source = snapshot.find(Asked(str(run)))
     assert source.base is not None and clip["seed"] == 1
     with models.encoder(source.snapshot.model, source.video, CPU) as encode:
-        condition = models.stack(encode([Prompt(clip["prompt"])]))
+        condition = stack(encode([Prompt(clip["prompt"])]))
     for side, weights in (("base", source.base), ("trained", source.snapshot)):
         policy: Policy = weights.load(CPU)
         shape = policy.latent_shape(source.video)

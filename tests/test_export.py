@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastgrpo import cli, config, models, noise, rollout, shards, stored
-from fastgrpo.data.prompts import Prompt
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Prompt, stack
 from fastgrpo.export import Export, export
 from fastgrpo.snapshot import Asked, Snapshot, find
 from fastgrpo.stored import Weights
@@ -145,7 +145,7 @@ def ode(snapshot: Snapshot, x: Tensor) -> Tensor:
     """Our sampler, with the shift of the folder's scheduler, as the pipeline has it."""
     policy = snapshot.load(torch.device("cpu"))
     with models.encoder(snapshot.model, VIDEO, torch.device("cpu")) as encode:
-        condition = models.stack(encode([Prompt(PROMPT)]))
+        condition = stack(encode([Prompt(PROMPT)]))
     return rollout.sample_ode(policy, x, policy.time_grid(STEPS, None, (8, 3, 8, 8)), condition)
 
 

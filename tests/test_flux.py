@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastgrpo import flow, models
 from fastgrpo.config import Model, Video
-from fastgrpo.data.prompts import Prompt
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Condition, Prompt, stack
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
-from fastgrpo.models import Condition, flux, stack
+from fastgrpo.models import flux
 from fastgrpo.models.flux import Flux
 from fastgrpo.rollout import sample_ode
 from tests import backbone

@@ -21,11 +21,11 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, L
 
 from fastgrpo import distributed, models, rollout
 from fastgrpo.config import Model, Objective, Optimizer, Video
-from fastgrpo.data.prompts import Prompt
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Condition, Policy, Prompt, stack
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
 from fastgrpo.flow import gaussian_log_prob, sde_transition
-from fastgrpo.models import Condition, Policy, folder, stack
+from fastgrpo.models import folder
 from fastgrpo.models.hunyuan_video import TrimmedAttention, blocks, both_texts
 from fastgrpo.rollout import Drawn, Plan, sample_ode
 from fastgrpo.update import Trainer, update
@@ -90,7 +90,7 @@ def test_ode_equals_the_pipeline(policy: Policy, pipeline: HunyuanVideoPipeline,
     }
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(**common, output_type="latent").frames
-    condition = models.stack(encode(PROMPTS[:1]))
+    condition = stack(encode(PROMPTS[:1]))
     latents = sample_ode(policy, noise, policy.time_grid(steps, None, shape), condition)
     torch.testing.assert_close(latents, expected, atol=1e-4, rtol=0)
     assert latents.std() > 0.1

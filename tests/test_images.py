@@ -8,9 +8,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from fastgrpo.core.errors import UserError
 from fastgrpo.data import video
 from fastgrpo.data.images import cover, read_image
-from fastgrpo.errors import UserError
 
 RED, GREEN, BLUE = (220, 30, 40), (20, 200, 60), (30, 60, 210)
 

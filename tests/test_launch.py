@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 from fastgrpo.processes import SETTLED, processes_to_start, torchrun_environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,8 +54,8 @@ def tree(tmp_path: Path) -> Path:
         "launch/_run.sh",
         "launch/_job.sh",
         "fastgrpo/launch.py",
-        "fastgrpo/errors.py",
-        "fastgrpo/lifetime.py",
+        "fastgrpo/core/errors.py",
+        "fastgrpo/core/processes.py",
         "fastgrpo/processes.py",
         "fastgrpo/__init__.py",
     ):

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
-from fastgrpo import cli, lifetime
-from fastgrpo.errors import UserError
-from fastgrpo.lifetime import OneRankError, fail_alone, only_run_in, take_lock
+from fastgrpo import cli
+from fastgrpo.core import files
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import only_run_in, take_lock
+from fastgrpo.core.processes import OneRankError, fail_alone
 
 
 def test_a_folder_is_one_processs_until_that_gives_it_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifetime, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(files, "PATIENCE_S", 0.0)
     with only_run_in(tmp_path / "run"):
         assert take_lock(tmp_path / "run", "run.dir") is None
         with pytest.raises(UserError, match=r"run\.dir=.*/run: another process is training there; wait for it"):

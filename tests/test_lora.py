@@ -23,9 +23,9 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from fastgrpo import distributed, models
 from fastgrpo.config import Lora, Model
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import stack
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
-from fastgrpo.models import stack
 from fastgrpo.models.lora import add_adapters, at_rest, merged, save_adapters, target_layers
 from fastgrpo.reference import Unadapted
 from tests import forks, tiny, worker_lora

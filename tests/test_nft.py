@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastgrpo import config, distributed, nft, noise, objectives, rollout
 from fastgrpo.config import Objective
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Condition, Policy, stack
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
 from fastgrpo.flow import ddim_transition
-from fastgrpo.models import Condition, Policy, stack
 from fastgrpo.objectives import Noised
 from fastgrpo.rollout import Drawn, Plan
 from fastgrpo.update import Trainer, update

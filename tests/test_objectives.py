@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastgrpo import objectives, samplers
 from fastgrpo.config import Objective
+from fastgrpo.core.policy import Condition
 from fastgrpo.distributed import World
 from fastgrpo.flow import gaussian_kl, gaussian_log_prob, time_grid
-from fastgrpo.models import Condition
 from fastgrpo.objectives import Noised, Terms
 from fastgrpo.update import Trainer, update
 from tests import tiny

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from fastgrpo import heartbeat
+from fastgrpo.core.memory import Peaks
 from fastgrpo.display import PHASES
 from fastgrpo.heartbeat import Beat, Heart
-from fastgrpo.peaks import Peaks
 from fastgrpo.ranklog import RankLog, hosts_of
 from fastgrpo.ranks import Spread, spread, table
 from fastgrpo.status import lines, verdict

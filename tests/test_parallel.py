@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fastgrpo import models
 from fastgrpo.config import Distributed
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import stack
 from fastgrpo.distributed import World, mesh_shape, open_world, shard
-from fastgrpo.errors import UserError
-from fastgrpo.models import stack
 from fastgrpo.sequence_parallel import install
 from tests import forks, tiny
 from tests.test_update import run

@@ -18,7 +18,7 @@ from diffusers import (
 
 from fastgrpo import cli, config, plan, plan_memory, plan_phases, plan_simulate, plan_work
 from fastgrpo.config import Recipe
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 from fastgrpo.gpus import Achieved, changed, gpu
 from fastgrpo.models.lora import ATTENTION
 from fastgrpo.plan_network import network

@@ -26,9 +26,9 @@ from fastgrpo import (
     update,
 )
 from fastgrpo.config import Optimizer, Recipe
+from fastgrpo.core.policy import Policy
 from fastgrpo.distributed import World
 from fastgrpo.gpus import Achieved, gpu
-from fastgrpo.models import Policy
 from fastgrpo.plan_counts import Sent
 from fastgrpo.plan_phases import Machine
 from fastgrpo.plan_sizes import subject

@@ -15,8 +15,8 @@ import torch
 
 from fastgrpo import config, plan, plan_rewards, scoring
 from fastgrpo.config import Recipe, RewardSpec
+from fastgrpo.core.errors import UserError
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
 from fastgrpo.gpus import Achieved, gpu
 from fastgrpo.plan_phases import Machine
 from fastgrpo.plan_sizes import subject

@@ -12,12 +12,13 @@ import torch
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoConditionEmbedding
 
 from fastgrpo import cli, config, preflight_run
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.reward import Reward
 from fastgrpo.models.hunyuan_video import HunyuanVideo
 from fastgrpo.preflight_iteration import short
 from fastgrpo.preflight_rewards import Tried, _judge, _try
 from fastgrpo.preflight_run import card_of
-from fastgrpo.rewards import Reward, load, plain
+from fastgrpo.rewards import load, plain
 from fastgrpo.rewards.client import RewardClient
 from fastgrpo.rewards.in_process import ScorerInProcess
 from fastgrpo.rollout import Plan

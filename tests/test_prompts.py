@@ -15,8 +15,9 @@ from pyarrow import parquet
 
 from fastgrpo import cli
 from fastgrpo.config import Prompts
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Prompt
 from fastgrpo.data import prompts
-from fastgrpo.errors import UserError
 from tests import runs
 
 # texts that a reader may break: quotes, commas, line ends, other scripts, an emoji
@@ -113,7 +114,7 @@ def test_images_stand_beside_the_prompt_file(tmp_path: Path) -> None:
         assert complaint(settings).endswith("correct it, or set prompts.bad_rows=skip.")
         found = prompts.read(settings.model_copy(update={"bad_rows": "skip"}), str(file), "prompts.train", None)
         image = tmp_path / "pictures" / "one.png"
-        assert found.prompts == [prompts.Prompt("a boat", image), prompts.Prompt("a ship", image)]
+        assert found.prompts == [Prompt("a boat", image), Prompt("a ship", image)]
         assert found.left_out == {prompts.UNUSABLE: 1} and message in str(found.first_problem)
         assert found.prompts[1].place == f"prompts.train={file}: line 3"
 

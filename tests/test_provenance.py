@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fastgrpo import config, provenance
 from fastgrpo.config import Recipe
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import sha256
+from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.data import fingerprint
-from fastgrpo.errors import UserError
-from fastgrpo.files import sha256
-from fastgrpo.rewards import Reward, Scores, in_process, plain
+from fastgrpo.rewards import in_process, plain
 from fastgrpo.rewards.client import RewardClient
 from fastgrpo.rewards.in_process import ScorerInProcess
 from fastgrpo.rewards.served import Served

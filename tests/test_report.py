@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from fastgrpo import charts
+from fastgrpo.core.errors import UserError
 from fastgrpo.data import shapes, video
-from fastgrpo.errors import UserError
 from fastgrpo.report import write_report
 from fastgrpo.runfolder import read_evaluation
 

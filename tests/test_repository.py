@@ -18,18 +18,18 @@ ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("models", "rewards", "data")
 """Folders at the top that are packages of fastgrpo, through a link of the same name in fastgrpo/."""
 
-PARTS = "every other module: rollout, scoring, update, distributed, checkpoint, track, report ..."
-LAYERS = (
-    ("errors",),
-    ("config", "files", "flow", "noise", "grpo", "lifetime", "sequence_parallel"),
-    LINKED,
-    (PARTS,),
-    ("train",),
-    ("preflight_run",),
-    ("cli",),
-    ("launch",),
+FLOORS = (
+    {"core"},
+    {"parallel", "algorithm"},
+    {"models", "rewards"},
+    {"run"},
+    {"training"},
+    {"checkpoint"},
+    {"tools"},
+    {"train", "session"},
+    {"cli"},
 )
-"""A module imports from its own layer and from those before it, never from a later one; only train and cli know all."""
+"""A package imports only from floors below its own: packages of one floor do not import each other."""
 
 NOT_INSTALLED = {".", "tests", "docs", "benchmarks", "launch"}
 BROUGHT = {"huggingface_hub", "tokenizers", "starlette"}
@@ -47,8 +47,9 @@ def files(*suffixes: str) -> Iterator[Path]:
 
 
 def setup_arguments() -> dict[str, Any]:
-    """The keyword arguments of setup() in setup.py that are plain literals."""
-    calls = (node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call))
+    """The keyword arguments of setup() in setup.py that are plain literals, and its table of packages."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
     call = next(call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "setup")
     literals = {}
     for keyword in call.keywords:
@@ -56,27 +57,34 @@ def setup_arguments() -> dict[str, Any]:
             literals[keyword.arg or ""] = ast.literal_eval(keyword.value)
         except ValueError:
             continue  # computed, such as the long description
-    return literals
+    (table,) = (node.value for node in tree.body if isinstance(node, ast.Assign))
+    return literals | {"packages": ast.literal_eval(table)}
 
 
 def test_every_folder_with_python_files_is_installed() -> None:
     setup = setup_arguments()
-    assert sorted(setup["packages"]) == sorted(setup["package_dir"])
     folders = {path.parent.as_posix() for path in files(".py")} - NOT_INSTALLED
     assert {folder for folder in folders if Path(folder).parts[0] not in NOT_INSTALLED} == set(
-        setup["package_dir"].values()
+        setup["packages"].values()
     )
 
 
 def test_every_data_file_of_a_package_is_installed() -> None:
     setup = setup_arguments()
-    for package, folder in setup["package_dir"].items():
+    for package, folder in setup["packages"].items():
         names = (Path(name) for name in glob.glob("**", root_dir=ROOT / folder, recursive=True, include_hidden=True))
         present = {name for name in names if (ROOT / folder / name).is_file() and name.suffix not in (".py", ".pyc")}
-        present = {name for name in present if folder != "fastgrpo" or name.parts[0] not in LINKED}
+        present = {name for name in present if not _below_another_package(name, folder, setup["packages"])}
         patterns = setup["package_data"].get(package, [])
         installed = {Path(name) for p in patterns for name in glob.glob(p, root_dir=ROOT / folder, recursive=True)}
         assert present <= installed, f"setup.py: package_data[{package!r}] leaves these out; add a pattern"
+
+
+def _below_another_package(name: Path, folder: str, packages: dict[str, str]) -> bool:
+    """Whether a file of the folder belongs to a package further down, or to one that is linked there."""
+    if folder == "fastgrpo" and name.parts[0] in LINKED:
+        return True
+    return any((Path(folder) / parent).as_posix() in packages.values() for parent in name.parents if parent.name)
 
 
 def test_the_links_name_the_folders() -> None:
@@ -88,7 +96,7 @@ def test_the_links_name_the_folders() -> None:
 
 def modules() -> dict[str, Path]:
     """Every module of fastgrpo by its installed name, "fastgrpo.data.shapes" for data/shapes.py."""
-    folders = {folder: package for package, folder in setup_arguments()["package_dir"].items()}
+    folders = {folder: package for package, folder in setup_arguments()["packages"].items()}
     sources = [path for path in files(".py") if path.parent.as_posix() in folders]
     names = (f"{folders[path.parent.as_posix()]}.{path.stem}".removesuffix(".__init__") for path in sources)
     return dict(zip(names, sources, strict=True))
@@ -125,18 +133,27 @@ def graph() -> dict[str, set[str]]:
     return edges
 
 
-def layer(module: str) -> int:
-    """Place of a module's layer, by the first part of its name below fastgrpo."""
-    places = {part: place for place, parts in enumerate(LAYERS) for part in parts}
-    return places.get(module.split(".")[1], places[PARTS])
+def floor_of(module: str) -> int | None:
+    """The floor of a module's package; None: it has not moved into a room yet."""
+    package = module.split(".")[1]
+    return next((floor for floor, packages in enumerate(FLOORS) if package in packages), None)
+
+
+def upward(edges: dict[str, set[str]]) -> list[str]:
+    """The imports that do not go down to a lower floor and leave their package."""
+    found = []
+    for module, targets in edges.items():
+        for target in targets:
+            if "fastgrpo" in (module, target) or module.split(".")[1] == target.split(".")[1]:
+                continue
+            here, there = floor_of(module), floor_of(target)
+            if here is not None and there is not None and there >= here:
+                found.append(f"{module} imports {target}")
+    return found
 
 
 def test_imports_go_downwards() -> None:
-    edges = {module: targets for module, targets in graph().items() if module != "fastgrpo"}
-    upward = [
-        f"{module} imports {target}" for module in edges for target in edges[module] if layer(target) > layer(module)
-    ]
-    assert not upward
+    assert not upward(graph())
 
 
 def test_imports_have_no_cycle() -> None:

@@ -18,8 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 
 from fastgrpo.config import RewardSpec
-from fastgrpo.errors import UserError
-from fastgrpo.rewards import Reward, Scores, batcher, judge_batch, load, logs, plain, served, wire
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.reward import Reward, Scores
+from fastgrpo.rewards import batcher, judge_batch, load, logs, plain, served, wire
 from fastgrpo.rewards.admission import Admission, Refusal
 from fastgrpo.rewards.batcher import batch
 from fastgrpo.rewards.client import RewardClient

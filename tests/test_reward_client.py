@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import LONGEST_WAIT_S
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.distributed import TIMEOUT
-from fastgrpo.errors import UserError
-from fastgrpo.rewards import Reward, Scores, load, plain
+from fastgrpo.rewards import load, plain
 from fastgrpo.rewards.client import Busy, RewardClient
 from fastgrpo.rewards.replicas import Replica, Replicas
 from tests import forks

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from fastgrpo import cli
-from fastgrpo.errors import UserError
-from fastgrpo.rewards import Reward, Scores, load, plain, weights, wire
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.reward import Reward, Scores
+from fastgrpo.rewards import load, plain, weights, wire
 from fastgrpo.rewards.beside import launch_beside
 from fastgrpo.rewards.client import RewardClient
 from fastgrpo.rewards.in_process import ScorerInProcess

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fastgrpo import config, plan, room, sizing
+from fastgrpo.core.processes import OneRankError
 from fastgrpo.distributed import World, open_world
 from fastgrpo.gpus import Achieved, gpu
-from fastgrpo.lifetime import OneRankError
 from fastgrpo.plan_phases import Machine
 from fastgrpo.train import train
 from tests import runs

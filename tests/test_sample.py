@@ -13,8 +13,8 @@ from torch import Tensor
 from fastgrpo import cli, config, distributed, models, rollout, sample, sheet, snapshot
 from fastgrpo.checkpoint import Checkpoints
 from fastgrpo.config import Checkpoint
+from fastgrpo.core.policy import Prompt, stack
 from fastgrpo.data import video
-from fastgrpo.data.prompts import Prompt
 from fastgrpo.snapshot import Asked
 from fastgrpo.update import Trainer
 from tests import forks, runs
@@ -126,7 +126,7 @@ def test_the_weights_are_those_that_the_trainer_samples_with(run: Path) -> None:
     shape = policy.latent_shape(VIDEO)
     grid = policy.time_grid(3, None, shape)
     with models.encoder(model, VIDEO, CPU) as encode:
-        condition = models.stack(encode([Prompt(PROMPTS[0])]))
+        condition = stack(encode([Prompt(PROMPTS[0])]))
     x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     ours = rollout.sample_ode(policy, x, grid, condition)
     with distributed.open_world() as world:

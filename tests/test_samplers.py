@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import config, samplers
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 from fastgrpo.flow import clean_estimate, ddim_transition, gaussian_log_prob, sde_transition, time_grid
 from tests import runs
 

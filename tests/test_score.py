@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fastgrpo import cli, clip_files, judges, rewards
 from fastgrpo.config import RewardSpec
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.reward import Scores
 from fastgrpo.data import shapes, video
 from fastgrpo.data.images import read_image
-from fastgrpo.errors import UserError
 from fastgrpo.evaluate import Evaluation
 from fastgrpo.judges import Asked, Judges, Servers, Witness
-from fastgrpo.rewards import Scores
 from fastgrpo.rewards.in_process import ScorerInProcess
 from fastgrpo.rewards.served import Served
 from tests import runs, servers

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fastgrpo import cli, config, grpo, scoring
 from fastgrpo.config import RewardSpec
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.reward import Scores
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
-from fastgrpo.rewards import Scores, load, plain
+from fastgrpo.rewards import load, plain
 from fastgrpo.rewards.client import RewardClient
 from fastgrpo.rewards.in_process import ScorerInProcess
 from fastgrpo.rewards.served import Served

@@ -18,12 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgrpo import distributed, models, noise, rollout
 from fastgrpo.config import Model, Objective, Optimizer, Video
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Condition, Prompt, stack
 from fastgrpo.data import images, video
-from fastgrpo.data.prompts import Prompt
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
 from fastgrpo.flow import gaussian_log_prob, sde_transition
-from fastgrpo.models import Condition, skyreels_i2v, stack
+from fastgrpo.models import skyreels_i2v
 from fastgrpo.models.skyreels_i2v import SkyReels, blocks, posterior_key
 from fastgrpo.rollout import Drawn, Plan, sample_ode
 from fastgrpo.update import Trainer, update

@@ -17,11 +17,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from fastgrpo import distributed, models, rollout
 from fastgrpo.config import Model, Objective, Optimizer, Video
-from fastgrpo.data.prompts import Prompt
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Condition, Prompt, stack
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
 from fastgrpo.flow import gaussian_log_prob
-from fastgrpo.models import Condition, stack
 from fastgrpo.models.stable_diffusion import Schedule, StableDiffusion, blocks
 from fastgrpo.rollout import Drawn, Plan, sample_ode
 from fastgrpo.update import Trainer, update

@@ -14,11 +14,12 @@ import pytest
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgrpo import config, lifetime, stopping
+from fastgrpo import config, stopping
 from fastgrpo.config import Recipe
+from fastgrpo.core import files
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.processes import OneRankError
 from fastgrpo.distributed import open_world
-from fastgrpo.errors import UserError
-from fastgrpo.lifetime import OneRankError
 from fastgrpo.stopping import Signals, Stop, answer_mistake
 from fastgrpo.train import Session, train
 from fastgrpo.update import Trainer
@@ -224,7 +225,7 @@ def test_one_ranks_mistake_is_answered_before_it_waits_for_the_others(
 
 def test_the_folder_of_another_run_gets_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither where the lock itself is missed, nor after another mistake."""
-    monkeypatch.setattr(lifetime, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(files, "PATIENCE_S", 0.0)
     with (tmp_path / "lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is training there"):

@@ -28,9 +28,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastgrpo import config, distributed, loading, models
 from fastgrpo.config import Lora, Model
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import stack
 from fastgrpo.distributed import World, open_world
-from fastgrpo.errors import UserError
-from fastgrpo.models import lora, stack, streaming
+from fastgrpo.models import lora, streaming
 from fastgrpo.models.network_folder import WEIGHTS
 from tests import forks, runs, tiny
 from tests.folders import flux, hunyuan_video, stable_diffusion, wan

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fastgrpo import rewards
 from fastgrpo.config import RewardSpec
-from fastgrpo.errors import UserError
-from fastgrpo.rewards import Scores, threshold
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.reward import Scores
+from fastgrpo.rewards import threshold
 
 
 class Table:

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from fastgrpo import display
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 from fastgrpo.track import Tracker, Wandb, has_wandb_key, keep_before, read_metrics
 
 METRICS = {

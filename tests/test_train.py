@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo import lifetime
+from fastgrpo.core import files
 from tests import forks, runs
 
 INSIDE = ("rewards.0.where=process",)
@@ -172,7 +172,7 @@ def test_mistakes_in_prompts_counts_and_servers_are_one_line(tmp_path: Path) -> 
 
 
 def impatient(rank: int) -> None:
-    lifetime.PATIENCE_S = 0.2
+    files.PATIENCE_S = 0.2
 
 
 def test_a_second_trainer_in_the_same_folder_is_refused(tmp_path: Path) -> None:

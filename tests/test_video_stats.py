@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastgrpo import rewards
 from fastgrpo.config import RewardSpec
+from fastgrpo.core.errors import UserError
 from fastgrpo.data import shapes
-from fastgrpo.errors import UserError
 from fastgrpo.rewards import optical_flow, video_stats
 
 FPS = 8.0

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from fastgrpo import cli
 from fastgrpo.config import RewardSpec
-from fastgrpo.errors import UserError
-from fastgrpo.files import sha256
-from fastgrpo.rewards import Scores, known, videoalign
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import sha256
+from fastgrpo.core.reward import Scores
+from fastgrpo.rewards import known, videoalign
 from fastgrpo.rewards import videoalign_checkpoint as checkpoints
 from fastgrpo.rewards import videoalign_network as networks
 from fastgrpo.rewards.videoalign_preprocess import frame_indices, frame_size, view

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fastgrpo import models
 from fastgrpo.config import Model, Video
-from fastgrpo.data.prompts import Prompt
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Condition, Prompt, stack
 from fastgrpo.distributed import World
-from fastgrpo.errors import UserError
-from fastgrpo.models import Condition, stack, wan
+from fastgrpo.models import wan
 from fastgrpo.models.wan import Wan
 from fastgrpo.rollout import sample_ode
 from tests import backbone

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo import distributed, rollout
 from fastgrpo.config import Rollout
+from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.distributed import World
 from fastgrpo.flow import time_grid
-from fastgrpo.models import Condition, Policy
 from fastgrpo.rollout import Plan
 from fastgrpo.window import noisy_steps, shortened
 from tests import tiny

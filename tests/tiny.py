@@ -10,9 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from fastgrpo import distributed, models, rollout
 from fastgrpo.config import Model, Objective, Optimizer, Video
-from fastgrpo.data.prompts import Prompt
+from fastgrpo.core.policy import Condition, Policy, Prompt
 from fastgrpo.distributed import World
-from fastgrpo.models import Condition, Policy
 from fastgrpo.rollout import Drawn, Plan, Trajectory
 from fastgrpo.update import Trainer, update
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo import distributed, rollout
 from fastgrpo.config import Distributed
+from fastgrpo.core.processes import leave
 from fastgrpo.distributed import open_world, shard
-from fastgrpo.lifetime import leave
 from tests import tiny
 
 KINDS = {

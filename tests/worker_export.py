@@ -8,8 +8,8 @@ import gc
 import sys
 from pathlib import Path
 
+from fastgrpo.core.processes import leave
 from fastgrpo.export import Export, export
-from fastgrpo.lifetime import leave
 
 
 def resident(field: str) -> int:

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from fastgrpo import distributed, models
 from fastgrpo.checkpoint import Checkpoints, Progress
 from fastgrpo.config import Checkpoint, Lora, Model, Objective
+from fastgrpo.core.policy import Condition, Policy
+from fastgrpo.core.processes import leave
 from fastgrpo.distributed import World, open_world
-from fastgrpo.lifetime import leave
-from fastgrpo.models import Condition, Policy
 from fastgrpo.reference import Reference, Unadapted
 from fastgrpo.rollout import Plan, Trajectory
 from fastgrpo.update import update

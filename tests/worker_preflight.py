@@ -18,15 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastgrpo import config, embed, noise, preflight, preflight_folder, samplers, sequence_parallel
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.processes import leave
+from fastgrpo.core.reward import Scores
 from fastgrpo.distributed import World, open_world
-from fastgrpo.errors import UserError
 from fastgrpo.flow import gaussian_log_prob
-from fastgrpo.lifetime import leave
 from fastgrpo.preflight_folder import scratch
 from fastgrpo.preflight_iteration import Probe
 from fastgrpo.preflight_parts import Parts, fingerprints
 from fastgrpo.preflight_run import elsewhere, first_prompts
-from fastgrpo.rewards import Scores
 from fastgrpo.rewards.tiny_world import TinyWorld
 from fastgrpo.stopping import Signals, Stop
 from fastgrpo.train import Session

@@ -11,10 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from fastgrpo import distributed, models
 from fastgrpo.config import Distributed, Lora, Model, Video
-from fastgrpo.data.prompts import Prompt
+from fastgrpo.core.policy import Policy, Prompt, stack
+from fastgrpo.core.processes import leave
 from fastgrpo.distributed import World, open_world
-from fastgrpo.lifetime import leave
-from fastgrpo.models import Policy, stack
 
 SIZES = {  # frames, height, width: numbers of video tokens that two ranks do not divide, or divide unevenly
     "hunyuan_video": (5, 40, 24),

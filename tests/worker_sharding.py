@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo import distributed
 from fastgrpo.config import Optimizer
+from fastgrpo.core.policy import Policy
+from fastgrpo.core.processes import die_with, leave
 from fastgrpo.distributed import World, open_world
-from fastgrpo.lifetime import die_with, leave
-from fastgrpo.models import Policy
 from fastgrpo.update import Trainer
 from tests import tiny
 

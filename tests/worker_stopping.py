@@ -8,8 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
+from fastgrpo.core.processes import die_with, leave
 from fastgrpo.distributed import World, open_world
-from fastgrpo.lifetime import die_with, leave
 from fastgrpo.stopping import POLL_S, Signals, Stop, Stopped
 
 

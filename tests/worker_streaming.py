@@ -16,8 +16,8 @@ from diffusers import HunyuanVideoTransformer3DModel
 from torch.distributed.tensor import DTensor
 
 from fastgrpo import distributed
+from fastgrpo.core.processes import leave
 from fastgrpo.distributed import World, open_world
-from fastgrpo.lifetime import leave
 from fastgrpo.models import streaming
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 
 from fastgrpo.config import Distributed
+from fastgrpo.core.processes import leave
 from fastgrpo.distributed import open_world, shard
-from fastgrpo.lifetime import leave
 from tests import tiny
 
 if __name__ == "__main__":

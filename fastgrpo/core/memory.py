@@ -5,8 +5,11 @@ import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 GIB = 2.0**30
+
+
 KINDS = ("allocated", "reserved", "resident")
 """What is read, in GiB: by tensors on the GPU; held by PyTorch's allocator for them; host memory of the process.
 
@@ -62,3 +65,13 @@ def free_memory(device: torch.device) -> float:
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     return available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned host memory; from a GPU it is only under way, and the host goes on. On the CPU, the tensor.
+
+    Work that is queued on the same stream sees it whole; the host itself must wait for the stream first.
+    """
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

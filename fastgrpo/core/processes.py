@@ -2,23 +2,15 @@
 
 import atexit
 import ctypes
-import errno
-import fcntl
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, NoReturn
+from typing import NoReturn
 
-from fastgrpo.errors import UserError
+from fastgrpo.core.errors import UserError
 
-PATIENCE_S = 10.0  # a killed run's other processes take a moment to go
 LATE_S = 30.0  # for rank 0 to tell what is wrong
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
-"""Errors of file systems without file locks: Lustre mounted without `flock`, NFS without its lock service."""
 
 
 class OneRankError(UserError):
@@ -71,42 +63,3 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-@contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder. Raises UserError where another process keeps holding it."""
-    deadline = time.monotonic() + PATIENCE_S
-    while (lock := take_lock(folder, "run.dir")) is None:
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"run.dir={folder}: another process is training there; wait for it, stop it, or choose another folder."
-            )
-        time.sleep(0.1)
-    with lock:
-        yield
-
-
-def take_lock(folder: Path, key: str) -> IO[str] | None:
-    """The folder's lock, ours until it is closed or this process ends in whatever way; none where another has it.
-
-    A file system without file locks gives it to everyone, with a line on stderr: it guards against a second run alone,
-    and many clusters have no other place.  key: the recipe's, of the folder
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / "lock").open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            lock.close()
-            raise
-        print(
-            f"fastgrpo: {key}={folder}: its file system has no file locks ({error.strerror}), so a second process "
-            "there would not be noticed; start none, or have it mounted with them (Lustre: flock; NFS: lockd).",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-    return lock

@@ -1,0 +1,151 @@
+"""Files read as JSON, replaced as a whole, flushed to the disk, and hashed."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from fastgrpo.core.errors import UserError
+
+
+def read_json(file: Path, where: str, remedy: str) -> dict[str, Any]:
+    """A JSON object. Raises UserError where the file holds none.  where: the recipe key;  remedy: what to do"""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: {file} cannot be read ({error}); {remedy}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: {file} is not a JSON object; {remedy}.")
+    return content
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Replace a file as a whole: a kill or an OSError, which is raised, leaves the old one or the new one.
+
+    Of several processes that do so at once, on any machine, the last one's is left.
+    """
+    partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(file: Path) -> str:
+    """Of the content, in hexadecimal."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+PATIENCE_S = 10.0  # a killed run's other processes take a moment to go
+
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""Errors of file systems without file locks: Lustre mounted without `flock`, NFS without its lock service."""
+
+
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder. Raises UserError where another process keeps holding it."""
+    deadline = time.monotonic() + PATIENCE_S
+    while (lock := take_lock(folder, "run.dir")) is None:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"run.dir={folder}: another process is training there; wait for it, stop it, or choose another folder."
+            )
+        time.sleep(0.1)
+    with lock:
+        yield
+
+
+def take_lock(folder: Path, key: str) -> IO[str] | None:
+    """The folder's lock, ours until it is closed or this process ends in whatever way; none where another has it.
+
+    A file system without file locks gives it to everyone, with a line on stderr: it guards against a second run alone,
+    and many clusters have no other place.  key: the recipe's, of the folder
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / "lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            lock.close()
+            raise
+        print(
+            f"fastgrpo: {key}={folder}: its file system has no file locks ({error.strerror}), so a second process "
+            "there would not be noticed; start none, or have it mounted with them (Lustre: flock; NFS: lockd).",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    return lock
+
+
+@contextmanager
+def whole_folder(folder: Path, option: str, replaces: str | None = None) -> Iterator[Path]:
+    """Give the folder `folder`.partial to write into; where the body ends well it becomes `folder`, else it goes.
+
+    option: what the user typed it after, for messages
+    replaces: a file by which an existing folder is known to be an earlier one of these, which the new one replaces;
+        none = an existing folder is refused
+    Raises UserError where the folder exists or the disk refuses.
+    """
+    target = folder.resolve()
+    partial, old = (target.with_name(target.name + ending) for ending in (".partial", ".replaced"))
+    check_free(folder, option, replaces)
+    try:
+        for leftover in (partial, old):  # of a killed attempt
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            flush(path)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(partial, target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise refused(folder, option, error) from None
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_free(folder: Path, option: str, replaces: str | None) -> None:
+    """Raise UserError where `folder` exists and is neither empty nor one that may be replaced."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if replaces is None:
+        raise UserError(f"{option}={folder}: exists already; choose another folder, or remove it first.")
+    if not (folder / replaces).is_file():
+        raise UserError(f"{option}={folder}: has no {replaces}, so it is not replaced; choose another folder.")
+
+
+def refused(folder: Path, option: str, error: OSError) -> UserError:
+    """The one line for what the operating system said against writing `folder`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"{option}={folder}: no space left on the disk; free some and start again.")
+    return UserError(f"{option}={folder}: {error.filename}: {error.strerror}; choose another folder or correct that.")
