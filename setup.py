@@ -13,6 +13,7 @@ from setuptools import setup
 PACKAGES = {
     "fastgrpo": "fastgrpo",
     "fastgrpo.core": "fastgrpo/core",
+    "fastgrpo.core.config": "fastgrpo/core/config",
     "fastgrpo.models": "models",
     "fastgrpo.rewards": "rewards",
     "fastgrpo.data": "data",

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from fastgrpo import cli, config, distributed, rollout
+from fastgrpo import cli, distributed, rollout
+from fastgrpo.core import config
 from fastgrpo.train import Session, claim
 
 ITERATIONS = 5

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgrpo import config, distributed
-from fastgrpo.config import Recipe
+from fastgrpo import distributed
+from fastgrpo.core import config
+from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
 from fastgrpo.runfolder import Evaluation, Run, read_run

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastgrpo import models
-from fastgrpo.config import Model, Video
+from fastgrpo.core.config import Model, Video
 from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.flow import gaussian_log_prob
 

@@ -33,7 +33,8 @@ from torch import Tensor
 
 from benchmarks.meters import KINDS, Counts, counted
 from benchmarks.ways import PHASES, Theirs, Way, open_ways
-from fastgrpo import cli, config, distributed
+from fastgrpo import cli, distributed
+from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import leave
 from fastgrpo.distributed import World

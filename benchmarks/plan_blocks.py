@@ -16,7 +16,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.plan_check import ROOT
-from fastgrpo import config, plan_simulate, sequence_parallel
+from fastgrpo import plan_simulate, sequence_parallel
+from fastgrpo.core import config
 from fastgrpo.plan_simulate import Sizes
 from fastgrpo.plan_sizes import FLUX_DEV, HUNYUAN, SD_1, WAN_14B
 

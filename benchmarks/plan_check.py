@@ -19,8 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgrpo import config, plan_memory, plan_work
-from fastgrpo.config import Recipe
+from fastgrpo import plan_memory, plan_work
+from fastgrpo.core import config
+from fastgrpo.core.config import Recipe
 from fastgrpo.plan_network import network
 from fastgrpo.plan_sizes import FLUX_DEV, HUNYUAN, SD_1, WAN_1_3B, WAN_14B
 from fastgrpo.plan_work import Job

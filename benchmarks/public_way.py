@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastgrpo import distributed, flow, grpo, models, noise, rewards
-from fastgrpo.config import Recipe
+from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, move, stack
 from fastgrpo.core.reward import Reward

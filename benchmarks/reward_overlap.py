@@ -17,7 +17,7 @@ import torch
 import uvicorn
 from torch import Tensor
 
-from fastgrpo.config import RewardSpec
+from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.reward import Scores
 from fastgrpo.distributed import open_world
 from fastgrpo.rewards.admission import Limits

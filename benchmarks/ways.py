@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.meters import held_bytes
 from benchmarks.public_way import Public, Sample
-from fastgrpo import config
-from fastgrpo.config import Recipe
+from fastgrpo.core import config
+from fastgrpo.core.config import Recipe
 from fastgrpo.core.policy import move
 from fastgrpo.data import prompts
 from fastgrpo.distributed import World

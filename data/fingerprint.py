@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo import models
-from fastgrpo.config import Recipe
+from fastgrpo.core.config import Recipe
 from fastgrpo.core.files import replace_text, sha256
 from fastgrpo.core.policy import Prompt
 from fastgrpo.models import folder

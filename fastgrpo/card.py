@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from fastgrpo import models
-from fastgrpo.config import Model, Recipe
+from fastgrpo.core.config import Model, Recipe
 from fastgrpo.models import folder
 from fastgrpo.stored import Weights
 from fastgrpo.track import read_metrics

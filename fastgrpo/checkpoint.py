@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from fastgrpo import stored
-from fastgrpo.config import Checkpoint
+from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import flush, sha256
 from fastgrpo.distributed import World

@@ -16,7 +16,7 @@ from fastgrpo.judging import add_evaluate, add_score, run_evaluate, run_score
 from fastgrpo.planning import add_plan, overrides_first, run_plan
 
 if TYPE_CHECKING:
-    from fastgrpo.config import RewardSpec
+    from fastgrpo.core.config import RewardSpec
 
 EPILOG = """examples:
   fastgrpo train launch/t2v_tiny.toml                           one process, the tiny world
@@ -172,14 +172,14 @@ def run(arguments: argparse.Namespace) -> None:
     match arguments.command:
         case "train":
             quiet_libraries()
-            from fastgrpo import config
+            from fastgrpo.core import config
             from fastgrpo.train import train
 
             summary = train(config.load(arguments.recipe, arguments.overrides))
             if summary is not None and rank() == 0:
                 print_summary(summary, config.load(arguments.recipe, arguments.overrides).run.dir)
         case "check":
-            from fastgrpo import config
+            from fastgrpo.core import config
             from fastgrpo.data import prompts
 
             recipe = config.load(arguments.recipe, arguments.overrides)
@@ -187,7 +187,8 @@ def run(arguments: argparse.Namespace) -> None:
             print(recipe.to_toml(), end="")
         case "preflight":
             quiet_libraries()
-            from fastgrpo import config, preflight_run, processes
+            from fastgrpo import preflight_run, processes
+            from fastgrpo.core import config
 
             recipe = config.load(arguments.recipe, arguments.overrides)
             if (count := processes.processes_to_start(os.environ)) > 1:
@@ -200,7 +201,7 @@ def run(arguments: argparse.Namespace) -> None:
                 sys.exit(1)
         case "embed":
             quiet_libraries()
-            from fastgrpo import config
+            from fastgrpo.core import config
             from fastgrpo.embed import embed
 
             embed(config.load(arguments.recipe, arguments.overrides))
@@ -217,7 +218,7 @@ def run(arguments: argparse.Namespace) -> None:
             quiet_libraries()
             run_evaluate(arguments)
         case "keys":
-            from fastgrpo import config
+            from fastgrpo.core import config
 
             print(config.describe())
         case "serve-rewards":
@@ -262,7 +263,7 @@ def serve_rewards(arguments: argparse.Namespace) -> None:
 
 def served_specs(arguments: argparse.Namespace) -> "list[RewardSpec]":
     """The rewards that serve-rewards is asked for."""
-    from fastgrpo import config
+    from fastgrpo.core import config
     from fastgrpo.rewards import plain
 
     if arguments.recipe is None:

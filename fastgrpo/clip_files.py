@@ -10,8 +10,8 @@ import av
 import torch
 from torch import Tensor
 
-from fastgrpo import config
-from fastgrpo.config import Video
+from fastgrpo.core import config
+from fastgrpo.core.config import Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.data import prompt_files, video
 from fastgrpo.data.images import read_image

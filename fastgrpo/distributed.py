@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from fastgrpo import interface, sequence_parallel
-from fastgrpo.config import Distributed
+from fastgrpo.core.config import Distributed
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.memory import free_memory
 from fastgrpo.core.policy import Policy

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import distributed, rollout
-from fastgrpo.config import Recipe
+from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
 from fastgrpo.core.policy import Condition, Policy, stack

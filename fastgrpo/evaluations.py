@@ -18,7 +18,7 @@ chance how many of a group's samples chose the shared step: an expectation, and 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fastgrpo.config import Recipe
+from fastgrpo.core.config import Recipe
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastgrpo import card, config, models, shards, stored
-from fastgrpo.config import Recipe
-from fastgrpo.core import files
+from fastgrpo import card, models, shards, stored
+from fastgrpo.core import config, files
+from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.models import folder as layout_folder
 from fastgrpo.models import lora

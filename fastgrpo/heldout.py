@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo import config, distributed, judges, rewards, sample, snapshot
-from fastgrpo.config import RewardSpec
+from fastgrpo import distributed, judges, rewards, sample, snapshot
+from fastgrpo.core import config
+from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.distributed import World
 from fastgrpo.evaluate import RESAMPLES, Evaluation, compare

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo import config, rewards
-from fastgrpo.config import RewardSpec
+from fastgrpo import rewards
+from fastgrpo.core import config
+from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.rewards.client import RewardClient

@@ -1,6 +1,6 @@
 """How ranks are divided over replicas and shards: arithmetic alone, which a plan wants without importing torch."""
 
-from fastgrpo.config import Distributed
+from fastgrpo.core.config import Distributed
 from fastgrpo.core.errors import UserError
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import noise, objectives
-from fastgrpo.config import Objective
+from fastgrpo.core.config import Objective
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, stack
 from fastgrpo.objectives import Noised

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgrpo.config import Objective
+from fastgrpo.core.config import Objective
 from fastgrpo.flow import _column as column
 from fastgrpo.flow import gaussian_kl
 from fastgrpo.samplers import Sampler

@@ -12,8 +12,9 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from fastgrpo import config, evaluations, plan_minibatches, plan_phases, plan_work, sizing
-from fastgrpo.config import Recipe
+from fastgrpo import evaluations, plan_minibatches, plan_phases, plan_work, sizing
+from fastgrpo.core import config
+from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.plan_phases import GIB, Machine, Phase
 from fastgrpo.plan_sizes import Subject, subject

@@ -8,7 +8,7 @@ import random
 from bisect import bisect
 from functools import cache
 
-from fastgrpo.config import Recipe
+from fastgrpo.core.config import Recipe
 
 DRAWS = 4  # of which samples are kept, and of how they are dealt
 

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from fastgrpo import evaluations
-from fastgrpo.config import Recipe, RewardSpec
+from fastgrpo.core.config import Recipe, RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.plan_work import Job
 

@@ -33,7 +33,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastgrpo import distributed, models, sequence_parallel
-from fastgrpo.config import Recipe
+from fastgrpo.core.config import Recipe
 from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.distributed import World
 from fastgrpo.models import flux, hunyuan_video, skyreels_i2v, stable_diffusion, wan

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo import plan_rewards
-from fastgrpo.config import Recipe
+from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import read_json
 from fastgrpo.mesh import mesh_shape

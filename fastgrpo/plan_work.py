@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fastgrpo.config import Recipe
+from fastgrpo.core.config import Recipe
 from fastgrpo.plan_units import BOTH, SAMPLE, TEXT, VIDEO, Attention, Network, Unit, adapters
 
 BACKWARD = 2.0  # products per product of the forward: the gradients of inputs and of weights

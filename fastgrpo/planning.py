@@ -53,7 +53,8 @@ def overrides_first(argv: Sequence[str]) -> list[str]:
 
 def run_plan(arguments: argparse.Namespace) -> bool:
     """`fastgrpo plan`.  returns whether the recipe fits"""
-    from fastgrpo import config, plan, plan_output
+    from fastgrpo import plan, plan_output
+    from fastgrpo.core import config
     from fastgrpo.gpus import Achieved, changed, gpu
     from fastgrpo.plan_phases import Machine
 
@@ -108,9 +109,9 @@ def _simulate(found: "Plan") -> dict[str, Any]:
     from fastgrpo.plan_simulate import Sizes, simulate
     from fastgrpo.plan_sizes import network_config
 
-    recipe, config = job.recipe, network_config(job.recipe)[0]
+    recipe, network = job.recipe, network_config(job.recipe)[0]
     whole = plan_phases.holds_whole(found.subject, found.machine)
-    exact = simulate(recipe, config, Sizes(job.latent, job.text), job.gpus, job.ranks_per_node, whole=whole)
+    exact = simulate(recipe, network, Sizes(job.latent, job.text), job.gpus, job.ranks_per_node, whole=whole)
     batch, drawn = recipe.optimizer.batch_size, recipe.rollout.at_once
     sent = plan_work.micro_batch(job, batch)
     rows = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastgrpo import distributed, rollout, samplers
-from fastgrpo.config import Objective
+from fastgrpo.core.config import Objective
 from fastgrpo.core.memory import Peaks
 from fastgrpo.core.processes import fail_alone
 from fastgrpo.distributed import World

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from fastgrpo import distributed, embed, plan, preflight
-from fastgrpo.config import Recipe, Track
+from fastgrpo.core.config import Recipe, Track
 from fastgrpo.core.errors import UserError
 from fastgrpo.data import prompts
 from fastgrpo.data.prompts import Split

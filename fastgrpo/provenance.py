@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo import models
-from fastgrpo.config import Recipe
+from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import read_json, replace_text
 from fastgrpo.data.fingerprint import hashes

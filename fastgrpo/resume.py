@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from fastgrpo import config, provenance
-from fastgrpo.config import Recipe
+from fastgrpo import provenance
+from fastgrpo.core import config
+from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text, sha256
 from fastgrpo.distributed import World

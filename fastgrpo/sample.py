@@ -17,8 +17,8 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from fastgrpo import config, distributed, models, noise, rollout, sheet, snapshot
-from fastgrpo.core import files
+from fastgrpo import distributed, models, noise, rollout, sheet, snapshot
+from fastgrpo.core import config, files
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, Prompt, move, stack
 from fastgrpo.data import prompts as prompt_file

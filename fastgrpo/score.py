@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fastgrpo import clip_files, judges
-from fastgrpo.config import RewardSpec
+from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
 from fastgrpo.judges import Judges, Servers, Verdict

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import rewards
-from fastgrpo.config import Recipe, RewardSpec
+from fastgrpo.core.config import Recipe, RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.memory import to_host
 from fastgrpo.core.reward import Scores

@@ -12,7 +12,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fastgrpo.config import Video
+from fastgrpo.core.config import Video
 from fastgrpo.data import video as video_file
 
 FRAMES = 6  # of a clip on the sheet, evenly spaced

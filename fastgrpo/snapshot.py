@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from fastgrpo import config, models, stored
-from fastgrpo.config import Lora, Model, Prompts, Recipe, Rollout, Section, Video
+from fastgrpo import models, stored
+from fastgrpo.core import config
+from fastgrpo.core.config import Lora, Model, Prompts, Recipe, Rollout, Section, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Policy
 from fastgrpo.models import lora

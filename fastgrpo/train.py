@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastgrpo import distributed, embed, evaluate, grpo, models, nft, preflight, rollout, room, samplers, track, window
 from fastgrpo.checkpoint import Checkpoints, Progress, number
-from fastgrpo.config import Recipe
+from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import only_run_in, replace_text
 from fastgrpo.core.policy import Condition, Policy, move

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastgrpo import grpo, nft, objectives, samplers
-from fastgrpo.config import Objective, Optimizer
+from fastgrpo.core.config import Objective, Optimizer
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, shape_key, stack
 from fastgrpo.distributed import World

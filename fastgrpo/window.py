@@ -8,7 +8,7 @@ steps up to the first noisy one, and the steps after the window can be made long
 from torch import Tensor
 
 from fastgrpo import noise
-from fastgrpo.config import Rollout
+from fastgrpo.core.config import Rollout
 
 
 def noisy_steps(settings: Rollout, iteration: int, seed: int) -> range:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastgrpo.config import Lora, Model, Video
+from fastgrpo.core.config import Lora, Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Encoder, Policy
 from fastgrpo.models import streaming

@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fastgrpo import flow
-from fastgrpo.config import Model, Video
+from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
 from fastgrpo.models import folder, streaming

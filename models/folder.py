@@ -15,7 +15,7 @@ from einops import rearrange
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastgrpo.config import Model, Video
+from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.models.network_folder import check_class, check_shards
 from fastgrpo.models.network_folder import read_json as read_json

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastgrpo import noise
-from fastgrpo.config import Lora
+from fastgrpo.core.config import Lora
 from fastgrpo.core.errors import UserError
 
 ATTENTION = (  # the names that diffusers' networks give the projections of their attention

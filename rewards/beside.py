@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import fastgrpo
-from fastgrpo.config import RewardSpec
+from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import die_with
 from fastgrpo.rewards.server import serve

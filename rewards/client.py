@@ -13,7 +13,7 @@ import httpx
 import torch
 from torch import Tensor
 
-from fastgrpo.config import LONGEST_WAIT_S
+from fastgrpo.core.config.checks import LONGEST_WAIT_S
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores
 from fastgrpo.rewards import wire

@@ -5,7 +5,7 @@ first frame of a video, the default here; it is the easiest to game, so give `fr
 The reference ran in float16 autocast; here the weights are float32, or bfloat16 by the spec.
 """
 
-from fastgrpo.config import RewardSpec, Section
+from fastgrpo.core.config import RewardSpec, Section
 from fastgrpo.rewards import clip_model, clip_weights, options
 
 PUBLISHED = clip_model.Published(

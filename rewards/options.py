@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from pydantic import ValidationError
 
-from fastgrpo.config import RewardSpec, Section
+from fastgrpo.core.config import RewardSpec, Section
 from fastgrpo.core.errors import UserError
 
 Options = TypeVar("Options", bound=Section)

@@ -6,7 +6,7 @@ it. A clip's score is the mean over its frames. Each clip is scored against its 
 
 from typing import Literal
 
-from fastgrpo.config import RewardSpec, Section
+from fastgrpo.core.config import RewardSpec, Section
 from fastgrpo.rewards import clip_model, options
 
 PUBLISHED = clip_model.Published(

@@ -30,7 +30,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 
-from fastgrpo.config import RewardSpec
+from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
 from fastgrpo.rewards import logs, wire

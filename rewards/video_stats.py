@@ -34,7 +34,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from fastgrpo.config import RewardSpec, Section
+from fastgrpo.core.config import RewardSpec, Section
 from fastgrpo.core.reward import Scores
 from fastgrpo.rewards import frames, optical_flow, options, weights
 

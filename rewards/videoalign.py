@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastgrpo.config import RewardSpec, Section
+from fastgrpo.core.config import RewardSpec, Section
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores
 from fastgrpo.rewards import frames, options, videoalign_checkpoint, weights

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgrpo import distributed, rollout
-from fastgrpo.config import Objective, Optimizer, Video
+from fastgrpo.core.config import Objective, Optimizer, Video
 from fastgrpo.core.policy import Condition, Policy, stack
 from fastgrpo.distributed import World
 from fastgrpo.rollout import Drawn, Plan

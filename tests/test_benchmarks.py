@@ -14,8 +14,9 @@ from benchmarks import ablations, campaign, learning_curves, public_way
 from benchmarks.campaign import Trained, Variant
 from benchmarks.meters import counted
 from benchmarks.ways import Ours, Theirs, Way, open_ways
-from fastgrpo import config, rewards
-from fastgrpo.config import Objective
+from fastgrpo import rewards
+from fastgrpo.core import config
+from fastgrpo.core.config import Objective
 from fastgrpo.core.errors import UserError
 from fastgrpo.data import video
 from fastgrpo.distributed import World

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel
 
 from fastgrpo import rewards
-from fastgrpo.config import RewardSpec
+from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.rewards import clip_pixels, clip_text, clip_weights, frames
 from fastgrpo.rewards.clip_model import ClipReward

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo import config
+from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 
 RECIPE = Path(__file__).parent.parent / "launch" / "t2v_tiny.toml"

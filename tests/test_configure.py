@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgrpo import models
-from fastgrpo.config import Model
+from fastgrpo.core.config import Model
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import stack
 from tests import tiny

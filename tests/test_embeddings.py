@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo import cli, config, distributed, embed, models
-from fastgrpo.config import Model, Recipe, Video
+from fastgrpo import cli, distributed, embed, models
+from fastgrpo.core import config
 from fastgrpo.core import files as core_files
+from fastgrpo.core.config import Model, Recipe, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text, take_lock
 from fastgrpo.core.policy import Condition, Prompt

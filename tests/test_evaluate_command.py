@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastgrpo import cli, config, distributed, heldout, models, noise, paper_table, rewards, rollout, sample, snapshot
+from fastgrpo import cli, distributed, heldout, models, noise, paper_table, rewards, rollout, sample, snapshot
 from fastgrpo.checkpoint import Checkpoints, Progress
-from fastgrpo.config import Checkpoint
+from fastgrpo.core import config
+from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.policy import Policy, Prompt, stack
 from fastgrpo.heldout import Column, Plan, Result
 from fastgrpo.sample import Work

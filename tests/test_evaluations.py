@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo import config, evaluations, grpo, update, window
-from fastgrpo.config import Recipe
+from fastgrpo import evaluations, grpo, update, window
+from fastgrpo.core import config
+from fastgrpo.core.config import Recipe
 from fastgrpo.distributed import World
 from fastgrpo.rollout import Plan
 

@@ -17,7 +17,8 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastgrpo import cli, config, models, noise, rollout, shards, stored
+from fastgrpo import cli, models, noise, rollout, shards, stored
+from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Prompt, stack
 from fastgrpo.export import Export, export
@@ -178,12 +179,12 @@ def big_run(folder: Path) -> int:
     (base / "whole_model.safetensors").write_bytes(b"the old weights in one file")
     (base / "transformer").unlink()
     (base / "transformer").mkdir()
-    config = json.loads((FOLDER / "transformer" / "config.json").read_text())
-    config |= {"num_layers": 3, "num_single_layers": 2, "num_attention_heads": 16, "attention_head_dim": 32}
-    config |= {"rope_axes_dim": [8, 12, 12]}
-    (base / "transformer" / "config.json").write_text(json.dumps(config))
+    shape = json.loads((FOLDER / "transformer" / "config.json").read_text())
+    shape |= {"num_layers": 3, "num_single_layers": 2, "num_attention_heads": 16, "attention_head_dim": 32}
+    shape |= {"rope_axes_dim": [8, 12, 12]}
+    (base / "transformer" / "config.json").write_text(json.dumps(shape))
     with torch.device("meta"):
-        network = HunyuanVideoTransformer3DModel.from_config(config)
+        network = HunyuanVideoTransformer3DModel.from_config(shape)
     state = {name: torch.full(tensor.shape, 0.5) for name, tensor in network.state_dict().items()}
     checkpoint = folder / "run" / "checkpoints" / "step-1"
     dcp.save({"model": state}, checkpoint_id=checkpoint, no_dist=True)

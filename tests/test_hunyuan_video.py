@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, LlamaForCausalLM, LlamaModel
 
 from fastgrpo import distributed, models, rollout
-from fastgrpo.config import Model, Objective, Optimizer, Video
+from fastgrpo.core.config import Model, Objective, Optimizer, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, Prompt, stack
 from fastgrpo.distributed import World

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 
 from fastgrpo import distributed, models
-from fastgrpo.config import Lora, Model
+from fastgrpo.core.config import Lora, Model
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import stack
 from fastgrpo.distributed import World

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo import config, distributed, nft, noise, objectives, rollout
-from fastgrpo.config import Objective
+from fastgrpo import distributed, nft, noise, objectives, rollout
+from fastgrpo.core import config
+from fastgrpo.core.config import Objective
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, stack
 from fastgrpo.distributed import World

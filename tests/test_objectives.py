@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import objectives, samplers
-from fastgrpo.config import Objective
+from fastgrpo.core.config import Objective
 from fastgrpo.core.policy import Condition
 from fastgrpo.distributed import World
 from fastgrpo.flow import gaussian_kl, gaussian_log_prob, time_grid

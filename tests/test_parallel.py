@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import models
-from fastgrpo.config import Distributed
+from fastgrpo.core.config import Distributed
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import stack
 from fastgrpo.distributed import World, mesh_shape, open_world, shard
@@ -120,7 +120,7 @@ def test_bfloat16_under_fsdp_equals_the_plain_network_bit_for_bit() -> None:
 
 
 def bfloat16() -> Any:
-    from fastgrpo.config import Model
+    from fastgrpo.core.config import Model
 
     return Model(family="hunyuan_video", path=str(tiny.FOLDER), dtype="bfloat16")
 

@@ -16,8 +16,9 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
-from fastgrpo import cli, config, plan, plan_memory, plan_phases, plan_simulate, plan_work
-from fastgrpo.config import Recipe
+from fastgrpo import cli, plan, plan_memory, plan_phases, plan_simulate, plan_work
+from fastgrpo.core import config
+from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.gpus import Achieved, changed, gpu
 from fastgrpo.models.lora import ATTENTION

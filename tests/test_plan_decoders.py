@@ -8,7 +8,8 @@ from diffusers import AutoencoderKLHunyuanVideo
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import plan_decoders
-from fastgrpo import config, plan
+from fastgrpo import plan
+from fastgrpo.core import config
 from fastgrpo.gpus import Achieved, gpu
 from fastgrpo.plan_counts import counting_flops
 from fastgrpo.plan_phases import Machine

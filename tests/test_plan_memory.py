@@ -13,7 +13,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastgrpo import (
-    config,
     distributed,
     evaluate,
     models,
@@ -25,7 +24,8 @@ from fastgrpo import (
     sequence_parallel,
     update,
 )
-from fastgrpo.config import Optimizer, Recipe
+from fastgrpo.core import config
+from fastgrpo.core.config import Optimizer, Recipe
 from fastgrpo.core.policy import Policy
 from fastgrpo.distributed import World
 from fastgrpo.gpus import Achieved, gpu

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fastgrpo import config, grpo
+from fastgrpo import grpo
+from fastgrpo.core import config
 from fastgrpo.plan_minibatches import idle, widest
 from tests import runs
 

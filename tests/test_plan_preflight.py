@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo import config
+from fastgrpo.core import config
 from fastgrpo.distributed import World
 from fastgrpo.preflight_run import planned
 from tests import runs

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo import config, plan, plan_rewards, scoring
-from fastgrpo.config import Recipe, RewardSpec
+from fastgrpo import plan, plan_rewards, scoring
+from fastgrpo.core import config
+from fastgrpo.core.config import Recipe, RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.distributed import World
 from fastgrpo.gpus import Achieved, gpu

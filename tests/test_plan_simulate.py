@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from fastgrpo import cli, config, plan, plan_memory, plan_phases, plan_simulate, plan_work, planning
-from fastgrpo.config import Recipe
+from fastgrpo import cli, plan, plan_memory, plan_phases, plan_simulate, plan_work, planning
+from fastgrpo.core import config
+from fastgrpo.core.config import Recipe
 from fastgrpo.gpus import Achieved, changed, gpu
 from fastgrpo.plan_phases import Machine
 from fastgrpo.plan_simulate import Simulated, Sizes

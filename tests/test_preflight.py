@@ -11,7 +11,8 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoConditionEmbedding
 
-from fastgrpo import cli, config, preflight_run
+from fastgrpo import cli, preflight_run
+from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward
 from fastgrpo.models.hunyuan_video import HunyuanVideo

@@ -14,7 +14,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from fastgrpo import cli
-from fastgrpo.config import Prompts
+from fastgrpo.core.config import Prompts
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Prompt
 from fastgrpo.data import prompts

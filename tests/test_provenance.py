@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo import config, provenance
-from fastgrpo.config import Recipe
+from fastgrpo import provenance
+from fastgrpo.core import config
+from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import sha256
 from fastgrpo.core.reward import Reward, Scores

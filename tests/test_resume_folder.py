@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo import config
+from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.resume import check_same_recipe, holds_run
 from fastgrpo.train import train

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo.config import LONGEST_WAIT_S
+from fastgrpo.core.config.checks import LONGEST_WAIT_S
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.distributed import TIMEOUT

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo import config, plan, room, sizing
+from fastgrpo import plan, room, sizing
+from fastgrpo.core import config
 from fastgrpo.core.processes import OneRankError
 from fastgrpo.distributed import World, open_world
 from fastgrpo.gpus import Achieved, gpu

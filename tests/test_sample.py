@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo import cli, config, distributed, models, rollout, sample, sheet, snapshot
+from fastgrpo import cli, distributed, models, rollout, sample, sheet, snapshot
 from fastgrpo.checkpoint import Checkpoints
-from fastgrpo.config import Checkpoint
+from fastgrpo.core import config
+from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.policy import Prompt, stack
 from fastgrpo.data import video
 from fastgrpo.snapshot import Asked

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo import config, samplers
+from fastgrpo import samplers
+from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.flow import clean_estimate, ddim_transition, gaussian_log_prob, sde_transition, time_grid
 from tests import runs

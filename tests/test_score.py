@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastgrpo import cli, clip_files, judges, rewards
-from fastgrpo.config import RewardSpec
+from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores
 from fastgrpo.data import shapes, video

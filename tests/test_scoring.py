@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo import cli, config, grpo, scoring
-from fastgrpo.config import RewardSpec
+from fastgrpo import cli, grpo, scoring
+from fastgrpo.core import config
+from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores
 from fastgrpo.distributed import World

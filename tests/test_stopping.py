@@ -14,9 +14,9 @@ import pytest
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgrpo import config, stopping
-from fastgrpo.config import Recipe
-from fastgrpo.core import files
+from fastgrpo import stopping
+from fastgrpo.core import config, files
+from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import OneRankError
 from fastgrpo.distributed import open_world

@@ -26,8 +26,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fastgrpo import config, distributed, loading, models
-from fastgrpo.config import Lora, Model
+from fastgrpo import distributed, loading, models
+from fastgrpo.core.config import Lora, Model
+from fastgrpo.core.config.loading import load
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import stack
 from fastgrpo.distributed import World, open_world
@@ -303,7 +304,7 @@ def test_a_recipes_network_is_read_and_told(
 ) -> None:
     """Also with masters in host memory. The velocity is that of the network that was whole from the start."""
     monkeypatch.setenv("TTY_COMPATIBLE" if terminal else "NO_COLOR", "1")
-    recipe = config.load(runs.RECIPE, [f"distributed.offload={offload}".lower(), "model.dtype=float32"])
+    recipe = load(runs.RECIPE, [f"distributed.offload={offload}".lower(), "model.dtype=float32"])
     settings = recipe.model.model_copy(update={"path": str(tiny.FOLDER)})
     with open_world() as world:
         policy, expected = models.outline(settings, CPU), models.load(settings, CPU)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import rewards
-from fastgrpo.config import RewardSpec
+from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores
 from fastgrpo.rewards import threshold

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo.config import Objective
+from fastgrpo.core.config import Objective
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, stack
 from fastgrpo.distributed import World

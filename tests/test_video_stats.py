@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastgrpo import rewards
-from fastgrpo.config import RewardSpec
+from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.data import shapes
 from fastgrpo.rewards import optical_flow, video_stats

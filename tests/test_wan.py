@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, 
 from torch import Tensor
 
 from fastgrpo import models
-from fastgrpo.config import Model, Video
+from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt, stack
 from fastgrpo.distributed import World

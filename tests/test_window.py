@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo import distributed, rollout
-from fastgrpo.config import Rollout
+from fastgrpo.core.config import Rollout
 from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.distributed import World
 from fastgrpo.flow import time_grid

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fastgrpo import distributed, models, rollout
-from fastgrpo.config import Model, Objective, Optimizer, Video
+from fastgrpo.core.config import Model, Objective, Optimizer, Video
 from fastgrpo.core.policy import Condition, Policy, Prompt
 from fastgrpo.distributed import World
 from fastgrpo.rollout import Drawn, Plan, Trajectory

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLModel
 
-from fastgrpo.config import RewardSpec
+from fastgrpo.core.config import RewardSpec
 
 RANK, ALPHA = 4, 8
 SPECIAL = (

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo import distributed, rollout
-from fastgrpo.config import Distributed
+from fastgrpo.core.config import Distributed
 from fastgrpo.core.processes import leave
 from fastgrpo.distributed import open_world, shard
 from tests import tiny

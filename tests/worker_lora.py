@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from fastgrpo import distributed, models
 from fastgrpo.checkpoint import Checkpoints, Progress
-from fastgrpo.config import Checkpoint, Lora, Model, Objective
+from fastgrpo.core.config import Checkpoint, Lora, Model, Objective
 from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.core.processes import leave
 from fastgrpo.distributed import World, open_world

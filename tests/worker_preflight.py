@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgrpo import config, embed, noise, preflight, preflight_folder, samplers, sequence_parallel
+from fastgrpo import embed, noise, preflight, preflight_folder, samplers, sequence_parallel
+from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import leave
 from fastgrpo.core.reward import Scores

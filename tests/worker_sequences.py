@@ -10,7 +10,7 @@ from PIL import Image
 from torch.distributed.tensor import DTensor
 
 from fastgrpo import distributed, models
-from fastgrpo.config import Distributed, Lora, Model, Video
+from fastgrpo.core.config import Distributed, Lora, Model, Video
 from fastgrpo.core.policy import Policy, Prompt, stack
 from fastgrpo.core.processes import leave
 from fastgrpo.distributed import World, open_world

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo import distributed
-from fastgrpo.config import Optimizer
+from fastgrpo.core.config import Optimizer
 from fastgrpo.core.policy import Policy
 from fastgrpo.core.processes import die_with, leave
 from fastgrpo.distributed import World, open_world

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from fastgrpo.config import Distributed
+from fastgrpo.core.config import Distributed
 from fastgrpo.core.processes import leave
 from fastgrpo.distributed import open_world, shard
 from tests import tiny

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.config import Video
+from fastgrpo.core.config import Video
 
 
 @dataclass(frozen=True)

@@ -7,33 +7,29 @@ Paths: in the file, a value that starts with `./` or `../` is relative to the fi
 folder; in an override it is relative to where the command is typed, as is `run.dir` always.
 """
 
-import difflib
 import math
-import os
-import tomllib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from fastgrpo.core.errors import UserError
+from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
+
+
 Count = Annotated[int, Field(ge=0)]
+
+
 Rate = Annotated[float, Field(gt=0)]
+
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
-LONGEST_WAIT_S = 1500.0  # below the time limit of a collective, fastgrpo.distributed.TIMEOUT
 
 
 class Section(BaseModel):
     """Common behaviour: fields cannot change after loading, and an unknown key is refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-S = TypeVar("S", bound=Section)
 
 
 class Run(Section):
@@ -350,236 +346,3 @@ class Recipe(Section):
     def to_toml(self) -> str:
         """The resolved recipe as TOML; unset optional fields are left out."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
-
-
-def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and apply `section.key=value` overrides.
-
-    Raises UserError, in one line, for a missing file, a syntax error, an unknown key, a wrong type or values that do
-    not go together.
-    """
-    tree = read_tree(path)
-    for override in overrides:
-        _apply(tree, override)
-    return parse(tree)
-
-
-def read_tree(path: Path) -> dict[str, Any]:
-    """A recipe file as it stands, its paths resolved. Raises UserError where it is missing or not TOML."""
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"recipe={path}: no such file; give the path of a recipe, e.g. launch/t2v_tiny.toml.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"recipe={path}: not a TOML file ({error}).") from None
-    _resolve_paths(tree, path.resolve().parent)
-    return tree
-
-
-def parse(tree: dict[str, Any]) -> Recipe:
-    """A nested dict, as TOML gives it, to a checked recipe."""
-    try:
-        recipe = Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(_one_line(error)) from None
-    _check(recipe)
-    return recipe
-
-
-def section(kind: type[S], name: str, values: Mapping[str, Any]) -> S:
-    """One section of a recipe, checked on its own.  name: how messages call it"""
-    try:
-        return kind.model_validate(dict(values))
-    except ValidationError as error:
-        raise UserError(f"{name}.{_one_line(error)}") from None
-
-
-def _check(recipe: Recipe) -> None:
-    """What no single field can see."""
-    rollout, objective, optimizer = recipe.rollout, recipe.objective, recipe.optimizer
-    if recipe.model.negative_prompt is not None and recipe.model.cfg == 1:
-        raise UserError("model.negative_prompt: has no effect without guidance; set model.cfg above 1 or leave it out.")
-    if recipe.prompts.heldout is None and not recipe.prompts.heldout_share:
-        raise UserError("prompts.heldout: none, and prompts.heldout_share is 0; name a file or hold some prompts out.")
-    if objective.kind == "nft":
-        _check_nft(recipe)
-    elif rollout.eta <= 0:
-        raise UserError(f"rollout.eta={rollout.eta}: GRPO needs a stochastic sampler; use eta > 0 (0.3 in the paper).")
-    if rollout.window is not None and rollout.window >= rollout.steps:
-        raise UserError(
-            f"rollout.window={rollout.window}: must be below rollout.steps={rollout.steps}, whose last is never noisy."
-        )
-    if rollout.tail_steps is not None and rollout.window is None:
-        raise UserError("rollout.tail_steps: has no effect without a window; set rollout.window or leave it out.")
-    if rollout.sampler == "cps" and rollout.eta > 1:
-        raise UserError(
-            f"rollout.eta={rollout.eta}: for rollout.sampler=cps it says how much noise is drawn anew, and 1 means all "
-            "of it; use at most 1 (0.8 in Flow-CPS)."
-        )
-    if objective.kind == "guard" and rollout.sampler == "cps":
-        raise UserError(
-            "objective.kind=guard: normalises a Gaussian log-probability, which Flow-CPS does not use; choose "
-            "rollout.sampler=dance or objective.kind=grpo."
-        )
-    if objective.kind == "ddpo" and objective.normalise != "global":
-        raise UserError(
-            f"objective.normalise={objective.normalise}: DDPO's advantages are over all samples of an iteration; set "
-            "objective.normalise=global."
-        )
-    kept = recipe.samples_trained
-    if kept > rollout.samples_per_prompt or (kept % 2 and objective.best_of_n):
-        raise UserError(
-            f"objective.best_of_n={kept}: must be even and at most rollout.samples_per_prompt="
-            f"{rollout.samples_per_prompt} (it keeps the best and the worst half)."
-        )
-    if kept % optimizer.updates_per_iteration:
-        divisors = [k for k in range(1, kept + 1) if kept % k == 0]
-        raise UserError(
-            f"optimizer.updates_per_iteration={optimizer.updates_per_iteration}: does not divide the {kept} samples "
-            f"trained per prompt, which are dealt out evenly; use one of {', '.join(map(str, divisors))}."
-        )
-    names = [spec.name for spec in recipe.rewards]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"rewards: '{twice}' is listed twice; put its parts into one entry, with its settings.")
-    patience = max(recipe.server.outage_s + 2 * recipe.server.request_timeout_s, recipe.server.start_timeout_s)
-    if patience > LONGEST_WAIT_S:
-        raise UserError(
-            f"server: {patience:g} s of waiting for scores (outage_s + 2 request_timeout_s, or start_timeout_s) are "
-            f"more than the {LONGEST_WAIT_S:g} s that ranks wait for each other; lower them."
-        )
-    parts = [part for spec in recipe.rewards for part in spec.weights]
-    doubled = sorted({part for part in parts if parts.count(part) > 1})
-    if doubled:
-        raise UserError(f"rewards: the part '{doubled[0]}' is named by two rewards; leave it out of one of them.")
-    if not any(weight > 0 for weight in recipe.weights.values()):
-        raise UserError("rewards: every weight is 0, so nothing would be learned; give one part a weight above 0.")
-    if recipe.server.token_file is None and (recipe.server.urls or any(spec.urls for spec in recipe.rewards)):
-        raise UserError("server.token_file: missing; running servers (urls) want a token, name its file.")
-
-
-def _check_nft(recipe: Recipe) -> None:
-    """DiffusionNFT draws with the ODE from the moving average of the weights, and has no transitions."""
-    rollout, objective = recipe.rollout, recipe.objective
-    if rollout.shared_noise:
-        raise UserError(
-            "rollout.shared_noise=true: objective.kind=nft draws without noise on the way, so all samples of a group "
-            "would be the same; set rollout.shared_noise=false."
-        )
-    if not recipe.optimizer.ema_decay:
-        raise UserError(
-            "optimizer.ema_decay=0: with objective.kind=nft the moving average of the weights draws the samples; set "
-            "e.g. optimizer.ema_decay=0.5."
-        )
-    if rollout.window is not None:
-        raise UserError("rollout.window: has no effect with objective.kind=nft, where no step is noisy; leave it out.")
-    if objective.step_weights != "equal":
-        raise UserError(
-            f"objective.step_weights={objective.step_weights}: has no effect with objective.kind=nft; leave it out."
-        )
-    if objective.kl_weight:
-        raise UserError(
-            f"objective.kl_weight={objective.kl_weight}: is of noisy steps, and objective.kind=nft has none; use "
-            "objective.nft_kl."
-        )
-
-
-def _resolve_paths(tree: dict[str, Any], base: Path) -> None:
-    """Make `./` and `../` values of the file relative to the file, in place; run.dir stays as it is."""
-
-    def resolved(value: Any, where: tuple[str, ...]) -> Any:
-        if isinstance(value, dict):
-            return {key: resolved(below, (*where, key)) for key, below in value.items()}
-        if isinstance(value, list):
-            return [resolved(below, where) for below in value]
-        dotted = isinstance(value, str) and value.startswith(("./", "../")) and where != ("run", "dir")
-        return os.path.normpath(base / value) if dotted else value
-
-    tree.update(resolved(tree, ()))
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value`; the value is read as TOML, as a plain string where that fails, `none` as unset.
-
-    `rewards=[{name=..., weights=...}]` sets the whole list.
-    """
-    name, equals, text = override.partition("=")
-    keys = name.strip().split(".")
-    if not equals or (len(keys) < 2 and keys != ["rewards"]):
-        raise UserError(f"override '{override}': not of the form section.key=value, e.g. run.iterations=20.")
-    value = read_value(text)
-    if isinstance(value, str) and value.startswith(("./", "../")) and keys != ["run", "dir"]:
-        value = os.path.abspath(value)
-    node: Any = tree
-    for depth, key in enumerate(keys[:-1]):
-        if isinstance(node, list):
-            node = _item(node, key, ".".join(keys[: depth + 1]))
-        elif isinstance(node, dict):
-            node = node.setdefault(key, {})
-        if not isinstance(node, dict | list):
-            raise UserError(f"override '{override}': '{'.'.join(keys[: depth + 1])}' has no keys below it.")
-    if isinstance(node, list):
-        raise UserError(f"override '{override}': give a key of one entry, e.g. {'.'.join(keys[:-1])}.0.name=...")
-    node[keys[-1]] = value
-
-
-def read_value(text: str) -> Any:
-    """A value of the command line: as TOML, as a plain string where that fails; `none` is None."""
-    if text.strip() == "none":
-        return None
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _item(entries: list[Any], key: str, where: str) -> Any:
-    """An entry of a list of tables, by its number."""
-    if not key.isdigit() or int(key) >= len(entries):
-        raise UserError(f"override '{where}': no such entry; there are {len(entries)}, counted from 0.")
-    return entries[int(key)]
-
-
-def _one_line(error: ValidationError) -> str:
-    """The first problem of a validation error: where, what and the remedy."""
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return _unknown_key(where)
-    if problem["type"] == "missing":
-        return f"{where}: missing; add it to the recipe or as an override {where}=..."
-    more = f" ({error.error_count() - 1} more problems follow.)" if error.error_count() > 1 else ""
-    return f"{where}={problem['input']!r}: {problem['msg'].lower()}.{more}"
-
-
-def _unknown_key(where: str) -> str:
-    """The message for a key that no section has, with the nearest that exists."""
-    known = all_keys()
-    plain = ".".join(part for part in where.split(".") if not part.isdigit())
-    near = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)
-    tail = plain.rsplit(".", 1)[-1]
-    same_tail = [key for key in known if key.rsplit(".", 1)[-1] == tail]
-    return f"Unknown key '{where}'; did you mean '{(same_tail or near)[0]}'?"
-
-
-def all_keys() -> list[str]:
-    """Every `section.key` of a recipe, and the section names."""
-    keys: list[str] = []
-    for name, field in Recipe.model_fields.items():
-        section = RewardSpec if name == "rewards" else field.annotation
-        assert isinstance(section, type) and issubclass(section, Section)
-        keys += [name, *(f"{name}.{key}" for key in section.model_fields)]
-    return keys
-
-
-def describe() -> str:
-    """Every key with its default and meaning, for `fastgrpo keys`."""
-    lines = []
-    for name, field in Recipe.model_fields.items():
-        section = RewardSpec if name == "rewards" else field.annotation
-        assert isinstance(section, type) and issubclass(section, Section)
-        lines.append(f"[[{name}]]" if name == "rewards" else f"[{name}]")
-        for key, info in section.model_fields.items():
-            default = "required" if info.is_required() else repr(info.default)
-            lines.append(f"  {key:<24} {default:<14} {info.description or ''}".rstrip())
-    return "\n".join(lines)

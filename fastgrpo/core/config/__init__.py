@@ -1,0 +1,50 @@
+"""A recipe: one TOML file plus `section.key=value` overrides, as frozen, typed models.
+
+`sections` has the keys and what they mean, `checks` what does not go together, `loading` reads. Imports `core.errors`.
+"""
+
+from fastgrpo.core.config.loading import all_keys, describe, load, parse, read_tree, read_value, section
+from fastgrpo.core.config.sections import (
+    Checkpoint,
+    Distributed,
+    Evaluate,
+    Lora,
+    Model,
+    Objective,
+    Optimizer,
+    Prompts,
+    Recipe,
+    RewardSpec,
+    Rollout,
+    Run,
+    Section,
+    Server,
+    Track,
+    Video,
+)
+
+__all__ = [
+    "Checkpoint",
+    "Distributed",
+    "Evaluate",
+    "Lora",
+    "Model",
+    "Objective",
+    "Optimizer",
+    "Prompts",
+    "Recipe",
+    "RewardSpec",
+    "Rollout",
+    "Run",
+    "Section",
+    "Server",
+    "Track",
+    "Video",
+    "all_keys",
+    "describe",
+    "load",
+    "parse",
+    "read_tree",
+    "read_value",
+    "section",
+]
