@@ -12,6 +12,7 @@ from setuptools import setup
 
 PACKAGES = {
     "fastgrpo": "fastgrpo",
+    "fastgrpo.algorithm": "fastgrpo/algorithm",
     "fastgrpo.core": "fastgrpo/core",
     "fastgrpo.core.config": "fastgrpo/core/config",
     "fastgrpo.models": "models",

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastgrpo import models
+from fastgrpo.algorithm.transitions import gaussian_log_prob
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.policy import Condition, Policy
-from fastgrpo.flow import gaussian_log_prob
 
 VIDEO = Video(frames=9, height=24, width=40)
 TEXT_LENGTHS = (5, 7, 11)

@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastgrpo import distributed, flow, grpo, models, noise, rewards
+from fastgrpo import distributed, models, rewards
+from fastgrpo.algorithm import noise, selection, transitions
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, move, stack
@@ -90,7 +91,7 @@ class Public:
         """
         refuse(recipe, world)
         policy = models.load(recipe.model, world.device, recipe.lora)
-        if policy.transition is not flow.sde_transition:
+        if policy.transition is not transitions.sde_transition:
             raise UserError(f"model.family={recipe.model.family}: the public way is written for flow models only.")
         policy.negative = None if negative is None else move(negative, world.device)
         shape = policy.latent_shape(recipe.video)
@@ -175,9 +176,9 @@ class Public:
         everyone = self.world.combine(own, list(of_slot), len(conditions) * group)
         kept = torch.ones(len(everyone), dtype=torch.bool)
         if recipe.objective.best_of_n:
-            kept = grpo.best_of_n(everyone, kept, group, recipe.objective.best_of_n)
+            kept = selection.best_of_n(everyone, kept, group, recipe.objective.best_of_n)
         key = ("minibatches", recipe.run.seed, iteration)
-        for members in grpo.minibatches(kept, group, recipe.optimizer.updates_per_iteration, key):
+        for members in selection.minibatches(kept, group, recipe.optimizer.updates_per_iteration, key):
             mine = [of_slot[slot] for slot in members if slot in of_slot]
             for sample in mine:
                 condition = conditions[sample.slot // group]

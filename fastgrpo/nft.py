@@ -13,13 +13,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastgrpo import noise, objectives
+from fastgrpo.algorithm import noise, objectives
+from fastgrpo.algorithm.objectives import Noised
+from fastgrpo.algorithm.samplers import is_flow
 from fastgrpo.core.config import Objective
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, stack
-from fastgrpo.objectives import Noised
 from fastgrpo.rollout import Drawn, Plan, Trajectory, sample_ode, stored
-from fastgrpo.samplers import is_flow
 
 
 def check(policy: Policy, device: torch.device) -> None:

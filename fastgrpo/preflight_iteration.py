@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastgrpo import distributed, rollout, samplers
+from fastgrpo import distributed, rollout
+from fastgrpo.algorithm import samplers
 from fastgrpo.core.config import Objective
 from fastgrpo.core.memory import Peaks
 from fastgrpo.core.processes import fail_alone

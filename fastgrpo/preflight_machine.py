@@ -42,11 +42,13 @@ def noise(parts: Parts) -> Finding:
     others = [rank for rank, found in enumerate(everyone) if found != everyone[0]]
     if others:
         told = f"rank {others[0]} draws other noise than rank 0 for the same samples"
-        remedy = "a sample's key alone may decide: undo changes to fastgrpo/noise.py, and use GPUs of one model"
+        remedy = (
+            "a sample's key alone may decide: undo changes to fastgrpo/algorithm/noise.py, and use GPUs of one model"
+        )
         return Finding("noise", False, told, remedy)
     expected = len(slots) // 2 if plan.shared_noise else len(slots)
     if len(set(initial)) != expected or len(set(injected)) != len(injected):
-        remedy = "a sample's key must decide: undo changes to fastgrpo/noise.py"
+        remedy = "a sample's key must decide: undo changes to fastgrpo/algorithm/noise.py"
         return Finding("noise", False, "samples that must differ have the same noise", remedy)
     ranks = f"the same on {world.size} ranks" if world.size > 1 else "one rank"
     return Finding("noise", True, f"{ranks}, another for each of {len(slots)} samples")

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fastgrpo import grpo, noise, samplers
+from fastgrpo.algorithm import noise, samplers, selection
 from fastgrpo.core.memory import to_host
 from fastgrpo.core.policy import Condition, Policy, shape_key, stack
 from fastgrpo.distributed import World
@@ -58,7 +58,7 @@ class Plan:
         """The steps of a sample that the update trains, in increasing order."""
         count = len(self.noisy) if self.trained is None else self.trained
         key = ("timesteps", self.seed, self.iteration, *divmod(slot, self.group_size))
-        return grpo.choose_timesteps(self.noisy, count, self.choice, key)
+        return selection.choose_timesteps(self.noisy, count, self.choice, key)
 
     def initial_noise(self, slots: Sequence[int], device: torch.device) -> Tensor:
         """x at t = 1.  returns [len(slots), C, F, H, W]"""

@@ -17,7 +17,8 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from fastgrpo import distributed, models, noise, rollout, sheet, snapshot
+from fastgrpo import distributed, models, rollout, sheet, snapshot
+from fastgrpo.algorithm import noise
 from fastgrpo.core import config, files
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, Prompt, move, stack

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrpo import distributed, embed, evaluate, grpo, models, nft, preflight, rollout, room, samplers, track, window
+from fastgrpo import distributed, embed, evaluate, models, nft, preflight, rollout, room, track
+from fastgrpo.algorithm import samplers, selection, window
+from fastgrpo.algorithm.advantages import combined_advantages
 from fastgrpo.checkpoint import Checkpoints, Progress, number
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
@@ -187,13 +189,13 @@ class Session:
         self.check_validity(scored)
 
         # 3. advantages within each prompt's group, summed over rewards
-        advantages = grpo.combined_advantages(
+        advantages = combined_advantages(
             scored.values, scored.valid, recipe.weights, group, recipe.objective.advantage_clip,
             recipe.objective.min_spread, recipe.objective.normalise,
         )  # fmt: skip
         kept = scored.valid
         if recipe.objective.best_of_n:
-            kept = grpo.best_of_n(advantages, scored.valid, group, recipe.objective.best_of_n)
+            kept = selection.best_of_n(advantages, scored.valid, group, recipe.objective.best_of_n)
         trajectories = {slot: trajectory for slot, trajectory in trajectories.items() if kept[slot]}
 
         # 4. optimizer steps on a subset of the timesteps

@@ -15,13 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastgrpo import grpo, nft, objectives, samplers
+from fastgrpo import nft
+from fastgrpo.algorithm import objectives, samplers, selection
+from fastgrpo.algorithm.objectives import Terms
+from fastgrpo.algorithm.transitions import gaussian_kl
 from fastgrpo.core.config import Objective, Optimizer
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, shape_key, stack
 from fastgrpo.distributed import World
-from fastgrpo.flow import gaussian_kl
-from fastgrpo.objectives import Terms
 from fastgrpo.reference import Reference
 from fastgrpo.rollout import Plan, Trajectory
 
@@ -152,7 +153,7 @@ def update(
     step_weights = objectives.step_weights(objective.step_weights, plan.grid, plan.noisy, plan.eta, sampler)
     norms: list[Tensor] = []
     key = ("minibatches", plan.seed, plan.iteration)
-    for members in grpo.minibatches(kept, plan.group_size, trainer.settings.updates_per_iteration, key):
+    for members in selection.minibatches(kept, plan.group_size, trainer.settings.updates_per_iteration, key):
         transitions = sum(len(plan.chosen(slot)) for slot in members)
         if not transitions:
             continue

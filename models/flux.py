@@ -21,7 +21,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from einops import rearrange
 from torch import Tensor, nn
 
-from fastgrpo import flow
+from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
@@ -98,8 +98,8 @@ class Flux:
         )
         return unpack(v.float(), height, width)
 
-    transition = staticmethod(flow.sde_transition)
-    clean_estimate = staticmethod(flow.clean_estimate)
+    transition = staticmethod(transitions.sde_transition)
+    clean_estimate = staticmethod(transitions.clean_estimate)
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:

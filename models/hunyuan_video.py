@@ -19,7 +19,7 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from fastgrpo import flow
+from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
@@ -99,7 +99,7 @@ class HunyuanVideo:
         return net.out_channels, *size
 
     def time_grid(self, steps: int, shift: float | None, shape: tuple[int, ...]) -> Tensor:
-        return flow.time_grid(steps, shift or self.shift)
+        return transitions.time_grid(steps, shift or self.shift)
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         if self.cfg == 1:
@@ -131,8 +131,8 @@ class HunyuanVideo:
         )
         return v.float()
 
-    transition = staticmethod(flow.sde_transition)
-    clean_estimate = staticmethod(flow.clean_estimate)
+    transition = staticmethod(transitions.sde_transition)
+    clean_estimate = staticmethod(transitions.clean_estimate)
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastgrpo import noise
+from fastgrpo.algorithm import noise
 from fastgrpo.core.config import Lora
 from fastgrpo.core.errors import UserError
 

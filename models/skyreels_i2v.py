@@ -17,7 +17,7 @@ from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastgrpo import noise
+from fastgrpo.algorithm import noise
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt

@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from fastgrpo import flow
+from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
@@ -141,7 +141,7 @@ class StableDiffusion:
                 f"rollout.eta={eta}: DDIM's noise is a share of what ancestral sampling adds; use at most 1."
             )
         alpha, alpha_next = self.schedule.alpha(t), self.schedule.alpha(t_next)
-        return flow.ddim_transition(x, self._noise(x, v, alpha), alpha, alpha_next, eta)
+        return transitions.ddim_transition(x, self._noise(x, v, alpha), alpha, alpha_next, eta)
 
     def _noise(self, x: Tensor, v: Tensor, alpha: Tensor) -> Tensor:
         """The noise in x that the prediction implies (v: Salimans and Ho 2022, arXiv 2202.00512).  [B, C, 1, H, W]"""

@@ -26,7 +26,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from fastgrpo import flow
+from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
@@ -126,8 +126,8 @@ class Wan:
         )
         return v.float()
 
-    transition = staticmethod(flow.sde_transition)
-    clean_estimate = staticmethod(flow.clean_estimate)
+    transition = staticmethod(transitions.sde_transition)
+    clean_estimate = staticmethod(transitions.clean_estimate)
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:

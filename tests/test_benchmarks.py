@@ -15,15 +15,15 @@ from benchmarks.campaign import Trained, Variant
 from benchmarks.meters import counted
 from benchmarks.ways import Ours, Theirs, Way, open_ways
 from fastgrpo import rewards
+from fastgrpo.algorithm.advantages import combined_advantages
+from fastgrpo.algorithm.objectives import Terms, grpo
+from fastgrpo.algorithm.transitions import gaussian_log_prob, sde_transition
 from fastgrpo.core import config
 from fastgrpo.core.config import Objective
 from fastgrpo.core.errors import UserError
 from fastgrpo.data import video
 from fastgrpo.distributed import World
 from fastgrpo.evaluate import Evaluation, compare
-from fastgrpo.flow import gaussian_log_prob, sde_transition
-from fastgrpo.grpo import combined_advantages
-from fastgrpo.objectives import Terms, grpo
 from fastgrpo.runfolder import read_run
 from tests.runs import RECIPE
 

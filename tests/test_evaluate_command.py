@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastgrpo import cli, distributed, heldout, models, noise, paper_table, rewards, rollout, sample, snapshot
+from fastgrpo import cli, distributed, heldout, models, paper_table, rewards, rollout, sample, snapshot
+from fastgrpo.algorithm import noise
 from fastgrpo.checkpoint import Checkpoints, Progress
 from fastgrpo.core import config
 from fastgrpo.core.config import Checkpoint

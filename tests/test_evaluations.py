@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo import evaluations, grpo, update, window
+from fastgrpo import evaluations, update
+from fastgrpo.algorithm import selection, window
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.distributed import World
@@ -34,7 +35,7 @@ def states(asked: Recipe, plan: Plan, groups: int) -> int:
     total = asked.prompts.per_iteration * plan.group_size
     key = ("minibatches", plan.seed, plan.iteration)
     count = 0
-    for members in grpo.minibatches(
+    for members in selection.minibatches(
         torch.ones(total, dtype=torch.bool), plan.group_size, asked.optimizer.updates_per_iteration, key
     ):
         for group in range(groups):

@@ -17,7 +17,8 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastgrpo import cli, models, noise, rollout, shards, stored
+from fastgrpo import cli, models, rollout, shards, stored
+from fastgrpo.algorithm import noise
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Prompt, stack

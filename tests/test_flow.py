@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
 from torch import Tensor
 
-from fastgrpo.flow import (
+from fastgrpo.algorithm.transitions import (
     clean_estimate,
     ddim_transition,
     gaussian_kl,

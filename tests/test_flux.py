@@ -8,7 +8,8 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from fastgrpo import flow, models
+from fastgrpo import models
+from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt, stack
@@ -131,9 +132,9 @@ def test_times_are_those_of_the_closed_form(folder: Path) -> None:
     """The shift is exp(mu), mu linear in the number of tokens: 0.5 at 256, 1.15 at 4096; the recipe's goes before."""
     policy = load(folder)
     for height, width, mu in ((32, 32, 0.5), (128, 128, 1.15)):
-        expected = flow.time_grid(7, math.exp(mu))
+        expected = transitions.time_grid(7, math.exp(mu))
         torch.testing.assert_close(policy.time_grid(7, None, (4, 1, height, width)), expected, atol=1e-6, rtol=0)
-        torch.testing.assert_close(policy.time_grid(7, 3.0, (4, 1, height, width)), flow.time_grid(7, 3.0))
+        torch.testing.assert_close(policy.time_grid(7, 3.0, (4, 1, height, width)), transitions.time_grid(7, 3.0))
 
 
 def test_text_features_equal_the_pipelines(folder: Path, tmp_path: Path) -> None:

@@ -6,14 +6,15 @@ import statistics
 import pytest
 import torch
 
-from fastgrpo import grpo, noise
+from fastgrpo.algorithm import noise, selection
+from fastgrpo.algorithm.advantages import combined_advantages, group_advantages, largest_std_advantages
 
 NAN = float("nan")
 
 
 def test_group_advantages_equal_statistics_of_each_group() -> None:
     rewards = torch.tensor([1.0, 2.0, 4.0, 10.0, 20.0, 60.0])
-    advantages = grpo.group_advantages(rewards, 3).tolist()
+    advantages = group_advantages(rewards, 3).tolist()
     for start in (0, 3):
         group = rewards[start : start + 3].tolist()
         mean, std = statistics.mean(group), statistics.stdev(group)
@@ -22,36 +23,36 @@ def test_group_advantages_equal_statistics_of_each_group() -> None:
 
 def test_invalid_samples_are_left_out_of_the_statistics() -> None:
     rewards = torch.tensor([1.0, NAN, 3.0, 8.0, 5.0, 5.0, NAN, NAN])
-    advantages = grpo.group_advantages(rewards, 4)
-    expected = grpo.group_advantages(torch.tensor([1.0, 3.0, 8.0]), 3)
+    advantages = group_advantages(rewards, 4)
+    expected = group_advantages(torch.tensor([1.0, 3.0, 8.0]), 3)
     torch.testing.assert_close(advantages[[0, 2, 3]], expected)
     assert advantages[1] == 0.0
     assert advantages[4:].tolist() == [0.0] * 4  # no spread among the valid ones
 
 
 def test_a_group_with_one_valid_sample_teaches_nothing() -> None:
-    assert grpo.group_advantages(torch.tensor([NAN, 7.0, NAN]), 3).tolist() == [0.0] * 3
+    assert group_advantages(torch.tensor([NAN, 7.0, NAN]), 3).tolist() == [0.0] * 3
 
 
 def test_almost_no_spread_is_not_blown_up() -> None:
     rewards = torch.tensor([0.5, 0.5 + 1e-7, 0.5 - 1e-7])
-    assert grpo.group_advantages(rewards, 3, min_spread=1e-6).tolist() == [0.0] * 3
+    assert group_advantages(rewards, 3, min_spread=1e-6).tolist() == [0.0] * 3
 
 
 def test_advantages_are_summed_not_rewards() -> None:
     scores = {"large": torch.tensor([0.0, 100.0, 200.0]), "small": torch.tensor([0.3, 0.1, 0.2])}
     valid = torch.ones(3, dtype=torch.bool)
-    total = grpo.combined_advantages(scores, valid, {"large": 1.0, "small": 2.0}, 3, 5.0, 1e-6)
+    total = combined_advantages(scores, valid, {"large": 1.0, "small": 2.0}, 3, 5.0, 1e-6)
     torch.testing.assert_close(total, torch.tensor([-1.0 + 2.0, 0.0 - 2.0, 1.0 + 0.0]))
-    clamped = grpo.combined_advantages(scores, valid, {"large": 1.0, "small": 2.0}, 3, 0.5, 1e-6)
+    clamped = combined_advantages(scores, valid, {"large": 1.0, "small": 2.0}, 3, 0.5, 1e-6)
     assert clamped.abs().max() == 0.5
 
 
 def test_weight_zero_is_a_monitor() -> None:
     scores = {"trained": torch.tensor([0.0, 1.0]), "watched": torch.tensor([5.0, -5.0])}
     valid = torch.ones(2, dtype=torch.bool)
-    total = grpo.combined_advantages(scores, valid, {"trained": 1.0, "watched": 0.0}, 2, 5.0, 1e-6)
-    torch.testing.assert_close(total, grpo.group_advantages(scores["trained"], 2))
+    total = combined_advantages(scores, valid, {"trained": 1.0, "watched": 0.0}, 2, 5.0, 1e-6)
+    torch.testing.assert_close(total, group_advantages(scores["trained"], 2))
 
 
 def batch() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -65,7 +66,7 @@ def batch() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 
 def combined(normalise: str, min_spread: float = 1e-6) -> torch.Tensor:
     scores, valid = batch()
-    return grpo.combined_advantages(scores, valid, {"large": 1.0, "small": 2.0}, 3, 100.0, min_spread, normalise)
+    return combined_advantages(scores, valid, {"large": 1.0, "small": 2.0}, 3, 100.0, min_spread, normalise)
 
 
 @pytest.mark.parametrize("normalise", ["group", "batch", "largest_std", "global"])
@@ -76,7 +77,7 @@ def test_invalid_samples_and_rewards_without_spread_teach_nothing_in_any_normali
         assert advantages[3:6].tolist() == [0.0] * 3
     assert not combined(normalise, min_spread=1e6).any()
     scores, valid = {"r": torch.ones(4)}, torch.ones(4, dtype=torch.bool)
-    assert not grpo.combined_advantages(scores, valid, {"r": 1.0}, 2, 5.0, 1e-6, normalise).any()
+    assert not combined_advantages(scores, valid, {"r": 1.0}, 2, 5.0, 1e-6, normalise).any()
 
 
 def test_batch_normalisation_has_mean_0_and_std_1_whatever_the_number_of_rewards() -> None:
@@ -90,13 +91,13 @@ def test_batch_normalisation_has_mean_0_and_std_1_whatever_the_number_of_rewards
 
 def test_the_largest_groups_std_divides_all_groups() -> None:
     rewards = torch.tensor([1.0, 2.0, 3.0, 0.0, 10.0, 20.0, 5.0, 5.0, NAN])
-    advantages = grpo.largest_std_advantages(rewards, 3)
+    advantages = largest_std_advantages(rewards, 3)
     torch.testing.assert_close(advantages, torch.tensor([-0.1, 0.0, 0.1, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0]))
-    alone = grpo.largest_std_advantages(rewards[3:6], 3)
-    torch.testing.assert_close(alone, grpo.group_advantages(rewards[3:6], 3))
+    alone = largest_std_advantages(rewards[3:6], 3)
+    torch.testing.assert_close(alone, group_advantages(rewards[3:6], 3))
     summed = combined("largest_std")
     scores, valid = batch()
-    large, small = (grpo.largest_std_advantages(scores[part], 3, valid) for part in ("large", "small"))
+    large, small = (largest_std_advantages(scores[part], 3, valid) for part in ("large", "small"))
     torch.testing.assert_close(summed, large + 2 * small)
 
 
@@ -109,21 +110,21 @@ def test_global_normalisation_sums_rewards_and_knows_no_prompts() -> None:
 def test_best_of_n_keeps_the_extremes_of_each_prompt() -> None:
     advantages = torch.tensor([0.1, 0.9, -0.5, 0.0, 0.3, -0.9, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
     valid = torch.ones(12, dtype=torch.bool)
-    kept = grpo.best_of_n(advantages, valid, 6, 4)
+    kept = selection.best_of_n(advantages, valid, 6, 4)
     assert kept.nonzero().flatten().tolist() == [1, 2, 4, 5, 6, 7, 10, 11]
     valid[1] = False
-    assert grpo.best_of_n(advantages, valid, 6, 4)[:6].nonzero().flatten().tolist() == [0, 2, 4, 5]
+    assert selection.best_of_n(advantages, valid, 6, 4)[:6].nonzero().flatten().tolist() == [0, 2, 4, 5]
 
 
 @pytest.mark.parametrize(("choice", "expected"), [("first", [0, 1, 2]), ("last", [6, 7, 8])])
 def test_fixed_timesteps(choice: str, expected: list[int]) -> None:
-    assert grpo.choose_timesteps(range(9), 3, choice, ("key",)) == expected
+    assert selection.choose_timesteps(range(9), 3, choice, ("key",)) == expected
 
 
 def test_random_timesteps_are_uniform_and_never_the_last() -> None:
     counts = [0] * 10
     for sample in range(3000):
-        steps = grpo.choose_timesteps(range(9), 6, "random", ("timesteps", sample))
+        steps = selection.choose_timesteps(range(9), 6, "random", ("timesteps", sample))
         assert len(set(steps)) == 6
         for step in steps:
             counts[step] += 1
@@ -135,13 +136,13 @@ def test_random_timesteps_are_uniform_and_never_the_last() -> None:
 
 def test_minibatches_are_balanced_over_prompts_and_disjoint() -> None:
     kept = torch.ones(24, dtype=torch.bool)
-    batches = grpo.minibatches(kept, 8, 4, ("minibatches", 0, 0))
+    batches = selection.minibatches(kept, 8, 4, ("minibatches", 0, 0))
     assert sorted(index for batch in batches for index in batch) == list(range(24))
     for batch in batches:
         assert [sum(index // 8 == prompt for index in batch) for prompt in range(3)] == [2, 2, 2]
         assert all(sum(start <= index < start + 4 for index in batch) == 1 for start in range(0, 24, 4))
-    assert grpo.minibatches(kept, 8, 4, ("minibatches", 0, 0)) == batches
-    assert grpo.minibatches(kept, 8, 4, ("minibatches", 0, 1)) != batches
+    assert selection.minibatches(kept, 8, 4, ("minibatches", 0, 0)) == batches
+    assert selection.minibatches(kept, 8, 4, ("minibatches", 0, 1)) != batches
 
 
 def test_noise_is_a_function_of_its_key() -> None:

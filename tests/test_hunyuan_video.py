@@ -20,11 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, LlamaForCausalLM, LlamaModel
 
 from fastgrpo import distributed, models, rollout
+from fastgrpo.algorithm.transitions import gaussian_log_prob, sde_transition
 from fastgrpo.core.config import Model, Objective, Optimizer, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, Prompt, stack
 from fastgrpo.distributed import World
-from fastgrpo.flow import gaussian_log_prob, sde_transition
 from fastgrpo.models import folder
 from fastgrpo.models.hunyuan_video import TrimmedAttention, blocks, both_texts
 from fastgrpo.rollout import Drawn, Plan, sample_ode

@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo import distributed, nft, noise, objectives, rollout
+from fastgrpo import distributed, nft, rollout
+from fastgrpo.algorithm import noise, objectives
+from fastgrpo.algorithm.objectives import Noised
+from fastgrpo.algorithm.transitions import ddim_transition
 from fastgrpo.core import config
 from fastgrpo.core.config import Objective
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, stack
 from fastgrpo.distributed import World
-from fastgrpo.flow import ddim_transition
-from fastgrpo.objectives import Noised
 from fastgrpo.rollout import Drawn, Plan
 from fastgrpo.update import Trainer, update
 from tests import runs, tiny

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastgrpo import grpo
+from fastgrpo.algorithm import selection
 from fastgrpo.core import config
 from fastgrpo.plan_minibatches import idle, widest
 from tests import runs
@@ -23,7 +23,7 @@ def test_the_group_with_the_most_is_the_updates(prompts: int, size: int, kept: i
         mask = torch.zeros(prompts, size, dtype=torch.bool)
         for row in mask:
             row[torch.randperm(size, generator=chance)[:kept]] = True
-        for members in grpo.minibatches(mask.flatten(), size, updates, ("minibatches", seed, 0)):
+        for members in selection.minibatches(mask.flatten(), size, updates, ("minibatches", seed, 0)):
             shares = (range(group * total // groups, (group + 1) * total // groups) for group in range(groups))
             most += max(len(set(share) & set(members)) for share in shares)
     assert widest(prompts, size, kept, updates, groups) == pytest.approx(most / draws, rel=0.06)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo import samplers
+from fastgrpo.algorithm import samplers
+from fastgrpo.algorithm.transitions import clean_estimate, ddim_transition, gaussian_log_prob, sde_transition, time_grid
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
-from fastgrpo.flow import clean_estimate, ddim_transition, gaussian_log_prob, sde_transition, time_grid
 from tests import runs
 
 MEAN, STD = 0.7, 0.4  # of the data in the closed form

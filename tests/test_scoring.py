@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo import cli, grpo, scoring
+from fastgrpo import cli, scoring
+from fastgrpo.algorithm.advantages import combined_advantages
 from fastgrpo.core import config
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
@@ -98,7 +99,7 @@ def hit() -> Tensor:
 def check_statistics(scored: Scored) -> None:
     """Advantages are those that the valid samples alone would have, in each group, by hand."""
     weights = {"A": 1.0, "B": 1.0}
-    advantages = grpo.combined_advantages(scored.values, scored.valid, weights, GROUP, 100.0, 1e-6)
+    advantages = combined_advantages(scored.values, scored.valid, weights, GROUP, 100.0, 1e-6)
     truth = {"A": torch.arange(SAMPLES).double(), "B": torch.arange(SAMPLES).double() ** 2}
     for start in range(0, SAMPLES, GROUP):
         members = [i for i in range(start, start + GROUP) if scored.valid[i]]

@@ -16,13 +16,14 @@ from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgrpo import distributed, models, noise, rollout
+from fastgrpo import distributed, models, rollout
+from fastgrpo.algorithm import noise
+from fastgrpo.algorithm.transitions import gaussian_log_prob, sde_transition
 from fastgrpo.core.config import Model, Objective, Optimizer, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt, stack
 from fastgrpo.data import images, video
 from fastgrpo.distributed import World
-from fastgrpo.flow import gaussian_log_prob, sde_transition
 from fastgrpo.models import skyreels_i2v
 from fastgrpo.models.skyreels_i2v import SkyReels, blocks, posterior_key
 from fastgrpo.rollout import Drawn, Plan, sample_ode

@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 
 from fastgrpo import distributed, models, rollout
+from fastgrpo.algorithm.transitions import gaussian_log_prob
 from fastgrpo.core.config import Model, Objective, Optimizer, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt, stack
 from fastgrpo.distributed import World
-from fastgrpo.flow import gaussian_log_prob
 from fastgrpo.models.stable_diffusion import Schedule, StableDiffusion, blocks
 from fastgrpo.rollout import Drawn, Plan, sample_ode
 from fastgrpo.update import Trainer, update

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo import distributed, rollout
+from fastgrpo.algorithm.transitions import time_grid
+from fastgrpo.algorithm.window import noisy_steps, shortened
 from fastgrpo.core.config import Rollout
 from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.distributed import World
-from fastgrpo.flow import time_grid
 from fastgrpo.rollout import Plan
-from fastgrpo.window import noisy_steps, shortened
 from tests import tiny
 from tests.test_update import assert_gradients_equal
 

@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgrpo import embed, noise, preflight, preflight_folder, samplers, sequence_parallel
+from fastgrpo import embed, preflight, preflight_folder, sequence_parallel
+from fastgrpo.algorithm import noise, samplers
+from fastgrpo.algorithm.transitions import gaussian_log_prob
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import leave
 from fastgrpo.core.reward import Scores
 from fastgrpo.distributed import World, open_world
-from fastgrpo.flow import gaussian_log_prob
 from fastgrpo.preflight_folder import scratch
 from fastgrpo.preflight_iteration import Probe
 from fastgrpo.preflight_parts import Parts, fingerprints

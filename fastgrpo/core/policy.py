@@ -64,7 +64,7 @@ class Policy(Protocol):
         """The network's prediction, guidance included. x: [B, C, F, H, W] float32;  t: [B];  returns like x."""
 
     def transition(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-        """Mean and std of p(x_next | x), see fastgrpo.flow."""
+        """Mean and std of p(x_next | x), see fastgrpo.algorithm.transitions."""
 
     def clean_estimate(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
         """The x_0 that the prediction implies: the deterministic last step, from time t to 0."""

@@ -1,7 +1,7 @@
-"""What an update descends: one pure function per algorithm, from transitions or noised samples to a loss each.
+"""The loss per transition: one pure function per algorithm, from transitions or noised samples to a loss each.
 
-Every log-probability and divergence is a mean over the latent's dimensions, see fastgrpo.flow. docs/algorithms.md says
-when to use which.
+Every log-probability and divergence is a mean over the latent's dimensions, see `transitions.py`. docs/algorithms.md
+says when to use which.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastgrpo.algorithm.samplers import Sampler
+from fastgrpo.algorithm.transitions import _column as column
+from fastgrpo.algorithm.transitions import gaussian_kl
 from fastgrpo.core.config import Objective
-from fastgrpo.flow import _column as column
-from fastgrpo.flow import gaussian_kl
-from fastgrpo.samplers import Sampler
 
 
 @dataclass(frozen=True)

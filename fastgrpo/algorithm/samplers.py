@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastgrpo.algorithm.transitions import _column as column
+from fastgrpo.algorithm.transitions import gaussian_log_prob, sde_transition
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Policy
-from fastgrpo.flow import _column as column
-from fastgrpo.flow import gaussian_log_prob, sde_transition
 
 Transition = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 LogProb = Callable[[Tensor, Tensor, Tensor], Tensor]

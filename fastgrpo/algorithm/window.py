@@ -7,7 +7,7 @@ steps up to the first noisy one, and the steps after the window can be made long
 
 from torch import Tensor
 
-from fastgrpo import noise
+from fastgrpo.algorithm import noise
 from fastgrpo.core.config import Rollout
 
 
