@@ -15,6 +15,7 @@ PACKAGES = {
     "fastgrpo.algorithm": "fastgrpo/algorithm",
     "fastgrpo.core": "fastgrpo/core",
     "fastgrpo.core.config": "fastgrpo/core/config",
+    "fastgrpo.parallel": "fastgrpo/parallel",
     "fastgrpo.models": "models",
     "fastgrpo.rewards": "rewards",
     "fastgrpo.data": "data",

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from fastgrpo import cli, distributed, rollout
+from fastgrpo import cli, rollout
 from fastgrpo.core import config
+from fastgrpo.parallel.world import open_world
 from fastgrpo.train import Session, claim
 
 ITERATIONS = 5
@@ -70,7 +71,7 @@ def instrument(session: Session, timers: Timers) -> None:
 def measure(recipe: config.Recipe) -> tuple[list[float], list[dict[str, float]]]:
     """Seconds of each iteration, in all and by part."""
     totals, parts = [], []
-    with distributed.open_world() as world, ExitStack() as stack:
+    with open_world() as world, ExitStack() as stack:
         session = Session.open(recipe, world, stack, *claim(recipe, world, stack))
         timers = Timers()
         instrument(session, timers)

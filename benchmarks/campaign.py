@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgrpo import distributed
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
+from fastgrpo.parallel.world import open_world
 from fastgrpo.runfolder import Evaluation, Run, read_run
 from fastgrpo.train import Session, claim
 
@@ -180,7 +180,7 @@ def ensure(recipe: Recipe, every: int, tell: Callable[[str], None]) -> str:
 
 def _train(recipe: Recipe, every: int) -> float:
     """As fastgrpo.train.train, with held-out evaluations on the way.  returns seconds of all iterations"""
-    with distributed.open_world(recipe.distributed) as world, ExitStack() as stack:
+    with open_world(recipe.distributed) as world, ExitStack() as stack:
         session = Session.open(recipe, world, stack, *claim(recipe, world, stack))
         save = session.maybe_save
 

@@ -33,11 +33,11 @@ from torch import Tensor
 
 from benchmarks.meters import KINDS, Counts, counted
 from benchmarks.ways import PHASES, Theirs, Way, open_ways
-from fastgrpo import cli, distributed
+from fastgrpo import cli
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import leave
-from fastgrpo.distributed import World
+from fastgrpo.parallel.world import World, open_world
 
 TINY = Path("launch/t2v_tiny.toml")
 SETTING = (
@@ -151,7 +151,7 @@ def main() -> None:
         first = [] if arguments.recipe is None else [str(arguments.recipe)]
         file, overrides = TINY, [*SETTING, *first, *overrides]
     recipe = config.load(file, overrides)
-    with distributed.open_world(recipe.distributed) as world, ExitStack() as stack:
+    with open_world(recipe.distributed) as world, ExitStack() as stack:
         folder = Path(world.on_main(tempfile.mkdtemp))
         stack.callback(lambda: world.on_main(lambda: shutil.rmtree(folder, ignore_errors=True)))
         where = machine(world)

@@ -25,10 +25,11 @@ import numpy as np
 from benchmarks import pictures
 from benchmarks.campaign import Array, Trained, Variant, train_all
 from benchmarks.ways import Ours, open_session
-from fastgrpo import cli, distributed
+from fastgrpo import cli
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import leave
+from fastgrpo.parallel.world import open_world
 
 RECIPE = Path("launch/t2v_tiny.toml")
 PICTURE = Path("docs/learning_curves.png")
@@ -45,7 +46,7 @@ def paces(common: Sequence[str], variants: Sequence[Variant], cache: str, rounds
     costs depends on where it lies.  returns [iterations] each
     """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        world = stack.enter_context(distributed.open_world())
+        world = stack.enter_context(open_world())
         ways = []
         for variant in variants:
             overrides = [*common, *variant.overrides, cache, f"run.dir={folder}/{variant.name}"]

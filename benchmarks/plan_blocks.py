@@ -16,8 +16,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.plan_check import ROOT
-from fastgrpo import plan_simulate, sequence_parallel
+from fastgrpo import plan_simulate
 from fastgrpo.core import config
+from fastgrpo.parallel import sequence_parallel, world
 from fastgrpo.plan_simulate import Sizes
 from fastgrpo.plan_sizes import FLUX_DEV, HUNYUAN, SD_1, WAN_14B
 
@@ -94,7 +95,7 @@ def _block(
         parameter.data = parameter.data.to(precision)
     if sp > 1:
         assert dist.group.WORLD is not None
-        sequence_parallel.install(policy.network, sequence_parallel.Group(dist.group.WORLD, 0, sp))
+        sequence_parallel.install(policy.network, world.Group(dist.group.WORLD, 0, sp))
     seen: list[tuple[Any, Any]] = []
     block = policy.blocks[place]
     hook = block.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)

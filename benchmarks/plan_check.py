@@ -27,7 +27,7 @@ from fastgrpo.plan_sizes import FLUX_DEV, HUNYUAN, SD_1, WAN_1_3B, WAN_14B
 from fastgrpo.plan_work import Job
 
 if TYPE_CHECKING:
-    from fastgrpo.distributed import World
+    from fastgrpo.parallel.world import World
 
 ROOT = Path(__file__).parent.parent
 GIB, MIB = 2**30, 2**20
@@ -68,10 +68,10 @@ def real_recipe(batch: int) -> Recipe:
 
 def measure_memory(name: str) -> dict[str, float]:
     """Resident bytes that the network, its optimizer and one micro-batch add to this process."""
-    from fastgrpo import distributed
+    from fastgrpo.parallel.world import open_world
 
     settings, latent, text, batch = REAL[name]
-    with distributed.open_world() as world:
+    with open_world() as world:
         _train(world, TINY | {"num_layers": 1, "num_single_layers": 1}, (8, 1, 4, 4), 4, 1)  # pages in the libraries
         gc.collect()
         return _train(world, settings, latent, text, batch)
@@ -83,12 +83,13 @@ def _train(
     """Two micro-batches and optimizer steps, the first of which makes the optimizer's state."""
     import torch
 
-    from fastgrpo import distributed, plan_simulate
+    from fastgrpo import plan_simulate
+    from fastgrpo.parallel import sharding
     from fastgrpo.plan_simulate import Sizes
 
     recipe, before = real_recipe(batch), _status("VmRSS")
     policy = plan_simulate.outline(recipe, settings)
-    distributed.shard(policy, world, torch.float32)
+    sharding.shard(policy, world, torch.float32)
     x, t, condition = plan_simulate.inputs(recipe, policy, Sizes(latent, text), batch)
     optimizer = torch.optim.AdamW(policy.network.parameters(), lr=1e-9)
     states = before
@@ -111,16 +112,18 @@ def measure_bytes(name: str) -> dict[str, float] | None:
     """Bytes that one of two ranks sends in a micro-batch, counted at the collectives; of the first rank."""
     import torch
 
-    from fastgrpo import distributed, plan_simulate
+    from fastgrpo import plan_simulate
+    from fastgrpo.parallel import sharding
+    from fastgrpo.parallel.world import open_world
     from fastgrpo.plan_counts import Sent
     from fastgrpo.plan_simulate import Sizes
 
     settings, _, text, _ = REAL[name]
     latent = (settings["in_channels"], 1, 8, 8)
     recipe = real_recipe(1)
-    with distributed.open_world() as world:
+    with open_world() as world:
         policy = plan_simulate.outline(recipe, settings)
-        distributed.shard(policy, world, torch.float32)
+        sharding.shard(policy, world, torch.float32)
         x, t, condition = plan_simulate.inputs(recipe, policy, Sizes(latent, text), 1)
         with Sent(1) as sent:
             plan_simulate.loss(policy, x, t, condition).backward()

@@ -24,14 +24,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastgrpo import distributed, models, rewards
+from fastgrpo import models, rewards
 from fastgrpo.algorithm import noise, selection, transitions
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, move, stack
 from fastgrpo.core.reward import Reward
 from fastgrpo.data import video
-from fastgrpo.distributed import World
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World
 from fastgrpo.stopwatch import Stopwatch
 
 
@@ -95,7 +96,7 @@ class Public:
             raise UserError(f"model.family={recipe.model.family}: the public way is written for flow models only.")
         policy.negative = None if negative is None else move(negative, world.device)
         shape = policy.latent_shape(recipe.video)
-        distributed.shard(policy, world, torch.float32)
+        sharding.shard(policy, world, torch.float32)
         policy.network.set_reshard_after_forward(True)  # type: ignore[operator]  # the root as well
         trainable = [p for p in policy.network.parameters() if p.requires_grad]
         chosen = recipe.optimizer

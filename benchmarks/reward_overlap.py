@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.reward import Scores
-from fastgrpo.distributed import open_world
+from fastgrpo.parallel.world import open_world
 from fastgrpo.rewards.admission import Limits
 from fastgrpo.rewards.client import RewardClient
 from fastgrpo.rewards.served import Served

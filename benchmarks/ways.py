@@ -17,7 +17,7 @@ from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.policy import move
 from fastgrpo.data import prompts
-from fastgrpo.distributed import World
+from fastgrpo.parallel.world import World
 from fastgrpo.rollout import Plan
 from fastgrpo.scoring import Scored
 from fastgrpo.track import read_metrics

@@ -33,7 +33,7 @@ from fastgrpo import stored
 from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import flush, sha256
-from fastgrpo.distributed import World
+from fastgrpo.parallel.world import World
 from fastgrpo.update import Trainer
 
 T = TypeVar("T")

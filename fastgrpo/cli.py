@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        from fastgrpo.distributed import no_space
+        from fastgrpo.parallel.world import no_space
 
         _complain(str(no_space(error.filename)))
         return 2

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastgrpo import distributed, models
+from fastgrpo import models
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import take_lock
@@ -23,7 +23,7 @@ from fastgrpo.data.embeddings import Cache, Conditions
 from fastgrpo.data.fingerprint import fingerprint
 from fastgrpo.data.prompts import Split
 from fastgrpo.display import duration
-from fastgrpo.distributed import World
+from fastgrpo.parallel.world import World, open_world
 
 LINE_EVERY_S = 10.0  # between lines of progress where there is no terminal
 LOOK_EVERY_S = 2.0  # between looks whether another process has ended with the cache
@@ -40,7 +40,7 @@ class Encoded:
 
 def embed(recipe: Recipe) -> None:
     """Make a recipe's cache of conditions, or what is missing of it, and say so."""
-    with distributed.open_world() as world:
+    with open_world() as world:
         encoded = encode(recipe, world, read_prompts(recipe, world))
         if world.main:
             _say(f"the conditions of {len(encoded.conditions):,} prompts are in {cache_folder(recipe)}")

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrpo import distributed, rollout
+from fastgrpo import rollout
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
 from fastgrpo.core.policy import Condition, Policy, stack
 from fastgrpo.data import video
-from fastgrpo.distributed import World
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World
 from fastgrpo.rollout import Plan, Round
 from fastgrpo.scoring import Scorer
 from fastgrpo.update import Trainer
@@ -91,7 +92,7 @@ def evaluate(
     network = trainer.policy.network
     with (
         averaged_weights(trainer),
-        distributed.rollout_weights(network, recipe.distributed, dtype, world) as whole,
+        sharding.rollout_weights(network, recipe.distributed, dtype, world) as whole,
     ):
         for batch, counts in between(rollout.rounds(total, conditions, seeds, size, world, not whole)):
             own = world.part(len(batch))

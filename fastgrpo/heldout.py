@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo import distributed, judges, rewards, sample, snapshot
+from fastgrpo import judges, rewards, sample, snapshot
 from fastgrpo.core import config
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
-from fastgrpo.distributed import World
 from fastgrpo.evaluate import RESAMPLES, Evaluation, compare
 from fastgrpo.judges import Judges, Servers
+from fastgrpo.parallel.world import World, open_world
 from fastgrpo.sample import Drawn, Work
 from fastgrpo.snapshot import Asked
 
@@ -138,7 +138,7 @@ def evaluate(asked: Asked, wanted: Wanted) -> Result | None:
 
     Raises UserError on every rank for a mistake that any rank meets; a reward's before anything is sampled.
     """
-    with distributed.open_world() as world, ExitStack() as stack:
+    with open_world() as world, ExitStack() as stack:
         plan = world.on_main(lambda: prepare(asked, wanted))
         opened = _open(plan, wanted.servers, world, stack)
         parts = {spec.name: _parts(spec, opened) for spec in plan.specs}

@@ -8,13 +8,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from fastgrpo import distributed
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.policy import Policy
 from fastgrpo.display import duration
-from fastgrpo.distributed import World
 from fastgrpo.models import streaming
 from fastgrpo.models.streaming import Bytes, Show
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World
 
 
 def shard_and_read(policy: Policy, recipe: Recipe, world: World, what: str = "weights") -> None:
@@ -22,8 +22,8 @@ def shard_and_read(policy: Policy, recipe: Recipe, world: World, what: str = "we
 
     what: for that line. Raises the UserError of a rank, whose files are not what they were, on every rank.
     """
-    distributed.shard(policy, world, getattr(torch, recipe.model.dtype), recipe.distributed.offload)
-    distributed.prefetch(policy, recipe.distributed.prefetch)
+    sharding.shard(policy, world, getattr(torch, recipe.model.dtype), recipe.distributed.offload)
+    sharding.prefetch(policy, recipe.distributed.prefetch)
     device = torch.device("cpu") if recipe.distributed.offload else world.device
     begun = time.perf_counter()
     with _progress(world, what) as show:

@@ -14,7 +14,7 @@ from fastgrpo.plan_sizes import Subject
 from fastgrpo.plan_work import Job, Sent
 
 GIB = 2**30
-ROOM = 1.5  # the rollout holds the whole weights where this many times their size is free, see fastgrpo.distributed
+ROOM = 1.5  # the rollout holds the whole weights where this many times their size is free, see fastgrpo.parallel.world
 STEP_BYTES = 44  # per trained parameter: the gradient's norm and clipping, AdamW's reads and writes, float32
 AVERAGE_BYTES = 12  # and of the moving average
 

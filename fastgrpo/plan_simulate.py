@@ -32,12 +32,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fastgrpo import distributed, models, sequence_parallel
+from fastgrpo import models
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.policy import Condition, Policy
-from fastgrpo.distributed import World
 from fastgrpo.models import flux, hunyuan_video, skyreels_i2v, stable_diffusion, wan
 from fastgrpo.models.lora import add_adapters
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.mesh import mesh_shape
+from fastgrpo.parallel.world import Group, World
 from fastgrpo.plan_counts import Sent, counting_flops
 
 CPU = torch.device("cpu")
@@ -111,7 +113,7 @@ def _rank(
 ) -> Iterator[Policy]:
     """The sharded policy of rank 0, made of fake tensors, in a world of its own."""
     settings = recipe.distributed
-    replicas, shards = distributed.mesh_shape(settings, gpus, min(ranks_per_node, gpus))
+    replicas, shards = mesh_shape(settings, gpus, min(ranks_per_node, gpus))
     dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
     try:
         if replicas == 1:
@@ -121,14 +123,14 @@ def _rank(
         sp = None
         if settings.sp > 1:
             own, _ = dist.new_subgroups(group_size=settings.sp)
-            sp = sequence_parallel.Group(own, 0, settings.sp)
+            sp = Group(own, 0, settings.sp)
         world = World(0, gpus, CPU, mesh, sp)
         with FakeTensorMode(), CPU:
             policy = outline(recipe, config)
             more = [policy.network.get_submodule(unit) for unit in units]
             policy.blocks = [*more, *policy.blocks]  # type: ignore[misc]
-            distributed.shard(policy, world, getattr(torch, recipe.model.dtype))
-            distributed.prefetch(policy, recipe.distributed.prefetch)
+            sharding.shard(policy, world, getattr(torch, recipe.model.dtype))
+            sharding.prefetch(policy, recipe.distributed.prefetch)
             yield policy
     finally:
         dist.destroy_process_group()
@@ -223,7 +225,7 @@ def _rollout_memory(recipe: Recipe, policy: Policy, sizes: Sizes, found: Simulat
     x, t, condition = inputs(recipe, policy, sizes, recipe.rollout.at_once)
     tracker = _tracker(policy, _optimizer(recipe, policy))
     tracker.track_inputs((x, t, condition))
-    with distributed.gathered(policy.network) if whole else nullcontext():
+    with sharding.gathered(policy.network) if whole else nullcontext():
         if whole:
             _track_gathered(policy.network, tracker)
         with tracker, torch.no_grad():
@@ -278,7 +280,7 @@ def _update_work(recipe: Recipe, policy: Policy, sizes: Sizes, found: Simulated)
 def _rollout_work(recipe: Recipe, policy: Policy, sizes: Sizes, found: Simulated, whole: bool) -> None:
     x, t, condition = inputs(recipe, policy, sizes, recipe.rollout.at_once)
     sent, flops = Sent(_branches(recipe) * len(x)), counting_flops()
-    with distributed.gathered(policy.network) if whole else nullcontext(), sent, flops, torch.no_grad():
+    with sharding.gathered(policy.network) if whole else nullcontext(), sent, flops, torch.no_grad():
         policy.velocity(x, t, condition)
     found.rollout_flops, found.rollout_sent = flops.get_total_flops(), dict(sent.sent)
 

@@ -15,7 +15,7 @@ from fastgrpo import plan_rewards
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import read_json
-from fastgrpo.mesh import mesh_shape
+from fastgrpo.parallel.mesh import mesh_shape
 from fastgrpo.plan_network import FLUX_PATCH, network
 from fastgrpo.plan_units import Network
 from fastgrpo.plan_work import Job

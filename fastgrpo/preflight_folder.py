@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fastgrpo.checkpoint import Checkpoints, Progress
-from fastgrpo.distributed import World
+from fastgrpo.parallel.world import World
 from fastgrpo.preflight_parts import Finding, Parts, gathered, largest, local
 from fastgrpo.update import Trainer
 

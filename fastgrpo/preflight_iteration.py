@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastgrpo import distributed, rollout
+from fastgrpo import rollout
 from fastgrpo.algorithm import samplers
 from fastgrpo.core.config import Objective
 from fastgrpo.core.memory import Peaks
 from fastgrpo.core.processes import fail_alone
-from fastgrpo.distributed import World
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World
 from fastgrpo.preflight_parts import Finding, Parts, gathered, largest, replicas_differ
 from fastgrpo.rollout import Drawn, Plan, Start
 from fastgrpo.update import MicroBatch, Trainer, update
@@ -134,7 +135,7 @@ def run(parts: Parts, plan: Plan, probe: Probe, clips: int | None, meter: Meter)
     batches = [next(_batches(parts, group)) for group in range(world.groups)]
     batch = batches[world.group]
     memory = f"rollout.batch_size={size}: lower it, or set distributed.rollout_weights=sharded"
-    with distributed.rollout_weights(policy.network, recipe.distributed, parts.dtype, world):
+    with sharding.rollout_weights(policy.network, recipe.distributed, parts.dtype, world):
         with meter.phase("rollout", memory):
             started: dict[int, Start] = {}
             if plan.shared_noise:

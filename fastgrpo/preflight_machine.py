@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrpo import distributed, sequence_parallel
 from fastgrpo.core.policy import stack
+from fastgrpo.parallel import sequence_parallel, sharding
 from fastgrpo.preflight_parts import Finding, Parts, fingerprints, gathered, largest, replicas_differ
 
 SHARED_BOUND = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -66,7 +66,7 @@ def sequences(parts: Parts) -> Finding:
     slot = world.share(parts.total).start
     x = plan.initial_noise([slot], world.device)
     t, condition = plan.grid[:1], stack([parts.conditions[slot // plan.group_size]])
-    with torch.no_grad(), distributed.rollout_weights(policy.network, parts.recipe.distributed, parts.dtype, world):
+    with torch.no_grad(), sharding.rollout_weights(policy.network, parts.recipe.distributed, parts.dtype, world):
         shared = policy.velocity(x, t, condition)
         with alone(policy.network):
             whole = policy.velocity(x, t, condition)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.policy import Condition, Policy
-from fastgrpo.distributed import World
+from fastgrpo.parallel.world import World
 from fastgrpo.rollout import Plan
 from fastgrpo.scoring import Scorer
 from fastgrpo.update import Trainer

@@ -12,13 +12,13 @@ from typing import IO
 import torch
 from rich.console import Console
 
-from fastgrpo import distributed, embed, plan, preflight
+from fastgrpo import embed, plan, preflight
 from fastgrpo.core.config import Recipe, Track
 from fastgrpo.core.errors import UserError
 from fastgrpo.data import prompts
 from fastgrpo.data.prompts import Split
-from fastgrpo.distributed import World
 from fastgrpo.gpus import GPUS, Achieved, Gpu
+from fastgrpo.parallel.world import World, open_world
 from fastgrpo.plan_phases import GIB, Machine
 from fastgrpo.preflight_folder import scratch
 from fastgrpo.preflight_parts import Finding
@@ -31,7 +31,7 @@ from fastgrpo.train import Session
 def run(recipe: Recipe) -> bool:
     """Print a line per check and the phases' table, on the main rank.  returns whether all checks are green"""
     console = Console()
-    with distributed.open_world(recipe.distributed) as world, ExitStack() as stack:
+    with open_world(recipe.distributed) as world, ExitStack() as stack:
         found = first_prompts(recipe, embed.read_prompts(recipe, world))
         world.on_main(lambda: check_folder(recipe, world))
         folder = stack.enter_context(scratch(recipe.run.dir, world))

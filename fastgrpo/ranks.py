@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fastgrpo.core.memory import KINDS
 from fastgrpo.display import PHASES
-from fastgrpo.distributed import World
 from fastgrpo.heartbeat import WAIT, Heart, node
+from fastgrpo.parallel.world import World
 from fastgrpo.ranklog import RankLog
 from fastgrpo.stopwatch import Stopwatch
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastgrpo.algorithm import noise, samplers, selection
 from fastgrpo.core.memory import to_host
 from fastgrpo.core.policy import Condition, Policy, shape_key, stack
-from fastgrpo.distributed import World
+from fastgrpo.parallel.world import World
 
 Round = tuple[list[int], bool]  # a batch of slots or prompts, and whether its result counts
 

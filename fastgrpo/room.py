@@ -8,11 +8,12 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from fastgrpo import distributed, sizing
+from fastgrpo import sizing
 from fastgrpo.core.memory import GIB, Peaks, free_memory
 from fastgrpo.core.policy import Condition, stack
 from fastgrpo.core.processes import fail_alone
-from fastgrpo.distributed import World
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World
 from fastgrpo.preflight_parts import Parts, local
 
 
@@ -36,7 +37,7 @@ def rollout_batch(parts: Parts) -> tuple[int, str]:
     def decode(count: int) -> None:
         policy.decode(torch.zeros(count, *parts.plan.latent_shape, device=world.device))
 
-    with distributed.rollout_weights(policy.network, recipe.distributed, parts.dtype, world):
+    with sharding.rollout_weights(policy.network, recipe.distributed, parts.dtype, world):
         _grown(forward, 1)  # libraries take their workspaces
         room = free_memory(world.device) - _kept(parts, samples) - _moments(parts)
         one, further = _costs(forward, room, world)

@@ -17,14 +17,14 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from fastgrpo import distributed, models, rollout, sheet, snapshot
+from fastgrpo import models, rollout, sheet, snapshot
 from fastgrpo.algorithm import noise
 from fastgrpo.core import config, files
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, Prompt, move, stack
 from fastgrpo.data import prompts as prompt_file
 from fastgrpo.data import video
-from fastgrpo.distributed import World
+from fastgrpo.parallel.world import World, open_world
 from fastgrpo.snapshot import Asked, Snapshot, Source
 
 MANIFEST = "manifest.json"
@@ -105,7 +105,7 @@ def sample(asked: Asked, wanted: Wanted) -> Sampled:
 
     Raises UserError on every rank for a mistake that any rank meets.
     """
-    with distributed.open_world() as world, ExitStack() as stack:
+    with open_world() as world, ExitStack() as stack:
         job = world.on_main(lambda: plan(snapshot.find(asked), wanted))
         replaces = MANIFEST if job.overwrite else None
         folder = world.on_main(lambda: stack.enter_context(files.whole_folder(job.out, "--out", replaces)))

@@ -24,7 +24,7 @@ from fastgrpo.core.config import Recipe, RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.memory import to_host
 from fastgrpo.core.reward import Scores
-from fastgrpo.distributed import World
+from fastgrpo.parallel.world import World
 from fastgrpo.rewards.beside import launch_beside
 from fastgrpo.rewards.client import RewardClient
 from fastgrpo.rewards.in_process import ScorerInProcess

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from fastgrpo.core.files import replace_text, take_lock
-from fastgrpo.distributed import World
+from fastgrpo.parallel.world import World
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)

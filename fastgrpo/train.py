@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrpo import distributed, embed, evaluate, models, nft, preflight, rollout, room, track
+from fastgrpo import embed, evaluate, models, nft, preflight, rollout, room, track
 from fastgrpo.algorithm import samplers, selection, window
 from fastgrpo.algorithm.advantages import combined_advantages
 from fastgrpo.checkpoint import Checkpoints, Progress, number
@@ -24,10 +24,11 @@ from fastgrpo.core.processes import OneRankError, rank
 from fastgrpo.data import prompts
 from fastgrpo.data.embeddings import Conditions
 from fastgrpo.data.prompts import Split
-from fastgrpo.distributed import World
 from fastgrpo.evaluate import Evaluation
 from fastgrpo.heartbeat import Heart
 from fastgrpo.loading import shard_and_read
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World, open_world
 from fastgrpo.preflight_parts import Parts
 from fastgrpo.provenance import check_rewards, record_provenance
 from fastgrpo.ranks import Ranks
@@ -48,7 +49,7 @@ def train(recipe: Recipe) -> dict[str, object] | None:
     Returns the summary, on every rank; None where the run was asked to stop, and starting it again goes on with it.
     """
     try:
-        with distributed.open_world(recipe.distributed) as world, ExitStack() as stack:
+        with open_world(recipe.distributed) as world, ExitStack() as stack:
             found, stop = claim(recipe, world, stack)
             try:
                 return Session.open(recipe, world, stack, found, stop).run()
@@ -233,7 +234,7 @@ class Session:
         old = self.recipe.objective.kind == "nft"
         with (
             evaluate.averaged_weights(self.trainer) if old else nullcontext(),
-            distributed.rollout_weights(self.policy.network, settings, dtype, self.world) as whole,
+            sharding.rollout_weights(self.policy.network, settings, dtype, self.world) as whole,
         ):
             work = (total, conditions, plan.group_size, size, self.world, not whole)
             started: dict[int, rollout.Start] = {}

@@ -22,7 +22,7 @@ from fastgrpo.algorithm.transitions import gaussian_kl
 from fastgrpo.core.config import Objective, Optimizer
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, shape_key, stack
-from fastgrpo.distributed import World
+from fastgrpo.parallel.world import World
 from fastgrpo.reference import Reference
 from fastgrpo.rollout import Plan, Trajectory
 

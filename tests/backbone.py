@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgrpo import distributed, rollout
+from fastgrpo import rollout
 from fastgrpo.core.config import Objective, Optimizer, Video
 from fastgrpo.core.policy import Condition, Policy, stack
-from fastgrpo.distributed import World
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World
 from fastgrpo.rollout import Drawn, Plan
 from fastgrpo.update import Trainer, update
 from tests import tiny
@@ -40,13 +41,13 @@ def plan_of(policy: Policy, video: Video) -> Plan:
 def draw(policy: Policy, plan: Plan, conditions: list[Condition], size: int) -> Drawn:
     """Trajectories of all prompts in batches of at most `size`; the policy is sharded."""
     slots = range(len(conditions) * GROUP)
-    with distributed.gathered(policy.network):
+    with sharding.gathered(policy.network):
         return rollout.draw(policy, plan, conditions, slots, size)
 
 
 def largest_log_ratio(policy: Policy, video: Video, conditions: list[Condition], world: World) -> float:
     """Before the first optimizer step, over every trainable step, for rollout and update batches of 1, 2 and 3."""
-    distributed.shard(policy, world, torch.float32)
+    sharding.shard(policy, world, torch.float32)
     plan, kept = plan_of(policy, video), torch.ones(len(conditions) * GROUP, dtype=torch.bool)
     largest = 0.0
     for rollout_batch, update_batches in ((1, (1, 3)), (2, (2,)), (3, (1, 2, 3))):
@@ -72,7 +73,7 @@ def assert_gradient_is_the_objectives(
 
     network: another copy of the policy's, unsharded;  predict: x [1, C, F, H, W] and t [1] to the velocity, by it
     """
-    distributed.shard(policy, world, torch.float32)
+    sharding.shard(policy, world, torch.float32)
     plan = plan_of(policy, video)
     drawn = draw(policy, plan, [condition], GROUP)
     trainer = tiny.Recorder.create(policy, Optimizer(lr=1e-4, batch_size=2), None)

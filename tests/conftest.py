@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from fastgrpo.distributed import World
+    from fastgrpo.parallel.world import World
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested is the CPU's path, whatever the machine has
 for variable, value in {
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="module")
 def world() -> "Iterator[World]":
     """This process as the only rank."""
-    from fastgrpo.distributed import open_world
+    from fastgrpo.parallel.world import open_world
 
     with open_world() as opened:
         yield opened

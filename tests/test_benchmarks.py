@@ -22,8 +22,8 @@ from fastgrpo.core import config
 from fastgrpo.core.config import Objective
 from fastgrpo.core.errors import UserError
 from fastgrpo.data import video
-from fastgrpo.distributed import World
 from fastgrpo.evaluate import Evaluation, compare
+from fastgrpo.parallel.world import World
 from fastgrpo.runfolder import read_run
 from tests.runs import RECIPE
 

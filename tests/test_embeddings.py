@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo import cli, distributed, embed, models
+from fastgrpo import cli, embed, models
 from fastgrpo.core import config
 from fastgrpo.core import files as core_files
 from fastgrpo.core.config import Model, Recipe, Video
@@ -22,6 +22,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text, take_lock
 from fastgrpo.core.policy import Condition, Prompt
 from fastgrpo.data.embeddings import PART, Conditions
+from fastgrpo.parallel.world import open_world
 from tests import forks, runs, tiny
 
 MANY = 6 * PART - 5
@@ -44,7 +45,7 @@ def arguments(folder: Path, prompts: Path, *overrides: str) -> list[str]:
 
 def encode(settings: Recipe) -> embed.Encoded:
     """In this process, as a world of one rank."""
-    with distributed.open_world() as world:
+    with open_world() as world:
         return embed.encode(settings, world, embed.read_prompts(settings, world))
 
 

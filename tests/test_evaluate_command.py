@@ -12,13 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastgrpo import cli, distributed, heldout, models, paper_table, rewards, rollout, sample, snapshot
+from fastgrpo import cli, heldout, models, paper_table, rewards, rollout, sample, snapshot
 from fastgrpo.algorithm import noise
 from fastgrpo.checkpoint import Checkpoints, Progress
 from fastgrpo.core import config
 from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.policy import Policy, Prompt, stack
 from fastgrpo.heldout import Column, Plan, Result
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World, open_world
 from fastgrpo.sample import Work
 from fastgrpo.snapshot import Asked
 from fastgrpo.update import Trainer
@@ -48,9 +50,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = config.load(runs.RECIPE, [f"model.path={base}", f"run.dir={folder / 'run'}", "rewards.0.where=process"])
     recipe.run.dir.mkdir()
     (recipe.run.dir / "recipe.toml").write_text(recipe.to_toml())
-    with distributed.open_world() as world:
+    with open_world() as world:
         policy = models.load(recipe.model.model_copy(update={"path": str(FOLDER)}), CPU, recipe.lora)
-        distributed.shard(policy, world, torch.float32)
+        sharding.shard(policy, world, torch.float32)
         trainer = Trainer.create(policy, recipe.optimizer.model_copy(update={"ema_decay": 0.0}), None)
         checkpoints = Checkpoints(recipe.run.dir / "checkpoints", Checkpoint(), world)
         checkpoints.save(trainer, Progress(iteration=7))
@@ -227,7 +229,7 @@ def test_a_clip_of_latents_that_are_not_finite_has_no_score(run: Path, monkeypat
     """Whatever its pixels look like."""
     real = sample.generate
 
-    def broken(work: Work, world: distributed.World) -> Any:
+    def broken(work: Work, world: World) -> Any:
         for drawn in real(work, world):
             yield replace(drawn, finite=[True, False]) if drawn.number == 0 else drawn
 

@@ -10,7 +10,7 @@ from fastgrpo import evaluations, update
 from fastgrpo.algorithm import selection, window
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
-from fastgrpo.distributed import World
+from fastgrpo.parallel.world import World
 from fastgrpo.rollout import Plan
 
 TINY = Path(__file__).parent.parent / "launch" / "t2v_tiny.toml"

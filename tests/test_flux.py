@@ -13,9 +13,9 @@ from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt, stack
-from fastgrpo.distributed import World
 from fastgrpo.models import flux
 from fastgrpo.models.flux import Flux
+from fastgrpo.parallel.world import World
 from fastgrpo.rollout import sample_ode
 from tests import backbone
 from tests.backbone import CPU, changed

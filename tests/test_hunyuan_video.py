@@ -19,14 +19,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, LlamaForCausalLM, LlamaModel
 
-from fastgrpo import distributed, models, rollout
+from fastgrpo import models, rollout
 from fastgrpo.algorithm.transitions import gaussian_log_prob, sde_transition
 from fastgrpo.core.config import Model, Objective, Optimizer, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, Prompt, stack
-from fastgrpo.distributed import World
 from fastgrpo.models import folder
 from fastgrpo.models.hunyuan_video import TrimmedAttention, blocks, both_texts
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World
 from fastgrpo.rollout import Drawn, Plan, sample_ode
 from fastgrpo.update import Trainer, update
 from tests import tiny
@@ -211,7 +212,7 @@ def plan_of(policy: Policy) -> Plan:
 
 
 def draw(policy: Policy, plan: Plan, conditions: list[Condition], size: int) -> Drawn:
-    with distributed.gathered(policy.network):
+    with sharding.gathered(policy.network):
         return rollout.draw(policy, plan, conditions, range(len(conditions) * GROUP), size)
 
 
@@ -219,7 +220,7 @@ def test_guided_ratio_is_one_for_any_batch_size(
     negatives: dict[str, Condition], conditions: list[Condition], world: World
 ) -> None:
     policy = guided(negatives["longer"])
-    distributed.shard(policy, world, torch.float32)
+    sharding.shard(policy, world, torch.float32)
     plan = plan_of(policy)
     kept = torch.ones(2 * GROUP, dtype=torch.bool)
     for rollout_batch, update_batch in ((1, 3), (2, 1), (3, 2)):
@@ -235,7 +236,7 @@ def test_guided_gradient_equals_plain_autograd_of_the_objective(
 ) -> None:
     """On one sample: two forwards of diffusers' unmodified network, one per branch, in place of the padded batch."""
     policy, branches = guided(negatives["shorter"], checkpointing=True), (negatives["shorter"], conditions[1])
-    distributed.shard(policy, world, torch.float32)
+    sharding.shard(policy, world, torch.float32)
     plan = plan_of(policy)
     drawn = draw(policy, plan, conditions[1:], GROUP)
     trainer = tiny.Recorder.create(policy, Optimizer(lr=1e-4, batch_size=2), None)

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from fastgrpo import interface
+from fastgrpo.parallel import interface
 
 TWO_NODES = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "10.1.2.3"}
 

@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 
-from fastgrpo import distributed, models
+from fastgrpo import models
 from fastgrpo.core.config import Lora, Model
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import stack
-from fastgrpo.distributed import World
 from fastgrpo.models.lora import add_adapters, at_rest, merged, save_adapters, target_layers
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World
 from fastgrpo.reference import Unadapted
 from tests import forks, tiny, worker_lora
 from tests.folders import stable_diffusion
@@ -291,7 +292,7 @@ def test_frozen_weights_in_the_compute_precision_lose_nothing(world: World) -> N
         x = torch.randn(1, *policy.latent_shape(tiny.VIDEO), generator=torch.Generator().manual_seed(0))
         add_adapters(policy.network, LORA, frozen)
         stir(policy.network)
-        distributed.shard(policy, world, torch.bfloat16)
+        sharding.shard(policy, world, torch.bfloat16)
         v = policy.velocity(x, torch.tensor([0.5]), stack(conditions))
         v.square().sum().backward()
         gradients = [p.grad for p in policy.network.parameters() if p.grad is not None]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo import distributed, nft, rollout
+from fastgrpo import nft, rollout
 from fastgrpo.algorithm import noise, objectives
 from fastgrpo.algorithm.objectives import Noised
 from fastgrpo.algorithm.transitions import ddim_transition
@@ -16,7 +16,8 @@ from fastgrpo.core import config
 from fastgrpo.core.config import Objective
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, stack
-from fastgrpo.distributed import World
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World
 from fastgrpo.rollout import Drawn, Plan
 from fastgrpo.update import Trainer, update
 from tests import runs, tiny
@@ -37,7 +38,7 @@ def conditions() -> list[Condition]:
 
 def draw(policy: Policy, plan: Plan, conditions: list[Condition], size: int) -> Drawn:
     batches = rollout.batches(range(TOTAL), conditions, tiny.GROUP, size)
-    with distributed.gathered(policy.network):
+    with sharding.gathered(policy.network):
         parts = [nft.sample(policy, plan, conditions, slots) for slots in batches]
     final = {slot: x for part in parts for slot, x in zip(part.slots, part.final, strict=True)}
     kept = {slot: trajectory for part in parts for slot, trajectory in part.trajectories.items()}

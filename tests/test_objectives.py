@@ -12,7 +12,7 @@ from fastgrpo.algorithm.objectives import Noised, Terms
 from fastgrpo.algorithm.transitions import gaussian_kl, gaussian_log_prob, time_grid
 from fastgrpo.core.config import Objective
 from fastgrpo.core.policy import Condition
-from fastgrpo.distributed import World
+from fastgrpo.parallel.world import World
 from fastgrpo.update import Trainer, update
 from tests import tiny
 

@@ -17,8 +17,10 @@ from fastgrpo import models
 from fastgrpo.core.config import Distributed
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import stack
-from fastgrpo.distributed import World, mesh_shape, open_world, shard
-from fastgrpo.sequence_parallel import install
+from fastgrpo.parallel.mesh import mesh_shape
+from fastgrpo.parallel.sequence_parallel import install
+from fastgrpo.parallel.sharding import shard
+from fastgrpo.parallel.world import World, open_world
 from tests import forks, tiny
 from tests.test_update import run
 
@@ -147,7 +149,7 @@ def test_a_mesh_that_does_not_divide_is_refused(settings: dict[str, int], messag
 
 
 def test_heads_that_do_not_divide_are_refused_with_those_that_would() -> None:
-    from fastgrpo.sequence_parallel import Group
+    from fastgrpo.parallel.world import Group
 
     group = Group(None, 0, 5)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"distributed.sp=5: does not divide the network's \d+ heads; use one of 1, 2"):
@@ -155,7 +157,7 @@ def test_heads_that_do_not_divide_are_refused_with_those_that_would() -> None:
 
 
 def test_work_is_divided_over_groups_of_ranks() -> None:
-    from fastgrpo.sequence_parallel import Group
+    from fastgrpo.parallel.world import Group
 
     worlds = [World(rank, 4, torch.device("cpu"), None, Group(None, rank % 2, 2)) for rank in range(4)]  # type: ignore[arg-type]
     assert [list(world.share(5)) for world in worlds] == [[0, 1], [0, 1], [2, 3, 4], [2, 3, 4]]

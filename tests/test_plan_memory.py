@@ -12,23 +12,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fastgrpo import (
-    distributed,
-    evaluate,
-    models,
-    nft,
-    plan,
-    plan_memory,
-    plan_phases,
-    plan_work,
-    sequence_parallel,
-    update,
-)
+from fastgrpo import evaluate, models, nft, plan, plan_memory, plan_phases, plan_work, update
 from fastgrpo.core import config
 from fastgrpo.core.config import Optimizer, Recipe
 from fastgrpo.core.policy import Policy
-from fastgrpo.distributed import World
 from fastgrpo.gpus import Achieved, gpu
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import Group, World
 from fastgrpo.plan_counts import Sent
 from fastgrpo.plan_phases import Machine
 from fastgrpo.plan_sizes import subject
@@ -115,7 +105,7 @@ def two_ranks(sp: int) -> Iterator[World]:
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
         assert dist.group.WORLD is not None
-        group = sequence_parallel.Group(dist.group.WORLD, 0, 2) if sp == 2 else None
+        group = Group(dist.group.WORLD, 0, 2) if sp == 2 else None
         yield World(0, 2, CPU, init_device_mesh("cpu", (2,), mesh_dim_names=("shard",)), group)
     finally:
         dist.destroy_process_group()
@@ -123,7 +113,7 @@ def two_ranks(sp: int) -> Iterator[World]:
 
 def sharded(asked: Recipe, world: World) -> Policy:
     policy = models.load(asked.model, CPU, asked.lora)
-    distributed.shard(policy, world, torch.float32)
+    sharding.shard(policy, world, torch.float32)
     return policy
 
 

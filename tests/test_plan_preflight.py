@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgrpo.core import config
-from fastgrpo.distributed import World
+from fastgrpo.parallel.world import World
 from fastgrpo.preflight_run import planned
 from tests import runs
 

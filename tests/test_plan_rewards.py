@@ -17,13 +17,12 @@ from fastgrpo import plan, plan_rewards, scoring
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe, RewardSpec
 from fastgrpo.core.errors import UserError
-from fastgrpo.distributed import World
 from fastgrpo.gpus import Achieved, gpu
+from fastgrpo.parallel.world import Group, World
 from fastgrpo.plan_phases import Machine
 from fastgrpo.plan_sizes import subject
 from fastgrpo.resume import check_folder
 from fastgrpo.rewards import frames
-from fastgrpo.sequence_parallel import Group
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 HPS = "rewards=[{name='hps', weights={HPS=1.0}, %s}]"

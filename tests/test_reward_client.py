@@ -20,7 +20,7 @@ from torch import Tensor
 from fastgrpo.core.config.checks import LONGEST_WAIT_S
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward, Scores
-from fastgrpo.distributed import TIMEOUT
+from fastgrpo.parallel.world import TIMEOUT
 from fastgrpo.rewards import load, plain
 from fastgrpo.rewards.client import Busy, RewardClient
 from fastgrpo.rewards.replicas import Replica, Replicas

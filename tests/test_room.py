@@ -13,8 +13,8 @@ import torch
 from fastgrpo import plan, room, sizing
 from fastgrpo.core import config
 from fastgrpo.core.processes import OneRankError
-from fastgrpo.distributed import World, open_world
 from fastgrpo.gpus import Achieved, gpu
+from fastgrpo.parallel.world import World, open_world
 from fastgrpo.plan_phases import Machine
 from fastgrpo.train import train
 from tests import runs

@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo import cli, distributed, models, rollout, sample, sheet, snapshot
+from fastgrpo import cli, models, rollout, sample, sheet, snapshot
 from fastgrpo.checkpoint import Checkpoints
 from fastgrpo.core import config
 from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.policy import Prompt, stack
 from fastgrpo.data import video
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import open_world
 from fastgrpo.snapshot import Asked
 from fastgrpo.update import Trainer
 from tests import forks, runs
@@ -130,12 +132,12 @@ def test_the_weights_are_those_that_the_trainer_samples_with(run: Path) -> None:
         condition = stack(encode([Prompt(PROMPTS[0])]))
     x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     ours = rollout.sample_ode(policy, x, grid, condition)
-    with distributed.open_world() as world:
+    with open_world() as world:
         trained = models.load(model, CPU, recipe.lora)
-        distributed.shard(trained, world, torch.bfloat16)
+        sharding.shard(trained, world, torch.bfloat16)
         trainer = Trainer.create(trained, recipe.optimizer, None)
         Checkpoints(run / "checkpoints", Checkpoint(), world).load(trainer)
-        with distributed.gathered(trained.network):
+        with sharding.gathered(trained.network):
             expected = rollout.sample_ode(trained, x, grid, condition)
     assert torch.equal(ours, expected)
 

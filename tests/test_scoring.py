@@ -18,7 +18,7 @@ from fastgrpo.core import config
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores
-from fastgrpo.distributed import World
+from fastgrpo.parallel.world import World
 from fastgrpo.rewards import load, plain
 from fastgrpo.rewards.client import RewardClient
 from fastgrpo.rewards.in_process import ScorerInProcess

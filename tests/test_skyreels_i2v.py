@@ -16,16 +16,17 @@ from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgrpo import distributed, models, rollout
+from fastgrpo import models, rollout
 from fastgrpo.algorithm import noise
 from fastgrpo.algorithm.transitions import gaussian_log_prob, sde_transition
 from fastgrpo.core.config import Model, Objective, Optimizer, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt, stack
 from fastgrpo.data import images, video
-from fastgrpo.distributed import World
 from fastgrpo.models import skyreels_i2v
 from fastgrpo.models.skyreels_i2v import SkyReels, blocks, posterior_key
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World
 from fastgrpo.rollout import Drawn, Plan, sample_ode
 from fastgrpo.update import Trainer, update
 from tests import tiny
@@ -263,7 +264,7 @@ def plan_of(policy: SkyReels) -> Plan:
 
 def draw(policy: SkyReels, plan: Plan, conditions: list[Condition], size: int) -> Drawn:
     slots = range(len(conditions) * GROUP)
-    with distributed.gathered(policy.network):
+    with sharding.gathered(policy.network):
         return rollout.draw(policy, plan, conditions, slots, size)
 
 
@@ -272,7 +273,7 @@ def test_ratio_is_one_for_any_batch_size(
     folder: Path, conditions: list[Condition], negative: Condition, world: World, cfg: float
 ) -> None:
     policy = load(folder, negative if cfg > 1 else None)
-    distributed.shard(policy, world, torch.float32)
+    sharding.shard(policy, world, torch.float32)
     plan, two = plan_of(policy), conditions[:2]
     kept = torch.ones(2 * GROUP, dtype=torch.bool)
     for rollout_batch, update_batch in ((1, 3), (2, 1), (3, 2)):
@@ -288,7 +289,7 @@ def test_cfg_gradient_equals_plain_autograd_of_the_objective(
 ) -> None:
     """On one sample: two forwards of diffusers' unmodified network, one per branch, in place of the padded batch."""
     policy = load(folder, negative)
-    distributed.shard(policy, world, torch.float32)
+    sharding.shard(policy, world, torch.float32)
     plan, condition = plan_of(policy), conditions[1]
     drawn = draw(policy, plan, [condition], GROUP)
     trainer = tiny.Recorder.create(policy, Optimizer(lr=1e-4, batch_size=2), None)

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 
-from fastgrpo import distributed, models, rollout
+from fastgrpo import models, rollout
 from fastgrpo.algorithm.transitions import gaussian_log_prob
 from fastgrpo.core.config import Model, Objective, Optimizer, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt, stack
-from fastgrpo.distributed import World
 from fastgrpo.models.stable_diffusion import Schedule, StableDiffusion, blocks
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World
 from fastgrpo.rollout import Drawn, Plan, sample_ode
 from fastgrpo.update import Trainer, update
 from tests import tiny
@@ -218,7 +219,7 @@ def plan_of(policy: StableDiffusion) -> Plan:
 
 def draw(policy: StableDiffusion, plan: Plan, conditions: list[Condition], size: int) -> Drawn:
     slots = range(len(conditions) * GROUP)
-    with distributed.gathered(policy.network):
+    with sharding.gathered(policy.network):
         return rollout.draw(policy, plan, conditions, slots, size)
 
 
@@ -236,7 +237,7 @@ def first_ratio(
 @pytest.mark.parametrize("cfg", [1.0, 5.0])
 def test_ratio_is_one_on_every_step_for_any_batch_size(folder: Path, texts: Texts, world: World, cfg: float) -> None:
     policy, conditions = load(folder, cfg, texts.negative), texts.conditions
-    distributed.shard(policy, world, torch.float32)
+    sharding.shard(policy, world, torch.float32)
     plan = plan_of(policy)
     for rollout_batch, update_batches in ((1, (2, 3)), (2, (1, 2)), (3, (1, 3))):
         drawn = draw(policy, plan, conditions, rollout_batch)
@@ -272,7 +273,7 @@ def test_cfg_gradient_equals_plain_autograd_of_the_objective(
     folder: Path, pipeline: StableDiffusionPipeline, texts: Texts, world: World
 ) -> None:
     policy, conditions, negative = load(folder, 5.0, texts.negative), texts.conditions, texts.negative
-    distributed.shard(policy, world, torch.float32)
+    sharding.shard(policy, world, torch.float32)
     plan = plan_of(policy)
     drawn = draw(policy, plan, conditions[:1], 2)
     trainer = tiny.Recorder.create(policy, Optimizer(lr=1e-4, batch_size=3), None)
@@ -318,7 +319,7 @@ def test_prediction_depends_on_all_that_it_is_given(folder: Path, texts: Texts) 
 def test_bfloat16_is_near_and_gives_float32(folder: Path, texts: Texts, world: World) -> None:
     exact = load(folder)
     policy = models.load(settings(folder).model_copy(update={"dtype": "bfloat16"}), CPU)
-    distributed.shard(policy, world, torch.bfloat16)
+    sharding.shard(policy, world, torch.bfloat16)
     x, t = noise_of(exact), torch.tensor([0.5, 0.9])
     with torch.no_grad():
         expected, v = (p.velocity(x, t, stack(texts.conditions)) for p in (exact, policy))
@@ -355,7 +356,7 @@ def test_the_full_size_network_is_wrapped_block_by_block() -> None:
 
 def test_every_block_is_sharded(folder: Path, world: World) -> None:
     policy = load(folder)
-    distributed.shard(policy, world, torch.float32)
+    sharding.shard(policy, world, torch.float32)
     assert all(isinstance(module, FSDPModule) for module in (*policy.blocks, policy.network))
     assert len(policy.blocks) == 5
 

@@ -19,7 +19,7 @@ from fastgrpo.core import config, files
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import OneRankError
-from fastgrpo.distributed import open_world
+from fastgrpo.parallel.world import open_world
 from fastgrpo.stopping import Signals, Stop, answer_mistake
 from fastgrpo.train import Session, train
 from fastgrpo.update import Trainer

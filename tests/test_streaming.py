@@ -26,14 +26,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fastgrpo import distributed, loading, models
+from fastgrpo import loading, models
 from fastgrpo.core.config import Lora, Model
 from fastgrpo.core.config.loading import load
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import stack
-from fastgrpo.distributed import World, open_world
 from fastgrpo.models import lora, streaming
 from fastgrpo.models.network_folder import WEIGHTS
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World, open_world
 from tests import forks, runs, tiny
 from tests.folders import flux, hunyuan_video, stable_diffusion, wan
 
@@ -137,7 +138,7 @@ def test_equals_diffusers_bit_for_bit_on_any_rank(family: str, adapters: Lora | 
         with pretended(rank, mesh) as world:
             network = outlined(family, folders[family], adapters)
             policy: Any = SimpleNamespace(network=network, blocks=models.family(family).blocks(network))
-            distributed.shard(policy, world, torch.bfloat16)
+            sharding.shard(policy, world, torch.bfloat16)
             part = streaming.fill(network, CPU)
             empty += assert_same(network, expected, mesh[-1], rank % mesh[-1])
         assert part.done == part.own < part.network == read.network

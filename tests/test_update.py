@@ -14,7 +14,7 @@ from fastgrpo.algorithm.transitions import gaussian_log_prob, sde_transition
 from fastgrpo.core.config import Objective
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, stack
-from fastgrpo.distributed import World
+from fastgrpo.parallel.world import World
 from fastgrpo.update import Trainer, update
 from tests import forks, tiny
 

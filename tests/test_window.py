@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgrpo import distributed, rollout
+from fastgrpo import rollout
 from fastgrpo.algorithm.transitions import time_grid
 from fastgrpo.algorithm.window import noisy_steps, shortened
 from fastgrpo.core.config import Rollout
 from fastgrpo.core.policy import Condition, Policy
-from fastgrpo.distributed import World
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World
 from fastgrpo.rollout import Plan
 from tests import tiny
 from tests.test_update import assert_gradients_equal
@@ -153,7 +154,7 @@ def test_steps_outside_the_window_follow_the_ode(policy: Policy, conditions: lis
     slots = [4, 5]  # of the second prompt
     condition = {name: torch.stack([tensor] * 2) for name, tensor in conditions[1].items()}
     x = plan.initial_noise(slots, plan.grid.device)
-    with distributed.gathered(policy.network):
+    with sharding.gathered(policy.network):
         before = ode(policy, x, plan.grid[:2], condition)
         after = torch.stack([drawn.trajectories[slot].states[2] for slot in slots])
         end = rollout.sample_ode(policy, after, plan.grid[2:], condition)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastgrpo import distributed, models, rollout
+from fastgrpo import models, rollout
 from fastgrpo.core.config import Model, Objective, Optimizer, Video
 from fastgrpo.core.policy import Condition, Policy, Prompt
-from fastgrpo.distributed import World
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World
 from fastgrpo.rollout import Drawn, Plan, Trajectory
 from fastgrpo.update import Trainer, update
 
@@ -45,7 +46,7 @@ class Recorder(Trainer):
 def load_policy(world: World | None = None) -> Policy:
     policy = models.load(Model(family="hunyuan_video", path=str(FOLDER)), torch.device("cpu"))
     if world is not None:
-        distributed.shard(policy, world, torch.float32)
+        sharding.shard(policy, world, torch.float32)
     return policy
 
 
@@ -64,7 +65,7 @@ def encode() -> list[Condition]:
 def draw(policy: Policy, the_plan: Plan, conditions: list[Condition], world: World, batch_size: int) -> Drawn:
     """This rank's samples."""
     share = world.share(len(PROMPTS) * GROUP)
-    with distributed.gathered(policy.network):
+    with sharding.gathered(policy.network):
         return rollout.draw(policy, the_plan, conditions, share, batch_size)
 
 

@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgrpo import distributed, rollout
+from fastgrpo import rollout
 from fastgrpo.core.config import Distributed
 from fastgrpo.core.processes import leave
-from fastgrpo.distributed import open_world, shard
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.sharding import shard
+from fastgrpo.parallel.world import open_world
 from tests import tiny
 
 KINDS = {
@@ -69,7 +71,7 @@ if __name__ == "__main__":
         total = len(tiny.PROMPTS) * tiny.GROUP
         with (
             Bytes() as in_rollout,
-            distributed.rollout_weights(policy.network, settings, torch.float32, world) as whole,
+            sharding.rollout_weights(policy.network, settings, torch.float32, world) as whole,
         ):
             work = (total, conditions, tiny.GROUP, 4, world, not whole)
             started: dict[int, rollout.Start] = {}

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastgrpo import distributed, models
+from fastgrpo import models
 from fastgrpo.checkpoint import Checkpoints, Progress
 from fastgrpo.core.config import Checkpoint, Lora, Model, Objective
 from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.core.processes import leave
-from fastgrpo.distributed import World, open_world
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World, open_world
 from fastgrpo.reference import Reference, Unadapted
 from fastgrpo.rollout import Plan, Trajectory
 from fastgrpo.update import update
@@ -41,7 +42,7 @@ def load_policy(world: World, stirred: bool) -> Policy:
     policy = models.load(Model(family="hunyuan_video", path=str(tiny.FOLDER)), torch.device("cpu"), LORA)
     if stirred:
         stir(policy.network)
-    distributed.shard(policy, world, torch.float32)
+    sharding.shard(policy, world, torch.float32)
     return policy
 
 

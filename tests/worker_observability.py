@@ -12,8 +12,8 @@ from pathlib import Path
 
 from fastgrpo import heartbeat
 from fastgrpo.core.processes import die_with
-from fastgrpo.distributed import World, open_world
 from fastgrpo.heartbeat import Heart
+from fastgrpo.parallel.world import World, open_world
 from fastgrpo.ranks import Ranks
 from fastgrpo.stopping import Signals, Stop
 from fastgrpo.track import Tracker

@@ -17,14 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgrpo import embed, preflight, preflight_folder, sequence_parallel
+from fastgrpo import embed, preflight, preflight_folder
 from fastgrpo.algorithm import noise, samplers
 from fastgrpo.algorithm.transitions import gaussian_log_prob
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import leave
 from fastgrpo.core.reward import Scores
-from fastgrpo.distributed import World, open_world
+from fastgrpo.parallel import sequence_parallel
+from fastgrpo.parallel.world import Group, World, open_world
 from fastgrpo.preflight_folder import scratch
 from fastgrpo.preflight_iteration import Probe
 from fastgrpo.preflight_parts import Parts, fingerprints
@@ -84,7 +85,7 @@ def by_rank(key: noise.Key, device: torch.device | str = "cpu") -> torch.Generat
     return generator((*key, int(os.environ["RANK"])), device)
 
 
-def swapped(x: Tensor, dim: int, total: int, sp: sequence_parallel.Group) -> Tensor:
+def swapped(x: Tensor, dim: int, total: int, sp: Group) -> Tensor:
     """The ranks' parts in the wrong order."""
     return gather(x, dim, total, sp).roll(len(sp.part(total, 0)), dim)
 

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from torch.distributed.tensor import DTensor
 
-from fastgrpo import distributed, models
+from fastgrpo import models
 from fastgrpo.core.config import Distributed, Lora, Model, Video
 from fastgrpo.core.policy import Policy, Prompt, stack
 from fastgrpo.core.processes import leave
-from fastgrpo.distributed import World, open_world
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World, open_world
 
 SIZES = {  # frames, height, width: numbers of video tokens that two ranks do not divide, or divide unevenly
     "hunyuan_video": (5, 40, 24),
@@ -37,7 +38,7 @@ def compare(family: str, folder: Path, lora: Lora, world: World) -> dict[str, fl
         condition = stack(encode([Prompt("a red boat sails", folder / "image.png")]) * 2)
         negative = encode.negative("") if cfg > 1 else None
     alone, shared = (prepared(settings, lora) for _ in range(2))
-    distributed.shard(shared, world, torch.float32)
+    sharding.shard(shared, world, torch.float32)
     shape = alone.latent_shape(video)
     draws = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2, *shape, generator=draws), torch.randn(2, *shape, generator=draws)

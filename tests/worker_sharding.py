@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgrpo import distributed
 from fastgrpo.core.config import Optimizer
 from fastgrpo.core.policy import Policy
 from fastgrpo.core.processes import die_with, leave
-from fastgrpo.distributed import World, open_world
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World, open_world
 from fastgrpo.update import Trainer
 from tests import tiny
 
@@ -47,7 +47,7 @@ def loss(policy: Policy) -> Tensor:
 
 def sharded(world: World, offload: bool = False) -> Policy:
     policy = tiny.load_policy()
-    distributed.shard(policy, world, torch.float32, offload)
+    sharding.shard(policy, world, torch.float32, offload)
     return policy
 
 
@@ -58,7 +58,7 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def with_prefetch(world: World, blocks: int) -> dict[str, Any]:
     """One forward and backward."""
     policy = sharded(world)
-    distributed.prefetch(policy, blocks)
+    sharding.prefetch(policy, blocks)
     with Order(policy) as order:
         value = loss(policy)
         order.events.append(("backward", 0))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from fastgrpo.core.processes import die_with, leave
-from fastgrpo.distributed import World, open_world
+from fastgrpo.parallel.world import World, open_world
 from fastgrpo.stopping import POLL_S, Signals, Stop, Stopped
 
 

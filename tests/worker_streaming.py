@@ -15,10 +15,10 @@ import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from torch.distributed.tensor import DTensor
 
-from fastgrpo import distributed
 from fastgrpo.core.processes import leave
-from fastgrpo.distributed import World, open_world
 from fastgrpo.models import streaming
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World, open_world
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def sharded(folder: Path, world: World) -> HunyuanVideoTransformer3DModel:
     network = streaming.outline(HunyuanVideoTransformer3DModel, folder, CPU)
     blocks = [*network.transformer_blocks, *network.single_transformer_blocks]
     policy: Any = SimpleNamespace(network=network, blocks=blocks)
-    distributed.shard(policy, world, torch.bfloat16)
+    sharding.shard(policy, world, torch.bfloat16)
     streaming.fill(network, CPU)
     return network
 

@@ -11,7 +11,8 @@ import torch
 
 from fastgrpo.core.config import Distributed
 from fastgrpo.core.processes import leave
-from fastgrpo.distributed import open_world, shard
+from fastgrpo.parallel.sharding import shard
+from fastgrpo.parallel.world import open_world
 from tests import tiny
 
 if __name__ == "__main__":

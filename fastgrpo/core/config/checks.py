@@ -3,7 +3,7 @@
 from fastgrpo.core.config.sections import Recipe
 from fastgrpo.core.errors import UserError
 
-LONGEST_WAIT_S = 1500.0  # below the time limit of a collective, fastgrpo.distributed.TIMEOUT
+LONGEST_WAIT_S = 1500.0  # below the time limit of a collective, fastgrpo.parallel.world.TIMEOUT
 
 
 def check(recipe: Recipe) -> None:

@@ -15,20 +15,35 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from fastgrpo import interface, sequence_parallel
 from fastgrpo.core.config import Distributed
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.memory import free_memory
-from fastgrpo.core.policy import Policy
 from fastgrpo.core.processes import die_with_torchrun
-from fastgrpo.mesh import mesh_shape as mesh_shape
+from fastgrpo.parallel import interface
+from fastgrpo.parallel.mesh import mesh_shape
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # a rank may wait for another's slow reward server
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks that share one sequence, and this one among them."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+
+    def part(self, tokens: int, rank: int | None = None) -> range:
+        """The contiguous part of `tokens` that falls to a rank (default: this one); sizes differ by at most 1."""
+        rank = self.rank if rank is None else rank
+        return range(rank * tokens // self.size, (rank + 1) * tokens // self.size)
+
+    def sizes(self, tokens: int) -> list[int]:
+        """Every rank's number of tokens."""
+        return [len(self.part(tokens, rank)) for rank in range(self.size)]
 
 
 @dataclass(frozen=True)
@@ -39,7 +54,7 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh  # of the weights: ("shard",), or ("replicate", "shard") with HSDP
-    sp: sequence_parallel.Group | None = None  # the ranks that share this one's sequences; none = it works alone
+    sp: Group | None = None  # the ranks that share this one's sequences; none = it works alone
 
     @property
     def main(self) -> bool:
@@ -171,87 +186,9 @@ def open_world(settings: Distributed | None = None) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _sequence_group(rank: int, size: int, sp: int) -> sequence_parallel.Group | None:
+def _sequence_group(rank: int, size: int, sp: int) -> Group | None:
     """The consecutive ranks that share sequences with this one."""
     if sp == 1:
         return None
     own, _ = dist.new_subgroups(group_size=sp, timeout=TIMEOUT)
-    return sequence_parallel.Group(own, rank % sp, sp)
-
-
-def shard(policy: Policy, world: World, dtype: torch.dtype, offload: bool = False) -> None:
-    """FSDP2 per block: float32 masters, `dtype` compute, float32 gradient reduction; sequences shared where sp > 1.
-
-    Inputs are not cast, since bfloat16 timesteps and rotary tables would wreck the gradients.
-    """
-    if world.sp is not None:
-        sequence_parallel.install(policy.network, world.sp)
-    precision = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
-    )
-    where = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy()
-    for module in (*policy.blocks, policy.network):
-        fully_shard(module, mesh=world.mesh, mp_policy=precision, offload_policy=where)
-
-
-def prefetch(policy: Policy, blocks: int) -> None:
-    """Ask for the weights of the next `blocks` blocks before a block computes, both ways; 0 = as the engine does.
-
-    The engine alone asks one block ahead, in a forward only when the block before has been launched, which a host that
-    is slower than the device does late. Each block ahead is held whole beside the one that computes.
-    """
-    if not blocks:
-        return
-    forward, backward = (policy.network, *policy.blocks), (policy.network, *reversed(policy.blocks))
-    for number in range(len(forward)):
-        following = slice(number + 1, number + 1 + blocks)
-        forward[number].set_modules_to_forward_prefetch(list(forward[following]))  # type: ignore[operator]
-        backward[number].set_modules_to_backward_prefetch(list(backward[following]))  # type: ignore[operator]
-
-
-@contextmanager
-def rollout_weights(network: nn.Module, settings: Distributed, dtype: torch.dtype, world: World) -> Iterator[bool]:
-    """The weights as the rollout wants them.  gives whether each rank holds them whole
-
-    Where it does not, every forward gathers block by block, and all ranks must run the same number of forwards.
-    """
-    whole = settings.rollout_weights == "gathered"
-    if settings.rollout_weights == "auto":
-        whole = _whole_weights_fit(network, dtype, world)
-    if not whole:
-        try:
-            yield False
-        finally:
-            assert isinstance(network, FSDPModule)
-            network.reshard()  # FSDP2 keeps the root whole after a forward: it would not see the masters change
-        return
-    with gathered(network):
-        yield True
-
-
-def _whole_weights_fit(network: nn.Module, dtype: torch.dtype, world: World) -> bool:
-    """Whether every rank has room for them, and half as much again for the activations."""
-    if world.device.type != "cuda":
-        return True
-    needed = sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
-    fits = torch.tensor(float(1.5 * needed < free_memory(world.device)), device=world.device)
-    dist.all_reduce(fits, dist.ReduceOp.MIN)
-    return bool(fits)
-
-
-@contextmanager
-def gathered(network: nn.Module) -> Iterator[None]:
-    """Hold the whole weights in compute precision inside, gathered once; forwards then communicate nothing.
-
-    They are resharded on leaving, before the masters change: what is held does not see such a change.
-    """
-    modules = [module for module in network.modules() if isinstance(module, FSDPModule)]
-    for module in modules:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.set_reshard_after_forward(module is not network, recurse=False)  # FSDP2's default: all but the root
-            module.reshard()
+    return Group(own, rank % sp, sp)

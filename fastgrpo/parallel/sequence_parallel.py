@@ -21,27 +21,12 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from fastgrpo.core.errors import UserError
+from fastgrpo.parallel.world import Group
 
 LAYERS = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
+
+
 TEXT_LAYERS = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
-
-
-@dataclass(frozen=True)
-class Group:
-    """The ranks that share one sequence, and this one among them."""
-
-    group: dist.ProcessGroup
-    rank: int
-    size: int
-
-    def part(self, tokens: int, rank: int | None = None) -> range:
-        """The contiguous part of `tokens` that falls to a rank (default: this one); sizes differ by at most 1."""
-        rank = self.rank if rank is None else rank
-        return range(rank * tokens // self.size, (rank + 1) * tokens // self.size)
-
-    def sizes(self, tokens: int) -> list[int]:
-        """Every rank's number of tokens."""
-        return [len(self.part(tokens, rank)) for rank in range(self.size)]
 
 
 class _AllToAll(torch.autograd.Function):
