@@ -17,8 +17,10 @@ PACKAGES = {
     "fastgrpo.core.config": "fastgrpo/core/config",
     "fastgrpo.parallel": "fastgrpo/parallel",
     "fastgrpo.models": "models",
+    "fastgrpo.models.loading": "models/loading",
     "fastgrpo.rewards": "rewards",
     "fastgrpo.data": "data",
+    "fastgrpo.data.tiny_world": "data/tiny_world",
 }
 """Every package and its folder."""
 

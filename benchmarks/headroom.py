@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastgrpo.data import shapes
+from fastgrpo.data.tiny_world import shapes
 from fastgrpo.evaluate import Evaluation
 from fastgrpo.rewards import load, plain
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward
-from fastgrpo.data import shapes
+from fastgrpo.data.tiny_world import shapes
 from fastgrpo.rewards import load, wire
 
 log = logging.getLogger(__name__)

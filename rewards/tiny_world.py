@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.reward import Scores
-from fastgrpo.data import shapes
+from fastgrpo.data.tiny_world import shapes
 
 Array = NDArray[np.float64]
 

@@ -12,7 +12,7 @@ import uvicorn
 from torch import Tensor
 
 from fastgrpo.core.reward import Reward, Scores
-from fastgrpo.data import shapes
+from fastgrpo.data.tiny_world import shapes
 from fastgrpo.rewards import plain, wire
 from fastgrpo.rewards.admission import Limits
 from fastgrpo.rewards.served import Served

@@ -15,7 +15,8 @@ import pytest
 
 from fastgrpo import charts
 from fastgrpo.core.errors import UserError
-from fastgrpo.data import shapes, video
+from fastgrpo.data import video
+from fastgrpo.data.tiny_world import shapes
 from fastgrpo.report import write_report
 from fastgrpo.runfolder import read_evaluation
 

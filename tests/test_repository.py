@@ -95,7 +95,7 @@ def test_the_links_name_the_folders() -> None:
 
 
 def modules() -> dict[str, Path]:
-    """Every module of fastgrpo by its installed name, "fastgrpo.data.shapes" for data/shapes.py."""
+    """Every module of fastgrpo by its installed name, such as "fastgrpo.data.video" for data/video.py."""
     folders = {folder: package for package, folder in setup_arguments()["packages"].items()}
     sources = [path for path in files(".py") if path.parent.as_posix() in folders]
     names = (f"{folders[path.parent.as_posix()]}.{path.stem}".removesuffix(".__init__") for path in sources)

@@ -15,8 +15,9 @@ from fastgrpo import cli, clip_files, judges, rewards
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores
-from fastgrpo.data import shapes, video
+from fastgrpo.data import video
 from fastgrpo.data.images import read_image
+from fastgrpo.data.tiny_world import shapes
 from fastgrpo.evaluate import Evaluation
 from fastgrpo.judges import Asked, Judges, Servers, Witness
 from fastgrpo.rewards.in_process import ScorerInProcess

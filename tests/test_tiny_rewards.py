@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from fastgrpo import rewards
-from fastgrpo.data import shapes
-from fastgrpo.data.shapes import Meaning
+from fastgrpo.data.tiny_world import shapes
+from fastgrpo.data.tiny_world.shapes import Meaning
 from fastgrpo.rewards.tiny_world import look, shape_match
 
 Clips = NDArray[np.uint8]  # [B, F, N, N, 3]

@@ -11,9 +11,9 @@ from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from transformers import AutoTokenizer
 
-from fastgrpo.data import shapes, tiny_world
-from fastgrpo.data.tiny_world_text import caption_words, crop_start, encode, encode_pooled, llama_tokenizer
-from fastgrpo.data.tiny_world_vae import latents_of
+from fastgrpo.data.tiny_world import make, shapes
+from fastgrpo.data.tiny_world.text import caption_words, crop_start, encode, encode_pooled, llama_tokenizer
+from fastgrpo.data.tiny_world.vae import latents_of
 
 FEW = ("--vae-steps", "2", "--clips", "16")
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -23,7 +23,7 @@ PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "t
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny world after three steps of training, and beside it a copy as it was after two."""
     made = tmp_path_factory.mktemp("tiny_world") / "model"
-    assert tiny_world.main([str(made), *FEW, "--steps", "3", "--keep", "2"]) == 0
+    assert make.main([str(made), *FEW, "--steps", "3", "--keep", "2"]) == 0
     return made
 
 
@@ -42,7 +42,7 @@ def test_folder_has_the_diffusers_layout_and_names_no_other_folder(folder: Path)
 
 
 def test_shipped_folder_is_complete_and_small(folder: Path) -> None:
-    shipped = Path(tiny_world.__file__).with_name("tiny_hunyuan_video")
+    shipped = Path(make.__file__).parents[1].joinpath("tiny_hunyuan_video")
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     assert sorted(files) == sorted(path.relative_to(shipped) for path in shipped.rglob("*") if path.is_file())
     assert sum((shipped / file).stat().st_size for file in files) < 12e6
@@ -61,7 +61,7 @@ def test_pipeline_samples_a_clip(pipeline: HunyuanVideoPipeline) -> None:
 def test_same_seed_gives_the_same_bytes_whatever_the_number_of_steps(folder: Path, tmp_path: Path) -> None:
     again = tmp_path / "model"
     state = torch.get_rng_state()
-    assert tiny_world.main([str(again), *FEW, "--steps", "2"]) == 0
+    assert make.main([str(again), *FEW, "--steps", "2"]) == 0
     assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers go on as if nothing had happened
     files = sorted(path.relative_to(again) for path in again.rglob("*.safetensors"))
     assert len(files) == 4
@@ -72,7 +72,7 @@ def test_same_seed_gives_the_same_bytes_whatever_the_number_of_steps(folder: Pat
 
 
 def test_another_seed_gives_other_weights(folder: Path, tmp_path: Path) -> None:
-    assert tiny_world.main([str(tmp_path / "model"), "--only", "vae", "--vae-steps", "2", "--seed", "1"]) == 0
+    assert make.main([str(tmp_path / "model"), "--only", "vae", "--vae-steps", "2", "--seed", "1"]) == 0
     file = Path("vae") / "diffusion_pytorch_model.safetensors"
     assert (tmp_path / "model" / file).read_bytes() != (folder / file).read_bytes()
 
@@ -156,15 +156,15 @@ def test_training_and_held_out_prompts_are_disjoint_and_varied(folder: Path) -> 
 
 
 def test_shipped_prompts_are_what_the_command_writes() -> None:
-    for name, lines in zip(("train", "heldout"), tiny_world.prompts(seed=0), strict=True):
-        shipped = Path(tiny_world.__file__).with_name(f"tiny_world_{name}.txt")
+    for name, lines in zip(("train", "heldout"), make.prompts(seed=0), strict=True):
+        shipped = Path(make.__file__).parents[1].joinpath(f"tiny_world_{name}.txt")
         assert shipped.read_text().splitlines() == lines
 
 
 def test_batches_mix_no_lengths() -> None:
     tokenizer = llama_tokenizer()
     latents = torch.arange(240.0).view(240, 1, 1, 1, 1)
-    batches = iter(tiny_world.Batches(latents, [i % 120 for i in range(240)], tokenizer, seed=0))
+    batches = iter(make.Batches(latents, [i % 120 for i in range(240)], tokenizer, seed=0))
     training, _ = shapes.meanings()
     lengths = set()
     for _ in range(8):
@@ -187,7 +187,7 @@ def test_batches_mix_no_lengths() -> None:
 def test_a_mistake_is_one_line(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tiny_world.main([str(tmp_path / "model"), *arguments]) == 2
+    assert make.main([str(tmp_path / "model"), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.endswith(f"{message}\n")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fastgrpo.data import shapes, video
+from fastgrpo.data import video
+from fastgrpo.data.tiny_world import shapes
 
 CLIP = shapes.draw(shapes.Meaning("red", "triangle", "right", "fast"))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastgrpo import rewards
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
-from fastgrpo.data import shapes
+from fastgrpo.data.tiny_world import shapes
 from fastgrpo.rewards import optical_flow, video_stats
 
 FPS = 8.0

@@ -41,9 +41,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.data import shapes
-from fastgrpo.data.tiny_world_text import clip_tokenizer, encode, encode_pooled, llama_tokenizer
-from fastgrpo.data.tiny_world_vae import CHANNELS, latents_of, new_vae, train_vae
+from fastgrpo.data.tiny_world import shapes
+from fastgrpo.data.tiny_world.text import clip_tokenizer, encode, encode_pooled, llama_tokenizer
+from fastgrpo.data.tiny_world.vae import CHANNELS, latents_of, new_vae, train_vae
 
 STAGES = ("prompts", "tokenizers", "vae", "transformer")
 GUIDANCE = 6.0  # the embedded guidance scale that the transformer always saw; the network is given 1000 times it
@@ -320,7 +320,3 @@ def plan_of(given: argparse.Namespace) -> Plan:
         raise UserError(f"--keep={given.keep}: not a list of steps; write it as 600,1200")
     keep = tuple(int(step) for step in given.keep.split(",") if step)
     return Plan(stages, given.vae_steps, given.clips, given.steps, keep, given.seed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

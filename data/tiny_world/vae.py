@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor, nn
 
-from fastgrpo.data import shapes
+from fastgrpo.data.tiny_world import shapes
 
 CHANNELS = 8  # of a latent
 BATCH = 8

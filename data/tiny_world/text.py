@@ -18,7 +18,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, LlamaModel, PreTrainedTokenizerFast
 
-from fastgrpo.data import shapes
+from fastgrpo.data.tiny_world import shapes
 
 SPECIAL = ("<|pad|>", "<|unk|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 PIECE = r"\w+|[^\w\s]|\n"
