@@ -15,7 +15,7 @@ from fastgrpo import models
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.files import replace_text, sha256
 from fastgrpo.core.policy import Prompt
-from fastgrpo.models import folder
+from fastgrpo.models.loading import diffusers_folder
 
 TEXT_PARTS = ("tokenizer", "text_encoder")  # beginnings of the names in model_index.json
 IMAGE_PARTS = ("vae", "image_encoder", "image_processor", "feature_extractor")
@@ -50,8 +50,8 @@ def length_limits(family: str) -> dict[str, int]:
 
 def _model_parts(recipe: Recipe, beginnings: tuple[str, ...], remembered: Path) -> dict[str, str]:
     """Part -> a hash over the names and contents of its files."""
-    where = folder.pipeline_folder(recipe.model, ())
-    index = folder.read_json(where / "model_index.json")
+    where = diffusers_folder.pipeline_folder(recipe.model, ())
+    index = diffusers_folder.read_json(where / "model_index.json")
     parts = sorted(name for name in index if name.startswith(beginnings) and (where / name).is_dir())
     files = {part: _files(where / part) for part in parts}
     found = hashes([file for part in parts for file in files[part]], remembered)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fastgrpo import models
 from fastgrpo.core.config import Model, Recipe
-from fastgrpo.models import folder
+from fastgrpo.models.loading import diffusers_folder
 from fastgrpo.stored import Weights
 from fastgrpo.track import read_metrics
 
@@ -59,7 +59,7 @@ def loading(model: Model, apart: bool) -> list[str]:
     apart: adapters alone, without the base model
     """
     family = models.family(model.family)
-    index = folder.read_json(folder.locate(model.path) / "model_index.json")
+    index = diffusers_folder.read_json(diffusers_folder.locate(model.path) / "model_index.json")
     pipeline = getattr(family, "PIPELINE", index["_class_name"])
     base = model.path if is_hub_id(model.path) else "BASE"
     if apart and model.network is not None:  # the base folder's own network is another one
@@ -92,9 +92,9 @@ def network_loading(model: Model, network: str, part: str, usual: str, pipeline:
 
     usual: its class, where its config.json names none
     """
-    where = folder.network_folder(model, part)
-    kind = folder.read_json(where / "config.json").get("_class_name", usual)
-    inside = f', subfolder="{part}"' if where != folder.locate(network, "model.network") else ""
+    where = diffusers_folder.network_folder(model, part)
+    kind = diffusers_folder.read_json(where / "config.json").get("_class_name", usual)
+    inside = f', subfolder="{part}"' if where != diffusers_folder.locate(network, "model.network") else ""
     name = network if is_hub_id(network) else "NETWORK"
     return [
         f"from diffusers import {', '.join(sorted((kind, pipeline)))}",

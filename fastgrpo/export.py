@@ -19,8 +19,8 @@ from fastgrpo import card, models, shards, stored
 from fastgrpo.core import config, files
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
-from fastgrpo.models import folder as layout_folder
-from fastgrpo.models import lora
+from fastgrpo.models.loading import diffusers_folder as layout_folder
+from fastgrpo.models.loading.lora import DOWN, UP, merged, save_adapters
 from fastgrpo.stored import Step, Weights
 
 COPIED_FILES = ("LICENSE*", "NOTICE*")  # of the base folder's top; whole-model files there hold the old weights
@@ -86,18 +86,18 @@ def write_pipeline(wanted: Export, recipe: Recipe, weights: Weights, partial: Pa
 def write_adapters(wanted: Export, recipe: Recipe, weights: Weights, partial: Path) -> None:
     """The file that `load_lora_weights` of the family's pipeline looks for in a folder."""
     part = models.family(recipe.model.family).NETWORK
-    lora.save_adapters(adapters(weights), partial / shards.ADAPTERS, part, recipe.lora, getattr(torch, wanted.dtype))
+    save_adapters(adapters(weights), partial / shards.ADAPTERS, part, recipe.lora, getattr(torch, wanted.dtype))
 
 
 def adapters(weights: Weights) -> dict[str, Tensor]:
     """The trained adapters of a checkpoint: all of them, since they are small."""
-    return {name: weights.read(name) for name in weights.names if name.endswith((lora.DOWN, lora.UP))}
+    return {name: weights.read(name) for name in weights.names if name.endswith((DOWN, UP))}
 
 
 def merged_with(source: Path, state: dict[str, Tensor], recipe: Recipe) -> Callable[[str], Tensor]:
     """A reader of the base network's tensors with the adapters folded in."""
     base = shards.open_network(source)
-    return lambda name: lora.merged(name, _float32(base(name)), state, recipe.lora)
+    return lambda name: merged(name, _float32(base(name)), state, recipe.lora)
 
 
 def copy_parts(base: Path, network: str, partial: Path, link: bool) -> None:

@@ -11,8 +11,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.policy import Policy
 from fastgrpo.display import duration
-from fastgrpo.models import streaming
-from fastgrpo.models.streaming import Bytes, Show
+from fastgrpo.models.loading import streaming
+from fastgrpo.models.loading.streaming import Bytes, Show
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 

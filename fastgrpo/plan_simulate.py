@@ -36,7 +36,7 @@ from fastgrpo import models
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.models import flux, hunyuan_video, skyreels_i2v, stable_diffusion, wan
-from fastgrpo.models.lora import add_adapters
+from fastgrpo.models.loading.lora import add_adapters
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.mesh import mesh_shape
 from fastgrpo.parallel.world import Group, World

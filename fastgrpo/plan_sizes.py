@@ -181,11 +181,11 @@ def _latent(recipe: Recipe, family: Family, config: Mapping[str, Any]) -> tuple[
     video, patch = recipe.video, _patch(recipe, config)
     divides = not (video.height % (family.space * patch) or video.width % (family.space * patch))
     if not divides or (video.frames - 1) % family.time or (family.time == 1 and video.frames != 1):
-        from fastgrpo.models import folder  # imports torch: for its message alone
+        from fastgrpo.models.loading import diffusers_folder  # imports torch: for its message alone
 
         if family.time == 1:
-            folder.image_only(video, recipe.model.family)
-        folder.latent_size(video, family.space, family.time, patch)
+            diffusers_folder.image_only(video, recipe.model.family)
+        diffusers_folder.latent_size(video, family.space, family.time, patch)
     frames = (video.frames - 1) // family.time + 1
     return family.channels, frames, video.height // family.space, video.width // family.space
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 Shape = tuple[int, ...]
 VIDEO, TEXT, BOTH, SAMPLE = "video", "text", "both", "sample"
 """What a matrix is applied to: image or video tokens, text tokens, both as one sequence, or one vector per sample."""
-ADAPTED = (  # the layers that get an adapter where lora.targets names none: those of fastgrpo.models.lora
+ADAPTED = (  # the layers that get an adapter where lora.targets names none: those of fastgrpo.models.loading.lora
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
 )  # fmt: skip
 

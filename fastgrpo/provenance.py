@@ -14,7 +14,7 @@ from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import read_json, replace_text
 from fastgrpo.data.fingerprint import hashes
-from fastgrpo.models import folder, network_folder
+from fastgrpo.models.loading import diffusers_folder, weight_files
 from fastgrpo.rewards.client import RewardClient
 from fastgrpo.rewards.in_process import ScorerInProcess
 from fastgrpo.scoring import Source
@@ -34,8 +34,8 @@ def record_provenance(recipe: Recipe, sources: Sequence[Source]) -> None:
 
 def network(recipe: Recipe) -> dict[str, str]:
     """File -> SHA-256, of the config and the weights of the network that is trained, also beneath adapters."""
-    where = folder.network_folder(recipe.model, models.family(recipe.model.family).NETWORK)
-    files = {where / "config.json"} | {place.file for place in network_folder.tensors(where).values()}
+    where = diffusers_folder.network_folder(recipe.model, models.family(recipe.model.family).NETWORK)
+    files = {where / "config.json"} | {place.file for place in weight_files.tensors(where).values()}
     return {file.name: digest for file, digest in hashes(sorted(files), recipe.run.dir / HASHES).items()}
 
 

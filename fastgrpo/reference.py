@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from fastgrpo.core.policy import Condition, Policy
-from fastgrpo.models.lora import at_rest
+from fastgrpo.models.loading.lora import at_rest
 
 
 class Reference(Protocol):

@@ -19,7 +19,7 @@ from fastgrpo.core import config
 from fastgrpo.core.config import Lora, Model, Prompts, Recipe, Rollout, Section, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Policy
-from fastgrpo.models import lora
+from fastgrpo.models.loading.lora import ADAPTER, DOWN, UP
 from fastgrpo.shards import ADAPTERS
 from fastgrpo.stored import Step, Weights
 
@@ -186,12 +186,12 @@ def _only_for_runs(asked: Asked, what: str) -> None:
 @torch.no_grad()
 def load_adapters(network: nn.Module, file: Path) -> None:
     """Put an exported file's adapters into a network that has fresh ones. Raises UserError where they differ."""
-    own = {name: p for name, p in network.named_parameters() if name.endswith((lora.DOWN, lora.UP))}
+    own = {name: p for name, p in network.named_parameters() if name.endswith((DOWN, UP))}
     try:
         found = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"source={file}: cannot be read ({error}); export it again.") from None
-    state = {name.partition(".")[2].replace(".weight", f".{lora.ADAPTER}.weight"): t for name, t in found.items()}
+    state = {name.partition(".")[2].replace(".weight", f".{ADAPTER}.weight"): t for name, t in found.items()}
     if {name: p.shape for name, p in own.items()} != {name: t.shape for name, t in state.items()}:
         raise UserError(
             f"source={file}: the adapters are not those that recipe.toml beside it describes; export again."

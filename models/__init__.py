@@ -27,8 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from fastgrpo.core.config import Lora, Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Encoder, Policy
-from fastgrpo.models import streaming
-from fastgrpo.models.lora import add_adapters
+from fastgrpo.models.loading import streaming
+from fastgrpo.models.loading.lora import add_adapters
 
 
 class Family(Protocol):

@@ -25,7 +25,7 @@ from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
-from fastgrpo.models import folder, streaming
+from fastgrpo.models.loading import diffusers_folder, streaming
 
 NETWORK = "transformer"
 PARTS = ("vae", "text_encoder", "text_encoder_2", "scheduler", "tokenizer", "tokenizer_2")
@@ -41,7 +41,7 @@ class Schedule:
     """The times of the folder's scheduler."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        folder.check_flow_scheduler(config)
+        diffusers_folder.check_flow_scheduler(config)
         self.config = dict(config)
 
     def grid(self, steps: int, shift: float | None, tokens: int) -> Tensor:
@@ -71,10 +71,10 @@ class Flux:
         self.decode_batch = settings.decode_batch
 
     def latent_shape(self, video: Video) -> tuple[int, ...]:
-        folder.image_only(video, "FLUX")
+        diffusers_folder.image_only(video, "FLUX")
         config: Any = self.vae.config
         factor = 2 ** (len(config.block_out_channels) - 1)
-        return config.latent_channels, *folder.latent_size(video, factor, 1, PATCH)
+        return config.latent_channels, *diffusers_folder.latent_size(video, factor, 1, PATCH)
 
     def time_grid(self, steps: int, shift: float | None, shape: tuple[int, ...]) -> Tensor:
         _, _, height, width = shape
@@ -107,7 +107,7 @@ class Flux:
         vae.use_tiling = max(x.shape[-2:]) > TILED_ABOVE
         latents = (x / vae.config.scaling_factor + vae.config.shift_factor).squeeze(2).to(vae.dtype)
         parts = latents.split(self.decode_batch or len(x))
-        return torch.cat([folder.to_pixels(vae.decode(part).sample.unsqueeze(2)) for part in parts])
+        return torch.cat([diffusers_folder.to_pixels(vae.decode(part).sample.unsqueeze(2)) for part in parts])
 
 
 def pack(x: Tensor) -> Tensor:
@@ -132,8 +132,8 @@ class TextEncoder:
 
     def __init__(self, where: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.device = device
-        self.tokenizer, self.clip = folder.text_model(where, "tokenizer", "text_encoder", dtype, device)
-        self.tokenizer_2, self.t5 = folder.text_model(where, "tokenizer_2", "text_encoder_2", dtype, device)
+        self.tokenizer, self.clip = diffusers_folder.text_model(where, "tokenizer", "text_encoder", dtype, device)
+        self.tokenizer_2, self.t5 = diffusers_folder.text_model(where, "tokenizer_2", "text_encoder_2", dtype, device)
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
         texts = [prompt.text for prompt in prompts]
@@ -165,8 +165,8 @@ class TextEncoder:
 @contextmanager
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
     """The text encoders of model.path; freed when the context ends."""
-    where = folder.pipeline_folder(settings, PARTS, PIPELINES)
-    with folder.freed(TextEncoder(where, getattr(torch, settings.dtype), device)) as texts:
+    where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
+    with diffusers_folder.freed(TextEncoder(where, getattr(torch, settings.dtype), device)) as texts:
         yield texts
 
 
@@ -182,11 +182,11 @@ def load(settings: Model, device: torch.device) -> Flux:
             f"model.cfg={settings.cfg}: FLUX is guided by what it was distilled with, not by a second branch; leave it "
             "out and set model.guidance."
         )
-    where = folder.pipeline_folder(settings, PARTS, PIPELINES)
-    schedule = Schedule(folder.scheduler_config(where))
-    vae = folder.read(AutoencoderKL, where / "vae", getattr(torch, settings.dtype))
-    network = folder.network_folder(settings, NETWORK)
-    check_network(folder.read_json(network / "config.json"), where, vae.config, settings)
+    where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
+    schedule = Schedule(diffusers_folder.scheduler_config(where))
+    vae = diffusers_folder.read(AutoencoderKL, where / "vae", getattr(torch, settings.dtype))
+    network = diffusers_folder.network_folder(settings, NETWORK)
+    check_network(diffusers_folder.read_json(network / "config.json"), where, vae.config, settings)
     network = streaming.outline(FluxTransformer2DModel, network, device)
     return Flux(network, vae.requires_grad_(False).eval().to(device), schedule, settings)
 
@@ -204,7 +204,7 @@ def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Mo
             "Fill, Canny, Depth or FLUX.2."
         )
     widths = [config.get(key) for key in ("joint_attention_dim", "pooled_projection_dim")]
-    made = [folder.read_json(where / part / "config.json") for part in ("text_encoder_2", "text_encoder")]
+    made = [diffusers_folder.read_json(where / part / "config.json") for part in ("text_encoder_2", "text_encoder")]
     if widths != [made[0].get("d_model"), made[1].get("hidden_size")]:
         raise UserError(
             f"{named}: the network takes text of widths {widths[0]} and {widths[1]}, the text encoders make "

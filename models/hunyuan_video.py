@@ -23,7 +23,7 @@ from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
-from fastgrpo.models import folder, streaming
+from fastgrpo.models.loading import diffusers_folder, streaming
 
 NETWORK = "transformer"
 PARTS = ("vae", "text_encoder", "text_encoder_2", "scheduler", "tokenizer", "tokenizer_2")
@@ -93,7 +93,7 @@ class HunyuanVideo:
     def latent_shape(self, video: Video) -> tuple[int, ...]:
         config: Any = self.vae.config
         net: Any = self.network.config
-        size = folder.latent_size(
+        size = diffusers_folder.latent_size(
             video, config.spatial_compression_ratio, config.temporal_compression_ratio, net.patch_size
         )
         return net.out_channels, *size
@@ -122,7 +122,7 @@ class HunyuanVideo:
             guidance = torch.full_like(t, self.guidance * 1000.0)
         (v,) = self.network(
             hidden_states=x.to(self.dtype),
-            timestep=t * folder.TRAIN_TIMESTEPS,
+            timestep=t * diffusers_folder.TRAIN_TIMESTEPS,
             encoder_hidden_states=text.to(self.dtype),
             encoder_attention_mask=mask,
             pooled_projections=pooled.to(self.dtype),
@@ -140,7 +140,7 @@ class HunyuanVideo:
         (vae.enable_tiling if max(x.shape[-2:]) > TILED_ABOVE else vae.disable_tiling)()
         parts = x.split(self.decode_batch or len(x))
         return torch.cat(
-            [folder.to_pixels(vae.decode(p.to(vae.dtype) / vae.config.scaling_factor).sample) for p in parts]
+            [diffusers_folder.to_pixels(vae.decode(p.to(vae.dtype) / vae.config.scaling_factor).sample) for p in parts]
         )
 
 
@@ -160,8 +160,8 @@ class TextEncoder:
 
     def __init__(self, where: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.device = device
-        self.tokenizer, self.llama = folder.text_model(where, "tokenizer", "text_encoder", dtype, device)
-        self.tokenizer_2, self.clip = folder.text_model(where, "tokenizer_2", "text_encoder_2", dtype, device)
+        self.tokenizer, self.llama = diffusers_folder.text_model(where, "tokenizer", "text_encoder", dtype, device)
+        self.tokenizer_2, self.clip = diffusers_folder.text_model(where, "tokenizer_2", "text_encoder_2", dtype, device)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
@@ -204,8 +204,8 @@ class TextEncoder:
 @contextmanager
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
     """The text encoders of model.path; freed when the context ends."""
-    where = folder.pipeline_folder(settings, PARTS, PIPELINES)
-    with folder.freed(TextEncoder(where, getattr(torch, settings.dtype), device)) as texts:
+    where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
+    with diffusers_folder.freed(TextEncoder(where, getattr(torch, settings.dtype), device)) as texts:
         yield texts
 
 
@@ -216,8 +216,8 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 def load(settings: Model, device: torch.device) -> HunyuanVideo:
     """The policy of a folder in the diffusers layout, or of a hub id; its network has no weights yet."""
-    where = folder.pipeline_folder(settings, PARTS, PIPELINES)
-    shift = folder.constant_shift(where)
+    where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
+    shift = diffusers_folder.constant_shift(where)
     check_network(settings, where, images=False)
     network, vae = load_networks(settings, where, device)
     guidance = USUAL_GUIDANCE if settings.guidance is None else settings.guidance
@@ -229,7 +229,7 @@ def check_network(settings: Model, where: Path, images: bool) -> dict[str, Any]:
 
     Raises UserError where it is the other kind of network, does not fit the VAE, or has no place for model.guidance.
     """
-    config = folder.read_json(folder.network_folder(settings, NETWORK) / "config.json")
+    config = diffusers_folder.read_json(diffusers_folder.network_folder(settings, NETWORK) / "config.json")
     named = f"model.path={settings.path}" if settings.network is None else f"model.network={settings.network}"
     taken, given = config.get("in_channels"), config.get("out_channels")
     if config.get("image_condition_type") is not None:
@@ -249,7 +249,7 @@ def check_network(settings: Model, where: Path, images: bool) -> dict[str, Any]:
             f"{named}: its config.json has patch_size={patch} and patch_size_t={patch_t}, not a whole number and 1; "
             "use a network of HunyuanVideo."
         )
-    latent = folder.read_json(where / "vae" / "config.json").get("latent_channels")
+    latent = diffusers_folder.read_json(where / "vae" / "config.json").get("latent_channels")
     if latent != given:
         raise UserError(f"{named}: the network makes {given} channels and the VAE takes {latent}; of different models.")
     if settings.guidance is not None and not config.get("guidance_embeds", True):
@@ -261,7 +261,7 @@ def check_network(settings: Model, where: Path, images: bool) -> dict[str, Any]:
 
 def load_networks(settings: Model, where: Path, device: torch.device) -> tuple[Any, Any]:
     """The transformer, without weights yet, and the VAE, in the compute precision and frozen."""
-    place = folder.network_folder(settings, NETWORK)
+    place = diffusers_folder.network_folder(settings, NETWORK)
     network = streaming.outline(HunyuanVideoTransformer3DModel, place, device)
-    vae = folder.read(AutoencoderKLHunyuanVideo, where / "vae", getattr(torch, settings.dtype))
+    vae = diffusers_folder.read(AutoencoderKLHunyuanVideo, where / "vae", getattr(torch, settings.dtype))
     return network, vae.requires_grad_(False).eval().to(device)

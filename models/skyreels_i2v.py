@@ -22,8 +22,9 @@ from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
 from fastgrpo.data import images
-from fastgrpo.models import folder, hunyuan_video
+from fastgrpo.models import hunyuan_video
 from fastgrpo.models.hunyuan_video import MAX_CLIP_TOKENS, MAX_TEXT_TOKENS, NETWORK, PARTS, HunyuanVideo, blocks
+from fastgrpo.models.loading import diffusers_folder
 
 __all__ = ["MAX_CLIP_TOKENS", "MAX_TEXT_TOKENS", "NETWORK", "PIPELINE", "SkyReels", "blocks", "encoder", "load"]
 
@@ -84,22 +85,22 @@ def posterior_key(pixels: Tensor) -> noise.Key:
 @contextmanager
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[ImageTextEncoder]:
     """The text encoders and the VAE of model.path; freed when the context ends."""
-    where, dtype = folder.pipeline_folder(settings, PARTS, PIPELINES), getattr(torch, settings.dtype)
-    with folder.freed(hunyuan_video.TextEncoder(where, dtype, device)) as texts:
+    where, dtype = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES), getattr(torch, settings.dtype)
+    with diffusers_folder.freed(hunyuan_video.TextEncoder(where, dtype, device)) as texts:
         patch = hunyuan_video.check_network(settings, where, images=True)["patch_size"]
-        vae = folder.read(AutoencoderKLHunyuanVideo, where / "vae", dtype)
+        vae = diffusers_folder.read(AutoencoderKLHunyuanVideo, where / "vae", dtype)
         config = vae.config  # a size that the VAE would round is refused before any image is encoded in it
-        folder.latent_size(video, config.spatial_compression_ratio, config.temporal_compression_ratio, patch)
+        diffusers_folder.latent_size(video, config.spatial_compression_ratio, config.temporal_compression_ratio, patch)
         vae = vae.requires_grad_(False).eval().to(device)
-        with folder.freed(ImageTextEncoder(texts, vae, video)) as both:
+        with diffusers_folder.freed(ImageTextEncoder(texts, vae, video)) as both:
             del vae, config  # the encoder's is to be the last one
             yield both
 
 
 def load(settings: Model, device: torch.device) -> SkyReels:
     """The policy of HunyuanVideo's folder and SkyReels' network, which has no weights yet."""
-    where = folder.pipeline_folder(settings, PARTS, PIPELINES)
-    shift = folder.constant_shift(where)
+    where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
+    shift = diffusers_folder.constant_shift(where)
     hunyuan_video.check_network(settings, where, images=True)
     network, vae = hunyuan_video.load_networks(settings, where, device)
     guidance = USUAL_GUIDANCE if settings.guidance is None else settings.guidance

@@ -19,7 +19,7 @@ from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
-from fastgrpo.models import folder, streaming
+from fastgrpo.models.loading import diffusers_folder, streaming
 
 NETWORK = "unet"
 PARTS = ("vae", "text_encoder", "scheduler", "tokenizer")
@@ -103,10 +103,10 @@ class StableDiffusion:
         self.decode_batch = settings.decode_batch
 
     def latent_shape(self, video: Video) -> tuple[int, ...]:
-        folder.image_only(video, "Stable Diffusion")
+        diffusers_folder.image_only(video, "Stable Diffusion")
         config: Any = self.vae.config
         factor = 2 ** (len(config.block_out_channels) - 1)
-        return config.latent_channels, *folder.latent_size(video, factor, 1, 1)
+        return config.latent_channels, *diffusers_folder.latent_size(video, factor, 1, 1)
 
     def time_grid(self, steps: int, shift: float | None, shape: tuple[int, ...]) -> Tensor:
         if shift is not None:
@@ -158,7 +158,7 @@ class StableDiffusion:
         vae: Any = self.vae
         latents = (x / vae.config.scaling_factor).squeeze(2).to(vae.dtype)
         parts = latents.split(self.decode_batch or len(x))
-        return torch.cat([folder.to_pixels(vae.decode(part).sample.unsqueeze(2)) for part in parts])
+        return torch.cat([diffusers_folder.to_pixels(vae.decode(part).sample.unsqueeze(2)) for part in parts])
 
 
 class TextEncoder:
@@ -166,7 +166,7 @@ class TextEncoder:
 
     def __init__(self, where: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.device = device
-        self.tokenizer, self.clip = folder.text_model(where, "tokenizer", "text_encoder", dtype, device)
+        self.tokenizer, self.clip = diffusers_folder.text_model(where, "tokenizer", "text_encoder", dtype, device)
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
         texts = [prompt.text for prompt in prompts]
@@ -194,8 +194,8 @@ class TextEncoder:
 @contextmanager
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
     """The text encoder of model.path; freed when the context ends."""
-    where = folder.pipeline_folder(settings, PARTS, PIPELINES)
-    with folder.freed(TextEncoder(where, getattr(torch, settings.dtype), device)) as texts:
+    where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
+    with diffusers_folder.freed(TextEncoder(where, getattr(torch, settings.dtype), device)) as texts:
         yield texts
 
 
@@ -210,11 +210,11 @@ def load(settings: Model, device: torch.device) -> StableDiffusion:
         raise UserError(
             f"model.guidance={settings.guidance}: Stable Diffusion has no embedded guidance; set model.cfg instead."
         )
-    where = folder.pipeline_folder(settings, PARTS, PIPELINES)
-    schedule = Schedule(folder.scheduler_config(where), device)
-    network = streaming.outline(UNet2DConditionModel, folder.network_folder(settings, NETWORK), device)
-    vae = folder.read(AutoencoderKL, where / "vae", getattr(torch, settings.dtype))
-    check_parts(network.config, vae.config, folder.read_json(where / "text_encoder" / "config.json"))
+    where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
+    schedule = Schedule(diffusers_folder.scheduler_config(where), device)
+    network = streaming.outline(UNet2DConditionModel, diffusers_folder.network_folder(settings, NETWORK), device)
+    vae = diffusers_folder.read(AutoencoderKL, where / "vae", getattr(torch, settings.dtype))
+    check_parts(network.config, vae.config, diffusers_folder.read_json(where / "text_encoder" / "config.json"))
     return StableDiffusion(network, vae.requires_grad_(False).eval().to(device), schedule, settings)
 
 

@@ -30,7 +30,7 @@ from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
-from fastgrpo.models import folder, streaming
+from fastgrpo.models.loading import diffusers_folder, streaming
 
 NETWORK = "transformer"
 PARTS = ("vae", "text_encoder", "scheduler", "tokenizer")
@@ -97,7 +97,7 @@ class Wan:
         config: Any = self.vae.config
         net: Any = self.network.config
         patch = net.patch_size[-1]
-        size = folder.latent_size(video, config.scale_factor_spatial, config.scale_factor_temporal, patch)
+        size = diffusers_folder.latent_size(video, config.scale_factor_spatial, config.scale_factor_temporal, patch)
         return config.z_dim, *size
 
     def time_grid(self, steps: int, shift: float | None, shape: tuple[int, ...]) -> Tensor:
@@ -134,7 +134,7 @@ class Wan:
         self.vae.use_tiling = max(x.shape[-2:]) > TILED_ABOVE
         latents = (x * self.latent_std + self.latent_mean).to(self.vae.dtype)
         parts = latents.split(self.decode_batch or len(x))
-        return torch.cat([folder.to_pixels(self.vae.decode(part).sample) for part in parts])
+        return torch.cat([diffusers_folder.to_pixels(self.vae.decode(part).sample) for part in parts])
 
 
 class TextEncoder:
@@ -143,7 +143,7 @@ class TextEncoder:
     def __init__(self, where: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.device = device
         self.longest = text_tokens(where)
-        self.tokenizer, self.umt5 = folder.text_model(where, "tokenizer", "text_encoder", dtype, device)
+        self.tokenizer, self.umt5 = diffusers_folder.text_model(where, "tokenizer", "text_encoder", dtype, device)
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
         texts = [prompt.text for prompt in prompts]
@@ -172,15 +172,15 @@ class TextEncoder:
 
 def text_tokens(where: Path) -> int:
     """Places for text in the network's sequence: what the folder's tokenizer takes at most, or 512."""
-    config = folder.read_json(where / "tokenizer" / "tokenizer_config.json")
+    config = diffusers_folder.read_json(where / "tokenizer" / "tokenizer_config.json")
     return int(min(config.get("model_max_length") or MAX_TEXT_TOKENS, MAX_TEXT_TOKENS))
 
 
 @contextmanager
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
     """The text encoder of model.path; freed when the context ends."""
-    where = folder.pipeline_folder(settings, PARTS, PIPELINES)
-    with folder.freed(TextEncoder(where, getattr(torch, settings.dtype), device)) as texts:
+    where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
+    with diffusers_folder.freed(TextEncoder(where, getattr(torch, settings.dtype), device)) as texts:
         yield texts
 
 
@@ -196,12 +196,12 @@ def load(settings: Model, device: torch.device) -> Wan:
     """
     if settings.guidance is not None:
         raise UserError(f"model.guidance={settings.guidance}: Wan has no embedded guidance; set model.cfg instead.")
-    where = folder.pipeline_folder(settings, PARTS, PIPELINES)
-    check_pipeline(folder.read_json(where / "model_index.json"), settings)
-    schedule = Schedule(folder.scheduler_config(where))
-    vae = folder.read(AutoencoderKLWan, where / "vae", torch.float32)
-    network = folder.network_folder(settings, NETWORK)
-    check_network(folder.read_json(network / "config.json"), where, vae.config, settings)
+    where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
+    check_pipeline(diffusers_folder.read_json(where / "model_index.json"), settings)
+    schedule = Schedule(diffusers_folder.scheduler_config(where))
+    vae = diffusers_folder.read(AutoencoderKLWan, where / "vae", torch.float32)
+    network = diffusers_folder.network_folder(settings, NETWORK)
+    check_network(diffusers_folder.read_json(network / "config.json"), where, vae.config, settings)
     network = streaming.outline(WanTransformer3DModel, network, device)
     vae = vae.requires_grad_(False).eval().to(device)
     return Wan(network, vae, schedule, text_tokens(where), settings, device)
@@ -230,7 +230,7 @@ def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Mo
         )
     if not isinstance(patch, list) or len(patch) != 3 or patch[0] != 1 or patch[1] != patch[2]:
         raise UserError(f"{named}: the network's patch_size is {patch}, not [1, n, n]; use a model of Wan 2.1.")
-    made = folder.read_json(where / "text_encoder" / "config.json").get("d_model")
+    made = diffusers_folder.read_json(where / "text_encoder" / "config.json").get("d_model")
     if config.get("text_dim") != made:
         raise UserError(
             f"{named}: the network takes text of width {config.get('text_dim')}, the text encoder makes {made}; the "

@@ -24,8 +24,8 @@ from fastgrpo.algorithm.transitions import gaussian_log_prob, sde_transition
 from fastgrpo.core.config import Model, Objective, Optimizer, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, Prompt, stack
-from fastgrpo.models import folder
 from fastgrpo.models.hunyuan_video import TrimmedAttention, blocks, both_texts
+from fastgrpo.models.loading import diffusers_folder
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.rollout import Drawn, Plan, sample_ode
@@ -371,10 +371,10 @@ def test_a_scheduler_without_shift_is_one_line(tmp_path: Path) -> None:
     shutil.copytree(FOLDER / "scheduler", tmp_path / "scheduler")
     file = tmp_path / "scheduler" / "scheduler_config.json"
     config = json.loads(file.read_text())
-    assert folder.constant_shift(tmp_path) == config.pop("shift")
+    assert diffusers_folder.constant_shift(tmp_path) == config.pop("shift")
     file.write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"scheduler_config.json has shift=None, not a number above 0"):
-        folder.constant_shift(tmp_path)
+        diffusers_folder.constant_shift(tmp_path)
 
 
 def damaged(copy: Path, part: str, cut: bool) -> tuple[Path, str]:
@@ -469,7 +469,7 @@ def test_what_no_family_reads_is_not_fetched(tmp_path: Path, monkeypatch: pytest
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert folder.locate("owner/name") == tmp_path
+    assert diffusers_folder.locate("owner/name") == tmp_path
     fetched = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
     kept_bin = set() if safe else {"vae/diffusion_pytorch_model.bin"}
     assert fetched == {name for name, read in files.items() if read} | kept_bin

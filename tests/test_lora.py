@@ -25,7 +25,7 @@ from fastgrpo import models
 from fastgrpo.core.config import Lora, Model
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import stack
-from fastgrpo.models.lora import add_adapters, at_rest, merged, save_adapters, target_layers
+from fastgrpo.models.loading.lora import add_adapters, at_rest, merged, save_adapters, target_layers
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.reference import Unadapted

@@ -21,7 +21,7 @@ from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.gpus import Achieved, changed, gpu
-from fastgrpo.models.lora import ATTENTION
+from fastgrpo.models.loading.lora import ATTENTION
 from fastgrpo.plan_network import network
 from fastgrpo.plan_phases import Machine
 from fastgrpo.plan_sizes import FLUX_DEV, HUNYUAN, SD_1, WAN_1_3B, WAN_14B, subject

@@ -31,8 +31,8 @@ from fastgrpo.core.config import Lora, Model
 from fastgrpo.core.config.loading import load
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import stack
-from fastgrpo.models import lora, streaming
-from fastgrpo.models.network_folder import WEIGHTS
+from fastgrpo.models.loading import lora, streaming
+from fastgrpo.models.loading.weight_files import WEIGHTS
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World, open_world
 from tests import forks, runs, tiny

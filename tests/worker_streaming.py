@@ -16,7 +16,7 @@ from diffusers import HunyuanVideoTransformer3DModel
 from torch.distributed.tensor import DTensor
 
 from fastgrpo.core.processes import leave
-from fastgrpo.models import streaming
+from fastgrpo.models.loading import streaming
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World, open_world
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
-from fastgrpo.models.network_folder import check_class, check_shards
-from fastgrpo.models.network_folder import read_json as read_json
+from fastgrpo.models.loading.weight_files import check_class, check_shards
+from fastgrpo.models.loading.weight_files import read_json as read_json
 
 FETCHED = (  # of a hub repository: all folders, and of its top what a family or an export reads, no whole-model files
     "*/*", "*.json", "*.md", "*.txt", "*.toml", "LICENSE*", "NOTICE*", "diffusion_pytorch_model*",

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.models import lora, network_folder
-from fastgrpo.models.network_folder import Place
+from fastgrpo.models.loading import lora, weight_files
+from fastgrpo.models.loading.weight_files import Place
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def outline(kind: Any, folder: Path, device: torch.device) -> Any:
     Raises UserError for another class's folder, a damaged config or file, a missing part, and a tensor that is
     missing, unknown, of another shape or quantised.
     """
-    network_folder.check_class(kind, folder)
-    config = network_folder.read_json(folder / "config.json")
+    weight_files.check_class(kind, folder)
+    config = weight_files.read_json(folder / "config.json")
     try:
         with _parameters_without_memory():
             network = kind.from_config(config)
@@ -94,7 +94,7 @@ def fill(network: Any, device: torch.device, show: Show = lambda _: None) -> Byt
     whole = sum(place.shape.numel() * place.dtype.itemsize for part in parts.values() for place, _, _ in part)
     done = 0
     for file in sorted(parts):  # mapped one after the other: what was read of one leaves the memory with it
-        values = network_folder.mapped(file)
+        values = weight_files.mapped(file)
         for place, local, rows in parts[file]:
             value = values[place.key][rows]
             assert value.shape == local.shape, place
@@ -121,7 +121,7 @@ def _own_rows(tensor: Tensor) -> tuple[Tensor, slice | EllipsisType]:
 def _places(network: Any) -> dict[str, Place]:
     """Where each tensor of the network without adapters lies. Raises UserError where the files do not fit it."""
     folder = Path(network.config._name_or_path)
-    found = network_folder.tensors(folder)
+    found = weight_files.tensors(folder)
     network._fix_state_dict_keys_on_load(found)  # diffusers' own renaming of what its older versions wrote
     wanted = {lora.unadapted(name): t for name, t in network.state_dict().items() if not lora.is_adapter(name)}
     kind = type(network).__name__.removeprefix("FSDP")
