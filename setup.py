@@ -19,6 +19,13 @@ PACKAGES = {
     "fastgrpo.models": "models",
     "fastgrpo.models.loading": "models/loading",
     "fastgrpo.rewards": "rewards",
+    "fastgrpo.rewards.common": "rewards/common",
+    "fastgrpo.rewards.networks": "rewards/networks",
+    "fastgrpo.rewards.networks.clip": "rewards/networks/clip",
+    "fastgrpo.rewards.networks.videoalign": "rewards/networks/videoalign",
+    "fastgrpo.rewards.serving": "rewards/serving",
+    "fastgrpo.rewards.serving.client": "rewards/serving/client",
+    "fastgrpo.rewards.serving.server": "rewards/serving/server",
     "fastgrpo.data": "data",
     "fastgrpo.data.tiny_world": "data/tiny_world",
 }

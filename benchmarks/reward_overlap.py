@@ -20,10 +20,10 @@ from torch import Tensor
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.reward import Scores
 from fastgrpo.parallel.world import open_world
-from fastgrpo.rewards.admission import Limits
-from fastgrpo.rewards.client import RewardClient
-from fastgrpo.rewards.served import Served
-from fastgrpo.rewards.server import make_app, serving
+from fastgrpo.rewards.serving.client.client import RewardClient
+from fastgrpo.rewards.serving.loaded_reward import Served
+from fastgrpo.rewards.serving.server.admission import Limits
+from fastgrpo.rewards.serving.server.app import make_app, serving
 from fastgrpo.scoring import Scorer
 
 BATCH, ROLLOUT_S = 4, 0.5

@@ -26,11 +26,12 @@ import uvicorn
 from torch import Tensor
 
 from fastgrpo.core.reward import Scores
-from fastgrpo.rewards import plain, wire
-from fastgrpo.rewards.admission import Limits
-from fastgrpo.rewards.client import RewardClient
-from fastgrpo.rewards.served import Served
-from fastgrpo.rewards.server import make_app, serving
+from fastgrpo.rewards import plain
+from fastgrpo.rewards.serving import wire
+from fastgrpo.rewards.serving.client.client import RewardClient
+from fastgrpo.rewards.serving.loaded_reward import Served
+from fastgrpo.rewards.serving.server.admission import Limits
+from fastgrpo.rewards.serving.server.app import make_app, serving
 
 TOKEN = "benchmark"
 

@@ -225,7 +225,7 @@ def run(arguments: argparse.Namespace) -> None:
             serve_rewards(arguments)
         case "convert-videoalign":
             quiet_libraries()
-            from fastgrpo.rewards.videoalign_convert import convert
+            from fastgrpo.rewards.networks.videoalign.convert import convert
 
             print(convert(arguments.source, arguments.target, arguments.base, arguments.dtype))
         case "report":
@@ -238,8 +238,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def serve_rewards(arguments: argparse.Namespace) -> None:
-    from fastgrpo.rewards import server
-    from fastgrpo.rewards.admission import Limits
+    from fastgrpo.rewards.serving.server import app
+    from fastgrpo.rewards.serving.server.admission import Limits
     from fastgrpo.scoring import read_token
 
     file = arguments.token_file
@@ -258,7 +258,7 @@ def serve_rewards(arguments: argparse.Namespace) -> None:
     if arguments.max_waiting < 1 or not 0 <= arguments.batch_wait <= 10_000:
         raise UserError("--max-waiting, --batch-wait: must be at least 1 MiB, and 0 to 10000 ms.")
     limits = Limits(max_waiting=arguments.max_waiting * 2**20, batch_wait_s=arguments.batch_wait / 1e3)
-    server.serve(served_specs(arguments), arguments.host, arguments.port, token, arguments.ready_file, limits)
+    app.serve(served_specs(arguments), arguments.host, arguments.port, token, arguments.ready_file, limits)
 
 
 def served_specs(arguments: argparse.Namespace) -> "list[RewardSpec]":

@@ -20,8 +20,8 @@ from fastgrpo.core import config
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward, Scores
-from fastgrpo.rewards.client import RewardClient
-from fastgrpo.rewards.in_process import ScorerInProcess
+from fastgrpo.rewards.serving.client.client import RewardClient
+from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.scoring import Source, read_token
 
 SETTINGS = [key for key in RewardSpec.model_fields if key not in ("name", "weights", "where", "urls", "options")]

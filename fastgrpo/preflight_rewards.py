@@ -7,10 +7,10 @@ from functools import partial
 
 from fastgrpo.core.reward import Reward
 from fastgrpo.preflight_parts import Finding, Parts, gathered
-from fastgrpo.rewards.client import RewardClient
-from fastgrpo.rewards.in_process import ScorerInProcess
-from fastgrpo.rewards.served import Served, golden_clip
-from fastgrpo.rewards.spec import GOLDEN_TOLERANCE
+from fastgrpo.rewards.serving.client.client import RewardClient
+from fastgrpo.rewards.serving.handshake import GOLDEN_TOLERANCE
+from fastgrpo.rewards.serving.in_process import ScorerInProcess
+from fastgrpo.rewards.serving.loaded_reward import Served, golden_clip
 from fastgrpo.scoring import Source
 
 Golden = Mapping[str, float | None]  # part -> score; none = it cannot judge that clip

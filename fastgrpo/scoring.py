@@ -25,14 +25,14 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.memory import to_host
 from fastgrpo.core.reward import Scores
 from fastgrpo.parallel.world import World
-from fastgrpo.rewards.beside import launch_beside
-from fastgrpo.rewards.client import RewardClient
-from fastgrpo.rewards.in_process import ScorerInProcess
+from fastgrpo.rewards.serving.client.client import RewardClient
+from fastgrpo.rewards.serving.in_process import ScorerInProcess
+from fastgrpo.rewards.serving.server.child import launch_beside
 
 log = logging.getLogger(__name__)
 
 EVENTS = ("requests_failed", "requests_turned_away", "requests_bad", "clips_given_up")
-"""What sources count; see rewards/client.py."""
+"""What sources count; see rewards/serving/client/client.py."""
 
 
 class NoScores(UserError):

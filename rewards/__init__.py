@@ -7,20 +7,12 @@ The other files carry scores between processes (`wire`: the bytes, `server`, `cl
 """
 
 import importlib
-import logging
 import re
-import traceback
-from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.reward import Reward, Scores
-
-log = logging.getLogger(__name__)
+from fastgrpo.core.reward import Reward
 
 
 def known() -> tuple[str, ...]:
@@ -37,7 +29,7 @@ def load(spec: RewardSpec) -> Reward:
     check(spec.name)
     reward: Reward = importlib.import_module(f"fastgrpo.rewards.{spec.name}").load(spec)
     if spec.threshold:  # imported by name like the rewards: it imports this file
-        reward = importlib.import_module("fastgrpo.rewards.threshold").wrap(reward, spec.threshold)
+        reward = importlib.import_module("fastgrpo.rewards.common.threshold").wrap(reward, spec.threshold)
     return reward
 
 
@@ -62,33 +54,3 @@ def least_frames(name: str) -> int:
     text = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
     found = re.search(r"^LEAST_FRAMES = (\d+)", text, re.MULTILINE)
     return int(found[1]) if found else 1
-
-
-def judge_batch(reward: Reward, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
-    """Scores of one batch, uint8 [B, F, H, W, 3].
-
-    A clip is invalid where the reward says so, where one of its parts is not finite, or where the reward raised or gave
-    another number of scores than there are clips; then every part is NaN. What was raised is logged by its class and
-    place, without its text, which may quote a prompt.
-    Raises torch.OutOfMemoryError as the reward does: no fault of the clips, and the next batch would fare no better.
-    """
-    values = torch.full((len(reward.names), len(pixels)), float("nan"))
-    try:
-        with torch.no_grad():
-            scores = reward(pixels, prompts, fps)
-        table = torch.stack([scores.values[part].detach().cpu().float() for part in reward.names])
-        valid = scores.valid.cpu()
-        if table.shape != values.shape or valid.shape != values.shape[1:]:  # one score would be spread over all clips
-            raise ValueError(f"{list(table.shape)} scores, {list(valid.shape)} valid, expected {list(values.shape)}")
-        values = table.masked_fill(~valid, float("nan"))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a reward is anyone's code: whatever it raises, the run goes on without these scores
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        log.warning(
-            "%s raised %s at %s:%s; %d clips have no score",
-            type(reward).__name__, type(error).__name__, place.filename, place.lineno, len(pixels),
-        )  # fmt: skip
-    valid = torch.isfinite(values).all(0)
-    values = values.masked_fill(~valid, float("nan"))
-    return Scores({part: values[n].clone() for n, part in enumerate(reward.names)}, valid)

@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fastgrpo.core.config import RewardSpec, Section
-from fastgrpo.rewards import clip_model, options
+from fastgrpo.rewards.common import options
+from fastgrpo.rewards.networks.clip import clip_reward
 
-PUBLISHED = clip_model.Published(
+PUBLISHED = clip_reward.Published(
     part="CLIP",
     files=(
         "open_clip_model.safetensors",
@@ -37,9 +38,9 @@ class Options(Section):
     """Folder or hub repository of CLIP's merges; none = beside the weights, else the public one."""
 
 
-def load(spec: RewardSpec) -> clip_model.ClipReward:
+def load(spec: RewardSpec) -> clip_reward.ClipReward:
     """The reward of the file's name."""
     chosen = options.parse(spec, Options)
-    return clip_model.build(
+    return clip_reward.build(
         spec, PUBLISHED, tokenizer=chosen.tokenizer, resize=chosen.resize, image_size=chosen.image_size
     )

@@ -6,14 +6,15 @@ The reference ran in float16 autocast; here the weights are float32, or bfloat16
 """
 
 from fastgrpo.core.config import RewardSpec, Section
-from fastgrpo.rewards import clip_model, clip_weights, options
+from fastgrpo.rewards.common import options
+from fastgrpo.rewards.networks.clip import clip_reward, weights
 
-PUBLISHED = clip_model.Published(
+PUBLISHED = clip_reward.Published(
     part="HPS",
     files=("HPS_v2.1_compressed.pt", "HPS_v2.1_compressed.safetensors"),
     remedy="give HPS_v2.1_compressed.pt, from the hub repository xswu/HPSv2, or its folder",
     frames="first",
-    known=clip_weights.VIT_H_14,
+    known=weights.VIT_H_14,
     resize="letterbox",
 )
 
@@ -27,7 +28,7 @@ class Options(Section):
     """Folder or hub repository of CLIP's merges; none = beside the weights, else the public one."""
 
 
-def load(spec: RewardSpec) -> clip_model.ClipReward:
+def load(spec: RewardSpec) -> clip_reward.ClipReward:
     """The reward of the file's name."""
     chosen = options.parse(spec, Options)
-    return clip_model.build(spec, PUBLISHED, tokenizer=chosen.tokenizer, antialias=chosen.antialias)
+    return clip_reward.build(spec, PUBLISHED, tokenizer=chosen.tokenizer, antialias=chosen.antialias)

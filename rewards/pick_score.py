@@ -7,9 +7,10 @@ it. A clip's score is the mean over its frames. Each clip is scored against its 
 from typing import Literal
 
 from fastgrpo.core.config import RewardSpec, Section
-from fastgrpo.rewards import clip_model, options
+from fastgrpo.rewards.common import options
+from fastgrpo.rewards.networks.clip import clip_reward
 
-PUBLISHED = clip_model.Published(
+PUBLISHED = clip_reward.Published(
     part="PickScore",
     files=("model.safetensors", "pytorch_model.bin"),
     remedy="give the folder of PickScore_v1, or its hub repository yuvalkirstain/PickScore_v1",
@@ -27,7 +28,7 @@ class Options(Section):
     """Folder or hub repository of CLIP's merges; none = beside the weights, else the public one."""
 
 
-def load(spec: RewardSpec) -> clip_model.ClipReward:
+def load(spec: RewardSpec) -> clip_reward.ClipReward:
     """The reward of the file's name."""
     chosen = options.parse(spec, Options)
-    return clip_model.build(spec, PUBLISHED, tokenizer=chosen.tokenizer, scale=chosen.scale)
+    return clip_reward.build(spec, PUBLISHED, tokenizer=chosen.tokenizer, scale=chosen.scale)

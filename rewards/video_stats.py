@@ -36,7 +36,7 @@ from torch import Tensor
 
 from fastgrpo.core.config import RewardSpec, Section
 from fastgrpo.core.reward import Scores
-from fastgrpo.rewards import frames, optical_flow, options, weights
+from fastgrpo.rewards.common import frames, optical_flow, options, weight_files
 
 PARTS = ("motion", "speed", "smoothness", "flicker", "sharpness", "colourfulness", "clipped", "grid", "jpeg")
 SEEN = 160  # longest side at which motion is measured, pixels
@@ -68,7 +68,7 @@ class VideoStats:
     def __init__(self, settings: Options, rule: frames.Rule) -> None:
         self.settings = settings
         self.rule = rule
-        self.fingerprint = weights.fingerprint([], settings.model_dump() | {"frames": rule})
+        self.fingerprint = weight_files.fingerprint([], settings.model_dump() | {"frames": rule})
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
         """pixels: uint8 [B, F, H, W, 3], sides of at least 3 pixels;  prompts: B texts;  fps: above 0

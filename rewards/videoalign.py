@@ -19,11 +19,12 @@ from torch import Tensor
 from fastgrpo.core.config import RewardSpec, Section
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores
-from fastgrpo.rewards import frames, options, videoalign_checkpoint, weights
-from fastgrpo.rewards.videoalign_config import PARTS, Published, published
-from fastgrpo.rewards.videoalign_network import EMBEDDING, Network, build
-from fastgrpo.rewards.videoalign_preprocess import View, frame_indices, view
-from fastgrpo.rewards.videoalign_text import Reader, check_template, read_template
+from fastgrpo.rewards.common import frames, options, weight_files
+from fastgrpo.rewards.networks.videoalign.checkpoint import BASE, check_precision, find, read
+from fastgrpo.rewards.networks.videoalign.config import PARTS, Published, published
+from fastgrpo.rewards.networks.videoalign.network import EMBEDDING, Network, build
+from fastgrpo.rewards.networks.videoalign.preprocess import View, frame_indices, view
+from fastgrpo.rewards.networks.videoalign.prompt import Reader, check_template, read_template
 
 log = logging.getLogger(__name__)
 
@@ -142,12 +143,12 @@ def load(spec: RewardSpec) -> VideoAlign:
         )
     template = read_template(Path(chosen.template).expanduser())
     template_hash = check_template(template, chosen.template_sha256, Path(chosen.template))
-    checkpoint = videoalign_checkpoint.find(spec.path, chosen.base)
+    checkpoint = find(spec.path, chosen.base)
     settings = published(checkpoint.content, chosen.raw)
-    videoalign_checkpoint.check_precision(checkpoint, dtype)
+    check_precision(checkpoint, dtype)
     if checkpoint.tokenizer is None:
-        raise UserError(f"rewards.options.base: no tokenizer.json; {videoalign_checkpoint.BASE}.")
-    tensors = videoalign_checkpoint.read(checkpoint, dtype).tensors
+        raise UserError(f"rewards.options.base: no tokenizer.json; {BASE}.")
+    tensors = read(checkpoint, dtype).tensors
     coarse = chosen.coarse_rotary
     if coarse is None:
         embedding = tensors.get(EMBEDDING)
@@ -164,6 +165,6 @@ def load(spec: RewardSpec) -> VideoAlign:
         "raw": chosen.raw,
         "coarse_rotary": coarse,
     }
-    fingerprint = weights.fingerprint([*checkpoint.files, checkpoint.tokenizer], scoring)
+    fingerprint = weight_files.fingerprint([*checkpoint.files, checkpoint.tokenizer], scoring)
     longest = config.text_config.max_position_embeddings
     return VideoAlign(network, reader, settings, spec.batch_size, longest, fingerprint)

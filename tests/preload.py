@@ -11,8 +11,8 @@ import torch  # noqa: E402
 from diffusers.models.autoencoders import autoencoder_kl_hunyuan_video  # noqa: E402, F401
 
 import fastgrpo.models.hunyuan_video  # noqa: E402
-import fastgrpo.rewards.in_process  # noqa: E402
-import fastgrpo.rewards.server  # noqa: E402
+import fastgrpo.rewards.serving.in_process  # noqa: E402
+import fastgrpo.rewards.serving.server.app  # noqa: E402
 import fastgrpo.rewards.tiny_world  # noqa: E402
 import fastgrpo.train  # noqa: E402, F401
 

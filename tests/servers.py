@@ -13,10 +13,11 @@ from torch import Tensor
 
 from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.data.tiny_world import shapes
-from fastgrpo.rewards import plain, wire
-from fastgrpo.rewards.admission import Limits
-from fastgrpo.rewards.served import Served
-from fastgrpo.rewards.server import make_app, serving
+from fastgrpo.rewards import plain
+from fastgrpo.rewards.serving import wire
+from fastgrpo.rewards.serving.loaded_reward import Served
+from fastgrpo.rewards.serving.server.admission import Limits
+from fastgrpo.rewards.serving.server.app import make_app, serving
 
 TOKEN = "a token of the tests"
 MEANINGS = shapes.meanings()[0][:6]

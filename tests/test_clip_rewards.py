@@ -21,8 +21,16 @@ from transformers import CLIPImageProcessorPil, CLIPModel
 from fastgrpo import rewards
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
-from fastgrpo.rewards import clip_pixels, clip_text, clip_weights, frames
-from fastgrpo.rewards.clip_model import ClipReward
+from fastgrpo.rewards.common import frames
+from fastgrpo.rewards.networks.clip import preprocess, weights
+from fastgrpo.rewards.networks.clip.clip_reward import ClipReward
+from fastgrpo.rewards.networks.clip.tokenizer import (
+    FILES,
+    ClipTokenizer,
+    clean_open_clip,
+    clean_transformers,
+    read_merges,
+)
 from tests import clip_folder as clip
 
 GOLDEN = Path(__file__).parent / "goldens" / "open_clip_tiny"
@@ -46,8 +54,8 @@ def golden() -> tuple[dict[str, Tensor], Tensor]:
 def golden_reward(cfg: dict[str, Any], antialias: bool = True) -> ClipReward:
     """The golden checkpoint behind the golden token ids, whose real vocabulary is not in the repository."""
     tensors, _ = golden()
-    loaded = clip_weights.read(GOLDEN / "open_clip_tiny.pt", cfg, None, torch.float32)
-    pixels = clip_pixels.Preprocess(224, "letterbox", antialias=antialias)
+    loaded = weights.read(GOLDEN / "open_clip_tiny.pt", cfg, None, torch.float32)
+    pixels = preprocess.Preprocess(224, "letterbox", antialias=antialias)
     ids: Any = lambda prompts: tensors["input_ids"].long()[[int(prompt) for prompt in prompts]]  # noqa: E731
     return ClipReward("HPS", loaded.model, ids, pixels, "first", 1.0, 2, "")
 
@@ -94,7 +102,7 @@ def test_open_clip_layout_gives_the_same_network(tmp_path: Path, file: str, quic
     else:
         prefix = "module." if file == "module.bin" else ""
         torch.save({"state_dict": {prefix + name: tensor for name, tensor in state.items()}}, tmp_path / file)
-    loaded = clip_weights.read(tmp_path / file, clip.MODEL_CFG | {"quick_gelu": quick_gelu}, None, torch.float32)
+    loaded = weights.read(tmp_path / file, clip.MODEL_CFG | {"quick_gelu": quick_gelu}, None, torch.float32)
     pixels, ids = torch.randn(2, 3, 32, 32), torch.tensor([[519, 512, 514, 520, 0], [519, 3, 520, 0, 0]])
     for mine, theirs in (
         (loaded.model.get_image_features(pixels), model.get_image_features(pixels)),
@@ -107,20 +115,20 @@ def test_open_clip_layout_gives_the_same_network(tmp_path: Path, file: str, quic
 def test_the_published_size_of_vit_h_14() -> None:
     """Every tensor of a full-size open_clip ViT-H-14 finds its place, and there are 986.11 million values."""
     with torch.device("meta"):
-        wanted = CLIPModel(clip_weights._config(clip_weights.VIT_H_14, *_towers(), 224)).state_dict()
-    found = clip_weights.to_transformers(clip.to_open_clip(wanted))
+        wanted = CLIPModel(weights._config(weights.VIT_H_14, *_towers(), 224)).state_dict()
+    found = weights.to_transformers(clip.to_open_clip(wanted))
     assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in wanted.items()}
     assert round(sum(tensor.numel() for tensor in wanted.values()) / 1e6, 2) == 986.11
 
 
 def _towers() -> tuple[Any, Any]:
-    return clip_weights.VIT_H_14["vision_cfg"], clip_weights.VIT_H_14["text_cfg"]
+    return weights.VIT_H_14["vision_cfg"], weights.VIT_H_14["text_cfg"]
 
 
 @pytest.mark.parametrize(("height", "width"), [(60, 40), (40, 60), (31, 47), (32, 20), (20, 32), (33, 33), (500, 3)])
 def test_letterbox_keeps_everything_and_adds_black(height: int, width: int) -> None:
     white = torch.full((1, height, width, 3), 255, dtype=torch.uint8)
-    boxed = clip_pixels.letterbox(white, 32, antialias=True)[0]
+    boxed = preprocess.letterbox(white, 32, antialias=True)[0]
     rows, columns = (max(round(side * 32 / max(height, width)), 1) for side in (height, width))
     top, left = (32 - rows) // 2, (32 - columns) // 2
     expected = torch.zeros(3, 32, 32)
@@ -130,8 +138,8 @@ def test_letterbox_keeps_everything_and_adds_black(height: int, width: int) -> N
 
 def test_letterbox_treats_portrait_as_landscape_turned() -> None:
     landscape = clips(1, 2, 24, 60)[0]
-    turned = clip_pixels.letterbox(landscape.transpose(1, 2).contiguous(), 32, antialias=True)
-    torch.testing.assert_close(turned, clip_pixels.letterbox(landscape, 32, antialias=True).transpose(2, 3))
+    turned = preprocess.letterbox(landscape.transpose(1, 2).contiguous(), 32, antialias=True)
+    torch.testing.assert_close(turned, preprocess.letterbox(landscape, 32, antialias=True).transpose(2, 3))
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 52), (52, 40), (33, 37), (35, 61), (32, 32), (16, 35), (90, 33)])
@@ -139,7 +147,7 @@ def test_centre_crop_is_that_of_transformers(height: int, width: int) -> None:
     images = clips(1, 2, height, width)[0]
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     expected = processor([Image.fromarray(image.numpy()) for image in images], return_tensors="pt").pixel_values
-    mine = clip_pixels.Preprocess(32, "shortest", crop="down")(images)
+    mine = preprocess.Preprocess(32, "shortest", crop="down")(images)
     torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-6)
 
 
@@ -148,7 +156,7 @@ def test_centre_crop_of_open_clip_rounds_half_to_even() -> None:
     columns = torch.arange(35, dtype=torch.uint8).reshape(1, 1, 35, 1).expand(1, 32, 35, 3).contiguous()
     rules: tuple[tuple[Literal["half_even", "down"], int], ...] = (("half_even", 2), ("down", 1))
     for crop, first in rules:
-        pixels = clip_pixels.Preprocess(32, "shortest", crop=crop, mean=(0.0,) * 3, std=(1.0,) * 3)(columns)
+        pixels = preprocess.Preprocess(32, "shortest", crop=crop, mean=(0.0,) * 3, std=(1.0,) * 3)(columns)
         assert (255 * pixels[0, 0, 0, 0]).round() == first
 
 
@@ -156,7 +164,7 @@ def test_squash_keeps_no_ratio() -> None:
     images = clips(1, 2)[0]
     processor = CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
     expected = processor([Image.fromarray(image.numpy()) for image in images], return_tensors="pt").pixel_values
-    torch.testing.assert_close(clip_pixels.Preprocess(32, "squash")(images), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(preprocess.Preprocess(32, "squash")(images), expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -263,13 +271,13 @@ def test_ids_are_those_of_transformers() -> None:
     texts = ["A red CAT, the cat's ant!", "don't  we'll\tgo\n3.14", "", "日本 café 🎉", "cat " * 30]
     theirs = clip.tokenizer()(texts, padding="max_length", truncation=True, return_tensors="pt")
     merges = [(first, second) for first, second in (merge.split() for merge in clip.MERGES)]
-    mine = clip_text.ClipTokenizer(merges, 20, clip_text.clean_transformers)(texts)
+    mine = ClipTokenizer(merges, 20, clean_transformers)(texts)
     assert torch.equal(mine, theirs.input_ids.masked_fill(theirs.attention_mask == 0, 0))
 
 
 def test_special_tokens_in_a_prompt_are_plain_text() -> None:
-    for clean in (clip_text.clean_transformers, clip_text.clean_open_clip):
-        tokenizer = clip_text.ClipTokenizer([], 40, clean)
+    for clean in (clean_transformers, clean_open_clip):
+        tokenizer = ClipTokenizer([], 40, clean)
         ids = tokenizer(["a <|endoftext|> b", "a <end_of_text> b", "a <|startoftext|>"])
         assert (ids == tokenizer.end).sum(1).tolist() == [1, 1, 1]
         assert (ids == tokenizer.start).sum(1).tolist() == [1, 1, 1]
@@ -286,7 +294,7 @@ def test_special_tokens_in_a_prompt_are_plain_text() -> None:
     ],
 )
 def test_open_clip_repairs_text(text: str, clean: str) -> None:
-    assert clip_text.clean_open_clip(text) == clean
+    assert clean_open_clip(text) == clean
 
 
 def test_merges_are_read_from_every_published_file(tmp_path: Path) -> None:
@@ -295,7 +303,7 @@ def test_merges_are_read_from_every_published_file(tmp_path: Path) -> None:
         gzip.compress(('"version\n' + "\n".join([*clip.MERGES, "x y", "z z"]) + "\n").encode())  # longer than CLIP uses
     )
     (tmp_path / "tokenizer.json").write_text(clip.tokenizer().backend_tokenizer.to_str())
-    found = [clip_text.read_merges(tmp_path / name, clip.VOCABULARY) for name in clip_text.FILES]
+    found = [read_merges(tmp_path / name, clip.VOCABULARY) for name in FILES]
     assert found[0] == found[1] == found[2]
     assert len(found[0]) == len(clip.MERGES)
 

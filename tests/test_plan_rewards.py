@@ -22,7 +22,7 @@ from fastgrpo.parallel.world import Group, World
 from fastgrpo.plan_phases import Machine
 from fastgrpo.plan_sizes import subject
 from fastgrpo.resume import check_folder
-from fastgrpo.rewards import frames
+from fastgrpo.rewards.common import frames
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 HPS = "rewards=[{name='hps', weights={HPS=1.0}, %s}]"

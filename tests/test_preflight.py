@@ -20,8 +20,8 @@ from fastgrpo.preflight_iteration import short
 from fastgrpo.preflight_rewards import Tried, _judge, _try
 from fastgrpo.preflight_run import card_of
 from fastgrpo.rewards import load, plain
-from fastgrpo.rewards.client import RewardClient
-from fastgrpo.rewards.in_process import ScorerInProcess
+from fastgrpo.rewards.serving.client.client import RewardClient
+from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.rollout import Plan
 from fastgrpo.train import train
 from tests import forks, runs

@@ -17,10 +17,11 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import sha256
 from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.data import fingerprint
-from fastgrpo.rewards import in_process, plain
-from fastgrpo.rewards.client import RewardClient
-from fastgrpo.rewards.in_process import ScorerInProcess
-from fastgrpo.rewards.served import Served
+from fastgrpo.rewards import plain
+from fastgrpo.rewards.serving import in_process
+from fastgrpo.rewards.serving.client.client import RewardClient
+from fastgrpo.rewards.serving.in_process import ScorerInProcess
+from fastgrpo.rewards.serving.loaded_reward import Served
 from fastgrpo.train import train
 from tests import runs, tiny
 from tests.servers import TOKEN, running

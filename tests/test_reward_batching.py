@@ -20,13 +20,16 @@ from torch import Tensor
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward, Scores
-from fastgrpo.rewards import batcher, judge_batch, load, logs, plain, served, wire
-from fastgrpo.rewards.admission import Admission, Refusal
-from fastgrpo.rewards.batcher import batch
-from fastgrpo.rewards.client import RewardClient
-from fastgrpo.rewards.in_process import ScorerInProcess
-from fastgrpo.rewards.meters import Meters
-from fastgrpo.rewards.served import Served, code_hash
+from fastgrpo.rewards import load, plain
+from fastgrpo.rewards.serving import loaded_reward, wire
+from fastgrpo.rewards.serving.client.client import RewardClient
+from fastgrpo.rewards.serving.in_process import ScorerInProcess
+from fastgrpo.rewards.serving.judge import judge_batch
+from fastgrpo.rewards.serving.loaded_reward import Served, code_hash
+from fastgrpo.rewards.serving.server import batcher, logs
+from fastgrpo.rewards.serving.server.admission import Admission, Refusal
+from fastgrpo.rewards.serving.server.batcher import batch
+from fastgrpo.rewards.serving.server.metrics import Meters
 from tests.servers import CAPTIONS, TOKEN, clips, post, running, same
 
 
@@ -218,7 +221,7 @@ class Full(Sums):
 def test_no_memory_is_no_invalid_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     with running({"full": Full()}) as url:
         assert post(url, wire.encode_request([picture(1)], ["p"], 8.0, ["full"])).status_code == 500
-    monkeypatch.setattr("fastgrpo.rewards.in_process.load_served", lambda spec: Served(Full(), spec))
+    monkeypatch.setattr("fastgrpo.rewards.serving.in_process.load_served", lambda spec: Served(Full(), spec))
     scorer = ScorerInProcess([RewardSpec(name="full", weights={}, batch_size=3)])
     with pytest.raises(UserError, match=r"rewards.batch_size=3: the GPU has no room for full; lower it, or give it"):
         scorer.score(picture(1)[None], ["p"], 8.0)
@@ -338,16 +341,21 @@ def test_identity_covers_options_of_rewards_without_weights() -> None:
 def test_identity_covers_the_code_of_all_files_and_the_libraries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("b", "a"):
-        (tmp_path / f"{name}.py").write_text(f"# {name}")
-    first = code_hash(tmp_path)
-    assert code_hash(tmp_path) == first
-    (tmp_path / "a.py").write_text("# fixed: a file that rewards share")
-    fixed = code_hash(tmp_path)
-    (tmp_path / "a.py").rename(tmp_path / "c.py")
-    assert len({first, fixed, code_hash(tmp_path)}) == 3
+    files = ("a.py", "b.py", "common/shared.py", "networks/clip/net.py", "serving/judge.py", "serving/wire.py")
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}")
+    first = code_hash(tmp_path, "a")
+    assert code_hash(tmp_path, "a") == first != code_hash(tmp_path, "b")
+    for name in files:
+        (tmp_path / name).write_text("# changed")
+        changed = code_hash(tmp_path, "a") != first
+        assert changed == (name not in ("b.py", "serving/wire.py")), name  # which no score of `a` depends on
+        (tmp_path / name).write_text(f"# {name}")
+    (tmp_path / "common" / "shared.py").rename(tmp_path / "common" / "renamed.py")
+    assert code_hash(tmp_path, "a") != first
     before = Served(load(plain("tiny_world")), plain("tiny_world")).identity
-    monkeypatch.setitem(served.VERSIONS, "torch", "0.4")
+    monkeypatch.setitem(loaded_reward.VERSIONS, "torch", "0.4")
     assert Served(load(plain("tiny_world")), plain("tiny_world")).identity != before
 
 
@@ -383,7 +391,7 @@ def test_in_process_respects_batch_size_and_the_rewards_own_rate(monkeypatch: py
         made[spec.name] = Sums()
         return Served(made[spec.name], spec)
 
-    monkeypatch.setattr("fastgrpo.rewards.in_process.load_served", make)
+    monkeypatch.setattr("fastgrpo.rewards.serving.in_process.load_served", make)
     specs = [RewardSpec(name="a", weights={}, batch_size=2, fps=3.0), RewardSpec(name="b", weights={})]
     pixels = torch.stack([picture(n) for n in range(5)])
     scores = ScorerInProcess(specs).score(pixels, ["p"] * 5, 8.0)

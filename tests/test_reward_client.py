@@ -22,8 +22,8 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.parallel.world import TIMEOUT
 from fastgrpo.rewards import load, plain
-from fastgrpo.rewards.client import Busy, RewardClient
-from fastgrpo.rewards.replicas import Replica, Replicas
+from fastgrpo.rewards.serving.client.client import Busy, RewardClient
+from fastgrpo.rewards.serving.client.replicas import Replica, Replicas
 from tests import forks
 from tests.servers import CAPTIONS, TOKEN, clips, running, same
 
@@ -60,7 +60,7 @@ def test_of_two_the_less_busy_is_taken() -> None:
 
 def test_one_that_fails_rests_and_is_tried_with_a_single_request(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr("fastgrpo.rewards.replicas.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("fastgrpo.rewards.serving.client.replicas.time.monotonic", lambda: clock[0])
     replicas = Replicas(["http://a", "http://b"], 1000.0)
     a, b = replicas.all
     rests = []
@@ -80,7 +80,7 @@ def test_one_that_fails_rests_and_is_tried_with_a_single_request(monkeypatch: py
 
 def test_an_outage_is_all_replicas_failing_without_a_success_between(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("fastgrpo.rewards.replicas.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("fastgrpo.rewards.serving.client.replicas.time.monotonic", lambda: clock[0])
     replicas = Replicas(["http://a", "http://b"], 5.0)
     a, b = replicas.all
     replicas.failed(a, "gone")
@@ -264,7 +264,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     for module in ("client", "replicas"):
-        monkeypatch.setattr(f"fastgrpo.rewards.{module}.time", clock)
+        monkeypatch.setattr(f"fastgrpo.rewards.serving.client.{module}.time", clock)
     monkeypatch.setattr(RewardClient, "_meet", lambda self, replica: setattr(replica, "known", True))
     return clock
 

@@ -19,9 +19,10 @@ import httpx
 import pytest
 import torch
 
-from fastgrpo.rewards import plain, wire
-from fastgrpo.rewards.client import RewardClient
-from fastgrpo.rewards.in_process import ScorerInProcess
+from fastgrpo.rewards import plain
+from fastgrpo.rewards.serving import wire
+from fastgrpo.rewards.serving.client.client import RewardClient
+from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from tests.servers import CAPTIONS, TOKEN, clips, same
 
 ROOT = Path(__file__).parent.parent
@@ -32,8 +33,8 @@ SERVER = f"""
 import sys
 from pathlib import Path
 from fastgrpo.rewards import plain
-from fastgrpo.rewards.admission import Limits
-from fastgrpo.rewards.server import serve
+from fastgrpo.rewards.serving.server.admission import Limits
+from fastgrpo.rewards.serving.server.app import serve
 limits = Limits(max_body={MAX_BODY}, max_waiting={MAX_WAITING}, body_timeout_s=3.0, head_timeout_s=1.0)
 serve([plain("tiny_world")], "127.0.0.1", 0, sys.stdin.read(), Path(sys.argv[1]), limits)
 """

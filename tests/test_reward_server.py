@@ -25,11 +25,13 @@ from torch import Tensor
 from fastgrpo import cli
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward, Scores
-from fastgrpo.rewards import load, plain, weights, wire
-from fastgrpo.rewards.beside import launch_beside
-from fastgrpo.rewards.client import RewardClient
-from fastgrpo.rewards.in_process import ScorerInProcess
-from fastgrpo.rewards.server import serve
+from fastgrpo.rewards import load, plain
+from fastgrpo.rewards.common import weight_files
+from fastgrpo.rewards.serving import wire
+from fastgrpo.rewards.serving.client.client import RewardClient
+from fastgrpo.rewards.serving.in_process import ScorerInProcess
+from fastgrpo.rewards.serving.server.app import serve
+from fastgrpo.rewards.serving.server.child import launch_beside
 from tests.servers import CAPTIONS, TOKEN, clips, post, running, same
 
 
@@ -100,7 +102,7 @@ def test_server_and_process_agree_bit_for_bit(beside: tuple[str, str, Path]) -> 
 
 
 def test_large_batches_go_as_several_requests(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastgrpo.rewards.client.REQUEST_BYTES", 2 * clips()[0].numel() + 1)
+    monkeypatch.setattr("fastgrpo.rewards.serving.client.client.REQUEST_BYTES", 2 * clips()[0].numel() + 1)
     sent: list[int] = []
     encode = wire.encode_request
 
@@ -406,7 +408,7 @@ PARENT = """
 import sys, time
 from pathlib import Path
 from fastgrpo.rewards import plain
-from fastgrpo.rewards.beside import launch_beside
+from fastgrpo.rewards.serving.server.child import launch_beside
 with launch_beside([plain("tiny_world")], Path(sys.argv[1])):
     print("up", flush=True)
     time.sleep(60)
@@ -470,4 +472,4 @@ def test_a_token_that_no_header_carries_is_one_line(tmp_path: Path, monkeypatch:
 def test_a_missing_file_is_not_looked_for_on_the_hub() -> None:
     for name in ("weights/HPS_v2.1_compressed.pt", "weights/absent.safetensors"):
         with pytest.raises(UserError, match=f"rewards.path={name}: no such file or folder; fetch it."):
-            weights.locate(name, ["a.pt"], [], "rewards.path", "fetch it")
+            weight_files.locate(name, ["a.pt"], [], "rewards.path", "fetch it")

@@ -20,8 +20,8 @@ from fastgrpo.data.images import read_image
 from fastgrpo.data.tiny_world import shapes
 from fastgrpo.evaluate import Evaluation
 from fastgrpo.judges import Asked, Judges, Servers, Witness
-from fastgrpo.rewards.in_process import ScorerInProcess
-from fastgrpo.rewards.served import Served
+from fastgrpo.rewards.serving.in_process import ScorerInProcess
+from fastgrpo.rewards.serving.loaded_reward import Served
 from tests import runs, servers
 
 MEANINGS = shapes.meanings()[0][:3]

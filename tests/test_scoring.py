@@ -20,9 +20,9 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores
 from fastgrpo.parallel.world import World
 from fastgrpo.rewards import load, plain
-from fastgrpo.rewards.client import RewardClient
-from fastgrpo.rewards.in_process import ScorerInProcess
-from fastgrpo.rewards.served import Served
+from fastgrpo.rewards.serving.client.client import RewardClient
+from fastgrpo.rewards.serving.in_process import ScorerInProcess
+from fastgrpo.rewards.serving.loaded_reward import Served
 from fastgrpo.scoring import Scored, Scorer, union_length
 from fastgrpo.train import Session, reward_metrics
 from tests import runs
@@ -87,7 +87,7 @@ def submit(
 
 
 def in_process(monkeypatch: pytest.MonkeyPatch, reward: Brightness, specs: Sequence[RewardSpec]) -> ScorerInProcess:
-    monkeypatch.setattr("fastgrpo.rewards.in_process.load_served", lambda spec: Served(reward, spec))
+    monkeypatch.setattr("fastgrpo.rewards.serving.in_process.load_served", lambda spec: Served(reward, spec))
     return ScorerInProcess(specs)
 
 
@@ -166,7 +166,9 @@ def test_a_monitor_without_a_score_costs_no_sample(world: World, monkeypatch: py
             return Scores({"M": scores.values["A"]}, scores.valid)
 
     rewards: dict[str, Any] = {"main": main, "monitor": Renamed()}
-    monkeypatch.setattr("fastgrpo.rewards.in_process.load_served", lambda spec: Served(rewards[spec.name], spec))
+    monkeypatch.setattr(
+        "fastgrpo.rewards.serving.in_process.load_served", lambda spec: Served(rewards[spec.name], spec)
+    )
     scorer = Scorer([ScorerInProcess(several)], several, 8.0, world)
     submit(scorer)
     scored = scorer.collect(SAMPLES)

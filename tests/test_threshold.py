@@ -11,7 +11,8 @@ from fastgrpo import rewards
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores
-from fastgrpo.rewards import threshold
+from fastgrpo.rewards.common import threshold
+from fastgrpo.rewards.serving import judge
 
 
 class Table:
@@ -70,7 +71,7 @@ def test_an_invalid_score_is_neither_above_nor_below() -> None:
 
 def test_an_invalid_clip_stays_so_through_judge_batch() -> None:
     reward = threshold.wrap(Table({"HPS": [0.9, float("nan")]}), {"HPS": 0.5})
-    scores = rewards.judge_batch(reward, PIXELS[:2], ["", ""], 8.0)
+    scores = judge.judge_batch(reward, PIXELS[:2], ["", ""], 8.0)
     assert scores.valid.tolist() == [True, False]
     assert scores.values["HPS_above"].isnan().tolist() == [False, True]
 

@@ -15,7 +15,8 @@ from fastgrpo import rewards
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.data.tiny_world import shapes
-from fastgrpo.rewards import optical_flow, video_stats
+from fastgrpo.rewards import video_stats
+from fastgrpo.rewards.common import optical_flow
 
 FPS = 8.0
 

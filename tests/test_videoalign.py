@@ -23,10 +23,10 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import sha256
 from fastgrpo.core.reward import Scores
 from fastgrpo.rewards import known, videoalign
-from fastgrpo.rewards import videoalign_checkpoint as checkpoints
-from fastgrpo.rewards import videoalign_network as networks
-from fastgrpo.rewards.videoalign_preprocess import frame_indices, frame_size, view
-from fastgrpo.rewards.videoalign_text import MARKS, TEMPLATE_SHA256, read_template
+from fastgrpo.rewards.networks.videoalign import checkpoint as checkpoints
+from fastgrpo.rewards.networks.videoalign import network as networks
+from fastgrpo.rewards.networks.videoalign.preprocess import frame_indices, frame_size, view
+from fastgrpo.rewards.networks.videoalign.prompt import MARKS, TEMPLATE_SHA256, read_template
 from tests import videoalign_folder
 
 GOLDENS = Path(__file__).parent / "goldens"

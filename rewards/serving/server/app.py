@@ -33,12 +33,21 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
-from fastgrpo.rewards import logs, wire
-from fastgrpo.rewards.admission import Admission, Limits, Refusal, authenticate, body_length, patience, read_body
-from fastgrpo.rewards.batcher import Batcher, Expired, Failed
-from fastgrpo.rewards.meters import Meters
-from fastgrpo.rewards.served import Served, load_served
-from fastgrpo.rewards.strict_http import strict_http
+from fastgrpo.rewards.serving import wire
+from fastgrpo.rewards.serving.loaded_reward import Served, load_served
+from fastgrpo.rewards.serving.server import logs
+from fastgrpo.rewards.serving.server.admission import (
+    Admission,
+    Limits,
+    Refusal,
+    authenticate,
+    body_length,
+    patience,
+    read_body,
+)
+from fastgrpo.rewards.serving.server.batcher import Batcher, Expired, Failed
+from fastgrpo.rewards.serving.server.metrics import Meters
+from fastgrpo.rewards.serving.server.strict_http import strict_http
 
 log = logging.getLogger(__name__)
 

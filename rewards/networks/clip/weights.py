@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.rewards import weights
+from fastgrpo.rewards.common import weight_files
 
 OPEN_CLIP_CONFIG, CONFIG, PREPROCESSOR = "open_clip_config.json", "config.json", "preprocessor_config.json"
 
@@ -70,7 +70,7 @@ def read(file: Path, known: Mapping[str, Any] | None, image_size: int | None, dt
     image_size: side of the input where it is not the config's;  dtype: of the weights
     Raises UserError naming the file.
     """
-    state = weights.read(file)
+    state = weight_files.read(file)
     open_clip = "visual.conv1.weight" in state
     if open_clip:
         config, preprocess = _open_clip_config(file, known, image_size)
@@ -150,7 +150,7 @@ def _open_clip_config(
     described: dict[str, Any] = {"model_cfg": known}
     place = f"rewards.path={file}"
     if (file.parent / OPEN_CLIP_CONFIG).is_file():
-        described, place = weights.read_json(file.parent / OPEN_CLIP_CONFIG), f"{file.parent / OPEN_CLIP_CONFIG}"
+        described, place = weight_files.read_json(file.parent / OPEN_CLIP_CONFIG), f"{file.parent / OPEN_CLIP_CONFIG}"
     elif known is None:
         raise UserError(
             f"{place}: {OPEN_CLIP_CONFIG} is missing beside it, which says heads and gelu; download that file too."
@@ -204,13 +204,13 @@ def _transformers_config(file: Path, image_size: int | None) -> tuple[CLIPConfig
     if not (file.parent / CONFIG).is_file():
         raise UserError(f"rewards.path={file}: {CONFIG} is missing beside it; download that file too.")
     try:
-        config = CLIPConfig.from_dict(weights.read_json(file.parent / CONFIG))
+        config = CLIPConfig.from_dict(weight_files.read_json(file.parent / CONFIG))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file.parent / CONFIG}: not a config of a CLIP ({error}); download it again.") from None
     config.vision_config.image_size = image_size or config.vision_config.image_size
     preprocess: dict[str, Any] = {"size": config.vision_config.image_size}
     if (file.parent / PREPROCESSOR).is_file():
-        said = weights.read_json(file.parent / PREPROCESSOR)
+        said = weight_files.read_json(file.parent / PREPROCESSOR)
         names = {"mean": "image_mean", "std": "image_std"}
         preprocess |= {ours: said[theirs] for ours, theirs in names.items() if theirs in said}
         off = [key for key in ("do_resize", "do_center_crop", "do_normalize") if said.get(key) is False]

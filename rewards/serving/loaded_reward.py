@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastgrpo import rewards
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward
 from fastgrpo.data.tiny_world import shapes
-from fastgrpo.rewards import load, wire
+from fastgrpo.rewards.serving import wire
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Served:
         settings = self.spec.model_dump(include={"name", "dtype", "frames", "threshold"})
         options = {} if self.fingerprint else self.spec.options
         said = [
-            code_hash(Path(__file__).parent),
+            code_hash(Path(rewards.__file__).parent, self.name),
             VERSIONS,
             list(self.reward.names),
             self.fingerprint,
@@ -103,17 +104,27 @@ class Served:
         self.golden = {part: value if value - value == 0.0 else None for part, value in values.items()}
 
 
-def code_hash(folder: Path) -> str:
-    """SHA-256 of the folder's *.py by name and content: a reward's scores depend on the files that it shares, too."""
+SCORED_WITH = ("common", "networks", "serving/judge.py")
+"""Files and folders of rewards/ that every score depends on, beside the reward's own file."""
+
+
+def code_hash(folder: Path, name: str) -> str:
+    """SHA-256 of the code that a reward's scores depend on, by path and content.
+
+    folder: rewards/;  name: the reward, whose own file may be missing, as for one that a test defines
+    """
     total = hashlib.sha256()
-    for file in sorted(folder.glob("*.py")):
-        total.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    roots = [folder / f"{name}.py", *(folder / part for part in SCORED_WITH)]
+    files = [file for root in roots for file in (sorted(root.rglob("*.py")) if root.is_dir() else [root])]
+    for file in files:
+        if file.is_file():
+            total.update(file.relative_to(folder).as_posix().encode() + hashlib.sha256(file.read_bytes()).digest())
     return total.hexdigest()
 
 
 def load_served(spec: RewardSpec) -> Served:
     """Load a reward, weights and all. Raises UserError where its name or its settings are wrong."""
-    return Served(load(spec), spec)
+    return Served(rewards.load(spec), spec)
 
 
 def golden_clip(reward: Reward | None) -> tuple[Tensor, str, float]:

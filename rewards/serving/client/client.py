@@ -16,10 +16,10 @@ from torch import Tensor
 from fastgrpo.core.config.checks import LONGEST_WAIT_S
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores
-from fastgrpo.rewards import wire
-from fastgrpo.rewards.in_process import join
-from fastgrpo.rewards.replicas import LONGEST_PAUSE_S, Patience, Replica, Replicas
-from fastgrpo.rewards.spec import Spec, Unlike, compare, differs, read_spec
+from fastgrpo.rewards.serving import wire
+from fastgrpo.rewards.serving.client.replicas import LONGEST_PAUSE_S, Patience, Replica, Replicas
+from fastgrpo.rewards.serving.handshake import Spec, Unlike, compare, differs, read_spec
+from fastgrpo.rewards.serving.in_process import join
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

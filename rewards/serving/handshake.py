@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fastgrpo.rewards import wire
+from fastgrpo.rewards.serving import wire
 
 Spec = dict[str, dict[str, Any]]  # reward -> what /v1/spec says of it
 GOLDEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # of the golden clip's scores: another GPU rounds otherwise

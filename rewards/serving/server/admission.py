@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fastapi import HTTPException, Request
 from starlette.requests import ClientDisconnect
 
-from fastgrpo.rewards import wire
+from fastgrpo.rewards.serving import wire
 
 
 @dataclass(frozen=True)

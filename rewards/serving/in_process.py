@@ -10,8 +10,8 @@ from torch import Tensor
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores
-from fastgrpo.rewards import judge_batch
-from fastgrpo.rewards.served import load_served
+from fastgrpo.rewards.serving.judge import judge_batch
+from fastgrpo.rewards.serving.loaded_reward import load_served
 
 
 class ScorerInProcess:

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.rewards import videoalign_config, weights
+from fastgrpo.rewards.common import weight_files
+from fastgrpo.rewards.networks.videoalign.config import lora_scale
 
 CONVERTED = "videoalign.safetensors"
 FORMAT = "fastgrpo videoalign 1"
@@ -67,7 +68,7 @@ def find(path: str | None, base: str | None) -> Checkpoint:
     folder = Path(path).expanduser()
     if not (folder / "model_config.json").is_file():
         raise UserError(f"rewards.path={path}: has no model_config.json; name the folder of the published checkpoint.")
-    content = weights.read_json(folder / "model_config.json")
+    content = weight_files.read_json(folder / "model_config.json")
     model = content.get("model_config")
     named = str(model.get("model_name_or_path") or "") if isinstance(model, dict) else ""
     if (folder / CONVERTED).is_file():
@@ -102,8 +103,8 @@ def _weight_files(step: Path, base: str) -> tuple[Path, ...]:
 
 
 def _base(base: str) -> dict[str, Any]:
-    file = weights.locate(base or None, ["config.json"], [], "rewards.options.base", BASE)
-    return weights.read_json(file)
+    file = weight_files.locate(base or None, ["config.json"], [], "rewards.options.base", BASE)
+    return weight_files.read_json(file)
 
 
 def _tokenizer(step: Path, base: str) -> Path | None:
@@ -113,16 +114,16 @@ def _tokenizer(step: Path, base: str) -> Path | None:
             return file
     if not base or (Path(base).is_dir() and not (Path(base) / "tokenizer.json").is_file()):
         return None
-    return weights.locate(base, ["tokenizer.json"], [], "rewards.options.base", BASE)
+    return weight_files.locate(base, ["tokenizer.json"], [], "rewards.options.base", BASE)
 
 
 def read(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Loaded:
     """The weights on the CPU, in the file's precision, but those that an adapter was folded into, in dtype."""
     if checkpoint.converted:
-        return Loaded(weights.read(checkpoint.files[0]), None, None)
+        return Loaded(weight_files.read(checkpoint.files[0]), None, None)
     whole: dict[str, Tensor] = {}
     for file in checkpoint.files:  # later ones hold what was trained, and replace the base model's
-        whole |= {name.removeprefix(PREFIX): tensor for name, tensor in weights.read(file).items()}
+        whole |= {name.removeprefix(PREFIX): tensor for name, tensor in weight_files.read(file).items()}
     adapters: dict[str, dict[str, Tensor]] = {}
     plain: dict[str, Tensor] = {}
     for name, tensor in whole.items():
@@ -160,7 +161,7 @@ def _fold(
                 f"rewards.path={checkpoint.files[-1]}: adapters of ranks {rank} and {len(a)}; download it again."
             )
         rank = len(a)
-        scale = videoalign_config.lora_scale(checkpoint.content, rank)
+        scale = lora_scale(checkpoint.content, rank)
         plain[name] = (plain[name].float() + scale * (b.float() @ a.float())).to(dtype)
     return Loaded(plain, rank, scale)
 

@@ -15,9 +15,18 @@ from safetensors.torch import save_file
 
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import sha256
-from fastgrpo.rewards import videoalign_checkpoint, videoalign_network
-from fastgrpo.rewards.videoalign_checkpoint import CONVERTED, FORMAT, Checkpoint, Loaded, as_text
-from fastgrpo.rewards.videoalign_network import HEAD
+from fastgrpo.rewards.networks.videoalign import network
+from fastgrpo.rewards.networks.videoalign.checkpoint import (
+    BASE,
+    CONVERTED,
+    FORMAT,
+    Checkpoint,
+    Loaded,
+    as_text,
+    find,
+    read,
+)
+from fastgrpo.rewards.networks.videoalign.network import HEAD
 
 
 def convert(source: Path, target: Path, base: str | None, dtype: str | None) -> Path:
@@ -30,14 +39,14 @@ def convert(source: Path, target: Path, base: str | None, dtype: str | None) -> 
     source, target = source.expanduser(), target.expanduser().resolve()
     if (source / CONVERTED).exists():
         raise UserError(f"SRC={source}: has {CONVERTED} already; use it as it is, or delete it to convert again.")
-    checkpoint = videoalign_checkpoint.find(str(source), base)
+    checkpoint = find(str(source), base)
     if checkpoint.tokenizer is None:
-        raise UserError(f"--base: no tokenizer.json; {videoalign_checkpoint.BASE}.")
+        raise UserError(f"--base: no tokenizer.json; {BASE}.")
     inside = target.exists() and target.samefile(source)
     if not inside and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"DST={target}: is there already and not empty; name a new folder, or SRC itself.")
-    loaded = videoalign_checkpoint.read(checkpoint)
-    videoalign_network.matching_body(loaded.tensors, checkpoint.base, str(checkpoint.files[-1]))
+    loaded = read(checkpoint)
+    network.matching_body(loaded.tensors, checkpoint.base, str(checkpoint.files[-1]))
     partial = target.with_name(target.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from fastgrpo.core.reward import Scores
-from fastgrpo.rewards import judge_batch
-from fastgrpo.rewards.meters import Meters
-from fastgrpo.rewards.served import Served
-from fastgrpo.rewards.wire import Clip
+from fastgrpo.rewards.serving.judge import judge_batch
+from fastgrpo.rewards.serving.loaded_reward import Served
+from fastgrpo.rewards.serving.server.metrics import Meters
+from fastgrpo.rewards.serving.wire import Clip
 
 log = logging.getLogger(__name__)
 

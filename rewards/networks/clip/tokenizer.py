@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.rewards import weights
+from fastgrpo.rewards.common import weight_files
 
 FILES = ("merges.txt", "tokenizer.json", "bpe_simple_vocab_16e6.txt.gz")
 PUBLIC = "openai/clip-vit-large-patch14"
@@ -82,7 +82,7 @@ def find(option: str | None, weights_file: Path) -> Path:
     beside = [weights_file.parent / name for name in FILES if (weights_file.parent / name).is_file()]
     if option is None and beside:
         return beside[0]
-    return weights.locate(
+    return weight_files.locate(
         option or PUBLIC, FILES, (), "rewards.options.tokenizer", f"give a folder with CLIP's {' or '.join(FILES)}"
     )
 

@@ -17,7 +17,7 @@ from transformers import Qwen2VLConfig, Qwen2VLModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding, Qwen2VLVisionRotaryEmbedding
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.rewards.videoalign_preprocess import MERGE, PATCH, TUBE
+from fastgrpo.rewards.networks.videoalign.preprocess import MERGE, PATCH, TUBE
 
 HEAD = "rm_head.weight"
 EMBEDDING = "language_model.embed_tokens.weight"

@@ -16,7 +16,7 @@ import fastgrpo
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import die_with
-from fastgrpo.rewards.server import serve
+from fastgrpo.rewards.serving.server.app import serve
 
 TOKEN_VARIABLE = "FASTGRPO_TOKEN"
 

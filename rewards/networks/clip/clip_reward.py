@@ -17,14 +17,25 @@ from torch import Tensor
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores
-from fastgrpo.rewards import clip_text, clip_weights, frames, options, weights
-from fastgrpo.rewards.clip_pixels import CLIP_MEAN, CLIP_STD, Preprocess
+from fastgrpo.rewards.common import options, weight_files
+from fastgrpo.rewards.common.frames import Rule, check, choose
+from fastgrpo.rewards.networks.clip.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from fastgrpo.rewards.networks.clip.tokenizer import (
+    FILES,
+    ClipTokenizer,
+    clean_open_clip,
+    clean_transformers,
+    find,
+    read_merges,
+)
+from fastgrpo.rewards.networks.clip.weights import OPEN_CLIP_CONFIG, Loaded
+from fastgrpo.rewards.networks.clip.weights import read as read_weights
 
 SCORES_LAYOUT = 1
 """Raise when a change of the code changes scores: it is part of the fingerprint."""
 
 Resize = Literal["letterbox", "shortest", "squash"]
-SIDE_FILES = ("open_clip_config.json", "config.json", "preprocessor_config.json", *clip_text.FILES)
+SIDE_FILES = ("open_clip_config.json", "config.json", "preprocessor_config.json", *FILES)
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class Published:
     """Names of the weights in a folder, the first that is there."""
     remedy: str
     """Where the weights come from, for messages."""
-    frames: frames.Rule
+    frames: Rule
     """Frames scored where the spec says nothing."""
     known: Mapping[str, Any] | None = None
     """open_clip's model_cfg where the checkpoint is published without one."""
@@ -51,9 +62,9 @@ class ClipReward:
         self,
         part: str,
         model: Any,
-        tokenizer: clip_text.ClipTokenizer,
+        tokenizer: ClipTokenizer,
         preprocess: Preprocess,
-        rule: frames.Rule,
+        rule: Rule,
         scale: float,
         batch_size: int,
         fingerprint: str,
@@ -74,14 +85,14 @@ class ClipReward:
 
     def looks_at(self, frames_of_clip: int, fps: float) -> list[int]:
         """Indices of the frames that are scored, of a clip of that many."""
-        return frames.choose(self.rule, frames_of_clip)
+        return choose(self.rule, frames_of_clip)
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
         """pixels: uint8 [B, F, H, W, 3];  prompts: B texts;  fps: not used
 
         returns float32 [B], on the CPU. A clip with a score that is not finite is invalid.
         """
-        frames.check(pixels, prompts)
+        check(pixels, prompts)
         chosen = pixels[:, self.looks_at(pixels.shape[1], fps)]
         per_clip = chosen.shape[1]
         with torch.inference_mode():
@@ -122,15 +133,13 @@ def build(
 ) -> ClipReward:
     """The reward of a spec and its options. Raises UserError naming the file or the setting that is wrong."""
     device, dtype = options.device(spec), options.dtype(spec)
-    file = weights.locate(spec.path, published.files, SIDE_FILES, "rewards.path", published.remedy)
-    loaded = clip_weights.read(file, published.known, image_size, dtype)
+    file = weight_files.locate(spec.path, published.files, SIDE_FILES, "rewards.path", published.remedy)
+    loaded = read_weights(file, published.known, image_size, dtype)
     preprocess = _preprocess(loaded, resize or published.resize, antialias, file)
     text = loaded.model.config.text_config
-    merges_file = clip_text.find(tokenizer, file)
-    clean = clip_text.clean_open_clip if loaded.open_clip else clip_text.clean_transformers
-    tokens = clip_text.ClipTokenizer(
-        clip_text.read_merges(merges_file, text.vocab_size), text.max_position_embeddings, clean
-    )
+    merges_file = find(tokenizer, file)
+    clean = clean_open_clip if loaded.open_clip else clean_transformers
+    tokens = ClipTokenizer(read_merges(merges_file, text.vocab_size), text.max_position_embeddings, clean)
     factor = {"cosine": 1.0, "logits": loaded.logit_scale, "logits / 26": loaded.logit_scale / 26}[scale]
     rule = published.frames if spec.frames is None else spec.frames
     settings = {
@@ -145,13 +154,13 @@ def build(
     }
     reward = ClipReward(
         published.part, loaded.model, tokens, preprocess, rule, factor, spec.batch_size,
-        weights.fingerprint([file, merges_file], settings),
+        weight_files.fingerprint([file, merges_file], settings),
     )  # fmt: skip
     reward.to(device)
     return reward
 
 
-def _preprocess(loaded: clip_weights.Loaded, resize: Resize | None, antialias: bool, file: Path) -> Preprocess:
+def _preprocess(loaded: Loaded, resize: Resize | None, antialias: bool, file: Path) -> Preprocess:
     """How the frames are prepared: by the reference where it fixes that, else by the checkpoint's config."""
     said = loaded.preprocess
     usual = {"mode": "RGB", "interpolation": "bicubic"}
@@ -160,7 +169,7 @@ def _preprocess(loaded: clip_weights.Loaded, resize: Resize | None, antialias: b
     if other or chosen not in ("letterbox", "shortest", "squash"):
         key = other[0] if other else "resize_mode"
         raise UserError(
-            f"{file.parent / clip_weights.OPEN_CLIP_CONFIG}: preprocess_cfg.{key}={said.get(key)}: not supported; "
+            f"{file.parent / OPEN_CLIP_CONFIG}: preprocess_cfg.{key}={said.get(key)}: not supported; "
             "use bicubic on RGB, resized by shortest or squash."
         )
     return Preprocess(
