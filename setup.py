@@ -16,6 +16,7 @@ PACKAGES = {
     "fastgrpo.core": "fastgrpo/core",
     "fastgrpo.core.config": "fastgrpo/core/config",
     "fastgrpo.parallel": "fastgrpo/parallel",
+    "fastgrpo.run": "fastgrpo/run",
     "fastgrpo.models": "models",
     "fastgrpo.models.loading": "models/loading",
     "fastgrpo.rewards": "rewards",

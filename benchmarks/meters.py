@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgrpo.stopwatch import Stopwatch
+from fastgrpo.run.stopwatch import Stopwatch
 
 KINDS = ("bytes", "forwards", "evaluations", "trained")
 Counts = dict[str, Counter[str]]  # phase -> KINDS

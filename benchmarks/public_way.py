@@ -33,7 +33,7 @@ from fastgrpo.core.reward import Reward
 from fastgrpo.data import video
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
-from fastgrpo.stopwatch import Stopwatch
+from fastgrpo.run.stopwatch import Stopwatch
 
 
 def mean_and_std(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tensor, float]:

@@ -19,8 +19,8 @@ from fastgrpo.core.policy import move
 from fastgrpo.data import prompts
 from fastgrpo.parallel.world import World
 from fastgrpo.rollout import Plan
+from fastgrpo.run.tracker import read_metrics
 from fastgrpo.scoring import Scored
-from fastgrpo.track import read_metrics
 from fastgrpo.train import Session, claim
 
 PHASES = ("rollout", "decode", "reward", "update")

@@ -6,8 +6,8 @@ from pathlib import Path
 from fastgrpo import models
 from fastgrpo.core.config import Model, Recipe
 from fastgrpo.models.loading import diffusers_folder
+from fastgrpo.run.tracker import read_metrics
 from fastgrpo.stored import Weights
-from fastgrpo.track import read_metrics
 
 
 def write(file: Path, run: Path, recipe: Recipe, weights: Weights, dtype: str) -> None:

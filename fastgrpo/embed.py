@@ -22,8 +22,8 @@ from fastgrpo.data import embeddings, prompts
 from fastgrpo.data.embeddings import Cache, Conditions
 from fastgrpo.data.fingerprint import fingerprint
 from fastgrpo.data.prompts import Split
-from fastgrpo.display import duration
 from fastgrpo.parallel.world import World, open_world
+from fastgrpo.run.terminal import duration
 
 LINE_EVERY_S = 10.0  # between lines of progress where there is no terminal
 LOOK_EVERY_S = 2.0  # between looks whether another process has ended with the cache

@@ -28,7 +28,9 @@ def main(recipe: Path, arguments: list[str]) -> int:
     The code is 2 for a user's mistake. Does not return once training has begun, nor where the process is replaced by a
     torchrun over several.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # held back, not lost, until fastgrpo.stopping hears it
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, [signal.SIGUSR1]
+    )  # held back, not lost, until fastgrpo.run.stopping hears it
     try:
         from fastgrpo import cli
     except ModuleNotFoundError as error:

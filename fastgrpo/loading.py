@@ -10,11 +10,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.policy import Policy
-from fastgrpo.display import duration
 from fastgrpo.models.loading import streaming
 from fastgrpo.models.loading.streaming import Bytes, Show
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
+from fastgrpo.run.terminal import duration
 
 
 def shard_and_read(policy: Policy, recipe: Recipe, world: World, what: str = "weights") -> None:

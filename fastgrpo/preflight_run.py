@@ -24,7 +24,7 @@ from fastgrpo.preflight_folder import scratch
 from fastgrpo.preflight_parts import Finding
 from fastgrpo.preflight_phases import Planned, table
 from fastgrpo.resume import check_folder
-from fastgrpo.stopping import Signals, Stop
+from fastgrpo.run.stopping import Signals, Stop
 from fastgrpo.train import Session
 
 

@@ -13,10 +13,10 @@ from fastgrpo import models
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import read_json, replace_text
-from fastgrpo.data.fingerprint import hashes
 from fastgrpo.models.loading import diffusers_folder, weight_files
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
+from fastgrpo.run.file_hashes import hashes
 from fastgrpo.scoring import Source
 
 FILE = "provenance.json"

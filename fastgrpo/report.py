@@ -16,9 +16,9 @@ import numpy as np
 from fastgrpo.charts import Series, curves, interval, smoothing_width, stacked_bars
 from fastgrpo.core.files import replace_text
 from fastgrpo.data import video
-from fastgrpo.display import duration
 from fastgrpo.page import chart, legend, page, table
 from fastgrpo.report_ranks import memory, phase_colour, ranks
+from fastgrpo.run.terminal import duration
 from fastgrpo.runfolder import Evaluation, Run, read_run
 
 SMALL = 256  # pixels: the short side up to which a clip is shown with hard pixel edges

@@ -6,8 +6,8 @@ from html import escape
 import numpy as np
 
 from fastgrpo.charts import Series, curves, level_bars
-from fastgrpo.display import PHASES
 from fastgrpo.page import chart, legend, table
+from fastgrpo.run.terminal import PHASES
 from fastgrpo.runfolder import Run
 
 

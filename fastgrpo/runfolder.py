@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from fastgrpo.charts import Series
 from fastgrpo.core.errors import UserError
-from fastgrpo.display import PHASES, parts
-from fastgrpo.ranklog import hosts_of
-from fastgrpo.track import Row, read_metrics
+from fastgrpo.run.rank_times import hosts_of
+from fastgrpo.run.terminal import PHASES, parts
+from fastgrpo.run.tracker import Row, read_metrics
 
 Verdict = Literal["up", "down", "flat"]  # of a difference whose interval excludes 0, or does not
 

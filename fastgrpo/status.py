@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.heartbeat import FOLDER, WAIT, Beat, read
+from fastgrpo.run.heartbeat import FOLDER, WAIT, Beat, read
 
 SILENT_S = 60.0  # heartbeats come every three seconds
 UNKNOWN_S = 1800.0  # in a phase that has not ended before

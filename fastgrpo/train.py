@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrpo import embed, evaluate, models, nft, preflight, rollout, room, track
+from fastgrpo import embed, evaluate, models, nft, preflight, rollout, room
 from fastgrpo.algorithm import samplers, selection, window
 from fastgrpo.algorithm.advantages import combined_advantages
 from fastgrpo.checkpoint import Checkpoints, Progress, number
@@ -25,21 +25,21 @@ from fastgrpo.data import prompts
 from fastgrpo.data.embeddings import Conditions
 from fastgrpo.data.prompts import Split
 from fastgrpo.evaluate import Evaluation
-from fastgrpo.heartbeat import Heart
 from fastgrpo.loading import shard_and_read
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.preflight_parts import Parts
 from fastgrpo.provenance import check_rewards, record_provenance
-from fastgrpo.ranks import Ranks
 from fastgrpo.reference import Reference, Unadapted
 from fastgrpo.report import write_report
 from fastgrpo.resume import check_folder, holds_run, prepare_folder
 from fastgrpo.rollout import Plan, Trajectory
+from fastgrpo.run.heartbeat import Heart
+from fastgrpo.run.rank_times import Ranks
+from fastgrpo.run.stopping import Signals, Stop, Stopped, answer, answer_mistake
+from fastgrpo.run.stopwatch import Stopwatch
+from fastgrpo.run.tracker import Tracker, Wandb
 from fastgrpo.scoring import NoScores, Scored, Scorer, open_rewards
-from fastgrpo.stopping import Signals, Stop, Stopped, answer, answer_mistake
-from fastgrpo.stopwatch import Stopwatch
-from fastgrpo.track import Tracker
 from fastgrpo.update import Trainer, update
 
 
@@ -381,10 +381,10 @@ def open_tracker(recipe: Recipe, world: World, start: int) -> Tracker:
     return tracker
 
 
-def wandb_settings(recipe: Recipe) -> track.Wandb | None:
+def wandb_settings(recipe: Recipe) -> Wandb | None:
     if not recipe.track.wandb:
         return None
-    return track.Wandb(project=recipe.track.project, name=recipe.run.dir.name, entity=recipe.track.entity)
+    return Wandb(project=recipe.track.project, name=recipe.run.dir.name, entity=recipe.track.entity)
 
 
 def reward_metrics(scored: Scored, recipe: Recipe, group_size: int) -> dict[str, float]:

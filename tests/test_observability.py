@@ -15,14 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo import heartbeat
 from fastgrpo.core.memory import Peaks
-from fastgrpo.display import PHASES
-from fastgrpo.heartbeat import Beat, Heart
-from fastgrpo.ranklog import RankLog, hosts_of
-from fastgrpo.ranks import Spread, spread, table
+from fastgrpo.run import heartbeat
+from fastgrpo.run.heartbeat import Beat, Heart
+from fastgrpo.run.rank_times import RankLog, Spread, hosts_of, spread, table
+from fastgrpo.run.stopwatch import Phase, Stopwatch
+from fastgrpo.run.terminal import PHASES
 from fastgrpo.status import lines, verdict
-from fastgrpo.stopwatch import Phase, Stopwatch
 from tests import runs
 from tests.worker_observability import MEMORY_MIB, PIECES, SLOW_S, WORK_S
 
@@ -105,7 +104,7 @@ def test_a_stopped_rank_is_named_with_its_phase(stalled: Stalled) -> None:
     assert first.split()[:5] == ["1", NODE, str(stalled.pid), "3", "decode"]
     assert "tests.worker_observability" not in first  # what is ours: the worker runs as __main__
     assert "__main__" in first and "iterate" in first
-    assert second.split()[0] == "0" and second.split()[3:5] == ["3", "wait"] and "fastgrpo.stopping:" in second
+    assert second.split()[0] == "0" and second.split()[3:5] == ["3", "wait"] and "fastgrpo.run.stopping:" in second
     assert said.startswith(f"rank 1 (node {NODE}, pid {stalled.pid}) seems dead: silent for ")
     assert "last in decode, iteration 3" in said
 
@@ -182,7 +181,7 @@ class Clock:
 
 def test_laps_go_to_the_phase_that_they_end(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr("fastgrpo.stopwatch.time", clock)
+    monkeypatch.setattr("fastgrpo.run.stopwatch.time", clock)
 
     def agreed() -> Iterator[int]:
         for piece in (0, 1):

@@ -16,12 +16,12 @@ from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import sha256
 from fastgrpo.core.reward import Reward, Scores
-from fastgrpo.data import fingerprint
 from fastgrpo.rewards import plain
 from fastgrpo.rewards.serving import in_process
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.rewards.serving.loaded_reward import Served
+from fastgrpo.run import file_hashes
 from fastgrpo.train import train
 from tests import runs, tiny
 from tests.servers import TOKEN, running
@@ -69,7 +69,7 @@ def test_another_network_beneath_the_adapters_is_refused_and_the_same_read_once(
         read.append(file)
         return sha256(file)
 
-    monkeypatch.setattr(fingerprint, "sha256", hashed)
+    monkeypatch.setattr(file_hashes, "sha256", hashed)
     provenance.check_network(recipe(begun))
     assert read == [weights]  # its time is another
     provenance.check_network(recipe(begun))

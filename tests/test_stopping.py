@@ -14,13 +14,13 @@ import pytest
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgrpo import stopping
 from fastgrpo.core import config, files
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import OneRankError
 from fastgrpo.parallel.world import open_world
-from fastgrpo.stopping import Signals, Stop, answer_mistake
+from fastgrpo.run import stopping
+from fastgrpo.run.stopping import Signals, Stop, answer_mistake
 from fastgrpo.train import Session, train
 from fastgrpo.update import Trainer
 from tests import forks, runs
@@ -128,7 +128,7 @@ import json, os, signal, sys
 sys.modules["fastgrpo.cli"] = cli = type(sys)("fastgrpo.cli")
 def main(argv):
     os.kill(os.getpid(), signal.SIGUSR1)  # would end a process without a handler
-    from fastgrpo.stopping import Signals
+    from fastgrpo.run.stopping import Signals
     with Signals() as signals:
         os.write(1, json.dumps(signals.received).encode())
     return 0

@@ -13,9 +13,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastgrpo import display
 from fastgrpo.core.errors import UserError
-from fastgrpo.track import Tracker, Wandb, has_wandb_key, keep_before, read_metrics
+from fastgrpo.run.terminal import BLOCKS, dashboard, duration, trend
+from fastgrpo.run.tracker import Tracker, Wandb, has_wandb_key, keep_before, read_metrics
 
 METRICS = {
     "reward/sum": 2.1134,
@@ -118,7 +118,7 @@ def test_a_terminal_gets_a_live_display(tmp_path: Path) -> None:
     tracked.close()
     shown = Console(width=100, file=io.StringIO(), record=True)
     note = "slow: rank 5 (node n1) took 1.9x the median in rollout"
-    shown.print(display.dashboard(read_metrics(tmp_path / "t2v" / "metrics.jsonl"), 90, "t2v", note))
+    shown.print(dashboard(read_metrics(tmp_path / "t2v" / "metrics.jsonl"), 90, "t2v", note))
     text = " ".join(shown.export_text().split())
     assert "saved step-20" in output.getvalue() and note in text
     assert "iteration 20/90" in text
@@ -143,13 +143,13 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[st
     [(0.4, "0 s"), (45, "45 s"), (540, "9 min"), (7500, "2 h 05 min"), (276_000, "3 d 5 h"), (math.nan, "?")],
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
-    assert display.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_the_trend_rises_with_the_values() -> None:
-    assert display.trend([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], 32) == display.BLOCKS
-    assert display.trend([1.0] * 100, 10) == "▁" * 10
-    assert display.trend([float(i // 10) for i in range(80)], 8) == display.BLOCKS
+    assert trend([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], 32) == BLOCKS
+    assert trend([1.0] * 100, 10) == "▁" * 10
+    assert trend([float(i // 10) for i in range(80)], 8) == BLOCKS
 
 
 def test_a_key_for_wandb_is_looked_for_where_wandb_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +168,7 @@ def test_a_key_for_wandb_is_looked_for_where_wandb_looks(tmp_path: Path, monkeyp
 UNREACHABLE_RUN = """
 import sys
 from pathlib import Path
-from fastgrpo.track import Tracker, Wandb
+from fastgrpo.run.tracker import Tracker, Wandb
 with Tracker(Path(sys.argv[1]), True, 1, 0, Wandb(project="p")) as tracked:
     tracked.log(0, {"reward/sum": 0.5})
     tracked.summary({"heldout_after/sum": 1.25})
@@ -193,7 +193,7 @@ WANDB_RUN = """
 import sys
 from pathlib import Path
 import torch
-from fastgrpo.track import Tracker, Wandb
+from fastgrpo.run.tracker import Tracker, Wandb
 start, end = int(sys.argv[2]), int(sys.argv[3])
 with Tracker(Path(sys.argv[1]), True, 6, start, Wandb(project="p"), config={"seed": 7}) as tracked:
     for i in range(start, end):

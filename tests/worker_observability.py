@@ -10,13 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-from fastgrpo import heartbeat
 from fastgrpo.core.processes import die_with
-from fastgrpo.heartbeat import Heart
 from fastgrpo.parallel.world import World, open_world
-from fastgrpo.ranks import Ranks
-from fastgrpo.stopping import Signals, Stop
-from fastgrpo.track import Tracker
+from fastgrpo.run import heartbeat
+from fastgrpo.run.heartbeat import Heart
+from fastgrpo.run.rank_times import Ranks
+from fastgrpo.run.stopping import Signals, Stop
+from fastgrpo.run.tracker import Tracker
 
 ITERATIONS, PIECES = 3, 2
 WORK_S, SLOW_S = 0.02, 1.0  # per piece

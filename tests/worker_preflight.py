@@ -31,7 +31,7 @@ from fastgrpo.preflight_iteration import Probe
 from fastgrpo.preflight_parts import Parts, fingerprints
 from fastgrpo.preflight_run import elsewhere, first_prompts
 from fastgrpo.rewards.tiny_world import TinyWorld
-from fastgrpo.stopping import Signals, Stop
+from fastgrpo.run.stopping import Signals, Stop
 from fastgrpo.train import Session
 from tests import runs
 

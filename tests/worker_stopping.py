@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastgrpo.core.processes import die_with, leave
 from fastgrpo.parallel.world import World, open_world
-from fastgrpo.stopping import POLL_S, Signals, Stop, Stopped
+from fastgrpo.run.stopping import POLL_S, Signals, Stop, Stopped
 
 
 def work(folder: Path, how: str, world: World) -> None:

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from fastgrpo.core.memory import Peaks
-from fastgrpo.heartbeat import WAIT, Heart
+from fastgrpo.run.heartbeat import WAIT, Heart
 
 T = TypeVar("T")
 BETWEEN = "between iterations"

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastgrpo.core.errors import UserError
 from fastgrpo.data import video
-from fastgrpo.display import dashboard, plain_line
+from fastgrpo.run.terminal import dashboard, plain_line
 
 if TYPE_CHECKING:
     from wandb import Run as WandbRun

@@ -5,9 +5,11 @@ the update, and wherever weights or sequences are sharded, ranks keep step layer
 the slowest, and no clock of the host tells them apart.
 """
 
+import json
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +18,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastgrpo.core.memory import KINDS
-from fastgrpo.display import PHASES
-from fastgrpo.heartbeat import WAIT, Heart, node
 from fastgrpo.parallel.world import World
-from fastgrpo.ranklog import RankLog
-from fastgrpo.stopwatch import Stopwatch
+from fastgrpo.run.heartbeat import WAIT, Heart, node
+from fastgrpo.run.stopwatch import Stopwatch
+from fastgrpo.run.terminal import PHASES
 
 MUCH = 1.5  # times the median
+
+
 AT_LEAST_S = 0.2  # over the median
+
+
 AT_LEAST_SHARE = 0.05  # of the iteration over the median
 
 
@@ -138,3 +143,43 @@ def spread(hosts: Sequence[str], tables: Tensor) -> Spread:
         {PHASES[n]: tables[:, n, 1].tolist() for n in present},
         {kind: {PHASES[n]: peaks[n][place] for n in present} for place, kind in enumerate(KINDS)},
     )
+
+
+TAIL = 16384  # bytes, more than a line has
+
+
+class RankLog:
+    """What one rank appends to, once per iteration; an OSError ends nothing and is told once, on stderr."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self.file = run_dir / "logs" / f"rank-{rank}.jsonl"
+        self.failed = False
+
+    def append(self, row: Mapping[str, object]) -> None:
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a+b") as lines:
+                begun = lines.tell() > 0 and not _tail(self.file).endswith(b"\n")  # cut off by a kill
+                lines.write((b"\n" if begun else b"") + json.dumps(row).encode() + b"\n")
+        except OSError as error:
+            if not self.failed:
+                print(f"fastgrpo: {self.file}: {error.strerror}; training goes on without that log", file=sys.stderr)
+            self.failed = True
+
+
+def hosts_of(run_dir: Path) -> dict[int, str]:
+    """The node of each rank that has a log, as its last line says."""
+    found = {}
+    for file in (run_dir / "logs").glob("rank-*.jsonl"):
+        try:
+            row = json.loads(_tail(file).splitlines()[-1])
+            found[int(row["rank"])] = str(row["host"])
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
+            continue  # empty, or cut off by a kill
+    return found
+
+
+def _tail(file: Path) -> bytes:
+    with file.open("rb") as content:
+        content.seek(max(0, content.seek(0, 2) - TAIL))
+        return content.read()
