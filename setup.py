@@ -17,6 +17,8 @@ PACKAGES = {
     "fastgrpo.core.config": "fastgrpo/core/config",
     "fastgrpo.parallel": "fastgrpo/parallel",
     "fastgrpo.run": "fastgrpo/run",
+    "fastgrpo.training": "fastgrpo/training",
+    "fastgrpo.training.conditions": "fastgrpo/training/conditions",
     "fastgrpo.models": "models",
     "fastgrpo.models.loading": "models/loading",
     "fastgrpo.rewards": "rewards",

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
-from fastgrpo import cli, rollout
+from fastgrpo import cli
 from fastgrpo.core import config
 from fastgrpo.parallel.world import open_world
 from fastgrpo.train import Session, claim
+from fastgrpo.training import rollout
 
 ITERATIONS = 5
 

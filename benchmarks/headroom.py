@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from fastgrpo.data.tiny_world import shapes
-from fastgrpo.evaluate import Evaluation
 from fastgrpo.rewards import load, plain
+from fastgrpo.training.evaluation import Evaluation
 
 
 def drawn(evaluation: Evaluation) -> dict[str, float]:

@@ -18,10 +18,10 @@ from fastgrpo.core.config import Recipe
 from fastgrpo.core.policy import move
 from fastgrpo.data import prompts
 from fastgrpo.parallel.world import World
-from fastgrpo.rollout import Plan
 from fastgrpo.run.tracker import read_metrics
-from fastgrpo.scoring import Scored
 from fastgrpo.train import Session, claim
+from fastgrpo.training.rollout import Plan
+from fastgrpo.training.scorer import Scored
 
 PHASES = ("rollout", "decode", "reward", "update")
 PLAIN = (

@@ -34,7 +34,7 @@ from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import flush, sha256
 from fastgrpo.parallel.world import World
-from fastgrpo.update import Trainer
+from fastgrpo.training.trainer import Trainer
 
 T = TypeVar("T")
 HEADER_BYTES = 2048  # of each tensor in a part, and its entry in the metadata

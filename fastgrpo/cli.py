@@ -202,7 +202,7 @@ def run(arguments: argparse.Namespace) -> None:
         case "embed":
             quiet_libraries()
             from fastgrpo.core import config
-            from fastgrpo.embed import embed
+            from fastgrpo.training.conditions.encode import embed
 
             embed(config.load(arguments.recipe, arguments.overrides))
         case "sample":
@@ -240,7 +240,7 @@ def run(arguments: argparse.Namespace) -> None:
 def serve_rewards(arguments: argparse.Namespace) -> None:
     from fastgrpo.rewards.serving.server import app
     from fastgrpo.rewards.serving.server.admission import Limits
-    from fastgrpo.scoring import read_token
+    from fastgrpo.training.sources import read_token
 
     file = arguments.token_file
     if file is None and arguments.host not in ("127.0.0.1", "localhost", "::1"):

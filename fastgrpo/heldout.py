@@ -21,11 +21,11 @@ from fastgrpo import judges, rewards, sample, snapshot
 from fastgrpo.core import config
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
-from fastgrpo.evaluate import RESAMPLES, Evaluation, compare
 from fastgrpo.judges import Judges, Servers
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.sample import Drawn, Work
 from fastgrpo.snapshot import Asked
+from fastgrpo.training.evaluation import RESAMPLES, Evaluation, compare
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from fastgrpo.preflight_iteration import Iteration, Meter, Probe, noisy_plan, sh
 from fastgrpo.preflight_parts import Finding, Parts
 from fastgrpo.preflight_phases import Phase, measured
 from fastgrpo.preflight_rewards import rewards
-from fastgrpo.rollout import Plan
+from fastgrpo.training.rollout import Plan
 
 QUICK_CLIPS = 2  # decoded and scored per rank
 

@@ -13,7 +13,7 @@ import torch
 from fastgrpo.checkpoint import Checkpoints, Progress
 from fastgrpo.parallel.world import World
 from fastgrpo.preflight_parts import Finding, Parts, gathered, largest, local
-from fastgrpo.update import Trainer
+from fastgrpo.training.trainer import Trainer
 
 ZEROED = 2**26  # bytes of this rank's weights that are set to zero before loading, and held twice meanwhile
 

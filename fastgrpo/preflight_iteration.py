@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastgrpo import rollout
 from fastgrpo.algorithm import samplers
 from fastgrpo.core.config import Objective
 from fastgrpo.core.memory import Peaks
@@ -22,8 +21,10 @@ from fastgrpo.core.processes import fail_alone
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.preflight_parts import Finding, Parts, gathered, largest, replicas_differ
-from fastgrpo.rollout import Drawn, Plan, Start
-from fastgrpo.update import MicroBatch, Trainer, update
+from fastgrpo.training import rollout
+from fastgrpo.training.rollout import Drawn, Plan, Start
+from fastgrpo.training.trainer import Trainer
+from fastgrpo.training.update import MicroBatch, update
 
 LOG_PROB_BOUND = 1e-5
 """Of a log-probability's difference from its value in float64, times its size where that is above 1. Float32 gives 1e-6

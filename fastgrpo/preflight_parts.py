@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.parallel.world import World
-from fastgrpo.rollout import Plan
-from fastgrpo.scoring import Scorer
-from fastgrpo.update import Trainer
+from fastgrpo.training.rollout import Plan
+from fastgrpo.training.scorer import Scorer
+from fastgrpo.training.trainer import Trainer
 
 T = TypeVar("T")
 

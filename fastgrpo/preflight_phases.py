@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from fastgrpo import rollout
 from fastgrpo.preflight_iteration import Iteration, Meter
 from fastgrpo.preflight_parts import Parts, gathered
+from fastgrpo.training import rollout
 
 
 @dataclass(frozen=True)

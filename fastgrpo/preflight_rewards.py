@@ -11,7 +11,7 @@ from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.handshake import GOLDEN_TOLERANCE
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.rewards.serving.loaded_reward import Served, golden_clip
-from fastgrpo.scoring import Source
+from fastgrpo.training.sources import Source
 
 Golden = Mapping[str, float | None]  # part -> score; none = it cannot judge that clip
 

@@ -12,7 +12,7 @@ from typing import IO
 import torch
 from rich.console import Console
 
-from fastgrpo import embed, plan, preflight
+from fastgrpo import plan, preflight
 from fastgrpo.core.config import Recipe, Track
 from fastgrpo.core.errors import UserError
 from fastgrpo.data import prompts
@@ -26,13 +26,14 @@ from fastgrpo.preflight_phases import Planned, table
 from fastgrpo.resume import check_folder
 from fastgrpo.run.stopping import Signals, Stop
 from fastgrpo.train import Session
+from fastgrpo.training.conditions import encode
 
 
 def run(recipe: Recipe) -> bool:
     """Print a line per check and the phases' table, on the main rank.  returns whether all checks are green"""
     console = Console()
     with open_world(recipe.distributed) as world, ExitStack() as stack:
-        found = first_prompts(recipe, embed.read_prompts(recipe, world))
+        found = first_prompts(recipe, encode.read_prompts(recipe, world))
         world.on_main(lambda: check_folder(recipe, world))
         folder = stack.enter_context(scratch(recipe.run.dir, world))
         stop = Stop(folder, stack.enter_context(Signals()), world)

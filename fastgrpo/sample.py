@@ -17,7 +17,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from fastgrpo import models, rollout, sheet, snapshot
+from fastgrpo import models, sheet, snapshot
 from fastgrpo.algorithm import noise
 from fastgrpo.core import config, files
 from fastgrpo.core.errors import UserError
@@ -26,6 +26,7 @@ from fastgrpo.data import prompts as prompt_file
 from fastgrpo.data import video
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.snapshot import Asked, Snapshot, Source
+from fastgrpo.training import rollout
 
 MANIFEST = "manifest.json"
 SHEET = "sheet.png"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrpo import embed, evaluate, models, nft, preflight, rollout, room
+from fastgrpo import models, preflight, room
 from fastgrpo.algorithm import samplers, selection, window
 from fastgrpo.algorithm.advantages import combined_advantages
 from fastgrpo.checkpoint import Checkpoints, Progress, number
@@ -22,25 +22,28 @@ from fastgrpo.core.files import only_run_in, replace_text
 from fastgrpo.core.policy import Condition, Policy, move
 from fastgrpo.core.processes import OneRankError, rank
 from fastgrpo.data import prompts
-from fastgrpo.data.embeddings import Conditions
 from fastgrpo.data.prompts import Split
-from fastgrpo.evaluate import Evaluation
-from fastgrpo.loading import shard_and_read
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.preflight_parts import Parts
 from fastgrpo.provenance import check_rewards, record_provenance
-from fastgrpo.reference import Reference, Unadapted
 from fastgrpo.report import write_report
 from fastgrpo.resume import check_folder, holds_run, prepare_folder
-from fastgrpo.rollout import Plan, Trajectory
 from fastgrpo.run.heartbeat import Heart
 from fastgrpo.run.rank_times import Ranks
 from fastgrpo.run.stopping import Signals, Stop, Stopped, answer, answer_mistake
 from fastgrpo.run.stopwatch import Stopwatch
 from fastgrpo.run.tracker import Tracker, Wandb
-from fastgrpo.scoring import NoScores, Scored, Scorer, open_rewards
-from fastgrpo.update import Trainer, update
+from fastgrpo.training import nft, rollout
+from fastgrpo.training.conditions import encode
+from fastgrpo.training.conditions.cache import Conditions
+from fastgrpo.training.evaluation import Evaluation, averaged_weights, compare, evaluate
+from fastgrpo.training.policies import Reference, Unadapted, shard_and_read
+from fastgrpo.training.rollout import Plan, Trajectory
+from fastgrpo.training.scorer import Scored, Scorer
+from fastgrpo.training.sources import NoScores, open_rewards
+from fastgrpo.training.trainer import Trainer
+from fastgrpo.training.update import update
 
 
 def train(recipe: Recipe) -> dict[str, object] | None:
@@ -65,7 +68,7 @@ def train(recipe: Recipe) -> dict[str, object] | None:
 def claim(recipe: Recipe, world: World, stack: ExitStack) -> tuple[Split, Stop]:
     """Read the prompts, and take the run's folder, which must hold no other run, for as long as `stack` is open."""
     signals = stack.enter_context(Signals())
-    found = embed.read_prompts(recipe, world)
+    found = encode.read_prompts(recipe, world)
     world.on_main(lambda: check_folder(recipe, world))
     world.on_main(lambda: stack.enter_context(only_run_in(recipe.run.dir)))
     return found, Stop(recipe.run.dir, signals, world)
@@ -109,7 +112,7 @@ class Session:
         nothing = torch.zeros(1, 1, device=world.device)
         policy.transition(nothing, nothing, grid[0], grid[1], recipe.rollout.eta)  # refuses an eta that it cannot take
         world.on_main(lambda: prepare_folder(recipe, world))  # not before the recipe has proved itself
-        encoded = embed.encode(recipe, world, found)
+        encoded = encode.encode(recipe, world, found)
         shard_and_read(policy, recipe, world)
         if encoded.conditions.negative is not None:
             policy.negative = move(encoded.conditions.negative, world.device)
@@ -233,7 +236,7 @@ class Session:
         settings = self.recipe.distributed
         old = self.recipe.objective.kind == "nft"
         with (
-            evaluate.averaged_weights(self.trainer) if old else nullcontext(),
+            averaged_weights(self.trainer) if old else nullcontext(),
             sharding.rollout_weights(self.policy.network, settings, dtype, self.world) as whole,
         ):
             work = (total, conditions, plan.group_size, size, self.world, not whole)
@@ -303,7 +306,7 @@ class Session:
         count = min(self.recipe.evaluate.prompts, len(self.heldout_prompts))
         first = len(self.train_prompts)
         conditions = [move(c, self.world.device) for c in self.conditions[first : first + count]]
-        evaluation = evaluate.evaluate(
+        evaluation = evaluate(
             self.trainer, self.recipe, self.heldout_prompts[:count], conditions,
             self.scorer, self.world, self.progress.iteration, self.heldout_grid, self.shape, self.stop.between,
         )  # fmt: skip
@@ -324,7 +327,7 @@ class Session:
         self.tracker.message("evaluating the held-out prompts after training")
         after = self.evaluate()
         folder = self.recipe.run.dir
-        compared = evaluate.compare(before, after)
+        compared = compare(before, after)
         summary: dict[str, object] = {
             **compared,
             "iterations": self.progress.iteration,

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgrpo import rollout
 from fastgrpo.core.config import Objective, Optimizer, Video
 from fastgrpo.core.policy import Condition, Policy, stack
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
-from fastgrpo.rollout import Drawn, Plan
-from fastgrpo.update import Trainer, update
+from fastgrpo.training import rollout
+from fastgrpo.training.rollout import Drawn, Plan
+from fastgrpo.training.trainer import Trainer
+from fastgrpo.training.update import update
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -22,9 +22,9 @@ from fastgrpo.core import config
 from fastgrpo.core.config import Objective
 from fastgrpo.core.errors import UserError
 from fastgrpo.data import video
-from fastgrpo.evaluate import Evaluation, compare
 from fastgrpo.parallel.world import World
 from fastgrpo.runfolder import read_run
+from fastgrpo.training.evaluation import Evaluation, compare
 from tests.runs import RECIPE
 
 PROMPTS, GROUP, STEPS, TRAINED = 2, 4, 5, 3

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastgrpo import cli, heldout, models, paper_table, rewards, rollout, sample, snapshot
+from fastgrpo import cli, heldout, models, paper_table, rewards, sample, snapshot
 from fastgrpo.algorithm import noise
 from fastgrpo.checkpoint import Checkpoints, Progress
 from fastgrpo.core import config
@@ -23,7 +23,8 @@ from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.sample import Work
 from fastgrpo.snapshot import Asked
-from fastgrpo.update import Trainer
+from fastgrpo.training import rollout
+from fastgrpo.training.trainer import Trainer
 from tests import forks, runs
 from tests.tiny import FOLDER
 

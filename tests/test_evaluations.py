@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo import evaluations, update
+from fastgrpo import evaluations
 from fastgrpo.algorithm import selection, window
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.parallel.world import World
-from fastgrpo.rollout import Plan
+from fastgrpo.training import update
+from fastgrpo.training.rollout import Plan
 
 TINY = Path(__file__).parent.parent / "launch" / "t2v_tiny.toml"
 BASE = ("prompts.per_iteration=5", "rollout.samples_per_prompt=6", "rollout.steps=8", "objective.best_of_n=none")

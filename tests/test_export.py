@@ -17,7 +17,7 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastgrpo import cli, models, rollout, shards, stored
+from fastgrpo import cli, models, shards, stored
 from fastgrpo.algorithm import noise
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
@@ -25,6 +25,7 @@ from fastgrpo.core.policy import Prompt, stack
 from fastgrpo.export import Export, export
 from fastgrpo.snapshot import Asked, Snapshot, find
 from fastgrpo.stored import Weights
+from fastgrpo.training import rollout
 from tests import forks, runs
 from tests.tiny import FOLDER, VIDEO
 

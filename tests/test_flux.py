@@ -16,7 +16,7 @@ from fastgrpo.core.policy import Condition, Prompt, stack
 from fastgrpo.models import flux
 from fastgrpo.models.flux import Flux
 from fastgrpo.parallel.world import World
-from fastgrpo.rollout import sample_ode
+from fastgrpo.training.rollout import sample_ode
 from tests import backbone
 from tests.backbone import CPU, changed
 from tests.folders import flux as files

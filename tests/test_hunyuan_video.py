@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, LlamaForCausalLM, LlamaModel
 
-from fastgrpo import models, rollout
+from fastgrpo import models
 from fastgrpo.algorithm.transitions import gaussian_log_prob, sde_transition
 from fastgrpo.core.config import Model, Objective, Optimizer, Video
 from fastgrpo.core.errors import UserError
@@ -28,8 +28,10 @@ from fastgrpo.models.hunyuan_video import TrimmedAttention, blocks, both_texts
 from fastgrpo.models.loading import diffusers_folder
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
-from fastgrpo.rollout import Drawn, Plan, sample_ode
-from fastgrpo.update import Trainer, update
+from fastgrpo.training import rollout
+from fastgrpo.training.rollout import Drawn, Plan, sample_ode
+from fastgrpo.training.trainer import Trainer
+from fastgrpo.training.update import update
 from tests import tiny
 from tests.backbone import changed
 

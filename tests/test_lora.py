@@ -28,7 +28,7 @@ from fastgrpo.core.policy import stack
 from fastgrpo.models.loading.lora import add_adapters, at_rest, merged, save_adapters, target_layers
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
-from fastgrpo.reference import Unadapted
+from fastgrpo.training.policies import Unadapted
 from tests import forks, tiny, worker_lora
 from tests.folders import stable_diffusion
 from tests.worker_lora import stir

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo import nft, rollout
 from fastgrpo.algorithm import noise, objectives
 from fastgrpo.algorithm.objectives import Noised
 from fastgrpo.algorithm.transitions import ddim_transition
@@ -18,8 +17,10 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, stack
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
-from fastgrpo.rollout import Drawn, Plan
-from fastgrpo.update import Trainer, update
+from fastgrpo.training import nft, rollout
+from fastgrpo.training.rollout import Drawn, Plan
+from fastgrpo.training.trainer import Trainer
+from fastgrpo.training.update import update
 from tests import runs, tiny
 
 TOTAL = len(tiny.PROMPTS) * tiny.GROUP

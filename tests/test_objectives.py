@@ -13,7 +13,8 @@ from fastgrpo.algorithm.transitions import gaussian_kl, gaussian_log_prob, time_
 from fastgrpo.core.config import Objective
 from fastgrpo.core.policy import Condition
 from fastgrpo.parallel.world import World
-from fastgrpo.update import Trainer, update
+from fastgrpo.training.trainer import Trainer
+from fastgrpo.training.update import update
 from tests import tiny
 
 ADVANTAGES = [2.0, -1.5, 0.5]

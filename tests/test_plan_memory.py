@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fastgrpo import evaluate, models, nft, plan, plan_memory, plan_phases, plan_work, update
+from fastgrpo import models, plan, plan_memory, plan_phases, plan_work
 from fastgrpo.core import config
 from fastgrpo.core.config import Optimizer, Recipe
 from fastgrpo.core.policy import Policy
@@ -22,9 +22,10 @@ from fastgrpo.parallel.world import Group, World
 from fastgrpo.plan_counts import Sent
 from fastgrpo.plan_phases import Machine
 from fastgrpo.plan_sizes import subject
-from fastgrpo.reference import Reference, Unadapted
-from fastgrpo.rollout import Plan
-from fastgrpo.update import Trainer
+from fastgrpo.training import evaluation, nft, update
+from fastgrpo.training.policies import Reference, Unadapted
+from fastgrpo.training.rollout import Plan
+from fastgrpo.training.trainer import Trainer
 from tests import tiny
 
 LAUNCH = Path(__file__).parent.parent / "launch"
@@ -57,8 +58,8 @@ def test_trajectories_of_nft_are_what_its_samples_hold() -> None:
 def test_raw_weights_are_what_the_average_displaces(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer.create(tiny.load_policy(), Optimizer(ema_decay=0.5), None)
     copied: list[Mapping[str, Tensor]] = []
-    monkeypatch.setattr(evaluate, "_copy", lambda values, parameters: copied.append(values))
-    with evaluate.averaged_weights(trainer):
+    monkeypatch.setattr(evaluation, "_copy", lambda values, parameters: copied.append(values))
+    with evaluation.averaged_weights(trainer):
         pass
     _, raw = copied  # what is put back
     job = subject(recipe(*NFT), 1, 8).job

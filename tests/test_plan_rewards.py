@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo import plan, plan_rewards, scoring
+from fastgrpo import plan, plan_rewards
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe, RewardSpec
 from fastgrpo.core.errors import UserError
@@ -23,6 +23,7 @@ from fastgrpo.plan_phases import Machine
 from fastgrpo.plan_sizes import subject
 from fastgrpo.resume import check_folder
 from fastgrpo.rewards.common import frames
+from fastgrpo.training import sources
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 HPS = "rewards=[{name='hps', weights={HPS=1.0}, %s}]"
@@ -100,7 +101,7 @@ def test_what_cannot_be_scored_is_refused_by_plan_and_train(tmp_path: Path, monk
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     asked = recipe(HPS % "where='server'")
     with ExitStack() as stack, pytest.raises(UserError, match=r"server\.urls: none, and the run spans several nodes"):
-        scoring._servers(asked, list(asked.rewards), world(16), stack)
+        sources._servers(asked, list(asked.rewards), world(16), stack)
     with pytest.raises(UserError, match=r"server\.urls: none, and the run spans 2 nodes.* rewards\.0\.where=process\."):
         plan.plan(asked, 16, Machine(gpu("h800"), Achieved()))
     token = tmp_path / "token"

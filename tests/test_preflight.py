@@ -22,8 +22,8 @@ from fastgrpo.preflight_run import card_of
 from fastgrpo.rewards import load, plain
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
-from fastgrpo.rollout import Plan
 from fastgrpo.train import train
+from fastgrpo.training.rollout import Plan
 from tests import forks, runs
 from tests.servers import TOKEN, running
 

@@ -21,6 +21,7 @@ LINKED = ("models", "rewards", "data")
 FLOORS = (
     {"core"},
     {"parallel", "algorithm"},
+    {"data"},
     {"models", "rewards"},
     {"run"},
     {"training"},

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo import cli, models, rollout, sample, sheet, snapshot
+from fastgrpo import cli, models, sample, sheet, snapshot
 from fastgrpo.checkpoint import Checkpoints
 from fastgrpo.core import config
 from fastgrpo.core.config import Checkpoint
@@ -19,7 +19,8 @@ from fastgrpo.data import video
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import open_world
 from fastgrpo.snapshot import Asked
-from fastgrpo.update import Trainer
+from fastgrpo.training import rollout
+from fastgrpo.training.trainer import Trainer
 from tests import forks, runs
 from tests.folders import skyreels_i2v
 from tests.tiny import FOLDER, PROMPTS, VIDEO

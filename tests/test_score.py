@@ -18,10 +18,10 @@ from fastgrpo.core.reward import Scores
 from fastgrpo.data import video
 from fastgrpo.data.images import read_image
 from fastgrpo.data.tiny_world import shapes
-from fastgrpo.evaluate import Evaluation
 from fastgrpo.judges import Asked, Judges, Servers, Witness
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.rewards.serving.loaded_reward import Served
+from fastgrpo.training.evaluation import Evaluation
 from tests import runs, servers
 
 MEANINGS = shapes.meanings()[0][:3]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo import cli, scoring
+from fastgrpo import cli
 from fastgrpo.algorithm.advantages import combined_advantages
 from fastgrpo.core import config
 from fastgrpo.core.config import RewardSpec
@@ -23,8 +23,9 @@ from fastgrpo.rewards import load, plain
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.rewards.serving.loaded_reward import Served
-from fastgrpo.scoring import Scored, Scorer, union_length
 from fastgrpo.train import Session, reward_metrics
+from fastgrpo.training.scorer import Scored, Scorer, union_length
+from fastgrpo.training.sources import open_rewards
 from tests import runs
 from tests.servers import TOKEN, running
 
@@ -282,12 +283,12 @@ def test_rewards_of_several_servers_and_rates_become_sources_of_their_own(world:
             {"name": "'c'", "weights": "{}", "urls": f"['{second}']"},
             urls=f"['{first}']", token_file=token,
         )  # fmt: skip
-        sources = scoring.open_rewards(settings, world, stack)
+        sources = open_rewards(settings, world, stack)
         found = [(s.names, s.fps, s.replicas.all[0].url) for s in sources if isinstance(s, RewardClient)]
         assert found == [(("a",), None, first), (("b",), 3.0, first), (("c",), None, second)]
         with pytest.raises(UserError, match=r"rewards\.weights: a has no part 'Z'; its parts are A, B"):
             wrong = recipe(tmp_path, {"name": "'a'", "weights": "{Z = 1.0}"}, urls=f"['{first}']", token_file=token)
-            scoring.open_rewards(wrong, world, stack)
+            open_rewards(wrong, world, stack)
 
 
 def test_urls_of_a_reward_want_a_token(tmp_path: Path) -> None:
@@ -372,4 +373,4 @@ def test_a_reward_for_longer_clips_is_refused_before_it_is_loaded(where: str, wo
     recipe = config.load(runs.RECIPE, ["video.frames=1", "rewards.0.name=videoalign", f"rewards.0.where={where}"])
     told = "video.frames=1: videoalign judges clips of at least 2; use longer clips, or another reward."
     with ExitStack() as stack, pytest.raises(UserError, match=f"^{told}$"):
-        scoring.open_rewards(recipe, world, stack)
+        open_rewards(recipe, world, stack)

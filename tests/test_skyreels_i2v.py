@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgrpo import models, rollout
+from fastgrpo import models
 from fastgrpo.algorithm import noise
 from fastgrpo.algorithm.transitions import gaussian_log_prob, sde_transition
 from fastgrpo.core.config import Model, Objective, Optimizer, Video
@@ -27,8 +27,10 @@ from fastgrpo.models import skyreels_i2v
 from fastgrpo.models.skyreels_i2v import SkyReels, blocks, posterior_key
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
-from fastgrpo.rollout import Drawn, Plan, sample_ode
-from fastgrpo.update import Trainer, update
+from fastgrpo.training import rollout
+from fastgrpo.training.rollout import Drawn, Plan, sample_ode
+from fastgrpo.training.trainer import Trainer
+from fastgrpo.training.update import update
 from tests import tiny
 from tests.backbone import changed
 from tests.folders import hunyuan_video as base_files

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 
-from fastgrpo import models, rollout
+from fastgrpo import models
 from fastgrpo.algorithm.transitions import gaussian_log_prob
 from fastgrpo.core.config import Model, Objective, Optimizer, Video
 from fastgrpo.core.errors import UserError
@@ -23,8 +23,10 @@ from fastgrpo.core.policy import Condition, Prompt, stack
 from fastgrpo.models.stable_diffusion import Schedule, StableDiffusion, blocks
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
-from fastgrpo.rollout import Drawn, Plan, sample_ode
-from fastgrpo.update import Trainer, update
+from fastgrpo.training import rollout
+from fastgrpo.training.rollout import Drawn, Plan, sample_ode
+from fastgrpo.training.trainer import Trainer
+from fastgrpo.training.update import update
 from tests import tiny
 from tests.backbone import CONFIGS
 from tests.folders import stable_diffusion as files

@@ -22,7 +22,7 @@ from fastgrpo.parallel.world import open_world
 from fastgrpo.run import stopping
 from fastgrpo.run.stopping import Signals, Stop, answer_mistake
 from fastgrpo.train import Session, train
-from fastgrpo.update import Trainer
+from fastgrpo.training.trainer import Trainer
 from tests import forks, runs
 
 ITERATIONS = 3

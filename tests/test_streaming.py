@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fastgrpo import loading, models
+from fastgrpo import models
 from fastgrpo.core.config import Lora, Model
 from fastgrpo.core.config.loading import load
 from fastgrpo.core.errors import UserError
@@ -35,6 +35,7 @@ from fastgrpo.models.loading import lora, streaming
 from fastgrpo.models.loading.weight_files import WEIGHTS
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World, open_world
+from fastgrpo.training import policies
 from tests import forks, runs, tiny
 from tests.folders import flux, hunyuan_video, stable_diffusion, wan
 
@@ -309,7 +310,7 @@ def test_a_recipes_network_is_read_and_told(
     settings = recipe.model.model_copy(update={"path": str(tiny.FOLDER)})
     with open_world() as world:
         policy, expected = models.outline(settings, CPU), models.load(settings, CPU)
-        loading.shard_and_read(policy, recipe, world)
+        policies.shard_and_read(policy, recipe, world)
         x = torch.randn(1, *policy.latent_shape(tiny.VIDEO), generator=torch.Generator().manual_seed(0))
         condition = stack(tiny.encode()[:1])
         with torch.no_grad():

@@ -15,7 +15,8 @@ from fastgrpo.core.config import Objective
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, stack
 from fastgrpo.parallel.world import World
-from fastgrpo.update import Trainer, update
+from fastgrpo.training.trainer import Trainer
+from fastgrpo.training.update import update
 from tests import forks, tiny
 
 TOTAL = len(tiny.PROMPTS) * tiny.GROUP

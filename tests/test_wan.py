@@ -19,7 +19,7 @@ from fastgrpo.core.policy import Condition, Prompt, stack
 from fastgrpo.models import wan
 from fastgrpo.models.wan import Wan
 from fastgrpo.parallel.world import World
-from fastgrpo.rollout import sample_ode
+from fastgrpo.training.rollout import sample_ode
 from tests import backbone
 from tests.backbone import CPU, changed
 from tests.folders import t5

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgrpo import rollout
 from fastgrpo.algorithm.transitions import time_grid
 from fastgrpo.algorithm.window import noisy_steps, shortened
 from fastgrpo.core.config import Rollout
 from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
-from fastgrpo.rollout import Plan
+from fastgrpo.training import rollout
+from fastgrpo.training.rollout import Plan
 from tests import tiny
 from tests.test_update import assert_gradients_equal
 

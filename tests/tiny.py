@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastgrpo import models, rollout
+from fastgrpo import models
 from fastgrpo.core.config import Model, Objective, Optimizer, Video
 from fastgrpo.core.policy import Condition, Policy, Prompt
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
-from fastgrpo.rollout import Drawn, Plan, Trajectory
-from fastgrpo.update import Trainer, update
+from fastgrpo.training import rollout
+from fastgrpo.training.rollout import Drawn, Plan, Trajectory
+from fastgrpo.training.trainer import Trainer
+from fastgrpo.training.update import update
 
 FOLDER = Path(__file__).parent.parent / "data" / "tiny_hunyuan_video"
 VIDEO = Video(frames=9, height=24, width=40)  # 45 video tokens: an odd number, which sequence parallelism must split

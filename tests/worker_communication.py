@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgrpo import rollout
 from fastgrpo.core.config import Distributed
 from fastgrpo.core.processes import leave
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.sharding import shard
 from fastgrpo.parallel.world import open_world
+from fastgrpo.training import rollout
 from tests import tiny
 
 KINDS = {

@@ -20,9 +20,9 @@ from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.core.processes import leave
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World, open_world
-from fastgrpo.reference import Reference, Unadapted
-from fastgrpo.rollout import Plan, Trajectory
-from fastgrpo.update import update
+from fastgrpo.training.policies import Reference, Unadapted
+from fastgrpo.training.rollout import Plan, Trajectory
+from fastgrpo.training.update import update
 from tests import tiny
 
 LORA = Lora(rank=4, alpha=6.0)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgrpo import embed, preflight, preflight_folder
+from fastgrpo import preflight, preflight_folder
 from fastgrpo.algorithm import noise, samplers
 from fastgrpo.algorithm.transitions import gaussian_log_prob
 from fastgrpo.core import config
@@ -33,6 +33,7 @@ from fastgrpo.preflight_run import elsewhere, first_prompts
 from fastgrpo.rewards.tiny_world import TinyWorld
 from fastgrpo.run.stopping import Signals, Stop
 from fastgrpo.train import Session
+from fastgrpo.training.conditions import encode
 from tests import runs
 
 SETTINGS = [*runs.SMALL, "prompts.limit=20", "rewards.0.where=process"]
@@ -45,7 +46,7 @@ def opened(world: World, settings: list[str], folder: Path) -> Iterator[Parts]:
     with ExitStack() as stack:
         place = stack.enter_context(scratch(folder, world))
         stop = Stop(place, stack.enter_context(Signals()), world)
-        found = first_prompts(recipe, embed.read_prompts(recipe, world))
+        found = first_prompts(recipe, encode.read_prompts(recipe, world))
         yield Session.open(elsewhere(recipe, place), world, stack, found, stop).preflight_parts()
 
 

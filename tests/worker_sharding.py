@@ -15,7 +15,7 @@ from fastgrpo.core.policy import Policy
 from fastgrpo.core.processes import die_with, leave
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World, open_world
-from fastgrpo.update import Trainer
+from fastgrpo.training.trainer import Trainer
 from tests import tiny
 
 KINDS = {"c10d::_allgather_base_": "gather", "c10d::_reduce_scatter_base_": "reduce"}

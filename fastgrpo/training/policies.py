@@ -3,14 +3,18 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from torch import Tensor
 
 from fastgrpo.core.config import Recipe
-from fastgrpo.core.policy import Policy
+from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.models.loading import streaming
+from fastgrpo.models.loading.lora import at_rest
 from fastgrpo.models.loading.streaming import Bytes, Show
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
@@ -52,3 +56,20 @@ def _progress(world: World, what: str) -> Iterator[Show]:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+class Reference(Protocol):
+    """What the KL term needs of it; every `fastgrpo.core.policy.Policy` has that."""
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Unadapted:
+    """A policy with its adapters at rest, which is the initial one, without a second network in memory."""
+
+    policy: Policy
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        with at_rest(self.policy.network):
+            return self.policy.velocity(x, t, condition)

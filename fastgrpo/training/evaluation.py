@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrpo import rollout
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
@@ -21,9 +20,10 @@ from fastgrpo.core.policy import Condition, Policy, stack
 from fastgrpo.data import video
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
-from fastgrpo.rollout import Plan, Round
-from fastgrpo.scoring import Scorer
-from fastgrpo.update import Trainer
+from fastgrpo.training import rollout
+from fastgrpo.training.rollout import Plan, Round
+from fastgrpo.training.scorer import Scorer
+from fastgrpo.training.trainer import Trainer
 
 RESAMPLES = 10_000
 

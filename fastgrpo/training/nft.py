@@ -19,7 +19,7 @@ from fastgrpo.algorithm.samplers import is_flow
 from fastgrpo.core.config import Objective
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, stack
-from fastgrpo.rollout import Drawn, Plan, Trajectory, sample_ode, stored
+from fastgrpo.training.rollout import Drawn, Plan, Trajectory, sample_ode, stored
 
 
 def check(policy: Policy, device: torch.device) -> None:

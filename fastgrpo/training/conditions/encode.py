@@ -18,12 +18,12 @@ from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import take_lock
 from fastgrpo.core.policy import Prompt
-from fastgrpo.data import embeddings, prompts
-from fastgrpo.data.embeddings import Cache, Conditions
-from fastgrpo.data.fingerprint import fingerprint
+from fastgrpo.data import prompts
 from fastgrpo.data.prompts import Split
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.run.terminal import duration
+from fastgrpo.training.conditions.cache import Cache, Conditions, write_negative, write_part
+from fastgrpo.training.conditions.fingerprint import fingerprint
 
 LINE_EVERY_S = 10.0  # between lines of progress where there is no terminal
 LOOK_EVERY_S = 2.0  # between looks whether another process has ended with the cache
@@ -119,11 +119,11 @@ def _make(recipe: Recipe, world: World, cache: Cache, missing: list[int], everyt
 
         def make(numbers: list[int]) -> None:
             for number in numbers:
-                embeddings.write_part(cache, number, encoder, everything, recipe)
+                write_part(cache, number, encoder, everything, recipe)
 
         def make_negative() -> None:
             if world.main and recipe.model.cfg > 1:
-                embeddings.write_negative(cache, encoder, recipe)
+                write_negative(cache, encoder, recipe)
 
         world.together(make_negative)
         done = 0

@@ -1,0 +1,90 @@
+"""What an optimizer step changes: the trainable weights, AdamW's state, the moving average, the counters."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fastgrpo.core.config import Optimizer
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Policy
+from fastgrpo.training.policies import Reference
+
+
+@dataclass
+class Trainer:
+    """What an optimizer step changes: the trainable weights, AdamW's state, the moving average, the counters."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    settings: Optimizer
+    reference: Reference | None = None  # the initial policy, for the KL term
+    ema: dict[str, Tensor] = field(default_factory=dict)
+    updates: int = 0  # optimizer steps taken
+    skipped: int = 0  # optimizer steps left out for non-finite gradients
+
+    @classmethod
+    def create(
+        cls, policy: Policy, settings: Optimizer, reference: Reference | None, offload: bool = False
+    ) -> "Trainer":
+        """For a sharded policy, so that the optimizer holds this rank's shards only; of adapters where it has them.
+
+        offload: the shards lie in host memory
+        """
+        trainable = {name: p for name, p in policy.network.named_parameters() if p.requires_grad}
+        fused = offload or next(iter(trainable.values())).device.type == "cuda"  # faster, and rounds otherwise
+        optimizer = torch.optim.AdamW(
+            trainable.values(),
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=fused,
+        )
+
+        def keep_fused(optimizer: torch.optim.Optimizer) -> None:  # not the choice of the run that wrote a checkpoint
+            for group in optimizer.param_groups:
+                group["fused"] = fused
+
+        optimizer.register_load_state_dict_post_hook(keep_fused)
+        ema = {}
+        if settings.ema_decay:
+            ema = {name: p.detach().clone() for name, p in trainable.items()}
+        return cls(policy, optimizer, settings, reference, ema)
+
+    @property
+    def lr(self) -> float:
+        """The rate of the next optimizer step: a linear warm-up, then the decay that the recipe asks for."""
+        warmup, decay = self.settings.warmup_updates, self.settings.decay_updates
+        if self.updates < warmup or not decay:
+            return self.settings.lr * min(1.0, (self.updates + 1) / (warmup + 1))
+        return self.settings.lr * max(0.1, 1.0 - 0.9 * (self.updates - warmup) / decay)
+
+    def step(self) -> Tensor:
+        """Clip, step, move the average.  returns the gradient's norm; a non-finite one skips the step on every rank."""
+        parameters = [p for p in self.policy.network.parameters() if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if torch.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr
+            self.optimizer.step()
+            self.updates += 1
+            self._move_average()
+        else:
+            self.skipped += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.skipped > self.settings.max_skipped:
+            raise UserError(
+                f"optimizer.max_skipped={self.settings.max_skipped}: {self.skipped} optimizer steps had non-finite "
+                "gradients; lower optimizer.lr or look for the reward or sample that is not finite. "
+                "The newest checkpoint is intact."
+            )
+        return norm
+
+    @torch.no_grad()
+    def _move_average(self) -> None:
+        for name, parameter in self.policy.network.named_parameters():
+            if name in self.ema:
+                self.ema[name].lerp_(parameter, 1 - self.settings.ema_decay)
