@@ -19,6 +19,7 @@ PACKAGES = {
     "fastgrpo.run": "fastgrpo/run",
     "fastgrpo.training": "fastgrpo/training",
     "fastgrpo.training.conditions": "fastgrpo/training/conditions",
+    "fastgrpo.checkpoint": "fastgrpo/checkpoint",
     "fastgrpo.models": "models",
     "fastgrpo.models.loading": "models/loading",
     "fastgrpo.rewards": "rewards",

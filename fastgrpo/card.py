@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 from fastgrpo import models
+from fastgrpo.checkpoint.reader import Weights
 from fastgrpo.core.config import Model, Recipe
 from fastgrpo.models.loading import diffusers_folder
 from fastgrpo.run.tracker import read_metrics
-from fastgrpo.stored import Weights
 
 
 def write(file: Path, run: Path, recipe: Recipe, weights: Weights, dtype: str) -> None:

@@ -15,13 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastgrpo import card, models, shards, stored
+from fastgrpo import card, models, shards
+from fastgrpo.checkpoint import reader
+from fastgrpo.checkpoint.reader import Step, Weights
 from fastgrpo.core import config, files
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.models.loading import diffusers_folder as layout_folder
 from fastgrpo.models.loading.lora import DOWN, UP, merged, save_adapters
-from fastgrpo.stored import Step, Weights
 
 COPIED_FILES = ("LICENSE*", "NOTICE*")  # of the base folder's top; whole-model files there hold the old weights
 
@@ -47,7 +48,7 @@ def export(wanted: Export) -> Path:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("export: runs in one process; start it without torchrun.")
-    checkpoint = stored.find(wanted.run, wanted.step)
+    checkpoint = reader.find(wanted.run, wanted.step)
     recipe = config.load(wanted.run / "recipe.toml")
     if wanted.lora is not None and not recipe.lora.rank:
         raise UserError(f"--lora={wanted.lora}: the run in {wanted.run} trained no adapters; leave it out.")
@@ -77,7 +78,7 @@ def write_pipeline(wanted: Export, recipe: Recipe, weights: Weights, partial: Pa
     if recipe.lora.rank:
         read = merged_with(source, adapters(weights), recipe)
     else:
-        stored.check_names({name: tensor.shape for name, tensor in expected.items()}, set(expected), weights)
+        reader.check_names({name: tensor.shape for name, tensor in expected.items()}, set(expected), weights)
     dtype = getattr(torch, wanted.dtype)
     layout = {name: (t.shape, dtype if t.is_floating_point() else t.dtype) for name, t in expected.items()}
     shards.write_network(network, layout, read, wanted.max_shard_bytes)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastgrpo.checkpoint import Checkpoints, Progress
+from fastgrpo.checkpoint.checkpoints import Checkpoints, Progress
 from fastgrpo.parallel.world import World
 from fastgrpo.preflight_parts import Finding, Parts, gathered, largest, local
 from fastgrpo.training.trainer import Trainer

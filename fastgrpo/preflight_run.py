@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from fastgrpo import plan, preflight
+from fastgrpo.checkpoint.resume import check_folder
 from fastgrpo.core.config import Recipe, Track
 from fastgrpo.core.errors import UserError
 from fastgrpo.data import prompts
@@ -23,7 +24,6 @@ from fastgrpo.plan_phases import GIB, Machine
 from fastgrpo.preflight_folder import scratch
 from fastgrpo.preflight_parts import Finding
 from fastgrpo.preflight_phases import Planned, table
-from fastgrpo.resume import check_folder
 from fastgrpo.run.stopping import Signals, Stop
 from fastgrpo.train import Session
 from fastgrpo.training.conditions import encode

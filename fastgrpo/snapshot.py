@@ -14,14 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from fastgrpo import models, stored
+from fastgrpo import models
+from fastgrpo.checkpoint import reader
+from fastgrpo.checkpoint.reader import Step, Weights
 from fastgrpo.core import config
 from fastgrpo.core.config import Lora, Model, Prompts, Recipe, Rollout, Section, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Policy
 from fastgrpo.models.loading.lora import ADAPTER, DOWN, UP
 from fastgrpo.shards import ADAPTERS
-from fastgrpo.stored import Step, Weights
 
 S = TypeVar("S", bound=Section)
 
@@ -43,7 +44,7 @@ class Snapshot:
         """The whole policy on `device`, its parameters in the compute precision, as FSDP computes with them."""
         policy = models.load(self.model, device, self.lora)
         if self.checkpoint is not None:
-            stored.load_into(policy.network, Weights(self.checkpoint, self.raw))
+            reader.load_into(policy.network, Weights(self.checkpoint, self.raw))
         if self.adapters is not None:
             load_adapters(policy.network, self.adapters)
         _compute_precision(policy.network, getattr(torch, self.model.dtype))
@@ -105,7 +106,7 @@ def _from_recipe(asked: Asked, recipe: Recipe) -> Source:
 def _from_run(asked: Asked, run: Path) -> Source:
     if asked.recipe is not None or asked.family is not None:
         raise UserError(f"source={run}: a run folder has its own recipe; leave out --recipe and --family.")
-    checkpoint = stored.find(run, asked.step)
+    checkpoint = reader.find(run, asked.step)
     recipe = config.load(run / "recipe.toml", asked.overrides)
     base = Snapshot(_model(recipe, asked), recipe.lora, "base")
     label = Weights(checkpoint, asked.raw).label

@@ -15,7 +15,9 @@ from torch import Tensor
 from fastgrpo import models, preflight, room
 from fastgrpo.algorithm import samplers, selection, window
 from fastgrpo.algorithm.advantages import combined_advantages
-from fastgrpo.checkpoint import Checkpoints, Progress, number
+from fastgrpo.checkpoint.checkpoints import Checkpoints, Progress, number
+from fastgrpo.checkpoint.provenance import check_rewards, record_provenance
+from fastgrpo.checkpoint.resume import check_folder, holds_run, prepare_folder
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import only_run_in, replace_text
@@ -26,9 +28,7 @@ from fastgrpo.data.prompts import Split
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.preflight_parts import Parts
-from fastgrpo.provenance import check_rewards, record_provenance
 from fastgrpo.report import write_report
-from fastgrpo.resume import check_folder, holds_run, prepare_folder
 from fastgrpo.run.heartbeat import Heart
 from fastgrpo.run.rank_times import Ranks
 from fastgrpo.run.stopping import Signals, Stop, Stopped, answer, answer_mistake

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastgrpo import checkpoint, stored
+from fastgrpo.checkpoint import checkpoints, reader
 from fastgrpo.core.files import sha256
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -104,14 +104,14 @@ def published(folder: Path) -> dict[int, dict[str, str]]:
         if path.suffix == ".partial":
             continue
         assert path.name[5:].isdecimal(), f"{path.name}: a kill has damaged it"
-        assert stored.wrong_size(path) is None
-        entries = stored.manifest(path)
+        assert reader.wrong_size(path) is None
+        entries = reader.manifest(path)
         hashes = {file.name: sha256(file) for file in path.iterdir() if file.name != "manifest.json"}
         assert hashes == {name: entry["sha256"] for name, entry in entries.items()}, path
-        found[checkpoint.number(path)] = {name: told for name, told in hashes.items() if name.endswith(".distcp")}
+        found[checkpoints.number(path)] = {name: told for name, told in hashes.items() if name.endswith(".distcp")}
     latest = folder / "checkpoints" / "latest"
     if latest.exists():
-        assert checkpoint.number(Path(latest.read_text().rstrip("\n"))) in found
+        assert checkpoints.number(Path(latest.read_text().rstrip("\n"))) in found
     else:
         assert len(found) <= 1, "only the first checkpoint is there without `latest` for a moment"
     return found

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fastgrpo import cli, heldout, models, paper_table, rewards, sample, snapshot
 from fastgrpo.algorithm import noise
-from fastgrpo.checkpoint import Checkpoints, Progress
+from fastgrpo.checkpoint.checkpoints import Checkpoints, Progress
 from fastgrpo.core import config
 from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.policy import Policy, Prompt, stack

@@ -17,14 +17,15 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastgrpo import cli, models, shards, stored
+from fastgrpo import cli, models, shards
 from fastgrpo.algorithm import noise
+from fastgrpo.checkpoint import reader
+from fastgrpo.checkpoint.reader import Weights
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Prompt, stack
 from fastgrpo.export import Export, export
 from fastgrpo.snapshot import Asked, Snapshot, find
-from fastgrpo.stored import Weights
 from fastgrpo.training import rollout
 from tests import forks, runs
 from tests.tiny import FOLDER, VIDEO
@@ -386,12 +387,12 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_checkpoint_of_another_network_is_named(run: Path, exported: Path) -> None:
-    weights = Weights(stored.find(run, "newest"), raw=False)
+    weights = Weights(reader.find(run, "newest"), raw=False)
     shapes = {name: weights.layout(name)[0] for name in weights.names}
     name = weights.names[0]
     with pytest.raises(UserError, match=f"{name} is no tensor of the network; model.path or"):
-        stored.check_names({n: s for n, s in shapes.items() if n != name}, set(), weights)
+        reader.check_names({n: s for n, s in shapes.items() if n != name}, set(), weights)
     with pytest.raises(UserError, match=rf"{name} is \[.*\], but \[1\] in the network"):
-        stored.check_names(shapes | {name: torch.Size([1])}, set(), weights)
+        reader.check_names(shapes | {name: torch.Size([1])}, set(), weights)
     with pytest.raises(UserError, match=r"has no another.weight \(and 0 more\)"):
-        stored.check_names(shapes, {*shapes, "another.weight"}, weights)
+        reader.check_names(shapes, {*shapes, "another.weight"}, weights)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastgrpo import plan, plan_rewards
+from fastgrpo.checkpoint.resume import check_folder
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe, RewardSpec
 from fastgrpo.core.errors import UserError
@@ -21,7 +22,6 @@ from fastgrpo.gpus import Achieved, gpu
 from fastgrpo.parallel.world import Group, World
 from fastgrpo.plan_phases import Machine
 from fastgrpo.plan_sizes import subject
-from fastgrpo.resume import check_folder
 from fastgrpo.rewards.common import frames
 from fastgrpo.training import sources
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo import provenance
+from fastgrpo.checkpoint import provenance
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from fastgrpo import checkpoint
+from fastgrpo.checkpoint import checkpoints
 from tests import runs
 
 INSIDE = ("rewards.0.where=process",)
@@ -33,7 +33,7 @@ def test_newest_and_best_are_kept(tmp_path: Path) -> None:
     rewards = [row["reward/sum"] for row in runs.metrics(folder)]
     best = f"step-{max(range(5), key=rewards.__getitem__) + 1}"
     assert kept == {"step-4", "step-5", best}
-    assert checkpoint.Progress().iteration == 0
+    assert checkpoints.Progress().iteration == 0
 
 
 def test_another_number_of_ranks_and_another_mesh_go_on_alike(tmp_path: Path) -> None:

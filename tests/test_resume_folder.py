@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from fastgrpo.checkpoint.resume import check_same_recipe, holds_run
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
-from fastgrpo.resume import check_same_recipe, holds_run
 from fastgrpo.train import train
 from tests import runs
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastgrpo import cli, models, sample, sheet, snapshot
-from fastgrpo.checkpoint import Checkpoints
+from fastgrpo.checkpoint.checkpoints import Checkpoints
 from fastgrpo.core import config
 from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.policy import Prompt, stack

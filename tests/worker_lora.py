@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastgrpo import models
-from fastgrpo.checkpoint import Checkpoints, Progress
+from fastgrpo.checkpoint.checkpoints import Checkpoints, Progress
 from fastgrpo.core.config import Checkpoint, Lora, Model, Objective
 from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.core.processes import leave

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from fastgrpo import stored
+from fastgrpo.checkpoint import reader
 from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import flush, sha256
@@ -255,7 +255,7 @@ class Checkpoints:
 
         def sizes() -> tuple[str | None, dict[str, dict[str, Any]]]:
             try:
-                return stored.wrong_size(path), stored.manifest(path)
+                return reader.wrong_size(path), reader.manifest(path)
             except UserError as error:
                 return str(error), {}
 

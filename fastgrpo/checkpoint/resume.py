@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastgrpo import provenance
+from fastgrpo.checkpoint import provenance
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
