@@ -19,7 +19,7 @@ from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
 from fastgrpo.parallel.world import open_world
-from fastgrpo.runfolder import Evaluation, Run, read_run
+from fastgrpo.tools.report.run_data import Evaluation, Run, read_run
 from fastgrpo.train import Session, claim
 
 Array = NDArray[np.float64]

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.campaign import Trained
-from fastgrpo.charts import smoothed
+from fastgrpo.tools.report.charts import smoothed
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")  # Okabe and Ito's
 DPI = 80
@@ -18,7 +18,7 @@ DPI = 80
 def compare(trained: Sequence[Trained], parts: Sequence[str], file: Path, by_seconds: bool) -> None:
     """The variants' training reward over iterations, over seconds where wanted, and what the held-out prompts gained.
 
-    Curves are Gaussian means, see fastgrpo.charts.smoothed; bars are 95 % intervals of the paired difference.
+    Curves are Gaussian means, see `charts.smoothed`; bars are 95 % intervals of the paired difference.
     """
     panels = 2 + by_seconds
     figure = Figure(figsize=(3.4 * panels + 1.0, 2.9), layout="constrained")

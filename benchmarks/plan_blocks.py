@@ -16,11 +16,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.plan_check import ROOT
-from fastgrpo import plan_simulate
 from fastgrpo.core import config
 from fastgrpo.parallel import sequence_parallel, world
-from fastgrpo.plan_simulate import Sizes
-from fastgrpo.plan_sizes import FLUX_DEV, HUNYUAN, SD_1, WAN_14B
+from fastgrpo.tools.plan.simulation import rank
+from fastgrpo.tools.plan.simulation.rank import Sizes
+from fastgrpo.tools.plan.subject import FLUX_DEV, HUNYUAN, SD_1, WAN_14B
 
 HEADS, WIDTH = 8, 1024
 ONE = {"num_attention_heads": HEADS, "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}
@@ -90,7 +90,7 @@ def _block(
     recipe = config.load(ROOT / "launch" / "t2v_hunyuan.toml", [
         f"model.family={family}", f"model.dtype={dtype}", "model.gradient_checkpointing=false", "model.guidance=none",
     ])  # fmt: skip
-    policy, precision = plan_simulate.outline(recipe, settings), getattr(torch, dtype)
+    policy, precision = rank.outline(recipe, settings), getattr(torch, dtype)
     for parameter in policy.network.parameters():
         parameter.data = parameter.data.to(precision)
     if sp > 1:
@@ -99,7 +99,7 @@ def _block(
     seen: list[tuple[Any, Any]] = []
     block = policy.blocks[place]
     hook = block.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
-    x, t, condition = plan_simulate.inputs(recipe, policy, sizes, 1)
+    x, t, condition = rank.inputs(recipe, policy, sizes, 1)
     with torch.no_grad():
         policy.velocity(x, t, condition)
     hook.remove()

@@ -19,12 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgrpo import plan_memory, plan_work
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
-from fastgrpo.plan_network import network
-from fastgrpo.plan_sizes import FLUX_DEV, HUNYUAN, SD_1, WAN_1_3B, WAN_14B
-from fastgrpo.plan_work import Job
+from fastgrpo.tools.plan.costs import compute
+from fastgrpo.tools.plan.costs import memory as memory_costs
+from fastgrpo.tools.plan.costs.compute import Job
+from fastgrpo.tools.plan.network.transformers import network
+from fastgrpo.tools.plan.subject import FLUX_DEV, HUNYUAN, SD_1, WAN_1_3B, WAN_14B
 
 if TYPE_CHECKING:
     from fastgrpo.parallel.world import World
@@ -83,20 +84,20 @@ def _train(
     """Two micro-batches and optimizer steps, the first of which makes the optimizer's state."""
     import torch
 
-    from fastgrpo import plan_simulate
     from fastgrpo.parallel import sharding
-    from fastgrpo.plan_simulate import Sizes
+    from fastgrpo.tools.plan.simulation import rank
+    from fastgrpo.tools.plan.simulation.rank import Sizes
 
     recipe, before = real_recipe(batch), _status("VmRSS")
-    policy = plan_simulate.outline(recipe, settings)
+    policy = rank.outline(recipe, settings)
     sharding.shard(policy, world, torch.float32)
-    x, t, condition = plan_simulate.inputs(recipe, policy, Sizes(latent, text), batch)
+    x, t, condition = rank.inputs(recipe, policy, Sizes(latent, text), batch)
     optimizer = torch.optim.AdamW(policy.network.parameters(), lr=1e-9)
     states = before
     for _ in range(2):
         states = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-        plan_simulate.loss(policy, x, t, condition).backward()
+        rank.loss(policy, x, t, condition).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return {"states": states - before, "peak": _status("VmHWM") - before}
@@ -112,21 +113,21 @@ def measure_bytes(name: str) -> dict[str, float] | None:
     """Bytes that one of two ranks sends in a micro-batch, counted at the collectives; of the first rank."""
     import torch
 
-    from fastgrpo import plan_simulate
     from fastgrpo.parallel import sharding
     from fastgrpo.parallel.world import open_world
-    from fastgrpo.plan_counts import Sent
-    from fastgrpo.plan_simulate import Sizes
+    from fastgrpo.tools.plan.simulation import rank
+    from fastgrpo.tools.plan.simulation.counters import Sent
+    from fastgrpo.tools.plan.simulation.rank import Sizes
 
     settings, _, text, _ = REAL[name]
     latent = (settings["in_channels"], 1, 8, 8)
     recipe = real_recipe(1)
     with open_world() as world:
-        policy = plan_simulate.outline(recipe, settings)
+        policy = rank.outline(recipe, settings)
         sharding.shard(policy, world, torch.float32)
-        x, t, condition = plan_simulate.inputs(recipe, policy, Sizes(latent, text), 1)
+        x, t, condition = rank.inputs(recipe, policy, Sizes(latent, text), 1)
         with Sent(1) as sent:
-            plan_simulate.loss(policy, x, t, condition).backward()
+            rank.loss(policy, x, t, condition).backward()
         return dict(sent.sent) if world.main else None
 
 
@@ -137,12 +138,12 @@ def against_reality(names: Sequence[str]) -> None:
         settings, latent, text, batch = REAL[name]
         memory = _itself("--memory", name, ranks=0)
         alone = job(real_recipe(batch), settings, latent, text, 1)
-        held, peak = plan_memory.states(alone), plan_memory.update(alone, batch, accumulated=False)
+        held, peak = memory_costs.states(alone), memory_costs.update(alone, batch, accumulated=False)
         _row(name, "states MiB", memory["states"] / MIB, sum(held.values()) / MIB)
         _row(name, "update's peak MiB", memory["peak"] / MIB, sum(peak.values()) / MIB)
         counted = _itself("--bytes", name, ranks=2)
         two = job(real_recipe(1), settings, (settings["in_channels"], 1, 8, 8), text, 2)
-        planned = plan_work.micro_batch(two, 1)
+        planned = compute.micro_batch(two, 1)
         for kind, value in (("all-gather", planned.gather), ("reduce-scatter", planned.scatter)):
             _row(name, f"{kind} bytes", counted[kind], value)
 
@@ -167,7 +168,7 @@ def _itself(mode: str, name: str, ranks: int) -> dict[str, float]:
 
 def against_simulation(names: Sequence[str]) -> None:
     """Print simulated and planned memory and FLOPs of each family, on 8 ranks."""
-    from fastgrpo.plan_simulate import Sizes, simulate
+    from fastgrpo.tools.plan.simulation.rank import Sizes, simulate
 
     head = ("update GiB", "forward TF", "update TF", "rollout GiB")
     print(f"{'':<30}" + "".join(f"{h:>26}" for h in head) + "   (simulated, closed form, difference)")
@@ -178,10 +179,10 @@ def against_simulation(names: Sequence[str]) -> None:
         closed = job(recipe, settings, latent, text, 8)
         batch, drawn = recipe.optimizer.batch_size, recipe.rollout.at_once
         pairs = (
-            (exact.update_peak / GIB, sum(plan_memory.update(closed, batch, False).values()) / GIB),
-            (exact.forward_flops / 1e12, plan_work.forward(closed, batch).total / 1e12),
-            (exact.update_flops / 1e12, plan_work.update(closed, batch).total / 1e12),
-            (exact.rollout_peak / GIB, sum(plan_memory.rollout(closed, drawn, True).values()) / GIB),
+            (exact.update_peak / GIB, sum(memory_costs.update(closed, batch, False).values()) / GIB),
+            (exact.forward_flops / 1e12, compute.forward(closed, batch).total / 1e12),
+            (exact.update_flops / 1e12, compute.update(closed, batch).total / 1e12),
+            (exact.rollout_peak / GIB, sum(memory_costs.rollout(closed, drawn, True).values()) / GIB),
         )
         cells = "".join(f"{a:>10,.2f}{b:>9,.2f}{(b - a) / a:>+7.1%}" for a, b in pairs)
         print(f"{name:<30}{cells}", flush=True)
@@ -189,7 +190,7 @@ def against_simulation(names: Sequence[str]) -> None:
 
 def table(sizes: Sequence[int]) -> None:
     """Print the whole HunyuanVideo at 480 x 480 x 53 on 64 ranks: FSDP over all, and sp as asked."""
-    from fastgrpo.plan_simulate import HELD, PASSES, Sizes, simulate
+    from fastgrpo.tools.plan.simulation.rank import HELD, PASSES, Sizes, simulate
 
     latent = (16, 14, 60, 60)
     for sp in sizes:
@@ -199,14 +200,14 @@ def table(sizes: Sequence[int]) -> None:
         exact = simulate(recipe, HUNYUAN, Sizes(latent, 256), 64, 8, passes, ("context_embedder",))
         closed = job(recipe, HUNYUAN, latent, 256, 64)
         closed = Job(**{**vars(closed), "network": closed.network.set_apart("context_embedder")})
-        sent = plan_work.micro_batch(closed, 1)
-        peak = sum(plan_memory.update(closed, 1, accumulated=False).values()) / GIB
+        sent = compute.micro_batch(closed, 1)
+        peak = sum(memory_costs.update(closed, 1, accumulated=False).values()) / GIB
         gib = {kind: count / GIB for kind, count in exact.update_sent.items()}
         rows = (
             ("peak GiB, tracker holding gradients", exact.held_peak / GIB, math.nan),
             ("peak GiB", exact.update_peak / GIB, peak),
-            ("forward TF", exact.forward_flops / 1e12, plan_work.forward(closed, 1).total / 1e12),
-            ("train TF", exact.update_flops / 1e12, plan_work.update(closed, 1).total / 1e12),
+            ("forward TF", exact.forward_flops / 1e12, compute.forward(closed, 1).total / 1e12),
+            ("train TF", exact.update_flops / 1e12, compute.update(closed, 1).total / 1e12),
             ("gather GiB", gib.get("all-gather", 0.0), sent.gather / GIB),
             ("reduce-scatter GiB", gib.get("reduce-scatter", 0.0), sent.scatter / GIB),
             ("all-to-all GiB", gib.get("all-to-all", 0.0), sent.exchange / GIB),

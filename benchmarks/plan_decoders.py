@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastgrpo.plan_counts import counting_flops
-from fastgrpo.plan_sizes import FAMILIES
+from fastgrpo.tools.plan.simulation.counters import counting_flops
+from fastgrpo.tools.plan.subject import FAMILIES
 
 
 def _image(latent_channels: int, quantised: bool) -> Any:

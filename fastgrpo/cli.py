@@ -229,7 +229,7 @@ def run(arguments: argparse.Namespace) -> None:
 
             print(convert(arguments.source, arguments.target, arguments.base, arguments.dtype))
         case "report":
-            from fastgrpo.report import write_report
+            from fastgrpo.tools.report.report import write_report
 
             print(write_report(arguments.run))
         case "status":

@@ -86,8 +86,8 @@ def run_sample(arguments: argparse.Namespace) -> None:
     """`fastgrpo sample`: print where the samples are."""
     from diffusers.utils import logging
 
-    from fastgrpo.sample import MANIFEST, SHEET, Wanted, sample
-    from fastgrpo.snapshot import Asked
+    from fastgrpo.tools.sample.sample import MANIFEST, SHEET, Wanted, sample
+    from fastgrpo.tools.sample.source import Asked
 
     asked = Asked(
         source=arguments.source,
@@ -117,7 +117,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
 
 def run_export(arguments: argparse.Namespace) -> None:
     """`fastgrpo export`: print where the folder is."""
-    from fastgrpo.export import Export, export
+    from fastgrpo.tools.export.export import Export, export
 
     wanted = Export(
         run=arguments.run,
@@ -154,7 +154,7 @@ def add_status(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run_status(arguments: argparse.Namespace) -> bool:
     """`fastgrpo status`: print where the ranks are.  returns whether all is well"""
-    from fastgrpo.status import status
+    from fastgrpo.tools.status import status
 
     return status(arguments.run, arguments.limit)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fastgrpo.commands import positive, step, which_weights
 
 if TYPE_CHECKING:
-    from fastgrpo.judges import Servers
+    from fastgrpo.tools.score.judges import Servers
 
 
 def add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -86,8 +86,8 @@ def _servers(command: argparse.ArgumentParser) -> None:
 
 def run_score(arguments: argparse.Namespace) -> None:
     """`fastgrpo score`: print the table."""
-    from fastgrpo import judges, score
     from fastgrpo.core.errors import UserError
+    from fastgrpo.tools.score import judges, score
 
     servers = _asked_servers(arguments)
     if servers.urls and (arguments.path or arguments.option or arguments.set):
@@ -114,8 +114,9 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     """`fastgrpo evaluate`: print the table."""
     from diffusers.utils import logging
 
-    from fastgrpo import heldout, paper_table, score
-    from fastgrpo.snapshot import Asked
+    from fastgrpo.tools.evaluate import evaluate, table
+    from fastgrpo.tools.sample.source import Asked
+    from fastgrpo.tools.score import score
 
     targets = {"--json": arguments.json, "--markdown": arguments.markdown}
     for option, file in targets.items():
@@ -127,7 +128,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         changes={"rollout": {"steps": arguments.steps}} if arguments.steps else {},
         overrides=tuple(arguments.set),
     )
-    wanted = heldout.Wanted(
+    wanted = evaluate.Wanted(
         rewards=tuple(arguments.rewards),
         file=arguments.prompts,
         limit=arguments.limit,
@@ -136,19 +137,19 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         servers=_asked_servers(arguments),
     )
     logging.disable_progress_bar()  # every rank would show its own
-    result = heldout.evaluate(asked, wanted)
+    result = evaluate.evaluate(asked, wanted)
     if result is None:
         return
     if arguments.json is not None:
         score.write("--json", arguments.json, result.to_json())
     if arguments.markdown is not None:
-        score.write("--markdown", arguments.markdown, paper_table.markdown(result))
+        score.write("--markdown", arguments.markdown, table.markdown(result))
     if "-" not in map(str, targets.values()):
-        paper_table.show(result)
+        table.show(result)
 
 
 def _asked_servers(arguments: argparse.Namespace) -> "Servers":
-    from fastgrpo.judges import Servers
+    from fastgrpo.tools.score.judges import Servers
 
     return Servers(tuple(arguments.server), arguments.token_file)
 

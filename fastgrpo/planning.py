@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from fastgrpo.core.errors import UserError
 
 if TYPE_CHECKING:
-    from fastgrpo.plan import Plan
-    from fastgrpo.plan_work import Job
+    from fastgrpo.tools.plan.costs.compute import Job
+    from fastgrpo.tools.plan.planner import Plan
 
 GIB = 2**30
 OVERRIDE = re.compile(r"[a-z_]+(\.\w+)+=")  # has a dot in its name, unlike what follows --set
@@ -53,10 +53,10 @@ def overrides_first(argv: Sequence[str]) -> list[str]:
 
 def run_plan(arguments: argparse.Namespace) -> bool:
     """`fastgrpo plan`.  returns whether the recipe fits"""
-    from fastgrpo import plan, plan_output
     from fastgrpo.core import config
-    from fastgrpo.gpus import Achieved, changed, gpu
-    from fastgrpo.plan_phases import Machine
+    from fastgrpo.tools.plan import planner, tables
+    from fastgrpo.tools.plan.gpus import Achieved, changed, gpu
+    from fastgrpo.tools.plan.phases import Machine
 
     if arguments.picture and arguments.picture.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--picture={arguments.picture}: no format of that name; use .png, .svg or .pdf.")
@@ -65,16 +65,16 @@ def run_plan(arguments: argparse.Namespace) -> bool:
     recipe = config.load(arguments.recipe, arguments.overrides)
     machine = Machine(*changed(gpu(arguments.gpu), Achieved(), _numbers(arguments.set)))
     text = arguments.text_tokens
-    found = plan.plan(recipe, arguments.gpus, machine, arguments.ranks_per_node, text)
-    changes = [] if found.fits else plan.advice(found, arguments.recipe, arguments.overrides, text)
-    plans = plan.curve(recipe, machine, arguments.ranks_per_node, text)
+    found = planner.plan(recipe, arguments.gpus, machine, arguments.ranks_per_node, text)
+    changes = [] if found.fits else planner.advice(found, arguments.recipe, arguments.overrides, text)
+    plans = planner.curve(recipe, machine, arguments.ranks_per_node, text)
     simulated = _simulate(found) if arguments.simulate else None
     if arguments.picture:
-        plan_output.picture(found, arguments.picture)
+        tables.picture(found, arguments.picture)
     if arguments.json:
-        print(json.dumps(plan_output.as_json(found, plans, changes, simulated), indent=1))
+        print(json.dumps(tables.as_json(found, plans, changes, simulated), indent=1))
     else:
-        plan_output.show(found, plans, changes, simulated)
+        tables.show(found, plans, changes, simulated)
     return found.fits
 
 
@@ -105,24 +105,25 @@ def _simulate(found: "Plan") -> dict[str, Any]:
             "distributed.offload=false."
         )
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # none is changed
-    from fastgrpo import plan_memory, plan_phases, plan_work
-    from fastgrpo.plan_simulate import Sizes, simulate
-    from fastgrpo.plan_sizes import network_config
+    from fastgrpo.tools.plan import phases
+    from fastgrpo.tools.plan.costs import compute, memory
+    from fastgrpo.tools.plan.simulation.rank import Sizes, simulate
+    from fastgrpo.tools.plan.subject import network_config
 
     recipe, network = job.recipe, network_config(job.recipe)[0]
-    whole = plan_phases.holds_whole(found.subject, found.machine)
+    whole = phases.holds_whole(found.subject, found.machine)
     exact = simulate(recipe, network, Sizes(job.latent, job.text), job.gpus, job.ranks_per_node, whole=whole)
     batch, drawn = recipe.optimizer.batch_size, recipe.rollout.at_once
-    sent = plan_work.micro_batch(job, batch)
+    sent = compute.micro_batch(job, batch)
     rows = {
-        "update: peak GiB": (exact.update_peak / GIB, sum(plan_memory.update(job, batch, False).values()) / GIB),
-        "update: forward TFLOP": (exact.forward_flops / 1e12, plan_work.forward(job, batch).total / 1e12),
-        "update: all TFLOP": (exact.update_flops / 1e12, plan_work.update(job, batch).total / 1e12),
+        "update: peak GiB": (exact.update_peak / GIB, sum(memory.update(job, batch, False).values()) / GIB),
+        "update: forward TFLOP": (exact.forward_flops / 1e12, compute.forward(job, batch).total / 1e12),
+        "update: all TFLOP": (exact.update_flops / 1e12, compute.update(job, batch).total / 1e12),
         "update: gathered GiB": (exact.update_sent.get("all-gather", 0) / GIB, sent.gather / GIB),
         "update: scattered GiB": (exact.update_sent.get("reduce-scatter", 0) / GIB, sent.scatter / GIB),
         "update: exchanged GiB": (exact.update_sent.get("all-to-all", 0) / GIB, sent.exchange / GIB),
-        "rollout: peak GiB": (exact.rollout_peak / GIB, sum(plan_memory.rollout(job, drawn, whole).values()) / GIB),
-        "rollout: forward TFLOP": (exact.rollout_flops / 1e12, plan_work.forward(job, drawn).total / 1e12),
+        "rollout: peak GiB": (exact.rollout_peak / GIB, sum(memory.rollout(job, drawn, whole).values()) / GIB),
+        "rollout: forward TFLOP": (exact.rollout_flops / 1e12, compute.forward(job, drawn).total / 1e12),
     }
     return {"compared": rows, "left_out": left_out, "seconds": exact.seconds, **exact.as_dict()}
 

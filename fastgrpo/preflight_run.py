@@ -12,19 +12,20 @@ from typing import IO
 import torch
 from rich.console import Console
 
-from fastgrpo import plan, preflight
 from fastgrpo.checkpoint.resume import check_folder
 from fastgrpo.core.config import Recipe, Track
 from fastgrpo.core.errors import UserError
 from fastgrpo.data import prompts
 from fastgrpo.data.prompts import Split
-from fastgrpo.gpus import GPUS, Achieved, Gpu
 from fastgrpo.parallel.world import World, open_world
-from fastgrpo.plan_phases import GIB, Machine
-from fastgrpo.preflight_folder import scratch
-from fastgrpo.preflight_parts import Finding
-from fastgrpo.preflight_phases import Planned, table
 from fastgrpo.run.stopping import Signals, Stop
+from fastgrpo.tools.plan import planner
+from fastgrpo.tools.plan.gpus import GPUS, Achieved, Gpu
+from fastgrpo.tools.plan.phases import GIB, Machine
+from fastgrpo.tools.preflight import checks
+from fastgrpo.tools.preflight.finding import Finding
+from fastgrpo.tools.preflight.phases import Planned, table
+from fastgrpo.tools.preflight.run_folder import scratch
 from fastgrpo.train import Session
 from fastgrpo.training.conditions import encode
 
@@ -46,7 +47,7 @@ def run(recipe: Recipe) -> bool:
         with redirect_stdout(NoTerminal(console.file)):  # a live display of a run would have nothing to show
             session = Session.open(elsewhere(recipe, folder), world, stack, found, stop)
             session.tracker.close()
-        green, phases = preflight.thorough(session.preflight_parts(), folder, tell)
+        green, phases = checks.thorough(session.preflight_parts(), folder, tell)
         if world.main:
             console.print(table(phases, planned(recipe, world)), highlight=False)
             told = "all green" if green else "red: do not train before it is green"
@@ -78,7 +79,7 @@ def planned(recipe: Recipe, world: World) -> dict[str, Planned]:
         return {}
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     try:
-        found = plan.plan(recipe, world.size, Machine(card, Achieved()), per_node)
+        found = planner.plan(recipe, world.size, Machine(card, Achieved()), per_node)
     except UserError:  # of a family or a config that plans do not know: the run itself took it
         return {}
     times = {"save": 1 / recipe.checkpoint.every}

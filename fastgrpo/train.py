@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrpo import models, preflight, room
+from fastgrpo import models
 from fastgrpo.algorithm import samplers, selection, window
 from fastgrpo.algorithm.advantages import combined_advantages
 from fastgrpo.checkpoint.checkpoints import Checkpoints, Progress, number
@@ -27,13 +27,14 @@ from fastgrpo.data import prompts
 from fastgrpo.data.prompts import Split
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World, open_world
-from fastgrpo.preflight_parts import Parts
-from fastgrpo.report import write_report
 from fastgrpo.run.heartbeat import Heart
 from fastgrpo.run.rank_times import Ranks
 from fastgrpo.run.stopping import Signals, Stop, Stopped, answer, answer_mistake
 from fastgrpo.run.stopwatch import Stopwatch
 from fastgrpo.run.tracker import Tracker, Wandb
+from fastgrpo.tools.preflight import checks, largest_batch
+from fastgrpo.tools.preflight.finding import Parts
+from fastgrpo.tools.report.report import write_report
 from fastgrpo.training import nft, rollout
 from fastgrpo.training.conditions import encode
 from fastgrpo.training.conditions.cache import Conditions
@@ -140,7 +141,7 @@ class Session:
     def settle_batch(self) -> None:
         """Put a number in the place of rollout.batch_size = "auto": the checkpoint's, or what the memory allows."""
         if not self.progress.rollout_batch:
-            self.progress.rollout_batch, told = room.rollout_batch(self.preflight_parts())
+            self.progress.rollout_batch, told = largest_batch.rollout_batch(self.preflight_parts())
             self.tracker.message(told)
         settled = self.recipe.rollout.settled(self.progress.rollout_batch)
         self.recipe = self.recipe.model_copy(update={"rollout": settled})
@@ -149,7 +150,7 @@ class Session:
         """What `train` returns."""
         try:
             if self.recipe.run.preflight and not self.progress.iteration:
-                preflight.quick(self.preflight_parts(), self.tracker.message)
+                checks.quick(self.preflight_parts(), self.tracker.message)
             if not self.progress.iteration:
                 self.world.on_main(lambda: record_provenance(self.recipe, self.scorer.sources))
             before = self.baseline()

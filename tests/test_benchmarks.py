@@ -23,7 +23,7 @@ from fastgrpo.core.config import Objective
 from fastgrpo.core.errors import UserError
 from fastgrpo.data import video
 from fastgrpo.parallel.world import World
-from fastgrpo.runfolder import read_run
+from fastgrpo.tools.report.run_data import read_run
 from fastgrpo.training.evaluation import Evaluation, compare
 from tests.runs import RECIPE
 

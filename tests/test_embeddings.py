@@ -22,7 +22,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text, take_lock
 from fastgrpo.core.policy import Condition, Prompt
 from fastgrpo.parallel.world import open_world
-from fastgrpo.training.conditions import encode as encode_module
+from fastgrpo.training.conditions import encode as encoding
 from fastgrpo.training.conditions.cache import PART, Conditions
 from tests import forks, runs, tiny
 
@@ -44,10 +44,10 @@ def arguments(folder: Path, prompts: Path, *overrides: str) -> list[str]:
     return [f"run.dir={folder}", f"prompts.train={prompts}", "prompts.heldout=none", *overrides]
 
 
-def encode(settings: Recipe) -> encode_module.Encoded:
+def encode(settings: Recipe) -> encoding.Encoded:
     """In this process, as a world of one rank."""
     with open_world() as world:
-        return encode_module.encode(settings, world, encode_module.read_prompts(settings, world))
+        return encoding.encode(settings, world, encoding.read_prompts(settings, world))
 
 
 def complaint(settings: Recipe) -> str:
@@ -293,7 +293,7 @@ def test_the_command_encodes_and_says_how_long(tmp_path: Path, capsys: pytest.Ca
 
 def looking_often(rank: int) -> None:
     """And with no patience for anything else."""
-    encode_module.LOOK_EVERY_S, core_files.PATIENCE_S = 0.05, 0.0
+    encoding.LOOK_EVERY_S, core_files.PATIENCE_S = 0.05, 0.0
 
 
 def test_what_another_process_is_encoding_is_waited_for(calm: Path, tmp_path: Path) -> None:

@@ -12,17 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastgrpo import cli, heldout, models, paper_table, rewards, sample, snapshot
+from fastgrpo import cli, models, rewards
 from fastgrpo.algorithm import noise
 from fastgrpo.checkpoint.checkpoints import Checkpoints, Progress
 from fastgrpo.core import config
 from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.policy import Policy, Prompt, stack
-from fastgrpo.heldout import Column, Plan, Result
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World, open_world
-from fastgrpo.sample import Work
-from fastgrpo.snapshot import Asked
+from fastgrpo.tools.evaluate import evaluate
+from fastgrpo.tools.evaluate import table as results_table
+from fastgrpo.tools.evaluate.evaluate import Column, Plan, Result
+from fastgrpo.tools.sample import sample
+from fastgrpo.tools.sample.sample import Work
+from fastgrpo.tools.sample.source import Asked, find
 from fastgrpo.training import rollout
 from fastgrpo.training.trainer import Trainer
 from tests import forks, runs
@@ -106,7 +109,7 @@ def test_means_and_intervals_are_those_of_the_clips(improved: tuple[dict[str, An
 def test_a_clips_score_is_the_rewards_of_the_samplers_pixels(run: Path, improved: tuple[dict[str, Any], str]) -> None:
     """Put together here from the parts: noise of the seed, ODE, decode, reward."""
     clip = improved[0]["clips"][3]
-    source = snapshot.find(Asked(str(run)))
+    source = find(Asked(str(run)))
     assert source.base is not None and clip["seed"] == 1
     with models.encoder(source.snapshot.model, source.video, CPU) as encode:
         condition = stack(encode([Prompt(clip["prompt"])]))
@@ -171,7 +174,7 @@ def test_samples_of_a_run_are_scored_with_their_prompts(
 
 
 def plan(run: Path, specs: Sequence[config.RewardSpec]) -> Plan:
-    source = snapshot.find(Asked(str(run)))
+    source = find(Asked(str(run)))
     clips, batches = sample.deal([Prompt("a"), Prompt("b")], range(2), 1)
     return Plan(Work(source, clips, batches, True), list(specs), 2)
 
@@ -188,10 +191,10 @@ def test_pairs_without_a_score_are_left_out_and_counted(run: Path) -> None:
         "other.A": torch.full((4, 2), nan, dtype=torch.float64),
         "other.C": torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, nan], [nan, 2.0]], dtype=torch.float64),
     }
-    result = Result(plan(run, specs), heldout.columns(plan(run, specs), scores), scores)
+    result = Result(plan(run, specs), evaluate.columns(plan(run, specs), scores), scores)
     assert result.columns["one.A"] == Column(1.0, 2.0, 1.0, 1.0, 1.0, 3)
     assert result.columns["sum"] == Column(2.0, 5.0, 3.0, 3.0, 3.0, 2), "a monitor without a score spoils no sum"
-    heading, base, _, difference, interval = paper_table.rows(result)
+    heading, base, _, difference, interval = results_table.rows(result)
     assert heading == ["", "one.A", "B", "other.A", "C", "sum"], "a part of two rewards is told apart"
     assert base == ["base", "1.000", "0.000", "-", "1.000", "2.000"] and interval[3] == "-"
     assert difference[4] == "+1.000" and interval[4] == "-", "one prompt says nothing of others"
@@ -236,6 +239,6 @@ def test_a_clip_of_latents_that_are_not_finite_has_no_score(run: Path, monkeypat
 
     monkeypatch.setattr(sample, "generate", broken)
     asked = Asked(str(run), changes={"rollout": {"steps": 2}})
-    result = heldout.evaluate(asked, heldout.Wanted(limit=2, seeds=1))
+    result = evaluate.evaluate(asked, evaluate.Wanted(limit=2, seeds=1))
     assert result is not None and {column.pairs for column in result.columns.values()} == {1}
     assert torch.isfinite(result.scores["tiny_world.VQ"]).tolist() == [[True, False], [True, True]]

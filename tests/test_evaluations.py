@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo import evaluations
 from fastgrpo.algorithm import selection, window
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.parallel.world import World
+from fastgrpo.tools.plan.workload import network_calls
 from fastgrpo.training import update
 from fastgrpo.training.rollout import Plan
 
@@ -63,7 +63,7 @@ def test_states_of_the_update(switches: tuple[str, ...], updates: int) -> None:
         counted = []
         for iteration in range(60):
             plan = plan_of(asked, iteration)
-            told = evaluations.of_iteration(asked, plan.first, groups)
+            told = network_calls.of_iteration(asked, plan.first, groups)
             counted.append(states(asked, plan, groups))
             assert told.update_least <= counted[-1] <= told.update_most
         assert sum(counted) / len(counted) == pytest.approx(told.update, rel=0.02)
@@ -73,24 +73,24 @@ def test_states_of_the_update(switches: tuple[str, ...], updates: int) -> None:
 
 def test_states_of_the_rollout() -> None:
     """P [(f + 1) + G (S - f - 1)], by hand."""
-    full = evaluations.of_iteration(recipe(), 0)
+    full = network_calls.of_iteration(recipe(), 0)
     assert (full.shared, full.single) == (5 * 1, 5 * 6 * 7)
-    alone = evaluations.of_iteration(recipe("rollout.shared_noise=false"), 0)
+    alone = network_calls.of_iteration(recipe("rollout.shared_noise=false"), 0)
     assert (alone.shared, alone.single) == (0, 5 * 6 * 8)
     middle = recipe("rollout.window=2", "rollout.tail_steps=1")
-    assert evaluations.grid_steps(middle, 3) == 6
-    assert evaluations.of_iteration(middle, 3).rollout == 5 * 4 + 5 * 6 * 2
-    assert evaluations.of_iteration(recipe(), 0, groups=10).shared == 10  # two groups of ranks for each prompt
+    assert network_calls.grid_steps(middle, 3) == 6
+    assert network_calls.of_iteration(middle, 3).rollout == 5 * 4 + 5 * 6 * 2
+    assert network_calls.of_iteration(recipe(), 0, groups=10).shared == 10  # two groups of ranks for each prompt
 
 
 def test_windows_that_move_are_averaged() -> None:
     asked = recipe("rollout.window=2", "rollout.window_every=4", "run.iterations=10")
-    assert evaluations.first_steps(asked) == pytest.approx({0: 0.4, 1: 0.4, 2: 0.2})
-    places = evaluations.first_steps(recipe("rollout.window=2", "rollout.window_schedule=random"))
+    assert network_calls.first_steps(asked) == pytest.approx({0: 0.4, 1: 0.4, 2: 0.2})
+    places = network_calls.first_steps(recipe("rollout.window=2", "rollout.window_schedule=random"))
     assert list(places) == list(range(6)) and sum(places.values()) == pytest.approx(1)
 
 
 def test_the_busiest_group_of_ranks() -> None:
-    assert evaluations.busiest(recipe(), 1) == (30, 5)
-    assert evaluations.busiest(recipe(), 4) == (8, 2)
-    assert evaluations.busiest(recipe(), 60) == (1, 1)
+    assert network_calls.busiest(recipe(), 1) == (30, 5)
+    assert network_calls.busiest(recipe(), 4) == (8, 2)
+    assert network_calls.busiest(recipe(), 60) == (1, 1)

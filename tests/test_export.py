@@ -17,15 +17,16 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastgrpo import cli, models, shards
+from fastgrpo import cli, models
 from fastgrpo.algorithm import noise
 from fastgrpo.checkpoint import reader
 from fastgrpo.checkpoint.reader import Weights
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Prompt, stack
-from fastgrpo.export import Export, export
-from fastgrpo.snapshot import Asked, Snapshot, find
+from fastgrpo.tools.export import shard_writer
+from fastgrpo.tools.export.export import Export, export
+from fastgrpo.tools.sample.source import Asked, Snapshot, find
 from fastgrpo.training import rollout
 from tests import forks, runs
 from tests.tiny import FOLDER, VIDEO
@@ -93,7 +94,7 @@ def test_files_stay_below_the_size_and_the_index_names_them(exported: Path) -> N
 
 def test_split_keeps_order_and_gives_a_large_tensor_its_own_file() -> None:
     layout = {name: (torch.Size([count]), torch.float32) for name, count in zip("abcde", (5, 5, 30, 4, 1), strict=True)}
-    assert shards.split(layout, 40) == [["a", "b"], ["c"], ["d", "e"]]
+    assert shard_writer.split(layout, 40) == [["a", "b"], ["c"], ["d", "e"]]
 
 
 def test_mixed_dtypes_and_odd_shapes_read_back(tmp_path: Path) -> None:
@@ -105,9 +106,9 @@ def test_mixed_dtypes_and_odd_shapes_read_back(tmp_path: Path) -> None:
         "yes": torch.tensor([True, False, True]),
     }
     layout = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    shards.write_network(tmp_path, layout, tensors.__getitem__, 10**9)
+    shard_writer.write_network(tmp_path, layout, tensors.__getitem__, 10**9)
     assert_same(load_file(tmp_path / "diffusion_pytorch_model.safetensors"), tensors)
-    read = shards.open_network(tmp_path)
+    read = shard_writer.open_network(tmp_path)
     assert_same({name: read(name) for name in tensors}, tensors)
 
 
@@ -312,13 +313,13 @@ def test_adapters_apart_and_merged_sample_the_runs_clip(adapted: Path, tmp_path:
     pipeline.load_lora_weights(tmp_path / "apart")
     torch.testing.assert_close(draw(pipeline, x), expected, atol=2e-4, rtol=0)
     assert (before - expected).abs().max() > 0.05
-    assert {file.name for file in (tmp_path / "apart").iterdir()} == {"README.md", "recipe.toml", shards.ADAPTERS}
+    assert {file.name for file in (tmp_path / "apart").iterdir()} == {"README.md", "recipe.toml", shard_writer.ADAPTERS}
     assert 'pipeline.load_lora_weights("FOLDER")' in (tmp_path / "apart" / "README.md").read_text()
 
 
 def test_merging_needs_safetensors_of_the_base(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no diffusion_pytorch_model\.safetensors; merging reads .* --lora apart"):
-        shards.open_network(tmp_path)
+        shard_writer.open_network(tmp_path)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), UserError("damaged")])
@@ -351,7 +352,7 @@ def test_a_disk_that_fills_with_another_part_is_one_line(
             raise OSError(errno.ENOSPC, "full", target)
         return whole(source, target)
 
-    monkeypatch.setattr("fastgrpo.export.shutil.copyfile", failing)
+    monkeypatch.setattr("fastgrpo.tools.export.export.shutil.copyfile", failing)
     with pytest.raises(UserError, match=r"DST=.*: no space left on the disk; free some"):
         export(Export(run, tmp_path / "model"))
     assert not list(tmp_path.iterdir())

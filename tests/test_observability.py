@@ -21,7 +21,7 @@ from fastgrpo.run.heartbeat import Beat, Heart
 from fastgrpo.run.rank_times import RankLog, Spread, hosts_of, spread, table
 from fastgrpo.run.stopwatch import Phase, Stopwatch
 from fastgrpo.run.terminal import PHASES
-from fastgrpo.status import lines, verdict
+from fastgrpo.tools.status import lines, verdict
 from tests import runs
 from tests.worker_observability import MEMORY_MIB, PIECES, SLOW_S, WORK_S
 

@@ -16,17 +16,20 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
-from fastgrpo import cli, plan, plan_memory, plan_phases, plan_simulate, plan_work
+from fastgrpo import cli
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
-from fastgrpo.gpus import Achieved, changed, gpu
 from fastgrpo.models.loading.lora import ATTENTION
-from fastgrpo.plan_network import network
-from fastgrpo.plan_phases import Machine
-from fastgrpo.plan_sizes import FLUX_DEV, HUNYUAN, SD_1, WAN_1_3B, WAN_14B, subject
-from fastgrpo.plan_units import ADAPTED, adapters
-from fastgrpo.plan_work import Job
+from fastgrpo.tools.plan import phases, planner
+from fastgrpo.tools.plan.costs import compute, memory
+from fastgrpo.tools.plan.costs.compute import Job
+from fastgrpo.tools.plan.gpus import Achieved, changed, gpu
+from fastgrpo.tools.plan.network.transformers import network
+from fastgrpo.tools.plan.network.units import ADAPTED, adapters
+from fastgrpo.tools.plan.phases import Machine
+from fastgrpo.tools.plan.simulation import rank
+from fastgrpo.tools.plan.subject import FLUX_DEV, HUNYUAN, SD_1, WAN_1_3B, WAN_14B, subject
 from tests import forks, tiny
 
 LAUNCH = Path(__file__).parent.parent / "launch"
@@ -109,9 +112,9 @@ def test_work_of_hunyuan_video_on_64_ranks(sp: int, forward: float, train: float
     """Against a simulation that another program made, of 480 x 480 x 53, FSDP over all ranks."""
     found = job(HUNYUAN, recipe(f"distributed.sp={sp}", "distributed.shard=64"), 64, LATENT, 256)
     found = Job(**{**vars(found), "network": found.network.set_apart("context_embedder")})
-    sent = plan_work.micro_batch(found, 1)
-    assert plan_work.forward(found, 1).total / 1e12 == pytest.approx(forward, rel=0.005)
-    assert plan_work.update(found, 1).total / 1e12 == pytest.approx(train, rel=0.005)
+    sent = compute.micro_batch(found, 1)
+    assert compute.forward(found, 1).total / 1e12 == pytest.approx(forward, rel=0.005)
+    assert compute.update(found, 1).total / 1e12 == pytest.approx(train, rel=0.005)
     assert sent.gather / GIB == pytest.approx(46.9, rel=0.002)
     assert sent.scatter / GIB == pytest.approx(47.0, rel=0.002)
     assert sent.exchange / GIB == pytest.approx(exchanged, abs=0.05)
@@ -125,8 +128,8 @@ def test_bytes_are_those_that_two_ranks_send(tmp_path: Path) -> None:
     counted = json.loads((tmp_path / "bytes").read_text())
     settings = json.loads((tiny.FOLDER / "transformer" / "config.json").read_text())
     found = job(settings, recipe(name="t2v_tiny"), 2, (8, 3, 6, 10), 16)
-    drawn = plan_work.gather_blocks(found, counted["forwards"])
-    update = plan_work.micro_batch(found, 1).times(counted["micro_batches"])
+    drawn = compute.gather_blocks(found, counted["forwards"])
+    update = compute.micro_batch(found, 1).times(counted["micro_batches"])
     assert counted["rollout"] == {"all-gather": 2 * drawn.gather}
     assert counted["update"] == {"all-gather": 2 * update.gather, "reduce-scatter": 2 * update.scatter}
 
@@ -140,16 +143,16 @@ def test_a_simulated_rank_agrees() -> None:
     }  # fmt: skip
     asked = recipe("distributed.sp=2", "distributed.shard=2", "rollout.batch_size=1")
     latent, text = (16, 5, 60, 60), 64
-    exact = plan_simulate.simulate(asked, settings, plan_simulate.Sizes(latent, text), 4, 8)
+    exact = rank.simulate(asked, settings, rank.Sizes(latent, text), 4, 8)
     closed = job(settings, asked, 4, latent, text)
-    assert exact.update_peak == pytest.approx(sum(plan_memory.update(closed, 1, False).values()), rel=0.05)
-    assert exact.rollout_peak == pytest.approx(sum(plan_memory.rollout(closed, 1, True).values()), rel=0.05)
-    assert exact.forward_flops == pytest.approx(plan_work.forward(closed, 1).total, rel=0.001)
-    assert exact.update_flops == pytest.approx(plan_work.update(closed, 1).total, rel=0.002)
-    sent = plan_work.micro_batch(closed, 1)
+    assert exact.update_peak == pytest.approx(sum(memory.update(closed, 1, False).values()), rel=0.05)
+    assert exact.rollout_peak == pytest.approx(sum(memory.rollout(closed, 1, True).values()), rel=0.05)
+    assert exact.forward_flops == pytest.approx(compute.forward(closed, 1).total, rel=0.001)
+    assert exact.update_flops == pytest.approx(compute.update(closed, 1).total, rel=0.002)
+    sent = compute.micro_batch(closed, 1)
     assert exact.update_sent == {
         "all-gather": sent.gather, "reduce-scatter": sent.scatter, "all-to-all": sent.exchange,
-        "gather of tokens": sent.collect, "all-reduce": plan_work.between_replicas(closed).reduce,
+        "gather of tokens": sent.collect, "all-reduce": compute.between_replicas(closed).reduce,
     }  # fmt: skip
 
 
@@ -162,12 +165,12 @@ def machine(name: str) -> Machine:
 
 def test_what_does_not_fit_gets_recipes_whose_plans_fit() -> None:
     asked = recipe()
-    given = plan.plan(asked, 8, machine("a100-40"))
+    given = planner.plan(asked, 8, machine("a100-40"))
     assert not given.fits
-    changes = plan.advice(given, T2V, (), None)
+    changes = planner.advice(given, T2V, (), None)
     assert changes
     for change in changes:
-        again = plan.plan(recipe(*change.overrides), 8, machine("a100-40"))
+        again = planner.plan(recipe(*change.overrides), 8, machine("a100-40"))
         assert again.fits, change.overrides
         assert again.seconds == change.plan.seconds
     full = [change.plan.seconds for change in changes if "lora.rank=32" not in change.overrides]
@@ -176,15 +179,15 @@ def test_what_does_not_fit_gets_recipes_whose_plans_fit() -> None:
 
 def test_a_recipe_is_followed() -> None:
     """Each switch changes what it should, in the direction in which it should."""
-    base = plan.plan(recipe(), 64, machine("h800"))
+    base = planner.plan(recipe(), 64, machine("h800"))
 
-    def other(*overrides: str) -> plan.Plan:
-        return plan.plan(recipe(*overrides), 64, machine("h800"))
+    def other(*overrides: str) -> planner.Plan:
+        return planner.plan(recipe(*overrides), 64, machine("h800"))
 
-    def parts(found: plan.Plan, phase: str) -> dict[str, float]:
+    def parts(found: planner.Plan, phase: str) -> dict[str, float]:
         return next(p.memory for p in found.phases if p.name == phase)
 
-    def seconds(found: plan.Plan, phase: str) -> float:
+    def seconds(found: planner.Plan, phase: str) -> float:
         return next(p.seconds for p in found.phases if p.name == phase)
 
     update = parts(base, "update")
@@ -200,14 +203,14 @@ def test_a_recipe_is_followed() -> None:
     assert "weights" not in parts(other("distributed.offload=true"), "update")
     assert parts(other("optimizer.ema_decay=0.9"), "update")["average"] == update["weights"]
     assert parts(other("objective.kl_weight=0.1"), "update")["initial policy"] == (
-        update["weights"] + plan_work.gathered_bytes(base.subject.job, base.subject.job.network.rest)
+        update["weights"] + compute.gathered_bytes(base.subject.job, base.subject.job.network.rest)
     )
     assert parts(other("lora.rank=16"), "update")["optimizer"] < 0.01 * update["optimizer"]
     assert parts(other("rollout.store=host"), "update")["trajectories"] == 0
     sharded = parts(other("distributed.rollout_weights=sharded"), "rollout")["gathered"]
     assert sharded < 0.11 * parts(base, "rollout")["gathered"]  # two blocks, a buffer and the root
     assert seconds(other("model.cfg=2"), "rollout") == pytest.approx(2 * seconds(base, "rollout"), rel=0.01)
-    best, everyone = (plan.plan(recipe(*more), 8, machine("h800")) for more in (["objective.best_of_n=4"], []))
+    best, everyone = (planner.plan(recipe(*more), 8, machine("h800")) for more in (["objective.best_of_n=4"], []))
     assert seconds(best, "update") == pytest.approx(seconds(everyone, "update") / 3, rel=0.05)  # whole groups per rank
     assert seconds(other("objective.kl_weight=0.1"), "update") == pytest.approx(
         1.25 * seconds(base, "update"), rel=0.05
@@ -215,19 +218,19 @@ def test_a_recipe_is_followed() -> None:
     window = other("rollout.window=2", "rollout.window_schedule=first")
     assert 0.75 < seconds(window, "update") / (seconds(base, "update") * 2 / 15) < 1  # states that a group shares
     assert next(p for p in base.phases if p.name == "update").network > 0
-    assert next(p for p in plan.plan(recipe(), 8, machine("h800")).phases if p.name == "update").network == 0
+    assert next(p for p in planner.plan(recipe(), 8, machine("h800")).phases if p.name == "update").network == 0
 
 
 @pytest.mark.parametrize("name", ["t2v_hunyuan", "i2v_skyreels", "t2i_flux", "t2i_hunyuan", "t2i_sd", "t2v_wan"])
 def test_every_recipe_has_a_plan_and_says_what_was_assumed(name: str) -> None:
-    found = plan.plan(recipe(name=name), 32, machine("h800"))
+    found = planner.plan(recipe(name=name), 32, machine("h800"))
     assert found.fits
     assert [phase.name for phase in found.phases] == ["load", "rollout", "decode", "reward", "update", "save"]
-    assert any("is not here: assumed the published network" in line for line in plan.warnings(found))
+    assert any("is not here: assumed the published network" in line for line in planner.warnings(found))
 
 
 def test_parameters_outside_the_blocks_are_warned_of() -> None:
-    lines = plan.warnings(plan.plan(recipe(), 64, machine("h800")))
+    lines = planner.warnings(planner.plan(recipe(), 64, machine("h800")))
     assert any(
         line.startswith("360.7 M parameters (2.8%) lie outside") and "context_embedder" in line for line in lines
     )
@@ -243,7 +246,7 @@ def test_the_recipes_own_folder_is_read() -> None:
 def test_numbers_of_a_gpu_can_be_set() -> None:
     card, achieved = changed(gpu("H800"), Achieved(), {"update": 0.6, "network_gbs": 6.25})
     assert (card.network_gbs, achieved.update) == (6.25, 0.6)
-    slow, quick = (plan.plan(recipe(), 64, Machine(card, of)) for of in (Achieved(), achieved))
+    slow, quick = (planner.plan(recipe(), 64, Machine(card, of)) for of in (Achieved(), achieved))
     assert quick.seconds < slow.seconds
 
 
@@ -301,7 +304,7 @@ def test_room_is_what_the_reserve_leaves() -> None:
 def test_a_ring_over_nodes_leaves_each_node_once() -> None:
     """64 shards on 8 nodes: what a rank sends of the weights, an eighth of it through its own card."""
     found = job(HUNYUAN, recipe("distributed.shard=64"), 64, LATENT, 256)
-    sent = plan_work.gather_whole(found)
-    assert plan_phases.route(found, sent) == (sent.gather, sent.gather / 8)
+    sent = compute.gather_whole(found)
+    assert phases.route(found, sent) == (sent.gather, sent.gather / 8)
     inside = job(HUNYUAN, recipe("distributed.shard=8"), 64, LATENT, 256)
-    assert plan_phases.route(inside, plan_work.gather_whole(inside))[1] == 0
+    assert phases.route(inside, compute.gather_whole(inside))[1] == 0

@@ -8,12 +8,12 @@ from diffusers import AutoencoderKLHunyuanVideo
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import plan_decoders
-from fastgrpo import plan
 from fastgrpo.core import config
-from fastgrpo.gpus import Achieved, gpu
-from fastgrpo.plan_counts import counting_flops
-from fastgrpo.plan_phases import Machine
-from fastgrpo.plan_sizes import FAMILIES
+from fastgrpo.tools.plan import planner
+from fastgrpo.tools.plan.gpus import Achieved, gpu
+from fastgrpo.tools.plan.phases import Machine
+from fastgrpo.tools.plan.simulation.counters import counting_flops
+from fastgrpo.tools.plan.subject import FAMILIES
 from tests.test_plan import T2V
 
 
@@ -31,6 +31,6 @@ def test_overlapping_tiles_are_counted_once_each() -> None:
         vae.enable_tiling()
         vae.decode(torch.zeros(1, 16, 8, 40, 40))
     asked = config.load(T2V, ["video.frames=29", "video.height=320", "video.width=320", "prompts.per_iteration=1"])
-    found = plan.plan(asked, 8, Machine(gpu("h800"), Achieved()))
+    found = planner.plan(asked, 8, Machine(gpu("h800"), Achieved()))
     (planned,) = (phase.flops for phase in found.phases if phase.name == "decode")
     assert planned == pytest.approx(math.ceil(12 / 8) * flops.get_total_flops(), rel=0.02)

@@ -12,16 +12,18 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fastgrpo import models, plan, plan_memory, plan_phases, plan_work
+from fastgrpo import models
 from fastgrpo.core import config
 from fastgrpo.core.config import Optimizer, Recipe
 from fastgrpo.core.policy import Policy
-from fastgrpo.gpus import Achieved, gpu
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import Group, World
-from fastgrpo.plan_counts import Sent
-from fastgrpo.plan_phases import Machine
-from fastgrpo.plan_sizes import subject
+from fastgrpo.tools.plan import phases, planner
+from fastgrpo.tools.plan.costs import compute, memory
+from fastgrpo.tools.plan.gpus import Achieved, gpu
+from fastgrpo.tools.plan.phases import Machine
+from fastgrpo.tools.plan.simulation.counters import Sent
+from fastgrpo.tools.plan.subject import subject
 from fastgrpo.training import evaluation, nft, update
 from fastgrpo.training.policies import Reference, Unadapted
 from fastgrpo.training.rollout import Plan
@@ -52,7 +54,7 @@ def test_trajectories_of_nft_are_what_its_samples_hold() -> None:
     asked = recipe(*NFT, "rollout.steps=5", "video.frames=9", "video.height=24", "video.width=40")
     job = subject(asked, 1, 8).job
     assert asked.steps_trained == 3
-    assert plan_memory.trajectories(job, len(slots), asked.steps_trained) == held
+    assert memory.trajectories(job, len(slots), asked.steps_trained) == held
 
 
 def test_raw_weights_are_what_the_average_displaces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,16 +65,16 @@ def test_raw_weights_are_what_the_average_displaces(monkeypatch: pytest.MonkeyPa
         pass
     _, raw = copied  # what is put back
     job = subject(recipe(*NFT), 1, 8).job
-    assert plan_memory.raw_weights(job) == {"raw weights": sum(v.numel() * v.itemsize for v in raw.values())}
+    assert memory.raw_weights(job) == {"raw weights": sum(v.numel() * v.itemsize for v in raw.values())}
 
 
 def test_raw_weights_lie_there_while_samples_are_drawn_and_decoded() -> None:
     machine = Machine(gpu("h800"), Achieved())
 
     def phases_with(*overrides: str) -> set[str]:
-        found = plan.plan(recipe(*overrides, name="t2v_hunyuan"), 64, machine)
+        found = planner.plan(recipe(*overrides, name="t2v_hunyuan"), 64, machine)
         weights = {phase.name: phase.memory.get("raw weights", 0.0) for phase in found.phases}
-        assert set(weights.values()) <= {0.0, plan_memory.states(found.subject.job).get("average")}
+        assert set(weights.values()) <= {0.0, memory.states(found.subject.job).get("average")}
         return {name for name, count in weights.items() if count}
 
     assert phases_with(*NFT) == {"rollout", "decode"}
@@ -83,9 +85,9 @@ def test_raw_weights_lie_there_while_samples_are_drawn_and_decoded() -> None:
 def test_raw_weights_count_before_the_rollout_chooses_whole_weights() -> None:
     """With memory for 1.5 times the weights beside the states, but not beside the raw weights too."""
     found = subject(recipe(*NFT, name="t2v_hunyuan"), 8, 8)
-    whole = sum(plan_work.gathered_bytes(found.job, unit) for unit in found.job.network.units)
-    held = sum(plan_memory.states(found.job).values()) + found.family.vae * found.job.element
-    raw = plan_memory.raw_weights(found.job)["raw weights"]
+    whole = sum(compute.gathered_bytes(found.job, unit) for unit in found.job.network.units)
+    held = sum(memory.states(found.job).values()) + found.family.vae * found.job.element
+    raw = memory.raw_weights(found.job)["raw weights"]
 
     def machine(room: float) -> Machine:
         card = gpu("h800")
@@ -93,8 +95,8 @@ def test_raw_weights_count_before_the_rollout_chooses_whole_weights() -> None:
             type(card)(**{**vars(card), "memory_gib": room / 2**30}), Achieved(reserve_gib=0.0, fragmentation=0.0)
         )
 
-    assert not plan_phases.holds_whole(found, machine(held + 1.5 * whole + 0.9 * raw))
-    assert plan_phases.holds_whole(found, machine(held + 1.5 * whole + 1.1 * raw))
+    assert not phases.holds_whole(found, machine(held + 1.5 * whole + 0.9 * raw))
+    assert phases.holds_whole(found, machine(held + 1.5 * whole + 1.1 * raw))
 
 
 # --- the initial policy -------------------------------------------------------------------------------------------
@@ -141,14 +143,14 @@ def test_micro_batches_with_an_initial_policy_send_what_is_planned(overrides: tu
                 update._nothing(trainer, plan_, [condition], world).backward()
             counted.append(dict(sent.sent))
         if job.second_network:
-            states, root = plan_memory.states(job), held_by_root(reference)
+            states, root = memory.states(job), held_by_root(reference)
             assert states["initial policy"] == states["weights"] + root
-    planned = plan_work.micro_batch(job, 1)
+    planned = compute.micro_batch(job, 1)
     expected = {
         "all-gather": planned.gather, "reduce-scatter": planned.scatter,
         "all-to-all": planned.exchange, "gather of tokens": planned.collect,
     }  # fmt: skip
-    first = plan_work.gathered_bytes(job, job.network.rest) / 2 if job.second_network else 0.0
+    first = compute.gathered_bytes(job, job.network.rest) / 2 if job.second_network else 0.0
     assert counted[1] == {kind: count for kind, count in expected.items() if count}
     assert counted[0] == counted[1] | {"all-gather": planned.gather + first}
 
@@ -165,9 +167,9 @@ def test_the_update_has_the_initial_policys_share_of_the_wire() -> None:
     machine = Machine(gpu("h800"), Achieved())
     link = {}
     for weight in ("0.0", "0.1"):
-        found = plan.plan(recipe(f"objective.kl_weight={weight}", name="t2v_hunyuan"), 8, machine)
+        found = planner.plan(recipe(f"objective.kl_weight={weight}", name="t2v_hunyuan"), 8, machine)
         (link[weight],) = (phase.link for phase in found.phases if phase.name == "update")
     job = found.subject.job
-    blocks = sum(plan_work.gathered_bytes(job, unit) for unit in job.network.blocks)
-    _, batches = plan_phases._update_work(job)
+    blocks = sum(compute.gathered_bytes(job, unit) for unit in job.network.blocks)
+    _, batches = phases._update_work(job)
     assert link["0.1"] - link["0.0"] == pytest.approx(7 / 8 * blocks * batches)

@@ -5,7 +5,7 @@ import torch
 
 from fastgrpo.algorithm import selection
 from fastgrpo.core import config
-from fastgrpo.plan_minibatches import idle, widest
+from fastgrpo.tools.plan.workload.stragglers import idle, widest
 from tests import runs
 
 

@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo import plan, plan_rewards
 from fastgrpo.checkpoint.resume import check_folder
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe, RewardSpec
 from fastgrpo.core.errors import UserError
-from fastgrpo.gpus import Achieved, gpu
 from fastgrpo.parallel.world import Group, World
-from fastgrpo.plan_phases import Machine
-from fastgrpo.plan_sizes import subject
 from fastgrpo.rewards.common import frames
+from fastgrpo.tools.plan import planner
+from fastgrpo.tools.plan.costs import rewards
+from fastgrpo.tools.plan.gpus import Achieved, gpu
+from fastgrpo.tools.plan.phases import Machine
+from fastgrpo.tools.plan.subject import subject
 from fastgrpo.training import sources
 
 LAUNCH = Path(__file__).parent.parent / "launch"
@@ -45,7 +46,7 @@ def test_frames_scored_are_those_that_the_reward_chooses(name: str, rule: Any) -
     own = importlib.import_module(f"fastgrpo.rewards.{name}").PUBLISHED.frames
     spec = RewardSpec(name=name, weights={}, frames=rule)
     asked = recipe("video.frames=53")
-    assert plan_rewards.frames_scored(spec, asked) == len(frames.choose(own if rule is None else rule, 53))
+    assert rewards.frames_scored(spec, asked) == len(frames.choose(own if rule is None else rule, 53))
 
 
 @pytest.mark.parametrize(("where", "passing"), [
@@ -75,10 +76,10 @@ def test_every_ranks_clips_are_scored_where_the_recipe_says(where: str, passing:
             place = named or 0
             weights[place] = WEIGHTS
             clips[place] += share // sp
-    load = plan_rewards.of_node(subject(asked, ranks, 8).job)
+    load = rewards.of_node(subject(asked, ranks, 8).job)
     busiest = max(weights[rank] for rank in range(ranks))
     if spec.device == "cpu":
-        assert load == plan_rewards.Load(0.0, 0.0, 0.0)
+        assert load == rewards.Load(0.0, 0.0, 0.0)
         return
     assert (load.passing, load.staying) == ((busiest, 0.0) if passing else (0.0, busiest))
     assert load.flops == pytest.approx(max(clips.values()) * 2 * 0.99e9 * (257 + 77))
@@ -88,7 +89,7 @@ def test_a_server_beside_the_trainer_keeps_its_weights_through_the_update() -> N
     machine = Machine(gpu("h800"), Achieved())
 
     def weights(where: str) -> dict[str, float]:
-        found = plan.plan(recipe(HPS % where), 8, machine)
+        found = planner.plan(recipe(HPS % where), 8, machine)
         return {phase.name: phase.memory["rewards"] for phase in found.phases}
 
     scoring_phases = dict.fromkeys(("rollout", "decode", "reward"), WEIGHTS)
@@ -103,10 +104,10 @@ def test_what_cannot_be_scored_is_refused_by_plan_and_train(tmp_path: Path, monk
     with ExitStack() as stack, pytest.raises(UserError, match=r"server\.urls: none, and the run spans several nodes"):
         sources._servers(asked, list(asked.rewards), world(16), stack)
     with pytest.raises(UserError, match=r"server\.urls: none, and the run spans 2 nodes.* rewards\.0\.where=process\."):
-        plan.plan(asked, 16, Machine(gpu("h800"), Achieved()))
+        planner.plan(asked, 16, Machine(gpu("h800"), Achieved()))
     token = tmp_path / "token"
     elsewhere = recipe(HPS % "where='server', urls=['http://h:1']", f"server.token_file={token}")
-    assert plan_rewards.of_node(subject(elsewhere, 16, 8).job) == plan_rewards.Load(0.0, 0.0, 0.0)
+    assert rewards.of_node(subject(elsewhere, 16, 8).job) == rewards.Load(0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(("gpus", "sp"), [(376, 1), (384, 1), (392, 1), (400, 1), (768, 2), (784, 2), (1024, 2)])
@@ -121,5 +122,5 @@ def test_too_few_samples_are_refused_by_plan_and_train(tmp_path: Path, gpus: int
         return None
 
     by_train = refusal(lambda: check_folder(asked, world(gpus, sp)))
-    assert refusal(lambda: plan.plan(asked, gpus, Machine(gpu("h800"), Achieved()))) == by_train
+    assert refusal(lambda: planner.plan(asked, gpus, Machine(gpu("h800"), Achieved()))) == by_train
     assert (by_train is not None) == (gpus / sp > 384)

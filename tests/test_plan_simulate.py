@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 
-from fastgrpo import cli, plan, plan_memory, plan_phases, plan_simulate, plan_work, planning
+from fastgrpo import cli, planning
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
-from fastgrpo.gpus import Achieved, changed, gpu
-from fastgrpo.plan_phases import Machine
-from fastgrpo.plan_simulate import Simulated, Sizes
-from fastgrpo.plan_sizes import HUNYUAN
+from fastgrpo.tools.plan import phases, planner
+from fastgrpo.tools.plan.costs import compute, memory
+from fastgrpo.tools.plan.gpus import Achieved, changed, gpu
+from fastgrpo.tools.plan.phases import Machine
+from fastgrpo.tools.plan.simulation import rank
+from fastgrpo.tools.plan.simulation.rank import Simulated, Sizes
+from fastgrpo.tools.plan.subject import HUNYUAN
 from tests.test_plan import T2V, job
 
 SETTINGS = HUNYUAN | {
@@ -32,12 +35,12 @@ def test_a_rollouts_forward_has_its_weights_as_the_plan_says(latent: tuple[int, 
     """Peak memory within 5 %; bytes to the byte: block by block, or none behind the gather that comes before."""
     asked, text = recipe("distributed.sp=2", "rollout.batch_size=1"), 64
     passes = ("rollout memory", "rollout work")
-    exact = plan_simulate.simulate(asked, SETTINGS, Sizes(latent, text), 4, 8, passes, whole=whole)
+    exact = rank.simulate(asked, SETTINGS, Sizes(latent, text), 4, 8, passes, whole=whole)
     closed = job(SETTINGS, asked, 4, latent, text)
-    assert exact.rollout_peak == pytest.approx(sum(plan_memory.rollout(closed, 1, whole).values()), rel=0.05)
-    tokens = plan_work.exchanged(closed, 1)
+    assert exact.rollout_peak == pytest.approx(sum(memory.rollout(closed, 1, whole).values()), rel=0.05)
+    tokens = compute.exchanged(closed, 1)
     expected = {"all-to-all": tokens.exchange, "gather of tokens": tokens.collect}
-    assert exact.rollout_sent == expected | ({} if whole else {"all-gather": plan_work.gather_blocks(closed, 1).gather})
+    assert exact.rollout_sent == expected | ({} if whole else {"all-gather": compute.gather_blocks(closed, 1).gather})
 
 
 @pytest.fixture
@@ -49,16 +52,16 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen["whole"] = whole
         return Simulated()
 
-    monkeypatch.setattr(plan_simulate, "simulate", simulate)
+    monkeypatch.setattr(rank, "simulate", simulate)
     return seen
 
 
 @pytest.mark.parametrize("gib", [30, 79])
 def test_simulation_and_plan_choose_the_same_weights(asked_for: dict[str, Any], gib: int) -> None:
     """rollout_weights = "auto" on a small and on a large GPU."""
-    found = plan.plan(recipe(), 64, Machine(*changed(gpu("h800"), Achieved(), {"memory_gib": gib})))
+    found = planner.plan(recipe(), 64, Machine(*changed(gpu("h800"), Achieved(), {"memory_gib": gib})))
     planning._simulate(found)
-    assert asked_for["whole"] == plan_phases.holds_whole(found.subject, found.machine) == (gib == 79)
+    assert asked_for["whole"] == phases.holds_whole(found.subject, found.machine) == (gib == 79)
 
 
 def test_what_a_simulated_rank_lacks_is_left_out_of_the_plans_side(asked_for: dict[str, Any]) -> None:
@@ -70,9 +73,9 @@ def test_what_a_simulated_rank_lacks_is_left_out_of_the_plans_side(asked_for: di
         ((), []),
     ]
     machine = Machine(gpu("h200"), Achieved())
-    plain = planning._simulate(plan.plan(recipe(), 64, machine))["compared"]
+    plain = planning._simulate(planner.plan(recipe(), 64, machine))["compared"]
     for overrides, left_out in copies:
-        told = planning._simulate(plan.plan(recipe(*overrides), 64, machine))
+        told = planning._simulate(planner.plan(recipe(*overrides), 64, machine))
         assert told["left_out"] == left_out
         assert told["compared"] == plain
 

@@ -16,12 +16,12 @@ from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward
 from fastgrpo.models.hunyuan_video import HunyuanVideo
-from fastgrpo.preflight_iteration import short
-from fastgrpo.preflight_rewards import Tried, _judge, _try
 from fastgrpo.preflight_run import card_of
 from fastgrpo.rewards import load, plain
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
+from fastgrpo.tools.preflight.iteration import short
+from fastgrpo.tools.preflight.rewards import Tried, _judge, _try
 from fastgrpo.train import train
 from fastgrpo.training.rollout import Plan
 from tests import forks, runs

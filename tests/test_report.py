@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastgrpo import charts
 from fastgrpo.core.errors import UserError
 from fastgrpo.data import video
 from fastgrpo.data.tiny_world import shapes
-from fastgrpo.report import write_report
-from fastgrpo.runfolder import read_evaluation
+from fastgrpo.tools.report import charts
+from fastgrpo.tools.report.report import write_report
+from fastgrpo.tools.report.run_data import read_evaluation
 
 PARTS = ("VQ", "MQ", "TA")
 VOID = {"meta", "br", "img", "link", "input", "hr"}

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo import plan, room, sizing
 from fastgrpo.core import config
 from fastgrpo.core.processes import OneRankError
-from fastgrpo.gpus import Achieved, gpu
 from fastgrpo.parallel.world import World, open_world
-from fastgrpo.plan_phases import Machine
+from fastgrpo.tools.plan import planner
+from fastgrpo.tools.plan.gpus import Achieved, gpu
+from fastgrpo.tools.plan.phases import Machine
+from fastgrpo.tools.plan.workload import batch_size
+from fastgrpo.tools.preflight import largest_batch
 from fastgrpo.train import train
 from tests import runs
 
@@ -24,15 +26,15 @@ MIB = 2**20
 
 def test_what_fits_is_the_largest_that_does() -> None:
     for free, first, further in ((100.0, 10.0, 7.0), (100.0, 79.0, 2.0), (100.0, 80.0, 1.0), (10.0, 99.0, 1.0)):
-        fits = [size for size in range(1, 200) if first + (size - 1) * further <= sizing.SHARE * free]
-        assert sizing.fitting(free, first, further) == max(fits, default=1)
-    assert sizing.fitting(10.0, 9.0, 0.0) == 1 and sizing.fitting(10.0, 7.0, 0.0) > 10**6
+        fits = [size for size in range(1, 200) if first + (size - 1) * further <= batch_size.SHARE * free]
+        assert batch_size.fitting(free, first, further) == max(fits, default=1)
+    assert batch_size.fitting(10.0, 9.0, 0.0) == 1 and batch_size.fitting(10.0, 7.0, 0.0) > 10**6
 
 
 def test_batches_are_as_few_and_then_as_small_as_can_be() -> None:
     for samples in range(1, 50):
         for fit in range(1, samples + 3):
-            size = sizing.balanced(samples, fit)
+            size = batch_size.balanced(samples, fit)
             needed = -(-samples // fit)
             assert size <= fit and -(-samples // size) == needed
             assert size == 1 or -(-samples // (size - 1)) > needed
@@ -64,10 +66,10 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[int, st
 
     def asking(policy: Hungry, decode_batch: int | None) -> tuple[int, str]:
         asked: Any = parts_of(policy, decode_batch, world)
-        return room.rollout_batch(asked)
+        return largest_batch.rollout_batch(asked)
 
-    monkeypatch.setattr("fastgrpo.room.distributed.rollout_weights", lambda *_: nullcontext(True))
-    monkeypatch.setattr("fastgrpo.room.free_memory", lambda device: 820.0 * MIB)
+    monkeypatch.setattr("fastgrpo.tools.preflight.largest_batch.sharding.rollout_weights", lambda *_: nullcontext(True))
+    monkeypatch.setattr("fastgrpo.tools.preflight.largest_batch.free_memory", lambda device: 820.0 * MIB)
     with open_world() as world:
         yield asking
 
@@ -92,7 +94,7 @@ def test_forwards_of_one_and_two_tell_what_fits(
     policy = Hungry()
     size, told = ask(policy, decode_batch)
     assert set(policy.lengths) == {9}  # the longest text
-    assert size == sizing.balanced(17, fit), told  # three batches of 6, five of 4
+    assert size == batch_size.balanced(17, fit), told  # three batches of 6, five of 4
     assert told.startswith(f"rollout.batch_size=auto: {size} of a rank's 17 samples at once (0.1")
 
 
@@ -112,7 +114,9 @@ class Full(Hungry):
 def test_two_samples_are_not_tried_where_they_would_not_fit(
     ask: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastgrpo.room.free_memory", lambda device: 300.0 * MIB)  # one takes 160
+    monkeypatch.setattr(
+        "fastgrpo.tools.preflight.largest_batch.free_memory", lambda device: 300.0 * MIB
+    )  # one takes 160
     assert ask(Full(1), 1)[0] == 1
 
 
@@ -131,11 +135,11 @@ def test_a_run_takes_what_fits_and_a_resumed_one_keeps_it(
 ) -> None:
     folder = tmp_path / "run"
     overrides = [*runs.SMALL, *runs.SMALLER, "rollout.batch_size=auto", f"run.dir={folder}"]
-    monkeypatch.setattr("fastgrpo.room.sizing.fitting", lambda *_: 3)
+    monkeypatch.setattr("fastgrpo.tools.preflight.largest_batch.batch_size.fitting", lambda *_: 3)
     assert train(config.load(runs.RECIPE, [*overrides, "run.iterations=1"])) is not None
     assert "rollout.batch_size=auto: 3 of a rank's 8 samples at once" in capsys.readouterr().out
     assert json.loads((folder / "checkpoints" / "step-1" / "progress.json").read_text())["rollout_batch"] == 3
-    monkeypatch.setattr("fastgrpo.room.sizing.fitting", lambda *_: 8)
+    monkeypatch.setattr("fastgrpo.tools.preflight.largest_batch.batch_size.fitting", lambda *_: 8)
     assert train(config.load(runs.RECIPE, overrides)) is not None
     assert "batch_size=auto" not in capsys.readouterr().out
     assert json.loads((folder / "checkpoints" / "step-2" / "progress.json").read_text())["rollout_batch"] == 3
@@ -144,13 +148,13 @@ def test_a_run_takes_what_fits_and_a_resumed_one_keeps_it(
 def test_the_plan_takes_the_largest_that_fits() -> None:
     machine = Machine(gpu("h800"), Achieved())
     file = runs.ROOT / "launch" / "t2v_hunyuan.toml"
-    auto = plan.plan(config.load(file, ["rollout.batch_size=auto"]), 16, machine)
+    auto = planner.plan(config.load(file, ["rollout.batch_size=auto"]), 16, machine)
     chosen, samples = auto.subject.job.recipe.rollout.at_once, 24
     room_for = []
     for size in range(1, samples + 1):
-        given = plan.plan(config.load(file, [f"rollout.batch_size={size}"]), 16, machine)
+        given = planner.plan(config.load(file, [f"rollout.batch_size={size}"]), 16, machine)
         phases = [phase for phase in given.phases if phase.name in ("rollout", "decode")]
         if all(p.peak + 0.25 * p.memory["activations"] <= machine.usable() for p in phases):
             room_for.append(size)
-    assert room_for == list(range(1, max(room_for) + 1)) and chosen == sizing.balanced(samples, max(room_for))
+    assert room_for == list(range(1, max(room_for) + 1)) and chosen == batch_size.balanced(samples, max(room_for))
     assert any(note.startswith(f"rollout.batch_size=auto comes to {chosen} of") for note in auto.subject.notes)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo import cli, models, sample, sheet, snapshot
+from fastgrpo import cli, models
 from fastgrpo.checkpoint.checkpoints import Checkpoints
 from fastgrpo.core import config
 from fastgrpo.core.config import Checkpoint
@@ -18,7 +18,8 @@ from fastgrpo.core.policy import Prompt, stack
 from fastgrpo.data import video
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import open_world
-from fastgrpo.snapshot import Asked
+from fastgrpo.tools.sample import contact_sheet, sample
+from fastgrpo.tools.sample.source import Asked, find
 from fastgrpo.training import rollout
 from fastgrpo.training.trainer import Trainer
 from tests import forks, runs
@@ -126,7 +127,7 @@ def test_the_weights_are_those_that_the_trainer_samples_with(run: Path) -> None:
     overrides = ("model.dtype=bfloat16",)
     recipe = config.load(run / "recipe.toml", overrides)
     model = recipe.model
-    policy = snapshot.find(Asked(str(run), raw=True, overrides=overrides)).snapshot.load(CPU)
+    policy = find(Asked(str(run), raw=True, overrides=overrides)).snapshot.load(CPU)
     shape = policy.latent_shape(VIDEO)
     grid = policy.time_grid(3, None, shape)
     with models.encoder(model, VIDEO, CPU) as encode:
@@ -258,6 +259,6 @@ def test_a_sheet_has_a_cell_for_every_sample(three: Path) -> None:
 def test_frames_on_the_sheet_are_evenly_spaced() -> None:
     size = VIDEO.model_copy(update={"frames": 53, "height": 480, "width": 640})
     clip = torch.arange(53, dtype=torch.uint8)[:, None, None, None].expand(53, 480, 640, 3)
-    thumbs = sheet.thumbnails(clip, size)
-    assert tuple(thumbs.shape) == sheet.thumbnail_shape(size) == (6, 144, 192, 3)
+    thumbs = contact_sheet.thumbnails(clip, size)
+    assert tuple(thumbs.shape) == contact_sheet.thumbnail_shape(size) == (6, 144, 192, 3)
     assert thumbs[:, 0, 0, 0].tolist() == [0, 10, 21, 31, 42, 52]

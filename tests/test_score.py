@@ -11,16 +11,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo import cli, clip_files, judges, rewards
+from fastgrpo import cli, rewards
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores
 from fastgrpo.data import video
 from fastgrpo.data.images import read_image
 from fastgrpo.data.tiny_world import shapes
-from fastgrpo.judges import Asked, Judges, Servers, Witness
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.rewards.serving.loaded_reward import Served
+from fastgrpo.tools.score import clip_files, judges
+from fastgrpo.tools.score.judges import Asked, Judges, Servers, Witness
 from fastgrpo.training.evaluation import Evaluation
 from tests import runs, servers
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from fastgrpo.core.processes import leave
-from fastgrpo.export import Export, export
+from fastgrpo.tools.export.export import Export, export
 
 
 def resident(field: str) -> int:

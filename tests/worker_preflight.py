@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgrpo import preflight, preflight_folder
 from fastgrpo.algorithm import noise, samplers
 from fastgrpo.algorithm.transitions import gaussian_log_prob
 from fastgrpo.core import config
@@ -26,12 +25,13 @@ from fastgrpo.core.processes import leave
 from fastgrpo.core.reward import Scores
 from fastgrpo.parallel import sequence_parallel
 from fastgrpo.parallel.world import Group, World, open_world
-from fastgrpo.preflight_folder import scratch
-from fastgrpo.preflight_iteration import Probe
-from fastgrpo.preflight_parts import Parts, fingerprints
 from fastgrpo.preflight_run import elsewhere, first_prompts
 from fastgrpo.rewards.tiny_world import TinyWorld
 from fastgrpo.run.stopping import Signals, Stop
+from fastgrpo.tools.preflight import checks, run_folder
+from fastgrpo.tools.preflight.finding import Parts, fingerprints
+from fastgrpo.tools.preflight.iteration import Probe
+from fastgrpo.tools.preflight.run_folder import scratch
 from fastgrpo.train import Session
 from fastgrpo.training.conditions import encode
 from tests import runs
@@ -54,7 +54,7 @@ def said(parts: Parts) -> list[str]:
     """What quick says, and at the end the error's text where it raises."""
     lines: list[str] = []
     try:
-        preflight.quick(parts, lines.append)
+        checks.quick(parts, lines.append)
     except UserError as error:
         lines.append(str(error))
     return lines
@@ -164,10 +164,10 @@ def replicas(folder: Path, found: dict[str, Any]) -> None:
             place.mkdir()
         world.barrier()
         lines: list[str] = []
-        green, phases = preflight.thorough(parts, place, lambda finding: lines.append(finding.line))
+        green, phases = checks.thorough(parts, place, lambda finding: lines.append(finding.line))
         found["whole"] = {"green": green, "lines": lines, "phases": [vars(phase) for phase in phases]}
         with mock.patch("torch.distributed.checkpoint.load"):
-            saved = preflight_folder.save_and_load(parts, Probe.of(parts.trainer, world), place)
+            saved = run_folder.save_and_load(parts, Probe.of(parts.trainer, world), place)
             found["a load that reads nothing"] = saved.finding.line
         if world.main:
             shutil.rmtree(place)

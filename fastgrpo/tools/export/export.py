@@ -1,0 +1,158 @@
+"""A sharded checkpoint as a folder that `DiffusionPipeline.from_pretrained` loads.
+
+The network's tensors go from the checkpoint's shards to safetensors files one at a time; all other parts and
+model_index.json are the base folder's own. No process group, no GPU, and the model is never whole in memory.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastgrpo import models
+from fastgrpo.checkpoint import reader
+from fastgrpo.checkpoint.reader import Step, Weights
+from fastgrpo.core import config, files
+from fastgrpo.core.config import Recipe
+from fastgrpo.core.errors import UserError
+from fastgrpo.models.loading import diffusers_folder as layout_folder
+from fastgrpo.models.loading.lora import DOWN, UP, merged, save_adapters
+from fastgrpo.tools.export import model_card, shard_writer
+
+COPIED_FILES = ("LICENSE*", "NOTICE*")  # of the base folder's top; whole-model files there hold the old weights
+
+
+@dataclass(frozen=True)
+class Export:
+    """What to export, and how."""
+
+    run: Path
+    folder: Path
+    step: Step = "newest"
+    raw: bool = False
+    lora: Literal["apart", "merged"] | None = None  # none = apart where the run has adapters
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_shard_bytes: int = 5 * 10**9
+    link: bool = False  # hard links to the base folder's other parts, in place of copies
+
+
+def export(wanted: Export) -> Path:
+    """Write the folder, whole or not at all.  returns it
+
+    Raises UserError where the run, the checkpoint, the base folder or the destination is not what it should be.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("export: runs in one process; start it without torchrun.")
+    checkpoint = reader.find(wanted.run, wanted.step)
+    recipe = config.load(wanted.run / "recipe.toml")
+    if wanted.lora is not None and not recipe.lora.rank:
+        raise UserError(f"--lora={wanted.lora}: the run in {wanted.run} trained no adapters; leave it out.")
+    weights = Weights(checkpoint, wanted.raw)
+    with files.whole_folder(wanted.folder, "DST") as partial:
+        if recipe.lora.rank and wanted.lora != "merged":
+            write_adapters(wanted, recipe, weights, partial)
+        else:
+            write_pipeline(wanted, recipe, weights, partial)
+        (partial / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
+        model_card.write(partial / "README.md", wanted.run, recipe, weights, wanted.dtype)
+    return wanted.folder
+
+
+def write_pipeline(wanted: Export, recipe: Recipe, weights: Weights, partial: Path) -> None:
+    """The whole pipeline: the base folder's parts, and the network with the checkpoint's weights."""
+    part = models.family(recipe.model.family).NETWORK
+    base = layout_folder.locate(recipe.model.path)
+    copy_parts(base, part, partial, wanted.link)
+    source = layout_folder.network_folder(recipe.model, part)
+    name_pipeline(partial / "model_index.json", recipe.model.family)
+    network = partial / part
+    network.mkdir()
+    shutil.copyfile(source / "config.json", network / "config.json")
+    expected = expected_tensors(network / "config.json")
+    read: Callable[[str], Tensor] = weights.read
+    if recipe.lora.rank:
+        read = merged_with(source, adapters(weights), recipe)
+    else:
+        reader.check_names({name: tensor.shape for name, tensor in expected.items()}, set(expected), weights)
+    dtype = getattr(torch, wanted.dtype)
+    layout = {name: (t.shape, dtype if t.is_floating_point() else t.dtype) for name, t in expected.items()}
+    shard_writer.write_network(network, layout, read, wanted.max_shard_bytes)
+
+
+def write_adapters(wanted: Export, recipe: Recipe, weights: Weights, partial: Path) -> None:
+    """The file that `load_lora_weights` of the family's pipeline looks for in a folder."""
+    part = models.family(recipe.model.family).NETWORK
+    save_adapters(adapters(weights), partial / shard_writer.ADAPTERS, part, recipe.lora, getattr(torch, wanted.dtype))
+
+
+def adapters(weights: Weights) -> dict[str, Tensor]:
+    """The trained adapters of a checkpoint: all of them, since they are small."""
+    return {name: weights.read(name) for name in weights.names if name.endswith((DOWN, UP))}
+
+
+def merged_with(source: Path, state: dict[str, Tensor], recipe: Recipe) -> Callable[[str], Tensor]:
+    """A reader of the base network's tensors with the adapters folded in."""
+    base = shard_writer.open_network(source)
+    return lambda name: merged(name, _float32(base(name)), state, recipe.lora)
+
+
+def copy_parts(base: Path, network: str, partial: Path, link: bool) -> None:
+    """model_index.json, the folders that it names but the network's, and the licence."""
+    index = base / "model_index.json"
+    parts = [name for name, value in layout_folder.read_json(index).items() if isinstance(value, list)]
+    if network not in parts:
+        raise UserError(f"model.path={base}: model_index.json names no {network}; is model.family right?")
+    put: Callable[[str, str], Any] = _link if link else shutil.copyfile
+    for file in (index, *(file for pattern in COPIED_FILES for file in sorted(base.glob(pattern)))):
+        shutil.copyfile(file, partial / file.name)
+    for name in parts:
+        if name != network and (base / name).is_dir():  # an optional part, such as a safety checker, may be null
+            copy_folder(base / name, partial / name, put)
+
+
+def copy_folder(source: Path, target: Path, put: Callable[[str, str], Any]) -> None:
+    """As shutil.copytree, which gathers the files' errors into one that no longer tells a full disk."""
+    for folder, _, names in os.walk(source, followlinks=True):
+        place = target / Path(folder).relative_to(source)
+        place.mkdir(parents=True)
+        for name in names:
+            put(os.path.join(folder, name), str(place / name))
+
+
+def name_pipeline(index: Path, family: str) -> None:
+    """Name the family's own pipeline, where its other parts come from another's folder (SkyReels)."""
+    pipeline = getattr(models.family(family), "PIPELINE", None)
+    if pipeline is not None:
+        content = layout_folder.read_json(index) | {"_class_name": pipeline}
+        index.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link, or a copy on another file system; hub folders hold links to their files, which are followed."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def expected_tensors(config_file: Path) -> dict[str, Tensor]:
+    """The tensors of the network that a config.json describes, on the meta device: names, shapes and dtypes."""
+    import diffusers
+
+    settings = layout_folder.read_json(config_file)
+    kind = getattr(diffusers, str(settings.get("_class_name")), None)
+    if kind is None:
+        raise UserError(f"model.path: {config_file} names no diffusers class ({settings.get('_class_name')}).")
+    with torch.device("meta"):
+        network = kind.from_config(settings)
+    return dict(network.state_dict())
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor

@@ -1,0 +1,1 @@
+"""What a rank holds, computes, sends, and what its rewards take: closed forms. Read `memory.py` first."""

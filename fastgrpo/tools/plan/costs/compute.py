@@ -1,0 +1,229 @@
+"""What a rank computes and sends: FLOPs and bytes of a forward and of a micro-batch, in closed form.
+
+FLOPs are those of the matrix products and of attention, two for each multiplication and addition; what is made of the
+text is made on each rank of a sequence group. Bytes are what one rank sends in a ring, (n - 1) / n of a gathered or
+scattered tensor: docs/cluster.md has the same formulas for whole tensors, and the tests count both.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fastgrpo.core.config import Recipe
+from fastgrpo.tools.plan.network.units import BOTH, SAMPLE, TEXT, VIDEO, Attention, Network, Unit, adapters
+
+BACKWARD = 2.0  # products per product of the forward: the gradients of inputs and of weights
+UNET_AGAIN = 0.74  # share of a UNet's forward that diffusers recomputes, measured: its resnets and inner transformers
+ATTENTION_BACKWARD = 2.5  # five products for two
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe on a number of GPUs: all that the closed forms want to know."""
+
+    recipe: Recipe
+    network: Network
+    latent: tuple[int, int, int, int]  # (C, F, H, W) of a sample
+    video: int  # tokens of a sample, on all ranks of a sequence group
+    text: int  # tokens of the text, the longest
+    gpus: int
+    ranks_per_node: int
+    replicas: int
+    shards: int
+
+    @property
+    def sp(self) -> int:
+        return self.recipe.distributed.sp
+
+    @property
+    def local(self) -> int:
+        """Video tokens of a rank: the most that falls to one."""
+        return math.ceil(self.video / self.sp)
+
+    @property
+    def groups(self) -> int:
+        """Groups of ranks that work on different samples."""
+        return self.gpus // self.sp
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number in compute precision."""
+        return 2 if self.recipe.model.dtype == "bfloat16" else 4
+
+    @property
+    def branches(self) -> int:
+        """Forwards that classifier-free guidance makes of one, in one batch."""
+        return 2 if self.recipe.model.cfg > 1 else 1
+
+    @property
+    def lora(self) -> bool:
+        return self.recipe.lora.rank > 0
+
+    @property
+    def second_network(self) -> bool:
+        """Whether the initial policy is a network of its own: with adapters it is the one at rest."""
+        return self.reference and not self.lora
+
+    @property
+    def reference(self) -> bool:
+        """Whether the update asks the initial policy too."""
+        return self.recipe.needs_initial_policy
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one rank."""
+
+    products: float = 0.0
+    attention: float = 0.0
+    adapters: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.products + self.attention + self.adapters
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.products + other.products, self.attention + other.attention, self.adapters + other.adapters)
+
+
+def forward(job: Job, batch: int, units: Iterable[Unit] | None = None) -> Flops:
+    """One forward over `batch` states, guidance's second branch included."""
+    samples, found = batch * job.branches, Flops()
+    for unit in job.network.units if units is None else units:
+        products = sum(p.flops * _positions(job, unit, p.name, p.where) for p in unit.products)
+        attention = sum(_attention(job, a) for a in unit.attentions)
+        found = found + Flops(samples * products, samples * attention)
+        if job.lora:
+            extra = adapters(unit, job.recipe.lora.rank, job.recipe.lora.targets).products
+            found = found + Flops(adapters=samples * sum(p.flops * _positions(job, unit, "", p.where) for p in extra))
+    return found
+
+
+def _positions(job: Job, unit: Unit, name: str, where: str) -> int:
+    """How often a matrix is applied for a sample. The patch embedding sees the tokens before they are split."""
+    whole = unit is job.network.rest and name != "proj_out"
+    video = job.video if whole else job.local
+    return {VIDEO: video, TEXT: job.text, BOTH: video + job.text, SAMPLE: 1}[where]
+
+
+def _attention(job: Job, attention: Attention) -> float:
+    counts = {VIDEO: job.video, TEXT: job.text, BOTH: job.video + job.text}
+    queries = counts[attention.queries] * attention.area
+    keys = counts[attention.keys] * (attention.area if attention.keys == VIDEO else 1.0)
+    return 4.0 * queries * keys * attention.width / (job.sp if attention.shared else 1)
+
+
+def update(job: Job, batch: int) -> Flops:
+    """Forward, recomputation and backward of a micro-batch; frozen weights have no gradients of their own."""
+    found = Flops()
+    every = int(job.recipe.model.gradient_checkpointing)
+    for number, unit in enumerate(job.network.units):
+        once = forward(job, batch, [unit])
+        again = 1.0 if every and number % every == 0 and unit is not job.network.rest else 0.0
+        if unit.kind == "unet":
+            again = UNET_AGAIN if every else 0.0
+        backward = 1.0 if job.lora else BACKWARD
+        found = found + Flops(
+            once.products * (1 + again + backward),
+            once.attention * (1 + again + ATTENTION_BACKWARD),
+            once.adapters * (1 + again + BACKWARD),
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that one rank sends, by collective."""
+
+    gather: float = 0.0
+    scatter: float = 0.0
+    reduce: float = 0.0  # between replicas
+    exchange: float = 0.0  # between the ranks of a sequence group: tokens for heads, and back
+    collect: float = 0.0  # between them: the text's heads, and the velocity
+
+    def __add__(self, other: "Sent") -> "Sent":
+        return Sent(
+            self.gather + other.gather, self.scatter + other.scatter, self.reduce + other.reduce,
+            self.exchange + other.exchange, self.collect + other.collect,
+        )  # fmt: skip
+
+    def times(self, count: float) -> "Sent":
+        return Sent(
+            self.gather * count, self.scatter * count, self.reduce * count, self.exchange * count, self.collect * count
+        )
+
+
+def gathered_bytes(job: Job, unit: Unit) -> float:
+    """Bytes of a unit's whole weights in compute precision, adapters included."""
+    count = unit.padded(job.shards)
+    if job.lora:
+        count += adapters(unit, job.recipe.lora.rank, job.recipe.lora.targets).padded(job.shards)
+    return float(job.element * count)
+
+
+def reduced_bytes(job: Job, unit: Unit) -> float:
+    """Bytes of a unit's whole gradient in float32."""
+    trained = adapters(unit, job.recipe.lora.rank, job.recipe.lora.targets) if job.lora else unit
+    return 4.0 * trained.padded(job.shards)
+
+
+def gather_whole(job: Job) -> Sent:
+    """The weights gathered once for a rollout."""
+    return Sent(gather=_ring(job) * sum(gathered_bytes(job, unit) for unit in job.network.units))
+
+
+def gather_blocks(job: Job, forwards: int) -> Sent:
+    """The weights gathered block by block in each of several forwards; what is outside stays after the first."""
+    blocks = sum(gathered_bytes(job, unit) for unit in job.network.units if unit is not job.network.rest)
+    return Sent(gather=_ring(job) * (forwards * blocks + gathered_bytes(job, job.network.rest)))
+
+
+def micro_batch(job: Job, batch: int) -> Sent:
+    """One micro-batch of the update: gathers for forward and backward, the scattered gradient, exchanged tokens.
+
+    The initial policy's forward gathers the blocks once more; the root is whole by then, see `plan_memory.states`.
+    """
+    blocks = sum(gathered_bytes(job, unit) for unit in job.network.units if unit is not job.network.rest)
+    gradient = sum(reduced_bytes(job, unit) for unit in job.network.units)
+    gathered = (2 + job.reference) * blocks + gathered_bytes(job, job.network.rest)
+    sent = Sent(gather=_ring(job) * gathered, scatter=_ring(job) * gradient)
+    return sent + tokens_of_update(job, batch)
+
+
+def tokens_of_update(job: Job, batch: int) -> Sent:
+    """What a micro-batch of `batch` states sends inside the sequence group.
+
+    Forward, recomputation and backward, and the initial policy's forward.
+    """
+    every, blocks = int(job.recipe.model.gradient_checkpointing), len(job.network.blocks)
+    again = math.ceil(blocks / every) / blocks if every else 0.0
+    return _tokens(job, batch, 2 + again + job.reference, 2 + job.reference)
+
+
+def between_replicas(job: Job) -> Sent:
+    """The gradient's shards, agreed between replicas once per optimizer step."""
+    gradient = sum(reduced_bytes(job, unit) for unit in job.network.units) / job.shards
+    return Sent(reduce=2 * gradient * (job.replicas - 1) / job.replicas)
+
+
+def exchanged(job: Job, batch: int) -> Sent:
+    """What a forward without gradients sends to the ranks of the sequence group."""
+    return _tokens(job, batch, 1, 1)
+
+
+def _ring(job: Job) -> float:
+    return (job.shards - 1) / job.shards
+
+
+def _tokens(job: Job, batch: int, passes: float, ends: int) -> Sent:
+    """q, k, v and the output of each shared attention, `passes` times; the whole velocity, `ends` times."""
+    if job.sp == 1:
+        return Sent()
+    width, share = job.network.width, (job.sp - 1) / job.sp
+    samples = batch * job.branches * job.element
+    shared = [a for unit in job.network.blocks for a in unit.attentions if a.shared and a.keys != TEXT]
+    video = 4 * width * job.local * share * samples
+    text = width * job.text * share * samples if shared and shared[0].keys == BOTH else 0.0
+    out = next((p.outputs for p in job.network.rest.products if p.name == "proj_out"), 0)
+    velocity = job.local * out * (job.sp - 1) * samples
+    return Sent(exchange=passes * len(shared) * video, collect=passes * len(shared) * text + ends * velocity)

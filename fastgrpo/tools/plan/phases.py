@@ -1,0 +1,253 @@
+"""One iteration of a run, phase by phase: memory, FLOPs, bytes on the wire and seconds of the busiest rank.
+
+Seconds are the larger of computing and of gathering and scattering weights, which overlap, plus what does not: the
+exchange of tokens inside a sequence group, and the optimizer's step. Shares of the peaks are `gpus.Achieved`.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from fastgrpo.tools.plan.costs import memory as memory_costs
+from fastgrpo.tools.plan.costs import rewards as reward_costs
+from fastgrpo.tools.plan.costs.compute import (
+    Job,
+    Sent,
+    between_replicas,
+    exchanged,
+    forward,
+    gather_blocks,
+    gather_whole,
+    gathered_bytes,
+    micro_batch,
+    reduced_bytes,
+    tokens_of_update,
+    update,
+)
+from fastgrpo.tools.plan.gpus import Achieved, Gpu
+from fastgrpo.tools.plan.subject import Subject
+from fastgrpo.tools.plan.workload import network_calls, stragglers
+
+GIB = 2**30
+ROOM = 1.5  # the rollout holds the whole weights where this many times their size is free, see fastgrpo.parallel.world
+STEP_BYTES = 44  # per trained parameter: the gradient's norm and clipping, AdamW's reads and writes, float32
+AVERAGE_BYTES = 12  # and of the moving average
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Of one rank and iteration; loading is once per run, saving once per checkpoint."""
+
+    name: str
+    memory: dict[str, float] = field(default_factory=dict)  # bytes on the GPU at the peak, by kind
+    flops: float = 0.0
+    link: float = 0.0  # bytes sent to GPUs of the same node
+    network: float = 0.0  # bytes sent to other nodes
+    seconds: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What it runs on."""
+
+    card: Gpu
+    achieved: Achieved
+
+    def usable(self) -> float:
+        """Bytes that tensors may take: the rest is the context's, the libraries' and the allocator's."""
+        return (self.card.memory_gib - self.achieved.reserve_gib) * GIB / (1 + self.achieved.fragmentation)
+
+    def compute(self, flops: float, share: float) -> float:
+        return flops / (self.card.tflops * 1e12 * share)
+
+    def send(self, link: float, network: float) -> float:
+        """Seconds of a transfer whose parts run beside each other."""
+        card, achieved = self.card, self.achieved
+        return max(link / (card.link_gbs * achieved.link), network / (card.network_gbs * achieved.network)) / 1e9
+
+
+def iteration_phases(subject: Subject, machine: Machine) -> list[Phase]:
+    """All phases in their order."""
+    whole = holds_whole(subject, machine)
+    return [
+        _load(subject, machine), _rollout(subject, machine, whole), _decode(subject, machine, whole),
+        _reward(subject, machine), _update(subject, machine), _save(subject, machine),
+    ]  # fmt: skip
+
+
+def holds_whole(subject: Subject, machine: Machine) -> bool:
+    """Whether the rollout gathers the weights once."""
+    choice, job = subject.job.recipe.distributed.rollout_weights, subject.job
+    if choice != "auto":
+        return choice == "gathered"
+    needed = sum(gathered_bytes(job, unit) for unit in job.network.units)
+    held = memory_costs.states(job) | memory_costs.raw_weights(job)
+    return ROOM * needed < machine.usable() - sum(held.values()) - _vae(subject) - reward_costs.of_node(job).staying
+
+
+def route(job: Job, sent: Sent) -> tuple[float, float]:
+    """(bytes to GPUs of the node, bytes to other nodes) of a rank.
+
+    A ring over shards on several nodes leaves a node once per byte: that part is shared by the cards of its ranks.
+    """
+    weights, tokens = sent.gather + sent.scatter, sent.exchange + sent.collect
+    ranks = min(job.ranks_per_node, job.gpus)
+    link, network = weights, weights / ranks if job.shards > ranks else 0.0
+    for count, inside in ((sent.reduce, job.gpus <= ranks), (tokens, job.sp <= ranks)):
+        link, network = (link + count, network) if inside else (link, network + count)
+    return link, network
+
+
+def _seconds(job: Job, machine: Machine, compute: float, sent: Sent) -> float:
+    weights = Sent(sent.gather, sent.scatter, sent.reduce)
+    tokens = Sent(exchange=sent.exchange, collect=sent.collect)
+    return max(compute, machine.send(*route(job, weights))) + machine.send(*route(job, tokens))
+
+
+def _vae(subject: Subject) -> float:
+    return subject.family.vae * subject.job.element
+
+
+def _others(subject: Subject, scoring: bool) -> dict[str, float]:
+    """Bytes that lie beside the network.  scoring: between the first score of an iteration and the last"""
+    rewards = reward_costs.of_node(subject.job)
+    return {"VAE": _vae(subject), "rewards": rewards.staying + (rewards.passing if scoring else 0.0)}
+
+
+def _kept(subject: Subject) -> dict[str, float]:
+    """What waits for the update: the chosen transitions of this rank's samples."""
+    job = subject.job
+    samples, _ = network_calls.busiest(job.recipe, job.groups)
+    return {"trajectories": memory_costs.trajectories(job, samples, job.recipe.steps_trained)}
+
+
+def _load(subject: Subject, machine: Machine) -> Phase:
+    """The text encoders, whole, on each rank that encodes prompts; then this rank's shards, read from files."""
+    job, states = subject.job, memory_costs.states(subject.job)
+    encoders = {"text encoders": subject.family.encoders * job.element}
+    memory = max(encoders, {"weights": states.get("weights", 0.0)}, key=lambda parts: sum(parts.values()))
+    of_node = min(job.ranks_per_node, job.gpus) / job.shards
+    read = 2.0 * job.network.parameters * of_node  # files of bfloat16
+    seconds = (read + 2 * subject.family.encoders) / (machine.achieved.disk_gbs * 1e9)
+    return Phase("load", memory | _others(subject, scoring=False), seconds=seconds)
+
+
+def _rollout(subject: Subject, machine: Machine, whole: bool) -> Phase:
+    job = subject.job
+    batch = min(job.recipe.rollout.at_once, network_calls.busiest(job.recipe, job.groups)[0])
+    states, forwards = _rollout_work(job)
+    flops = forward(job, 1).total * states
+    weights = gather_whole(job) if whole else gather_blocks(job, math.ceil(forwards))
+    sent = weights + exchanged(job, 1).times(states)
+    memory = memory_costs.rollout(job, batch, whole) | _kept(subject) | _others(subject, scoring=True)
+    compute = machine.compute(flops, machine.achieved.rollout)
+    return Phase("rollout", memory, flops, *route(job, sent), _seconds(job, machine, compute, sent))
+
+
+def _rollout_work(job: Job) -> tuple[float, float]:
+    """(states evaluated, forwards) of the busiest rank in an iteration, the mean over the run's windows."""
+    recipe, states, forwards = job.recipe, 0.0, 0.0
+    samples, prompts = network_calls.busiest(recipe, job.groups)
+    batch = recipe.rollout.at_once
+    for first, share in network_calls.first_steps(recipe).items():
+        steps = network_calls.grid_steps(recipe, first)
+        if recipe.objective.kind == "nft":
+            shared, single = 0, steps + recipe.steps_trained
+        else:
+            shared, single = (first + 1, steps - first - 1) if recipe.rollout.shared_noise else (0, steps)
+        states += share * (prompts * shared + samples * single)
+        forwards += share * (math.ceil(prompts / batch) * shared + math.ceil(samples / batch) * single)
+    return states, forwards
+
+
+def _decode(subject: Subject, machine: Machine, whole: bool) -> Phase:
+    """This rank's clips through the VAE, in tiles where the family decodes so."""
+    job, family, video = subject.job, subject.family, subject.job.recipe.video
+    samples = network_calls.busiest(job.recipe, job.groups)[0]
+    own = math.ceil(samples / job.sp)
+    size = (video.frames, video.height, video.width)
+    tile, stride = family.tile or size, family.stride if family.tile else size
+    pixels = [_tiled(length, t, s) for length, t, s in zip(size, tile, stride, strict=True)]
+    flops = own * math.prod(pixels) * family.decode_flops
+    at_once = min(math.ceil(min(samples, job.recipe.rollout.at_once) / job.sp), own)
+    at_once = min(at_once, job.recipe.model.decode_batch or at_once)
+    tile_pixels = math.prod(min(t, length) for t, length in zip(tile, size, strict=True))
+    working = at_once * family.decode_bytes * job.element / 2 * tile_pixels
+    clips = at_once * math.prod(size) * 3 * (2 * job.element + 4 + 1)
+    rollout = memory_costs.rollout(job, 1, whole)
+    rollout.pop("activations")
+    if not whole:
+        rollout["gathered"] = gathered_bytes(job, job.network.rest)
+    memory = rollout | {"activations": working + clips} | _kept(subject) | _others(subject, scoring=True)
+    return Phase("decode", memory, flops, seconds=machine.compute(flops, machine.achieved.decode))
+
+
+def _tiled(length: int, tile: int, stride: int) -> int:
+    """Places that tiles of an axis cover, overlaps counted twice."""
+    return length if length <= tile else sum(min(tile, length - start) for start in range(0, length, stride))
+
+
+def _reward(subject: Subject, machine: Machine) -> Phase:
+    memory = memory_costs.states(subject.job) | _kept(subject) | _others(subject, scoring=True)
+    flops = reward_costs.of_node(subject.job).flops
+    return Phase("reward", memory, flops, seconds=machine.compute(flops, machine.achieved.reward))
+
+
+def _update(subject: Subject, machine: Machine) -> Phase:
+    job, recipe = subject.job, subject.job.recipe
+    states, batches = _update_work(job)
+    batch = min(recipe.optimizer.batch_size, math.ceil(states / recipe.optimizer.updates_per_iteration))
+    flops = update(job, 1).total * states
+    if job.reference:
+        flops += forward(job, 1).total * states
+    sent = micro_batch(job, 0).times(batches)
+    sent = sent + tokens_of_update(job, 1).times(states)
+    sent = sent + between_replicas(job).times(recipe.optimizer.updates_per_iteration)
+    several = batches > recipe.optimizer.updates_per_iteration
+    memory = memory_costs.update(job, batch, several) | _kept(subject) | _others(subject, scoring=False)
+    compute = machine.compute(flops, machine.achieved.update)
+    seconds = _seconds(job, machine, compute, sent)
+    seconds += recipe.optimizer.updates_per_iteration * _step_seconds(job, machine, batches)
+    return Phase("update", memory, flops, *route(job, sent), seconds)
+
+
+def _update_work(job: Job) -> tuple[float, int]:
+    """(states evaluated, micro-batches) in an iteration, of the busiest rank of each optimizer step."""
+    recipe, updates = job.recipe, job.recipe.optimizer.updates_per_iteration
+    prompts, size, kept = recipe.prompts.per_iteration, recipe.rollout.samples_per_prompt, recipe.samples_trained
+    total = network_calls.of_iteration(recipe, 0, job.groups)
+    samples = stragglers.widest(prompts, size, kept, updates, job.groups)
+    states = total.update * samples / (prompts * kept)
+    return states, updates * math.ceil(states / updates / recipe.optimizer.batch_size)
+
+
+def _step_seconds(job: Job, machine: Machine, batches: int) -> float:
+    """Of clipping and AdamW, which wait for memory; with offloading also of the way to the host and back."""
+    trained = sum(reduced_bytes(job, unit) for unit in job.network.units) / 4 / job.shards
+    count = STEP_BYTES + (AVERAGE_BYTES if job.recipe.optimizer.ema_decay else 0)
+    if not job.recipe.distributed.offload:
+        return trained * count / (machine.card.memory_gbs * machine.achieved.memory * 1e9)
+    per_batch = 3 * 4 * trained * batches / job.recipe.optimizer.updates_per_iteration  # two gathers and the gradient
+    return (trained * count + per_batch) / (machine.card.host_gbs * 1e9)
+
+
+def _save(subject: Subject, machine: Machine) -> Phase:
+    """Masters, moments and the moving average, each value written once by the ranks together."""
+    job = subject.job
+    trained = sum(reduced_bytes(job, unit) for unit in job.network.units) / 4
+    count = 12 + (4 if job.recipe.optimizer.ema_decay else 0)
+    nodes = max(1, job.gpus // job.ranks_per_node)
+    writers = min(nodes, math.ceil(job.shards / min(job.ranks_per_node, job.gpus)))
+    seconds = trained * count / (machine.achieved.disk_gbs * 1e9 * writers)
+    memory = memory_costs.states(job) | _others(subject, scoring=False)
+    return Phase("save", memory, seconds=0.0 if job.recipe.checkpoint.background else seconds)
+
+
+def iteration_seconds(found: Iterable[Phase], every: int) -> float:
+    """Of the phases that each iteration has, and its share of a checkpoint."""
+    shares = {"load": 0.0, "save": 1.0 / every}
+    return sum(phase.seconds * shares.get(phase.name, 1.0) for phase in found)

@@ -1,0 +1,205 @@
+"""Does a recipe fit on so many GPUs, how long will it take, and what to change: the answer of `fastgrpo plan`.
+
+In closed form by default, in about a second and without torch; `--simulate` runs one rank with the full-size network
+and no memory behind it (plan_simulate) and puts its figures beside. docs/planning.md has what the two say of the same.
+"""
+
+import math
+from bisect import bisect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+from fastgrpo.core import config
+from fastgrpo.core.config import Recipe
+from fastgrpo.core.errors import UserError
+from fastgrpo.tools.plan.costs import compute
+from fastgrpo.tools.plan.phases import GIB, Machine, Phase, iteration_phases, iteration_seconds
+from fastgrpo.tools.plan.subject import Subject, subject
+from fastgrpo.tools.plan.workload import batch_size, network_calls, stragglers
+
+CURVE = (8, 16, 32, 64, 128, 256, 512)
+LARGE_REST, LARGE_REST_GIB = 0.02, 0.25  # share of the parameters outside the blocks, from which a plan warns
+ADVICE = 5  # recipes that are named
+USUAL_CHANGES, MOST_CHANGES = 3, 6  # more than the usual number are tried only where fewer do not do
+LORA_RANK = 32
+LARGE_IDLE = 0.15  # of the update, from which a plan warns
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe on a number of GPUs."""
+
+    subject: Subject
+    machine: Machine
+    phases: list[Phase]
+    iterations: int
+    every: int  # iterations per checkpoint
+
+    @property
+    def worst(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.peak)
+
+    @property
+    def fits(self) -> bool:
+        return self.worst.peak <= self.machine.usable()
+
+    @property
+    def seconds(self) -> float:
+        """Of an iteration."""
+        return iteration_seconds(self.phases, self.every)
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of the run, loading included; evaluations and the encoding of prompts are not."""
+        load = sum(phase.seconds for phase in self.phases if phase.name == "load")
+        return (self.seconds * self.iterations + load) * self.subject.job.gpus / 3600
+
+
+@dataclass(frozen=True)
+class Change:
+    """A recipe near the given one that fits, and what it takes."""
+
+    overrides: tuple[str, ...]
+    plan: Plan
+
+
+def plan(recipe: Recipe, gpus: int, machine: Machine, ranks_per_node: int = 8, text: int | None = None) -> Plan:
+    """The closed form; rollout.batch_size = "auto" comes to the largest that fits, and a note says so.
+
+    text: tokens of the longest text, in place of the family's limit
+    Raises UserError for what a run would refuse, and for GPUs that are no whole nodes.
+    """
+    if gpus > ranks_per_node and gpus % ranks_per_node:
+        raise UserError(f"--gpus={gpus}: not a multiple of the {ranks_per_node} of a node (--ranks-per-node).")
+    if recipe.rollout.batch_size != "auto":
+        return _plan(recipe, gpus, machine, ranks_per_node, text)
+
+    def sized(size: int) -> Plan:
+        settled = recipe.model_copy(update={"rollout": recipe.rollout.settled(size)})
+        return _plan(settled, gpus, machine, ranks_per_node, text)
+
+    samples, _ = network_calls.busiest(recipe, sized(1).subject.job.groups)
+    fit = bisect(range(2, samples + 1), 0, key=lambda size: 0 if _has_room(sized(size)) else 1)
+    size = batch_size.balanced(samples, 1 + fit)
+    found = sized(size)
+    note = f"rollout.batch_size=auto comes to {size} of a rank's {samples} samples at once"
+    return replace(found, subject=replace(found.subject, notes=(*found.subject.notes, note)))
+
+
+def _plan(recipe: Recipe, gpus: int, machine: Machine, ranks_per_node: int, text: int | None) -> Plan:
+    found = subject(recipe, gpus, ranks_per_node, text)
+    return Plan(found, machine, iteration_phases(found, machine), recipe.run.iterations, recipe.checkpoint.every)
+
+
+def _has_room(found: Plan) -> bool:
+    """Whether the rollout's batch is one that a run with rollout.batch_size = "auto" would take."""
+    gaps = 1 / batch_size.SHARE - 1
+    drawing = (phase for phase in found.phases if phase.name in ("rollout", "decode"))
+    return all(one.peak + gaps * one.memory["activations"] <= found.machine.usable() for one in drawing)
+
+
+def curve(recipe: Recipe, machine: Machine, ranks_per_node: int, text: int | None) -> list[Plan]:
+    """The same recipe on 8 to 512 GPUs, as far as a run would accept them."""
+    plans = []
+    for gpus in CURVE:
+        try:
+            plans.append(plan(recipe, gpus, machine, ranks_per_node, text))
+        except UserError:
+            continue
+    return plans
+
+
+def advice(given: Plan, file: Path, overrides: Sequence[str], text: int | None) -> list[Change]:
+    """Recipes near the given one that fit, the quickest first, those that train something else last.
+
+    file, overrides: where the given recipe comes from; the changes are more overrides of it
+    """
+    found: list[Change] = []
+    for count in range(1, MOST_CHANGES + 1):
+        if count > USUAL_CHANGES and found:
+            break
+        for changes in _nearby(given.subject.job, count):
+            try:
+                recipe = config.load(file, [*overrides, *changes])
+                tried = plan(recipe, given.subject.job.gpus, given.machine, given.subject.job.ranks_per_node, text)
+            except UserError:
+                continue
+            if tried.fits:
+                found.append(Change(changes, tried))
+    found.sort(key=lambda change: (_learns_otherwise(change), change.plan.seconds, len(change.overrides)))
+    return _distinct(found)
+
+
+def _distinct(found: Sequence[Change]) -> list[Change]:
+    """The first few, leaving out those that only add changes to a quicker one."""
+    chosen: list[Change] = []
+    for change in found:
+        if len(chosen) < ADVICE and not any(set(c.overrides) < set(change.overrides) for c in chosen):
+            chosen.append(change)
+    return chosen
+
+
+def _learns_otherwise(change: Change) -> bool:
+    return any(override.startswith("lora.") for override in change.overrides)
+
+
+def _nearby(job: compute.Job, count: int) -> Iterator[tuple[str, ...]]:
+    """Overrides that change so many keys of a recipe."""
+    for keys in combinations(_choices(job), count):
+        for values in product(*(alternatives for _, alternatives in keys)):
+            yield tuple(f"{key}={_toml(value)}" for (key, _), value in zip(keys, values, strict=True))
+
+
+def _choices(job: compute.Job) -> list[tuple[str, list[Any]]]:
+    """What may be changed, and to which other values."""
+    recipe, heads = job.recipe, job.network.heads
+    sizes = [n for n in (1, 2, 4, 8) if heads % n == 0 and job.gpus % n == 0 and job.ranks_per_node % n == 0]
+    mesh = sorted({min(job.ranks_per_node, job.gpus), 2 * job.ranks_per_node, job.gpus} - {job.shards})
+    wanted: list[tuple[str, Any, list[Any]]] = [
+        ("distributed.sp", job.sp, sizes if job.network.blocks[0].kind != "unet" else []),
+        ("distributed.shard", job.shards, mesh),
+        ("model.gradient_checkpointing", int(recipe.model.gradient_checkpointing), [True]),
+        ("optimizer.batch_size", recipe.optimizer.batch_size, [1, recipe.optimizer.batch_size // 2]),
+        ("rollout.batch_size", recipe.rollout.at_once, [1]),
+        ("rollout.store", recipe.rollout.store, ["host"]),
+        ("distributed.rollout_weights", recipe.distributed.rollout_weights, ["sharded"]),
+        ("model.decode_batch", recipe.model.decode_batch, [1]),
+        ("distributed.offload", recipe.distributed.offload, [True]),
+        ("lora.rank", recipe.lora.rank, [] if job.lora else [LORA_RANK]),
+    ]
+    others = [(key, sorted({v for v in values if v != old and v}, key=str)) for key, old, values in wanted]
+    return [(key, values) for key, values in others if values]
+
+
+def _toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def warnings(found: Plan) -> list[str]:
+    """What a person should know beside the numbers."""
+    job, lines = found.subject.job, list(found.subject.notes)
+    rest = job.network.rest.parameters
+    whole = job.element * rest / GIB
+    if rest > LARGE_REST * job.network.parameters and whole > LARGE_REST_GIB and not job.lora:
+        modules = {name.split(".")[0] for name in job.network.rest.weights}
+        largest = max(sorted(modules), key=lambda module: _module_size(job, module))
+        lines.append(
+            f"{rest / 1e6:,.1f} M parameters ({rest / job.network.parameters:.1%}) lie outside the sharded blocks, "
+            f"most in {largest}: {whole:.2f} GiB are whole on each GPU during the update"
+        )
+    idle = stragglers.idle(job.recipe, job.groups)
+    if idle > LARGE_IDLE:
+        lines.append(
+            f"the update's ranks wait {idle:.0%} of its time for those with more samples of an optimizer step; more "
+            "samples per group of ranks make it less (distributed.sp, optimizer.updates_per_iteration)"
+        )
+    return lines
+
+
+def _module_size(job: compute.Job, module: str) -> int:
+    """Parameters of a module outside the blocks."""
+    sizes = job.network.rest.weights
+    return sum(math.prod(shape) for name, shape in sizes.items() if name.split(".")[0] == module)

@@ -1,0 +1,183 @@
+"""A plan as tables on a terminal, as JSON, and as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fastgrpo.tools.plan.gpus import Achieved
+from fastgrpo.tools.plan.phases import GIB
+from fastgrpo.tools.plan.planner import Change, Plan, warnings
+
+KINDS = (  # of memory, in the order in which the picture stacks them
+    "weights", "optimizer", "average", "raw weights", "initial policy", "gradients", "gathered", "gathered ahead",
+    "reduced", "activations", "trajectories", "VAE", "rewards", "text encoders",
+)  # fmt: skip
+
+
+def show(found: Plan, plans: Sequence[Plan], changes: Sequence[Change], simulated: dict[str, Any] | None) -> None:
+    """Print all of it."""
+    console = Console()
+    job = found.subject.job
+    mesh = f"{job.replicas} replicas x {job.shards} shards" + (f", sp {job.sp}" if job.sp > 1 else "")
+    title = (
+        f"{job.network.parameters / 1e9:,.2f} B parameters, {job.video:,} video and {job.text} text tokens on "
+        f"{job.gpus} x {found.machine.card.name} ({mesh})"
+    )
+    console.print(title, highlight=False, soft_wrap=True)
+    console.print(_phases(found))
+    console.print(_memory(found))
+    for line in (verdict(found), *(f"note: {line}" for line in warnings(found))):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    if simulated:
+        console.print(_simulated(simulated))
+        if simulated["left_out"]:
+            line = f"both without {' and '.join(simulated['left_out'])}, of which a simulated rank has none"
+            console.print(line, highlight=False, soft_wrap=True)
+    if not found.fits:
+        _changes(console, changes)
+    console.print(_curve(plans))
+    lines = f"assumed of the GPUs, to be measured and set with --set: {_assumed(found.machine.achieved)}"
+    console.print(lines, highlight=False, soft_wrap=True, markup=False)
+
+
+def verdict(found: Plan) -> str:
+    """Whether it fits, and what a run takes."""
+    usable, worst = found.machine.usable() / GIB, found.worst
+    room = f"{worst.peak / GIB:.1f} GiB at the peak ({worst.name}), {usable:.1f} usable of {found.machine.card.name}"
+    if not found.fits:
+        return f"does not fit: {room}"
+    hours = found.seconds * found.iterations / 3600
+    return (
+        f"fits: {room}; {found.seconds:,.0f} s per iteration, {found.iterations} iterations in {hours:,.1f} h, "
+        f"{found.gpu_hours:,.0f} GPU-hours"
+    )
+
+
+def _phases(found: Plan) -> Table:
+    table = Table(title="one iteration of the busiest rank")
+    for column in ("phase", "peak GiB", "TFLOP", "NVLink GB", "network GB", "seconds"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    once = {"load": " (once)", "save": f" (every {found.every})"}
+    for phase in found.phases:
+        table.add_row(
+            phase.name + once.get(phase.name, ""), f"{phase.peak / GIB:.2f}", f"{phase.flops / 1e12:,.0f}",
+            f"{phase.link / 1e9:,.1f}", f"{phase.network / 1e9:,.1f}", f"{phase.seconds:,.1f}",
+        )  # fmt: skip
+    return table
+
+
+def _memory(found: Plan) -> Table:
+    """What the peaks are made of; kinds that are nowhere worth a line are left out."""
+    table = Table(title="GiB of these peaks")
+    table.add_column("")
+    for phase in found.phases:
+        table.add_column(phase.name, justify="right")
+    for kind in KINDS:
+        sizes = [phase.memory.get(kind, 0.0) / GIB for phase in found.phases]
+        if max(sizes) >= 0.005:
+            table.add_row(kind, *(f"{size:.2f}" if size >= 0.005 else "" for size in sizes))
+    return table
+
+
+def _changes(console: Console, changes: Sequence[Change]) -> None:
+    if not changes:
+        console.print("no neighbouring recipe fits on these GPUs: use more of them, or larger ones", highlight=False)
+        return
+    console.print("these fit, the quickest first; add the line to the command (lora: trains adapters alone):")
+    for change in changes:
+        peak = change.plan.worst.peak / GIB
+        line = f"  {' '.join(change.overrides)}    # {change.plan.seconds:,.0f} s per iteration, {peak:.1f} GiB"
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _curve(plans: Sequence[Plan]) -> Table:
+    table = Table(title="the same recipe on other numbers of GPUs")
+    for column in ("GPUs", "s per iteration", "hours per run", "GPU-hours per run", "peak GiB", "fits"):
+        table.add_column(column, justify="right")
+    for plan in plans:
+        hours = plan.gpu_hours / plan.subject.job.gpus
+        table.add_row(
+            str(plan.subject.job.gpus), f"{plan.seconds:,.0f}", f"{hours:,.1f}", f"{plan.gpu_hours:,.0f}",
+            f"{plan.worst.peak / GIB:.1f}", "yes" if plan.fits else "no",
+        )  # fmt: skip
+    return table
+
+
+def _simulated(simulated: dict[str, Any]) -> Table:
+    table = Table(title="one micro-batch of the update and one forward of the rollout, simulated and in closed form")
+    for column in ("", "simulated", "closed form", "difference"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, (exact, closed) in simulated["compared"].items():
+        difference = f"{(closed - exact) / exact:+.1%}" if exact else ""
+        table.add_row(name, f"{exact:,.3f}", f"{closed:,.3f}", difference)
+    return table
+
+
+def _assumed(achieved: Achieved) -> str:
+    return ", ".join(f"{name}={value:g}" for name, value in vars(achieved).items())
+
+
+def as_json(
+    found: Plan, plans: Sequence[Plan], changes: Sequence[Change], simulated: dict[str, Any] | None
+) -> dict[str, Any]:
+    """All of it; memory in bytes, seconds, FLOPs."""
+    job = found.subject.job
+    return {
+        "fits": found.fits,
+        "verdict": verdict(found),
+        "gpus": job.gpus,
+        "gpu": vars(found.machine.card),
+        "achieved": vars(found.machine.achieved),
+        "mesh": {"replicas": job.replicas, "shards": job.shards, "sp": job.sp},
+        "parameters": job.network.parameters,
+        "tokens": {"video": job.video, "text": job.text},
+        "usable_bytes": found.machine.usable(),
+        "phases": [vars(phase) | {"peak": phase.peak} for phase in found.phases],
+        "seconds_per_iteration": found.seconds,
+        "gpu_hours": found.gpu_hours,
+        "notes": warnings(found),
+        "changes": [
+            {"overrides": list(c.overrides), "seconds_per_iteration": c.plan.seconds, "peak": c.plan.worst.peak}
+            for c in changes
+        ],
+        "curve": [
+            {"gpus": p.subject.job.gpus, "seconds_per_iteration": p.seconds, "gpu_hours": p.gpu_hours, "fits": p.fits}
+            for p in plans
+        ],
+        "simulated": simulated,
+    }
+
+
+def picture(found: Plan, file: Path) -> None:
+    """Memory of each phase, stacked by kind, beside the phases' seconds, as a PNG, PDF or SVG by the file's name."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    job, card = found.subject.job, found.machine.card
+    figure, (memory, seconds) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    names = [phase.name for phase in found.phases]
+    bottom = [0.0] * len(names)
+    colours = pyplot.get_cmap("tab20")
+    for number, kind in enumerate(KINDS):
+        sizes = [phase.memory.get(kind, 0.0) / GIB for phase in found.phases]
+        if max(sizes) > 0.002 * card.memory_gib:
+            memory.bar(names, sizes, bottom=bottom, label=kind, color=colours(number))
+            bottom = [low + size for low, size in zip(bottom, sizes, strict=True)]
+    memory.axhline(found.machine.usable() / GIB, color="black", linestyle="--", label="usable")
+    memory.axhline(card.memory_gib, color="red", linewidth=1, label=f"{card.name}'s memory")
+    memory.set(ylabel="GiB per GPU", title="peak memory")
+    memory.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    shares = [phase.seconds / (found.every if phase.name == "save" else 1) for phase in found.phases[1:]]
+    bars = seconds.barh(names[1:][::-1], shares[::-1], color="tab:blue")
+    seconds.bar_label(bars, labels=[f"{value:,.1f} s" for value in shares[::-1]], padding=3)
+    seconds.set(xlabel="seconds per iteration", title=f"{found.seconds:,.0f} s per iteration")
+    seconds.margins(x=0.18)
+    fits = "fits" if found.fits else "does not fit"
+    figure.suptitle(f"{job.recipe.model.family}, {job.video:,} video tokens, {job.gpus} x {card.name}: {fits}")
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)

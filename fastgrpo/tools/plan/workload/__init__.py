@@ -1,0 +1,1 @@
+"""How much there is to do in an iteration, and who waits for whom. Read `network_calls.py` first."""

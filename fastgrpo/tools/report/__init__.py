@@ -1,0 +1,1 @@
+"""`fastgrpo report`: a run as one HTML page. Read `report.py` first."""

@@ -1,0 +1,303 @@
+"""A run as one HTML page, made only of the files in its folder: what it gained, how it got there, what it cost.
+
+Reads metrics.jsonl, recipe.toml, environment.json, summary.json, evaluation/step-N.json and their clips; all but the
+first may be missing, as in a run that is still under way. The page needs no network: clips and drawings are inside.
+"""
+
+import base64
+import math
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastgrpo.core.files import replace_text
+from fastgrpo.data import video
+from fastgrpo.run.terminal import duration
+from fastgrpo.tools.report.charts import Series, curves, interval, smoothing_width, stacked_bars
+from fastgrpo.tools.report.html import chart, legend, page, table
+from fastgrpo.tools.report.ranks import memory, phase_colour, ranks
+from fastgrpo.tools.report.run_data import Evaluation, Run, read_run
+
+SMALL = 256  # pixels: the short side up to which a clip is shown with hard pixel edges
+HEALTH = (
+    (
+        "update/max_log_ratio_first",
+        "Largest |log ratio| before the first step",
+        "Rollout and update must agree: this is 0 but for rounding.",
+    ),
+    ("update/clip_fraction", "Share of clipped ratios", "Near 1, the step is too large for the clip range."),
+    ("update/grad_norm", "Norm of the gradient", "Before clipping; the mean over the iteration's optimizer steps."),
+    ("reward/invalid", "Samples without a valid score", "They are left out of the statistics and of the loss."),
+    ("update/skipped", "Optimizer steps skipped", "Steps whose gradient was not finite, since the start."),
+    ("update/kl", "KL to the policy before training", "The recipe's KL term keeps it small."),
+)
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes run_dir/report.html and returns its path.
+
+    UserError: the folder has no metrics yet, or one of its files cannot be read.
+    """
+    run = read_run(run_dir)
+    name = run_dir.resolve().name
+    sections = (
+        headline(run, name),
+        held_out_table(run),
+        clips(run),
+        reward_curves(run),
+        timings(run),
+        memory(run),
+        ranks(run),
+        health(run),
+        settings(run),
+        "<footer>Written by fastgrpo from the files of the run folder alone. Point at a dot or a bar to read its "
+        "value.</footer>",
+    )
+    path = run_dir / "report.html"
+    replace_text(path, page(f"{name}: fastgrpo report", "\n".join(sections)))
+    return path
+
+
+def headline(run: Run, name: str) -> str:
+    """The result in one sentence, and the run in four numbers."""
+    done, total = len(run.rows), run.total
+    of = f" of {total}" if total and total != done else ""
+    seconds = sum(row.get("seconds/total", 0.0) for row in run.rows)
+    tiles = [(f"{done}{of}", "iterations"), (duration(seconds), "training time")]
+    if run.evaluations:
+        tiles.append((str(len(run.evaluations[-1].prompts)), "held-out clips scored"))
+    if "device" in run.environment:
+        ranks = run.environment.get("ranks", 1)
+        tiles.append((escape(str(run.environment["device"])), f"hardware, {ranks} rank{'' if ranks == 1 else 's'}"))
+    items = "".join(f"<li><b>{value}</b><span>{label}</span></li>" for value, label in tiles)
+    title = f"<h1>fastgrpo run {escape(name)}</h1>"
+    sentence = f'<p class="result">{result(run, done, of)}</p>'
+    return f'<header>{title}{sentence}{progress(run)}<ul class="tiles">{items}</ul></header>'
+
+
+def result(run: Run, done: int, of: str) -> str:
+    """One sentence: what the run did to the held-out reward, or that this is not known yet."""
+    comparison = run.comparison
+    if comparison is None:
+        return f"{done}{of} iterations are done; the held-out result is not in yet."
+    verdict = comparison.verdict("sum")
+    before, after = number(comparison.before["sum"]), number(comparison.after["sum"])
+    low, high = comparison.ci95["sum"]
+    what = {
+        "up": f"raised the held-out reward from {before} to {after}",
+        "down": f"lowered the held-out reward from {before} to {after}",
+        "flat": f"did not measurably change the held-out reward ({before} before, {after} after)",
+    }[verdict]
+    change = f'<span class="gain s-{verdict}">{signed(comparison.difference["sum"])}</span>'
+    interval_text = f"95&nbsp;% interval {signed(low)} to {signed(high)}"
+    return f"{run.compared_iterations} iterations {what}: {change} ({interval_text})."
+
+
+def progress(run: Run) -> str:
+    """A banner where the run is not at its end."""
+    if run.comparison is None:
+        begun = "This run is under way, or was stopped" if run.rows else "This run has just begun"
+        known = "the evaluation before training is here" if run.evaluations else "no evaluation is here yet"
+        text = f"{begun}: {known}, the one after training is not. Write the report again later."
+    elif run.compared_iterations < len(run.rows):
+        text = "This run has gone on since its last evaluation; the result above is the earlier one."
+    else:
+        return ""
+    return f'<p class="banner">{text}</p>'
+
+
+def held_out_table(run: Run) -> str:
+    """Held-out means before and after, by part, with the paired difference and its interval."""
+    comparison = run.comparison
+    if comparison is None:
+        return held_out_so_far(run)
+    bounds = [bound for pair in comparison.ci95.values() for bound in pair if math.isfinite(bound)]
+    limits = (min([0.0, *bounds]), max([0.0, *bounds]))
+    rows = []
+    for part, difference in comparison.difference.items():
+        low, high = comparison.ci95[part]
+        gain = f'<span class="gain s-{comparison.verdict(part)}">{signed(difference)}</span>'
+        spread = f"{signed(low)} to {signed(high)}"
+        drawing = interval(low, difference, high, limits) if math.isfinite(low + difference + high) else ""
+        values = number(comparison.before[part]), number(comparison.after[part])
+        rows.append([escape(part), *values, gain, spread, drawing])
+    heads = ["reward", "before", "after", "difference", "95 % interval", "dashed: no difference"]
+    body = table(heads, rows, "Held-out rewards before and after training")
+    note = "The same prompts and seeds before and after; none of the prompts was trained on."
+    return f'<section><h2>Held-out rewards</h2><p class="note">{note}</p><div class="card">{body}</div></section>'
+
+
+def held_out_so_far(run: Run) -> str:
+    """Held-out means of a run without a summary: before training, and the newest where there is one."""
+    if not run.evaluations:
+        return ""
+    shown = list({one.iteration: one for one in (run.evaluations[0], run.evaluations[-1])}.values())
+    rows = [[escape(part), *(number(one.means().get(part, math.nan)) for one in shown)] for part in shown[0].scores]
+    body = table(["reward", *(when(one) for one in shown)], rows, "Held-out rewards so far")
+    return f'<section><h2>Held-out rewards</h2><div class="card">{body}</div></section>'
+
+
+def clips(run: Run) -> str:
+    """Clips of held-out prompts, before beside after, playing."""
+    if not run.evaluations or not run.evaluations[0].clips:
+        return ""
+    first, last = run.evaluations[0], run.evaluations[-1]
+    shown = [first] if last.iteration == first.iteration else [first, last]
+    cards = []
+    for n, prompt in enumerate(dict.fromkeys(first.prompts)):
+        if any(n >= len(one.clips) or not one.clips[n].exists() for one in shown):
+            break
+        figures = "".join(clip_figure(one, n, prompt) for one in shown)
+        scores = score_line(first, last, n)
+        cards.append(f'<div class="card"><h3>{escape(prompt)}</h3><div class="pair">{figures}</div>{scores}</div>')
+    if not cards:
+        return ""
+    note = (
+        "Held-out prompts, each with the same seed before and after training, so that only the weights differ."
+        if len(shown) > 1
+        else "Held-out prompts before training; clips after it appear here once they are evaluated."
+    )
+    button = '<button type="button" id="playing" hidden>Pause all clips</button>'
+    grid = f'<div class="clips">{"".join(cards)}</div>'
+    return f'<section><h2>What changed on screen</h2><p class="note">{note}</p>{button}{grid}</section>'
+
+
+def clip_figure(evaluation: Evaluation, index: int, prompt: str) -> str:
+    """A clip (of one frame, for models of pictures) inside the page; small clips keep their hard pixel edges."""
+    path = evaluation.clips[index]
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    label = escape(f"{when(evaluation)}: {prompt}")
+    height, width = video.read_mp4(path, [0])[0].shape[1:3]
+    style = ' class="pixelated"' if min(height, width) <= SMALL else ""
+    shown = (
+        f'<video{style} width="{width}" height="{height}" autoplay loop muted playsinline '
+        f'aria-label="{label}" src="data:video/mp4;base64,{data}"></video>'
+    )
+    return f"<figure>{shown}<figcaption>{when(evaluation)}</figcaption></figure>"
+
+
+def when(evaluation: Evaluation) -> str:
+    return "before training" if evaluation.iteration == 0 else f"after {evaluation.iteration} iterations"
+
+
+def score_line(first: Evaluation, last: Evaluation, index: int) -> str:
+    """`sum 1.20 → 2.31`, and the parts, of one clip."""
+    texts = []
+    for part in first.scores:
+        before = first.scores[part][first.first_of(index)]
+        after = last.scores[part][last.first_of(index)]
+        change = f"{before:.2f}" if first is last else f"{before:.2f}&nbsp;→&nbsp;{after:.2f}"
+        texts.append(f"<span>{escape(part)} {change}</span>")
+    return f'<p class="legend">{" ".join(texts)}</p>'
+
+
+def reward_curves(run: Run) -> str:
+    """The training reward and each part over iterations, with the held-out means where they were taken."""
+    if not run.rows:
+        return ""
+    cards = []
+    for part in ("sum", *run.parts):
+        training = run.curve(f"reward/{part}", "training", run.colour(part))
+        found = [(float(one.iteration), one.means()[part]) for one in run.evaluations if part in one.means()]
+        x, y = np.array(found, dtype=np.float64).reshape(-1, 2).T
+        held_out = Series("held-out", "before", x, y, marks=True)
+        label = f"Reward {part} over {len(training.x)} iterations{_ends(training)}"
+        entries = [(run.colour(part), "training"), ("before", "held-out")]
+        title = "Sum of the rewards" if part == "sum" else escape(part)
+        cards.append(chart(title, curves(label, [training, held_out]), legend(entries, open_=("held-out",))))
+    width = smoothing_width(len(run.rows))
+    note = (
+        f"Dots: the mean over one iteration's clips. Lines: their Gaussian mean over neighbours ({width:.1f} "
+        "iterations wide). Rings: held-out prompts. Training draws with noise and held-out clips without, so the two "
+        "levels differ."
+    )
+    grid = f'<div class="charts">{"".join(cards)}</div>'
+    return f'<section><h2>Reward during training</h2><p class="note">{note}</p>{grid}</section>'
+
+
+def timings(run: Run) -> str:
+    """Where the time of an iteration goes."""
+    names, seconds = run.seconds()
+    if not len(seconds):
+        return ""
+    colours = [phase_colour(name) for name in names]
+    label = f"Seconds of each phase over {len(seconds)} iterations; totals are in the table"
+    bars = chart(
+        "Seconds per iteration",
+        stacked_bars(label, names, colours, seconds),
+        legend([*zip(colours, names, strict=True)]),
+    )
+    spent, every = seconds.sum(0), float(seconds.sum())
+    rows = [
+        [
+            f'<span class="s-{colour}"><i class="swatch"></i>{name}</span>',
+            duration(float(total)),
+            f"{total / max(every, 1e-9):.0%}",
+            f"{total / len(seconds):.2f} s",
+        ]
+        for name, colour, total in zip(names, colours, spent, strict=True)
+    ]
+    rows.append(["all", duration(every), "100%", f"{every / len(seconds):.2f} s"])
+    totals = table(["phase", "total", "share", "per iteration"], rows, "Total time of each phase")
+    grid = f'<div class="charts">{bars}<div class="card"><h3>Totals</h3>{totals}</div></div>'
+    return f"<section><h2>Where the time goes</h2>{grid}</section>"
+
+
+def health(run: Run) -> str:
+    """Curves that show whether the updates were sound."""
+    cards = []
+    for name, title, note in HEALTH:
+        curve = run.curve(name, title, "sum")
+        if len(curve.x):
+            drawing = curves(f"{title}{_ends(curve)}", [curve], smooth=False, from_zero=True)
+            cards.append(chart(title, drawing, note))
+    spreads = [run.curve(f"group_std/{part}", part, run.colour(part)) for part in run.parts]
+    spreads = [curve for curve in spreads if len(curve.x)]
+    if spreads:
+        entries = [(curve.colour, curve.name) for curve in spreads]
+        drawing = curves("Spread of each reward within a prompt's group", spreads, from_zero=True)
+        cards.append(
+            chart("Spread within a prompt's group", drawing, legend(entries) + "Without spread, GRPO has no signal.")
+        )
+    if not cards:
+        return ""
+    return f'<section><h2>Health of the training</h2><div class="charts">{"".join(cards)}</div></section>'
+
+
+def settings(run: Run) -> str:
+    """The recipe as it was resolved, and what the run ran on."""
+    missing = '<p class="note">The run folder has no {}.</p>'
+    recipe, facts = missing.format("recipe.toml"), missing.format("environment.json")
+    if run.recipe:
+        recipe = f'<pre tabindex="0" role="region" aria-label="recipe.toml">{escape(run.recipe)}</pre>'
+    if run.environment:
+        rows = [[escape(key), escape(value)] for key, value in flat(run.environment)]
+        facts = f'<div class="card">{table([], rows, "Environment", "facts")}</div>'
+    return f"<section><h2>Recipe</h2>{recipe}</section><section><h2>Environment</h2>{facts}</section>"
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as (dotted key, text) in order."""
+    found = []
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            found += flat(value, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+    return found
+
+
+def number(value: float) -> str:
+    return f"{value:.3f}".replace("-", "−") if math.isfinite(value) else "n/a"
+
+
+def signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−") if math.isfinite(value) else "n/a"
+
+
+def _ends(curve: Series) -> str:
+    kept = [float(y) for y in curve.y if math.isfinite(y)]
+    return f", from {kept[0]:.4g} to {kept[-1]:.4g}" if kept else ""

@@ -1,0 +1,1 @@
+"""`fastgrpo sample`: clips of a base model, a checkpoint or an export. Read `sample.py` first."""

@@ -1,0 +1,188 @@
+"""Files of clips and pictures as a command line names them: their pixels, and what each is said to show."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+from torch import Tensor
+
+from fastgrpo.core import config
+from fastgrpo.core.config import Video
+from fastgrpo.core.errors import UserError
+from fastgrpo.data import prompt_files, video
+from fastgrpo.data.images import read_image
+from fastgrpo.tools.sample.sample import MANIFEST, SHEET
+
+VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+Size = tuple[int, int]  # height, width in pixels
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A file's pixels."""
+
+    pixels: Tensor  # uint8 [F, H, W, 3]; of a picture F = 1
+    fps: float
+
+
+def expand(names: Sequence[Path]) -> list[Path]:
+    """The files, a folder standing for the clips in it: those of its manifest, else all by name."""
+    files = []
+    for name in names:
+        inside = _inside(name) if name.is_dir() else [name]
+        if not inside:
+            raise UserError(f"FILES={name}: the folder has no clips or pictures; name the files.")
+        files += inside
+    return files
+
+
+def _inside(folder: Path) -> list[Path]:
+    sampled = [folder / str(entry[key]) for entry in _samples(folder) for key in ("base", "file") if key in entry]
+    pictures = VIDEOS + PICTURES
+    return sampled or sorted(f for f in folder.iterdir() if f.suffix.lower() in pictures and f.name != SHEET)
+
+
+def read(file: Path, fps: float | None, size: Size | None) -> Clip:
+    """A file's pixels, in the size in which the clip was made where that is known, else in that of the file.
+
+    fps: frames per second that it is said to play at; none = what the file says, for a picture the recipes' default
+    size: the clip's own; none = what lies beside the file says
+    Raises UserError where it is missing, damaged, of an unknown kind, says no frame rate or cannot have that size.
+    """
+    kind = file.suffix.lower()
+    if kind in PICTURES:
+        pixels, rate = read_image(file, "picture")[None], float(Video.model_fields["fps"].default)
+    elif kind in VIDEOS:
+        pixels, rate = _video(file)
+    else:
+        raise UserError(f"{file}: of an unknown kind; give one of {', '.join(VIDEOS + PICTURES)}.")
+    if not (fps or rate > 0):
+        raise UserError(f"{file}: says no frame rate; give --fps.")
+    size = size or _made_in(file)
+    return Clip(shrink(pixels, size, file) if size else pixels, fps or rate)
+
+
+def _video(file: Path) -> tuple[Tensor, float]:
+    try:
+        return video.read_mp4(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); correct the name or the file.") from None
+    except (ValueError, av.FFmpegError):
+        raise UserError(f"{file}: damaged, or no video; write it again.") from None
+
+
+def shrink(pixels: Tensor, size: Size, file: Path) -> Tensor:
+    """Undo the whole factor by which `video.write_mp4` enlarges small clips, by the mean of each square.
+
+    pixels: uint8 [F, H, W, 3];  returns uint8 [F, *size, 3], the same where that is its size
+    Raises UserError, which names the file, where the sides are not `size` times a whole factor (made even).
+    """
+    rows, columns = pixels.shape[1:3]
+    factor = max(rows // size[0], 1)
+    height, width = (side * factor for side in size)
+    if not (0 <= rows - height <= 1 and 0 <= columns - width <= 1):
+        raise UserError(
+            f"{file}: has frames of {rows}x{columns}, no whole multiple of {size[0]}x{size[1]}; correct --size."
+        )
+    squares = pixels[:, :height, :width].unflatten(1, (size[0], factor)).unflatten(3, (size[1], factor))
+    return squares.float().mean((2, 4)).round().to(torch.uint8)
+
+
+def _made_in(file: Path) -> Size | None:
+    """The size that the manifest of `fastgrpo sample`, or the recipe of a run's evaluation, says."""
+    if any(file.name in (entry.get("file"), entry.get("base")) for entry in _samples(file.parent)):
+        settings = _read(file.parent / MANIFEST).get("settings")
+        height, width = (settings.get(side) if isinstance(settings, dict) else None for side in ("height", "width"))
+        return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+    recipe = file.parents[1].with_name("recipe.toml") if len(file.absolute().parents) > 2 else None
+    if recipe is None or not recipe.is_file() or _evaluated(file) is None:
+        return None
+    clip = config.load(recipe).video
+    return clip.height, clip.width
+
+
+def captions(files: Sequence[Path], text: str | None, listed: str | None) -> list[str | None]:
+    """What each file is said to show; none where nothing says it.
+
+    text: for every file;  listed: a file of prompts, one for each file, in their order
+    Without both: the text file of the same name beside it, or the manifest of `fastgrpo sample`, or a run's evaluation.
+    Raises UserError where the numbers differ, or a file beside them cannot be read.
+    """
+    if text is not None and listed is not None:
+        raise UserError("--prompts: give --prompt or --prompts, not both.")
+    if text is not None:
+        return [text] * len(files)
+    if listed is not None:
+        return list(_listed(listed, len(files)))
+    return [_beside(file) for file in files]
+
+
+def _listed(path: str, count: int) -> list[str]:
+    """Every row's text, with repetitions: row n belongs to file n."""
+    column = "prompt"
+    texts = []
+    for row in prompt_files.rows(path, "--prompts", {"prompts.column": column}):
+        value = row.values.get(column)
+        words = " ".join(value.split()) if isinstance(value, str) else ""
+        if row.problem is not None or not words:
+            raise UserError(f"--prompts={path}: {row.place} {row.problem or f'has no text in {column!r}'}; correct it.")
+        texts.append(words)
+    if len(texts) != count:
+        raise UserError(f"--prompts={path}: has {len(texts)} prompts for {count} files; give one for each, in order.")
+    return texts
+
+
+def _beside(file: Path) -> str | None:
+    """The prompt that lies beside a clip."""
+    sidecar = file.with_suffix(".txt")
+    if sidecar.is_file():
+        try:
+            return " ".join(sidecar.read_text(encoding="utf-8-sig").split()) or None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{sidecar}: cannot be read ({error}); write the prompt into it as UTF-8.") from None
+    for entry in _samples(file.parent):
+        if file.name in (entry.get("file"), entry.get("base")):
+            return str(entry["prompt"]) if "prompt" in entry else None
+    return _evaluated(file)
+
+
+def _evaluated(file: Path) -> str | None:
+    """The prompt of a clip that a run's evaluation kept: evaluation/step-N/NNN.mp4, of the prompt of that number."""
+    folder = file.parent
+    if not (folder.name.startswith("step-") and file.stem.isdecimal()):
+        return None
+    content = _read(folder.with_name(folder.name + ".json"))
+    if f"{folder.name}/{file.name}" not in content.get("clips", []):
+        return None
+    prompts = list(dict.fromkeys(content.get("prompts", [])))
+    return str(prompts[int(file.stem)]) if int(file.stem) < len(prompts) else None
+
+
+def composed(file: Path) -> bool:
+    """Whether `fastgrpo sample` made it of several clips, to look at: scores of it would mean nothing."""
+    return any(
+        file.name in (entry.get("beside"), SHEET) and file.name != entry.get("file") for entry in _samples(file.parent)
+    )
+
+
+def _samples(folder: Path) -> list[dict[str, Any]]:
+    """The samples of a folder that `fastgrpo sample` made; none in another one."""
+    samples = _read(folder / MANIFEST).get("samples")
+    return [entry for entry in samples if isinstance(entry, dict)] if isinstance(samples, list) else []
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file. Raises UserError where it is damaged."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); write it again, or give --prompt or --prompts.") from None
+    return content if isinstance(content, dict) else {}
