@@ -13,6 +13,7 @@ from setuptools import setup
 PACKAGES = {
     "fastgrpo": "fastgrpo",
     "fastgrpo.algorithm": "fastgrpo/algorithm",
+    "fastgrpo.cli": "fastgrpo/cli",
     "fastgrpo.core": "fastgrpo/core",
     "fastgrpo.core.config": "fastgrpo/core/config",
     "fastgrpo.parallel": "fastgrpo/parallel",
@@ -102,5 +103,5 @@ setup(
             "pyarrow>=26",
         ],
     },
-    entry_points={"console_scripts": ["fastgrpo = fastgrpo.cli:console"]},
+    entry_points={"console_scripts": ["fastgrpo = fastgrpo.cli.main:console"]},
 )

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from benchmarks import pictures
 from benchmarks.campaign import Trained, Variant, train_all
-from fastgrpo import cli
+from fastgrpo.cli import main as cli
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
 from fastgrpo.core.processes import leave

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fastgrpo import cli
+from fastgrpo.cli import main as cli
 from fastgrpo.core import config
 from fastgrpo.parallel.world import open_world
 from fastgrpo.train import Session, claim

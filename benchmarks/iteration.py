@@ -33,7 +33,7 @@ from torch import Tensor
 
 from benchmarks.meters import KINDS, Counts, counted
 from benchmarks.ways import PHASES, Theirs, Way, open_ways
-from fastgrpo import cli
+from fastgrpo.cli import main as cli
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import leave

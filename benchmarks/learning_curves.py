@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks import pictures
 from benchmarks.campaign import Array, Trained, Variant, train_all
 from benchmarks.ways import Ours, open_session
-from fastgrpo import cli
+from fastgrpo.cli import main as cli
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import leave

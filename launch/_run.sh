@@ -5,7 +5,7 @@
 #
 # FASTGRPO_PROCESSES  processes per node; default: one per GPU, and without a GPU two (one on a single core)
 # OMP_NUM_THREADS     threads per process; default: the node's cores shared out, at most 8
-# FASTGRPO_SETTLED    set here and by fastgrpo/launch.py: recipe checked, number of processes settled
+# FASTGRPO_SETTLED    set here and by fastgrpo/cli/launch.py: recipe checked, number of processes settled
 # FASTGRPO_MASTER, FASTGRPO_LOGS, FASTGRPO_BATCH
 #                     set by _job.sh for the nodes of a slurm job: host:port where they meet, folder for the ranks'
 #                     output, and that the files of an earlier attempt are gone

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
     recipe = Path(__file__).resolve().with_suffix(".toml")
     sys.path.insert(0, str(recipe.parent.parent))
-    from fastgrpo.launch import main
+    from fastgrpo.cli.launch import main
 
     sys.exit(main(recipe, sys.argv[1:]))
 pass

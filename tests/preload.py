@@ -3,7 +3,7 @@
 import os
 import warnings
 
-from fastgrpo import cli
+from fastgrpo.cli import main as cli
 
 cli.quiet_libraries()  # read by the libraries when they are imported
 

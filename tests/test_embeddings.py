@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo import cli, models
+from fastgrpo import models
+from fastgrpo.cli import main as cli
 from fastgrpo.core import config
 from fastgrpo.core import files as core_files
 from fastgrpo.core.config import Model, Recipe, Video

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastgrpo import cli, models, rewards
+from fastgrpo import models, rewards
 from fastgrpo.algorithm import noise
 from fastgrpo.checkpoint.checkpoints import Checkpoints, Progress
+from fastgrpo.cli import main as cli
 from fastgrpo.core import config
 from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.policy import Policy, Prompt, stack

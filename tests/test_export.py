@@ -17,10 +17,11 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastgrpo import cli, models
+from fastgrpo import models
 from fastgrpo.algorithm import noise
 from fastgrpo.checkpoint import reader
 from fastgrpo.checkpoint.reader import Weights
+from fastgrpo.cli import main as cli
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Prompt, stack

@@ -1,6 +1,6 @@
 """The launch files start the same job in every way a user may call them.
 
-Each test copies the real launch files and fastgrpo/launch.py into a small tree whose `fastgrpo.cli` only tells what it
+Each test copies the real launch files and fastgrpo/cli/launch.py into a small tree whose command only prints what it
 was given. So what is tested is how processes start and what reaches them, in seconds, and from an uninstalled checkout.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from fastgrpo.cli.torchrun import SETTLED, processes_to_start, torchrun_environment
 from fastgrpo.core.errors import UserError
-from fastgrpo.processes import SETTLED, processes_to_start, torchrun_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -47,20 +47,24 @@ if __name__ == "__main__":
 def tree(tmp_path: Path) -> Path:
     """A checkout, in a folder with a space in its name, that holds only what starts a run."""
     tree = tmp_path / "a checkout"
-    (tree / "fastgrpo").mkdir(parents=True)
+    for folder in ("cli", "core"):
+        (tree / "fastgrpo" / folder).mkdir(parents=True)
     (tree / "launch").mkdir()
     for file in (
         "launch/t2v_tiny.sh",
         "launch/_run.sh",
         "launch/_job.sh",
-        "fastgrpo/launch.py",
+        "fastgrpo/cli/launch.py",
+        "fastgrpo/cli/torchrun.py",
         "fastgrpo/core/errors.py",
         "fastgrpo/core/processes.py",
-        "fastgrpo/processes.py",
         "fastgrpo/__init__.py",
+        "fastgrpo/cli/__init__.py",
+        "fastgrpo/core/__init__.py",
     ):
         shutil.copy(ROOT / file, tree / file)
-    (tree / "fastgrpo/cli.py").write_text(CLI)
+    (tree / "fastgrpo/cli/main.py").write_text(CLI)
+    (tree / "fastgrpo/cli/__main__.py").write_text(CLI)
     return tree
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastgrpo import cli
+from fastgrpo.cli import main as cli
 from fastgrpo.core import files
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import only_run_in, take_lock
@@ -59,7 +59,7 @@ def test_a_rank_that_fails_alone_tells_it_itself_and_ends_at_once(
             raise
 
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(cli, "run", run)
+    monkeypatch.setattr("fastgrpo.cli.train._run_keys", run)
     monkeypatch.setattr(cli, "after_rank_0", lambda code: pytest.fail("rank 0 has nothing to tell"))
     assert cli.main(["keys"]) == 2
     assert capsys.readouterr().err == "", "and once"

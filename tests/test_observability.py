@@ -320,7 +320,10 @@ def test_a_log_cut_off_by_a_kill_goes_on_in_a_line_of_its_own(tmp_path: Path) ->
 
 
 def test_status_needs_no_torch_and_refuses_what_is_no_run(tmp_path: Path) -> None:
-    code = "import sys; from fastgrpo import cli; n = cli.main(sys.argv[1:]); print(sorted(sys.modules)); sys.exit(n)"
+    code = (
+        "import sys; from fastgrpo.cli import main as cli; n = cli.main(sys.argv[1:]); print(sorted(sys.modules)); "
+        "sys.exit(n)"
+    )
     command = [sys.executable, "-c", code, "status", str(tmp_path)]
     done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2

@@ -16,7 +16,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
-from fastgrpo import cli
+from fastgrpo.cli import main as cli
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
@@ -287,7 +287,7 @@ def test_the_command_prints_json_and_a_picture_and_exits_by_the_answer(
 def test_a_plan_needs_neither_torch_nor_diffusers() -> None:
     """Importing them would take longer than the answer may."""
     script = (
-        "import sys; from fastgrpo import cli;"
+        "import sys; from fastgrpo.cli import main as cli;"
         f"cli.main(['plan', {str(T2V)!r}, '--gpus', '64', '--gpu', 'h800', '--json']);"
         "sys.exit([m for m in ('torch', 'diffusers', 'matplotlib', 'numpy') if m in sys.modules] or 0)"
     )

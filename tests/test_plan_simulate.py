@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from fastgrpo import cli, planning
+from fastgrpo.cli import main as cli
+from fastgrpo.cli import plan as planning
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.tools.plan import phases, planner

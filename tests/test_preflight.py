@@ -11,12 +11,13 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoConditionEmbedding
 
-from fastgrpo import cli, preflight_run
+from fastgrpo.cli import main as cli
+from fastgrpo.cli import preflight_run
+from fastgrpo.cli.preflight_run import card_of
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward
 from fastgrpo.models.hunyuan_video import HunyuanVideo
-from fastgrpo.preflight_run import card_of
 from fastgrpo.rewards import load, plain
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess

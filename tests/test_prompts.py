@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from fastgrpo import cli
+from fastgrpo.cli import main as cli
 from fastgrpo.core.config import Prompts
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Prompt

@@ -22,7 +22,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastgrpo import cli
+from fastgrpo.cli import main as cli
+from fastgrpo.cli.serve import serve_rewards
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.rewards import load, plain
@@ -463,10 +464,10 @@ def test_a_token_that_no_header_carries_is_one_line(tmp_path: Path, monkeypatch:
     token.write_bytes("gre\u00fc\u00df".encode())
     command = cli.parser().parse_args(["serve-rewards", "tiny_world", "--token-file", str(token)])
     with pytest.raises(UserError, match=f"--token-file={token}: no usable token in it"):
-        cli.serve_rewards(command)
+        serve_rewards(command)
     monkeypatch.setenv("FASTGRPO_TOKEN", "two\nlines")
     with pytest.raises(UserError, match="FASTGRPO_TOKEN: no usable token"):
-        cli.serve_rewards(cli.parser().parse_args(["serve-rewards", "tiny_world"]))
+        serve_rewards(cli.parser().parse_args(["serve-rewards", "tiny_world"]))
 
 
 def test_a_missing_file_is_not_looked_for_on_the_hub() -> None:

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo import cli, models
+from fastgrpo import models
 from fastgrpo.checkpoint.checkpoints import Checkpoints
+from fastgrpo.cli import main as cli
 from fastgrpo.core import config
 from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.policy import Prompt, stack

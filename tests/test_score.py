@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo import cli, rewards
+from fastgrpo import rewards
+from fastgrpo.cli import main as cli
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores

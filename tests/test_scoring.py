@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo import cli
 from fastgrpo.algorithm.advantages import combined_advantages
+from fastgrpo.cli import main as cli
+from fastgrpo.cli import serve
 from fastgrpo.core import config
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
@@ -298,7 +299,7 @@ def test_urls_of_a_reward_want_a_token(tmp_path: Path) -> None:
 
 def test_serve_rewards_takes_its_rewards_from_a_recipe() -> None:
     def asked(*arguments: str) -> list[RewardSpec]:
-        return cli.served_specs(cli.parser().parse_args(["serve-rewards", *arguments]))
+        return serve.served_specs(cli.parser().parse_args(["serve-rewards", *arguments]))
 
     assert asked("tiny_world") == [plain("tiny_world")]
     several = (

@@ -122,10 +122,10 @@ def test_all_ranks_stop_at_the_same_boundary_whatever_their_number_of_pieces(tmp
 
 
 def test_a_signal_that_comes_before_the_handlers_is_held_back_and_heard() -> None:
-    """fastgrpo/launch.py blocks SIGUSR1 as its first act; importing torch takes seconds."""
+    """fastgrpo/cli/launch.py blocks SIGUSR1 as its first act; importing torch takes seconds."""
     code = """
 import json, os, signal, sys
-sys.modules["fastgrpo.cli"] = cli = type(sys)("fastgrpo.cli")
+sys.modules["fastgrpo.cli.main"] = cli = type(sys)("fastgrpo.cli.main")
 def main(argv):
     os.kill(os.getpid(), signal.SIGUSR1)  # would end a process without a handler
     from fastgrpo.run.stopping import Signals
@@ -136,7 +136,7 @@ cli.main = main
 import fastgrpo
 fastgrpo.cli = cli
 from pathlib import Path
-from fastgrpo import launch
+from fastgrpo.cli import launch
 launch.main(Path("x.toml"), [])
 """
     environment = os.environ | {"FASTGRPO_SETTLED": "1"}

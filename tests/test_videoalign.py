@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fastgrpo import cli
+from fastgrpo.cli import main as cli
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import sha256

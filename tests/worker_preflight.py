@@ -19,13 +19,13 @@ from torch import Tensor
 
 from fastgrpo.algorithm import noise, samplers
 from fastgrpo.algorithm.transitions import gaussian_log_prob
+from fastgrpo.cli.preflight_run import elsewhere, first_prompts
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import leave
 from fastgrpo.core.reward import Scores
 from fastgrpo.parallel import sequence_parallel
 from fastgrpo.parallel.world import Group, World, open_world
-from fastgrpo.preflight_run import elsewhere, first_prompts
 from fastgrpo.rewards.tiny_world import TinyWorld
 from fastgrpo.run.stopping import Signals, Stop
 from fastgrpo.tools.preflight import checks, run_folder

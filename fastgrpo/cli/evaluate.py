@@ -1,17 +1,24 @@
-"""The options of `fastgrpo score` and `fastgrpo evaluate`, and what they ask for. Heavy imports wait until one runs."""
+"""`fastgrpo score` and `fastgrpo evaluate`."""
 
 import argparse
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastgrpo.commands import positive, step, which_weights
+from fastgrpo.cli.options import add_which_weights, positive, step_of
+from fastgrpo.core.errors import UserError
 
 if TYPE_CHECKING:
     from fastgrpo.tools.score.judges import Servers
 
 
-def add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The parsers of both."""
+    _add_score(commands)
+    _add_evaluate(commands)
+
+
+def _add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The parser of `fastgrpo score`."""
     command = commands.add_parser(
         "score",
@@ -20,6 +27,7 @@ def add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "clip's prompt is --prompt, its line of --prompts, the .txt of the same name beside it, or what the manifest "
         "of `fastgrpo sample` says. A file that cannot be scored is listed with the reason; a single one is an error.",
     )
+    command.set_defaults(action=_run_score)
     command.add_argument("files", nargs="+", type=Path, metavar="FILES", help="mp4, png, jpg ..., or a folder of them")
     add = command.add_argument_group("rewards").add_argument
     add("--reward", action="append", default=[], metavar="NAME", help="a file of rewards/; may be repeated")
@@ -33,7 +41,7 @@ def add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         metavar="[NAME.]key=value",
         help="another key: frames, dtype, device ...",
     )
-    _servers(command)
+    _add_servers(command)
     add = command.add_argument_group("clips").add_argument
     add("--prompt", metavar="TEXT", help="of every file")
     add("--prompts", metavar="FILE", help="one prompt for each file, in their order")
@@ -46,7 +54,7 @@ def add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     command.add_argument("--json", type=Path, metavar="OUT", help="write everything there; - prints it, and no table")
 
 
-def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The parser of `fastgrpo evaluate`."""
     command = commands.add_parser(
         "evaluate",
@@ -56,8 +64,9 @@ def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "or, under torchrun, over all ranks, with the same result. --step 0 compares the base with itself: all "
         "differences are then 0.",
     )
+    command.set_defaults(action=_run_evaluate)
     command.add_argument("run", help="a run folder or an export")
-    which_weights(command)
+    add_which_weights(command)
     add = command.add_argument_group("by what").add_argument
     add(
         "--rewards", nargs="+", default=[], metavar="NAME|FILE",
@@ -69,13 +78,13 @@ def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--steps", type=positive, metavar="N", help="denoising steps (default: evaluate.steps, or rollout.steps)")
     add("--batch-size", type=positive, default=1, metavar="N", help="clips of one prompt per forward pass (default: 1)")
     add("--set", action="append", default=[], metavar="section.key=value", help="any recipe key; may be repeated")
-    _servers(command)
+    _add_servers(command)
     add = command.add_argument_group("results").add_argument
     add("--json", type=Path, metavar="OUT", help="write the table and every clip's scores there; - prints them")
     add("--markdown", type=Path, metavar="OUT", help="write the table there as Markdown; - prints it")
 
 
-def _servers(command: argparse.ArgumentParser) -> None:
+def _add_servers(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--server", action="append", default=[], metavar="URL", help="ask this running server instead; may be repeated"
     )
@@ -84,9 +93,8 @@ def _servers(command: argparse.ArgumentParser) -> None:
     )
 
 
-def run_score(arguments: argparse.Namespace) -> None:
+def _run_score(arguments: argparse.Namespace) -> None:
     """`fastgrpo score`: print the table."""
-    from fastgrpo.core.errors import UserError
     from fastgrpo.tools.score import judges, score
 
     servers = _asked_servers(arguments)
@@ -110,7 +118,7 @@ def run_score(arguments: argparse.Namespace) -> None:
         score.show(result)
 
 
-def run_evaluate(arguments: argparse.Namespace) -> None:
+def _run_evaluate(arguments: argparse.Namespace) -> None:
     """`fastgrpo evaluate`: print the table."""
     from diffusers.utils import logging
 
@@ -123,7 +131,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         score.check_target(option, file)
     asked = Asked(
         source=arguments.run,
-        step=step(arguments.step),
+        step=step_of(arguments.step),
         raw=arguments.raw_weights,
         changes={"rollout": {"steps": arguments.steps}} if arguments.steps else {},
         overrides=tuple(arguments.set),

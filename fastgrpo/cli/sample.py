@@ -1,16 +1,23 @@
-"""The options of `fastgrpo sample`, `export` and `status`, and what they ask for. Heavy imports wait until one runs."""
+"""`fastgrpo sample` and `fastgrpo export`."""
 
 import argparse
 import re
 from pathlib import Path
 from typing import Any
 
+from fastgrpo.cli.options import add_which_weights, positive, step_of
 from fastgrpo.core.errors import UserError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The parsers of both."""
+    _add_sample(commands)
+    _add_export(commands)
+
+
+def _add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The parser of `fastgrpo sample`."""
     command = commands.add_parser(
         "sample",
@@ -18,6 +25,7 @@ def add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Sample with the ODE sampler: mp4 or png files, a contact sheet and a manifest in one folder. "
         "Runs in this process or, under torchrun, over all ranks: prompt and seed give the same clip on any number.",
     )
+    command.set_defaults(action=_run_sample)
     command.add_argument(
         "source", help="a recipe (its base model), a run folder, an export or another folder in the diffusers layout"
     )
@@ -30,7 +38,7 @@ def add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--against-base", action="store_true", help="also the base model's clip of the same noise, side by side")
     add("--out", type=Path, metavar="DIR", help="folder to write (default for a run: RUN/samples/step-N)")
     add("--overwrite", action="store_true", help="replace the samples in that folder")
-    which_weights(command)
+    add_which_weights(command)
     add = command.add_argument_group("how, in place of the recipe's").add_argument
     for key, kind, text in (
         ("frames", int, "frames of a clip; 1 = image"), ("height", int, "pixels"), ("width", int, "pixels"),
@@ -47,7 +55,7 @@ def add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--family", metavar="NAME", help="or only its family, with --frames, --height and --width")
 
 
-def add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The parser of `fastgrpo export`."""
     command = commands.add_parser(
         "export",
@@ -55,9 +63,10 @@ def add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Write a run's checkpoint as a folder that DiffusionPipeline.from_pretrained loads, the network as "
         "safetensors and the other parts copied from the base model. One tensor is in memory at a time.",
     )
+    command.set_defaults(action=_run_export)
     command.add_argument("run", type=Path, help="a run folder")
     command.add_argument("folder", type=Path, metavar="dst", help="folder to make")
-    which_weights(command)
+    add_which_weights(command)
     add = command.add_argument
     add(
         "--lora", choices=("apart", "merged"), help="adapters as a file of their own (default), or folded into the base"
@@ -76,13 +85,7 @@ def add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
 
 
-def which_weights(command: argparse.ArgumentParser) -> None:
-    """The options that say which of a run's weights are meant."""
-    command.add_argument("--step", default="newest", metavar="N", help="checkpoint: a number, best or newest (default)")
-    command.add_argument("--raw-weights", action="store_true", help="not the moving average where the run kept one")
-
-
-def run_sample(arguments: argparse.Namespace) -> None:
+def _run_sample(arguments: argparse.Namespace) -> None:
     """`fastgrpo sample`: print where the samples are."""
     from diffusers.utils import logging
 
@@ -91,7 +94,7 @@ def run_sample(arguments: argparse.Namespace) -> None:
 
     asked = Asked(
         source=arguments.source,
-        step=step(arguments.step),
+        step=step_of(arguments.step),
         raw=arguments.raw_weights,
         recipe=arguments.recipe,
         family=arguments.family,
@@ -115,14 +118,14 @@ def run_sample(arguments: argparse.Namespace) -> None:
         print(f"{done.clips} samples, {SHEET} and {MANIFEST} in {done.folder}")
 
 
-def run_export(arguments: argparse.Namespace) -> None:
+def _run_export(arguments: argparse.Namespace) -> None:
     """`fastgrpo export`: print where the folder is."""
     from fastgrpo.tools.export.export import Export, export
 
     wanted = Export(
         run=arguments.run,
         folder=arguments.folder,
-        step=step(arguments.step),
+        step=step_of(arguments.step),
         raw=arguments.raw_weights,
         lora=arguments.lora,
         dtype=arguments.dtype,
@@ -130,43 +133,6 @@ def run_export(arguments: argparse.Namespace) -> None:
         link=arguments.link,
     )
     print(export(wanted))
-
-
-def add_status(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The parser of `fastgrpo status`."""
-    command = commands.add_parser(
-        "status",
-        help="where each rank of a run is, and which one seems dead or hung",
-        description="Read the heartbeats in a run folder, from any machine that sees it: iteration, phase, for how "
-        "long, when last heard and the innermost functions of each rank, those in trouble first. The exit code is 1 "
-        "where a rank failed or seems dead or hung.",
-    )
-    command.add_argument("run", type=Path, help="a run folder, such as runs/t2v_tiny")
-    command.add_argument(
-        "--limit",
-        type=positive,
-        default=60,
-        metavar="SECONDS",
-        help="silent for longer: dead; in a phase for longer, and three times as long as ever before: hung "
-        "(default: %(default)s)",
-    )
-
-
-def run_status(arguments: argparse.Namespace) -> bool:
-    """`fastgrpo status`: print where the ranks are.  returns whether all is well"""
-    from fastgrpo.tools.status import status
-
-    return status(arguments.run, arguments.limit)
-
-
-def step(text: str) -> Any:
-    """The value of --step: "best", "newest" or a number."""
-    if text in ("best", "newest"):
-        return text
-    number = text.removeprefix("step-")
-    if not number.isdecimal():
-        raise UserError(f"--step={text}: not a checkpoint; use a number, best or newest.")
-    return int(number)
 
 
 def changes(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -187,11 +153,3 @@ def shard_bytes(text: str) -> int:
     if size < 1:
         raise UserError(f"--max-shard-size={text}: not a size; write it as 5GB or 500MB.")
     return size
-
-
-def positive(text: str) -> int:
-    """An option's value that counts something."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number

@@ -1,4 +1,4 @@
-"""The options of `fastgrpo plan`, and what they ask for. Heavy imports wait until `--simulate` or `--picture`."""
+"""`fastgrpo plan`. Heavy imports wait until `--simulate` or `--picture`."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgrpo.cli.options import add_recipe, positive, recipe_of
 from fastgrpo.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ GIB = 2**30
 OVERRIDE = re.compile(r"[a-z_]+(\.\w+)+=")  # has a dot in its name, unlike what follows --set
 
 
-def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The parser of `fastgrpo plan`."""
     command = commands.add_parser(
         "plan",
@@ -27,13 +28,13 @@ def add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         "GPU-hours of the run and on other numbers of GPUs; where it does not fit, recipes near it that do. Nothing is "
         "downloaded. The exit code is 1 where it does not fit. See docs/planning.md.",
     )
-    command.add_argument("recipe", type=Path, help="a TOML file, such as launch/t2v_hunyuan.toml")
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="a recipe key to set")
+    command.set_defaults(action=_run_plan)
+    add_recipe(command)
     add = command.add_argument
-    add("--gpus", type=_positive, required=True, metavar="N", help="how many GPUs")
+    add("--gpus", type=positive, required=True, metavar="N", help="how many GPUs")
     add("--gpu", required=True, metavar="NAME", help="h800, h100, h200, a100-80, a100-40, l40s or 4090")
-    add("--ranks-per-node", type=_positive, default=8, metavar="N", help="GPUs of a node (default: %(default)s)")
-    add("--text-tokens", type=_positive, metavar="N", help="of the longest prompt (default: the family's limit)")
+    add("--ranks-per-node", type=positive, default=8, metavar="N", help="GPUs of a node (default: %(default)s)")
+    add("--text-tokens", type=positive, metavar="N", help="of the longest prompt (default: the family's limit)")
     add(
         "--set", action="append", default=[], metavar="NAME=VALUE",
         help="a number of the GPU or an achieved share, such as update=0.5, network_gbs=6.25; may be repeated",
@@ -51,9 +52,8 @@ def overrides_first(argv: Sequence[str]) -> list[str]:
     return [*argv[:2], *moved, *(argument for argument in argv[2:] if not OVERRIDE.match(argument))]
 
 
-def run_plan(arguments: argparse.Namespace) -> bool:
-    """`fastgrpo plan`.  returns whether the recipe fits"""
-    from fastgrpo.core import config
+def _run_plan(arguments: argparse.Namespace) -> int:
+    """Print the plan.  returns 0 where the recipe fits, else 1"""
     from fastgrpo.tools.plan import planner, tables
     from fastgrpo.tools.plan.gpus import Achieved, changed, gpu
     from fastgrpo.tools.plan.phases import Machine
@@ -62,7 +62,7 @@ def run_plan(arguments: argparse.Namespace) -> bool:
         raise UserError(f"--picture={arguments.picture}: no format of that name; use .png, .svg or .pdf.")
     if arguments.picture and not arguments.picture.parent.is_dir():
         raise UserError(f"--picture={arguments.picture}: no such folder; make {arguments.picture.parent} first.")
-    recipe = config.load(arguments.recipe, arguments.overrides)
+    recipe = recipe_of(arguments)
     machine = Machine(*changed(gpu(arguments.gpu), Achieved(), _numbers(arguments.set)))
     text = arguments.text_tokens
     found = planner.plan(recipe, arguments.gpus, machine, arguments.ranks_per_node, text)
@@ -75,7 +75,7 @@ def run_plan(arguments: argparse.Namespace) -> bool:
         print(json.dumps(tables.as_json(found, plans, changes, simulated), indent=1))
     else:
         tables.show(found, plans, changes, simulated)
-    return found.fits
+    return 0 if found.fits else 1
 
 
 def _numbers(settings: list[str]) -> dict[str, float]:
@@ -141,10 +141,3 @@ def _alone(job: "Job") -> "tuple[Job, list[str]]":
         "objective": recipe.objective.model_copy(update={"kl_weight": 0.0, "nft_kl": 0.0}),
     }
     return replace(job, recipe=recipe.model_copy(update=changed)), left_out
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number

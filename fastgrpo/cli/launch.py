@@ -14,9 +14,9 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+from fastgrpo.cli.torchrun import SETTLED, processes_to_start, replace_by_torchrun
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import after_rank_0, leave, rank
-from fastgrpo.processes import SETTLED, processes_to_start, replace_by_torchrun
 
 USER_ERROR = 2
 """Exit code for a user's mistake."""
@@ -32,7 +32,7 @@ def main(recipe: Path, arguments: list[str]) -> int:
         signal.SIG_BLOCK, [signal.SIGUSR1]
     )  # held back, not lost, until fastgrpo.run.stopping hears it
     try:
-        from fastgrpo import cli
+        from fastgrpo.cli.main import main as command
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "fastgrpo":
             raise
@@ -40,7 +40,7 @@ def main(recipe: Path, arguments: list[str]) -> int:
             f"fastgrpo: python={sys.executable}: no module {error.name} there; run `make venv` in the checkout."
         )
     if SETTLED not in os.environ:
-        if mistake := _check(cli.main, recipe, arguments):
+        if mistake := _check(command, recipe, arguments):
             return _complain(mistake)
         try:
             processes = processes_to_start(os.environ)
@@ -48,7 +48,7 @@ def main(recipe: Path, arguments: list[str]) -> int:
             return _complain(f"fastgrpo: {error}")
         if processes > 1:
             replace_by_torchrun([str(recipe.with_suffix(".sh")), *arguments], processes)
-    leave(cli.main(["train", str(recipe), *arguments]))
+    leave(command(["train", str(recipe), *arguments]))
 
 
 def _check(command: Callable[[list[str]], int], recipe: Path, arguments: list[str]) -> str:

@@ -1,0 +1,92 @@
+"""The `fastgrpo` command. A user's mistake is one line on stderr and exit code 2."""
+
+import argparse
+import errno
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fastgrpo.cli import evaluate, plan, report, sample, serve, train
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.processes import OneRankError, after_rank_0, die_with_torchrun, leave, rank
+
+EPILOG = """examples:
+  fastgrpo train launch/t2v_tiny.toml                           one process, the tiny world
+  fastgrpo train launch/t2v_tiny.toml run.dir=runs/a run.seed=1 rewards.0.where=process
+  torchrun --nproc-per-node 2 launch/t2v_tiny.sh                the same recipe on two ranks
+  fastgrpo preflight launch/t2v_tiny.toml                       is this recipe correct on this machine
+  fastgrpo plan launch/t2v_hunyuan.toml --gpus 64 --gpu h800    does it fit, how long will it take
+  fastgrpo embed launch/t2v_tiny.toml                           encode its prompts beforehand
+  fastgrpo sample runs/t2v_tiny --against-base                  held-out clips, beside the base model's
+  fastgrpo export runs/t2v_tiny exported                        a folder that diffusers loads
+  fastgrpo score clip.mp4 --reward tiny_world --prompt "..."    what a reward says of a file
+  fastgrpo evaluate runs/t2v_tiny                               base against trained, by several rewards
+  fastgrpo report runs/t2v_tiny                                 the report of a finished or running run
+  fastgrpo status runs/t2v_tiny                                 where each rank is: does it hang, and which one
+  fastgrpo keys                                                 every recipe key, its default and meaning
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """All sub-commands and their help."""
+    top = argparse.ArgumentParser(
+        prog="fastgrpo",
+        description="Reinforcement learning for video and image generators: GRPO on the SDE trajectories of flow and "
+        "diffusion models (DanceGRPO).",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train.add_train(commands)
+    train.add_preflight(commands)
+    train.add_embed(commands)
+    plan.add(commands)
+    sample.add(commands)
+    evaluate.add(commands)
+    train.add_keys(commands)
+    serve.add(commands)
+    report.add_report(commands)
+    report.add_status(commands)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.  returns the exit code: 0; 1 where it found something amiss; 2 for a user's mistake"""
+    die_with_torchrun()
+    arguments = parser().parse_args(plan.overrides_first(sys.argv[1:] if argv is None else argv))
+    quiet_libraries()
+    try:
+        return arguments.action(arguments) or 0
+    except OneRankError:  # which that rank has told; the others learn of it by its end
+        return 2
+    except UserError as error:  # raised on every rank, see World.on_main and World.agree
+        if rank() == 0:
+            _complain(str(error))
+        return after_rank_0(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        from fastgrpo.parallel.world import no_space
+
+        _complain(str(no_space(error.filename)))
+        return 2
+
+
+def quiet_libraries() -> None:
+    """Progress bars and notices of libraries would bury the run's own lines."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # none is changed
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+def _complain(message: str) -> None:
+    print(f"fastgrpo: {message}", file=sys.stderr)
+
+
+def console() -> NoReturn:
+    """The `fastgrpo` command as a process."""
+    leave(main())
