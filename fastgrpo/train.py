@@ -233,7 +233,7 @@ class Session:
         """Rollout in batches; each batch is scored while the next is drawn.  returns this rank's samples, all scores"""
         total = len(texts) * plan.group_size
         trajectories: dict[int, Trajectory] = {}
-        size, dtype = self.recipe.rollout.at_once, getattr(torch, self.recipe.model.dtype)
+        size, dtype = self.recipe.rollout.at_once, self.recipe.model.torch_dtype
         settings = self.recipe.distributed
         old = self.recipe.objective.kind == "nft"
         with (
@@ -364,7 +364,7 @@ def initial_policy(recipe: Recipe, world: World, trained: Policy) -> Reference:
         return Unadapted(trained)
     policy = world.together(lambda: models.outline(recipe.model, world.device))
     for parameter in policy.network.requires_grad_(False).parameters():  # nothing trains it: no masters
-        parameter.data = parameter.data.to(getattr(torch, recipe.model.dtype))
+        parameter.data = parameter.data.to(recipe.model.torch_dtype)
     policy.negative, policy.vae = trained.negative, trained.vae
     shard_and_read(policy, recipe, world, "weights of the initial policy")
     return policy

@@ -68,7 +68,7 @@ def outline(settings: Model, device: torch.device, lora: Lora | None = None) -> 
     policy = family(settings.family).load(settings, device)
     _configure(policy, settings)
     if lora is not None and lora.rank:
-        add_adapters(policy.network, lora, getattr(torch, settings.dtype))
+        add_adapters(policy.network, lora, settings.torch_dtype)
     return policy
 
 

@@ -67,7 +67,7 @@ class Flux:
         self.schedule = schedule
         self.negative: Condition | None = None
         self.guidance = USUAL_GUIDANCE if settings.guidance is None else settings.guidance
-        self.dtype = getattr(torch, settings.dtype)
+        self.dtype = settings.torch_dtype
         self.decode_batch = settings.decode_batch
 
     def latent_shape(self, video: Video) -> tuple[int, ...]:
@@ -166,7 +166,7 @@ class TextEncoder:
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
     """The text encoders of model.path; freed when the context ends."""
     where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
-    with diffusers_folder.freed(TextEncoder(where, getattr(torch, settings.dtype), device)) as texts:
+    with diffusers_folder.freed(TextEncoder(where, settings.torch_dtype, device)) as texts:
         yield texts
 
 
@@ -184,7 +184,7 @@ def load(settings: Model, device: torch.device) -> Flux:
         )
     where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
     schedule = Schedule(diffusers_folder.scheduler_config(where))
-    vae = diffusers_folder.read(AutoencoderKL, where / "vae", getattr(torch, settings.dtype))
+    vae = diffusers_folder.read(AutoencoderKL, where / "vae", settings.torch_dtype)
     network = diffusers_folder.network_folder(settings, NETWORK)
     check_network(diffusers_folder.read_json(network / "config.json"), where, vae.config, settings)
     network = streaming.outline(FluxTransformer2DModel, network, device)

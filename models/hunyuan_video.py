@@ -83,7 +83,7 @@ class HunyuanVideo:
         self.cfg = settings.cfg
         self.negative: Condition | None = None
         self.guidance = guidance
-        self.dtype = getattr(torch, settings.dtype)
+        self.dtype = settings.torch_dtype
         self.decode_batch = settings.decode_batch
         self.shift = shift
         self.attention = TrimmedAttention()
@@ -205,7 +205,7 @@ class TextEncoder:
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
     """The text encoders of model.path; freed when the context ends."""
     where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
-    with diffusers_folder.freed(TextEncoder(where, getattr(torch, settings.dtype), device)) as texts:
+    with diffusers_folder.freed(TextEncoder(where, settings.torch_dtype, device)) as texts:
         yield texts
 
 
@@ -263,5 +263,5 @@ def load_networks(settings: Model, where: Path, device: torch.device) -> tuple[A
     """The transformer, without weights yet, and the VAE, in the compute precision and frozen."""
     place = diffusers_folder.network_folder(settings, NETWORK)
     network = streaming.outline(HunyuanVideoTransformer3DModel, place, device)
-    vae = diffusers_folder.read(AutoencoderKLHunyuanVideo, where / "vae", getattr(torch, settings.dtype))
+    vae = diffusers_folder.read(AutoencoderKLHunyuanVideo, where / "vae", settings.torch_dtype)
     return network, vae.requires_grad_(False).eval().to(device)

@@ -85,7 +85,7 @@ def posterior_key(pixels: Tensor) -> noise.Key:
 @contextmanager
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[ImageTextEncoder]:
     """The text encoders and the VAE of model.path; freed when the context ends."""
-    where, dtype = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES), getattr(torch, settings.dtype)
+    where, dtype = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES), settings.torch_dtype
     with diffusers_folder.freed(hunyuan_video.TextEncoder(where, dtype, device)) as texts:
         patch = hunyuan_video.check_network(settings, where, images=True)["patch_size"]
         vae = diffusers_folder.read(AutoencoderKLHunyuanVideo, where / "vae", dtype)

@@ -99,7 +99,7 @@ class StableDiffusion:
         self.schedule = schedule
         self.cfg = settings.cfg
         self.negative: Condition | None = None
-        self.dtype = getattr(torch, settings.dtype)
+        self.dtype = settings.torch_dtype
         self.decode_batch = settings.decode_batch
 
     def latent_shape(self, video: Video) -> tuple[int, ...]:
@@ -195,7 +195,7 @@ class TextEncoder:
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
     """The text encoder of model.path; freed when the context ends."""
     where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
-    with diffusers_folder.freed(TextEncoder(where, getattr(torch, settings.dtype), device)) as texts:
+    with diffusers_folder.freed(TextEncoder(where, settings.torch_dtype, device)) as texts:
         yield texts
 
 
@@ -213,7 +213,7 @@ def load(settings: Model, device: torch.device) -> StableDiffusion:
     where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
     schedule = Schedule(diffusers_folder.scheduler_config(where), device)
     network = streaming.outline(UNet2DConditionModel, diffusers_folder.network_folder(settings, NETWORK), device)
-    vae = diffusers_folder.read(AutoencoderKL, where / "vae", getattr(torch, settings.dtype))
+    vae = diffusers_folder.read(AutoencoderKL, where / "vae", settings.torch_dtype)
     check_parts(network.config, vae.config, diffusers_folder.read_json(where / "text_encoder" / "config.json"))
     return StableDiffusion(network, vae.requires_grad_(False).eval().to(device), schedule, settings)
 

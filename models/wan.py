@@ -86,7 +86,7 @@ class Wan:
         self.text_tokens = text_tokens
         self.cfg = settings.cfg
         self.negative: Condition | None = None
-        self.dtype = getattr(torch, settings.dtype)
+        self.dtype = settings.torch_dtype
         self.decode_batch = settings.decode_batch
         mean, std = (
             torch.tensor(values, device=device) for values in (vae.config.latents_mean, vae.config.latents_std)
@@ -180,7 +180,7 @@ def text_tokens(where: Path) -> int:
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
     """The text encoder of model.path; freed when the context ends."""
     where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
-    with diffusers_folder.freed(TextEncoder(where, getattr(torch, settings.dtype), device)) as texts:
+    with diffusers_folder.freed(TextEncoder(where, settings.torch_dtype, device)) as texts:
         yield texts
 
 

@@ -88,7 +88,7 @@ def evaluate(
     plan = Plan(0, -1, seeds, device_grid, 0.0, False, shape)
     total = len(prompts) * seeds
     kept = min(recipe.evaluate.clips, len(prompts))
-    size, dtype = recipe.rollout.at_once, getattr(torch, recipe.model.dtype)
+    size, dtype = recipe.rollout.at_once, recipe.model.torch_dtype
     network = trainer.policy.network
     with (
         averaged_weights(trainer),

@@ -26,7 +26,7 @@ def shard_and_read(policy: Policy, recipe: Recipe, world: World, what: str = "we
 
     what: for that line. Raises the UserError of a rank, whose files are not what they were, on every rank.
     """
-    sharding.shard(policy, world, getattr(torch, recipe.model.dtype), recipe.distributed.offload)
+    sharding.shard(policy, world, recipe.model.torch_dtype, recipe.distributed.offload)
     sharding.prefetch(policy, recipe.distributed.prefetch)
     device = torch.device("cpu") if recipe.distributed.offload else world.device
     begun = time.perf_counter()

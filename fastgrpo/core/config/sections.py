@@ -9,10 +9,13 @@ folder; in an override it is relative to where the command is typed, as is `run.
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    import torch
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -68,6 +71,13 @@ class Model(Section):
     """Attention kernel by diffusers' name, such as flash, _native_cudnn or sage; none = torch's own choice."""
     decode_batch: Positive | None = None
     """Clips per VAE decode; none = a rollout batch at once. Changes speed and memory, nothing else."""
+
+    @property
+    def torch_dtype(self) -> "torch.dtype":
+        """`dtype` as torch has it."""
+        import torch
+
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
 
 class Lora(Section):

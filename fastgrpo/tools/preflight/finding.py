@@ -38,9 +38,7 @@ class Parts:
     @property
     def dtype(self) -> torch.dtype:
         """Of the network's forward."""
-        found = getattr(torch, self.recipe.model.dtype)
-        assert isinstance(found, torch.dtype)
-        return found
+        return self.recipe.model.torch_dtype
 
     @property
     def total(self) -> int:

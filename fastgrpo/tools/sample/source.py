@@ -47,7 +47,7 @@ class Snapshot:
             reader.load_into(policy.network, Weights(self.checkpoint, self.raw))
         if self.adapters is not None:
             load_adapters(policy.network, self.adapters)
-        _compute_precision(policy.network, getattr(torch, self.model.dtype))
+        _compute_precision(policy.network, self.model.torch_dtype)
         policy.network.eval()
         return policy
 

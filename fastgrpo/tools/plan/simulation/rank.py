@@ -129,7 +129,7 @@ def _rank(
             policy = outline(recipe, config)
             more = [policy.network.get_submodule(unit) for unit in units]
             policy.blocks = [*more, *policy.blocks]  # type: ignore[misc]
-            sharding.shard(policy, world, getattr(torch, recipe.model.dtype))
+            sharding.shard(policy, world, recipe.model.torch_dtype)
             sharding.prefetch(policy, recipe.distributed.prefetch)
             yield policy
     finally:
@@ -159,7 +159,7 @@ def outline(recipe: Recipe, config: Mapping[str, Any]) -> Policy:
     policy = made[settings.family]()
     models._configure(policy, settings.model_copy(update={"attention": None}))
     if recipe.lora.rank:
-        add_adapters(network, recipe.lora, getattr(torch, settings.dtype))
+        add_adapters(network, recipe.lora, settings.torch_dtype)
     return policy
 
 

@@ -1,0 +1,73 @@
+"""A folder as a registry: adding a file adds its entry, and what a file declares is read without importing all of it.
+
+A family of models or a reward imports torch and its libraries, which takes seconds; a plan, `check` and every `--help`
+want some constants or one function of it. `declared` runs only the top-level statements that those need.
+"""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+NOTHING = object()
+
+
+def names(folder: Path, entry: str) -> tuple[str, ...]:
+    """The files of a folder that define `entry` at their top level, by name, sorted."""
+    return tuple(file.stem for file in sorted(folder.glob("[!_]*.py")) if entry in _definitions(file))
+
+
+def declared(file: Path, name: str, default: Any = NOTHING) -> Any:
+    """The value of a file's top-level `name`, without importing the file.
+
+    Only the statements are run that define the name and what that uses, imports among them. So a function that needs
+    no torch comes without torch. Raises KeyError where the file has no such name and there is no default.
+    """
+    if name not in _definitions(file):
+        if default is NOTHING:
+            raise KeyError(f"{file}: no {name} at its top level")
+        return default
+    return _run(file, name, file.stat().st_mtime_ns)
+
+
+@cache
+def _run(file: Path, name: str, changed: int) -> Any:
+    """changed: the file's time, so that an edited file is read anew"""
+    definitions, wanted, waiting = _definitions(file), set[int](), [name]
+    tree = _tree(file, changed)
+    while waiting:
+        for number in definitions.get(waiting.pop(), ()):
+            if number not in wanted:
+                wanted.add(number)
+                waiting += [node.id for node in ast.walk(tree.body[number]) if isinstance(node, ast.Name)]
+    tree = ast.Module([statement for number, statement in enumerate(tree.body) if number in wanted], [])
+    space: dict[str, Any] = {"__name__": f"{__name__}:{file.stem}", "__file__": str(file)}
+    exec(compile(tree, str(file), "exec", dont_inherit=True), space)  # our own file, of which an import would run more
+    return space[name]
+
+
+def _definitions(file: Path) -> dict[str, list[int]]:
+    """Name -> the numbers of the top-level statements that bind it."""
+    found: dict[str, list[int]] = {}
+    for number, statement in enumerate(_tree(file, file.stat().st_mtime_ns).body):
+        for name in _bound(statement):
+            found.setdefault(name, []).append(number)
+    return found
+
+
+@cache
+def _tree(file: Path, changed: int) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), str(file))
+
+
+def _bound(statement: ast.stmt) -> Iterator[str]:
+    """The names that a top-level statement binds."""
+    match statement:
+        case ast.FunctionDef() | ast.ClassDef():
+            yield statement.name
+        case ast.Import() | ast.ImportFrom():
+            yield from ((alias.asname or alias.name).partition(".")[0] for alias in statement.names)
+        case ast.Assign() | ast.AnnAssign() | ast.AugAssign():
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            yield from (node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name))
