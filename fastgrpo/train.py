@@ -27,7 +27,7 @@ from fastgrpo.data import prompts
 from fastgrpo.data.prompts import Split
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World, open_world
-from fastgrpo.run.heartbeat import Heart
+from fastgrpo.run.heartbeat import HeartbeatWriter
 from fastgrpo.run.rank_times import Ranks
 from fastgrpo.run.stopping import Signals, Stop, Stopped, answer, answer_mistake
 from fastgrpo.run.stopwatch import Stopwatch
@@ -99,10 +99,12 @@ class Session:
     @classmethod
     def open(cls, recipe: Recipe, world: World, stack: ExitStack, found: Split, stop: Stop) -> "Session":
         """Load, shard, resume; start the reward server where the recipe asks for one. `stack` closes what is open."""
-        ranks = Ranks(recipe.run.dir, world, stack.enter_context(Heart(recipe.run.dir, world.rank, world.size)))
+        ranks = Ranks(
+            recipe.run.dir, world, stack.enter_context(HeartbeatWriter(recipe.run.dir, world.rank, world.size))
+        )
         sources = open_rewards(recipe, world, stack)
         notices = world.on_main(lambda: check_rewards(recipe.run.dir, sources) if holds_run(recipe.run.dir) else [])
-        policy = world.together(lambda: models.outline(recipe.model, world.device, recipe.lora))
+        policy = world.run_on_all_ranks(lambda: models.outline(recipe.model, world.device, recipe.lora))
         shape = policy.latent_shape(recipe.video)
         grid = policy.time_grid(recipe.rollout.steps, recipe.rollout.shift, shape).to(world.device)
         heldout_steps = recipe.evaluate.steps or recipe.rollout.steps
@@ -143,7 +145,7 @@ class Session:
         if not self.progress.rollout_batch:
             self.progress.rollout_batch, told = largest_batch.rollout_batch(self.preflight_parts())
             self.tracker.message(told)
-        settled = self.recipe.rollout.settled(self.progress.rollout_batch)
+        settled = self.recipe.rollout.with_batch_size(self.progress.rollout_batch)
         self.recipe = self.recipe.model_copy(update={"rollout": settled})
 
     def run(self) -> dict[str, object] | None:
@@ -206,7 +208,7 @@ class Session:
         # 4. optimizer steps on a subset of the timesteps
         metrics = update(
             self.trainer, recipe.objective, plan, trajectories, conditions, advantages, kept, self.world,
-            self.stop.between,
+            self.stop.poll_before,
         )  # fmt: skip
         watch.lap("update")
 
@@ -242,10 +244,10 @@ class Session:
         ):
             work = (total, conditions, plan.group_size, size, self.world, not whole)
             started: dict[int, rollout.Start] = {}
-            rounds = self.stop.between(rollout.start_rounds(*work) if plan.shared_noise else ())
+            rounds = self.stop.poll_before(rollout.start_rounds(*work) if plan.shared_noise else ())
             for prompts_here, _ in watch.pieces(rounds, "rollout", then="rollout"):
                 started |= rollout.starts(self.policy, plan, conditions, prompts_here)
-            for batch, counts in watch.pieces(self.stop.between(rollout.rounds(*work)), "rollout", then="reward"):
+            for batch, counts in watch.pieces(self.stop.poll_before(rollout.rounds(*work)), "rollout", then="reward"):
                 if old:
                     drawn = nft.sample(self.policy, plan, conditions, batch)
                 else:
@@ -309,7 +311,7 @@ class Session:
         conditions = [move(c, self.world.device) for c in self.conditions[first : first + count]]
         evaluation = evaluate(
             self.trainer, self.recipe, self.heldout_prompts[:count], conditions,
-            self.scorer, self.world, self.progress.iteration, self.heldout_grid, self.shape, self.stop.between,
+            self.scorer, self.world, self.progress.iteration, self.heldout_grid, self.shape, self.stop.poll_before,
         )  # fmt: skip
         if not np.isfinite(evaluation.columns()["sum"]).any():
             raise UserError("rewards: no held-out clip has a valid score; look at reward_server.log in the run folder.")
@@ -362,7 +364,7 @@ def initial_policy(recipe: Recipe, world: World, trained: Policy) -> Reference:
     """The policy before training, which the KL term measures against: frozen, or without its adapters."""
     if recipe.lora.rank:
         return Unadapted(trained)
-    policy = world.together(lambda: models.outline(recipe.model, world.device))
+    policy = world.run_on_all_ranks(lambda: models.outline(recipe.model, world.device))
     for parameter in policy.network.requires_grad_(False).parameters():  # nothing trains it: no masters
         parameter.data = parameter.data.to(recipe.model.torch_dtype)
     policy.negative, policy.vae = trained.negative, trained.vae
@@ -380,7 +382,7 @@ def open_tracker(recipe: Recipe, world: World, start: int) -> Tracker:
         )  # fmt: skip
     except UserError as error:
         mistake = error
-    world.agree(mistake)
+    world.raise_if_any_failed(mistake)
     assert tracker is not None
     return tracker
 

@@ -17,7 +17,7 @@ import torch
 
 from fastgrpo.core.memory import Peaks
 from fastgrpo.run import heartbeat
-from fastgrpo.run.heartbeat import Beat, Heart
+from fastgrpo.run.heartbeat import Heartbeat, HeartbeatWriter
 from fastgrpo.run.rank_times import RankLog, Spread, hosts_of, spread, table
 from fastgrpo.run.stopwatch import Phase, Stopwatch
 from fastgrpo.run.terminal import PHASES
@@ -238,12 +238,14 @@ def test_small_differences_are_not_worth_a_word() -> None:
     assert gathered(*tiny).note() == ""
 
 
-BEAT = Beat(0, 4, "n1", 11, iteration=6, phase="wait", laps=9, phase_s=100.0, longest_s=0.3, time=1000.0, at="f:1 g")
+BEAT = Heartbeat(
+    0, 4, "n1", 11, iteration=6, phase="wait", laps=9, phase_s=100.0, longest_s=0.3, time=1000.0, at="f:1 g"
+)
 LONE = replace(BEAT, rank=2, phase="rollout", laps=4, phase_s=100.0, longest_s=20.0)
 CROWD = [replace(BEAT, rank=0), replace(BEAT, rank=1), replace(BEAT, rank=3)]
 
 
-def judged(beats: list[Beat], now: float = 1001.0) -> list[str]:
+def judged(beats: list[Heartbeat], now: float = 1001.0) -> list[str]:
     return verdict(beats, now, 60.0)
 
 
@@ -271,7 +273,7 @@ def test_ranks_that_hang_together_or_are_gone_are_told_apart() -> None:
 
 
 def test_a_heartbeat_tells_phase_place_and_end(tmp_path: Path) -> None:
-    def busy(heart: Heart) -> Beat:
+    def busy(heart: HeartbeatWriter) -> Heartbeat:
         heart.enter("rollout", 3)
         heart.enter("decode")
         time.sleep(0.5)
@@ -279,7 +281,7 @@ def test_a_heartbeat_tells_phase_place_and_end(tmp_path: Path) -> None:
 
     (tmp_path / "heartbeats").mkdir()
     (tmp_path / "heartbeats" / "rank-7").write_text("of an attempt with more ranks")
-    with pytest.raises(RuntimeError), Heart(tmp_path, 0, 2, interval_s=0.05) as heart:
+    with pytest.raises(RuntimeError), HeartbeatWriter(tmp_path, 0, 2, interval_s=0.05) as heart:
         told = busy(heart)
         assert (told.iteration, told.phase, told.laps, told.end) == (3, "decode", 1, "")
         assert f"{__name__}:" in told.at and "busy" in told.at and told.phase_s > 0.1
@@ -294,7 +296,7 @@ def test_no_disk_no_folder_no_matter(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "heartbeats").write_text("in the way")
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank-0.jsonl").symlink_to("/dev/full")
-    with Heart(tmp_path, 0, 1, interval_s=0.02) as heart:
+    with HeartbeatWriter(tmp_path, 0, 1, interval_s=0.02) as heart:
         time.sleep(0.1)
         heart.enter("update")
     assert heart.written == 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from fastgrpo.core.processes import die_with
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.run import heartbeat
-from fastgrpo.run.heartbeat import Heart
+from fastgrpo.run.heartbeat import HeartbeatWriter
 from fastgrpo.run.rank_times import Ranks
 from fastgrpo.run.stopping import Signals, Stop
 from fastgrpo.run.tracker import Tracker
@@ -26,7 +26,7 @@ MEMORY_MIB = 128
 def iterate(iteration: int, world: World, stop: Stop, ranks: Ranks, tracker: Tracker) -> None:
     odd = world.rank == 1
     watch = ranks.watch(iteration)
-    for _ in watch.pieces(stop.between(range(PIECES)), "rollout", then="reward"):
+    for _ in watch.pieces(stop.poll_before(range(PIECES)), "rollout", then="reward"):
         time.sleep(SLOW_S if odd and iteration == 1 else WORK_S)
         watch.lap("rollout", then="decode")
         if odd and iteration == 1:
@@ -46,7 +46,7 @@ def iterate(iteration: int, world: World, stop: Stop, ranks: Ranks, tracker: Tra
     tracker.log(iteration, {"reward/sum": 1.0} | watch.metrics() | spread.metrics(), spread.note())
 
 
-def told(heart: Heart) -> bool:
+def told(heart: HeartbeatWriter) -> bool:
     """Whether the file says what this rank is doing."""
     beat = heartbeat.read(heart.file.parent.parent)[1]
     return (beat.iteration, beat.phase) == (2, "decode")
@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
     with (
         open_world() as world,
         Signals() as signals,
-        Heart(folder, world.rank, world.size, 0.2) as heart,
+        HeartbeatWriter(folder, world.rank, world.size, 0.2) as heart,
         Tracker(folder, world.main, ITERATIONS) as tracker,
     ):
         stop, ranks = Stop(folder, signals, world), Ranks(folder, world, heart)

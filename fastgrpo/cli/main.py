@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.action(arguments) or 0
     except OneRankError:  # which that rank has told; the others learn of it by its end
         return 2
-    except UserError as error:  # raised on every rank, see World.on_main and World.agree
+    except UserError as error:  # raised on every rank, see World.on_main and World.raise_if_any_failed
         if rank() == 0:
             _complain(str(error))
         return after_rank_0(2)

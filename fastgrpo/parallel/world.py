@@ -112,7 +112,7 @@ class World:
             raise outcome
         return outcome  # type: ignore[return-value]
 
-    def together(self, action: Callable[[], T]) -> T:
+    def run_on_all_ranks(self, action: Callable[[], T]) -> T:
         """What `action` returns on this rank; a user's mistake, or a full disk, of any rank is raised on every rank.
 
         The action must not talk to other ranks: one of them may not get there.
@@ -126,10 +126,10 @@ class World:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             mistake = no_space(error.filename)
-        self.agree(mistake)
+        self.raise_if_any_failed(mistake)
         return result  # type: ignore[return-value]
 
-    def agree(self, error: UserError | None) -> None:
+    def raise_if_any_failed(self, error: UserError | None) -> None:
         """Raise on every rank the first error that any rank has."""
         failed = torch.tensor(float(error is not None), device=self.device)
         dist.all_reduce(failed)

@@ -25,7 +25,7 @@ WAIT = "wait"
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """What a heartbeat tells."""
 
     rank: int
@@ -42,7 +42,7 @@ class Beat:
     end: str = ""  # "done", or the error, once this rank has left the run
 
 
-class Heart:
+class HeartbeatWriter:
     """Writes run_dir/heartbeats/rank-N within half a second of a change of phase, and every three seconds.
 
     A context manager: on leaving it the file says how the rank ended. An OSError, as of a full disk or a folder that
@@ -53,7 +53,7 @@ class Heart:
         self.file = run_dir / FOLDER / f"rank-{rank}"
         self.interval_s = interval_s
         self.written = 0  # files written so far
-        self._beat = Beat(rank, ranks, node(), os.getpid())
+        self._beat = Heartbeat(rank, ranks, node(), os.getpid())
         self._entered = time.monotonic()
         self._longest: dict[str, float] = {}
         self._main = threading.get_ident()
@@ -123,7 +123,7 @@ def node() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def encoded(beat: Beat) -> bytes:
+def encoded(beat: Heartbeat) -> bytes:
     """One line of JSON, filled up with spaces to SIZE bytes."""
     text = json.dumps(asdict(beat))
     while len(text) >= SIZE:  # a long path or message; all the rest is short
@@ -151,10 +151,10 @@ def forget(folder: Path, ranks: int) -> None:
             file.unlink(missing_ok=True)
 
 
-def read(run_dir: Path) -> list[Beat]:
+def read(run_dir: Path) -> list[Heartbeat]:
     """Every rank's last heartbeat, by rank; one that is just being written for the first time is left out."""
     beats = []
     for file in (run_dir / FOLDER).glob("rank-*"):
         with suppress(OSError, ValueError, TypeError):
-            beats.append(Beat(**json.loads(file.read_text(encoding="utf-8"))))
+            beats.append(Heartbeat(**json.loads(file.read_text(encoding="utf-8"))))
     return sorted(beats, key=lambda beat: beat.rank)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastgrpo.core.memory import KINDS
 from fastgrpo.parallel.world import World
-from fastgrpo.run.heartbeat import WAIT, Heart, node
+from fastgrpo.run.heartbeat import WAIT, HeartbeatWriter, node
 from fastgrpo.run.stopwatch import Stopwatch
 from fastgrpo.run.terminal import PHASES
 
@@ -83,7 +83,7 @@ def slowest(seconds: Sequence[float]) -> int:
 class Ranks:
     """One per rank: hands out stopwatches, gathers them, and appends to the rank's own log."""
 
-    def __init__(self, run_dir: Path, world: World, heart: Heart) -> None:
+    def __init__(self, run_dir: Path, world: World, heart: HeartbeatWriter) -> None:
         """On every rank at once."""
         self.world, self.heart = world, heart
         self.hosts: list[str] = [""] * world.size

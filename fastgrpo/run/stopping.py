@@ -75,7 +75,7 @@ class Stop:
             self.file.unlink(missing_ok=True)
             self.answer.unlink(missing_ok=True)
 
-    def between(self, work: Iterable[T]) -> Iterator[T]:
+    def poll_before(self, work: Iterable[T]) -> Iterator[T]:
         """The pieces of work, one by one; raises Stopped, on every rank, before one where a rank was asked to stop.
 
         The ranks agree while a piece is under way and read the answer before the next, so that none waits for another's

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from fastgrpo.core.memory import Peaks
-from fastgrpo.run.heartbeat import WAIT, Heart
+from fastgrpo.run.heartbeat import WAIT, HeartbeatWriter
 
 T = TypeVar("T")
 BETWEEN = "between iterations"
@@ -31,7 +31,7 @@ class Phase:
 class Stopwatch:
     """Divides an iteration of this rank into phases; tells the heartbeat, where there is one, which has begun."""
 
-    heart: Heart | None = None
+    heart: HeartbeatWriter | None = None
     phases: dict[str, Phase] = field(default_factory=dict)
     peaks: Peaks = field(default_factory=Peaks)
     last: float = field(default_factory=time.perf_counter)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.run.heartbeat import FOLDER, WAIT, Beat, read
+from fastgrpo.run.heartbeat import FOLDER, WAIT, Heartbeat, read
 
 SILENT_S = 60.0  # heartbeats come every three seconds
 UNKNOWN_S = 1800.0  # in a phase that has not ended before
@@ -33,34 +33,34 @@ def status(run_dir: Path, silent_s: float = SILENT_S) -> bool:
     return not troubles
 
 
-def age(beat: Beat, now: float) -> float:
+def age(beat: Heartbeat, now: float) -> float:
     """Seconds since the rank was last heard."""
     return max(0.0, now - beat.time)
 
 
-def in_phase(beat: Beat, now: float) -> float:
+def in_phase(beat: Heartbeat, now: float) -> float:
     """Seconds since it entered its phase; until its end where it has left the run."""
     return beat.phase_s + (0.0 if beat.end else age(beat, now))
 
 
-def silent(beat: Beat, now: float, silent_s: float) -> bool:
+def silent(beat: Heartbeat, now: float, silent_s: float) -> bool:
     return not beat.end and age(beat, now) > silent_s
 
 
-def stuck(beat: Beat, now: float, silent_s: float) -> bool:
+def stuck(beat: Heartbeat, now: float, silent_s: float) -> bool:
     """Whether it is in its phase for much longer than ever before."""
     limit = max(silent_s, LONGER * beat.longest_s) if beat.longest_s else UNKNOWN_S
     return not beat.end and in_phase(beat, now) > limit
 
 
-def suspicion(beat: Beat, now: float, silent_s: float) -> tuple[bool, bool, bool, int, int, float]:
+def suspicion(beat: Heartbeat, now: float, silent_s: float) -> tuple[bool, bool, bool, int, int, float]:
     """Sorts first who probably holds the others up: failed, silent, not waiting, behind, long in its phase."""
     failed = beat.end not in ("", "done")
     progress = beat.iteration, beat.laps
     return (not failed, not silent(beat, now, silent_s), beat.phase == WAIT, *progress, -in_phase(beat, now))
 
 
-def lines(beats: Sequence[Beat], now: float, silent_s: float) -> list[str]:
+def lines(beats: Sequence[Heartbeat], now: float, silent_s: float) -> list[str]:
     """A table with a line per rank."""
     rows = [("rank", "node", "pid", "iteration", "phase", "for", "heard", "where")]
     for beat in sorted(beats, key=lambda beat: suspicion(beat, now, silent_s)):
@@ -74,7 +74,7 @@ def lines(beats: Sequence[Beat], now: float, silent_s: float) -> list[str]:
     return ["  ".join(row).rstrip() for row in padded]
 
 
-def verdict(beats: Sequence[Beat], now: float, silent_s: float) -> list[str]:
+def verdict(beats: Sequence[Heartbeat], now: float, silent_s: float) -> list[str]:
     """What is wrong, a line each; nothing where all is well."""
     ranked = sorted(beats, key=lambda beat: suspicion(beat, now, silent_s))
     found = []
@@ -102,7 +102,7 @@ def verdict(beats: Sequence[Beat], now: float, silent_s: float) -> list[str]:
     return found
 
 
-def hung(beats: Sequence[Beat], now: float) -> str:
+def hung(beats: Sequence[Heartbeat], now: float) -> str:
     """Which of the living ranks holds the others up.  beats: the most suspicious one first"""
     first, rest = beats[0], beats[1:]
     place = first.phase, first.iteration, first.laps
@@ -117,18 +117,18 @@ def hung(beats: Sequence[Beat], now: float) -> str:
     return f"{name(first)} seems hung in {where(first)} ({for_long}){elsewhere if others else ''}"
 
 
-def fine(beats: Sequence[Beat]) -> str:
+def fine(beats: Sequence[Heartbeat]) -> str:
     ended = sum(beat.end == "done" for beat in beats)
     if ended == len(beats):
         return f"the run has ended in good order, {ended} rank{'s' * (ended != 1)}"
     return f"all {len(beats)} ranks are alive" if not ended else f"{ended} of {len(beats)} ranks have ended"
 
 
-def name(beat: Beat) -> str:
+def name(beat: Heartbeat) -> str:
     return f"rank {beat.rank} (node {beat.host}, pid {beat.pid})"
 
 
-def where(beat: Beat) -> str:
+def where(beat: Heartbeat) -> str:
     return f"{beat.phase}, iteration {beat.iteration + 1}"
 
 

@@ -31,7 +31,7 @@ def shard_and_read(policy: Policy, recipe: Recipe, world: World, what: str = "we
     device = torch.device("cpu") if recipe.distributed.offload else world.device
     begun = time.perf_counter()
     with _progress(world, what) as show:
-        read = world.together(lambda: streaming.fill(policy.network, device, show))
+        read = world.run_on_all_ranks(lambda: streaming.fill(policy.network, device, show))
     if world.main:
         line = f"{what}: {_size(read.own)} of {_size(read.network)} read in {duration(time.perf_counter() - begun)}"
         Console().print(line, highlight=False, soft_wrap=True)

@@ -112,7 +112,7 @@ class Scorer:
         waited = time.perf_counter() - start
         here()
         try:
-            self.world.agree(error)
+            self.world.raise_if_any_failed(error)
         except UserError as failure:
             raise NoScores(str(failure)) from None
         positions = [slot for batch in self.pending for slot in batch.slots]

@@ -55,7 +55,7 @@ def open_rewards(recipe: Recipe, world: World, stack: ExitStack) -> list[Source]
     sources: list[Source] = []
     parts: dict[str, Sequence[str]] = {}
     if inside:
-        here = world.together(lambda: ScorerInProcess(inside, world.device))
+        here = world.run_on_all_ranks(lambda: ScorerInProcess(inside, world.device))
         parts |= {name: one.reward.names for name, one in here.served.items()}
         sources.append(here)
     if outside:

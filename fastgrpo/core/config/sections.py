@@ -169,7 +169,7 @@ class Rollout(Section):
         assert self.batch_size != "auto"
         return self.batch_size
 
-    def settled(self, size: int) -> "Rollout":
+    def with_batch_size(self, size: int) -> "Rollout":
         """With that number of samples per forward pass."""
         return self.model_copy(update={"batch_size": size})
 

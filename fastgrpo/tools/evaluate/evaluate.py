@@ -201,7 +201,7 @@ def _open(plan: Plan, servers: Servers, world: World, stack: ExitStack) -> Judge
             _parts(spec, opened)
     except UserError as error:
         mistake = error
-    world.agree(mistake)
+    world.raise_if_any_failed(mistake)
     assert opened is not None
     return opened
 
@@ -222,7 +222,7 @@ def _draw(work: Work, world: World) -> list[Drawn]:
         drawn = list(sample.generate(work, world))
     except UserError as error:
         mistake = error
-    world.agree(mistake)
+    world.raise_if_any_failed(mistake)
     return drawn
 
 
@@ -251,7 +251,7 @@ def _judge(
                 )
     except UserError as error:
         mistake = error
-    world.agree(mistake)
+    world.raise_if_any_failed(mistake)
     return rows
 
 

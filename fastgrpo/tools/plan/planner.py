@@ -78,7 +78,7 @@ def plan(recipe: Recipe, gpus: int, machine: Machine, ranks_per_node: int = 8, t
         return _plan(recipe, gpus, machine, ranks_per_node, text)
 
     def sized(size: int) -> Plan:
-        settled = recipe.model_copy(update={"rollout": recipe.rollout.settled(size)})
+        settled = recipe.model_copy(update={"rollout": recipe.rollout.with_batch_size(size)})
         return _plan(settled, gpus, machine, ranks_per_node, text)
 
     samples, _ = network_calls.busiest(recipe, sized(1).subject.job.groups)

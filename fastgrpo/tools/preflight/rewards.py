@@ -31,7 +31,7 @@ class Tried:
 def rewards(parts: Parts) -> list[Finding]:
     """One finding per reward. Raises UserError, on every rank, where a server is gone."""
     world, specs = parts.world, {spec.name: spec for spec in parts.recipe.rewards}
-    tried = [one for source in parts.scorer.sources for one in world.together(partial(_try, source))]
+    tried = [one for source in parts.scorer.sources for one in world.run_on_all_ranks(partial(_try, source))]
     by_reward = zip(*gathered(tried, world), strict=True)
     return [_judge(ranks, GOLDEN_TOLERANCE[specs[ranks[0].name].dtype]) for ranks in by_reward]
 

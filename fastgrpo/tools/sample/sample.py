@@ -118,7 +118,7 @@ def sample(asked: Asked, wanted: Wanted) -> Sampled:
             mistake = error
         except OSError as error:
             mistake = files.refused(job.out, "--out", error)
-        world.agree(mistake)
+        world.raise_if_any_failed(mistake)
         everything = gather(job, strips, world)
         world.on_main(lambda: describe(job, folder, everything))
         return Sampled(job.out, len(job.clips), world.main)

@@ -114,7 +114,7 @@ def _make(recipe: Recipe, world: World, cache: Cache, missing: list[int], everyt
     begun = time.perf_counter()
     with ExitStack() as stack:
         opened = models.encoder(recipe.model, recipe.video, world.device)
-        encoder = world.together(lambda: stack.enter_context(opened))
+        encoder = world.run_on_all_ranks(lambda: stack.enter_context(opened))
         show = stack.enter_context(_progress(world, total))
 
         def make(numbers: list[int]) -> None:
@@ -125,11 +125,13 @@ def _make(recipe: Recipe, world: World, cache: Cache, missing: list[int], everyt
             if world.main and recipe.model.cfg > 1:
                 write_negative(cache, encoder, recipe)
 
-        world.together(make_negative)
+        world.run_on_all_ranks(make_negative)
         done = 0
         for start in range(0, len(missing), world.size):
             now = missing[start : start + world.size]
-            world.together(partial(make, now[world.rank : world.rank + 1]))  # none where the last step has too few
+            world.run_on_all_ranks(
+                partial(make, now[world.rank : world.rank + 1])
+            )  # none where the last step has too few
             done += sum(len(cache.prompts_of(number)) for number in now)
             show(done)
     if world.main:
