@@ -19,6 +19,8 @@ PACKAGES = {
     "fastgrpo.parallel": "fastgrpo/parallel",
     "fastgrpo.run": "fastgrpo/run",
     "fastgrpo.training": "fastgrpo/training",
+    "fastgrpo.training.methods": "fastgrpo/training/methods",
+    "fastgrpo.training.scoring": "fastgrpo/training/scoring",
     "fastgrpo.training.conditions": "fastgrpo/training/conditions",
     "fastgrpo.checkpoint": "fastgrpo/checkpoint",
     "fastgrpo.tools": "fastgrpo/tools",

@@ -34,10 +34,17 @@ PAGE = Path("docs/ablations.md")
 PICTURES = Path("docs/ablations")
 PARTS = ("VQ", "MQ", "TA")
 COMMON = (
-    "prompts.per_iteration=8", "rollout.samples_per_prompt=12", "rollout.batch_size=48", "objective.best_of_n=none",
-    "run.preflight=false", "rewards.0.where=process", "checkpoint.keep=1", "checkpoint.keep_best=false",
-    "evaluate.seeds=4", "evaluate.clips=0",
-)  # fmt: skip
+    "prompts.per_iteration=8",
+    "rollout.samples_per_prompt=12",
+    "rollout.batch_size=48",
+    "objective.best_of_n=none",
+    "run.preflight=false",
+    "rewards.0.where=process",
+    "checkpoint.keep=1",
+    "checkpoint.keep_best=false",
+    "evaluate.seeds=4",
+    "evaluate.clips=0",
+)
 """The demo's recipe, smaller and without Best-of-N; iterations and the rate's decay come from the command line."""
 
 
@@ -56,46 +63,85 @@ def rewards(weights: str, threshold: str = "{}") -> str:
 
 
 QUESTIONS = (
-    Question("noise", "Initial noise", (
-        Variant("base", "shared by the group"),
-        Variant("independent", "independent", ("rollout.shared_noise=false",)),
-    )),
-    Question("timesteps", "Trained timesteps", (
-        Variant("base", "random 0.6"),
-        Variant("tau-0.3", "random 0.3", ("objective.timestep_fraction=0.3",)),
-        Variant("tau-1.0", "all", ("objective.timestep_fraction=1.0",)),
-        Variant("first", "first 0.3", ("objective.timestep_fraction=0.3", "objective.timestep_choice=first")),
-        Variant("last", "last 0.4", ("objective.timestep_fraction=0.4", "objective.timestep_choice=last")),
-    )),
-    Question("eta", "Noise level", (
-        Variant("eta-0.1", "eta 0.1", ("rollout.eta=0.1",)),
-        Variant("eta-0.3", "eta 0.3 (paper)", ("rollout.eta=0.3",)),
-        Variant("base", "eta 0.7 (recipe)"),
-        Variant("eta-1.0", "eta 1.0", ("rollout.eta=1.0",)),
-    )),
-    Question("best_of_n", "Best-of-N", (
-        Variant("all-of-8", "8 drawn, all trained", ("rollout.samples_per_prompt=8",)),
-        Variant("best-8-of-16", "16 drawn, 4 best and 4 worst", (
-            "rollout.samples_per_prompt=16", "objective.best_of_n=8",
-        )),
-        Variant("base", "12 drawn, all trained"),
-    )),
-    Question("binary", "Binary reward", (
-        Variant("base", "scores"),
-        Variant("binary", "scores at least 0.6", (
-            rewards("{VQ=0.0, MQ=0.0, TA=0.0, VQ_above=1.0, MQ_above=1.0, TA_above=1.0}", "{VQ=0.6, MQ=0.6, TA=0.6}"),
-        )),
-    )),
-    Question("rewards", "One reward or several", (
-        Variant("vq", "VQ alone", (rewards("{VQ=1.0, MQ=0.0, TA=0.0}"),)),
-        Variant("vq-mq", "VQ and MQ", (rewards("{VQ=1.0, MQ=1.0, TA=0.0}"),)),
-        Variant("base", "VQ, MQ and TA"),
-    )),
-    Question("ddpo", "DDPO's objective", (
-        Variant("base", "GRPO"),
-        Variant("ddpo", "DDPO", ("objective.kind=ddpo", "objective.normalise=global")),
-    )),
-)  # fmt: skip
+    Question(
+        "noise",
+        "Initial noise",
+        (
+            Variant("base", "shared by the group"),
+            Variant("independent", "independent", ("rollout.shared_noise=false",)),
+        ),
+    ),
+    Question(
+        "timesteps",
+        "Trained timesteps",
+        (
+            Variant("base", "random 0.6"),
+            Variant("tau-0.3", "random 0.3", ("objective.timestep_fraction=0.3",)),
+            Variant("tau-1.0", "all", ("objective.timestep_fraction=1.0",)),
+            Variant("first", "first 0.3", ("objective.timestep_fraction=0.3", "objective.timestep_choice=first")),
+            Variant("last", "last 0.4", ("objective.timestep_fraction=0.4", "objective.timestep_choice=last")),
+        ),
+    ),
+    Question(
+        "eta",
+        "Noise level",
+        (
+            Variant("eta-0.1", "eta 0.1", ("rollout.eta=0.1",)),
+            Variant("eta-0.3", "eta 0.3 (paper)", ("rollout.eta=0.3",)),
+            Variant("base", "eta 0.7 (recipe)"),
+            Variant("eta-1.0", "eta 1.0", ("rollout.eta=1.0",)),
+        ),
+    ),
+    Question(
+        "best_of_n",
+        "Best-of-N",
+        (
+            Variant("all-of-8", "8 drawn, all trained", ("rollout.samples_per_prompt=8",)),
+            Variant(
+                "best-8-of-16",
+                "16 drawn, 4 best and 4 worst",
+                (
+                    "rollout.samples_per_prompt=16",
+                    "objective.best_of_n=8",
+                ),
+            ),
+            Variant("base", "12 drawn, all trained"),
+        ),
+    ),
+    Question(
+        "binary",
+        "Binary reward",
+        (
+            Variant("base", "scores"),
+            Variant(
+                "binary",
+                "scores at least 0.6",
+                (
+                    rewards(
+                        "{VQ=0.0, MQ=0.0, TA=0.0, VQ_above=1.0, MQ_above=1.0, TA_above=1.0}", "{VQ=0.6, MQ=0.6, TA=0.6}"
+                    ),
+                ),
+            ),
+        ),
+    ),
+    Question(
+        "rewards",
+        "One reward or several",
+        (
+            Variant("vq", "VQ alone", (rewards("{VQ=1.0, MQ=0.0, TA=0.0}"),)),
+            Variant("vq-mq", "VQ and MQ", (rewards("{VQ=1.0, MQ=1.0, TA=0.0}"),)),
+            Variant("base", "VQ, MQ and TA"),
+        ),
+    ),
+    Question(
+        "ddpo",
+        "DDPO's objective",
+        (
+            Variant("base", "GRPO"),
+            Variant("ddpo", "DDPO", ("objective.kind=ddpo", "objective.normalise=global")),
+        ),
+    ),
+)
 
 
 def answer(question: Question, arguments: argparse.Namespace) -> list[Trained]:
@@ -106,7 +152,9 @@ def answer(question: Question, arguments: argparse.Namespace) -> list[Trained]:
         f"optimizer.decay_updates={arguments.iterations}",
         *arguments.overrides,
     ]
-    trained = train_all(RECIPE, common, question.variants, arguments.seeds, arguments.folder)
+    trained = train_all(
+        RECIPE, common=common, variants=question.variants, seeds=arguments.seeds, folder=arguments.folder
+    )
     pictures.compare(trained, PARTS, PICTURES / f"{question.name}.png", not arguments.without_seconds)
     return trained
 

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
+from fastgrpo import train
 from fastgrpo.cli import main as cli
 from fastgrpo.core import config
 from fastgrpo.parallel.world import open_world
-from fastgrpo.train import Session, claim
+from fastgrpo.session import Session, claim, open_session
 from fastgrpo.training import rollout
 
 ITERATIONS = 5
@@ -73,13 +74,13 @@ def measure(recipe: config.Recipe) -> tuple[list[float], list[dict[str, float]]]
     """Seconds of each iteration, in all and by part."""
     totals, parts = [], []
     with open_world() as world, ExitStack() as stack:
-        session = Session.open(recipe, world, stack, *claim(recipe, world, stack))
+        session = open_session(recipe, world, stack, *claim(recipe, world, stack))
         timers = Timers()
         instrument(session, timers)
         for _ in range(ITERATIONS + 1):
             timers.seconds.clear()
             start = time.perf_counter()
-            session.iterate()
+            train.iterate(session)
             totals.append(time.perf_counter() - start)
             parts.append(dict(timers.seconds))
     return totals[1:], parts[1:]

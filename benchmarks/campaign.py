@@ -14,13 +14,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgrpo import train
+from fastgrpo.checkpoint.checkpoints import Progress
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
 from fastgrpo.parallel.world import open_world
+from fastgrpo.session import claim, open_session
 from fastgrpo.tools.report.run_data import Evaluation, Run, read_run
-from fastgrpo.train import Session, claim
+from fastgrpo.training.trainer import Trainer
 
 Array = NDArray[np.float64]
 RESAMPLES = 10_000
@@ -123,7 +126,7 @@ def paired(prompts: Sequence[str], before: Array, after: Array) -> Gain:
     drawn = np.random.default_rng(0).integers(len(names), size=(RESAMPLES, len(names)))
     low, high = np.percentile(sums[drawn].sum(1) / np.maximum(counts[drawn].sum(1), 1), [2.5, 97.5])
     first, last = float(before[usable].mean()), float(after[usable].mean())
-    return Gain(first, last, last - first, float(low), float(high))
+    return Gain(first, after=last, difference=last - first, low=float(low), high=float(high))
 
 
 def train_all(
@@ -181,16 +184,16 @@ def ensure(recipe: Recipe, every: int, tell: Callable[[str], None]) -> str:
 def _train(recipe: Recipe, every: int) -> float:
     """As fastgrpo.train.train, with held-out evaluations on the way.  returns seconds of all iterations"""
     with open_world(recipe.distributed) as world, ExitStack() as stack:
-        session = Session.open(recipe, world, stack, *claim(recipe, world, stack))
-        save = session.maybe_save
+        session = open_session(recipe, world, stack, *claim(recipe, world, stack))
+        save = session.checkpoints.save_if_due
 
-        def save_and_evaluate() -> None:
-            save()
-            done = session.progress.iteration
-            if every and done % every == 0 and done < recipe.run.iterations:
-                session.evaluate()
+        def save_and_evaluate(trainer: Trainer, progress: Progress, iterations: int) -> str | None:
+            problem = save(trainer, progress, iterations)
+            if every and progress.iteration % every == 0 and progress.iteration < iterations:
+                train.evaluate_now(session)
+            return problem
 
-        session.maybe_save = save_and_evaluate  # type: ignore[method-assign]
-        if session.run() is None:
+        session.checkpoints.save_if_due = save_and_evaluate  # type: ignore[method-assign]
+        if train.run(session) is None:
             raise KeyboardInterrupt
         return session.progress.seconds

@@ -50,11 +50,11 @@ def measure(policy: Policy, length: int) -> tuple[float, float, float]:
     with torch.no_grad():
         halves = [slice(0, SAMPLES // 2), slice(SAMPLES // 2, SAMPLES)]
         v = torch.cat([policy.velocity(x[h], t[h], {key: of[h] for key, of in texts.items()}) for h in halves])
-        mean, std = policy.transition(x, v, t, t_next, ETA)
+        mean, std = policy.transition(x, v=v, t=t, t_next=t_next, eta=ETA)
         x_next = mean + std * noise
         old = gaussian_log_prob(x_next, mean, std)
     drawn = time.perf_counter()
-    mean, std = policy.transition(x, policy.velocity(x, t, texts), t, t_next, ETA)
+    mean, std = policy.transition(x, v=policy.velocity(x, t, texts), t=t, t_next=t_next, eta=ETA)
     new = gaussian_log_prob(x_next, mean, std)
     (new * torch.linspace(-1, 1, SAMPLES)).sum().backward()
     return (new - old).abs().max().item(), drawn - begun, time.perf_counter() - drawn

@@ -41,9 +41,14 @@ from fastgrpo.parallel.world import World, open_world
 
 TINY = Path("launch/t2v_tiny.toml")
 SETTING = (
-    "prompts.per_iteration=4", "prompts.limit=100", "rollout.samples_per_prompt=12", "rollout.steps=16",
-    "rollout.batch_size=48", "objective.timestep_fraction=0.6", "objective.best_of_n=none",
-)  # fmt: skip
+    "prompts.per_iteration=4",
+    "prompts.limit=100",
+    "rollout.samples_per_prompt=12",
+    "rollout.steps=16",
+    "rollout.batch_size=48",
+    "objective.timestep_fraction=0.6",
+    "objective.best_of_n=none",
+)
 WINDOW = ("rollout.window=4", "rollout.tail_steps=5")
 
 
@@ -155,16 +160,22 @@ def main() -> None:
         folder = Path(world.on_main(tempfile.mkdtemp))
         stack.callback(lambda: world.on_main(lambda: shutil.rmtree(folder, ignore_errors=True)))
         where = machine(world)
-        ways = open_ways(file, overrides, arguments.window, world, folder, stack)
+        ways = open_ways(file, overrides=overrides, window=arguments.window, world=world, folder=folder, stack=stack)
         results = measure(ways, arguments.runs, world)
         rollout = recipe.rollout
         lines = [
-            "", where,
+            "",
+            where,
             f"{recipe.prompts.per_iteration} prompts x {rollout.samples_per_prompt} samples x {rollout.steps} steps, "
             f"{recipe.steps_trained} trained, {recipe.optimizer.updates_per_iteration} optimizer steps; medians of "
             f"{arguments.runs} paired runs",
-            "", *timing(results), "", *counting(results), "", *comparing(results),
-        ]  # fmt: skip
+            "",
+            *timing(results),
+            "",
+            *counting(results),
+            "",
+            *comparing(results),
+        ]
         tell(world, "\n".join(lines))
         if arguments.json and world.main:
             told = {name: {"seconds": r.seconds, "counts": r.counts, "kept": r.kept} for name, r in results.items()}

@@ -115,7 +115,9 @@ def main() -> None:
     )
     length = (f"run.iterations={arguments.iterations}", f"optimizer.decay_updates={arguments.iterations}")
     common, chosen = [*COMMON, *length, *arguments.common], [v for v in variants if v.name in arguments.only]
-    trained = train_all(RECIPE, common, chosen, arguments.seeds, arguments.folder, arguments.every)
+    trained = train_all(
+        RECIPE, common=common, variants=chosen, seeds=arguments.seeds, folder=arguments.folder, every=arguments.every
+    )
     cache = f"prompts.cache={arguments.folder / 'embeddings'}"
     load = os.getloadavg()[0]
     timed = paces(common, chosen, cache, arguments.rounds)

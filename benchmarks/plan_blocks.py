@@ -41,25 +41,39 @@ def calibrate() -> None:
     for dtype in ("bfloat16", "float32"):
         for sp in (1, 4):
             for family, settings, place, name, (latent, text) in KINDS:
-                found = coefficients(family, settings, place, dtype, sp, latent, text)
+                found = coefficients(
+                    family, settings=settings, place=place, dtype=dtype, sp=sp, latent=latent, text=text
+                )
                 columns = ", ".join(f"{cost} {video:.1f} {words:.1f}" for cost, (video, words) in found.items())
                 print(f"{dtype:<9} sp {sp} {family:<14}{name:<7} bytes per video and text token: {columns}", flush=True)
         for place in range(8):
-            small, large = (costs("stable_diffusion", SD_1, place, dtype, 1, (4, 1, h, 64), 77) for h in (64, 128))
+            small, large = (
+                costs("stable_diffusion", settings=SD_1, place=place, dtype=dtype, sp=1, latent=(4, 1, h, 64), text=77)
+                for h in (64, 128)
+            )
             columns = ", ".join(f"{cost} {(large[cost] - small[cost]) / 64 / 64 / 320:.2f}" for cost in COSTS)
             print(f"{dtype:<9} stable_diffusion level {place}: bytes per place and channel: {columns}", flush=True)
 
 
 def coefficients(
-    family: str, settings: Mapping[str, Any], place: int, dtype: str, sp: int,
-    latent: tuple[int, int, int, int], text: int,
-) -> dict[str, tuple[float, float]]:  # fmt: skip
+    family: str,
+    settings: Mapping[str, Any],
+    place: int,
+    dtype: str,
+    sp: int,
+    latent: tuple[int, int, int, int],
+    text: int,
+) -> dict[str, tuple[float, float]]:
     """Bytes per channel of a video token of this rank, and of a text token (Wan's are always 512: 0)."""
     channels, frames, height, width = latent
     longer = (channels, frames, 2 * height, width)
-    first = costs(family, settings, place, dtype, sp, latent, text)
-    video = costs(family, settings, place, dtype, sp, longer, text)
-    words = first if family == "wan" else costs(family, settings, place, dtype, sp, latent, text + TEXT)
+    first = costs(family, settings=settings, place=place, dtype=dtype, sp=sp, latent=latent, text=text)
+    video = costs(family, settings=settings, place=place, dtype=dtype, sp=sp, latent=longer, text=text)
+    words = (
+        first
+        if family == "wan"
+        else costs(family, settings=settings, place=place, dtype=dtype, sp=sp, latent=latent, text=text + TEXT)
+    )
     tokens = frames * height * width / 4 / sp
     return {
         cost: ((video[cost] - first[cost]) / tokens / WIDTH, (words[cost] - first[cost]) / TEXT / WIDTH)
@@ -68,15 +82,22 @@ def coefficients(
 
 
 def costs(
-    family: str, settings: Mapping[str, Any], place: int, dtype: str, sp: int,
-    latent: tuple[int, int, int, int], text: int,
-) -> dict[str, float]:  # fmt: skip
+    family: str,
+    settings: Mapping[str, Any],
+    place: int,
+    dtype: str,
+    sp: int,
+    latent: tuple[int, int, int, int],
+    text: int,
+) -> dict[str, float]:
     """Bytes of one block of a family's network beyond its weights and inputs."""
     if sp > 1:
         dist.init_process_group("fake", rank=0, world_size=sp, store=FakeStore())
     try:
         with FakeTensorMode(), torch.device("cpu"):
-            block, arguments, keywords = _block(family, settings, place, dtype, sp, Sizes(latent, text))
+            block, arguments, keywords = _block(
+                family, settings=settings, place=place, dtype=dtype, sp=sp, sizes=Sizes(latent, text)
+            )
             return _measured(block, arguments, keywords)
     finally:
         if sp > 1:
@@ -87,9 +108,15 @@ def _block(
     family: str, settings: Mapping[str, Any], place: int, dtype: str, sp: int, sizes: Sizes
 ) -> tuple[nn.Module, Any, Any]:
     """The block, and the inputs with which the network calls it, as leaves that want gradients."""
-    recipe = config.load(ROOT / "launch" / "t2v_hunyuan.toml", [
-        f"model.family={family}", f"model.dtype={dtype}", "model.gradient_checkpointing=false", "model.guidance=none",
-    ])  # fmt: skip
+    recipe = config.load(
+        ROOT / "launch" / "t2v_hunyuan.toml",
+        [
+            f"model.family={family}",
+            f"model.dtype={dtype}",
+            "model.gradient_checkpointing=false",
+            "model.guidance=none",
+        ],
+    )
     policy, precision = rank.outline(recipe, settings), getattr(torch, dtype)
     for parameter in policy.network.parameters():
         parameter.data = parameter.data.to(precision)

@@ -42,15 +42,20 @@ FEW = {"num_layers": 2, "num_single_layers": 3}
 FAMILIES: dict[str, tuple[str, Mapping[str, Any], tuple[int, int, int, int], int, Sequence[str]]] = {
     "hunyuan_video": ("t2v_hunyuan", HUNYUAN | FEW, (16, 14, 60, 60), 256, ()),
     "hunyuan_video, sp 4": ("t2v_hunyuan", HUNYUAN | FEW, (16, 14, 60, 60), 256, ("distributed.sp=4",)),
-    "hunyuan_video, all kept": ("t2v_hunyuan", HUNYUAN | FEW, (16, 5, 60, 60), 256,
-                                ("model.gradient_checkpointing=false",)),
+    "hunyuan_video, all kept": (
+        "t2v_hunyuan",
+        HUNYUAN | FEW,
+        (16, 5, 60, 60),
+        256,
+        ("model.gradient_checkpointing=false",),
+    ),
     "skyreels_i2v, guided": ("i2v_skyreels", HUNYUAN | FEW | {"in_channels": 32}, (16, 14, 50, 80), 256, ()),
     "flux": ("t2i_flux", FLUX_DEV | FEW, (16, 1, 90, 90), 512, ()),
     "wan 14 B": ("t2v_wan", WAN_14B | {"num_layers": 3}, (16, 9, 60, 104), 512, ()),
     "wan 1.3 B, sp 4": ("t2v_wan", WAN_1_3B | {"num_layers": 4}, (16, 9, 60, 104), 512, ("distributed.sp=4",)),
     "stable_diffusion": ("t2i_sd", SD_1, (4, 1, 64, 64), 77, ()),
     "stable_diffusion, recomputed": ("t2i_sd", SD_1, (4, 1, 64, 64), 77, ("model.gradient_checkpointing=true",)),
-}  # fmt: skip
+}
 
 
 def job(recipe: Recipe, settings: Mapping[str, Any], latent: tuple[int, int, int, int], text: int, gpus: int) -> Job:
@@ -58,7 +63,17 @@ def job(recipe: Recipe, settings: Mapping[str, Any], latent: tuple[int, int, int
     net = network(recipe.model.family, settings)
     patch = 1 if recipe.model.family == "stable_diffusion" else 4
     tokens, shards = math.prod(latent[1:]) // patch, recipe.distributed.shard or gpus
-    return Job(recipe, net, latent, tokens, text, gpus, 8, gpus // shards, shards)
+    return Job(
+        recipe,
+        network=net,
+        latent=latent,
+        video=tokens,
+        text=text,
+        gpus=gpus,
+        ranks_per_node=8,
+        replicas=gpus // shards,
+        shards=shards,
+    )
 
 
 def real_recipe(batch: int) -> Recipe:
@@ -73,9 +88,11 @@ def measure_memory(name: str) -> dict[str, float]:
 
     settings, latent, text, batch = REAL[name]
     with open_world() as world:
-        _train(world, TINY | {"num_layers": 1, "num_single_layers": 1}, (8, 1, 4, 4), 4, 1)  # pages in the libraries
+        _train(
+            world, settings=TINY | {"num_layers": 1, "num_single_layers": 1}, latent=(8, 1, 4, 4), text=4, batch=1
+        )  # pages in the libraries
         gc.collect()
-        return _train(world, settings, latent, text, batch)
+        return _train(world, settings=settings, latent=latent, text=text, batch=batch)
 
 
 def _train(
@@ -175,7 +192,7 @@ def against_simulation(names: Sequence[str]) -> None:
     for name in names:
         recipe_name, settings, latent, text, overrides = FAMILIES[name]
         recipe = config.load(ROOT / "launch" / f"{recipe_name}.toml", [*overrides, "distributed.prefetch=0"])
-        exact = simulate(recipe, settings, Sizes(latent, text), 8, 8)
+        exact = simulate(recipe, config=settings, sizes=Sizes(latent, text), gpus=8, ranks_per_node=8)
         closed = job(recipe, settings, latent, text, 8)
         batch, drawn = recipe.optimizer.batch_size, recipe.rollout.at_once
         pairs = (
@@ -197,7 +214,15 @@ def table(sizes: Sequence[int]) -> None:
         overrides = [f"distributed.sp={sp}", "distributed.shard=64", "distributed.prefetch=0"]
         recipe = config.load(ROOT / "launch" / "t2v_hunyuan.toml", overrides)
         passes = (HELD, *PASSES[:2])
-        exact = simulate(recipe, HUNYUAN, Sizes(latent, 256), 64, 8, passes, ("context_embedder",))
+        exact = simulate(
+            recipe,
+            config=HUNYUAN,
+            sizes=Sizes(latent, 256),
+            gpus=64,
+            ranks_per_node=8,
+            passes=passes,
+            units=("context_embedder",),
+        )
         closed = job(recipe, HUNYUAN, latent, 256, 64)
         closed = Job(**{**vars(closed), "network": closed.network.set_apart("context_embedder")})
         sent = compute.micro_batch(closed, 1)

@@ -24,10 +24,14 @@ from fastgrpo.tools.plan.subject import FAMILIES
 def _image(latent_channels: int, quantised: bool) -> Any:
     """The VAE of FLUX or of Stable Diffusion."""
     return AutoencoderKL(
-        latent_channels=latent_channels, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        use_quant_conv=quantised, use_post_quant_conv=quantised,
-    )  # fmt: skip
+        latent_channels=latent_channels,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        use_quant_conv=quantised,
+        use_post_quant_conv=quantised,
+    )
 
 
 def _hunyuan() -> Any:

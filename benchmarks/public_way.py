@@ -104,9 +104,15 @@ class Public:
         grid = policy.time_grid(recipe.rollout.steps, recipe.rollout.shift, shape)
         folder.mkdir(parents=True, exist_ok=True)
         return cls(
-            recipe, world, folder, policy, optimizer, [rewards.load(s) for s in recipe.rewards], grid.to(world.device),
+            recipe,
+            world,
+            folder,
+            policy,
+            optimizer,
+            [rewards.load(s) for s in recipe.rewards],
+            grid.to(world.device),
             shape,
-        )  # fmt: skip
+        )
 
     def iterate(
         self, iteration: int, texts: Sequence[str], conditions: Sequence[Condition]
@@ -123,7 +129,7 @@ class Public:
             watch.lap("decode")
             scores = self.score_file(pixels, slot, texts[prompt])
             watch.lap("reward")
-            samples.append(Sample(slot, states, log_probs, pixels, scores))
+            samples.append(Sample(slot, states=states, log_probs=log_probs, pixels=pixels, scores=scores))
         self.update(iteration, samples, conditions)
         watch.lap("update")
         return samples, {name.removeprefix("seconds/"): value for name, value in watch.metrics().items()}
@@ -140,7 +146,7 @@ class Public:
             sigma, sigma_next = self.grid[step], self.grid[step + 1]
             v = self.velocity(x, sigma, condition)
             clean = x - sigma * v
-            mean, std = mean_and_std(x, v, sigma, sigma_next, self.recipe.rollout.eta)
+            mean, std = mean_and_std(x, v=v, sigma=sigma, sigma_next=sigma_next, eta=self.recipe.rollout.eta)
             x = mean + std * noise.normal([("step", seed, iteration, prompt, sample, step)], self.shape, device)
             states.append(x[0])
             log_probs.append(log_prob(x, mean, std))
@@ -184,7 +190,11 @@ class Public:
             for sample in mine:
                 condition = conditions[sample.slot // group]
                 self.learn(
-                    sample, self.steps(iteration, sample.slot), condition, float(everyone[sample.slot]), len(mine)
+                    sample,
+                    steps=self.steps(iteration, sample.slot),
+                    condition=condition,
+                    advantage=float(everyone[sample.slot]),
+                    count=len(mine),
                 )
             nn.utils.clip_grad_norm_(self.policy.network.parameters(), recipe.optimizer.max_grad_norm)
             self.optimizer.step()
@@ -201,7 +211,7 @@ class Public:
             x, x_next = sample.states[step][None], sample.states[step + 1][None]
             sigma, sigma_next = self.grid[step], self.grid[step + 1]
             v = self.velocity(x, sigma, condition)
-            mean, std = mean_and_std(x, v, sigma, sigma_next, self.recipe.rollout.eta)
+            mean, std = mean_and_std(x, v=v, sigma=sigma, sigma_next=sigma_next, eta=self.recipe.rollout.eta)
             ratio = torch.exp(log_prob(x_next, mean, std) - sample.log_probs[step])
             loss = clipped(ratio, advantage, self.recipe.objective.clip_range) / (count * len(steps))
             loss.backward()

@@ -24,7 +24,7 @@ from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.loaded_reward import Served
 from fastgrpo.rewards.serving.server.admission import Limits
 from fastgrpo.rewards.serving.server.app import make_app, serving
-from fastgrpo.training.scorer import Scorer
+from fastgrpo.training.scoring.scorer import Scorer
 
 BATCH, ROLLOUT_S = 4, 0.5
 TOKEN = "benchmark"

@@ -143,8 +143,11 @@ def round_of(kind: str, clients: int, duration: float, clip: Tensor) -> None:
     """One line: a server of its own, so that its peak memory is this round's."""
     child = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.reward_server", "--serve", kind],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     try:
         assert child.stdout is not None
         url = f"http://127.0.0.1:{int(child.stdout.readline())}"
@@ -158,7 +161,7 @@ def round_of(kind: str, clients: int, duration: float, clip: Tensor) -> None:
         watch = Watch(url)
         if kind == "server":
             watch.start()
-        result = measure(url, kind, clients, duration, clip)
+        result = measure(url, kind=kind, clients=clients, duration=duration, clip=clip)
         watch.done.set()
         peak = peak_memory(child.pid)
         p50, p99 = np.percentile(result.seconds, [50, 99])

@@ -7,22 +7,24 @@ from contextlib import ExitStack, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.meters import held_bytes
 from benchmarks.public_way import Public, Sample
+from fastgrpo import train
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
-from fastgrpo.core.policy import move
-from fastgrpo.data import prompts
 from fastgrpo.parallel.world import World
 from fastgrpo.run.tracker import read_metrics
-from fastgrpo.train import Session, claim
+from fastgrpo.session import Session, TrainingSet, claim
+from fastgrpo.session import open_session as open_ours
 from fastgrpo.training.rollout import Plan
-from fastgrpo.training.scorer import Scored
+from fastgrpo.training.scoring.scorer import Scored
 
+draw = train.draw
 PHASES = ("rollout", "decode", "reward", "update")
 PLAIN = (
     "rollout.batch_size=1",
@@ -55,12 +57,11 @@ class Ours:
         self.network = session.policy.network
         self.kept = 0
         self.scored: Scored | None = None
-        self.draw, self.collect = session.draw, session.scorer.collect
-        session.draw = self._draw  # type: ignore[method-assign, assignment]
+        self.collect = session.scorer.collect
         session.scorer.collect = self._collect  # type: ignore[method-assign, assignment]
 
     def _draw(self, *arguments: Any) -> Any:
-        drawn = self.draw(*arguments)
+        drawn = draw(*arguments)
         self.kept = held_bytes([part for part in drawn if not isinstance(part, Scored)])
         return drawn
 
@@ -70,8 +71,8 @@ class Ours:
 
     def iterate(self) -> dict[str, float]:
         start = time.perf_counter()
-        with redirect_stdout(io.StringIO()):
-            self.session.iterate()
+        with redirect_stdout(io.StringIO()), mock.patch.object(train, "draw", self._draw):
+            train.iterate(self.session)
         total = time.perf_counter() - start
         file = self.session.recipe.run.dir / "metrics.jsonl"
         row = self.session.world.on_main(lambda: read_metrics(file)[-1])
@@ -93,10 +94,16 @@ class Apart(Plan):
         return super().initial_noise([slot - slot % self.group_size for slot in slots], device)
 
 
+class ApartSet(TrainingSet):
+    """A training set whose plans are `Apart`."""
+
+    def plan(self, recipe: Recipe, iteration: int) -> Plan:
+        return Apart.of(super().plan(recipe, iteration))
+
+
 def keep_apart(session: Session) -> None:
     """Have a session compute each sample on its own."""
-    plan = session.plan
-    session.plan = lambda iteration: Apart.of(plan(iteration))  # type: ignore[method-assign]
+    session.training = ApartSet(**vars(session.training))
 
 
 class Theirs:
@@ -112,9 +119,7 @@ class Theirs:
     def iterate(self) -> dict[str, float]:
         recipe, session = self.public.recipe, self.session
         start = time.perf_counter()
-        chosen = prompts.draw(len(session.train_prompts), recipe.prompts.per_iteration, self.done, recipe.run.seed)
-        self.texts = [session.train_prompts[index] for index in chosen]
-        conditions = [move(session.conditions[index], session.world.device) for index in chosen]
+        self.texts, conditions = session.training.batch(recipe, self.done)
         self.samples, seconds = self.public.iterate(self.done, self.texts, conditions)
         self.done += 1
         self.kept = held_bytes([(sample.states, sample.log_probs) for sample in self.samples])
@@ -144,7 +149,7 @@ def plain(recipe: Recipe) -> list[str]:
 def open_session(recipe: Recipe, world: World, stack: ExitStack) -> Session:
     """Our trainer, without its lines on the terminal."""
     with redirect_stdout(io.StringIO()):
-        return Session.open(recipe, world, stack, *claim(recipe, world, stack))
+        return open_ours(recipe, world, stack, *claim(recipe, world, stack))
 
 
 def open_ways(

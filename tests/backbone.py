@@ -14,6 +14,7 @@ from fastgrpo.core.policy import Condition, Policy, stack
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.training import rollout
+from fastgrpo.training.method import Experience
 from fastgrpo.training.rollout import Drawn, Plan
 from fastgrpo.training.trainer import Trainer
 from fastgrpo.training.update import update
@@ -36,7 +37,15 @@ def changed(folder: Path, copy: Path, part: str, **entries: object) -> Path:
 
 def plan_of(policy: Policy, video: Video) -> Plan:
     shape = policy.latent_shape(video)
-    return Plan(3, 0, GROUP, policy.time_grid(STEPS, None, shape), ETA, True, shape)
+    return Plan(
+        seed=3,
+        iteration=0,
+        group_size=GROUP,
+        grid=policy.time_grid(STEPS, None, shape),
+        eta=ETA,
+        shared_noise=True,
+        latent_shape=shape,
+    )
 
 
 def draw(policy: Policy, plan: Plan, conditions: list[Condition], size: int) -> Drawn:
@@ -56,7 +65,18 @@ def largest_log_ratio(policy: Policy, video: Video, conditions: list[Condition],
         assert drawn.final.std() > 0.1
         for update_batch in update_batches:
             trainer = Trainer.create(policy, Optimizer(lr=1e-30, batch_size=update_batch), None)
-            metrics = update(trainer, Objective(), plan, drawn.trajectories, conditions, kept.float(), kept, world)
+            metrics = update(
+                trainer,
+                Objective(),
+                Experience(
+                    plan=plan,
+                    trajectories=drawn.trajectories,
+                    conditions=conditions,
+                    advantages=kept.float(),
+                    selected=kept,
+                ),
+                world,
+            )
             assert metrics["update/transitions"] == len(drawn.slots) * (STEPS - 1)
             largest = max(largest, metrics["update/max_log_ratio_first"])
     return largest
@@ -80,7 +100,14 @@ def assert_gradient_is_the_objectives(
     trainer = tiny.Recorder.create(policy, Optimizer(lr=1e-4, batch_size=2), None)
     assert isinstance(trainer, tiny.Recorder)
     kept = torch.arange(GROUP) == 0
-    update(trainer, Objective(), plan, drawn.trajectories, [condition], 0.7 * kept, kept, world)
+    update(
+        trainer,
+        Objective(),
+        Experience(
+            plan=plan, trajectories=drawn.trajectories, conditions=[condition], advantages=0.7 * kept, selected=kept
+        ),
+        world,
+    )
 
     loss = torch.zeros(())
     for step in range(STEPS - 1):
@@ -121,7 +148,7 @@ def assert_nothing_waits_for_the_device(policy: Policy, video: Video, conditions
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         x, times = torch.empty(len(conditions), *plan.latent_shape), torch.empty(len(plan.grid))
         v = policy.velocity(x, times[0].expand(len(x)), stack(conditions))
-        assert policy.transition(x, v, times[0], times[1], ETA)[0].shape == x.shape
+        assert policy.transition(x, v=v, t=times[0], t_next=times[1], eta=ETA)[0].shape == x.shape
 
 
 def outside_blocks(network: nn.Module, blocks: list[nn.Module]) -> set[str]:

@@ -22,9 +22,20 @@ for variable, value in {
 
 
 LONGEST = (
-    "test_chaos", "test_slurm", "test_parallel", "test_train", "test_families", "test_update", "test_resume",
-    "test_replicas", "test_export", "test_sample", "test_launch", "test_stopping", "test_evaluate_command",
-)  # fmt: skip
+    "test_chaos",
+    "test_slurm",
+    "test_parallel",
+    "test_train",
+    "test_families",
+    "test_update",
+    "test_resume",
+    "test_replicas",
+    "test_export",
+    "test_sample",
+    "test_launch",
+    "test_stopping",
+    "test_evaluate_command",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

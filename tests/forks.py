@@ -90,7 +90,15 @@ def start(
     ranks: as many processes as torchrun would start; 0 = one, without torchrun
     first: called in each process with its rank, before all else; a function of a module, or a partial of one
     """
-    order = Order(module, tuple(arguments), ranks, dict(os.environ), output, errors, first)
+    order = Order(
+        module,
+        arguments=tuple(arguments),
+        ranks=ranks,
+        environment=dict(os.environ),
+        output=output,
+        errors=errors,
+        first=first,
+    )
     process = _server().Process(target=_lead, args=(order,))
     process.start()
     return Started(process)
@@ -100,7 +108,7 @@ def run(module: str, arguments: Sequence[str], ranks: int = 0, limit_s: float = 
     """Run to the end, whatever that is, with all that was said.  Raises TimeoutError"""
     with TemporaryDirectory(prefix="fork-") as folder:
         output, errors = Path(folder) / "out", Path(folder) / "err"
-        code = start(module, arguments, ranks, output, errors).wait(limit_s)
+        code = start(module, arguments=arguments, ranks=ranks, output=output, errors=errors).wait(limit_s)
         return subprocess.CompletedProcess([module, *arguments], code, output.read_text(), errors.read_text())
 
 
@@ -156,9 +164,14 @@ def _run(order: Order, rank: int) -> NoReturn:
 def _variables(rank: int, ranks: int, port: int) -> dict[str, str]:
     """What torchrun tells a rank."""
     told = {
-        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port,
-        "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "forked",
-    }  # fmt: skip
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_PORT": port,
+        "MASTER_ADDR": "127.0.0.1",
+        "TORCHELASTIC_RUN_ID": "forked",
+    }
     return {name: str(value) for name, value in told.items()}
 
 

@@ -30,19 +30,27 @@ from tests.runs import RECIPE
 PROMPTS, GROUP, STEPS, TRAINED = 2, 4, 5, 3
 TOTAL = PROMPTS * GROUP
 TINY = (
-    f"prompts.per_iteration={PROMPTS}", f"rollout.samples_per_prompt={GROUP}", f"rollout.steps={STEPS}",
-    "rollout.batch_size=8", "objective.timestep_fraction=0.6", "objective.best_of_n=none", "prompts.limit=20",
-    "optimizer.updates_per_iteration=2", "optimizer.max_grad_norm=1e9", "optimizer.lr=1e-30",
-    "rewards.0.where=process", "evaluate.prompts=1",
-)  # fmt: skip
+    f"prompts.per_iteration={PROMPTS}",
+    f"rollout.samples_per_prompt={GROUP}",
+    f"rollout.steps={STEPS}",
+    "rollout.batch_size=8",
+    "objective.timestep_fraction=0.6",
+    "objective.best_of_n=none",
+    "prompts.limit=20",
+    "optimizer.updates_per_iteration=2",
+    "optimizer.max_grad_norm=1e9",
+    "optimizer.lr=1e-30",
+    "rewards.0.where=process",
+    "evaluate.prompts=1",
+)
 """Weights do not move, so that both optimizer steps' gradients are of the same policy."""
 
 
 def test_public_step_log_prob_loss_and_advantages_are_ours() -> None:
     x, v, noise = torch.randn(3, 1, 8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     t, t_next = torch.tensor(0.7), torch.tensor(0.55)
-    mean, std = public_way.mean_and_std(x, v, t, t_next, 0.3)
-    expected, expected_std = sde_transition(x, v, t, t_next, 0.3)
+    mean, std = public_way.mean_and_std(x, v=v, sigma=t, sigma_next=t_next, eta=0.3)
+    expected, expected_std = sde_transition(x, v=v, t=t, t_next=t_next, eta=0.3)
     torch.testing.assert_close(mean, expected)
     assert std == pytest.approx(expected_std.item())
     x_next = mean + std * noise
@@ -53,12 +61,16 @@ def test_public_step_log_prob_loss_and_advantages_are_ours() -> None:
         for advantage in (-1.5, 2.0):
             new, old, weight = (torch.tensor([value]) for value in (change, 0.0, advantage))
             found = public_way.clipped(new.exp(), advantage, 0.1)
-            terms = Terms(new, old, mean, mean, expected_std, weight, dt=t - t_next)
+            terms = Terms(
+                new, old_log_prob=old, mean=mean, old_mean=mean, std=expected_std, advantage=weight, dt=t - t_next
+            )
             torch.testing.assert_close(found, grpo(terms, Objective(clip_range=0.1)))
 
     scores = torch.rand(2, 6, generator=torch.Generator().manual_seed(1))
     weights = {"a": 1.0, "b": 0.5}
-    ours = combined_advantages({"a": scores[0], "b": scores[1]}, torch.ones(6, dtype=torch.bool), weights, 6, 1.0, 1e-6)
+    ours = combined_advantages(
+        {"a": scores[0], "b": scores[1]}, torch.ones(6, dtype=torch.bool), weights, 6, Objective(advantage_clip=1.0)
+    )
     torch.testing.assert_close(public_way.advantages(scores.T, [1.0, 0.5], 1.0), ours)
 
 
@@ -66,7 +78,9 @@ def test_public_way_plain_and_ours_draw_the_same_clips_and_descend_the_same_grad
     tmp_path: Path, world: World
 ) -> None:
     with ExitStack() as stack:
-        ways = open_ways(RECIPE, TINY, ("rollout.window=2",), world, tmp_path, stack)
+        ways = open_ways(
+            RECIPE, overrides=TINY, window=("rollout.window=2",), world=world, folder=tmp_path, stack=stack
+        )
         score_by_pixels(ways["public"])
         gradients = {name: record(way) for name, way in ways.items()}
         seen = {}
@@ -146,7 +160,8 @@ def test_the_gain_and_its_interval_are_the_evaluations() -> None:
     before, after = generator.normal(size=(2, 18))
     after[4] = np.nan
     one, other = (
-        Evaluation(n, prompts, [0] * 18, {"VQ": list(v)}, {"VQ": 1.0}, []) for n, v in enumerate((before, after))
+        Evaluation(n, prompts=prompts, seeds=[0] * 18, scores={"VQ": list(v)}, weights={"VQ": 1.0}, clips=[])
+        for n, v in enumerate((before, after))
     )
     expected: Any = compare(one, other)
     gain = campaign.paired(prompts, before, after)

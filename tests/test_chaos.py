@@ -19,13 +19,21 @@ from tests import chaos, forks, runs
 from tests.chaos import InCall, InFile
 
 RUN = (
-    "prompts.limit=20", "rewards.0.where=process", "evaluate.prompts=1", "evaluate.clips=0",
-    "rollout.samples_per_prompt=2", "rollout.steps=3", "optimizer.updates_per_iteration=1", "checkpoint.every=2",
-)  # fmt: skip
+    "prompts.limit=20",
+    "rewards.0.where=process",
+    "evaluate.prompts=1",
+    "evaluate.clips=0",
+    "rollout.samples_per_prompt=2",
+    "rollout.steps=3",
+    "optimizer.updates_per_iteration=1",
+    "checkpoint.every=2",
+)
 ROLLOUT, UPDATE, SAVE, LOAD = (
-    "fastgrpo.train:Session.draw", "fastgrpo.train:update", "fastgrpo.train:Checkpoints.save",
-    "fastgrpo.train:Checkpoints.load",
-)  # fmt: skip
+    "fastgrpo.train:draw",
+    "fastgrpo.train:update",
+    "fastgrpo.checkpoint.checkpoints:Checkpoints.save",
+    "fastgrpo.checkpoint.checkpoints:Checkpoints.load",
+)
 KEPT = 2
 
 
@@ -65,9 +73,13 @@ def moments(chance: random.Random) -> list[tuple[str, InFile | InCall | None, in
 def begin(folder: Path, moment: InFile | InCall | None, rank: int, background: bool) -> forks.Started:
     settings = [*RUN, "run.iterations=1000", f"checkpoint.keep={KEPT}", f"checkpoint.background={background}"]
     return forks.start(
-        "fastgrpo.cli", runs.arguments(folder, settings), 2, folder.with_suffix(".out"), folder.with_suffix(".err"),
-        chaos.mine(moment, rank) if moment else None,
-    )  # fmt: skip
+        "fastgrpo.cli",
+        arguments=runs.arguments(folder, settings),
+        ranks=2,
+        output=folder.with_suffix(".out"),
+        errors=folder.with_suffix(".err"),
+        first=chaos.mine(moment, rank) if moment else None,
+    )
 
 
 def lines(folder: Path) -> int:
@@ -176,10 +188,13 @@ def test_torchrun_or_a_rank_killed_leaves_no_process_and_no_trace(tmp_path: Path
     served = [entry for entry in RUN if not entry.startswith("rewards")]
     for whom in ("torchrun, while the ranks import", "torchrun", "all but the reward server", "the first rank"):
         process = subprocess.Popen(
-            runs.command(stormy, [*served, "run.iterations=1000"], ranks=2), cwd=runs.ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            runs.command(stormy, [*served, "run.iterations=1000"], ranks=2),
+            cwd=runs.ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         already = lines(stormy)
         if whom.endswith("import"):
             until(partial(both_import, process.pid), "no ranks")
@@ -261,7 +276,12 @@ def test_a_save_that_fails_half_way_on_one_rank_leaves_the_one_before(background
     good = chaos.published(folder)
     out, errors = tmp_path / "out", tmp_path / "err"
     command = runs.arguments(folder, [*settings, "run.iterations=3"])
-    assert forks.start("fastgrpo.cli", command, 2, out, errors, small_files_only).wait(runs.LIMIT) == 1
+    assert (
+        forks.start("fastgrpo.cli", arguments=command, ranks=2, output=out, errors=errors, first=small_files_only).wait(
+            runs.LIMIT
+        )
+        == 1
+    )
     for step, told in ((2, out.read_text()), (3, errors.read_text())):
         assert re.search(rf"checkpoint step-{step} could not be written \((File too large|a file could not)", told)
     assert "Traceback" not in errors.read_text() and errors.read_text().count("fastgrpo: ") == 1

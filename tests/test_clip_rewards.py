@@ -57,7 +57,16 @@ def golden_reward(cfg: dict[str, Any], antialias: bool = True) -> ClipReward:
     loaded = weights.read(GOLDEN / "open_clip_tiny.pt", cfg, None, torch.float32)
     pixels = preprocess.Preprocess(224, "letterbox", antialias=antialias)
     ids: Any = lambda prompts: tensors["input_ids"].long()[[int(prompt) for prompt in prompts]]  # noqa: E731
-    return ClipReward("HPS", loaded.model, ids, pixels, "first", 1.0, 2, "")
+    return ClipReward(
+        "HPS",
+        model=loaded.model,
+        tokenizer=ids,
+        preprocess=pixels,
+        rule="first",
+        scale=1.0,
+        batch_size=2,
+        fingerprint="",
+    )
 
 
 def spec(name: str, folder: Path, **settings: Any) -> RewardSpec:
@@ -170,11 +179,18 @@ def test_squash_keeps_no_ratio() -> None:
 @pytest.mark.parametrize(
     ("rule", "total", "chosen"),
     [
-        ("all", 3, [0, 1, 2]), ("first", 9, [0]), ("middle", 9, [4]), ("middle", 1, [0]),
-        (1, 9, [4]), (2, 8, [2, 6]), (3, 9, [1, 4, 7]), (4, 53, [6, 19, 33, 46]), (9, 4, [0, 1, 2, 3]),
+        ("all", 3, [0, 1, 2]),
+        ("first", 9, [0]),
+        ("middle", 9, [4]),
+        ("middle", 1, [0]),
+        (1, 9, [4]),
+        (2, 8, [2, 6]),
+        (3, 9, [1, 4, 7]),
+        (4, 53, [6, 19, 33, 46]),
+        (9, 4, [0, 1, 2, 3]),
         (5, 5, [*range(5)]),
     ],
-)  # fmt: skip
+)
 def test_which_frames(rule: str | int, total: int, chosen: list[int]) -> None:
     assert frames.choose(rule, total) == chosen
 
@@ -384,14 +400,18 @@ MISTAKES: list[tuple[str, str, Callable[[Path], Any], dict[str, Any], tuple[str,
     ("size", "clip_score", lambda f: None, {"options": {"image_size": 48}}, ("position_embedding", "where the config")),
     ("device", "hps", lambda f: None, {"device": "gpu"}, ("rewards.device=gpu", "cuda")),
     ("device", "hps", lambda f: None, {"device": "cuda:64"}, ("rewards.device=cuda:64", "GPUs")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "spoil", "settings", "said"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
 def test_a_mistake_is_one_line_with_its_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, spoil: Callable[[Path], Any],
-    settings: dict[str, Any], said: tuple[str, ...],
-) -> None:  # fmt: skip
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    spoil: Callable[[Path], Any],
+    settings: dict[str, Any],
+    said: tuple[str, ...],
+) -> None:
     monkeypatch.chdir(tmp_path)
     WRITERS[name](tmp_path / "folder")
     spoil(tmp_path / "folder")

@@ -7,6 +7,7 @@ import pytest
 
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
+from fastgrpo.training import methods
 
 RECIPE = Path(__file__).parent.parent / "launch" / "t2v_tiny.toml"
 
@@ -58,7 +59,7 @@ def test_paths_of_the_file_are_relative_to_it(tmp_path: Path, monkeypatch: pytes
 )
 def test_a_mistake_is_one_line(override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        config.load(RECIPE, [override])
+        methods.check(config.load(RECIPE, [override]))
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -150,8 +150,11 @@ def test_a_full_disk_is_one_line_and_leaves_only_whole_parts(tmp_path: Path, mon
         assert "no space left on the disk" in complaint(settings)
     assert synced == [[], [], ["part-00000.safetensors"]], "a part has its name before it is whole"
     assert {file.name for file in (tmp_path / "run" / "embeddings").iterdir()} == {
-        "part-00000.safetensors", "manifest.json", "hashes.json", "lock",
-    }  # fmt: skip
+        "part-00000.safetensors",
+        "manifest.json",
+        "hashes.json",
+        "lock",
+    }
     assert len(encode(settings).conditions) == FEW
 
 

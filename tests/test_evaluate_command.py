@@ -193,8 +193,10 @@ def test_pairs_without_a_score_are_left_out_and_counted(run: Path) -> None:
         "other.C": torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, nan], [nan, 2.0]], dtype=torch.float64),
     }
     result = Result(plan(run, specs), evaluate.columns(plan(run, specs), scores), scores)
-    assert result.columns["one.A"] == Column(1.0, 2.0, 1.0, 1.0, 1.0, 3)
-    assert result.columns["sum"] == Column(2.0, 5.0, 3.0, 3.0, 3.0, 2), "a monitor without a score spoils no sum"
+    assert result.columns["one.A"] == Column(1.0, trained=2.0, difference=1.0, low=1.0, high=1.0, pairs=3)
+    assert result.columns["sum"] == Column(2.0, trained=5.0, difference=3.0, low=3.0, high=3.0, pairs=2), (
+        "a monitor without a score spoils no sum"
+    )
     heading, base, _, difference, interval = results_table.rows(result)
     assert heading == ["", "one.A", "B", "other.A", "C", "sum"], "a part of two rewards is told apart"
     assert base == ["base", "1.000", "0.000", "-", "1.000", "2.000"] and interval[3] == "-"

@@ -26,9 +26,17 @@ def plan_of(asked: Recipe, iteration: int) -> Plan:
     noisy = window.noisy_steps(asked.rollout, iteration, asked.run.seed)
     grid = window.shortened(torch.linspace(1, 0, asked.rollout.steps + 1), noisy, asked.rollout.tail_steps)
     return Plan(
-        asked.run.seed, iteration, asked.rollout.samples_per_prompt, grid, 0.3, asked.rollout.shared_noise, (1,),
-        noisy, asked.steps_trained, asked.objective.timestep_choice,
-    )  # fmt: skip
+        seed=asked.run.seed,
+        iteration=iteration,
+        group_size=asked.rollout.samples_per_prompt,
+        grid=grid,
+        eta=0.3,
+        shared_noise=asked.rollout.shared_noise,
+        latent_shape=(1,),
+        window=noisy,
+        trained=asked.steps_trained,
+        choice=asked.objective.timestep_choice,
+    )
 
 
 def states(asked: Recipe, plan: Plan, groups: int) -> int:

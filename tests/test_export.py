@@ -141,9 +141,16 @@ def draw(pipeline: DiffusionPipeline, x: Tensor) -> Tensor:
     template = {"template": text, "crop_start": len(pipeline.tokenizer(text.split("{}")[0])["input_ids"])}
     pipeline.set_progress_bar_config(disable=True)
     result = pipeline(
-        prompt=PROMPT, prompt_template=template, guidance_scale=6.0, num_inference_steps=STEPS, height=32, width=32,
-        num_frames=9, latents=x, output_type="latent",
-    )  # fmt: skip
+        prompt=PROMPT,
+        prompt_template=template,
+        guidance_scale=6.0,
+        num_inference_steps=STEPS,
+        height=32,
+        width=32,
+        num_frames=9,
+        latents=x,
+        output_type="latent",
+    )
     return result.frames
 
 
@@ -210,8 +217,11 @@ def test_the_model_is_never_whole_in_memory(tmp_path: Path) -> None:
     (file,) = (tmp_path / "exported" / "transformer").glob("*.safetensors")
     assert file.stat().st_size > size
     assert {file.name for file in (tmp_path / "exported").iterdir() if file.is_file()} == {
-        "LICENSE.md", "README.md", "model_index.json", "recipe.toml",
-    }  # fmt: skip
+        "LICENSE.md",
+        "README.md",
+        "model_index.json",
+        "recipe.toml",
+    }
     assert grown < size / 4, f"{grown / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"
 
 

@@ -37,7 +37,7 @@ def test_sde_step_equals_the_reference() -> None:
         grid = time_grid(case["num_steps"], case["shift"])
         torch.testing.assert_close(grid, tensors[f"{case['case']}.sigmas"], atol=1e-6, rtol=0)
         x, v, x_next = (tensors[f"{name}.{key}"] for key in ("x", "v", "x_next"))
-        mean, std = sde_transition(x, v, grid[step], grid[step + 1], case["eta"])
+        mean, std = sde_transition(x, v=v, t=grid[step], t_next=grid[step + 1], eta=case["eta"])
         torch.testing.assert_close(mean, tensors[f"{name}.mean"], atol=1e-5, rtol=0)
         assert std.item() == pytest.approx(case["std"], abs=1e-6)
         torch.testing.assert_close(
@@ -54,7 +54,7 @@ def test_ddim_equals_the_reference() -> None:
         t = case["timestep"]
         alphas = scheduler.alphas_cumprod
         alpha_next = alphas[max(t - 1000 // case["num_steps"], 0)]
-        mean, std = ddim_transition(x, eps, alphas[t], alpha_next, case["eta"])
+        mean, std = ddim_transition(x, epsilon=eps, alpha=alphas[t], alpha_next=alpha_next, eta=case["eta"])
         log_prob = gaussian_log_prob(x_next, mean, std)
         torch.testing.assert_close(log_prob, tensors[f"{case['step']}.log_prob"], atol=1e-5, rtol=1e-5)
 
@@ -71,7 +71,7 @@ def test_noise_level_does_not_change_the_marginal(eta: float) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20_000, 1, generator=generator)
     for t, t_next in pairwise(time_grid(200, 1.0)[:-1]):
-        mean, std = sde_transition(x, exact_velocity(x, t), t, t_next, eta)
+        mean, std = sde_transition(x, v=exact_velocity(x, t), t=t, t_next=t_next, eta=eta)
         x = mean + std * torch.randn(x.shape, generator=generator)
     t = time_grid(200, 1.0)[-2]
     x = clean_estimate(x, exact_velocity(x, t), t)
@@ -89,8 +89,8 @@ def test_eta_to_zero_is_the_euler_step_of_diffusers() -> None:
     expected = x
     for step, timestep in enumerate(scheduler.timesteps):
         expected = scheduler.step(v, timestep, expected).prev_sample
-        mean, std = sde_transition(x, v, grid[step], grid[step + 1], 1e-5)
-        exact, zero = sde_transition(x, v, grid[step], grid[step + 1], 0.0)
+        mean, std = sde_transition(x, v=v, t=grid[step], t_next=grid[step + 1], eta=1e-5)
+        exact, zero = sde_transition(x, v=v, t=grid[step], t_next=grid[step + 1], eta=0.0)
         torch.testing.assert_close(mean, exact, atol=1e-6, rtol=0)
         assert std < 1e-5 and zero == 0.0
         x = exact
@@ -101,10 +101,10 @@ def test_one_time_per_row_equals_one_time_for_all() -> None:
     generator = torch.Generator().manual_seed(0)
     x, v = torch.randn(3, 2, 2, generator=generator), torch.randn(3, 2, 2, generator=generator)
     t, t_next = torch.tensor([0.9, 0.5, 0.2]), torch.tensor([0.8, 0.3, 0.1])
-    mean, std = sde_transition(x, v, t, t_next, 0.3)
+    mean, std = sde_transition(x, v=v, t=t, t_next=t_next, eta=0.3)
     log_prob = gaussian_log_prob(x, mean, std)
     for row in range(3):
-        single, single_std = sde_transition(x[row : row + 1], v[row : row + 1], t[row], t_next[row], 0.3)
+        single, single_std = sde_transition(x[row : row + 1], v=v[row : row + 1], t=t[row], t_next=t_next[row], eta=0.3)
         torch.testing.assert_close(mean[row : row + 1], single)
         torch.testing.assert_close(log_prob[row], gaussian_log_prob(x[row : row + 1], single, single_std)[0])
 

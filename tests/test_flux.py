@@ -26,10 +26,16 @@ PROMPTS = ["a red circle", "two dogs in the snow"]
 VIDEO = Video(frames=1, height=32, width=48)
 SCHNELL = {"use_dynamic_shifting": False, "shift": 1.0}
 REAL = {  # transformer/config.json of FLUX.1-dev
-    "attention_head_dim": 128, "guidance_embeds": True, "in_channels": 64, "joint_attention_dim": 4096,
-    "num_attention_heads": 24, "num_layers": 19, "num_single_layers": 38, "patch_size": 1,
+    "attention_head_dim": 128,
+    "guidance_embeds": True,
+    "in_channels": 64,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "patch_size": 1,
     "pooled_projection_dim": 768,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +88,13 @@ def assert_equals_the_pipeline(path: Path, steps: int, guidance: float | None, v
     count, channels, _, height, width = x.shape
     packed = pipeline._pack_latents(x[:, :, 0], count, channels, height, width)
     options = {
-        "height": video.height, "width": video.width, "latents": packed, "num_inference_steps": steps,
-        "guidance_scale": 3.5 if guidance is None else guidance, "max_sequence_length": files.LONGEST,
-    }  # fmt: skip
+        "height": video.height,
+        "width": video.width,
+        "latents": packed,
+        "num_inference_steps": steps,
+        "guidance_scale": 3.5 if guidance is None else guidance,
+        "max_sequence_length": files.LONGEST,
+    }
     tokens = pipeline(PROMPTS, output_type="latent", **options).images
     torch.testing.assert_close(grid, pipeline.scheduler.sigmas, atol=1e-7, rtol=0)
     latents = pipeline._unpack_latents(tokens, video.height, video.width, pipeline.vae_scale_factor)
@@ -107,16 +117,19 @@ def test_schnells_ode_equals_the_pipeline(schnell: Path) -> None:
     assert_equals_the_pipeline(schnell, 4, None)
 
 
-@pytest.mark.parametrize(("part", "entries"), [
-    ("scheduler", {"use_dynamic_shifting": False}),
-    ("scheduler", {"use_dynamic_shifting": False, "shift": 1.7}),
-    ("scheduler", {"base_shift": 1.0, "base_image_seq_len": 64}),
-    ("scheduler", {"max_shift": 3.0, "max_image_seq_len": 512}),
-    ("scheduler", {"time_shift_type": "linear"}),
-    ("scheduler", {"shift_terminal": 0.1}),
-    ("vae", {"scaling_factor": 0.9}),
-    ("vae", {"shift_factor": 0.6}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("part", "entries"),
+    [
+        ("scheduler", {"use_dynamic_shifting": False}),
+        ("scheduler", {"use_dynamic_shifting": False, "shift": 1.7}),
+        ("scheduler", {"base_shift": 1.0, "base_image_seq_len": 64}),
+        ("scheduler", {"max_shift": 3.0, "max_image_seq_len": 512}),
+        ("scheduler", {"time_shift_type": "linear"}),
+        ("scheduler", {"shift_terminal": 0.1}),
+        ("vae", {"scaling_factor": 0.9}),
+        ("vae", {"shift_factor": 0.6}),
+    ],
+)
 def test_the_folders_configs_are_followed(folder: Path, tmp_path: Path, part: str, entries: dict[str, object]) -> None:
     edited = changed(folder, tmp_path / "edited", part, **entries)
     assert_equals_the_pipeline(edited, 3, None)
@@ -198,14 +211,24 @@ def test_gradient_equals_plain_autograd_of_the_objective(folder: Path, world: Wo
     def predict(x: Tensor, t: Tensor) -> Tensor:
         tokens = pipeline._pack_latents(x[:, :, 0], 1, x.shape[1], height, width)
         v = pipeline.transformer(
-            tokens, timestep=t, guidance=torch.tensor([3.5]), pooled_projections=pooled.detach(),
-            encoder_hidden_states=text.detach(), txt_ids=text_ids, img_ids=image_ids,
-        ).sample  # fmt: skip
+            tokens,
+            timestep=t,
+            guidance=torch.tensor([3.5]),
+            pooled_projections=pooled.detach(),
+            encoder_hidden_states=text.detach(),
+            txt_ids=text_ids,
+            img_ids=image_ids,
+        ).sample
         whole: Tensor = pipeline._unpack_latents(v, VIDEO.height, VIDEO.width, pipeline.vae_scale_factor)[:, :, None]
         return whole
 
     backbone.assert_gradient_is_the_objectives(
-        load(folder), VIDEO, encode(folder)[0], world, pipeline.transformer, predict
+        load(folder),
+        video=VIDEO,
+        condition=encode(folder)[0],
+        world=world,
+        network=pipeline.transformer,
+        predict=predict,
     )
 
 
@@ -244,23 +267,37 @@ def test_the_full_size_network_is_wrapped_block_by_block(guidance_embeds: bool, 
     assert sum(type(m).__name__ in network._repeated_blocks for m in network.modules()) == len(blocks)
     embedders = ["timestep_embedder", "text_embedder", *(["guidance_embedder"] if guidance_embeds else [])]
     assert backbone.outside_blocks(network, blocks) == {
-        "x_embedder", "context_embedder", "norm_out.linear", "proj_out",
+        "x_embedder",
+        "context_embedder",
+        "norm_out.linear",
+        "proj_out",
         *(f"time_text_embed.{name}.linear_{n}" for name in embedders for n in (1, 2)),
-    }  # fmt: skip
+    }
 
 
-@pytest.mark.parametrize(("part", "entries", "message"), [
-    ("", {"_class_name": "HunyuanVideoPipeline"}, "not a FluxPipeline; set model.family=hunyuan_video, or correct the"),
-    ("scheduler", {"_class_name": "DDIMScheduler"}, "is a DDIMScheduler, not a FlowMatchEulerDiscreteScheduler"),
-    ("scheduler", {"num_train_timesteps": 500}, "must have num_train_timesteps=1000"),
-    ("scheduler", {"invert_sigmas": True}, "invert_sigmas=false"),
-    ("transformer", {"in_channels": 96}, "96 channels in and 96 out, and the VAE's 4 make 16; use a text-to-image"),
-    ("transformer", {"out_channels": 8}, "16 channels in and 8 out"),
-    ("transformer", {"joint_attention_dim": 64}, "text of widths 64 and 24, the text encoders make 32 and 24"),
-    ("transformer", {"_class_name": "WanTransformer3DModel"}, "holds a WanTransformer3DModel, not a FluxTransformer2D"),
-    ("vae", {"_class_name": "AutoencoderKLWan"}, "holds a AutoencoderKLWan, not a AutoencoderKL"),
-    ("vae", {"shift_factor": None}, "no shift_factor, which FLUX's has; correct model.family"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("part", "entries", "message"),
+    [
+        (
+            "",
+            {"_class_name": "HunyuanVideoPipeline"},
+            "not a FluxPipeline; set model.family=hunyuan_video, or correct the",
+        ),
+        ("scheduler", {"_class_name": "DDIMScheduler"}, "is a DDIMScheduler, not a FlowMatchEulerDiscreteScheduler"),
+        ("scheduler", {"num_train_timesteps": 500}, "must have num_train_timesteps=1000"),
+        ("scheduler", {"invert_sigmas": True}, "invert_sigmas=false"),
+        ("transformer", {"in_channels": 96}, "96 channels in and 96 out, and the VAE's 4 make 16; use a text-to-image"),
+        ("transformer", {"out_channels": 8}, "16 channels in and 8 out"),
+        ("transformer", {"joint_attention_dim": 64}, "text of widths 64 and 24, the text encoders make 32 and 24"),
+        (
+            "transformer",
+            {"_class_name": "WanTransformer3DModel"},
+            "holds a WanTransformer3DModel, not a FluxTransformer2D",
+        ),
+        ("vae", {"_class_name": "AutoencoderKLWan"}, "holds a AutoencoderKLWan, not a AutoencoderKL"),
+        ("vae", {"shift_factor": None}, "no shift_factor, which FLUX's has; correct model.family"),
+    ],
+)
 def test_a_folder_that_does_not_fit_is_one_clear_line(
     folder: Path, tmp_path: Path, part: str, entries: dict[str, object], message: str
 ) -> None:

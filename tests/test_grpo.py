@@ -8,6 +8,7 @@ import torch
 
 from fastgrpo.algorithm import noise, selection
 from fastgrpo.algorithm.advantages import combined_advantages, group_advantages, largest_std_advantages
+from fastgrpo.core.config import Objective
 
 NAN = float("nan")
 
@@ -42,16 +43,16 @@ def test_almost_no_spread_is_not_blown_up() -> None:
 def test_advantages_are_summed_not_rewards() -> None:
     scores = {"large": torch.tensor([0.0, 100.0, 200.0]), "small": torch.tensor([0.3, 0.1, 0.2])}
     valid = torch.ones(3, dtype=torch.bool)
-    total = combined_advantages(scores, valid, {"large": 1.0, "small": 2.0}, 3, 5.0, 1e-6)
+    total = combined_advantages(scores, valid, {"large": 1.0, "small": 2.0}, 3, Objective())
     torch.testing.assert_close(total, torch.tensor([-1.0 + 2.0, 0.0 - 2.0, 1.0 + 0.0]))
-    clamped = combined_advantages(scores, valid, {"large": 1.0, "small": 2.0}, 3, 0.5, 1e-6)
+    clamped = combined_advantages(scores, valid, {"large": 1.0, "small": 2.0}, 3, Objective(advantage_clip=0.5))
     assert clamped.abs().max() == 0.5
 
 
 def test_weight_zero_is_a_monitor() -> None:
     scores = {"trained": torch.tensor([0.0, 1.0]), "watched": torch.tensor([5.0, -5.0])}
     valid = torch.ones(2, dtype=torch.bool)
-    total = combined_advantages(scores, valid, {"trained": 1.0, "watched": 0.0}, 2, 5.0, 1e-6)
+    total = combined_advantages(scores, valid, {"trained": 1.0, "watched": 0.0}, 2, Objective())
     torch.testing.assert_close(total, group_advantages(scores["trained"], 2))
 
 
@@ -66,7 +67,13 @@ def batch() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
 
 def combined(normalise: str, min_spread: float = 1e-6) -> torch.Tensor:
     scores, valid = batch()
-    return combined_advantages(scores, valid, {"large": 1.0, "small": 2.0}, 3, 100.0, min_spread, normalise)
+    return combined_advantages(
+        scores,
+        valid,
+        {"large": 1.0, "small": 2.0},
+        3,
+        Objective(advantage_clip=100.0, min_spread=min_spread, normalise=normalise),
+    )
 
 
 @pytest.mark.parametrize("normalise", ["group", "batch", "largest_std", "global"])
@@ -77,7 +84,7 @@ def test_invalid_samples_and_rewards_without_spread_teach_nothing_in_any_normali
         assert advantages[3:6].tolist() == [0.0] * 3
     assert not combined(normalise, min_spread=1e6).any()
     scores, valid = {"r": torch.ones(4)}, torch.ones(4, dtype=torch.bool)
-    assert not combined_advantages(scores, valid, {"r": 1.0}, 2, 5.0, 1e-6, normalise).any()
+    assert not combined_advantages(scores, valid, {"r": 1.0}, 2, Objective(normalise=normalise)).any()
 
 
 def test_batch_normalisation_has_mean_0_and_std_1_whatever_the_number_of_rewards() -> None:

@@ -29,6 +29,7 @@ from fastgrpo.models.loading import diffusers_folder
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.training import rollout
+from fastgrpo.training.method import Experience
 from fastgrpo.training.rollout import Drawn, Plan, sample_ode
 from fastgrpo.training.trainer import Trainer
 from fastgrpo.training.update import update
@@ -119,9 +120,11 @@ def conditions() -> list[Condition]:
 def guided(negative: Condition | None, checkpointing: bool | int = False) -> Policy:
     """The policy with classifier-free guidance, where there is a negative condition."""
     settings = Model(
-        family="hunyuan_video", path=str(FOLDER), cfg=1.0 if negative is None else CFG,
+        family="hunyuan_video",
+        path=str(FOLDER),
+        cfg=1.0 if negative is None else CFG,
         gradient_checkpointing=checkpointing,
-    )  # fmt: skip
+    )
     policy = models.load(settings, torch.device("cpu"))
     policy.negative = negative
     return policy
@@ -129,9 +132,13 @@ def guided(negative: Condition | None, checkpointing: bool | int = False) -> Pol
 
 @pytest.mark.parametrize(("name", "steps", "frames"), [("shorter", 4, 5), ("longer", 6, 1)])
 def test_guided_ode_equals_the_pipeline(
-    pipeline: HunyuanVideoPipeline, negatives: dict[str, Condition], conditions: list[Condition], name: str, steps: int,
+    pipeline: HunyuanVideoPipeline,
+    negatives: dict[str, Condition],
+    conditions: list[Condition],
+    name: str,
+    steps: int,
     frames: int,
-) -> None:  # fmt: skip
+) -> None:
     """Prompts' texts are padded to the negative one's length or it to theirs; the pipeline runs branch by branch."""
     policy, video = guided(negatives[name]), VIDEO.model_copy(update={"frames": frames})
     shape = policy.latent_shape(video)
@@ -139,10 +146,18 @@ def test_guided_ode_equals_the_pipeline(
     for number, prompt in enumerate(PROMPTS):
         noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(number))
         expected = pipeline(
-            prompt, negative_prompt=NEGATIVES[name], true_cfg_scale=CFG, guidance_scale=6.0, latents=noise, height=32,
-            width=32, num_frames=frames, num_inference_steps=steps, output_type="latent",
+            prompt,
+            negative_prompt=NEGATIVES[name],
+            true_cfg_scale=CFG,
+            guidance_scale=6.0,
+            latents=noise,
+            height=32,
+            width=32,
+            num_frames=frames,
+            num_inference_steps=steps,
+            output_type="latent",
             prompt_template=template(pipeline),
-        ).frames  # fmt: skip
+        ).frames
         latents = sample_ode(policy, noise, policy.time_grid(steps, None, shape), stack([conditions[number]]))
         torch.testing.assert_close(latents, expected, atol=1e-4, rtol=0)
         plain = sample_ode(guided(None), noise, policy.time_grid(steps, None, shape), stack([conditions[number]]))
@@ -210,7 +225,15 @@ def test_recomputed_blocks_give_equal_gradients_with_padding(
 
 def plan_of(policy: Policy) -> Plan:
     shape = policy.latent_shape(SHORT)
-    return Plan(3, 0, GROUP, policy.time_grid(STEPS, None, shape), 0.4, True, shape)
+    return Plan(
+        seed=3,
+        iteration=0,
+        group_size=GROUP,
+        grid=policy.time_grid(STEPS, None, shape),
+        eta=0.4,
+        shared_noise=True,
+        latent_shape=shape,
+    )
 
 
 def draw(policy: Policy, plan: Plan, conditions: list[Condition], size: int) -> Drawn:
@@ -228,7 +251,18 @@ def test_guided_ratio_is_one_for_any_batch_size(
     for rollout_batch, update_batch in ((1, 3), (2, 1), (3, 2)):
         drawn = draw(policy, plan, conditions, rollout_batch)
         trainer = Trainer.create(policy, Optimizer(lr=1e-30, batch_size=update_batch), None)
-        metrics = update(trainer, Objective(), plan, drawn.trajectories, conditions, kept.float(), kept, world)
+        metrics = update(
+            trainer,
+            Objective(),
+            Experience(
+                plan=plan,
+                trajectories=drawn.trajectories,
+                conditions=conditions,
+                advantages=kept.float(),
+                selected=kept,
+            ),
+            world,
+        )
         assert metrics["update/transitions"] == 2 * GROUP * (STEPS - 1)
         assert metrics["update/max_log_ratio_first"] <= 1e-6, (rollout_batch, update_batch)
 
@@ -244,7 +278,14 @@ def test_guided_gradient_equals_plain_autograd_of_the_objective(
     trainer = tiny.Recorder.create(policy, Optimizer(lr=1e-4, batch_size=2), None)
     assert isinstance(trainer, tiny.Recorder)
     kept = torch.tensor([False, True, False])
-    update(trainer, Objective(), plan, drawn.trajectories, conditions[1:], 0.7 * kept, kept, world)
+    update(
+        trainer,
+        Objective(),
+        Experience(
+            plan=plan, trajectories=drawn.trajectories, conditions=conditions[1:], advantages=0.7 * kept, selected=kept
+        ),
+        world,
+    )
 
     network = HunyuanVideoTransformer3DModel.from_pretrained(FOLDER / "transformer")
     loss = torch.zeros(())
@@ -252,13 +293,17 @@ def test_guided_gradient_equals_plain_autograd_of_the_objective(
         x, t = drawn.trajectories[1].states[step][None], plan.grid[step]
         without, with_text = (
             network(
-                x, t[None] * 1000, branch["text"][None], torch.ones(1, len(branch["text"])), branch["pooled"][None],
+                x,
+                t[None] * 1000,
+                branch["text"][None],
+                torch.ones(1, len(branch["text"])),
+                branch["pooled"][None],
                 torch.tensor([6000.0]),
             ).sample
             for branch in branches
-        )  # fmt: skip
+        )
         v = without + CFG * (with_text - without)
-        moments = sde_transition(x, v, t, plan.grid[step + 1], plan.eta)
+        moments = sde_transition(x, v=v, t=t, t_next=plan.grid[step + 1], eta=plan.eta)
         log_prob = gaussian_log_prob(drawn.trajectories[1].states[step + 1][None], *moments)[0]
         loss = loss - 0.7 * (log_prob - log_prob.detach()).exp() / (STEPS - 1)
     loss.backward()
@@ -285,13 +330,18 @@ def test_the_full_size_network_is_wrapped_block_by_block() -> None:
     assert total == 12_821_012_544
     wrapped = blocks(network)
     assert [type(block).__name__ for block in wrapped] == [
-        *["HunyuanVideoTransformerBlock"] * 20, *["HunyuanVideoSingleTransformerBlock"] * 40,
-    ]  # fmt: skip
+        *["HunyuanVideoTransformerBlock"] * 20,
+        *["HunyuanVideoSingleTransformerBlock"] * 40,
+    ]
     inside = {id(p) for block in wrapped for p in block.parameters()}
     outside = {name: p.numel() for name, p in network.named_parameters() if id(p) not in inside}
     assert {name.split(".")[0] for name in outside} == {
-        "x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out",
-    }  # fmt: skip
+        "x_embedder",
+        "context_embedder",
+        "time_text_embed",
+        "norm_out",
+        "proj_out",
+    }
     assert sum(outside.values()) < 0.03 * total
 
 
@@ -333,28 +383,38 @@ def test_latent_shape_and_its_errors(policy: Policy) -> None:
         policy.latent_shape(VIDEO.model_copy(update={"height": 4}))
 
 
-@pytest.mark.parametrize(("family", "path", "message"), [
-    ("hunyuan", str(FOLDER), "no file models/hunyuan.py. Use one of flux, hunyuan_video, "),
-    ("hunyuan_video", "/nowhere/at/all", "no such folder"),
-    ("hunyuan_video", str(FOLDER / "vae"), "model_index.json is missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "path", "message"),
+    [
+        ("hunyuan", str(FOLDER), "no file models/hunyuan.py. Use one of flux, hunyuan_video, "),
+        ("hunyuan_video", "/nowhere/at/all", "no such folder"),
+        ("hunyuan_video", str(FOLDER / "vae"), "model_index.json is missing"),
+    ],
+)
 def test_a_wrong_model_is_one_clear_line(family: str, path: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         models.load(Model(family=family, path=path), torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("part", "entries", "message"), [
-    ("", {"_class_name": "WanPipeline"}, "names a WanPipeline, not a HunyuanVideoPipeline; set model.family=wan, or "),
-    ("", {"_class_name": "MochiPipeline"}, "names a MochiPipeline, not .*; correct model.family or the path"),
-    ("scheduler", {"shift": None}, "has shift=None, not a number above 0; correct it"),
-    ("scheduler", {"use_dynamic_shifting": True}, "has use_dynamic_shifting=true, .*; set it to false there"),
-    ("scheduler", {"use_karras_sigmas": True}, "has use_karras_sigmas=true, .*; set it to false there"),
-    ("scheduler", {"shift_terminal": 0.02}, "has a shift_terminal, .*; set it to null there"),
-    ("scheduler", {"_class_name": "PNDMScheduler"}, "is a PNDMScheduler, not a FlowMatchEulerDiscreteScheduler"),
-    ("scheduler", {"num_train_timesteps": 500}, "must have num_train_timesteps=1000"),
-    ("scheduler", {"invert_sigmas": True}, "invert_sigmas=false"),
-    ("transformer", {"patch_size_t": 2}, "patch_size=2 and patch_size_t=2, not a whole number and 1; use"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("part", "entries", "message"),
+    [
+        (
+            "",
+            {"_class_name": "WanPipeline"},
+            "names a WanPipeline, not a HunyuanVideoPipeline; set model.family=wan, or ",
+        ),
+        ("", {"_class_name": "MochiPipeline"}, "names a MochiPipeline, not .*; correct model.family or the path"),
+        ("scheduler", {"shift": None}, "has shift=None, not a number above 0; correct it"),
+        ("scheduler", {"use_dynamic_shifting": True}, "has use_dynamic_shifting=true, .*; set it to false there"),
+        ("scheduler", {"use_karras_sigmas": True}, "has use_karras_sigmas=true, .*; set it to false there"),
+        ("scheduler", {"shift_terminal": 0.02}, "has a shift_terminal, .*; set it to null there"),
+        ("scheduler", {"_class_name": "PNDMScheduler"}, "is a PNDMScheduler, not a FlowMatchEulerDiscreteScheduler"),
+        ("scheduler", {"num_train_timesteps": 500}, "must have num_train_timesteps=1000"),
+        ("scheduler", {"invert_sigmas": True}, "invert_sigmas=false"),
+        ("transformer", {"patch_size_t": 2}, "patch_size=2 and patch_size_t=2, not a whole number and 1; use"),
+    ],
+)
 def test_a_folder_that_does_not_fit_is_one_line_before_its_weights_are_read(
     tmp_path: Path, part: str, entries: dict[str, object], message: str
 ) -> None:
@@ -405,14 +465,21 @@ def test_a_missing_or_misshapen_tensor_is_one_line_and_never_random(tmp_path: Pa
     assert cut or re.search(r"lacks \S+ \(and 0 more\) of a \w+; correct model_index.json or download", told)
 
 
-@pytest.mark.parametrize(("part", "name", "message"), [
-    ("text_encoder", "MistralModel", "text_encoder holds a LlamaModel, and model_index.json names a MistralModel for"),
-    ("text_encoder", "LlamaConfig", "holds a LlamaModel, and model_index.json names a LlamaConfig"),
-    ("text_encoder_2", "CLIPVisionModel", "holds a CLIPTextModel, and model_index.json names a CLIPVisionModel"),
-    ("text_encoder_2", "CLIPTextModelWithProjection", r"lacks text_projection.weight \(and 0 more\) of a CLIPText"),
-    ("text_encoder", "NoSuchModel", "names no transformers class for 'text_encoder'"),
-    ("text_encoder", None, "names no transformers class for 'text_encoder'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("part", "name", "message"),
+    [
+        (
+            "text_encoder",
+            "MistralModel",
+            "text_encoder holds a LlamaModel, and model_index.json names a MistralModel for",
+        ),
+        ("text_encoder", "LlamaConfig", "holds a LlamaModel, and model_index.json names a LlamaConfig"),
+        ("text_encoder_2", "CLIPVisionModel", "holds a CLIPTextModel, and model_index.json names a CLIPVisionModel"),
+        ("text_encoder_2", "CLIPTextModelWithProjection", r"lacks text_projection.weight \(and 0 more\) of a CLIPText"),
+        ("text_encoder", "NoSuchModel", "names no transformers class for 'text_encoder'"),
+        ("text_encoder", None, "names no transformers class for 'text_encoder'"),
+    ],
+)
 def test_another_class_in_model_index_is_one_line(tmp_path: Path, part: str, name: str | None, message: str) -> None:
     edited = changed(FOLDER, tmp_path / "edited", "", **{part: ["transformers", name]})
     with pytest.raises(UserError, match=message) as caught:
@@ -446,17 +513,31 @@ def test_an_encoder_loses_its_networks_when_it_is_closed() -> None:
 
 
 HUB = {  # files of repositories, and whether a family reads them
-    "model_index.json": True, "README.md": True, "LICENSE.md": True, "transformer/config.json": True,
-    "transformer/diffusion_pytorch_model-00001-of-00003.safetensors": True, "text_encoder_2/model.safetensors": True,
-    "transformer/diffusion_pytorch_model.safetensors.index.json": True, "tokenizer/merges.txt": True,
-    "tokenizer_2/spiece.model": True, "scheduler/scheduler_config.json": True, "config.json": True,
-    "diffusion_pytorch_model-00001-of-00006.safetensors": True, "pytorch_lora_weights.safetensors": True,
-    "flux1-dev.safetensors": False, "ae.safetensors": False, "v1-5-pruned.ckpt": False, "dev_grid.jpg": False,
-    "unet/diffusion_pytorch_model.fp16.safetensors": False, "unet/diffusion_flax_model.msgpack": False,
-    "unet/diffusion_pytorch_model.non_ema.safetensors": False, "vae/diffusion_pytorch_model.bin": False,
-    "text_encoder/model.fp16-00001-of-00002.safetensors": False, "text_encoder/model.onnx": False,
+    "model_index.json": True,
+    "README.md": True,
+    "LICENSE.md": True,
+    "transformer/config.json": True,
+    "transformer/diffusion_pytorch_model-00001-of-00003.safetensors": True,
+    "text_encoder_2/model.safetensors": True,
+    "transformer/diffusion_pytorch_model.safetensors.index.json": True,
+    "tokenizer/merges.txt": True,
+    "tokenizer_2/spiece.model": True,
+    "scheduler/scheduler_config.json": True,
+    "config.json": True,
+    "diffusion_pytorch_model-00001-of-00006.safetensors": True,
+    "pytorch_lora_weights.safetensors": True,
+    "flux1-dev.safetensors": False,
+    "ae.safetensors": False,
+    "v1-5-pruned.ckpt": False,
+    "dev_grid.jpg": False,
+    "unet/diffusion_pytorch_model.fp16.safetensors": False,
+    "unet/diffusion_flax_model.msgpack": False,
+    "unet/diffusion_pytorch_model.non_ema.safetensors": False,
+    "vae/diffusion_pytorch_model.bin": False,
+    "text_encoder/model.fp16-00001-of-00002.safetensors": False,
+    "text_encoder/model.onnx": False,
     "unet/openvino_model.xml": False,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("safe", [True, False])

@@ -123,17 +123,20 @@ def broken(tmp_path: Path, kind: str) -> Path:
     return file
 
 
-@pytest.mark.parametrize(("kind", "told"), [
-    ("missing.png", "No such file"),
-    ("folder.png", "Is a directory"),
-    ("cut.png", "truncated"),
-    ("cut.jpg", "truncated"),
-    ("flipped.png", ""),
-    ("float.tiff", "32-bit values"),
-    ("empty.jpg", "neither a picture nor a video"),
-    ("text.jpg", "neither a picture nor a video"),
-    ("noise.mp4", "neither a picture nor a video"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("missing.png", "No such file"),
+        ("folder.png", "Is a directory"),
+        ("cut.png", "truncated"),
+        ("cut.jpg", "truncated"),
+        ("flipped.png", ""),
+        ("float.tiff", "32-bit values"),
+        ("empty.jpg", "neither a picture nor a video"),
+        ("text.jpg", "neither a picture nor a video"),
+        ("noise.mp4", "neither a picture nor a video"),
+    ],
+)
 def test_a_file_that_cannot_be_read_is_named_in_one_line(
     tmp_path: Path, kind: str, told: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,12 +22,15 @@ def test_the_way_to_an_own_address_is_the_interface_that_has_it() -> None:
     assert interface.towards("no-such-host.invalid") is None
 
 
-@pytest.mark.parametrize(("given", "expected"), [
-    (TWO_NODES, "eth7"),
-    (TWO_NODES | {"GLOO_SOCKET_IFNAME": "mine"}, "mine"),
-    (TWO_NODES | {"LOCAL_WORLD_SIZE": "16"}, None),
-    ({}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (TWO_NODES, "eth7"),
+        (TWO_NODES | {"GLOO_SOCKET_IFNAME": "mine"}, "mine"),
+        (TWO_NODES | {"LOCAL_WORLD_SIZE": "16"}, None),
+        ({}, None),
+    ],
+)
 def test_it_is_named_for_several_nodes_where_nobody_has(
     given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

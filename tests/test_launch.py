@@ -223,11 +223,15 @@ esac
         pytest.param(
             f"{WARN}; for _ in {{1..50}}; do [[ ! -f 'the run/stop' ]] || break; sleep 0.1; done;"
             " [[ $(<'the run/stop') == slurm ]] && echo yes >'the run/requeue'; exit 0",
-            None, "RUNNING Reason=None", 0, True, id="warned",
+            None,
+            "RUNNING Reason=None",
+            0,
+            True,
+            id="warned",
         ),
         pytest.param(f"{WARN}; exit 3", None, "RUNNING Reason=None", 3, True, id="warned-as-it-ends"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.timeout(60)
 def test_a_job_goes_back_into_the_queue_where_there_is_more_to_do(
     tree: Path, tmp_path: Path, srun: str, attempts: str | None, state: str, code: int, requeued: bool

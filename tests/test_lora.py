@@ -43,25 +43,47 @@ def seeded(network: type[nn.Module], **config: object) -> nn.Module:
 
 def hunyuan() -> nn.Module:
     return seeded(
-        HunyuanVideoTransformer3DModel, in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16,
-        num_layers=1, num_single_layers=1, num_refiner_layers=1, text_embed_dim=16, pooled_projection_dim=8,
+        HunyuanVideoTransformer3DModel,
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        pooled_projection_dim=8,
         rope_axes_dim=(4, 6, 6),
-    )  # fmt: skip
+    )
 
 
 def flux() -> nn.Module:
     return seeded(
-        FluxTransformer2DModel, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=8, guidance_embeds=True,
+        FluxTransformer2DModel,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=8,
+        guidance_embeds=True,
         axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
+    )
 
 
 def wan() -> nn.Module:
     return seeded(
-        WanTransformer3DModel, num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=16,
-        freq_dim=16, ffn_dim=32, num_layers=2,
-    )  # fmt: skip
+        WanTransformer3DModel,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+    )
 
 
 def unet() -> nn.Module:
@@ -79,22 +101,33 @@ def output(network: nn.Module) -> Tensor:
     t, g = torch.tensor([500.0]), torch.tensor([3.5])
     inputs: dict[type[nn.Module], dict[str, Tensor]] = {
         HunyuanVideoTransformer3DModel: {
-            "hidden_states": random(1, 4, 1, 4, 4), "timestep": t, "encoder_hidden_states": random(1, 5, 16),
-            "encoder_attention_mask": torch.ones(1, 5, dtype=torch.bool), "pooled_projections": random(1, 8),
+            "hidden_states": random(1, 4, 1, 4, 4),
+            "timestep": t,
+            "encoder_hidden_states": random(1, 5, 16),
+            "encoder_attention_mask": torch.ones(1, 5, dtype=torch.bool),
+            "pooled_projections": random(1, 8),
             "guidance": g * 1000,
         },
         FluxTransformer2DModel: {
-            "hidden_states": random(1, 4, 16), "timestep": t / 1000, "encoder_hidden_states": random(1, 5, 16),
-            "pooled_projections": random(1, 8), "guidance": g, "img_ids": random(4, 3), "txt_ids": torch.zeros(5, 3),
+            "hidden_states": random(1, 4, 16),
+            "timestep": t / 1000,
+            "encoder_hidden_states": random(1, 5, 16),
+            "pooled_projections": random(1, 8),
+            "guidance": g,
+            "img_ids": random(4, 3),
+            "txt_ids": torch.zeros(5, 3),
         },
         WanTransformer3DModel: {
-            "hidden_states": random(1, 4, 1, 4, 4), "timestep": t, "encoder_hidden_states": random(1, 5, 16),
+            "hidden_states": random(1, 4, 1, 4, 4),
+            "timestep": t,
+            "encoder_hidden_states": random(1, 5, 16),
         },
         UNet2DConditionModel: {
-            "sample": random(1, 4, 8, 8), "timestep": t,
+            "sample": random(1, 4, 8, 8),
+            "timestep": t,
             "encoder_hidden_states": random(1, 5, stable_diffusion.WIDTH),
         },
-    }  # fmt: skip
+    }
     with torch.no_grad():
         return network(**inputs[type(network)], return_dict=False)[0]
 
@@ -188,12 +221,15 @@ def test_targets_of_the_recipe_are_taken_at_their_word() -> None:
     assert len(state_of(network)) == 2 * len(chosen)
 
 
-@pytest.mark.parametrize(("target", "message"), [
-    ("to_qq", r"lora.targets='to_qq': no linear layer .* use some of .*to_k, to_out.0, to_q, to_v"),
-    ("attn1", "no linear layer"),
-    ("conv1", "no linear layer"),
-    ("o_q", "no linear layer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("to_qq", r"lora.targets='to_qq': no linear layer .* use some of .*to_k, to_out.0, to_q, to_v"),
+        ("attn1", "no linear layer"),
+        ("conv1", "no linear layer"),
+        ("o_q", "no linear layer"),
+    ],
+)
 def test_an_unknown_target_is_one_line_that_names_what_there_is(target: str, message: str) -> None:
     network = unet()
     with pytest.raises(UserError, match=message) as caught:
@@ -236,7 +272,9 @@ def test_diffusers_loads_the_export_and_gives_the_same(family: str, tmp_path: Pa
 def test_an_export_in_half_precision_is_that(tmp_path: Path) -> None:
     network = unet()
     add_adapters(network, LORA)
-    save_adapters(state_of(network), tmp_path / "half.safetensors", "unet", LORA, torch.bfloat16)
+    save_adapters(
+        state_of(network), file=tmp_path / "half.safetensors", part="unet", settings=LORA, dtype=torch.bfloat16
+    )
     assert {value.dtype for value in load_file(tmp_path / "half.safetensors").values()} == {torch.bfloat16}
 
 
@@ -338,7 +376,7 @@ def test_the_reference_without_adapters_is_the_initial_policy(world: World) -> N
     results = []
     for reference in (initial, Unadapted(policy)):
         trainer = worker_lora.create_trainer(policy, reference, lr=1e-30)
-        metrics = worker_lora.train(trainer, plan, trajectories, conditions, world)
+        metrics = worker_lora.train(trainer, plan=plan, trajectories=trajectories, conditions=conditions, world=world)
         results.append((metrics["update/kl"], trainer.gradients[0]))
     (kl, expected), (ours, gradients) = results
     assert kl > 1e-4 and ours == pytest.approx(kl, rel=1e-6)

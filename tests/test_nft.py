@@ -17,7 +17,9 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, stack
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
-from fastgrpo.training import nft, rollout
+from fastgrpo.training import methods, rollout
+from fastgrpo.training.method import Experience
+from fastgrpo.training.methods.nft import METHOD, noised
 from fastgrpo.training.rollout import Drawn, Plan
 from fastgrpo.training.trainer import Trainer
 from fastgrpo.training.update import update
@@ -40,7 +42,7 @@ def conditions() -> list[Condition]:
 def draw(policy: Policy, plan: Plan, conditions: list[Condition], size: int) -> Drawn:
     batches = rollout.batches(range(TOTAL), conditions, tiny.GROUP, size)
     with sharding.gathered(policy.network):
-        parts = [nft.sample(policy, plan, conditions, slots) for slots in batches]
+        parts = [METHOD.sample(policy, plan, conditions, slots, {}) for slots in batches]
     final = {slot: x for part in parts for slot, x in zip(part.slots, part.final, strict=True)}
     kept = {slot: trajectory for part in parts for slot, trajectory in part.trajectories.items()}
     return Drawn(list(range(TOTAL)), torch.stack([final[slot] for slot in range(TOTAL)]), kept)
@@ -50,7 +52,14 @@ def run(
     trainer: Trainer, plan: Plan, drawn: Drawn, conditions: list[Condition], world: World, advantages: Tensor
 ) -> float:
     kept = torch.ones(TOTAL, dtype=torch.bool)
-    return update(trainer, SETTINGS, plan, drawn.trajectories, conditions, advantages, kept, world)["update/loss"]
+    return update(
+        trainer,
+        SETTINGS,
+        Experience(
+            plan=plan, trajectories=drawn.trajectories, conditions=conditions, advantages=advantages, selected=kept
+        ),
+        world,
+    )["update/loss"]
 
 
 def test_samples_are_the_odes_and_are_noised_with_their_keys(
@@ -92,7 +101,9 @@ def test_gradient_equals_plain_autograd_of_the_objective(
             t, x, x_0 = plan.grid[step][None], trajectory.states[step][None], trajectory.states[plan.steps][None]
             v = plain.velocity(x, t, stack([conditions[slot // tiny.GROUP]]))
             advantage = tiny.advantages()[slot][None]
-            loss = loss + objectives.nft(Noised(x, x_0, t, v, v_old[None], advantage), SETTINGS)[0] / (TOTAL * 3)
+            loss = loss + objectives.nft(
+                Noised(x, x_0=x_0, t=t, v=v, v_old=v_old[None], advantage=advantage), SETTINGS
+            )[0] / (TOTAL * 3)
     loss.backward()
     expected = {name: p.grad for name, p in plain.network.named_parameters() if p.grad is not None}
     assert trainer.gradients[0].keys() == expected.keys()
@@ -104,7 +115,7 @@ def test_updates_make_rewarded_samples_likelier_and_others_less_likely(
     policy: Policy, conditions: list[Condition], world: World
 ) -> None:
     """Likelihood by its usual bound: how well noise is undone that training has not seen."""
-    plan = replace(nft.of_any_step(tiny.plan(policy, shared_noise=False)), trained=tiny.STEPS)
+    plan = replace(METHOD.plan(tiny.plan(policy, shared_noise=False)), trained=tiny.STEPS)
     drawn = draw(policy, plan, conditions, 12)
     fresh = replace(plan, seed=99)
     advantages = torch.tensor([5.0, -5.0]).repeat(TOTAL // 2)
@@ -115,7 +126,7 @@ def test_updates_make_rewarded_samples_likelier_and_others_less_likely(
         for slots in rollout.batches(range(TOTAL), conditions, tiny.GROUP, 12):
             condition = stack([conditions[slot // tiny.GROUP] for slot in slots])
             for step in range(fresh.steps):
-                x, t = nft.noised(fresh, slots, [step] * len(slots), drawn.final[slots])
+                x, t = noised(fresh, slots, [step] * len(slots), drawn.final[slots])
                 with torch.no_grad():
                     v = policy.velocity(x, t, condition)
                 off = x - t.reshape(-1, 1, 1, 1, 1) * v - drawn.final[slots]
@@ -153,20 +164,20 @@ def test_a_run_draws_from_the_average(tmp_path: Path) -> None:
 )
 def test_settings_that_do_not_go_with_it_are_named(overrides: list[str], complaint: str) -> None:
     good = ["objective.kind=nft", "rollout.shared_noise=false", "optimizer.ema_decay=0.5", "rollout.eta=0.0"]
-    assert config.load(runs.RECIPE, good).needs_initial_policy
-    assert not config.load(runs.RECIPE, [*good, "objective.nft_kl=0.0"]).needs_initial_policy
+    assert methods.needs_initial_policy(config.load(runs.RECIPE, good))
+    assert not methods.needs_initial_policy(config.load(runs.RECIPE, [*good, "objective.nft_kl=0.0"]))
     with pytest.raises(UserError, match=f"^{re.escape(complaint)}"):
-        config.load(runs.RECIPE, [*good, *overrides])
+        methods.check(config.load(runs.RECIPE, [*good, *overrides]))
 
 
 class Diffusion:
     """A policy whose steps are DDIM's."""
 
     def transition(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-        return ddim_transition(x, v, 1 - t, 1 - t_next, eta)
+        return ddim_transition(x, epsilon=v, alpha=1 - t, alpha_next=1 - t_next, eta=eta)
 
 
 def test_a_diffusion_model_is_refused(policy: Policy) -> None:
-    nft.check(policy, torch.device("cpu"))
+    METHOD.check_policy(policy, torch.device("cpu"))
     with pytest.raises(UserError, match=r"objective\.kind=nft: is made for rectified flows"):
-        nft.check(Diffusion(), torch.device("cpu"))  # type: ignore[arg-type]
+        METHOD.check_policy(Diffusion(), torch.device("cpu"))  # type: ignore[arg-type]

@@ -53,8 +53,11 @@ def stalled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stalled]:
     with (folder.parent / "out").open("w") as out:
         process = subprocess.Popen(
             [*command, "tests.worker_observability", str(folder)],
-            cwd=runs.ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            cwd=runs.ROOT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     pid = 0
     try:
         deadline = time.monotonic() + 100
@@ -69,7 +72,9 @@ def stalled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stalled]:
                 pid = beats[1].pid
         told = (folder.parent / "out").read_text()
         assert pid, told
-        yield Stalled(folder, told, status(folder, "--limit", str(LIMIT_S)), runs.metrics(folder), pid)
+        yield Stalled(
+            folder, out=told, told=status(folder, "--limit", str(LIMIT_S)), rows=runs.metrics(folder), pid=pid
+        )
     finally:
         for number in (pid, process.pid):  # the ranks die with torchrun, but one that is stopped does not hear SIGTERM
             with suppress(ProcessLookupError):
@@ -218,9 +223,11 @@ def gathered(*watches: Stopwatch) -> Spread:
 
 def test_the_spread_is_that_of_the_ranks() -> None:
     found = gathered(
-        watched(rollout=1.0, update=5.0, wait=3.0), watched(rollout=1.2, update=5.0, wait=2.8),
-        watched(update=5.2, wait=3.8), watched(rollout=4.0, update=5.0, wait=0.0),
-    )  # fmt: skip
+        watched(rollout=1.0, update=5.0, wait=3.0),
+        watched(rollout=1.2, update=5.0, wait=2.8),
+        watched(update=5.2, wait=3.8),
+        watched(rollout=4.0, update=5.0, wait=0.0),
+    )
     metrics = found.metrics()
     assert [metrics[f"seconds_{kind}/rollout"] for kind in ("min", "median", "max")] == [0.0, 1.1, 4.0]
     assert [metrics[f"slowest/{name}"] for name in ("rollout", "update", "rank")] == [3.0, 2.0, 3.0]

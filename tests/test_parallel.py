@@ -7,7 +7,7 @@ prompts have two text lengths.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -79,11 +79,14 @@ def test_every_family_shares_sequences_exactly(tmp_path: Path) -> None:
         assert differences_of["gradient"] <= 1e-6, name
 
 
-@pytest.mark.parametrize(("ranks", "settings"), [
-    (2, {"rollout_weights": "gathered"}),
-    (2, {"rollout_weights": "sharded"}),
-    (4, {"rollout_weights": "sharded", "shard": 2}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (2, {"rollout_weights": "gathered"}),
+        (2, {"rollout_weights": "sharded"}),
+        (4, {"rollout_weights": "sharded", "shard": 2}),
+    ],
+)
 def test_bytes_on_the_wire_are_those_of_the_formulas(ranks: int, settings: dict[str, Any], tmp_path: Path) -> None:
     """The formulas of docs/cluster.md."""
     done = forks.run("tests.worker_communication", [str(tmp_path / "bytes"), json.dumps(settings)], ranks)
@@ -127,22 +130,28 @@ def bfloat16() -> Any:
     return Model(family="hunyuan_video", path=str(tiny.FOLDER), dtype="bfloat16")
 
 
-@pytest.mark.parametrize(("settings", "size", "node", "expected"), [
-    ({}, 8, 8, (1, 8)),
-    ({}, 64, 8, (8, 8)),
-    ({"sp": 4}, 64, 8, (8, 8)),
-    ({"shard": 64}, 64, 8, (1, 64)),
-    ({"shard": 2}, 4, 4, (2, 2)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "size", "node", "expected"),
+    [
+        ({}, 8, 8, (1, 8)),
+        ({}, 64, 8, (8, 8)),
+        ({"sp": 4}, 64, 8, (8, 8)),
+        ({"shard": 64}, 64, 8, (1, 64)),
+        ({"shard": 2}, 4, 4, (2, 2)),
+    ],
+)
 def test_the_mesh_follows_the_nodes(settings: dict[str, int], size: int, node: int, expected: tuple[int, int]) -> None:
     assert mesh_shape(Distributed(**settings), size, node) == expected
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"sp": 3}, r"distributed.sp=3: does not divide the 8 ranks; use one of 1, 2, 4, 8"),
-    ({"shard": 3}, r"distributed.shard=3: must divide the 8 ranks and be a multiple of sp=1"),
-    ({"sp": 4, "shard": 2}, r"distributed.shard=2: .*multiple of sp=4; use one of 4, 8"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sp": 3}, r"distributed.sp=3: does not divide the 8 ranks; use one of 1, 2, 4, 8"),
+        ({"shard": 3}, r"distributed.shard=3: must divide the 8 ranks and be a multiple of sp=1"),
+        ({"sp": 4, "shard": 2}, r"distributed.shard=2: .*multiple of sp=4; use one of 4, 8"),
+    ],
+)
 def test_a_mesh_that_does_not_divide_is_refused(settings: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         mesh_shape(Distributed(**settings), 8, 8)
@@ -159,6 +168,9 @@ def test_heads_that_do_not_divide_are_refused_with_those_that_would() -> None:
 def test_work_is_divided_over_groups_of_ranks() -> None:
     from fastgrpo.parallel.world import Group
 
-    worlds = [World(rank, 4, torch.device("cpu"), None, Group(None, rank % 2, 2)) for rank in range(4)]  # type: ignore[arg-type]
+    worlds = [
+        World(rank, 4, torch.device("cpu"), cast(Any, None), sp=Group(cast(Any, None), rank % 2, 2))
+        for rank in range(4)
+    ]
     assert [list(world.share(5)) for world in worlds] == [[0, 1], [0, 1], [2, 3, 4], [2, 3, 4]]
     assert [list(world.part(3)) for world in worlds] == [[0], [1, 2], [0], [1, 2]]

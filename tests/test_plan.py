@@ -46,22 +46,42 @@ def recipe(*overrides: str, name: str = "t2v_hunyuan") -> Recipe:
 def job(settings: dict[str, Any], the_recipe: Recipe, gpus: int, latent: tuple[int, int, int, int], text: int) -> Job:
     tokens, shards = latent[1] * latent[2] * latent[3] // 4, the_recipe.distributed.shard or gpus
     net = network(the_recipe.model.family, settings)
-    return Job(the_recipe, net, latent, tokens, text, gpus, 8, gpus // shards, shards)
+    return Job(
+        the_recipe,
+        network=net,
+        latent=latent,
+        video=tokens,
+        text=text,
+        gpus=gpus,
+        ranks_per_node=8,
+        replicas=gpus // shards,
+        shards=shards,
+    )
 
 
 # --- shapes -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "kind", "settings"), [
-    ("hunyuan_video", HunyuanVideoTransformer3DModel, HUNYUAN | FEWER | {"guidance_embeds": False}),
-    ("skyreels_i2v", HunyuanVideoTransformer3DModel, HUNYUAN | FEWER | {"in_channels": 32}),
-    ("flux", FluxTransformer2DModel, FLUX_DEV | FEWER),
-    ("wan", WanTransformer3DModel, WAN_1_3B | {"num_layers": 1}),
-    ("stable_diffusion", UNet2DConditionModel, SD_1),
-    ("stable_diffusion", UNet2DConditionModel, SD_1 | {
-        "use_linear_projection": True, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20),
-    }),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "kind", "settings"),
+    [
+        ("hunyuan_video", HunyuanVideoTransformer3DModel, HUNYUAN | FEWER | {"guidance_embeds": False}),
+        ("skyreels_i2v", HunyuanVideoTransformer3DModel, HUNYUAN | FEWER | {"in_channels": 32}),
+        ("flux", FluxTransformer2DModel, FLUX_DEV | FEWER),
+        ("wan", WanTransformer3DModel, WAN_1_3B | {"num_layers": 1}),
+        ("stable_diffusion", UNet2DConditionModel, SD_1),
+        (
+            "stable_diffusion",
+            UNet2DConditionModel,
+            SD_1
+            | {
+                "use_linear_projection": True,
+                "cross_attention_dim": 1024,
+                "attention_head_dim": (5, 10, 20, 20),
+            },
+        ),
+    ],
+)
 def test_shapes_are_those_of_the_classes(family: str, kind: Any, settings: dict[str, Any]) -> None:
     with torch.device("meta"):
         parameters = {name: tuple(p.shape) for name, p in kind(**settings).named_parameters()}
@@ -70,13 +90,16 @@ def test_shapes_are_those_of_the_classes(family: str, kind: Any, settings: dict[
     } == parameters
 
 
-@pytest.mark.parametrize(("family", "settings", "expected"), [
-    ("hunyuan_video", HUNYUAN, 12_821_012_544),
-    ("flux", FLUX_DEV, 11_901_408_320),
-    ("wan", WAN_14B, 14_288_491_584),
-    ("wan", WAN_1_3B, 1_418_996_800),
-    ("stable_diffusion", SD_1, 859_520_964),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "settings", "expected"),
+    [
+        ("hunyuan_video", HUNYUAN, 12_821_012_544),
+        ("flux", FLUX_DEV, 11_901_408_320),
+        ("wan", WAN_14B, 14_288_491_584),
+        ("wan", WAN_1_3B, 1_418_996_800),
+        ("stable_diffusion", SD_1, 859_520_964),
+    ],
+)
 def test_published_networks_have_their_parameters(family: str, settings: dict[str, Any], expected: int) -> None:
     """The classes' own counts, taken once on the meta device."""
     assert network(family, settings).parameters == expected
@@ -105,9 +128,15 @@ def test_adapters_have_pefts_shapes() -> None:
 # --- FLOPs and bytes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("sp", "forward", "train", "exchanged"), [
-    (1, 296.6, 1247, 0), (2, 150.0, 631, 13.0), (4, 76.7, 322, 9.7), (8, 40.1, 168, 5.7),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sp", "forward", "train", "exchanged"),
+    [
+        (1, 296.6, 1247, 0),
+        (2, 150.0, 631, 13.0),
+        (4, 76.7, 322, 9.7),
+        (8, 40.1, 168, 5.7),
+    ],
+)
 def test_work_of_hunyuan_video_on_64_ranks(sp: int, forward: float, train: float, exchanged: float) -> None:
     """Against a simulation that another program made, of 480 x 480 x 53, FSDP over all ranks."""
     found = job(HUNYUAN, recipe(f"distributed.sp={sp}", "distributed.shard=64"), 64, LATENT, 256)
@@ -138,12 +167,16 @@ def test_bytes_are_those_that_two_ranks_send(tmp_path: Path) -> None:
 def test_a_simulated_rank_agrees() -> None:
     """Hybrid sharding 2 x 2 with shared sequences, recomputation, bfloat16: memory within 5 %, FLOPs, bytes exact."""
     settings = HUNYUAN | {
-        "num_attention_heads": 4, "attention_head_dim": 128, "num_layers": 1, "num_single_layers": 2,
-        "num_refiner_layers": 1, "text_embed_dim": 256,
-    }  # fmt: skip
+        "num_attention_heads": 4,
+        "attention_head_dim": 128,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "num_refiner_layers": 1,
+        "text_embed_dim": 256,
+    }
     asked = recipe("distributed.sp=2", "distributed.shard=2", "rollout.batch_size=1")
     latent, text = (16, 5, 60, 60), 64
-    exact = rank.simulate(asked, settings, rank.Sizes(latent, text), 4, 8)
+    exact = rank.simulate(asked, config=settings, sizes=rank.Sizes(latent, text), gpus=4, ranks_per_node=8)
     closed = job(settings, asked, 4, latent, text)
     assert exact.update_peak == pytest.approx(sum(memory.update(closed, 1, False).values()), rel=0.05)
     assert exact.rollout_peak == pytest.approx(sum(memory.rollout(closed, 1, True).values()), rel=0.05)
@@ -151,9 +184,12 @@ def test_a_simulated_rank_agrees() -> None:
     assert exact.update_flops == pytest.approx(compute.update(closed, 1).total, rel=0.002)
     sent = compute.micro_batch(closed, 1)
     assert exact.update_sent == {
-        "all-gather": sent.gather, "reduce-scatter": sent.scatter, "all-to-all": sent.exchange,
-        "gather of tokens": sent.collect, "all-reduce": compute.between_replicas(closed).reduce,
-    }  # fmt: skip
+        "all-gather": sent.gather,
+        "reduce-scatter": sent.scatter,
+        "all-to-all": sent.exchange,
+        "gather of tokens": sent.collect,
+        "all-reduce": compute.between_replicas(closed).reduce,
+    }
 
 
 # --- plans --------------------------------------------------------------------------------------------------------
@@ -250,17 +286,23 @@ def test_numbers_of_a_gpu_can_be_set() -> None:
     assert quick.seconds < slow.seconds
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--gpus", "64", "--gpu", "h900"], r"--gpu=h900: not in the table; use one of h800, h100"),
-    (["--gpus", "12", "--gpu", "h800"], r"--gpus=12: not a multiple of the 8 of a node"),
-    (["distributed.sp=5", "--gpus", "40", "--gpu", "h800"], r"distributed.shard=8: must divide the 40 ranks"),
-    (["distributed.sp=16", "--gpus", "16", "--gpu", "h800", "--ranks-per-node", "16"], r"distributed.sp=16: does not"),
-    (["video.frames=50", "--gpus", "64", "--gpu", "h800"], r"video.frames=50: must be a multiple of 4, plus 1"),
-    (["--gpus", "8", "--gpu", "h800", "--set", "speed=1"], r"--set=speed: no such number; use one of decode"),
-    (["--gpus", "8", "--gpu", "h800", "--set", "update=1.5"], r"--set=update=1.5: must be a share from 0 to 1"),
-    (["--gpus", "8", "--gpu", "h800", "--picture", "x.bmp"], r"--picture=x.bmp: no format of that name"),
-    (["model.path=./nowhere", "--gpus", "8", "--gpu", "h800"], r"nowhere: has no transformer/config.json"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "64", "--gpu", "h900"], r"--gpu=h900: not in the table; use one of h800, h100"),
+        (["--gpus", "12", "--gpu", "h800"], r"--gpus=12: not a multiple of the 8 of a node"),
+        (["distributed.sp=5", "--gpus", "40", "--gpu", "h800"], r"distributed.shard=8: must divide the 40 ranks"),
+        (
+            ["distributed.sp=16", "--gpus", "16", "--gpu", "h800", "--ranks-per-node", "16"],
+            r"distributed.sp=16: does not",
+        ),
+        (["video.frames=50", "--gpus", "64", "--gpu", "h800"], r"video.frames=50: must be a multiple of 4, plus 1"),
+        (["--gpus", "8", "--gpu", "h800", "--set", "speed=1"], r"--set=speed: no such number; use one of decode"),
+        (["--gpus", "8", "--gpu", "h800", "--set", "update=1.5"], r"--set=update=1.5: must be a share from 0 to 1"),
+        (["--gpus", "8", "--gpu", "h800", "--picture", "x.bmp"], r"--picture=x.bmp: no format of that name"),
+        (["model.path=./nowhere", "--gpus", "8", "--gpu", "h800"], r"nowhere: has no transformer/config.json"),
+    ],
+)
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", str(T2V), *arguments]) == 2
     error = capsys.readouterr().err

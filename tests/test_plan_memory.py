@@ -24,7 +24,10 @@ from fastgrpo.tools.plan.gpus import Achieved, gpu
 from fastgrpo.tools.plan.phases import Machine
 from fastgrpo.tools.plan.simulation.counters import Sent
 from fastgrpo.tools.plan.subject import subject
-from fastgrpo.training import evaluation, nft, update
+from fastgrpo.training import trainer as training
+from fastgrpo.training import update
+from fastgrpo.training.method import Experience
+from fastgrpo.training.methods.nft import METHOD
 from fastgrpo.training.policies import Reference, Unadapted
 from fastgrpo.training.rollout import Plan
 from fastgrpo.training.trainer import Trainer
@@ -45,7 +48,7 @@ def recipe(*overrides: str, name: str = "t2v_tiny") -> Recipe:
 def test_trajectories_of_nft_are_what_its_samples_hold() -> None:
     """c noised states, c velocities and x_0: with 3 of 5 steps more than the steps that GRPO's states stop at."""
     policy, slots = tiny.load_policy(), list(range(tiny.GROUP))
-    drawn = nft.sample(policy, nft.of_any_step(tiny.plan(policy, shared_noise=False)), tiny.encode(), slots)
+    drawn = METHOD.sample(policy, METHOD.plan(tiny.plan(policy, shared_noise=False)), tiny.encode(), slots, {})
     held = sum(
         tensor.numel() * tensor.itemsize
         for kept in drawn.trajectories.values()
@@ -54,14 +57,14 @@ def test_trajectories_of_nft_are_what_its_samples_hold() -> None:
     asked = recipe(*NFT, "rollout.steps=5", "video.frames=9", "video.height=24", "video.width=40")
     job = subject(asked, 1, 8).job
     assert asked.steps_trained == 3
-    assert memory.trajectories(job, len(slots), asked.steps_trained) == held
+    assert memory.trajectories(job, len(slots)) == held
 
 
 def test_raw_weights_are_what_the_average_displaces(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer.create(tiny.load_policy(), Optimizer(ema_decay=0.5), None)
     copied: list[Mapping[str, Tensor]] = []
-    monkeypatch.setattr(evaluation, "_copy", lambda values, parameters: copied.append(values))
-    with evaluation.averaged_weights(trainer):
+    monkeypatch.setattr(training, "_copy", lambda values, parameters: copied.append(values))
+    with training.averaged_weights(trainer):
         pass
     _, raw = copied  # what is put back
     job = subject(recipe(*NFT), 1, 8).job
@@ -109,7 +112,7 @@ def two_ranks(sp: int) -> Iterator[World]:
     try:
         assert dist.group.WORLD is not None
         group = Group(dist.group.WORLD, 0, 2) if sp == 2 else None
-        yield World(0, 2, CPU, init_device_mesh("cpu", (2,), mesh_dim_names=("shard",)), group)
+        yield World(0, size=2, device=CPU, mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("shard",)), sp=group)
     finally:
         dist.destroy_process_group()
 
@@ -120,9 +123,16 @@ def sharded(asked: Recipe, world: World) -> Policy:
     return policy
 
 
-@pytest.mark.parametrize("overrides", [
-    (), ("distributed.sp=2",), ("distributed.sp=2", "model.gradient_checkpointing=true"), ("lora.rank=4",),
-], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("distributed.sp=2",),
+        ("distributed.sp=2", "model.gradient_checkpointing=true"),
+        ("lora.rank=4",),
+    ],
+    ids=" ".join,
+)
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 def test_micro_batches_with_an_initial_policy_send_what_is_planned(overrides: tuple[str, ...]) -> None:
     """To the byte, of the update's own micro-batch; the second network's root is gathered in the first, and stays."""
@@ -137,19 +147,32 @@ def test_micro_batches_with_an_initial_policy_send_what_is_planned(overrides: tu
             reference = sharded(asked, world)
             reference.network.requires_grad_(False)
         trainer = Trainer.create(policy, asked.optimizer, reference)
-        plan_ = Plan(0, 0, 2, torch.linspace(1, 0, 3), 0.3, True, job.latent)
+        plan_ = Plan(
+            seed=0,
+            iteration=0,
+            group_size=2,
+            grid=torch.linspace(1, 0, 3),
+            eta=0.3,
+            shared_noise=True,
+            latent_shape=job.latent,
+        )
+        experience = Experience(
+            plan=plan_, conditions=[condition], trajectories={}, advantages=torch.ones(2), selected=torch.ones(2)
+        )
         for _ in range(2):
             with Sent(1) as sent:
-                update._nothing(trainer, plan_, [condition], world).backward()
+                update._dummy_loss(trainer, experience, world).backward()
             counted.append(dict(sent.sent))
         if job.second_network:
             states, root = memory.states(job), held_by_root(reference)
             assert states["initial policy"] == states["weights"] + root
     planned = compute.micro_batch(job, 1)
     expected = {
-        "all-gather": planned.gather, "reduce-scatter": planned.scatter,
-        "all-to-all": planned.exchange, "gather of tokens": planned.collect,
-    }  # fmt: skip
+        "all-gather": planned.gather,
+        "reduce-scatter": planned.scatter,
+        "all-to-all": planned.exchange,
+        "gather of tokens": planned.collect,
+    }
     first = compute.gathered_bytes(job, job.network.rest) / 2 if job.second_network else 0.0
     assert counted[1] == {kind: count for kind, count in expected.items() if count}
     assert counted[0] == counted[1] | {"all-gather": planned.gather + first}

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrpo.cli.preflight_run import planned
 from fastgrpo.core import config
 from fastgrpo.parallel.world import World
+from fastgrpo.tools.preflight.run import planned
 from tests import runs
 
 

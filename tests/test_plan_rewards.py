@@ -24,7 +24,7 @@ from fastgrpo.tools.plan.costs import rewards
 from fastgrpo.tools.plan.gpus import Achieved, gpu
 from fastgrpo.tools.plan.phases import Machine
 from fastgrpo.tools.plan.subject import subject
-from fastgrpo.training import sources
+from fastgrpo.training.scoring import sources
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 HPS = "rewards=[{name='hps', weights={HPS=1.0}, %s}]"
@@ -37,7 +37,7 @@ def recipe(*overrides: str) -> Recipe:
 
 def world(gpus: int, sp: int = 1) -> World:
     mesh: Any = None
-    return World(0, gpus, torch.device("cpu"), mesh, Group(mesh, 0, sp) if sp > 1 else None)
+    return World(0, size=gpus, device=torch.device("cpu"), mesh=mesh, sp=Group(mesh, 0, sp) if sp > 1 else None)
 
 
 @pytest.mark.parametrize("name", ["hps", "clip_score", "pick_score"])
@@ -49,15 +49,18 @@ def test_frames_scored_are_those_that_the_reward_chooses(name: str, rule: Any) -
     assert rewards.frames_scored(spec, asked) == len(frames.choose(own if rule is None else rule, 53))
 
 
-@pytest.mark.parametrize(("where", "passing"), [
-    ("where='process'", True),
-    ("where='process', device='cuda'", False),
-    ("where='process', device='cuda:2'", False),
-    ("where='process', device='cuda:7'", False),  # a GPU of the node that has no rank
-    ("where='process', device='cpu'", False),
-    ("where='server'", False),
-    ("where='server', device='cuda:3'", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("where", "passing"),
+    [
+        ("where='process'", True),
+        ("where='process', device='cuda'", False),
+        ("where='process', device='cuda:2'", False),
+        ("where='process', device='cuda:7'", False),  # a GPU of the node that has no rank
+        ("where='process', device='cpu'", False),
+        ("where='server'", False),
+        ("where='server', device='cuda:3'", False),
+    ],
+)
 @pytest.mark.parametrize("sp", [1, 2])
 def test_every_ranks_clips_are_scored_where_the_recipe_says(where: str, passing: bool, sp: int) -> None:
     """4 ranks of a node of 8 GPUs: where each one's weights and clips come to lie, then the busiest GPU."""

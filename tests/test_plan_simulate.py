@@ -19,9 +19,13 @@ from fastgrpo.tools.plan.subject import HUNYUAN
 from tests.test_plan import T2V, job
 
 SETTINGS = HUNYUAN | {
-    "num_attention_heads": 4, "attention_head_dim": 128, "num_layers": 1, "num_single_layers": 2,
-    "num_refiner_layers": 1, "text_embed_dim": 256,
-}  # fmt: skip
+    "num_attention_heads": 4,
+    "attention_head_dim": 128,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "num_refiner_layers": 1,
+    "text_embed_dim": 256,
+}
 TINY = T2V.parent / "t2v_tiny.toml"
 
 
@@ -36,7 +40,9 @@ def test_a_rollouts_forward_has_its_weights_as_the_plan_says(latent: tuple[int, 
     """Peak memory within 5 %; bytes to the byte: block by block, or none behind the gather that comes before."""
     asked, text = recipe("distributed.sp=2", "rollout.batch_size=1"), 64
     passes = ("rollout memory", "rollout work")
-    exact = rank.simulate(asked, SETTINGS, Sizes(latent, text), 4, 8, passes, whole=whole)
+    exact = rank.simulate(
+        asked, config=SETTINGS, sizes=Sizes(latent, text), gpus=4, ranks_per_node=8, passes=passes, whole=whole
+    )
     closed = job(SETTINGS, asked, 4, latent, text)
     assert exact.rollout_peak == pytest.approx(sum(memory.rollout(closed, 1, whole).values()), rel=0.05)
     tokens = compute.exchanged(closed, 1)

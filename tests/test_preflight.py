@@ -12,8 +12,6 @@ import torch
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoConditionEmbedding
 
 from fastgrpo.cli import main as cli
-from fastgrpo.cli import preflight_run
-from fastgrpo.cli.preflight_run import card_of
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward
@@ -21,15 +19,27 @@ from fastgrpo.models.hunyuan_video import HunyuanVideo
 from fastgrpo.rewards import load, plain
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
+from fastgrpo.tools.preflight import run as preflight_run
 from fastgrpo.tools.preflight.iteration import short
 from fastgrpo.tools.preflight.rewards import Tried, _judge, _try
+from fastgrpo.tools.preflight.run import card_of
 from fastgrpo.train import train
 from fastgrpo.training.rollout import Plan
 from tests import forks, runs
 from tests.servers import TOKEN, running
 
-EVERYTHING = ("folder", "weights", "noise", "sequences", "reward tiny_world", "log-probabilities", "ratio", "gradients",
-              "decode", "scoring")  # fmt: skip
+EVERYTHING = (
+    "folder",
+    "weights",
+    "noise",
+    "sequences",
+    "reward tiny_world",
+    "log-probabilities",
+    "ratio",
+    "gradients",
+    "decode",
+    "scoring",
+)
 
 
 def told_by(which: str, folder: Path) -> list[dict[str, Any]]:
@@ -59,26 +69,35 @@ def test_without_a_fault_one_line_says_so(told: list[dict[str, Any]], shared: li
         assert line.split(" s: ")[1] == ", ".join(EVERYTHING)
 
 
-@pytest.mark.parametrize(("fault", "red"), [
-    ("a bf16 log-prob", "log-probabilities: off from float64 by "),
-    ("a bf16 log-prob in the update", "ratio: max |log ratio| "),
-    ("a seed that depends on the rank", "noise: rank 1 draws other noise than rank 0 for the same samples"),
-    ("a moved golden clip", "reward tiny_world: the golden clip's VQ is 0.988119 on rank 0, and was 0.978119 when"),
-    ("a moved golden clip on one rank", "reward tiny_world: the golden clip's VQ is 0.988119 on rank 1, and was 0.97"),
-    ("no room", "folder: 30.0 MiB free in "),
-    ("replicas that do not reduce", "gradients: of "),
-    ("another weight", "weights: "),
-    ("a blank decoder", "decode: 4 of 4 clips are one colour"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fault", "red"),
+    [
+        ("a bf16 log-prob", "log-probabilities: off from float64 by "),
+        ("a bf16 log-prob in the update", "ratio: max |log ratio| "),
+        ("a seed that depends on the rank", "noise: rank 1 draws other noise than rank 0 for the same samples"),
+        ("a moved golden clip", "reward tiny_world: the golden clip's VQ is 0.988119 on rank 0, and was 0.978119 when"),
+        (
+            "a moved golden clip on one rank",
+            "reward tiny_world: the golden clip's VQ is 0.988119 on rank 1, and was 0.97",
+        ),
+        ("no room", "folder: 30.0 MiB free in "),
+        ("replicas that do not reduce", "gradients: of "),
+        ("another weight", "weights: "),
+        ("a blank decoder", "decode: 4 of 4 clips are one colour"),
+    ],
+)
 def test_each_fault_is_named_on_every_rank(told: list[dict[str, Any]], fault: str, red: str) -> None:
     for rank in told:
         check_red(rank["faults"][fault], red)
 
 
-@pytest.mark.parametrize(("fault", "red"), [
-    ("a broken sp gather", "sequences: relative difference from one rank's forward "),
-    ("a seed that depends on the rank", "noise: rank 1 draws other noise"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fault", "red"),
+    [
+        ("a broken sp gather", "sequences: relative difference from one rank's forward "),
+        ("a seed that depends on the rank", "noise: rank 1 draws other noise"),
+    ],
+)
 def test_faults_among_ranks_that_share_sequences(shared: list[dict[str, Any]], fault: str, red: str) -> None:
     for rank in shared:
         check_red(rank["faults"][fault], red)
@@ -126,10 +145,17 @@ def test_weights_state_random_numbers_and_files_are_as_they_were(
         assert after == before
 
 
-@pytest.mark.parametrize(("device", "name"), [
-    ("NVIDIA H800", "h800"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100-80"),
-    ("NVIDIA A100-PCIE-40GB", "a100-40"), ("NVIDIA GeForce RTX 4090", "4090"), ("Tesla T4", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H800", "h800"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("Tesla T4", None),
+    ],
+)
 def test_the_planners_gpu_is_found_by_the_devices_name(device: str, name: str | None) -> None:
     card = card_of(device)
     assert (card.name if card else None) == name
@@ -191,15 +217,28 @@ def test_a_rank_whose_gpu_has_no_room_says_so_itself(tmp_path: Path) -> None:
 
 
 def plan(steps: int, window: range | None) -> Plan:
-    return Plan(0, 0, 4, torch.linspace(1, 0, steps + 1), 0.3, True, (1, 1, 1, 1), window, 2)
+    return Plan(
+        seed=0,
+        iteration=0,
+        group_size=4,
+        grid=torch.linspace(1, 0, steps + 1),
+        eta=0.3,
+        shared_noise=True,
+        latent_shape=(1, 1, 1, 1),
+        window=window,
+        trained=2,
+    )
 
 
-@pytest.mark.parametrize(("steps", "window", "times", "noisy"), [
-    (10, None, [1.0, 0.2, 0.1, 0.0], range(0, 2)),
-    (10, range(3, 6), [1.0, 0.7, 0.5, 0.4, 0.0], range(1, 3)),
-    (10, range(4, 5), [1.0, 0.6, 0.5, 0.0], range(1, 2)),
-    (2, None, [1.0, 0.5, 0.0], range(0, 1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("steps", "window", "times", "noisy"),
+    [
+        (10, None, [1.0, 0.2, 0.1, 0.0], range(0, 2)),
+        (10, range(3, 6), [1.0, 0.7, 0.5, 0.4, 0.0], range(1, 3)),
+        (10, range(4, 5), [1.0, 0.6, 0.5, 0.0], range(1, 2)),
+        (2, None, [1.0, 0.5, 0.0], range(0, 1)),
+    ],
+)
 def test_the_short_plan_keeps_the_first_and_the_last_noisy_step(
     steps: int, window: range | None, times: list[float], noisy: range
 ) -> None:
@@ -208,18 +247,29 @@ def test_the_short_plan_keeps_the_first_and_the_last_noisy_step(
     assert found.noisy == noisy and found.chosen(0) == list(noisy)
 
 
-@pytest.mark.parametrize(("rank_1", "green", "told"), [
-    (Tried("r", {"A": 0.5}, {"A": 0.5}, {"A": 0.5}, "when it started"), True, "A 0.5: twice the same, as when"),
-    (Tried("r", {"A": 0.5005}, {"A": 0.5005}, {"A": 0.5}, "then"), True, "A 0.5"),
-    (Tried("r", {"A": 0.5}, {"A": 0.5002}, None), False, "A is 0.5 and at once again 0.5002, on rank 1"),
-    (Tried("r", {"A": 0.51}, {"A": 0.51}, {"A": 0.5}, "then"), False, "A is 0.51 on rank 1, and was 0.5 then"),
-    (Tried("r", {"A": 0.51}, {"A": 0.51}, None), False, "A is 0.51 on rank 1, and 0.5 on rank 0"),
-    (Tried("r", {"A": None}, {"A": None}, None), False, "A is none on rank 1, and 0.5 on rank 0"),
-    (Tried("r", {"A": 0.5}, {"A": 0.5009}, None, alone=False), True, "A 0.5: twice the same"),
-    (Tried("r", {"A": 0.5}, {"A": 0.502}, None, alone=False), False, "A is 0.5 and at once again 0.502, on rank 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rank_1", "green", "told"),
+    [
+        (
+            Tried("r", scores={"A": 0.5}, again={"A": 0.5}, expected={"A": 0.5}, of="when it started"),
+            True,
+            "A 0.5: twice the same, as when",
+        ),
+        (Tried("r", scores={"A": 0.5005}, again={"A": 0.5005}, expected={"A": 0.5}, of="then"), True, "A 0.5"),
+        (Tried("r", {"A": 0.5}, {"A": 0.5002}, None), False, "A is 0.5 and at once again 0.5002, on rank 1"),
+        (
+            Tried("r", scores={"A": 0.51}, again={"A": 0.51}, expected={"A": 0.5}, of="then"),
+            False,
+            "A is 0.51 on rank 1, and was 0.5 then",
+        ),
+        (Tried("r", {"A": 0.51}, {"A": 0.51}, None), False, "A is 0.51 on rank 1, and 0.5 on rank 0"),
+        (Tried("r", {"A": None}, {"A": None}, None), False, "A is none on rank 1, and 0.5 on rank 0"),
+        (Tried("r", {"A": 0.5}, {"A": 0.5009}, None, alone=False), True, "A 0.5: twice the same"),
+        (Tried("r", {"A": 0.5}, {"A": 0.502}, None, alone=False), False, "A is 0.5 and at once again 0.502, on rank 1"),
+    ],
+)
 def test_a_golden_clip_is_judged(rank_1: Tried, green: bool, told: str) -> None:
-    rank_0 = Tried("r", {"A": 0.5}, {"A": 0.5}, rank_1.expected and {"A": 0.5}, rank_1.of)
+    rank_0 = Tried("r", scores={"A": 0.5}, again={"A": 0.5}, expected=rank_1.expected and {"A": 0.5}, of=rank_1.of)
     finding = _judge((rank_0, rank_1), 1e-3)
     assert finding.green == green and told in finding.measured
 

@@ -77,9 +77,15 @@ def test_filters_leave_out_and_count(kind: str, tmp_path: Path) -> None:
     for row in rows:
         row["uuid"] = row["time"] = "x"
     settings = Prompts(
-        train=str(write(tmp_path / f"p.{kind}", rows)), nsfw_columns=tuple(VIDPROM[3:]), max_nsfw=0.2, min_chars=5,
-        max_chars=100, language_column="language", languages=("EN",), heldout_share=0.5,
-    )  # fmt: skip
+        train=str(write(tmp_path / f"p.{kind}", rows)),
+        nsfw_columns=tuple(VIDPROM[3:]),
+        max_nsfw=0.2,
+        min_chars=5,
+        max_chars=100,
+        language_column="language",
+        languages=("EN",),
+        heldout_share=0.5,
+    )
     found = prompts.read(settings, settings.train, "prompts.train", None)
     assert [prompt.text for prompt in found.prompts] == ["a cat of colour 0"]
     left_out = {"unsafe": 1, "too short": 1, "too long": 1, "in another language": 1, "repeated": 1}

@@ -33,9 +33,16 @@ class Replica:
         self.url = f"http://127.0.0.1:{self.port}"
         self.ready = folder / f"{self.port}.json"
         self.arguments = [
-            "serve-rewards", "--recipe", str(recipe), "--port", str(self.port), "--token-file", str(token),
-            "--ready-file", str(self.ready),
-        ]  # fmt: skip
+            "serve-rewards",
+            "--recipe",
+            str(recipe),
+            "--port",
+            str(self.port),
+            "--token-file",
+            str(token),
+            "--ready-file",
+            str(self.ready),
+        ]
         self.process = self.start()
 
     def start(self) -> forks.Started:

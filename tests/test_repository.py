@@ -26,8 +26,9 @@ FLOORS = (
     {"run"},
     {"training"},
     {"checkpoint"},
+    {"session"},
     {"tools"},
-    {"train", "session"},
+    {"train"},
     {"cli"},
 )
 """A package imports only from floors below its own: packages of one floor do not import each other."""

@@ -39,24 +39,39 @@ def test_one_finished_iteration_or_checkpoint_binds(tmp_path: Path) -> None:
     assert holds_run(tmp_path / "run")
 
 
-@pytest.mark.parametrize("override", [
-    "run.dir=elsewhere", "run.iterations=7", "model.decode_batch=2", "model.gradient_checkpointing=true",
-    "rollout.store=host", "rollout.batch_size=auto", "checkpoint.every=3", "distributed.shard=2",
-    "rewards.0.urls=['http://n1:8000']", "rewards.0.where=process", "rewards.0.device=cuda:1", "rewards.1.batch_size=3",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.dir=elsewhere",
+        "run.iterations=7",
+        "model.decode_batch=2",
+        "model.gradient_checkpointing=true",
+        "rollout.store=host",
+        "rollout.batch_size=auto",
+        "checkpoint.every=3",
+        "distributed.shard=2",
+        "rewards.0.urls=['http://n1:8000']",
+        "rewards.0.where=process",
+        "rewards.0.device=cuda:1",
+        "rewards.1.batch_size=3",
+    ],
+)
 def test_a_run_goes_on_with_what_changes_no_result(override: str) -> None:
     check_same_recipe(config.load(runs.RECIPE, REWARDS), config.load(runs.RECIPE, [*REWARDS, override]))
 
 
-@pytest.mark.parametrize(("override", "told"), [
-    ("model.dtype=bfloat16", "model.dtype: float32 -> bfloat16"),
-    ("lora.rank=4", "lora.rank: 0 -> 4"),
-    ("rollout.eta=0.5", "rollout.eta: 0.7 -> 0.5"),
-    ("rewards.0.weights.VQ=0.5", "rewards.0.weights: {'VQ': 1.0, 'MQ': 1.0, 'TA': 1.0} -> {'VQ': 0.5, "),
-    ("rewards.1.path=other", "rewards.1.path: None -> other"),
-    ("rewards.1.fps=8.0", "rewards.1.fps: None -> 8.0"),
-    ("rewards.1.name=other", "rewards.1.name: video_stats -> other"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("model.dtype=bfloat16", "model.dtype: float32 -> bfloat16"),
+        ("lora.rank=4", "lora.rank: 0 -> 4"),
+        ("rollout.eta=0.5", "rollout.eta: 0.7 -> 0.5"),
+        ("rewards.0.weights.VQ=0.5", "rewards.0.weights: {'VQ': 1.0, 'MQ': 1.0, 'TA': 1.0} -> {'VQ': 0.5, "),
+        ("rewards.1.path=other", "rewards.1.path: None -> other"),
+        ("rewards.1.fps=8.0", "rewards.1.fps: None -> 8.0"),
+        ("rewards.1.name=other", "rewards.1.name: video_stats -> other"),
+    ],
+)
 def test_a_run_does_not_go_on_with_what_changes_its_result(override: str, told: str) -> None:
     with pytest.raises(UserError, match="holds a run of another recipe") as caught:
         check_same_recipe(config.load(runs.RECIPE, REWARDS), config.load(runs.RECIPE, [*REWARDS, override]))

@@ -128,7 +128,9 @@ def test_a_frame_that_was_not_sent_is_no_black_one() -> None:
     rewards: dict[str, Reward] = {"two": Choosy(4.0), "all": Sums()}
     with running(rewards) as url:
         for names, at in ((["two"], [0, 2, 4, 6]), (["all"], [0, 2, 4, 6, 8])):
-            body = wire.encode_request([torch.ones(len(at), 8, 8, 3, dtype=torch.uint8)], ["p"], 8.0, names, at, 9)
+            body = wire.encode_request(
+                [torch.ones(len(at), 8, 8, 3, dtype=torch.uint8)], prompts=["p"], fps=8.0, rewards=names, at=at, of=9
+            )
             answer = post(url, body)
             assert answer.status_code == 400 and "looks at" in answer.text
 
@@ -231,7 +233,9 @@ def test_a_request_that_one_reward_refuses_leaves_nothing_waiting() -> None:
     sums = Sums()
     with running({"sums": sums, "two": Choosy(4.0)}) as url:
         at = [0, 1, 3, 5]
-        body = wire.encode_request([torch.ones(4, 8, 8, 3, dtype=torch.uint8)], ["p"], 8.0, ["sums", "two"], at, 9)
+        body = wire.encode_request(
+            [torch.ones(4, 8, 8, 3, dtype=torch.uint8)], prompts=["p"], fps=8.0, rewards=["sums", "two"], at=at, of=9
+        )
         assert post(url, body).status_code == 400
         whole = wire.encode_request([picture(1)], ["p"], 8.0, ["two", "sums"])
         assert post(url, whole).status_code == 200
@@ -271,8 +275,9 @@ def test_the_log_has_no_text_of_exceptions_of_other_libraries() -> None:
         for text in messages
     ]
     assert [json.loads(line)["message"] for line in lines] == [
-        "Task exception was never retrieved", "Exception in callback done",
-    ]  # fmt: skip
+        "Task exception was never retrieved",
+        "Exception in callback done",
+    ]
     assert all(json.loads(line)["error"] == "KeyError" and "secret" not in line for line in lines)
     uvicorn = logging.LogRecord(
         "uvicorn.error", logging.ERROR, "f", 1, "Exception in ASGI application\nsecret", (), told

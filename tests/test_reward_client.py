@@ -302,29 +302,29 @@ def persist(
 
 
 def test_a_slow_server_is_waited_for_beyond_the_limit_of_an_outage(clock: Clock) -> None:
-    found, took = persist(clock, 48.0, right, 1300.0, Busy("status 504", 0.5))
+    found, took = persist(clock, takes_s=48.0, others=right, until_s=1300.0, error=Busy("status 504", 0.5))
     assert found == "scores" and 1300.0 <= took < 1360.0
 
 
 def test_nor_is_it_waited_for_until_the_ranks_time_limit(clock: Clock) -> None:
-    found, took = persist(clock, 60.0, right, math.inf, Busy("status 429", 1.0))
+    found, took = persist(clock, takes_s=60.0, others=right, until_s=math.inf, error=Busy("status 429", 1.0))
     assert found is None and 1300.0 < took <= LONGEST_WAIT_S + 60.0 < TIMEOUT.total_seconds()
 
 
 def test_a_server_that_turns_everything_away_is_an_outage(clock: Clock) -> None:
     start = clock.now
     with pytest.raises(UserError, match=r"no scores for 300 s \(status 429\)"):
-        persist(clock, 5.0, none, math.inf, Busy("status 429", 1.0))
+        persist(clock, takes_s=5.0, others=none, until_s=math.inf, error=Busy("status 429", 1.0))
     assert 300.0 <= clock.now - start < 320.0
 
 
 def test_one_that_answers_no_other_well_is_not_waited_for(clock: Clock) -> None:
-    found, took = persist(clock, 5.0, wrong, math.inf, Busy("status 429", 1.0))
+    found, took = persist(clock, takes_s=5.0, others=wrong, until_s=math.inf, error=Busy("status 429", 1.0))
     assert found is None and 300.0 < took < 330.0
 
 
 def test_a_request_that_breaks_its_connections_is_given_up_while_others_are_answered(clock: Clock) -> None:
-    found, took = persist(clock, 1.0, right, math.inf, httpx.ReadError("reset"))
+    found, took = persist(clock, takes_s=1.0, others=right, until_s=math.inf, error=httpx.ReadError("reset"))
     assert found is None and 300.0 < took < 320.0
 
 

@@ -66,9 +66,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
     ready, log = folder / "ready", folder / "log"
     with log.open("wb") as output:
         child = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(ready)], cwd=ROOT, stdin=subprocess.PIPE, stdout=output, stderr=output,
+            [sys.executable, "-c", SERVER, str(ready)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        )
     try:
         assert child.stdin is not None
         child.stdin.write(TOKEN.encode())
@@ -129,9 +133,11 @@ def damaged(rng: random.Random) -> bytes:
         case _:  # frames that are not there
             at = [rng.randint(-2, 300) for _ in range(rng.randint(0, 5))]
             asked = {
-                "prompts": ["p"] * len(pixels), "fps": 8.0, "rewards": ["tiny_world"],
+                "prompts": ["p"] * len(pixels),
+                "fps": 8.0,
+                "rewards": ["tiny_world"],
                 "frames": [{"of": rng.choice((0, 3, 10**9, -1)), "at": at}] * rng.randint(0, 3),
-            }  # fmt: skip
+            }
             header = json.loads(text) | {"__metadata__": {"request": json.dumps(asked)}}
             return framed(json.dumps(header).encode(), data)
 

@@ -452,11 +452,11 @@ def test_sigterm_drains(tmp_path: Path) -> None:
 
 def test_addresses_that_cannot_be_had_are_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="choose another, or port 0"):
-        serve([plain("tiny_world")], "127.0.0.1", taken.getsockname()[1], TOKEN, None)
+        serve([plain("tiny_world")], host="127.0.0.1", port=taken.getsockname()[1], token=TOKEN, ready_file=None)
     with pytest.raises(UserError, match=r"host=0.0.0.0: reachable from other machines; give a token of at least 16"):
-        serve([plain("tiny_world")], "0.0.0.0", 0, "short", None)
+        serve([plain("tiny_world")], host="0.0.0.0", port=0, token="short", ready_file=None)
     with pytest.raises(UserError, match="token=''"):
-        serve([plain("tiny_world")], "127.0.0.1", 0, "", None)
+        serve([plain("tiny_world")], host="127.0.0.1", port=0, token="", ready_file=None)
 
 
 def test_a_token_that_no_header_carries_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,4 +473,4 @@ def test_a_token_that_no_header_carries_is_one_line(tmp_path: Path, monkeypatch:
 def test_a_missing_file_is_not_looked_for_on_the_hub() -> None:
     for name in ("weights/HPS_v2.1_compressed.pt", "weights/absent.safetensors"):
         with pytest.raises(UserError, match=f"rewards.path={name}: no such file or folder; fetch it."):
-            weight_files.locate(name, ["a.pt"], [], "rewards.path", "fetch it")
+            weight_files.locate(name, names=["a.pt"], beside=[], where="rewards.path", remedy="fetch it")

@@ -81,9 +81,14 @@ def parts_of(policy: Hungry, decode_batch: int | None, world: World) -> SimpleNa
     grid, texts = torch.linspace(1, 0, 5), [torch.zeros(length, 4) for length in (3, 9, 5)]
     drawn = SimpleNamespace(latent_shape=(4, 2, 2, 2), grid=grid, store="device")
     return SimpleNamespace(
-        recipe=recipe, world=world, policy=policy, plan=drawn, conditions=[{"text": text} for text in texts],
-        total=17, dtype=torch.float32,
-    )  # fmt: skip
+        recipe=recipe,
+        world=world,
+        policy=policy,
+        plan=drawn,
+        conditions=[{"text": text} for text in texts],
+        total=17,
+        dtype=torch.float32,
+    )
 
 
 @pytest.mark.parametrize(("decode_batch", "fit"), [(1, 8), (None, 4)])

@@ -29,7 +29,7 @@ def drawn(name: str, eta: float, steps: int, std: float) -> list[tuple[Tensor, T
     x = torch.randn(20_000, 1, generator=generator)
     grid, states = time_grid(steps, 1.0), []
     for t, t_next in pairwise(grid[:-1]):
-        mean, spread = samplers.known[name].transition(x, exact_velocity(x, t, std), t, t_next, eta)
+        mean, spread = samplers.known[name].transition(x, v=exact_velocity(x, t, std), t=t, t_next=t_next, eta=eta)
         x = mean + spread * torch.randn(x.shape, generator=generator)
         states.append((t_next, x))
     return [*states, (grid[-1], clean_estimate(x, exact_velocity(x, grid[-2], std), grid[-2]))]
@@ -48,7 +48,10 @@ def test_a_grid_that_begins_a_rounding_below_one_is_one_that_begins_at_one(name:
     generator = torch.Generator().manual_seed(0)
     x, v = torch.randn(2, 3, 4, generator=generator), torch.randn(2, 3, 4, generator=generator)
     t_next = time_grid(20, 3.0)[1]
-    whole, near = (samplers.known[name].transition(x, v, torch.tensor(t), t_next, ETA[name]) for t in (1.0, 1.0 - 1e-6))
+    whole, near = (
+        samplers.known[name].transition(x, v=v, t=torch.tensor(t), t_next=t_next, eta=ETA[name])
+        for t in (1.0, 1.0 - 1e-6)
+    )
     assert 0.5 < torch.as_tensor(whole[1]).max() < 1.0
     for one, other in zip(whole, near, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
@@ -68,7 +71,7 @@ def test_without_noise_every_sampler_is_the_euler_step(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     x, v = torch.randn(2, 3, 4, generator=generator), torch.randn(2, 3, 4, generator=generator)
     for t, t_next in pairwise(time_grid(5, 7.0)):
-        mean, std = samplers.known[name].transition(x, v, t, t_next, 0.0)
+        mean, std = samplers.known[name].transition(x, v=v, t=t, t_next=t_next, eta=0.0)
         torch.testing.assert_close(mean, x - (t - t_next) * v)
         assert not torch.as_tensor(std).any()
 
@@ -79,10 +82,10 @@ def test_one_time_per_row_equals_one_time_for_all(name: str) -> None:
     sampler = samplers.known[name]
     x, v = torch.randn(3, 2, 2, generator=generator), torch.randn(3, 2, 2, generator=generator)
     t, t_next = torch.tensor([1.0, 0.5, 0.2]), torch.tensor([0.8, 0.3, 0.1])
-    mean, std = sampler.transition(x, v, t, t_next, 0.5)
+    mean, std = sampler.transition(x, v=v, t=t, t_next=t_next, eta=0.5)
     log_prob = sampler.log_prob(x, mean, std)
     for row in range(3):
-        single = sampler.transition(x[row : row + 1], v[row : row + 1], t[row], t_next[row], 0.5)
+        single = sampler.transition(x[row : row + 1], v=v[row : row + 1], t=t[row], t_next=t_next[row], eta=0.5)
         torch.testing.assert_close(mean[row : row + 1], single[0])
         torch.testing.assert_close(std[row].flatten()[0], single[1])
         torch.testing.assert_close(log_prob[row], sampler.log_prob(x[row : row + 1], *single)[0])
@@ -91,17 +94,17 @@ def test_one_time_per_row_equals_one_time_for_all(name: str) -> None:
 def test_the_noise_levels_are_those_of_the_papers() -> None:
     x = torch.zeros(1, 1)
     a, b = torch.tensor(0.8), torch.tensor(0.6)
-    flow = samplers.flow_transition(x, x, a, b, 0.7)[1]
+    flow = samplers.flow_transition(x, v=x, t=a, t_next=b, eta=0.7)[1]
     torch.testing.assert_close(flow, 0.7 * (a / (1 - a)).sqrt() * (a - b).sqrt())
     s = torch.linspace(0.6, 0.8, 100_001, dtype=torch.float64)
     area = torch.trapezoid(s / (1 - s), s).float()
-    precise = samplers.precise_transition(x, x, a, b, 0.7)[1]
+    precise = samplers.precise_transition(x, v=x, t=a, t_next=b, eta=0.7)[1]
     torch.testing.assert_close(precise, 0.7 * area.sqrt())
     assert precise < flow
     one = torch.tensor(1.0)
     for transition in (samplers.flow_transition, samplers.precise_transition):  # capped where the level is infinite
-        torch.testing.assert_close(transition(x, x, one, b, 0.7)[1], torch.tensor(0.7))
-    torch.testing.assert_close(samplers.cps_transition(x, x, a, b, 1.0)[1], b)
+        torch.testing.assert_close(transition(x, v=x, t=one, t_next=b, eta=0.7)[1], torch.tensor(0.7))
+    torch.testing.assert_close(samplers.cps_transition(x, v=x, t=a, t_next=b, eta=1.0)[1], b)
 
 
 def test_cps_leaves_out_the_variance() -> None:
@@ -121,7 +124,11 @@ class Plain:
         self.alphas = alphas
 
     def transition(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-        return (ddim_transition(x, v, 1 - t, 1 - t_next, eta)) if self.alphas else sde_transition(x, v, t, t_next, eta)
+        return (
+            (ddim_transition(x, epsilon=v, alpha=1 - t, alpha_next=1 - t_next, eta=eta))
+            if self.alphas
+            else sde_transition(x, v=v, t=t, t_next=t_next, eta=eta)
+        )
 
 
 def test_a_diffusion_model_has_its_own_step_alone() -> None:

@@ -152,8 +152,9 @@ def test_a_folder_stands_for_its_clips_and_prompts_come_in_order(
     listed.write_text("".join(json.dumps({"prompt": "the same words"}) + "\n" for _ in range(2)))
     rows = scored(capsys, tmp_path, "--reward", "tiny_world", "--prompts", listed)["files"]
     assert [(Path(row["file"]).name, row["prompt"]) for row in rows] == [
-        ("0.mp4", "the same words"), ("1.mp4", "the same words"),
-    ]  # fmt: skip
+        ("0.mp4", "the same words"),
+        ("1.mp4", "the same words"),
+    ]
     message = complaint(capsys, tmp_path / "0.mp4", "--reward", "tiny_world", "--prompts", listed)
     assert "has 2 prompts for 1 files" in message
     assert "0.mp4 (and 1 more): no prompt; give --prompt" in complaint(capsys, tmp_path, "--reward", "tiny_world")
@@ -195,7 +196,9 @@ def test_clips_of_a_runs_evaluation_know_their_prompt_and_size(
         (kept / f"00{number}.mp4").write_bytes((folder / f"{number}.mp4").read_bytes())
     clips = ["step-3/000.mp4", "step-3/001.mp4"]
     prompts = [caption for caption in CAPTIONS for _ in range(2)]  # two seeds each
-    Evaluation(3, prompts, [0, 1] * 3, {}, {}, clips).write(kept.with_suffix(".json"))
+    Evaluation(3, prompts=prompts, seeds=[0, 1] * 3, scores={}, weights={}, clips=clips).write(
+        kept.with_suffix(".json")
+    )
     rows = scored(capsys, kept, "--reward", "tiny_world")["files"]
     assert [row["prompt"] for row in rows] == CAPTIONS[:2]
     assert [row["shape"] for row in rows] == [[9, 32, 32, 3]] * 2

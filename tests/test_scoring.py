@@ -16,7 +16,7 @@ from fastgrpo.algorithm.advantages import combined_advantages
 from fastgrpo.cli import main as cli
 from fastgrpo.cli import serve
 from fastgrpo.core import config
-from fastgrpo.core.config import RewardSpec
+from fastgrpo.core.config import Objective, RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores
 from fastgrpo.parallel.world import World
@@ -24,9 +24,9 @@ from fastgrpo.rewards import load, plain
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.rewards.serving.loaded_reward import Served
-from fastgrpo.train import Session, reward_metrics
-from fastgrpo.training.scorer import Scored, Scorer, union_length
-from fastgrpo.training.sources import open_rewards
+from fastgrpo.train import check_validity, reward_metrics
+from fastgrpo.training.scoring.scorer import Scored, Scorer, union_length
+from fastgrpo.training.scoring.sources import open_rewards
 from tests import runs
 from tests.servers import TOKEN, running
 
@@ -101,7 +101,7 @@ def hit() -> Tensor:
 def check_statistics(scored: Scored) -> None:
     """Advantages are those that the valid samples alone would have, in each group, by hand."""
     weights = {"A": 1.0, "B": 1.0}
-    advantages = combined_advantages(scored.values, scored.valid, weights, GROUP, 100.0, 1e-6)
+    advantages = combined_advantages(scored.values, scored.valid, weights, GROUP, Objective(advantage_clip=100.0))
     truth = {"A": torch.arange(SAMPLES).double(), "B": torch.arange(SAMPLES).double() ** 2}
     for start in range(0, SAMPLES, GROUP):
         members = [i for i in range(start, start + GROUP) if scored.valid[i]]
@@ -282,8 +282,9 @@ def test_rewards_of_several_servers_and_rates_become_sources_of_their_own(world:
             {"name": "'a'", "weights": "{A = 1.0}"},
             {"name": "'b'", "weights": "{B = 1.0}", "fps": 3.0},
             {"name": "'c'", "weights": "{}", "urls": f"['{second}']"},
-            urls=f"['{first}']", token_file=token,
-        )  # fmt: skip
+            urls=f"['{first}']",
+            token_file=token,
+        )
         sources = open_rewards(settings, world, stack)
         found = [(s.names, s.fps, s.replicas.all[0].url) for s in sources if isinstance(s, RewardClient)]
         assert found == [(("a",), None, first), (("b",), 3.0, first), (("c",), None, second)]
@@ -360,12 +361,11 @@ def test_a_run_goes_on_without_the_samples_that_have_no_score(tmp_path: Path) ->
 
 def test_too_many_samples_without_a_score_end_the_run() -> None:
     settings = config.load(runs.RECIPE, ["server.max_invalid=0.2"])
-    session: Any = SimpleNamespace(recipe=settings, progress=SimpleNamespace(iteration=7))
-    Session.check_validity(session, Scored({}, torch.arange(10) >= 2))
+    check_validity(settings, Scored({}, torch.arange(10) >= 2), 7)
     with pytest.raises(
         UserError, match=r"server\.max_invalid=0\.2: 30% of the samples of iteration 7 have no valid score"
     ):
-        Session.check_validity(session, Scored({}, torch.arange(10) >= 3))
+        check_validity(settings, Scored({}, torch.arange(10) >= 3), 7)
 
 
 @pytest.mark.parametrize("where", ["process", "server"])

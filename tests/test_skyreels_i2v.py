@@ -28,6 +28,7 @@ from fastgrpo.models.skyreels_i2v import SkyReels, blocks, posterior_key
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.training import rollout
+from fastgrpo.training.method import Experience
 from fastgrpo.training.rollout import Drawn, Plan, sample_ode
 from fastgrpo.training.trainer import Trainer
 from fastgrpo.training.update import update
@@ -128,22 +129,39 @@ def theirs(pipeline: Any, x: Tensor, size: Video, steps: int, prompt: Prompt, ou
     crop = len(pipeline.tokenizer(template.split("{}")[0])["input_ids"])
     pixels = reference(prompt, size)
     frames = pipeline(
-        image=Image.fromarray(pixels.numpy()), prompt=prompt.text, latents=x,
-        generator=noise.generator(posterior_key(pixels)), num_inference_steps=steps, height=size.height,
-        width=size.width, num_frames=size.frames, output_type=output,
-        prompt_template={"template": template, "crop_start": crop}, **others,
-    ).frames  # fmt: skip
+        image=Image.fromarray(pixels.numpy()),
+        prompt=prompt.text,
+        latents=x,
+        generator=noise.generator(posterior_key(pixels)),
+        num_inference_steps=steps,
+        height=size.height,
+        width=size.width,
+        num_frames=size.frames,
+        output_type=output,
+        prompt_template={"template": template, "crop_start": crop},
+        **others,
+    ).frames
     return torch.as_tensor(frames)
 
 
-@pytest.mark.parametrize(("number", "steps", "frames", "width", "cfg", "guidance"), [
-    (0, 5, 5, 32, CFG, None),
-    (1, 9, 9, 48, 3.0, 2.5),  # the prompt is longer than the negative one
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "steps", "frames", "width", "cfg", "guidance"),
+    [
+        (0, 5, 5, 32, CFG, None),
+        (1, 9, 9, 48, 3.0, 2.5),  # the prompt is longer than the negative one
+    ],
+)
 def test_ode_equals_the_pipeline(
-    folder: Path, prompts: list[Prompt], pipeline: Any, number: int, steps: int, frames: int, width: int, cfg: float,
+    folder: Path,
+    prompts: list[Prompt],
+    pipeline: Any,
+    number: int,
+    steps: int,
+    frames: int,
+    width: int,
+    cfg: float,
     guidance: float | None,
-) -> None:  # fmt: skip
+) -> None:
     size = VIDEO.model_copy(update={"frames": frames, "width": width})
     conditions, negative = encode(folder, prompts, size)
     policy = load(folder, negative, cfg)
@@ -166,7 +184,7 @@ def test_the_usual_guidance_is_the_pipelines(
 ) -> None:
     """Embedded 1.0, which the pipeline takes when it is not told; the recipe's is followed."""
     policy = load(folder)
-    expected = theirs(pipeline, noise_of(policy, VIDEO), VIDEO, 2, prompts[0], "latent")
+    expected = theirs(pipeline, x=noise_of(policy, VIDEO), size=VIDEO, steps=2, prompt=prompts[0], output="latent")
     torch.testing.assert_close(ours(policy, VIDEO, 2, conditions[0]), expected, atol=1e-4, rtol=0)
     other = models.load(settings(folder, 1.0).model_copy(update={"guidance": 6.0}), CPU)
     assert isinstance(other, SkyReels)
@@ -241,7 +259,10 @@ def test_the_folders_constants_are_followed(folder: Path, prompts: list[Prompt],
     shifted = changed(scaled, tmp_path / "shifted", "scheduler", shift=2.0)
     policy = load(shifted)
     condition, x = encode(shifted, prompts[:1])[0][0], noise_of(policy, VIDEO)
-    expected, other = (theirs(official(path), x, VIDEO, 4, prompts[0], "latent") for path in (shifted, scaled))
+    expected, other = (
+        theirs(official(path), x=x, size=VIDEO, steps=4, prompt=prompts[0], output="latent")
+        for path in (shifted, scaled)
+    )
     torch.testing.assert_close(ours(policy, VIDEO, 4, condition), expected, atol=1e-4, rtol=0)
     assert (expected - other).abs().max() > 1e-2
     original = encode(folder, prompts[:1])[0][0]
@@ -261,7 +282,15 @@ def test_the_network_may_lie_apart(folder: Path, tmp_path: Path, conditions: lis
 
 def plan_of(policy: SkyReels) -> Plan:
     shape = policy.latent_shape(VIDEO)
-    return Plan(3, 0, GROUP, policy.time_grid(STEPS, None, shape), 0.4, True, shape)
+    return Plan(
+        seed=3,
+        iteration=0,
+        group_size=GROUP,
+        grid=policy.time_grid(STEPS, None, shape),
+        eta=0.4,
+        shared_noise=True,
+        latent_shape=shape,
+    )
 
 
 def draw(policy: SkyReels, plan: Plan, conditions: list[Condition], size: int) -> Drawn:
@@ -281,7 +310,14 @@ def test_ratio_is_one_for_any_batch_size(
     for rollout_batch, update_batch in ((1, 3), (2, 1), (3, 2)):
         drawn = draw(policy, plan, two, rollout_batch)
         trainer = Trainer.create(policy, Optimizer(lr=1e-30, batch_size=update_batch), None)
-        metrics = update(trainer, Objective(), plan, drawn.trajectories, two, kept.float(), kept, world)
+        metrics = update(
+            trainer,
+            Objective(),
+            Experience(
+                plan=plan, trajectories=drawn.trajectories, conditions=two, advantages=kept.float(), selected=kept
+            ),
+            world,
+        )
         assert metrics["update/transitions"] == 2 * GROUP * (STEPS - 1)
         assert metrics["update/max_log_ratio_first"] <= 1e-6, (rollout_batch, update_batch)
 
@@ -297,7 +333,14 @@ def test_cfg_gradient_equals_plain_autograd_of_the_objective(
     trainer = tiny.Recorder.create(policy, Optimizer(lr=1e-4, batch_size=2), None)
     assert isinstance(trainer, tiny.Recorder)
     kept = torch.tensor([False, True, False])
-    update(trainer, Objective(), plan, drawn.trajectories, [condition], 0.7 * kept, kept, world)
+    update(
+        trainer,
+        Objective(),
+        Experience(
+            plan=plan, trajectories=drawn.trajectories, conditions=[condition], advantages=0.7 * kept, selected=kept
+        ),
+        world,
+    )
 
     network = HunyuanVideoTransformer3DModel.from_pretrained(folder / "transformer")
     first = torch.cat([condition["image"], torch.zeros(16, 1, 8, 8)], 1)[None]
@@ -306,13 +349,17 @@ def test_cfg_gradient_equals_plain_autograd_of_the_objective(
         x, t = drawn.trajectories[1].states[step][None], plan.grid[step]
         without, with_text = (
             network(
-                torch.cat([x, first], 1), t[None] * 1000, branch["text"][None], torch.ones(1, len(branch["text"])),
-                branch["pooled"][None], torch.tensor([1000.0]),
+                torch.cat([x, first], 1),
+                t[None] * 1000,
+                branch["text"][None],
+                torch.ones(1, len(branch["text"])),
+                branch["pooled"][None],
+                torch.tensor([1000.0]),
             ).sample
             for branch in (negative, condition)
-        )  # fmt: skip
+        )
         v = without + CFG * (with_text - without)
-        moments = sde_transition(x, v, t, plan.grid[step + 1], plan.eta)
+        moments = sde_transition(x, v=v, t=t, t_next=plan.grid[step + 1], eta=plan.eta)
         log_prob = gaussian_log_prob(drawn.trajectories[1].states[step + 1][None], *moments)[0]
         loss = loss - 0.7 * (log_prob - log_prob.detach()).exp() / (STEPS - 1)
     loss.backward()
@@ -338,27 +385,47 @@ def test_the_full_size_network_is_wrapped_block_by_block() -> None:
     assert total == 12_821_209_152
     wrapped = blocks(network)
     assert [type(block).__name__ for block in wrapped] == [
-        *["HunyuanVideoTransformerBlock"] * 20, *["HunyuanVideoSingleTransformerBlock"] * 40,
-    ]  # fmt: skip
+        *["HunyuanVideoTransformerBlock"] * 20,
+        *["HunyuanVideoSingleTransformerBlock"] * 40,
+    ]
     inside = {id(p) for block in wrapped for p in block.parameters()}
     outside = {name: p.numel() for name, p in network.named_parameters() if id(p) not in inside}
     assert {name.split(".")[0] for name in outside} == {
-        "x_embedder", "context_embedder", "time_text_embed", "norm_out", "proj_out",
-    }  # fmt: skip
+        "x_embedder",
+        "context_embedder",
+        "time_text_embed",
+        "norm_out",
+        "proj_out",
+    }
     assert sum(outside.values()) == 360_910_912 < 0.03 * total
 
 
-@pytest.mark.parametrize(("family", "entries", "message"), [
-    ("hunyuan_video", {}, r"a network of image-to-video \(32 channels in, 16 out\); set model.family=skyreels_i2v"),
-    ("skyreels_i2v", {"in_channels": 16}, r"a network of text-to-video \(16 channels .*model.family=hunyuan_video"),
-    ("skyreels_i2v", {"in_channels": 33, "image_condition_type": "latent_concat"}, r"\(latent_concat\), which no fam"),
-    ("hunyuan_video", {"in_channels": 16, "image_condition_type": "token_replace"}, r"\(token_replace\), which no fam"),
-    ("skyreels_i2v", {"in_channels": 33}, "has in_channels=33 and out_channels=16; correct the path"),
-    ("skyreels_i2v", {"in_channels": 8, "out_channels": 4}, "makes 4 channels and the VAE takes 16"),
-    ("skyreels_i2v", {"patch_size": None}, "has patch_size=None and patch_size_t=1, not a whole number and 1"),
-    ("skyreels_i2v", {"guidance_embeds": False}, r"model.guidance=2.0: .*no embedded guidance; set model.cfg instead"),
-    ("skyreels_i2v", {"_class_name": "UNet2DConditionModel"}, "holds a UNet2DConditionModel, not a Hunyuan"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "entries", "message"),
+    [
+        ("hunyuan_video", {}, r"a network of image-to-video \(32 channels in, 16 out\); set model.family=skyreels_i2v"),
+        ("skyreels_i2v", {"in_channels": 16}, r"a network of text-to-video \(16 channels .*model.family=hunyuan_video"),
+        (
+            "skyreels_i2v",
+            {"in_channels": 33, "image_condition_type": "latent_concat"},
+            r"\(latent_concat\), which no fam",
+        ),
+        (
+            "hunyuan_video",
+            {"in_channels": 16, "image_condition_type": "token_replace"},
+            r"\(token_replace\), which no fam",
+        ),
+        ("skyreels_i2v", {"in_channels": 33}, "has in_channels=33 and out_channels=16; correct the path"),
+        ("skyreels_i2v", {"in_channels": 8, "out_channels": 4}, "makes 4 channels and the VAE takes 16"),
+        ("skyreels_i2v", {"patch_size": None}, "has patch_size=None and patch_size_t=1, not a whole number and 1"),
+        (
+            "skyreels_i2v",
+            {"guidance_embeds": False},
+            r"model.guidance=2.0: .*no embedded guidance; set model.cfg instead",
+        ),
+        ("skyreels_i2v", {"_class_name": "UNet2DConditionModel"}, "holds a UNet2DConditionModel, not a Hunyuan"),
+    ],
+)
 def test_a_network_that_does_not_fit_is_one_line_before_its_weights_are_read(
     folder: Path, tmp_path: Path, family: str, entries: dict[str, object], message: str
 ) -> None:

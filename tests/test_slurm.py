@@ -74,9 +74,7 @@ def test_warned_and_crashed_job_goes_on_to_the_weights_of_an_undisturbed_run(
     slurm: dict[str, str], tmp_path: Path
 ) -> None:
     calm, stormy, log = tmp_path / "calm", tmp_path / "stormy", tmp_path / "job.log"
-    submitted = ask(
-        slurm, "sbatch", "--nodes=2", f"--output={log}", str(LAUNCH), *OVERRIDES, f"run.dir={stormy}"
-    )  # fmt: skip
+    submitted = ask(slurm, "sbatch", "--nodes=2", f"--output={log}", str(LAUNCH), *OVERRIDES, f"run.dir={stormy}")
     job = submitted.split()[-1]
 
     def told(text: str) -> int:

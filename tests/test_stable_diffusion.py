@@ -24,6 +24,7 @@ from fastgrpo.models.stable_diffusion import Schedule, StableDiffusion, blocks
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.training import rollout
+from fastgrpo.training.method import Experience
 from fastgrpo.training.rollout import Drawn, Plan, sample_ode
 from fastgrpo.training.trainer import Trainer
 from fastgrpo.training.update import update
@@ -112,9 +113,16 @@ def assert_equals(
     ours = sample_ode(policy, x, grid, stack(texts.conditions))
 
     expected = pipeline(
-        PROMPTS, negative_prompt=[NEGATIVE] * len(PROMPTS), height=video.height, width=video.width,
-        latents=x[:, :, 0], num_inference_steps=steps, guidance_scale=policy.cfg, eta=0.0, output_type="latent",
-    ).images  # fmt: skip
+        PROMPTS,
+        negative_prompt=[NEGATIVE] * len(PROMPTS),
+        height=video.height,
+        width=video.width,
+        latents=x[:, :, 0],
+        num_inference_steps=steps,
+        guidance_scale=policy.cfg,
+        eta=0.0,
+        output_type="latent",
+    ).images
     torch.testing.assert_close(ours[:, :, 0], expected, atol=1e-4, rtol=0)
     assert not torch.allclose(ours[0], ours[1], atol=0.1)
 
@@ -129,21 +137,30 @@ def assert_equals(
 def test_ode_equals_the_pipeline(
     folder: Path, pipeline: StableDiffusionPipeline, texts: Texts, steps: int, cfg: float, width: int
 ) -> None:
-    assert_equals(load(folder, cfg), pipeline, texts, steps, VIDEO.model_copy(update={"width": width}))
+    assert_equals(
+        load(folder, cfg), pipeline=pipeline, texts=texts, steps=steps, video=VIDEO.model_copy(update={"width": width})
+    )
 
 
-@pytest.mark.parametrize("entries", [
-    {"prediction_type": "v_prediction"},
-    {"set_alpha_to_one": True},
-    {"set_alpha_to_one": True, "steps_offset": 0},
-    {"timestep_spacing": "trailing"},
-    {"beta_end": 0.02, "beta_schedule": "linear"},
-    {"num_train_timesteps": 500, "_class_name": "DDPMScheduler"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"prediction_type": "v_prediction"},
+        {"set_alpha_to_one": True},
+        {"set_alpha_to_one": True, "steps_offset": 0},
+        {"timestep_spacing": "trailing"},
+        {"beta_end": 0.02, "beta_schedule": "linear"},
+        {"num_train_timesteps": 500, "_class_name": "DDPMScheduler"},
+    ],
+)
 def test_the_schedulers_config_is_followed(
-    folder: Path, pipeline: StableDiffusionPipeline, texts: Texts, tmp_path: Path, entries: dict[str, object],
+    folder: Path,
+    pipeline: StableDiffusionPipeline,
+    texts: Texts,
+    tmp_path: Path,
+    entries: dict[str, object],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     edited = load(changed(folder, tmp_path / "edited", "scheduler", **entries), 5.0)
     monkeypatch.setattr(pipeline, "scheduler", ddim(tmp_path / "edited"))
     assert_equals(edited, pipeline, texts, 5)
@@ -185,7 +202,7 @@ def test_transitions_equal_the_golden_ones(folder: Path) -> None:
         t = torch.tensor(case["timestep"] / 1000)
         t_next = torch.tensor(max(case["timestep"] - 1000 // case["num_steps"], 0.25) / 1000)  # its end is timestep 0
         for shape in ((), (len(x),)):
-            mean, std = policy.transition(x, eps, t.expand(shape), t_next.expand(shape), case["eta"])
+            mean, std = policy.transition(x, v=eps, t=t.expand(shape), t_next=t_next.expand(shape), eta=case["eta"])
             log_prob = gaussian_log_prob(x_next, mean, std)
             torch.testing.assert_close(log_prob, tensors[f"{case['step']}.log_prob"], atol=1e-5, rtol=1e-5)
 
@@ -211,12 +228,20 @@ def test_the_noise_never_exceeds_its_share(folder: Path, steps: int) -> None:
         assert 1 - alpha_next - share > 0
     x = torch.zeros(1, 4, 1, 2, 2)
     with pytest.raises(UserError, match=r"rollout.eta=1.2: .*use at most 1"):
-        policy.transition(x, x, torch.tensor(0.5), torch.tensor(0.3), 1.2)
+        policy.transition(x, v=x, t=torch.tensor(0.5), t_next=torch.tensor(0.3), eta=1.2)
 
 
 def plan_of(policy: StableDiffusion) -> Plan:
     shape = policy.latent_shape(VIDEO)
-    return Plan(3, 0, GROUP, policy.time_grid(STEPS, None, shape), 1.0, True, shape)
+    return Plan(
+        seed=3,
+        iteration=0,
+        group_size=GROUP,
+        grid=policy.time_grid(STEPS, None, shape),
+        eta=1.0,
+        shared_noise=True,
+        latent_shape=shape,
+    )
 
 
 def draw(policy: StableDiffusion, plan: Plan, conditions: list[Condition], size: int) -> Drawn:
@@ -231,7 +256,14 @@ def first_ratio(
     """max |log ratio| of an update over every trainable step, before its first optimizer step."""
     trainer = Trainer.create(policy, Optimizer(lr=1e-30, batch_size=size), None)
     kept = torch.ones(len(drawn.slots), dtype=torch.bool)
-    metrics = update(trainer, Objective(), plan, drawn.trajectories, conditions, kept.float(), kept, world)
+    metrics = update(
+        trainer,
+        Objective(),
+        Experience(
+            plan=plan, trajectories=drawn.trajectories, conditions=conditions, advantages=kept.float(), selected=kept
+        ),
+        world,
+    )
     assert metrics["update/transitions"] == len(drawn.slots) * (STEPS - 1)
     return metrics["update/max_log_ratio_first"]
 
@@ -244,12 +276,15 @@ def test_ratio_is_one_on_every_step_for_any_batch_size(folder: Path, texts: Text
     for rollout_batch, update_batches in ((1, (2, 3)), (2, (1, 2)), (3, (1, 3))):
         drawn = draw(policy, plan, conditions, rollout_batch)
         for update_batch in update_batches:
-            assert first_ratio(policy, plan, drawn, conditions, update_batch, world) <= 1e-6
+            assert (
+                first_ratio(policy, plan=plan, drawn=drawn, conditions=conditions, size=update_batch, world=world)
+                <= 1e-6
+            )
 
     # the reference scores what it drew and keeps it rounded: its ratio leaves the clip range of 1e-4
     for trajectory in drawn.trajectories.values():
         trajectory.states = {step: x.bfloat16().float() for step, x in trajectory.states.items()}
-    assert first_ratio(policy, plan, drawn, conditions, 2, world) > 1e-4
+    assert first_ratio(policy, plan=plan, drawn=drawn, conditions=conditions, size=2, world=world) > 1e-4
 
 
 def test_log_probs_are_those_of_the_stored_samples(folder: Path, texts: Texts) -> None:
@@ -281,7 +316,14 @@ def test_cfg_gradient_equals_plain_autograd_of_the_objective(
     trainer = tiny.Recorder.create(policy, Optimizer(lr=1e-4, batch_size=3), None)
     assert isinstance(trainer, tiny.Recorder)
     kept, advantages = torch.tensor([True, False]), torch.tensor([0.7, 0.0])
-    update(trainer, Objective(), plan, drawn.trajectories, conditions[:1], advantages, kept, world)
+    update(
+        trainer,
+        Objective(),
+        Experience(
+            plan=plan, trajectories=drawn.trajectories, conditions=conditions[:1], advantages=advantages, selected=kept
+        ),
+        world,
+    )
 
     pipeline.scheduler.set_timesteps(STEPS)
     loss = torch.zeros(())
@@ -337,7 +379,7 @@ def test_nothing_waits_for_the_device(folder: Path, texts: Texts) -> None:
         x, times = torch.empty(2, *plan.latent_shape), torch.empty(len(plan.grid))
         v = policy.velocity(x, times[0].expand(2), stack(texts.conditions))
         for t, t_next in ((times[0], times[1]), (times[:2], times[1:3])):
-            assert policy.transition(x, v, t, t_next, 1.0)[0].shape == x.shape
+            assert policy.transition(x, v=v, t=t, t_next=t_next, eta=1.0)[0].shape == x.shape
             assert policy.clean_estimate(x, v, t).shape == x.shape
 
 
@@ -347,9 +389,12 @@ def test_the_full_size_network_is_wrapped_block_by_block() -> None:
     assert sum(p.numel() for p in network.parameters()) == 859_520_964
     wrapped = blocks(network)
     assert [type(block).__name__ for block in wrapped] == [
-        *["CrossAttnDownBlock2D"] * 3, "DownBlock2D", "UNetMidBlock2DCrossAttn",
-        "UpBlock2D", *["CrossAttnUpBlock2D"] * 3,
-    ]  # fmt: skip
+        *["CrossAttnDownBlock2D"] * 3,
+        "DownBlock2D",
+        "UNetMidBlock2DCrossAttn",
+        "UpBlock2D",
+        *["CrossAttnUpBlock2D"] * 3,
+    ]
     inside = {id(p) for block in wrapped for p in block.parameters()}
     outside = {name.rpartition(".")[0] for name, p in network.named_parameters() if id(p) not in inside}
     assert outside == {"conv_in", "time_embedding.linear_1", "time_embedding.linear_2", "conv_norm_out", "conv_out"}
@@ -363,20 +408,42 @@ def test_every_block_is_sharded(folder: Path, world: World) -> None:
     assert len(policy.blocks) == 5
 
 
-@pytest.mark.parametrize(("part", "entries", "message"), [
-    ("", {"_class_name": "StableDiffusionXLPipeline"}, "not a StableDiffusionPipeline; correct model.family or the"),
-    ("", {"_class_name": "FluxPipeline"}, "names a FluxPipeline, not a StableDiffusionPipeline; set model.family=flux"),
-    ("scheduler", {"clip_sample": True}, "has clip_sample=true, .*set it to false"),
-    ("scheduler", {"thresholding": True}, "has thresholding=true, .*set it to false"),
-    ("scheduler", {"rescale_betas_zero_snr": True}, "has rescale_betas_zero_snr=true"),
-    ("scheduler", {"prediction_type": "sample"}, "prediction_type=sample; this family knows epsilon and v_prediction"),
-    ("scheduler", {"beta_schedule": None, "_class_name": "FlowMatchEulerDiscreteScheduler"},
-     "is a FlowMatchEulerDiscreteScheduler, .*model.family"),
-    ("unet", {"time_cond_proj_dim": 32}, "unet/config.json has time_cond_proj_dim=32; "),
-    ("unet", {"in_channels": 9}, "has in_channels=9, for inpainting"),
-    ("unet", {"_class_name": "FluxTransformer2DModel"}, "holds a FluxTransformer2DModel, not a UNet2DConditionModel"),
-    ("text_encoder", {"hidden_size": 64}, "width 32, .*text encoder 64; the parts are of different models"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("part", "entries", "message"),
+    [
+        (
+            "",
+            {"_class_name": "StableDiffusionXLPipeline"},
+            "not a StableDiffusionPipeline; correct model.family or the",
+        ),
+        (
+            "",
+            {"_class_name": "FluxPipeline"},
+            "names a FluxPipeline, not a StableDiffusionPipeline; set model.family=flux",
+        ),
+        ("scheduler", {"clip_sample": True}, "has clip_sample=true, .*set it to false"),
+        ("scheduler", {"thresholding": True}, "has thresholding=true, .*set it to false"),
+        ("scheduler", {"rescale_betas_zero_snr": True}, "has rescale_betas_zero_snr=true"),
+        (
+            "scheduler",
+            {"prediction_type": "sample"},
+            "prediction_type=sample; this family knows epsilon and v_prediction",
+        ),
+        (
+            "scheduler",
+            {"beta_schedule": None, "_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "is a FlowMatchEulerDiscreteScheduler, .*model.family",
+        ),
+        ("unet", {"time_cond_proj_dim": 32}, "unet/config.json has time_cond_proj_dim=32; "),
+        ("unet", {"in_channels": 9}, "has in_channels=9, for inpainting"),
+        (
+            "unet",
+            {"_class_name": "FluxTransformer2DModel"},
+            "holds a FluxTransformer2DModel, not a UNet2DConditionModel",
+        ),
+        ("text_encoder", {"hidden_size": 64}, "width 32, .*text encoder 64; the parts are of different models"),
+    ],
+)
 def test_a_folder_that_does_not_fit_is_one_clear_line(
     folder: Path, tmp_path: Path, part: str, entries: dict[str, object], message: str
 ) -> None:
@@ -389,12 +456,15 @@ def test_a_folder_that_does_not_fit_is_one_clear_line(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("spacing", "steps", "message"), [
-    ("leading", 501, "=501: the schedule has timesteps for at most 500; use fewer"),
-    ("trailing", 33, "=33: trailing timesteps need a divisor of 1000; use 25 or 40"),
-    ("trailing", 1001, "at most 1000"),
-    ("linspace", 10, "set timestep_spacing to leading"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spacing", "steps", "message"),
+    [
+        ("leading", 501, "=501: the schedule has timesteps for at most 500; use fewer"),
+        ("trailing", 33, "=33: trailing timesteps need a divisor of 1000; use 25 or 40"),
+        ("trailing", 1001, "at most 1000"),
+        ("linspace", 10, "set timestep_spacing to leading"),
+    ],
+)
 def test_numbers_of_steps_that_ddim_cannot_take(spacing: str, steps: int, message: str) -> None:
     schedule = Schedule(files.SCHEDULER | {"timestep_spacing": spacing}, CPU)
     with pytest.raises(UserError, match=message):

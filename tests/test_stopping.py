@@ -21,7 +21,8 @@ from fastgrpo.core.processes import OneRankError
 from fastgrpo.parallel.world import open_world
 from fastgrpo.run import stopping
 from fastgrpo.run.stopping import Signals, Stop, answer_mistake
-from fastgrpo.train import Session, train
+from fastgrpo.session import Session
+from fastgrpo.train import train
 from fastgrpo.training.trainer import Trainer
 from tests import forks, runs
 
@@ -217,7 +218,7 @@ def test_one_ranks_mistake_is_answered_before_it_waits_for_the_others(
         raise OneRankError("the GPU has no room for the rollout")
 
     monkeypatch.setattr(dist, "destroy_process_group", destroy)
-    monkeypatch.setattr(Session, "run", run)
+    monkeypatch.setattr("fastgrpo.train.run", run)
     with pytest.raises(OneRankError):
         train(recipe(tmp_path))
     assert there == [True] and (tmp_path / "requeue").read_text() == "no\n"

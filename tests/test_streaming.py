@@ -49,9 +49,14 @@ NETWORKS: dict[str, Callable[[], Any]] = {
     "wan": wan.transformer,
 }
 LARGE = {  # of HunyuanVideo's class: 517 million parameters, in float32 2.07 GB
-    "num_attention_heads": 8, "attention_head_dim": 128, "num_layers": 8, "num_single_layers": 12,
-    "num_refiner_layers": 1, "text_embed_dim": 1024, "pooled_projection_dim": 768,
-}  # fmt: skip
+    "num_attention_heads": 8,
+    "attention_head_dim": 128,
+    "num_layers": 8,
+    "num_single_layers": 12,
+    "num_refiner_layers": 1,
+    "text_embed_dim": 1024,
+    "pooled_projection_dim": 768,
+}
 PRETENDED: dict[bool, dict[tuple[int, ...], int]] = {False: {(5,): 4}, True: {(3,): 1, (2, 3): 5}}
 """Mesh and rank, without and with adapters. One rank of each: DTensor keeps what it made for a mesh, with its rank."""
 PART = 200_000_000  # bytes of a part of its files
@@ -180,9 +185,16 @@ def as_bin(folder: Path) -> None:
     weights(folder).unlink()
 
 
-@pytest.mark.parametrize("change", [
-    as_dtype(torch.bfloat16), as_dtype(torch.float16), in_parts, as_bin,
-], ids=["bfloat16", "float16", "parts", ".bin"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        as_dtype(torch.bfloat16),
+        as_dtype(torch.float16),
+        in_parts,
+        as_bin,
+    ],
+    ids=["bfloat16", "float16", "parts", ".bin"],
+)
 def test_files_of_every_kind(change: Callable[[Path], None], folders: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(folders["hunyuan_video"], tmp_path / "network")
     change(folder)
@@ -194,9 +206,14 @@ def test_files_of_every_kind(change: Callable[[Path], None], folders: dict[str, 
 def test_names_of_older_versions(tmp_path: Path) -> None:
     """diffusers renames the attention of some blocks of old U-Nets as it loads them."""
     unet = UNet2DConditionModel(
-        block_out_channels=(8, 8), down_block_types=("AttnDownBlock2D", "DownBlock2D"), cross_attention_dim=8,
-        up_block_types=("UpBlock2D", "AttnUpBlock2D"), norm_num_groups=4, attention_head_dim=4, layers_per_block=1,
-    )  # fmt: skip
+        block_out_channels=(8, 8),
+        down_block_types=("AttnDownBlock2D", "DownBlock2D"),
+        cross_attention_dim=8,
+        up_block_types=("UpBlock2D", "AttnUpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        layers_per_block=1,
+    )
     unet.save_pretrained(tmp_path)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     renamed = {}
@@ -227,12 +244,21 @@ def in_bytes(tensors: dict[str, Tensor], name: str) -> None:
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (without, r" lacks proj_out.weight \(and 0 more\) of a HunyuanVideoTransformer3DModel; correct"),
-    (one_more, r" has pos_embed \(and 0 more\), in diffusion_pytorch_model.safetensors, which a .* has not"),
-    (shorter, r" has another shape of proj_out.weight .*, \[63, 48\] in diffusion_pytorch_model.safetensors instead "),
-    (in_bytes, r" has proj_out.weight \(and 0 more\) in float8_e4m3fn, in .*; quantised weights are not trained: use"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without, r" lacks proj_out.weight \(and 0 more\) of a HunyuanVideoTransformer3DModel; correct"),
+        (one_more, r" has pos_embed \(and 0 more\), in diffusion_pytorch_model.safetensors, which a .* has not"),
+        (
+            shorter,
+            r" has another shape of proj_out.weight .*, \[63, 48\] in diffusion_pytorch_model.safetensors instead ",
+        ),
+        (
+            in_bytes,
+            r" has proj_out.weight \(and 0 more\) in float8_e4m3fn, in .*; quantised weights are not trained: use",
+        ),
+    ],
+)
 def test_files_that_do_not_fit_are_one_line(
     change: Callable[[dict[str, Tensor], str], None], message: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -282,14 +308,17 @@ def no_numbers(folder: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_attention_heads": "many"}))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (cut, r"/diffusion_pytorch_model.safetensors cannot be read \(.+\); download that folder again"),
-    (without_a_part, r"/diffusion_pytorch_model-00001-of-\d+.safetensors is missing, a part of the weights"),
-    (no_weights, " has no diffusion_pytorch_model.safetensors; download"),
-    (old_bin, r"/diffusion_pytorch_model.bin cannot be read \(.+\); download"),
-    (no_pickle_of_tensors, r"/diffusion_pytorch_model.bin cannot be read \(.+\); download"),
-    (no_numbers, r"/config.json makes no HunyuanVideoTransformer3DModel \(.+\); download"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (cut, r"/diffusion_pytorch_model.safetensors cannot be read \(.+\); download that folder again"),
+        (without_a_part, r"/diffusion_pytorch_model-00001-of-\d+.safetensors is missing, a part of the weights"),
+        (no_weights, " has no diffusion_pytorch_model.safetensors; download"),
+        (old_bin, r"/diffusion_pytorch_model.bin cannot be read \(.+\); download"),
+        (no_pickle_of_tensors, r"/diffusion_pytorch_model.bin cannot be read \(.+\); download"),
+        (no_numbers, r"/config.json makes no HunyuanVideoTransformer3DModel \(.+\); download"),
+    ],
+)
 def test_a_damaged_folder_is_one_line(
     change: Callable[[Path], None], message: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:

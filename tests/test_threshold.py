@@ -76,10 +76,13 @@ def test_an_invalid_clip_stays_so_through_judge_batch() -> None:
     assert scores.values["HPS_above"].isnan().tolist() == [False, True]
 
 
-@pytest.mark.parametrize(("parts", "thresholds", "said"), [
-    (["VQ", "MQ"], {"VO": 1.0}, "rewards.threshold.VO: the reward has no part 'VO'; its parts are VQ, MQ."),
-    (["VQ", "VQ_above"], {"VQ": 1.0}, "rewards.threshold.VQ: the reward has a part 'VQ_above' of its own"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("parts", "thresholds", "said"),
+    [
+        (["VQ", "MQ"], {"VO": 1.0}, "rewards.threshold.VO: the reward has no part 'VO'; its parts are VQ, MQ."),
+        (["VQ", "VQ_above"], {"VQ": 1.0}, "rewards.threshold.VQ: the reward has a part 'VQ_above' of its own"),
+    ],
+)
 def test_a_part_that_cannot_be_is_refused(parts: list[str], thresholds: dict[str, float], said: str) -> None:
     with pytest.raises(UserError, match=said.replace(".", r"\.")):
         threshold.wrap(Table({part: [0.0] for part in parts}), thresholds)

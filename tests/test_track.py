@@ -130,10 +130,10 @@ def test_a_terminal_gets_a_live_display(tmp_path: Path) -> None:
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Tracker(tmp_path / "run", False, 10, 0, Wandb("p")) as tracked:
+    with Tracker(tmp_path / "run", main=False, total_iterations=10, start_iteration=0, wandb=Wandb("p")) as tracked:
         tracked.log(0, METRICS)
         tracked.message("no")
-        tracked.videos(0, "heldout", torch.zeros(1, 2, 8, 8, 3, dtype=torch.uint8), ["a"], 8.0)
+        tracked.videos(0, name="heldout", clips=torch.zeros(1, 2, 8, 8, 3, dtype=torch.uint8), captions=["a"], fps=8.0)
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "run").exists()
 

@@ -15,6 +15,7 @@ from fastgrpo.core.config import Objective
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, stack
 from fastgrpo.parallel.world import World
+from fastgrpo.training.method import Experience
 from fastgrpo.training.trainer import Trainer
 from fastgrpo.training.update import update
 from tests import forks, tiny
@@ -38,7 +39,9 @@ def test_ratio_is_one_before_the_first_update(policy: Policy, conditions: list[C
         trajectories = tiny.draw(policy, plan, conditions, world, rollout_batch).trajectories
         for update_batch in (1, 2, 7):
             trainer = Trainer.create(policy, tiny.settings(update_batch, lr=1e-30), None)
-            metrics = tiny.run_update(trainer, plan, trajectories, conditions, world)
+            metrics = tiny.run_update(
+                trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world
+            )
             assert metrics["update/transitions"] == TOTAL * 3
             assert metrics["update/max_log_ratio_first"] <= 1e-6, (rollout_batch, update_batch)
 
@@ -50,7 +53,7 @@ def test_old_log_probs_are_the_rollouts_not_the_updates(
     plan = tiny.plan(policy)
     trajectories = tiny.draw(policy, plan, conditions, world, 4).trajectories
     trainer = Trainer.create(policy, tiny.settings(16, updates=2, lr=1e-3), None)
-    metrics = tiny.run_update(trainer, plan, trajectories, conditions, world)
+    metrics = tiny.run_update(trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world)
     assert metrics["update/max_log_ratio_first"] <= 1e-6
     assert metrics["update/max_log_ratio"] > 1e-5
 
@@ -62,7 +65,7 @@ def test_gradient_equals_plain_autograd_of_the_objective(
     trajectories = tiny.draw(policy, plan, conditions, world, 4).trajectories
     trainer = tiny.Recorder.create(policy, tiny.settings(8), None)
     assert isinstance(trainer, tiny.Recorder)
-    tiny.run_update(trainer, plan, trajectories, conditions, world)
+    tiny.run_update(trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world)
 
     plain = tiny.load_policy()
     loss = torch.zeros(())
@@ -71,7 +74,7 @@ def test_gradient_equals_plain_autograd_of_the_objective(
             t, t_next = plan.grid[step], plan.grid[step + 1]
             x, x_next = trajectories[slot].states[step][None], trajectories[slot].states[step + 1][None]
             v = plain.velocity(x, t[None], stack([conditions[slot // tiny.GROUP]]))
-            log_prob = gaussian_log_prob(x_next, *sde_transition(x, v, t, t_next, plan.eta))[0]
+            log_prob = gaussian_log_prob(x_next, *sde_transition(x, v=v, t=t, t_next=t_next, eta=plan.eta))[0]
             # at ratio 1 the clipped objective's gradient is -A times the ratio's
             loss = loss - (log_prob - log_prob.detach()).exp() * tiny.advantages()[slot] / (TOTAL * 3)
     loss.backward()
@@ -148,7 +151,8 @@ def test_stored_log_probs_are_those_of_the_stored_states(
         with torch.no_grad():
             v = policy.velocity(x, t[None], stack([conditions[slot // tiny.GROUP]]))
         log_prob = gaussian_log_prob(
-            trajectories[slot].states[step + 1][None], *sde_transition(x, v, t, plan.grid[step + 1], plan.eta)
+            trajectories[slot].states[step + 1][None],
+            *sde_transition(x, v=v, t=t, t_next=plan.grid[step + 1], eta=plan.eta),
         )
         assert log_prob.item() == pytest.approx(trajectories[slot].log_probs[step].item(), abs=1e-6)
 
@@ -164,7 +168,9 @@ def test_invalid_samples_do_not_reach_the_gradient(policy: Policy, conditions: l
         poisoned = trajectories | {1: replace(trajectories[1], states=worse)}
         trainer = tiny.Recorder.create(policy, tiny.settings(8, lr=1e-30), None)
         assert isinstance(trainer, tiny.Recorder)
-        metrics = tiny.run_update(trainer, plan, poisoned, conditions, world, kept)
+        metrics = tiny.run_update(
+            trainer, the_plan=plan, trajectories=poisoned, conditions=conditions, world=world, kept=kept
+        )
         assert metrics["update/transitions"] == (TOTAL - 2) * 3
         gradients.append(trainer.gradients[0])
     for name, grad in gradients[0].items():
@@ -190,7 +196,14 @@ def test_samples_of_advantage_zero_cost_nothing_and_count_in_the_mean(
         rows.clear()
         trainer = tiny.Recorder.create(policy, tiny.settings(2, lr=1e-30), None)
         assert isinstance(trainer, tiny.Recorder)
-        update(trainer, Objective(**settings), plan, trajectories, conditions, advantages, kept, world)
+        update(
+            trainer,
+            Objective(**settings),
+            Experience(
+                plan=plan, trajectories=trajectories, conditions=conditions, advantages=advantages, selected=kept
+            ),
+            world,
+        )
         return trainer, sum(rows)
 
     some = tiny.advantages() * (everyone >= tiny.GROUP)  # the first prompt's rewards were all equal
@@ -212,12 +225,12 @@ def test_non_finite_gradients_skip_the_step_and_end_the_run_at_the_limit(
     trainer = Trainer.create(policy, tiny.settings(8), None)
     before = [p.detach().clone() for p in policy.network.parameters()]
     for attempt in range(1, 4):
-        metrics = tiny.run_update(trainer, plan, trajectories, conditions, world)
+        metrics = tiny.run_update(trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world)
         assert metrics["update/skipped"] == attempt
     assert all(torch.equal(a, b) for a, b in zip(before, policy.network.parameters(), strict=True))
     assert trainer.updates == 0
     with pytest.raises(UserError, match=r"optimizer.max_skipped=3: 4 optimizer steps had non-finite gradients"):
-        tiny.run_update(trainer, plan, trajectories, conditions, world)
+        tiny.run_update(trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world)
 
 
 def test_kl_to_the_initial_policy_is_zero_before_the_first_step_and_pulls_back(
@@ -228,8 +241,8 @@ def test_kl_to_the_initial_policy_is_zero_before_the_first_step_and_pulls_back(
     reference = tiny.load_policy(world)
     reference.network.requires_grad_(False)
     trainer = Trainer.create(policy, tiny.settings(16, lr=1e-3), reference)
-    first = tiny.run_update(trainer, plan, trajectories, conditions, world)
-    second = tiny.run_update(trainer, plan, trajectories, conditions, world)
+    first = tiny.run_update(trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world)
+    second = tiny.run_update(trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world)
     assert first["update/kl"] < 1e-9 < second["update/kl"]
 
 
@@ -239,7 +252,7 @@ def test_ema_follows_its_recursion(policy: Policy, conditions: list[Condition], 
     settings = tiny.settings(16, lr=1e-3).model_copy(update={"ema_decay": 0.9})
     trainer = Trainer.create(policy, settings, None)
     start = {name: value.clone() for name, value in trainer.ema.items()}
-    tiny.run_update(trainer, plan, trajectories, conditions, world)
+    tiny.run_update(trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world)
     for name, parameter in policy.network.named_parameters():
         expected = 0.9 * start[name] + 0.1 * parameter.detach()
         torch.testing.assert_close(trainer.ema[name], expected)

@@ -76,7 +76,7 @@ def golden_network(coarse: bool = False) -> tuple[networks.Network, tuple[Tensor
     checkpoint = checkpoints.find(str(GOLDENS / "videoalign_tiny"), None)
     loaded = checkpoints.read(checkpoint)
     assert (loaded.rank, loaded.scale, len(loaded.tensors)) == (4, 2.0, 70)
-    network = networks.build(loaded.tensors, checkpoint.base, torch.float32, coarse, "golden")
+    network = networks.build(loaded.tensors, base=checkpoint.base, dtype=torch.float32, coarse=coarse, source="golden")
     io = load_file(GOLDENS / "videoalign_tiny" / "io.safetensors")
     ids = io["input_ids"]
     special = checkpoint.content["special_token_ids"]
@@ -110,9 +110,12 @@ def test_the_positions_of_qwen2_vl_would_give_other_scores() -> None:
     mask = load_file(GOLDENS / "videoalign_tiny" / "io.safetensors")["attention_mask"]
     with torch.inference_mode():
         hidden = network.body(
-            input_ids=ids, attention_mask=mask, pixel_values_videos=patches, video_grid_thw=grids,
+            input_ids=ids,
+            attention_mask=mask,
+            pixel_values_videos=patches,
+            video_grid_thw=grids,
             mm_token_type_ids=kinds,
-        ).last_hidden_state  # fmt: skip
+        ).last_hidden_state
     native = (hidden.gather(1, marks[..., None].expand(-1, -1, hidden.shape[-1])) @ network.head.T)[..., 0]
     assert (native - wanted).abs().max() > 0.1
     torch.testing.assert_close(network(ids, patches, grids, marks), wanted, rtol=0, atol=1e-5)

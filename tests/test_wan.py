@@ -30,11 +30,23 @@ NEGATIVE = "blurred, static"
 VIDEO = Video(frames=5, height=32, width=48)
 EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 5.0, "num_train_timesteps": 1000}
 REAL: dict[str, Any] = {  # transformer/config.json of Wan2.1-T2V-1.3B-Diffusers, and what differs in the 14 B one
-    "added_kv_proj_dim": None, "attention_head_dim": 128, "cross_attn_norm": True, "eps": 1e-06, "ffn_dim": 8960,
-    "freq_dim": 256, "image_dim": None, "in_channels": 16, "num_attention_heads": 12, "num_layers": 30,
-    "out_channels": 16, "patch_size": [1, 2, 2], "pos_embed_seq_len": None, "qk_norm": "rms_norm_across_heads",
-    "rope_max_seq_len": 1024, "text_dim": 4096,
-}  # fmt: skip
+    "added_kv_proj_dim": None,
+    "attention_head_dim": 128,
+    "cross_attn_norm": True,
+    "eps": 1e-06,
+    "ffn_dim": 8960,
+    "freq_dim": 256,
+    "image_dim": None,
+    "in_channels": 16,
+    "num_attention_heads": 12,
+    "num_layers": 30,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+    "pos_embed_seq_len": None,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 1024,
+    "text_dim": 4096,
+}
 REAL_14B = REAL | {"ffn_dim": 13824, "num_attention_heads": 40, "num_layers": 40}
 
 
@@ -95,9 +107,17 @@ def first_order(path: Path, steps: int) -> UniPCMultistepScheduler:
 def run(pipeline: WanPipeline, text: str, x: Tensor, steps: int, cfg: float, video: Video, output_type: str) -> Tensor:
     """Latents [1, C, F, H, W] or pixels [1, F, H, W, 3] in [0, 1] of diffusers' pipeline."""
     frames = pipeline(
-        text, negative_prompt=NEGATIVE, height=video.height, width=video.width, num_frames=video.frames, latents=x,
-        num_inference_steps=steps, guidance_scale=cfg, output_type=output_type, max_sequence_length=files.LONGEST,
-    ).frames  # fmt: skip
+        text,
+        negative_prompt=NEGATIVE,
+        height=video.height,
+        width=video.width,
+        num_frames=video.frames,
+        latents=x,
+        num_inference_steps=steps,
+        guidance_scale=cfg,
+        output_type=output_type,
+        max_sequence_length=files.LONGEST,
+    ).frames
     return torch.as_tensor(frames)
 
 
@@ -117,21 +137,28 @@ def assert_equals_the_pipeline(
     results = []
     for text, condition in zip(PROMPTS, conditions, strict=True):
         ours = sample_ode(policy, x, grid, stack([condition]))
-        torch.testing.assert_close(ours, run(pipeline, text, x, steps, cfg, video, "latent"), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            ours,
+            run(pipeline, text=text, x=x, steps=steps, cfg=cfg, video=video, output_type="latent"),
+            atol=1e-4,
+            rtol=0,
+        )
         assert torch.equal(grid, pipeline.scheduler.sigmas) and bool((grid[:-1] > grid[1:]).all()) and grid[-1] == 0
         results.append(ours)
     assert not torch.allclose(results[0], results[1], atol=0.1)
 
     pixels = policy.decode(results[-1])
     assert pixels.shape == (1, video.frames, video.height, video.width, 3) and pixels.dtype == torch.uint8
-    images = run(pipeline, PROMPTS[-1], x, steps, cfg, video, "np")
+    images = run(pipeline, text=PROMPTS[-1], x=x, steps=steps, cfg=cfg, video=video, output_type="np")
     assert (pixels.float() - images * 255).abs().max() <= 0.51
     assert pixels.float().std() > 10
 
 
 @pytest.mark.parametrize(("steps", "cfg", "frames"), [(5, 1.0, 5), (7, 5.0, 9), (4, 3.0, 1)])
 def test_ode_equals_the_pipeline_with_euler(euler: Path, steps: int, cfg: float, frames: int) -> None:
-    assert_equals_the_pipeline(euler, official(euler), steps, cfg, VIDEO.model_copy(update={"frames": frames}))
+    assert_equals_the_pipeline(
+        euler, pipeline=official(euler), steps=steps, cfg=cfg, video=VIDEO.model_copy(update={"frames": frames})
+    )
 
 
 @pytest.mark.parametrize(("steps", "cfg"), [(5, 1.0), (7, 5.0)])
@@ -146,7 +173,7 @@ def test_ode_tends_to_the_official_pipelines(folder: Path) -> None:
     distances = []
     for steps in (8, 64):
         ours = sample_ode(policy, x, policy.time_grid(steps, None, policy.latent_shape(VIDEO)), condition)
-        theirs = run(pipeline, PROMPTS[0], x, steps, 1.0, VIDEO, "latent")
+        theirs = run(pipeline, text=PROMPTS[0], x=x, steps=steps, cfg=1.0, video=VIDEO, output_type="latent")
         distances.append(((ours - theirs).norm() / theirs.norm()).item())
     assert distances[1] < 0.25 * distances[0] and distances[1] < 0.01
 
@@ -159,12 +186,15 @@ def test_the_recipes_shift_goes_before_the_folders(folder: Path, euler: Path) ->
     assert_equals_the_pipeline(euler, official(euler, scheduler), 4, 1.0, shift=7.0)
 
 
-@pytest.mark.parametrize(("part", "entries"), [
-    ("scheduler", {"flow_shift": 5.0}),
-    ("scheduler", {"num_train_timesteps": 500}),
-    ("vae", {"latents_mean": [0.5] * files.CHANNELS}),
-    ("vae", {"latents_std": [0.7] * files.CHANNELS}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("part", "entries"),
+    [
+        ("scheduler", {"flow_shift": 5.0}),
+        ("scheduler", {"num_train_timesteps": 500}),
+        ("vae", {"latents_mean": [0.5] * files.CHANNELS}),
+        ("vae", {"latents_std": [0.7] * files.CHANNELS}),
+    ],
+)
 def test_the_folders_configs_are_followed(folder: Path, tmp_path: Path, part: str, entries: dict[str, object]) -> None:
     edited = changed(folder, tmp_path / "edited", part, **entries)
     assert_equals_the_pipeline(edited, official(edited, first_order(edited, 3)), 3, 2.0)
@@ -230,7 +260,12 @@ def test_gradient_equals_plain_autograd_of_the_objective(folder: Path, world: Wo
         return v
 
     backbone.assert_gradient_is_the_objectives(
-        load(folder, cfg), VIDEO, encode(folder)[0][0], world, pipeline.transformer, predict
+        load(folder, cfg),
+        video=VIDEO,
+        condition=encode(folder)[0][0],
+        world=world,
+        network=pipeline.transformer,
+        predict=predict,
     )
 
 
@@ -285,28 +320,46 @@ def test_the_full_size_network_is_wrapped_block_by_block(config: dict[str, Any],
     assert sum(type(m).__name__ in network._repeated_blocks for m in network.modules()) == len(blocks)
     embedder = "condition_embedder"
     assert backbone.outside_blocks(network, blocks) == {
-        "", "patch_embedding", "proj_out", f"{embedder}.time_proj",  # "" is the scale_shift_table
+        "",
+        "patch_embedding",
+        "proj_out",
+        f"{embedder}.time_proj",  # "" is the scale_shift_table
         *(f"{embedder}.{name}_embedder.linear_{n}" for name in ("text", "time") for n in (1, 2)),
-    }  # fmt: skip
+    }
 
 
-@pytest.mark.parametrize(("part", "entries", "message"), [
-    ("", {"_class_name": "WanImageToVideoPipeline"}, "not a WanPipeline; correct model.family or the path"),
-    ("", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "has transformer_2, as Wan 2.2 does; use"),
-    ("", {"boundary_ratio": 0.875}, "has boundary_ratio, as Wan 2.2 does"),
-    ("", {"expand_timesteps": True}, "has expand_timesteps, as Wan 2.2 does"),
-    ("scheduler", {"_class_name": "DDIMScheduler"}, "is a DDIMScheduler, not one of UniPCMultistepScheduler, Flow"),
-    ("scheduler", {"use_flow_sigmas": False}, "has use_flow_sigmas=False; Wan 2.1 wants True, set it there"),
-    ("scheduler", {"prediction_type": "epsilon"}, "has prediction_type=epsilon; Wan 2.1 wants flow_prediction"),
-    ("scheduler", {"final_sigmas_type": "sigma_min"}, "has final_sigmas_type=sigma_min; Wan 2.1 wants zero"),
-    ("scheduler", {"use_dynamic_shifting": True}, "has use_dynamic_shifting=True; Wan 2.1 wants False"),
-    ("transformer", {"in_channels": 20}, "the network has 20 channels in and 8 out, the VAE 8; use a text-to-video"),
-    ("transformer", {"image_dim": 1280, "added_kv_proj_dim": 32}, "and sees images, the VAE 8; use a text-to-video"),
-    ("transformer", {"patch_size": [2, 2, 2]}, r"patch_size is \[2, 2, 2\], not \[1, n, n\]"),
-    ("transformer", {"text_dim": 64}, "text of width 64, the text encoder makes 32; the parts are of different"),
-    ("transformer", {"_class_name": "FluxTransformer2DModel"}, "holds a FluxTransformer2DModel, not a WanTransformer"),
-    ("vae", {"_class_name": "AutoencoderKL"}, "holds a AutoencoderKL, not a AutoencoderKLWan"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("part", "entries", "message"),
+    [
+        ("", {"_class_name": "WanImageToVideoPipeline"}, "not a WanPipeline; correct model.family or the path"),
+        ("", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "has transformer_2, as Wan 2.2 does; use"),
+        ("", {"boundary_ratio": 0.875}, "has boundary_ratio, as Wan 2.2 does"),
+        ("", {"expand_timesteps": True}, "has expand_timesteps, as Wan 2.2 does"),
+        ("scheduler", {"_class_name": "DDIMScheduler"}, "is a DDIMScheduler, not one of UniPCMultistepScheduler, Flow"),
+        ("scheduler", {"use_flow_sigmas": False}, "has use_flow_sigmas=False; Wan 2.1 wants True, set it there"),
+        ("scheduler", {"prediction_type": "epsilon"}, "has prediction_type=epsilon; Wan 2.1 wants flow_prediction"),
+        ("scheduler", {"final_sigmas_type": "sigma_min"}, "has final_sigmas_type=sigma_min; Wan 2.1 wants zero"),
+        ("scheduler", {"use_dynamic_shifting": True}, "has use_dynamic_shifting=True; Wan 2.1 wants False"),
+        (
+            "transformer",
+            {"in_channels": 20},
+            "the network has 20 channels in and 8 out, the VAE 8; use a text-to-video",
+        ),
+        (
+            "transformer",
+            {"image_dim": 1280, "added_kv_proj_dim": 32},
+            "and sees images, the VAE 8; use a text-to-video",
+        ),
+        ("transformer", {"patch_size": [2, 2, 2]}, r"patch_size is \[2, 2, 2\], not \[1, n, n\]"),
+        ("transformer", {"text_dim": 64}, "text of width 64, the text encoder makes 32; the parts are of different"),
+        (
+            "transformer",
+            {"_class_name": "FluxTransformer2DModel"},
+            "holds a FluxTransformer2DModel, not a WanTransformer",
+        ),
+        ("vae", {"_class_name": "AutoencoderKL"}, "holds a AutoencoderKL, not a AutoencoderKLWan"),
+    ],
+)
 def test_a_folder_that_does_not_fit_is_one_clear_line(
     folder: Path, tmp_path: Path, part: str, entries: dict[str, object], message: str
 ) -> None:

@@ -105,7 +105,9 @@ def test_equal_states_computed_once_change_nothing_but_the_work(
         kept = torch.ones(TOTAL, dtype=torch.bool)
         kept[[1, 2]] = False  # as Best-of-N leaves samples out
         with counted(policy) as update_rows:
-            metrics = tiny.run_update(trainer, plan, drawn.trajectories, conditions, world, kept)
+            metrics = tiny.run_update(
+                trainer, the_plan=plan, trajectories=drawn.trajectories, conditions=conditions, world=world, kept=kept
+            )
         assert metrics["update/max_log_ratio_first"] <= 1e-6
         results.append((drawn, trainer.gradients, sum(rollout_rows), sum(update_rows)))
     (one, gradients, once, trained_once), (other, expected, alone, trained_alone) = results
@@ -194,6 +196,6 @@ def test_no_wait_inside_the_loops(policy: Policy, conditions: list[Condition], w
     for size in (2, 24):
         trainer = tiny.Recorder.create(policy, tiny.settings(size, updates=2, lr=1e-30), None)
         with Waits() as waits:
-            tiny.run_update(trainer, plan, drawn.trajectories, conditions, world)
+            tiny.run_update(trainer, the_plan=plan, trajectories=drawn.trajectories, conditions=conditions, world=world)
         counts.append(waits.count)
     assert counts[0] == counts[1]  # AdamW reads its step counters, which lie in host memory

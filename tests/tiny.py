@@ -14,6 +14,7 @@ from fastgrpo.core.policy import Condition, Policy, Prompt
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.training import rollout
+from fastgrpo.training.method import Experience
 from fastgrpo.training.rollout import Drawn, Plan, Trajectory
 from fastgrpo.training.trainer import Trainer
 from fastgrpo.training.update import update
@@ -54,7 +55,16 @@ def load_policy(world: World | None = None) -> Policy:
 
 def plan(policy: Policy, shared_noise: bool = True) -> Plan:
     shape = policy.latent_shape(VIDEO)
-    return Plan(3, 0, GROUP, policy.time_grid(STEPS, None, shape), 0.4, shared_noise, shape, trained=3)
+    return Plan(
+        seed=3,
+        iteration=0,
+        group_size=GROUP,
+        grid=policy.time_grid(STEPS, None, shape),
+        eta=0.4,
+        shared_noise=shared_noise,
+        latent_shape=shape,
+        trained=3,
+    )
 
 
 def encode() -> list[Condition]:
@@ -97,7 +107,14 @@ def run_update(
     kept: Tensor | None = None,
 ) -> dict[str, float]:
     kept = torch.ones(len(PROMPTS) * GROUP, dtype=torch.bool) if kept is None else kept
-    return update(trainer, Objective(clip_range=1e-4), the_plan, trajectories, conditions, advantages(), kept, world)
+    return update(
+        trainer,
+        Objective(clip_range=1e-4),
+        Experience(
+            plan=the_plan, trajectories=trajectories, conditions=conditions, advantages=advantages(), selected=kept
+        ),
+        world,
+    )
 
 
 def settings(batch_size: int, updates: int = 1, lr: float = 1e-4) -> Optimizer:

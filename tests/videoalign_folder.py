@@ -16,10 +16,21 @@ from fastgrpo.core.config import RewardSpec
 
 RANK, ALPHA = 4, 8
 SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
-    "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-    "<|image_pad|>", "<|video_pad|>",
-)  # fmt: skip
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 MARKS = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
 WORDS = Regex(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -148,9 +159,14 @@ def model_config() -> dict[str, Any]:
         },
         "peft_lora_config": {"lora_enable": True, "lora_r": RANK, "lora_alpha": ALPHA, "use_rslora": False},
         "inference_config": {
-            "VQ_mean": 0.3, "VQ_std": 1.2, "MQ_mean": -0.2, "MQ_std": 0.7, "TA_mean": 0.1, "TA_std": 0.9,
+            "VQ_mean": 0.3,
+            "VQ_std": 1.2,
+            "MQ_mean": -0.2,
+            "MQ_std": 0.7,
+            "TA_mean": 0.1,
+            "TA_std": 0.9,
         },
-    }  # fmt: skip
+    }
 
 
 def state(config: Mapping[str, Any], rows: int, output_dim: int = 1) -> dict[str, Tensor]:

@@ -68,28 +68,36 @@ if __name__ == "__main__":
         shard(policy, world, torch.float32)
         blocks, root = padded(policy.network, world.mesh.size(-1))
         plan = tiny.plan(policy)
-        total = len(tiny.PROMPTS) * tiny.GROUP
         with (
             Bytes() as in_rollout,
             sharding.rollout_weights(policy.network, settings, torch.float32, world) as whole,
         ):
-            work = (total, conditions, tiny.GROUP, 4, world, not whole)
-            started: dict[int, rollout.Start] = {}
-            first_rounds, rounds = list(rollout.start_rounds(*work)), list(rollout.rounds(*work))
+            dealing = rollout.Dealing(
+                conditions=conditions, group_size=tiny.GROUP, batch_size=4, world=world, lockstep=not whole
+            )
+            prefixes: dict[int, rollout.SharedPrefix] = {}
+            first_rounds, rounds = list(dealing.prefix_rounds()), list(dealing.rounds())
             for batch, _ in first_rounds:
-                started |= rollout.starts(policy, plan, conditions, batch)
-            drawn = [(rollout.sample(policy, plan, conditions, batch, started), counts) for batch, counts in rounds]
+                prefixes |= rollout.shared_prefixes(policy, plan, conditions, batch)
+            drawn = [
+                (rollout.sample(policy, plan=plan, conditions=conditions, slots=batch, prefixes=prefixes), counts)
+                for batch, counts in rounds
+            ]
         trainer = tiny.Recorder.create(policy, tiny.settings(8, updates=2), None)
         forwards: list[int] = []
         policy.network.register_forward_pre_hook(lambda module, inputs: forwards.append(1))
         trajectories = {slot: kept for part, counts in drawn if counts for slot, kept in part.trajectories.items()}
         with Bytes() as in_update:
-            tiny.run_update(trainer, plan, trajectories, conditions, world)
+            tiny.run_update(trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world)
         if world.main:
             told = {
-                "blocks": blocks, "root": root, "forwards": len(first_rounds) + len(rounds) * (plan.steps - 1),
-                "micro_batches": len(forwards), "rollout": in_rollout.counts, "update": in_update.counts,
-            }  # fmt: skip
+                "blocks": blocks,
+                "root": root,
+                "forwards": len(first_rounds) + len(rounds) * (plan.steps - 1),
+                "micro_batches": len(forwards),
+                "rollout": in_rollout.counts,
+                "update": in_update.counts,
+            }
             with open(sys.argv[1], "w") as file:
                 json.dump(told, file)
     leave(0)

@@ -20,6 +20,7 @@ from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.core.processes import leave
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World, open_world
+from fastgrpo.training.method import Experience
 from fastgrpo.training.policies import Reference, Unadapted
 from fastgrpo.training.rollout import Plan, Trajectory
 from fastgrpo.training.update import update
@@ -69,7 +70,14 @@ def train(
     world: World,
 ) -> dict[str, float]:
     kept = torch.ones(len(tiny.PROMPTS) * tiny.GROUP, dtype=torch.bool)
-    return update(trainer, OBJECTIVE, plan, trajectories, conditions, tiny.advantages(), kept, world)
+    return update(
+        trainer,
+        OBJECTIVE,
+        Experience(
+            plan=plan, trajectories=trajectories, conditions=conditions, advantages=tiny.advantages(), selected=kept
+        ),
+        world,
+    )
 
 
 def run(folder: Path, world: World) -> dict[str, Any]:
@@ -79,15 +87,15 @@ def run(folder: Path, world: World) -> dict[str, Any]:
     plan = replace(tiny.plan(policy), trained=1)
     trajectories = tiny.draw(policy, plan, conditions, world, 4).trajectories
     trainer = create_trainer(policy, Unadapted(policy), 1e-3)
-    metrics = train(trainer, plan, trajectories, conditions, world)
+    metrics = train(trainer, plan=plan, trajectories=trajectories, conditions=conditions, world=world)
     checkpoints = Checkpoints(folder / "checkpoints", Checkpoint(), world)
     checkpoints.save(trainer, Progress(iteration=1))
-    train(trainer, plan, trajectories, conditions, world)
+    train(trainer, plan=plan, trajectories=trajectories, conditions=conditions, world=world)
 
     fresh = load_policy(world, stirred=False)
     resumed = create_trainer(fresh, Unadapted(fresh), 1e-3)
     progress = checkpoints.load(resumed)
-    train(resumed, plan, trajectories, conditions, world)
+    train(resumed, plan=plan, trajectories=trajectories, conditions=conditions, world=world)
     return {
         "initial": initial,
         "gradients": trainer.gradients,

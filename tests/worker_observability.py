@@ -61,7 +61,7 @@ def main(folder: Path) -> None:
     ):
         stop, ranks = Stop(folder, signals, world), Ranks(folder, world, heart)
         for iteration in range(ITERATIONS):
-            iterate(iteration, world, stop, ranks, tracker)
+            iterate(iteration, world=world, stop=stop, ranks=ranks, tracker=tracker)
 
 
 if __name__ == "__main__":

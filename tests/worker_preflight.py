@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fastgrpo.algorithm import noise, samplers
 from fastgrpo.algorithm.transitions import gaussian_log_prob
-from fastgrpo.cli.preflight_run import elsewhere, first_prompts
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import leave
@@ -28,11 +27,12 @@ from fastgrpo.parallel import sequence_parallel
 from fastgrpo.parallel.world import Group, World, open_world
 from fastgrpo.rewards.tiny_world import TinyWorld
 from fastgrpo.run.stopping import Signals, Stop
+from fastgrpo.session import open_session
 from fastgrpo.tools.preflight import checks, run_folder
 from fastgrpo.tools.preflight.finding import Parts, fingerprints
 from fastgrpo.tools.preflight.iteration import Probe
+from fastgrpo.tools.preflight.run import elsewhere, first_prompts
 from fastgrpo.tools.preflight.run_folder import scratch
-from fastgrpo.train import Session
 from fastgrpo.training.conditions import encode
 from tests import runs
 
@@ -47,7 +47,7 @@ def opened(world: World, settings: list[str], folder: Path) -> Iterator[Parts]:
         place = stack.enter_context(scratch(folder, world))
         stop = Stop(place, stack.enter_context(Signals()), world)
         found = first_prompts(recipe, encode.read_prompts(recipe, world))
-        yield Session.open(elsewhere(recipe, place), world, stack, found, stop).preflight_parts()
+        yield Parts.of(open_session(elsewhere(recipe, place), world, stack, found, stop))
 
 
 def said(parts: Parts) -> list[str]:

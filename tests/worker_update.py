@@ -26,7 +26,9 @@ if __name__ == "__main__":
         everything = replace(plan, trained=None)
         drawn = tiny.draw(policy, everything, conditions, world, rollout_batch)
         trainer = tiny.Recorder.create(policy, tiny.settings(update_batch, updates=2), None)
-        metrics = tiny.run_update(trainer, plan, drawn.trajectories, conditions, world)
+        metrics = tiny.run_update(
+            trainer, the_plan=plan, trajectories=drawn.trajectories, conditions=conditions, world=world
+        )
         total = len(tiny.PROMPTS) * tiny.GROUP
         share = world.share(total) if world.sp is None or world.sp.rank == 0 else range(0)  # each row from one rank
         rows = len(share)

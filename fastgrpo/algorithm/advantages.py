@@ -9,6 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from fastgrpo.core.config import Objective
+
 
 def group_advantages(rewards: Tensor, group_size: int, valid: Tensor | None = None, min_spread: float = 1e-6) -> Tensor:
     """(r - mean) / std within each prompt's group (DanceGRPO eq. 7), over the valid samples alone.
@@ -55,11 +57,9 @@ def combined_advantages(
     valid: Tensor,
     weights: Mapping[str, float],
     group_size: int,
-    clip: float,
-    min_spread: float,
-    normalise: str = "group",
+    objective: Objective,
 ) -> Tensor:
-    """One advantage per sample from all rewards.
+    """One advantage per sample from all rewards, by objective.normalise.
 
     group: advantages summed over rewards, not rewards summed: their scales differ (DanceGRPO section 3.3).
     batch: the same, then over the samples of groups that teach to mean 0 and std 1, so that the size of the update does
@@ -68,9 +68,10 @@ def combined_advantages(
     global: rewards summed, then to mean 0 and std 1 over all samples whatever their prompt (DDPO, arXiv 2305.13301).
 
     scores: part -> float [N];  valid: bool [N]
-    returns float32 [N], clamped to +-clip; 0 for invalid samples and where the rewards do not differ
+    returns float32 [N], clamped to +- objective.advantage_clip; 0 for invalid samples and where the rewards do not
+    differ
     """
-    total = torch.zeros(len(valid))
+    total, min_spread, normalise = torch.zeros(len(valid)), objective.min_spread, objective.normalise
     for part, weight in weights.items():
         if not weight:
             continue
@@ -85,4 +86,4 @@ def combined_advantages(
         total = group_advantages(total, len(total), valid & taught, min_spread)
     elif normalise == "global":
         total = group_advantages(total, len(total), valid, min_spread)
-    return total.clamp(-clip, clip)
+    return total.clamp(-objective.advantage_clip, objective.advantage_clip)

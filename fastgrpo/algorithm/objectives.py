@@ -4,7 +4,7 @@ Every log-probability and divergence is a mean over the latent's dimensions, see
 says when to use which.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,22 +64,25 @@ def dppo(terms: Terms, objective: Objective) -> Tensor:
     """
     r = ratio(terms)
     further = (r - 1) * terms.advantage > 0
-    return -torch.where(further & _too_far(terms, objective), r.detach(), r) * terms.advantage
+    return -torch.where(further & outside_divergence(terms, objective), r.detach(), r) * terms.advantage
 
 
-known: Mapping[str, Callable[[Terms, Objective], Tensor]] = {"grpo": grpo, "ddpo": ddpo, "guard": guard, "dppo": dppo}
-"""The objectives of transitions, by objective.kind; "nft" has none, see `nft`."""
+def outside_clip_range(terms: Terms, objective: Objective) -> Tensor:
+    """Whether each transition's ratio is outside the clip range, whichever way the update would go.
 
-NEED_OLD_MEAN = frozenset({"guard", "dppo"})
-"""Those that look at Terms.old_mean."""
+    returns bool [B]; the two functions below likewise
+    """
+    return (ratio(terms) - 1).abs() > objective.clip_range
 
 
-def outside(terms: Terms, objective: Objective) -> Tensor:
-    """Transitions outside the region that the objective trusts, whichever way the update would go.  returns bool [B]"""
-    if objective.kind == "dppo":
-        return _too_far(terms, objective)
-    r = normalised_ratio(terms) if objective.kind == "guard" else ratio(terms)
-    return (r - 1).abs() > objective.clip_range
+def outside_normalised(terms: Terms, objective: Objective) -> Tensor:
+    """Whether GRPO-Guard's ratio is outside the clip range.  returns bool [B]"""
+    return (normalised_ratio(terms) - 1).abs() > objective.clip_range
+
+
+def outside_divergence(terms: Terms, objective: Objective) -> Tensor:
+    """Whether the KL divergence from the old policy is above max_kl.  returns bool [B]"""
+    return gaussian_kl(terms.mean, terms.old_mean, terms.std) > objective.max_kl
 
 
 def ratio(terms: Terms) -> Tensor:
@@ -99,10 +102,6 @@ def normalised_ratio(terms: Terms) -> Tensor:
 
 def _clipped(r: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
     return -torch.minimum(r * advantage, r.clamp(1 - clip_range, 1 + clip_range) * advantage)
-
-
-def _too_far(terms: Terms, objective: Objective) -> Tensor:
-    return gaussian_kl(terms.mean, terms.old_mean, terms.std) > objective.max_kl
 
 
 def step_weights(kind: str, grid: Tensor, steps: Sequence[int], eta: float, sampler: Sampler) -> Tensor:

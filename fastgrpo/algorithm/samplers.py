@@ -7,6 +7,7 @@ the same pair. docs/algorithms.md says when to use which.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +17,14 @@ from fastgrpo.algorithm.transitions import gaussian_log_prob, sde_transition
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Policy
 
-Transition = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+class Transition(Protocol):
+    """Gives mean [B, ...] and std, which broadcasts against it, of p(x_next | x)."""
+
+    def __call__(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+        """x, v: [B, ...] float32;  t, t_next: scalars or [B], 1 >= t > t_next >= 0"""
+
+
 LogProb = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -25,9 +33,6 @@ class Sampler:
     """A policy's step: p(x_next | x) as mean and std, and the log-probability of what was drawn."""
 
     transition: Transition
-    """(x, v, t, t_next, eta) -> mean [B, ...] and std, which broadcasts against it.
-
-    x, v: [B, ...] float32;  t, t_next: scalars or [B], 1 >= t > t_next >= 0"""
     log_prob: LogProb
     """(x_next, mean, std) -> float32 [B]"""
 

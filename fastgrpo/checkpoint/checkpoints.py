@@ -161,6 +161,23 @@ class Checkpoints:
             pending.problem = _cause(failure)
         return self.finish() or problem
 
+    def save_if_due(self, trainer: Trainer, progress: Progress, iterations: int) -> str | None:
+        """Save where the settings want it and after the last of `iterations`.  returns what went wrong, as `save`"""
+        done = progress.iteration
+        problem = self.poll()
+        if done % self.settings.every == 0 or done == iterations:
+            problem = self.save(trainer, progress) or problem
+        return problem
+
+    def end_saving(self, trainer: Trainer, progress: Progress) -> None:
+        """Wait for the save that is under way. Raises UserError where the last iteration's checkpoint is not there."""
+        problem = self.finish()
+        published = self.world.on_main(self.newest)
+        if progress.iteration and (published is None or number(published) < progress.iteration):
+            problem = problem or self.save(trainer, progress) or self.finish()
+            if problem is not None:
+                raise UserError(problem)
+
     def poll(self) -> str | None:
         """Publish a save in the background once every rank has written its part.  returns what went wrong"""
         if self._pending is None:

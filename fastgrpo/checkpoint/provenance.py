@@ -17,7 +17,7 @@ from fastgrpo.models.loading import diffusers_folder, weight_files
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.run.file_hashes import hashes
-from fastgrpo.training.sources import Source
+from fastgrpo.training.scoring.sources import Source
 
 FILE = "provenance.json"
 HASHES = "hashes.json"

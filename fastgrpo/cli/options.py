@@ -23,8 +23,11 @@ def add_recipe(command: argparse.ArgumentParser) -> None:
 def recipe_of(arguments: argparse.Namespace) -> "Recipe":
     """The recipe that the arguments name. Raises UserError."""
     from fastgrpo.core import config
+    from fastgrpo.training import methods
 
-    return config.load(arguments.recipe, arguments.overrides)
+    recipe = config.load(arguments.recipe, arguments.overrides)
+    methods.check(recipe)
+    return recipe
 
 
 def add_which_weights(command: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgrpo.cli.options import add_recipe, positive, recipe_of
 from fastgrpo.core.errors import UserError
+from fastgrpo.training import methods
 
 if TYPE_CHECKING:
     from fastgrpo.tools.plan.costs.compute import Job
@@ -132,7 +133,7 @@ def _alone(job: "Job") -> "tuple[Job, list[str]]":
     """The job as a simulated rank has it, with one copy of the weights, and the kinds of memory that are left out."""
     recipe = job.recipe
     left_out = ["average"] if recipe.optimizer.ema_decay else []
-    if recipe.objective.kind == "nft":
+    if methods.traits(recipe).average_draws:
         left_out.append("raw weights")
     if job.second_network:
         left_out.append("initial policy")

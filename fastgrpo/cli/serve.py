@@ -68,7 +68,7 @@ def serve_rewards(arguments: argparse.Namespace) -> None:
     """Serve until SIGTERM. Raises UserError for what does not go together."""
     from fastgrpo.rewards.serving.server import app
     from fastgrpo.rewards.serving.server.admission import Limits
-    from fastgrpo.training.sources import read_token
+    from fastgrpo.training.scoring.sources import read_token
 
     file = arguments.token_file
     if file is None and arguments.host not in ("127.0.0.1", "localhost", "::1"):

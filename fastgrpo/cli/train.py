@@ -90,7 +90,7 @@ def _run_preflight(arguments: argparse.Namespace) -> None:
     if (count := processes_to_start(os.environ)) > 1:
         again = ["-m", "fastgrpo.cli", "preflight", str(arguments.recipe), *arguments.overrides]
         replace_by_torchrun(again, count)
-    from fastgrpo.cli.preflight_run import run
+    from fastgrpo.tools.preflight.run import run
 
     if not run(recipe):
         leave(1)

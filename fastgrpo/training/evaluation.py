@@ -4,9 +4,8 @@ The seeds do not depend on the run's seed, so that all runs of a recipe are judg
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +15,13 @@ from torch import Tensor
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
-from fastgrpo.core.policy import Condition, Policy, stack
+from fastgrpo.core.policy import Condition, Policy, move, stack
 from fastgrpo.data import video
 from fastgrpo.parallel import sharding
-from fastgrpo.parallel.world import World
 from fastgrpo.training import rollout
-from fastgrpo.training.rollout import Plan, Round
-from fastgrpo.training.scorer import Scorer
-from fastgrpo.training.trainer import Trainer
+from fastgrpo.training.rollout import Dealing, Plan, Round
+from fastgrpo.training.scoring.scorer import Scorer
+from fastgrpo.training.trainer import Trainer, averaged_weights
 
 RESAMPLES = 10_000
 
@@ -62,84 +60,97 @@ class Evaluation:
         return {"sum": total, **parts}
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """The held-out prompts and how clips of them are drawn."""
+
+    prompts: Sequence[str]
+    conditions: Sequence[Condition]  # one per prompt, from the cache on demand
+    grid: Tensor  # float32 [T + 1] from 1 to 0, on the device
+    shape: tuple[int, ...]  # (C, F, H, W) of a latent
+
+    def first(self, count: int, device: torch.device) -> "HeldOut":
+        """The first prompts, their conditions on the device."""
+        count = min(count, len(self.prompts))
+        conditions = [move(self.conditions[index], device) for index in range(count)]
+        return replace(self, prompts=self.prompts[:count], conditions=conditions)
+
+
 def evaluate(
     trainer: Trainer,
     recipe: Recipe,
-    prompts: Sequence[str],
-    conditions: Sequence[Condition],
+    heldout: HeldOut,
     scorer: Scorer,
-    world: World,
     iteration: int,
-    device_grid: Tensor,
-    shape: tuple[int, ...],
-    between: Callable[[Iterable[Round]], Iterable[Round]] = iter,
+    poll_before: Callable[[Iterable[Round]], Iterable[Round]] = iter,
 ) -> Evaluation:
     """Sample every (prompt, seed) with the averaged weights where there are any, score, keep some clips, write.
 
-    between: gives the batches one by one, and may raise in place of one
+    poll_before: gives the batches one by one, and may raise in place of one
     returns the evaluation on every rank; also in run.dir/evaluation/step-N.json
     """
-    seeds = recipe.evaluate.seeds
+    world, seeds = scorer.world, recipe.evaluate.seeds
     folder = recipe.run.dir / "evaluation"
     clips = folder / f"step-{iteration}"
     if world.main:
         clips.mkdir(parents=True, exist_ok=True)
     world.barrier()
-    plan = Plan(0, -1, seeds, device_grid, 0.0, False, shape)
-    total = len(prompts) * seeds
-    kept = min(recipe.evaluate.clips, len(prompts))
-    size, dtype = recipe.rollout.at_once, recipe.model.torch_dtype
-    network = trainer.policy.network
+    plan = _plan(heldout, seeds)
+    clips_kept = min(recipe.evaluate.clips, len(heldout.prompts))
+    network, dtype = trainer.policy.network, recipe.model.torch_dtype
     with (
         averaged_weights(trainer),
         sharding.rollout_weights(network, recipe.distributed, dtype, world) as whole,
     ):
-        for batch, counts in between(rollout.rounds(total, conditions, seeds, size, world, not whole)):
+        dealing = Dealing(
+            conditions=heldout.conditions,
+            group_size=seeds,
+            batch_size=recipe.rollout.at_once,
+            world=world,
+            lockstep=not whole,
+        )
+        for batch, counts in poll_before(dealing.rounds()):
             own = world.part(len(batch))
-            latents = _latents(trainer.policy, plan, conditions, batch)[own.start : own.stop]
+            latents = _latents(trainer.policy, plan, heldout.conditions, batch)[own.start : own.stop]
             slots = batch[own.start : own.stop]
             if not slots or not counts:
                 continue
             pixels = trainer.policy.decode(latents)
-            scorer.submit(slots, latents, pixels, [prompts[slot // seeds] for slot in slots])
+            scorer.submit(slots, latents, pixels, [heldout.prompts[slot // seeds] for slot in slots])
             for slot, clip in zip(slots, pixels, strict=True):
-                if slot % seeds == 0 and slot // seeds < kept:
+                if slot % seeds == 0 and slot // seeds < clips_kept:
                     video.write_mp4(clips / f"{slot // seeds:03d}.mp4", clip, recipe.video.fps)
-    scored = scorer.collect(total)
+    scored = scorer.collect(dealing.total)
     evaluation = Evaluation(
         iteration=iteration,
-        prompts=[prompt for prompt in prompts for _ in range(seeds)],
-        seeds=list(range(seeds)) * len(prompts),
+        prompts=[prompt for prompt in heldout.prompts for _ in range(seeds)],
+        seeds=list(range(seeds)) * len(heldout.prompts),
         scores={part: values.tolist() for part, values in scored.values.items()},
         weights=dict(recipe.weights),
-        clips=[f"step-{iteration}/{number:03d}.mp4" for number in range(kept)],
+        clips=[f"step-{iteration}/{number:03d}.mp4" for number in range(clips_kept)],
     )
     world.on_main(lambda: evaluation.write(folder / f"step-{iteration}.json"))
     return evaluation
 
 
+def _plan(heldout: HeldOut, seeds: int) -> Plan:
+    """Noise that does not depend on the run, and no noise on the way."""
+    return Plan(
+        seed=0,
+        iteration=-1,
+        group_size=seeds,
+        grid=heldout.grid,
+        eta=0.0,
+        shared_noise=False,
+        latent_shape=heldout.shape,
+    )
+
+
 def _latents(policy: Policy, plan: Plan, conditions: Sequence[Condition], slots: list[int]) -> Tensor:
+    """Latents of the slots, [B, C, F, H, W] float32."""
     condition = stack([conditions[slot // plan.group_size] for slot in slots])
     x = plan.initial_noise(slots, plan.grid.device)
     return rollout.sample_ode(policy, x, plan.grid, condition)
-
-
-@contextmanager
-def averaged_weights(trainer: Trainer) -> Iterator[None]:
-    """The moving average in place of the policy's weights, where the recipe keeps one."""
-    parameters = dict(trainer.policy.network.named_parameters())
-    raw = {name: parameters[name].detach().clone() for name in trainer.ema}
-    _copy(trainer.ema, parameters)
-    try:
-        yield
-    finally:
-        _copy(raw, parameters)
-
-
-@torch.no_grad()
-def _copy(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        parameters[name].copy_(value)
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, object]]:

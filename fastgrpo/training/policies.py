@@ -1,4 +1,4 @@
-"""The trained network: sharded while it has no weights, then read from its files, by each rank its own part."""
+"""The trained policy and the initial one: sharded without weights, then read from files, by each rank its own part."""
 
 import time
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
+from fastgrpo import models
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.models.loading import streaming
@@ -61,7 +62,8 @@ def _size(count: int) -> str:
 class Reference(Protocol):
     """What the KL term needs of it; every `fastgrpo.core.policy.Policy` has that."""
 
-    def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor: ...
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Predict as `Policy.velocity` does.  x: [B, C, F, H, W] float32;  t: [B];  returns like x"""
 
 
 @dataclass(frozen=True)
@@ -71,5 +73,18 @@ class Unadapted:
     policy: Policy
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Predict without the adapters.  x: [B, C, F, H, W] float32;  t: [B];  returns like x"""
         with at_rest(self.policy.network):
             return self.policy.velocity(x, t, condition)
+
+
+def initial_policy(recipe: Recipe, world: World, trained: Policy) -> Reference:
+    """The policy before training, which the KL term measures against: frozen, or without its adapters."""
+    if recipe.lora.rank:
+        return Unadapted(trained)
+    policy = world.run_on_all_ranks(lambda: models.outline(recipe.model, world.device))
+    for parameter in policy.network.requires_grad_(False).parameters():  # nothing trains it: no masters
+        parameter.data = parameter.data.to(recipe.model.torch_dtype)
+    policy.negative, policy.vae = trained.negative, trained.vae
+    shard_and_read(policy, recipe, world, "weights of the initial policy")
+    return policy

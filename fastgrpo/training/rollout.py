@@ -4,8 +4,8 @@ A sample's slot is prompt * G + sample within its iteration. All of a sample's n
 prompt, sample, step), so how slots are dealt over ranks and batches changes nothing but the speed.
 
 Samples of a group that share their initial noise are equal until the first noisy step: what comes before it, and the
-prediction there, is computed once for the group (`starts`). Of each sample only the transitions are kept that the
-update will train, which its key tells beforehand.
+prediction there, is computed once for the group (`shared_prefixes`). Of each sample only the transitions are kept that
+the update will train, which its key tells beforehand.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from fastgrpo.parallel.world import World
 Round = tuple[list[int], bool]  # a batch of slots or prompts, and whether its result counts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What is drawn in an iteration, the same on every rank."""
 
@@ -34,8 +34,8 @@ class Plan:
     eta: float
     shared_noise: bool
     latent_shape: tuple[int, ...]  # (C, F, H, W)
-    window: range | None = None  # the noisy steps; none = all but the last
-    trained: int | None = None  # transitions trained per sample; none = all noisy ones
+    window: range | None = None  # the noisy steps; None: all but the last
+    trained: int | None = None  # transitions trained per sample; None: all noisy ones
     choice: str = "random"  # which ones, see grpo.choose_timesteps
     sampler: str = "dance"  # the noisy steps' transition, see samplers
     store: str = "device"  # where the chosen transitions are kept, or host
@@ -77,7 +77,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Start:
+class SharedPrefix:
     """What the samples of a group have in common: the state at `plan.first`, and the network's prediction there."""
 
     x: Tensor  # [C, F, H, W] float32
@@ -115,67 +115,84 @@ def batches(slots: Sequence[int], conditions: Sequence[Condition], group_size: i
             yield members[start : start + size]
 
 
-def rounds(
-    total: int, conditions: Sequence[Condition], group_size: int, size: int, world: World, lockstep: bool
-) -> Iterator[Round]:
-    """The batches of this rank's group, each with whether its result counts.
+@dataclass(frozen=True, kw_only=True)
+class Dealing:
+    """How an iteration's samples are dealt over groups of ranks and batches."""
 
-    lockstep: with sharded weights every forward is a collective, so a group with fewer batches repeats its last one
-    until it has run as many as the others.
-    """
-    return _in_step(
-        lambda group: list(batches(world.share(total, group), conditions, group_size, size)), world, lockstep
-    )
+    conditions: Sequence[Condition]  # one per prompt of the iteration
+    group_size: int
+    batch_size: int  # samples per forward
+    world: World
+    lockstep: bool
+    """Every forward is a collective, since the weights are sharded: a group with fewer batches repeats its last one
+    until it has run as many as the others."""
 
+    @property
+    def total(self) -> int:
+        """Samples of all ranks."""
+        return len(self.conditions) * self.group_size
 
-def start_rounds(
-    total: int, conditions: Sequence[Condition], group_size: int, size: int, world: World, lockstep: bool
-) -> Iterator[Round]:
-    """The same for `starts`: batches of the prompts of which this rank's group has samples."""
+    def rounds(self) -> Iterator[Round]:
+        """The batches of this rank's group, each with whether its result counts."""
+        return self._in_step(
+            lambda group: list(
+                batches(self.world.share(self.total, group), self.conditions, self.group_size, self.batch_size)
+            )
+        )
 
-    def of(group: int) -> list[list[int]]:
-        share = world.share(total, group)
-        prompts = range(share.start // group_size, -(-share.stop // group_size) if share else 0)
-        return list(batches(prompts, conditions, 1, size))
+    def prefix_rounds(self) -> Iterator[Round]:
+        """Batches of the prompts of which this rank's group has samples, likewise: for `shared_prefixes`."""
 
-    return _in_step(of, world, lockstep)
+        def of_group(group: int) -> list[list[int]]:
+            share = self.world.share(self.total, group)
+            end = -(-share.stop // self.group_size) if share else 0
+            prompts = range(share.start // self.group_size, end)
+            return list(batches(prompts, self.conditions, 1, self.batch_size))
 
+        return self._in_step(of_group)
 
-def _in_step(of: Callable[[int], list[list[int]]], world: World, lockstep: bool) -> Iterator[Round]:
-    own = of(world.group)
-    yield from ((batch, True) for batch in own)
-    if lockstep:
-        most = max(len(of(group)) for group in range(world.groups))
-        filler = own[-1] if own else [0]
-        yield from ((filler, False) for _ in range(most - len(own)))
+    def _in_step(self, of_group: Callable[[int], list[list[int]]]) -> Iterator[Round]:
+        own = of_group(self.world.group)
+        yield from ((batch, True) for batch in own)
+        if self.lockstep:
+            most = max(len(of_group(group)) for group in range(self.world.groups))
+            filler = own[-1] if own else [0]
+            yield from ((filler, False) for _ in range(most - len(own)))
 
 
 @torch.no_grad()
-def starts(policy: Policy, plan: Plan, conditions: Sequence[Condition], prompts: Sequence[int]) -> dict[int, Start]:
-    """The ODE from the shared noise to the first noisy step, once per prompt."""
+def shared_prefixes(
+    policy: Policy, plan: Plan, conditions: Sequence[Condition], prompts: Sequence[int]
+) -> dict[int, SharedPrefix]:
+    """Follow the ODE from the shared noise to the first noisy step, once per prompt."""
     condition = stack([conditions[prompt] for prompt in prompts])
     x = plan.initial_noise([prompt * plan.group_size for prompt in prompts], plan.grid.device)
     for t, t_next in pairwise(plan.grid[: plan.first + 1]):
-        x, _ = policy.transition(x, policy.velocity(x, t.expand(len(x)), condition), t, t_next, 0.0)
+        v = policy.velocity(x, t.expand(len(x)), condition)
+        x, _ = policy.transition(x, v=v, t=t, t_next=t_next, eta=0.0)
     v = policy.velocity(x, plan.grid[plan.first].expand(len(x)), condition)
-    return {prompt: Start(x[row], v[row]) for row, prompt in enumerate(prompts)}
+    return {prompt: SharedPrefix(x[row], v[row]) for row, prompt in enumerate(prompts)}
 
 
 @torch.no_grad()
 def sample(
-    policy: Policy, plan: Plan, conditions: Sequence[Condition], slots: list[int], started: Mapping[int, Start]
+    policy: Policy,
+    plan: Plan,
+    conditions: Sequence[Condition],
+    slots: list[int],
+    prefixes: Mapping[int, SharedPrefix],
 ) -> Drawn:
     """Draw one batch of trajectories: noisy steps and ODE steps; the last is the deterministic estimate of x_0.
 
-    started: of the slots' prompts, where the plan shares noise
+    prefixes: of the slots' prompts, where the plan shares noise
     """
-    groups = [slot // plan.group_size for slot in slots]
-    condition = stack([conditions[prompt] for prompt in groups])
+    prompts = [slot // plan.group_size for slot in slots]
+    condition = stack([conditions[prompt] for prompt in prompts])
     sampler = samplers.of(policy, plan.sampler)
     chosen = {slot: plan.chosen(slot) for slot in slots}
-    kept = {slot: Trajectory() for slot in slots}
+    trajectories = {slot: Trajectory() for slot in slots}
     if plan.shared_noise:
-        x, v = (torch.stack(rows) for rows in zip(*((started[p].x, started[p].v) for p in groups), strict=True))
+        x, v = (torch.stack(rows) for rows in zip(*((prefixes[p].x, prefixes[p].v) for p in prompts), strict=True))
     else:
         x = plan.initial_noise(slots, plan.grid.device)
         v = policy.velocity(x, plan.grid[0].expand(len(x)), condition)
@@ -184,14 +201,14 @@ def sample(
         if step > plan.first:
             v = policy.velocity(x, t.expand(len(x)), condition)
         if step not in plan.noisy:
-            x, _ = policy.transition(x, v, t, t_next, 0.0)
+            x, _ = policy.transition(x, v=v, t=t, t_next=t_next, eta=0.0)
             continue
         mean, std = sampler.transition(x, v, t, t_next, plan.eta)
         x_next = mean + std * plan.step_noise(slots, step, plan.grid.device)
         log_prob = sampler.log_prob(x_next, mean, std)
         for row, slot in enumerate(slots):
             if step in chosen[slot]:
-                trajectory = kept[slot]
+                trajectory = trajectories[slot]
                 if step not in trajectory.states:
                     trajectory.states[step] = stored(x[row], plan)
                 trajectory.states[step + 1] = stored(x_next[row], plan)
@@ -200,32 +217,39 @@ def sample(
     t = plan.grid[-2]
     if plan.steps - 1 > plan.first:
         v = policy.velocity(x, t.expand(len(x)), condition)
-    return Drawn(slots, policy.clean_estimate(x, v, t), kept)
+    return Drawn(slots, policy.clean_estimate(x, v, t), trajectories)
 
 
 def stored(x: Tensor, plan: Plan) -> Tensor:
-    """A sample's state for as long as the update needs it; not a view of the batch, which would keep all of it."""
+    """A sample's state for as long as the update needs it; not a view of the batch, which would keep all of it.
+
+    x: [C, F, H, W];  returns a copy like it, on the device or in the host's pinned memory
+    """
     return to_host(x) if plan.store == "host" and x.is_cuda else x.clone()
 
 
 @torch.no_grad()
 def sample_ode(policy: Policy, x: Tensor, grid: Tensor, condition: Condition) -> Tensor:
-    """The deterministic sampler of evaluation and pictures: Euler steps of the flow.  x: noise;  returns x_0"""
+    """Follow the flow's ODE by Euler steps: the deterministic sampler of evaluation and pictures.
+
+    x: noise [B, C, F, H, W] float32;  grid: [T + 1] from 1 to 0;  returns x_0 like x
+    """
     for t, t_next in pairwise(grid[:-1]):
         v = policy.velocity(x, t.expand(len(x)), condition)
-        x, _ = policy.transition(x, v, t, t_next, 0.0)
+        x, _ = policy.transition(x, v=v, t=t, t_next=t_next, eta=0.0)
     return policy.clean_estimate(x, policy.velocity(x, grid[-2].expand(len(x)), condition), grid[-2])
 
 
 def draw(policy: Policy, plan: Plan, conditions: Sequence[Condition], slots: Sequence[int], size: int) -> Drawn:
-    """All of the slots in batches of at most `size`, on this rank alone, which must hold the weights whole."""
-    started: dict[int, Start] = {}
+    """Draw all of the slots in batches of at most `size`, on this rank alone, which must hold the weights whole."""
+    prefixes: dict[int, SharedPrefix] = {}
     if plan.shared_noise:
         for prompts in batches(sorted({slot // plan.group_size for slot in slots}), conditions, 1, size):
-            started |= starts(policy, plan, conditions, prompts)
+            prefixes |= shared_prefixes(policy, plan, conditions, prompts)
     parts = [
-        sample(policy, plan, conditions, batch, started) for batch in batches(slots, conditions, plan.group_size, size)
+        sample(policy, plan=plan, conditions=conditions, slots=batch, prefixes=prefixes)
+        for batch in batches(slots, conditions, plan.group_size, size)
     ]
     final = {slot: x for part in parts for slot, x in zip(part.slots, part.final, strict=True)}
-    trajectories = {slot: kept for part in parts for slot, kept in part.trajectories.items()}
+    trajectories = {slot: trajectory for part in parts for slot, trajectory in part.trajectories.items()}
     return Drawn(list(slots), torch.stack([final[slot] for slot in slots]), trajectories)

@@ -1,5 +1,7 @@
 """What an optimizer step changes: the trainable weights, AdamW's state, the moving average, the counters."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -88,3 +90,21 @@ class Trainer:
         for name, parameter in self.policy.network.named_parameters():
             if name in self.ema:
                 self.ema[name].lerp_(parameter, 1 - self.settings.ema_decay)
+
+
+@contextmanager
+def averaged_weights(trainer: Trainer) -> Iterator[None]:
+    """The moving average in place of the policy's weights, where the recipe keeps one."""
+    parameters = dict(trainer.policy.network.named_parameters())
+    raw = {name: parameters[name].detach().clone() for name in trainer.ema}
+    _copy(trainer.ema, parameters)
+    try:
+        yield
+    finally:
+        _copy(raw, parameters)
+
+
+@torch.no_grad()
+def _copy(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        parameters[name].copy_(value)

@@ -7,26 +7,23 @@ rank runs the same number of them, and where it has none left a loss of zero, so
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgrpo.algorithm import objectives, samplers, selection
-from fastgrpo.algorithm.objectives import Terms
-from fastgrpo.algorithm.transitions import gaussian_kl
+from fastgrpo.algorithm import selection
 from fastgrpo.core.config import Objective
-from fastgrpo.core.policy import Condition, shape_key, stack
+from fastgrpo.core.policy import shape_key, stack
 from fastgrpo.parallel.world import World
-from fastgrpo.training import nft
-from fastgrpo.training.rollout import Plan, Trajectory
+from fastgrpo.training import methods
+from fastgrpo.training.method import Batch, Experience, Losses
+from fastgrpo.training.rollout import Plan
 from fastgrpo.training.trainer import Trainer
 
 State = tuple[int, tuple[int, ...]]  # a step, and the slots whose sample is in this state before it
-
-
 MicroBatch = list[State]  # an empty one keeps step with other ranks
 
 
@@ -35,60 +32,59 @@ class Totals:
     """Sums over transitions, on the device and read once per iteration: micro-batches do not wait for them."""
 
     values: Tensor  # [4]: loss, clipped transitions, transitions, KL
-    max_log_ratio: Tensor
-    max_log_ratio_first: Tensor  # before the first optimizer step: the policy has not changed, so it must be ~0
+    max_log_ratio: Tensor  # scalar
+    max_log_ratio_first: Tensor  # scalar, before the first optimizer step: the policy is unchanged, so it must be ~0
 
     @classmethod
     def zeros(cls, device: torch.device) -> "Totals":
+        """No transitions yet."""
         zero = torch.zeros((), device=device)
         return cls(torch.zeros(4, dtype=torch.float64, device=device), zero, zero)
 
     @torch.no_grad()
-    def add(self, loss: Tensor, outside: Tensor, kl: Tensor, log_ratio: Tensor) -> None:
-        """B transitions.  all [B]"""
-        sums = [loss.sum(), outside.sum(), torch.ones_like(loss).sum(), kl.sum()]
+    def add(self, losses: Losses) -> None:
+        """Count a micro-batch's transitions."""
+        count = torch.ones_like(losses.loss)
+        sums = [value.sum() for value in (losses.loss, losses.outside, count, losses.kl)]
         self.values += torch.stack([value.double() for value in sums])
-        self.max_log_ratio = torch.maximum(self.max_log_ratio, log_ratio.abs().max())
+        self.max_log_ratio = torch.maximum(self.max_log_ratio, losses.log_ratio.abs().max())
 
 
 def update(
     trainer: Trainer,
     objective: Objective,
-    plan: Plan,
-    trajectories: Mapping[int, Trajectory],
-    conditions: Sequence[Condition],
-    advantages: Tensor,
-    kept: Tensor,
+    experience: Experience,
     world: World,
-    between: Callable[[Iterable[MicroBatch]], Iterable[MicroBatch]] = iter,
+    poll_before: Callable[[Iterable[MicroBatch]], Iterable[MicroBatch]] = iter,
 ) -> dict[str, float]:
-    """K optimizer steps over the kept samples of all ranks.  returns metrics, equal on every rank
+    """Take K optimizer steps over the selected samples of all ranks.  returns metrics, equal on every rank
 
-    trajectories: of this rank's kept samples, by slot;  conditions: one per prompt of the iteration
-    advantages: float32 [N];  kept: bool [N], N = all ranks' samples
-    between: gives the micro-batches before the first optimizer step one by one, and may raise in place of one
+    poll_before: gives the micro-batches before the first optimizer step one by one, and may raise in place of one
     """
-    totals = Totals.zeros(world.device)
-    idle = (advantages == 0).tolist() if _advantage_is_all(objective) else [False] * len(advantages)
-    advantages = advantages.to(world.device)
-    sampler = samplers.of(trainer.policy, plan.sampler)
-    step_weights = objectives.step_weights(objective.step_weights, plan.grid, plan.noisy, plan.eta, sampler)
-    norms: list[Tensor] = []
+    plan, method = experience.plan, methods.of(objective.kind)
+    totals, norms = Totals.zeros(world.device), list[Tensor]()
+    skipped = [False] * len(experience.advantages)
+    if not method.zero_advantage_teaches(objective):
+        skipped = (experience.advantages == 0).tolist()
+    experience = experience.on(world.device)
+    losses_of = method.losses(trainer.policy, experience, objective)
     key = ("minibatches", plan.seed, plan.iteration)
-    for members in selection.minibatches(kept, plan.group_size, trainer.settings.updates_per_iteration, key):
+    steps = trainer.settings.updates_per_iteration
+    for members in selection.minibatches(experience.selected, plan.group_size, steps, key):
         transitions = sum(len(plan.chosen(slot)) for slot in members)
         if not transitions:
             continue
-        teaching = [slot for slot in members if not idle[slot]]
-        batches = _micro_batches(teaching, conditions, plan, trainer.settings.batch_size, world) or [[]]
-        for number, batch in enumerate(batches if norms else between(batches), 1):
+        active = [slot for slot in members if not skipped[slot]]
+        batches = _micro_batches(active, experience, trainer.settings.batch_size, world) or [[]]
+        for number, batch in enumerate(batches if norms else poll_before(batches), 1):
             if world.mesh.ndim == 2:  # replicas need to agree before the step only
                 trainer.policy.network.set_requires_all_reduce(number == len(batches))  # type: ignore[operator]
             if batch:
-                predicted = _predict(trainer, plan, trajectories, conditions, batch)
-                loss = _loss(predicted, trainer, objective, plan, trajectories, advantages, step_weights, totals)
+                losses = losses_of(_predict(trainer, experience, batch))
+                totals.add(losses)
+                loss = losses.loss.sum()
             else:
-                loss = _nothing(trainer, plan, conditions, world)
+                loss = _dummy_loss(trainer, experience, world)
             # FSDP averages over groups of ranks, and the objective is the mean over all groups' transitions
             (loss * (world.groups / transitions)).backward()
         if not norms:
@@ -97,21 +93,15 @@ def update(
     return _metrics(totals, norms, trainer, world)
 
 
-def _advantage_is_all(objective: Objective) -> bool:
-    """Whether a sample of advantage 0 has no gradient: its forwards and backwards can be left out."""
-    return objective.kind != "nft" and not objective.kl_weight
-
-
-def _micro_batches(
-    members: Sequence[int], conditions: Sequence[Condition], plan: Plan, size: int, world: World
-) -> list[MicroBatch]:
+def _micro_batches(members: Sequence[int], experience: Experience, size: int, world: World) -> list[MicroBatch]:
     """This group of ranks' states in batches of one text length, as many as of the group with the most."""
     shares: list[list[MicroBatch]] = []
+    plan, conditions = experience.plan, experience.conditions
     total = len(conditions) * plan.group_size
     for group in range(world.groups):
-        mine = world.share(total, group)
+        share = world.share(total, group)
         by_shape: dict[object, list[State]] = {}
-        for state in _states([slot for slot in members if slot in mine], plan):
+        for state in _states([slot for slot in members if slot in share], plan):
             prompt = state[1][0] // plan.group_size
             by_shape.setdefault(shape_key(conditions[prompt]), []).append(state)
         shares.append([m[i : i + size] for m in by_shape.values() for i in range(0, len(m), size)])
@@ -121,102 +111,38 @@ def _micro_batches(
 
 def _states(slots: Sequence[int], plan: Plan) -> list[State]:
     """The distinct states before the slots' chosen steps."""
-    found: dict[tuple[int, int, int | None], list[int]] = {}
+    slots_of: dict[tuple[int, int, int | None], list[int]] = {}
     for slot in slots:
         for step in plan.chosen(slot):
             equal = plan.shared_noise and step == plan.first
-            found.setdefault((step, slot // plan.group_size, None if equal else slot), []).append(slot)
-    return [(step, tuple(members)) for (step, _, _), members in found.items()]
+            slots_of.setdefault((step, slot // plan.group_size, None if equal else slot), []).append(slot)
+    return [(step, tuple(members)) for (step, _, _), members in slots_of.items()]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch's B transitions, with the network's predictions."""
-
-    parted: list[tuple[int, int]]  # slot, step
-    x: Tensor  # [B, C, F, H, W] float32
-    v: Tensor  # likewise, of the trained policy
-    v_reference: Tensor | None  # of the initial policy, without gradient
-
-
-def _predict(
-    trainer: Trainer,
-    plan: Plan,
-    trajectories: Mapping[int, Trajectory],
-    conditions: Sequence[Condition],
-    states: MicroBatch,
-) -> Batch:
-    """One evaluation for each state, then a row for each of the transitions that it serves."""
-    x = _stacked((trajectories[slots[0]].states[step] for step, slots in states), plan)
+def _predict(trainer: Trainer, experience: Experience, states: MicroBatch) -> Batch:
+    """Evaluate each state once, then give a row for each of the transitions that it serves."""
+    plan, trajectories = experience.plan, experience.trajectories
+    x = experience.stacked([trajectories[slots[0]].states[step] for step, slots in states])
     t = torch.stack([plan.grid[step] for step, _ in states])
-    condition = stack([conditions[slots[0] // plan.group_size] for _, slots in states])
+    condition = stack([experience.conditions[slots[0] // plan.group_size] for _, slots in states])
     v, v_reference = trainer.policy.velocity(x, t, condition), None
     if trainer.reference is not None:
         with torch.no_grad():
             v_reference = trainer.reference.velocity(x, t, condition)
-    parted = [(slot, step) for step, slots in states for slot in slots]
-    if len(parted) > len(states):
+    transitions = [(slot, step) for step, slots in states for slot in slots]
+    if len(transitions) > len(states):
         rows = [row for row, (_, slots) in enumerate(states) for _ in slots]
         x, v = (torch.stack([of.unbind()[row] for row in rows]) for of in (x, v))
         v_reference = None if v_reference is None else torch.stack([v_reference[row] for row in rows])
-    return Batch(parted, x, v, v_reference)
+    return Batch(transitions=transitions, x=x, v=v, v_reference=v_reference)
 
 
-def _stacked(rows: Iterable[Tensor], plan: Plan) -> Tensor:
-    return torch.stack([row.to(plan.grid.device, non_blocking=True) for row in rows])
+def _dummy_loss(trainer: Trainer, experience: Experience, world: World) -> Tensor:
+    """A loss of zero that runs the same forwards: with sharded weights every forward and backward is a collective.
 
-
-def _loss(
-    batch: Batch,
-    trainer: Trainer,
-    objective: Objective,
-    plan: Plan,
-    trajectories: Mapping[int, Trajectory],
-    advantages: Tensor,
-    step_weights: Tensor,
-    totals: Totals,
-) -> Tensor:
-    """The objective summed over a micro-batch's transitions, and their part of the totals.
-
-    advantages: [N];  step_weights: [T]
+    returns a scalar
     """
-    if objective.kind == "nft":
-        loss, distance = nft.losses(
-            batch.parted, batch.x, batch.v, batch.v_reference, objective, plan, trajectories, advantages
-        )
-        totals.add(loss, torch.zeros_like(loss), distance, torch.zeros_like(loss))
-        return loss.sum()
-    parted, sampler = batch.parted, samplers.of(trainer.policy, plan.sampler)
-    t, t_next = (torch.stack([plan.grid[step + later] for _, step in parted]) for later in (0, 1))
-    x_next = _stacked((trajectories[slot].states[step + 1] for slot, step in parted), plan)
-    mean, std = sampler.transition(batch.x, batch.v, t, t_next, plan.eta)
-    old_mean = mean.detach()
-    if objective.kind in objectives.NEED_OLD_MEAN:  # what was drawn, less the noise, which is keyed
-        injected = [plan.step_noise([slot], step, plan.grid.device) for slot, step in parted]
-        old_mean = x_next - std.detach() * torch.cat(injected)
-    terms = Terms(
-        log_prob=sampler.log_prob(x_next, mean, std),
-        old_log_prob=_stacked((trajectories[slot].log_probs[step] for slot, step in parted), plan),
-        mean=mean,
-        old_mean=old_mean,
-        std=std,
-        advantage=torch.stack([advantages[slot] for slot, _ in parted]),
-        dt=t - t_next,
-    )
-    weights = torch.stack([step_weights[step] for _, step in parted])
-    loss = weights * objectives.known[objective.kind](terms, objective)
-    kl = torch.zeros_like(loss)
-    if batch.v_reference is not None:
-        reference_mean, _ = sampler.transition(batch.x, batch.v_reference, t, t_next, plan.eta)
-        kl = gaussian_kl(mean, reference_mean, std)
-        loss = loss + objective.kl_weight * kl
-
-    totals.add(loss, objectives.outside(terms, objective), kl, terms.log_prob - terms.old_log_prob)
-    return loss.sum()
-
-
-def _nothing(trainer: Trainer, plan: Plan, conditions: Sequence[Condition], world: World) -> Tensor:
-    """A loss of zero that runs what `_loss` runs: with sharded weights every forward and backward is a collective."""
+    plan, conditions = experience.plan, experience.conditions
     total = len(conditions) * plan.group_size
     condition = stack([conditions[min(world.share(total).start, total - 1) // plan.group_size]])
     x, t = torch.zeros(1, *plan.latent_shape, device=plan.grid.device), plan.grid[:1]
@@ -228,7 +154,7 @@ def _nothing(trainer: Trainer, plan: Plan, conditions: Sequence[Condition], worl
 
 
 def _metrics(totals: Totals, norms: list[Tensor], trainer: Trainer, world: World) -> dict[str, float]:
-    """All groups' totals as numbers."""
+    """All groups' totals as numbers.  norms: scalars, one per optimizer step"""
     dist.all_reduce(totals.values)
     totals.values /= world.size // world.groups  # the ranks of a group count the same transitions
     extremes = torch.stack([totals.max_log_ratio_first, totals.max_log_ratio])

@@ -13,28 +13,46 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from tests.folders import stable_diffusion, t5
 
 SCHEDULER = {  # of FLUX.1-dev
-    "_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.30.0.dev0", "base_image_seq_len": 256,
-    "base_shift": 0.5, "max_image_seq_len": 4096, "max_shift": 1.15, "num_train_timesteps": 1000, "shift": 3.0,
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "_diffusers_version": "0.30.0.dev0",
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
     "use_dynamic_shifting": True,
-}  # fmt: skip
+}
 LONGEST = 40  # tokens of T5
 POOLED = 24
 
 
 def transformer(guidance_embeds: bool) -> FluxTransformer2DModel:
     return FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=t5.WIDTH, pooled_projection_dim=POOLED, guidance_embeds=guidance_embeds,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=t5.WIDTH,
+        pooled_projection_dim=POOLED,
+        guidance_embeds=guidance_embeds,
         axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
+    )
 
 
 def vae() -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, scaling_factor=0.3611,
-        shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
 
 
 def write(folder: Path, guidance_embeds: bool = True) -> None:
@@ -43,9 +61,15 @@ def write(folder: Path, guidance_embeds: bool = True) -> None:
         torch.manual_seed(0)
         words, pieces = stable_diffusion.tokenizer(), t5.tokenizer(LONGEST)
         clip = CLIPTextConfig(
-            vocab_size=len(words), hidden_size=POOLED, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
-        )  # fmt: skip
+            vocab_size=len(words),
+            hidden_size=POOLED,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
+            pad_token_id=words.pad_token_id,
+        )
         network = transformer(guidance_embeds)
         with torch.no_grad():
             for name, parameter in network.named_parameters():
@@ -56,8 +80,13 @@ def write(folder: Path, guidance_embeds: bool = True) -> None:
                 if name == "proj_out.weight":
                     parameter.mul_(0.4)
         pipeline = FluxPipeline(
-            FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER), vae(), CLIPTextModel(clip), words,
-            T5EncoderModel(T5Config(vocab_size=len(pieces), **t5.SIZES)), pieces, network,
-        )  # fmt: skip
+            FlowMatchEulerDiscreteScheduler.from_config(SCHEDULER),
+            vae(),
+            CLIPTextModel(clip),
+            words,
+            T5EncoderModel(T5Config(vocab_size=len(pieces), **t5.SIZES)),
+            pieces,
+            network,
+        )
         pipeline.save_pretrained(folder)
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")

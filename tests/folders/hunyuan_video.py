@@ -51,28 +51,46 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
 def llama(vocabulary: int) -> LlamaModel:
     return LlamaModel(
         LlamaConfig(
-            vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
-            max_position_embeddings=1024, initializer_range=0.2, pad_token_id=0,
+            vocab_size=vocabulary,
+            hidden_size=WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            max_position_embeddings=1024,
+            initializer_range=0.2,
+            pad_token_id=0,
         )
-    )  # fmt: skip
+    )
 
 
 def clip(words: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(words), hidden_size=POOLED, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-            bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
+            vocab_size=len(words),
+            hidden_size=POOLED,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
+            pad_token_id=words.pad_token_id,
         )
-    )  # fmt: skip
+    )
 
 
 def vae() -> AutoencoderKLHunyuanVideo:
     """4 times smaller in space and in time. What an image does to its latent is enlarged: the posterior's std is 1."""
     built = AutoencoderKLHunyuanVideo(
-        latent_channels=CHANNELS, block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("HunyuanVideoDownBlock3D",) * 3, up_block_types=("HunyuanVideoUpBlock3D",) * 3,
-        spatial_compression_ratio=4, temporal_compression_ratio=4, scaling_factor=0.476986,
-    )  # fmt: skip
+        latent_channels=CHANNELS,
+        block_out_channels=(8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 3,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+        scaling_factor=0.476986,
+    )
     with torch.no_grad():
         built.quant_conv.weight[:CHANNELS].mul_(4.0)
     return built
@@ -81,10 +99,18 @@ def vae() -> AutoencoderKLHunyuanVideo:
 def network(in_channels: int = CHANNELS) -> HunyuanVideoTransformer3DModel:
     """What time, pooled text and text do to the prediction is enlarged, to be seen."""
     built = HunyuanVideoTransformer3DModel(
-        in_channels=in_channels, out_channels=CHANNELS, num_attention_heads=4, attention_head_dim=12, num_layers=2,
-        num_single_layers=2, num_refiner_layers=1, mlp_ratio=2.0, text_embed_dim=WIDTH, pooled_projection_dim=POOLED,
+        in_channels=in_channels,
+        out_channels=CHANNELS,
+        num_attention_heads=4,
+        attention_head_dim=12,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        text_embed_dim=WIDTH,
+        pooled_projection_dim=POOLED,
         rope_axes_dim=(4, 4, 4),
-    )  # fmt: skip
+    )
     with torch.no_grad():
         for name, parameter in built.named_parameters():
             if name.startswith(("time_text_embed", "context_embedder.proj_in")) and name.endswith("weight"):

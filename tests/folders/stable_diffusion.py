@@ -12,10 +12,18 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 SCHEDULER = {  # v1.4's scheduler_config.json; PNDMScheduler itself would not write clip_sample
-    "_class_name": "PNDMScheduler", "_diffusers_version": "0.7.0.dev0", "beta_end": 0.012,
-    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False, "num_train_timesteps": 1000,
-    "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
-}  # fmt: skip
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.7.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
 WIDTH = 32  # of the text
 
 
@@ -27,17 +35,26 @@ def tokenizer() -> CLIPTokenizer:
 
 def unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=WIDTH,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2, norm_num_groups=4,
-    )  # fmt: skip
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
 
 
 def vae() -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, scaling_factor=0.18215,
-    )  # fmt: skip
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=0.18215,
+    )
 
 
 def write(folder: Path) -> None:
@@ -46,9 +63,15 @@ def write(folder: Path) -> None:
         torch.manual_seed(0)
         words = tokenizer()
         text = CLIPTextConfig(
-            vocab_size=len(words), hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
-        )  # fmt: skip
+            vocab_size=len(words),
+            hidden_size=WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
+            pad_token_id=words.pad_token_id,
+        )
         network = unet()
         with torch.no_grad():
             for name, parameter in network.named_parameters():
@@ -57,8 +80,14 @@ def write(folder: Path) -> None:
                 if name == "conv_out.weight":
                     parameter.mul_(0.25)
         pipeline = StableDiffusionPipeline(
-            vae(), CLIPTextModel(text), words, network, PNDMScheduler.from_config(SCHEDULER), None, None,
+            vae(),
+            CLIPTextModel(text),
+            words,
+            network,
+            PNDMScheduler.from_config(SCHEDULER),
+            None,
+            None,
             requires_safety_checker=False,
-        )  # fmt: skip
+        )
         pipeline.save_pretrained(folder)
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")

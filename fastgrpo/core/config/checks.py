@@ -7,9 +7,11 @@ LONGEST_WAIT_S = 1500.0  # below the time limit of a collective, fastgrpo.parall
 
 
 def check(recipe: Recipe) -> None:
-    """Raise UserError, with the remedy, for the first combination of keys that cannot work."""
+    """Raise UserError, with the remedy, for the first combination of keys that cannot work.
+
+    What a training method asks of a recipe is checked by `training.methods.check`.
+    """
     _check_model(recipe)
-    _check_objective(recipe)
     _check_rollout(recipe)
     _check_samples(recipe)
     _check_rewards(recipe)
@@ -21,25 +23,6 @@ def _check_model(recipe: Recipe) -> None:
         raise UserError("model.negative_prompt: has no effect without guidance; set model.cfg above 1 or leave it out.")
     if recipe.prompts.heldout is None and not recipe.prompts.heldout_share:
         raise UserError("prompts.heldout: none, and prompts.heldout_share is 0; name a file or hold some prompts out.")
-
-
-def _check_objective(recipe: Recipe) -> None:
-    """The training method and the steps that it needs."""
-    rollout, objective = recipe.rollout, recipe.objective
-    if objective.kind == "nft":
-        _check_nft(recipe)
-    elif rollout.eta <= 0:
-        raise UserError(f"rollout.eta={rollout.eta}: GRPO needs a stochastic sampler; use eta > 0 (0.3 in the paper).")
-    if objective.kind == "guard" and rollout.sampler == "cps":
-        raise UserError(
-            "objective.kind=guard: normalises a Gaussian log-probability, which Flow-CPS does not use; choose "
-            "rollout.sampler=dance or objective.kind=grpo."
-        )
-    if objective.kind == "ddpo" and objective.normalise != "global":
-        raise UserError(
-            f"objective.normalise={objective.normalise}: DDPO's advantages are over all samples of an iteration; set "
-            "objective.normalise=global."
-        )
 
 
 def _check_rollout(recipe: Recipe) -> None:
@@ -97,29 +80,3 @@ def _check_server(recipe: Recipe) -> None:
         )
     if server.token_file is None and (server.urls or any(spec.urls for spec in recipe.rewards)):
         raise UserError("server.token_file: missing; running servers (urls) want a token, name its file.")
-
-
-def _check_nft(recipe: Recipe) -> None:
-    """DiffusionNFT draws with the ODE from the moving average of the weights, and has no transitions."""
-    rollout, objective = recipe.rollout, recipe.objective
-    if rollout.shared_noise:
-        raise UserError(
-            "rollout.shared_noise=true: objective.kind=nft draws without noise on the way, so all samples of a group "
-            "would be the same; set rollout.shared_noise=false."
-        )
-    if not recipe.optimizer.ema_decay:
-        raise UserError(
-            "optimizer.ema_decay=0: with objective.kind=nft the moving average of the weights draws the samples; set "
-            "e.g. optimizer.ema_decay=0.5."
-        )
-    if rollout.window is not None:
-        raise UserError("rollout.window: has no effect with objective.kind=nft, where no step is noisy; leave it out.")
-    if objective.step_weights != "equal":
-        raise UserError(
-            f"objective.step_weights={objective.step_weights}: has no effect with objective.kind=nft; leave it out."
-        )
-    if objective.kl_weight:
-        raise UserError(
-            f"objective.kl_weight={objective.kl_weight}: is of noisy steps, and objective.kind=nft has none; use "
-            "objective.nft_kl."
-        )

@@ -175,9 +175,9 @@ class Rollout(Section):
 
 
 class Objective(Section):
-    kind: Literal["grpo", "guard", "dppo", "ddpo", "nft"] = "grpo"
-    """What is descended: DanceGRPO's clipped objective, GRPO-Guard's, Flow-DPPO's, DDPO's, or DiffusionNFT's, which
-    needs no trajectories; see docs/algorithms.md."""
+    kind: str = "grpo"
+    """The training method, a file of fastgrpo/training/methods/: grpo, guard (GRPO-Guard), dppo (Flow-DPPO), ddpo, or
+    nft (DiffusionNFT), which needs no trajectories; see docs/algorithms.md."""
     normalise: Literal["group", "batch", "largest_std", "global"] = "group"
     """Advantages: by each group's mean and std (the paper), then over the batch (GDPO), by the largest group's std
     (LongCat), or of the summed rewards over all samples (DDPO)."""
@@ -347,11 +347,6 @@ class Recipe(Section):
         exact = self.objective.timestep_fraction * self.rollout.steps
         noisy = self.rollout.window or self.rollout.steps - 1
         return min(math.ceil(exact - 1e-9), noisy)  # 0.28 * 25 is 7, and a little more in binary
-
-    @property
-    def needs_initial_policy(self) -> bool:
-        """Whether the objective measures against the policy before training."""
-        return bool(self.objective.nft_kl if self.objective.kind == "nft" else self.objective.kl_weight)
 
     def to_toml(self) -> str:
         """The resolved recipe as TOML; unset optional fields are left out."""

@@ -244,8 +244,12 @@ def _judge(
                     if verdict.kind is not None:
                         log.warning(
                             "%s, clip %d: no score of %s: %s: %s",
-                            SIDES[side], one.number, name, verdict.kind, verdict.reason,
-                        )  # fmt: skip
+                            SIDES[side],
+                            one.number,
+                            name,
+                            verdict.kind,
+                            verdict.reason,
+                        )
                 rows[n, side] = torch.tensor(
                     [verdicts[name].scores[part] for name, own in parts.items() for part in own], dtype=torch.float64
                 )

@@ -27,6 +27,7 @@ from fastgrpo.tools.plan.costs.compute import (
 from fastgrpo.tools.plan.gpus import Achieved, Gpu
 from fastgrpo.tools.plan.subject import Subject
 from fastgrpo.tools.plan.workload import network_calls, stragglers
+from fastgrpo.training import methods
 
 GIB = 2**30
 ROOM = 1.5  # the rollout holds the whole weights where this many times their size is free, see fastgrpo.parallel.world
@@ -122,7 +123,7 @@ def _kept(subject: Subject) -> dict[str, float]:
     """What waits for the update: the chosen transitions of this rank's samples."""
     job = subject.job
     samples, _ = network_calls.busiest(job.recipe, job.groups)
-    return {"trajectories": memory_costs.trajectories(job, samples, job.recipe.steps_trained)}
+    return {"trajectories": memory_costs.trajectories(job, samples)}
 
 
 def _load(subject: Subject, machine: Machine) -> Phase:
@@ -155,10 +156,9 @@ def _rollout_work(job: Job) -> tuple[float, float]:
     batch = recipe.rollout.at_once
     for first, share in network_calls.first_steps(recipe).items():
         steps = network_calls.grid_steps(recipe, first)
-        if recipe.objective.kind == "nft":
-            shared, single = 0, steps + recipe.steps_trained
-        else:
-            shared, single = (first + 1, steps - first - 1) if recipe.rollout.shared_noise else (0, steps)
+        shared, single = (first + 1, steps - first - 1) if recipe.rollout.shared_noise else (0, steps)
+        if methods.traits(recipe).old_velocities:
+            single += recipe.steps_trained
         states += share * (prompts * shared + samples * single)
         forwards += share * (math.ceil(prompts / batch) * shared + math.ceil(samples / batch) * single)
     return states, forwards

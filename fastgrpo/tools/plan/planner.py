@@ -19,6 +19,7 @@ from fastgrpo.tools.plan.costs import compute
 from fastgrpo.tools.plan.phases import GIB, Machine, Phase, iteration_phases, iteration_seconds
 from fastgrpo.tools.plan.subject import Subject, subject
 from fastgrpo.tools.plan.workload import batch_size, network_calls, stragglers
+from fastgrpo.training import methods
 
 CURVE = (8, 16, 32, 64, 128, 256, 512)
 LARGE_REST, LARGE_REST_GIB = 0.02, 0.25  # share of the parameters outside the blocks, from which a plan warns
@@ -72,6 +73,7 @@ def plan(recipe: Recipe, gpus: int, machine: Machine, ranks_per_node: int = 8, t
     text: tokens of the longest text, in place of the family's limit
     Raises UserError for what a run would refuse, and for GPUs that are no whole nodes.
     """
+    methods.check(recipe)
     if gpus > ranks_per_node and gpus % ranks_per_node:
         raise UserError(f"--gpus={gpus}: not a multiple of the {ranks_per_node} of a node (--ranks-per-node).")
     if recipe.rollout.batch_size != "auto":

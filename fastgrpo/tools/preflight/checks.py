@@ -97,7 +97,10 @@ def common(parts: Parts) -> list[Finding]:
 def judged(parts: Parts, done: Iteration) -> list[Finding]:
     """What a short iteration tells."""
     checks = (
-        iteration.log_probabilities, iteration.ratio, iteration.gradients,
-        iteration.decoding, iteration.scoring,
-    )  # fmt: skip
+        iteration.log_probabilities,
+        iteration.ratio,
+        iteration.gradients,
+        iteration.decoding,
+        iteration.scoring,
+    )
     return [check(parts, done) for check in checks]

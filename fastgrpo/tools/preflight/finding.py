@@ -12,14 +12,15 @@ from torch.distributed.tensor import DTensor
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.parallel.world import World
+from fastgrpo.session import Session
 from fastgrpo.training.rollout import Plan
-from fastgrpo.training.scorer import Scorer
+from fastgrpo.training.scoring.scorer import Scorer
 from fastgrpo.training.trainer import Trainer
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Parts:
     """The parts of a run before its first iteration, and what that iteration will draw."""
 
@@ -31,8 +32,23 @@ class Parts:
     texts: Sequence[str]  # of its prompts
     conditions: Sequence[Condition]  # of its prompts, on the device
 
+    @classmethod
+    def of(cls, session: Session) -> "Parts":
+        """What a session has before its first iteration."""
+        texts, conditions = session.training.batch(session.recipe, 0)
+        return cls(
+            recipe=session.recipe,
+            world=session.world,
+            trainer=session.trainer,
+            scorer=session.scorer,
+            plan=session.training.plan(session.recipe, 0),
+            texts=texts,
+            conditions=conditions,
+        )
+
     @property
     def policy(self) -> Policy:
+        """The policy that is trained."""
         return self.trainer.policy
 
     @property

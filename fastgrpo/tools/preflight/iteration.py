@@ -21,8 +21,9 @@ from fastgrpo.core.processes import fail_alone
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.tools.preflight.finding import Finding, Parts, gathered, largest, replicas_differ
-from fastgrpo.training import rollout
-from fastgrpo.training.rollout import Drawn, Plan, Start
+from fastgrpo.training import methods, rollout
+from fastgrpo.training.method import Experience
+from fastgrpo.training.rollout import Drawn, Plan, SharedPrefix
 from fastgrpo.training.trainer import Trainer
 from fastgrpo.training.update import MicroBatch, update
 
@@ -120,7 +121,7 @@ def short(plan: Plan) -> Plan:
 def noisy_plan(parts: Parts) -> Plan:
     """The run's plan; for an objective without noisy steps with noise in all but the last, the deterministic one."""
     plan = parts.plan
-    if parts.recipe.objective.kind != "nft":
+    if methods.traits(parts.recipe).noisy_steps:
         return plan
     trained = min(parts.recipe.steps_trained, plan.steps - 1)
     return replace(plan, window=range(plan.steps - 1), trained=trained, eta=plan.eta or 0.3)  # its recipe may say 0
@@ -138,25 +139,29 @@ def run(parts: Parts, plan: Plan, probe: Probe, clips: int | None, meter: Meter)
     memory = f"rollout.batch_size={size}: lower it, or set distributed.rollout_weights=sharded"
     with sharding.rollout_weights(policy.network, recipe.distributed, parts.dtype, world):
         with meter.phase("rollout", memory):
-            started: dict[int, Start] = {}
+            prefixes: dict[int, SharedPrefix] = {}
             if plan.shared_noise:
                 prompts = sorted({slot // plan.group_size for slot in batch})
-                started = rollout.starts(policy, plan, parts.conditions, prompts)
-            drawn = rollout.sample(policy, plan, parts.conditions, batch, started)
+                prefixes = rollout.shared_prefixes(policy, plan, parts.conditions, prompts)
+            drawn = rollout.sample(policy, plan, parts.conditions, batch, prefixes)
         own = list(world.part(len(batch)))[:clips]
         with meter.phase("decode", f"model.decode_batch={recipe.model.decode_batch or 'none'}: set it to 1"):
             pixels = policy.decode(drawn.final[own]) if own else torch.empty(0, dtype=torch.uint8)
     with meter.phase("reward", "rewards: give them a device of their own, or a server"):
         scored, valid = _score(parts, [batch[row] for row in own], drawn.final[own], pixels)
-    kept = torch.zeros(parts.total, dtype=torch.bool)
-    kept[[slot for members in batches for slot in members]] = True
+    selected = torch.zeros(parts.total, dtype=torch.bool)
+    selected[[slot for members in batches for slot in members]] = True
     seconds: list[float] = []
     memory = f"optimizer.batch_size={recipe.optimizer.batch_size}: lower it, or set model.gradient_checkpointing=true"
     with meter.phase("update", memory):
-        metrics = update(
-            probe, _comparable(parts), plan, drawn.trajectories, parts.conditions, _advantages(parts.total), kept,
-            world, lambda work: _timed(work, seconds, world),
-        )  # fmt: skip
+        experience = Experience(
+            plan=plan,
+            conditions=parts.conditions,
+            trajectories=drawn.trajectories,
+            advantages=_advantages(parts.total),
+            selected=selected,
+        )
+        metrics = update(probe, _comparable(parts), experience, world, lambda work: _timed(work, seconds, world))
     finite = bool(torch.isfinite(drawn.final).all())
     return Iteration(plan, drawn, pixels, finite, scored, valid, probe, metrics, seconds)
 
@@ -179,7 +184,9 @@ def _score(parts: Parts, slots: list[int], latents: Tensor, pixels: Tensor) -> t
 def _comparable(parts: Parts) -> Objective:
     """The recipe's objective; for one without a ratio GRPO's: rollout and update must agree all the same."""
     objective = parts.recipe.objective
-    return objective.model_copy(update={"kind": "grpo"}) if objective.kind == "nft" else objective
+    if methods.traits(parts.recipe).noisy_steps:
+        return objective
+    return objective.model_copy(update={"kind": "grpo"})
 
 
 def _advantages(total: int) -> Tensor:
@@ -259,7 +266,7 @@ def ratio(parts: Parts, done: Iteration) -> Finding:
     """Before any optimizer step the update gives the rollout's log-probabilities."""
     objective, bound = parts.recipe.objective, RATIO_BOUND[parts.dtype]
     found = done.metrics["update/max_log_ratio_first"]
-    if parts.dtype == torch.bfloat16 and objective.kind in ("grpo", "ddpo"):
+    if parts.dtype == torch.bfloat16 and methods.traits(parts.recipe).clips_ratio:
         bound = objective.clip_range
     name = str(parts.dtype).removeprefix("torch.")
     told = f"max |log ratio| {found:.1e} before the first step, bound {bound:.0e} ({name}, clip range "

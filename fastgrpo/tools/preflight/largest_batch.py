@@ -3,6 +3,7 @@
 Once, before the first iteration; a resumed run keeps the number of its checkpoint, so that it goes on bit for bit.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,8 +14,22 @@ from fastgrpo.core.policy import Condition, stack
 from fastgrpo.core.processes import fail_alone
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
+from fastgrpo.session import Session
 from fastgrpo.tools.plan.workload import batch_size
 from fastgrpo.tools.preflight.finding import Parts, local
+from fastgrpo.training import methods
+
+
+def choose(session: Session) -> None:
+    """Put a number in the place of rollout.batch_size = "auto": the checkpoint's, or what the memory allows."""
+    recipe, progress = session.recipe, session.progress
+    if recipe.rollout.batch_size != "auto":
+        return
+    if not progress.rollout_batch:
+        progress.rollout_batch, message = rollout_batch(Parts.of(session))
+        session.tracker.message(message)
+    settings = recipe.rollout.with_batch_size(progress.rollout_batch)
+    session.recipe = recipe.model_copy(update={"rollout": settings})
 
 
 def rollout_batch(parts: Parts) -> tuple[int, str]:
@@ -80,10 +95,10 @@ def _grown(action: Callable[[int], None], count: int) -> float:
 
 
 def _kept(parts: Parts, samples: int) -> float:
-    """Bytes of the transitions that wait for the update on the device: each has the state before it and after it."""
+    """Bytes of what waits for the update on the device, of a rank's samples."""
     if parts.plan.store == "host" and parts.world.device.type == "cuda":
         return 0.0
-    return 4.0 * samples * 2 * parts.recipe.steps_trained * torch.Size(parts.plan.latent_shape).numel()
+    return 4.0 * samples * methods.latents_kept(parts.recipe) * math.prod(parts.plan.latent_shape)
 
 
 def _moments(parts: Parts) -> float:

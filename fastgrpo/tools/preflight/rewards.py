@@ -11,7 +11,7 @@ from fastgrpo.rewards.serving.handshake import GOLDEN_TOLERANCE
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.rewards.serving.loaded_reward import Served, golden_clip
 from fastgrpo.tools.preflight.finding import Finding, Parts, gathered
-from fastgrpo.training.sources import Source
+from fastgrpo.training.scoring.sources import Source
 
 Golden = Mapping[str, float | None]  # part -> score; none = it cannot judge that clip
 

@@ -22,7 +22,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
-from fastgrpo.training.sources import Source, read_token
+from fastgrpo.training.scoring.sources import Source, read_token
 
 SETTINGS = [key for key in RewardSpec.model_fields if key not in ("name", "weights", "where", "urls", "options")]
 START_TIMEOUT_S, OUTAGE_S = 30.0, 60.0  # a person waits at the terminal

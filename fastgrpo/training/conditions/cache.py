@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import overload
@@ -110,6 +111,12 @@ class Conditions(Sequence[Condition]):
         for number in range(cache.parts):
             self.skipped |= {int(index): told for index, told in _told(cache.part(number)).skipped.items()}
         self.kept = [index for index in range(cache.count) if index not in self.skipped]
+
+    def part(self, numbers: slice) -> "Conditions":
+        """A consecutive part of them, which is read on demand as well."""
+        part = copy(self)
+        part.kept = self.kept[numbers]
+        return part
 
     def __len__(self) -> int:
         return len(self.kept)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from fastgrpo.core.config import Recipe
 from fastgrpo.tools.plan.network.units import BOTH, SAMPLE, TEXT, VIDEO, Attention, Network, Unit, adapters
+from fastgrpo.training import methods
 
 BACKWARD = 2.0  # products per product of the forward: the gradients of inputs and of weights
 UNET_AGAIN = 0.74  # share of a UNet's forward that diffusers recomputes, measured: its resnets and inner transformers
@@ -67,7 +68,7 @@ class Job:
     @property
     def reference(self) -> bool:
         """Whether the update asks the initial policy too."""
-        return self.recipe.needs_initial_policy
+        return methods.needs_initial_policy(self.recipe)
 
 
 @dataclass(frozen=True)

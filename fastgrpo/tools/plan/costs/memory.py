@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from fastgrpo.tools.plan.costs.compute import Job, gathered_bytes, reduced_bytes
 from fastgrpo.tools.plan.network.units import Unit
+from fastgrpo.training import methods
 
 GRADIENT, MOMENTS, MASTER = 4, 8, 4  # bytes per trained parameter: all float32
 UNET_WORKING = 1.16  # a level at work, over what it keeps
@@ -67,7 +68,7 @@ def states(job: Job) -> dict[str, float]:
 def raw_weights(job: Job) -> dict[str, float]:
     """Bytes of the trained weights, which DiffusionNFT sets aside while their moving average draws and decodes."""
     recipe = job.recipe
-    if recipe.objective.kind != "nft" or not recipe.optimizer.ema_decay or recipe.distributed.offload:
+    if not methods.traits(recipe).average_draws or recipe.distributed.offload:
         return {}
     return {"raw weights": MASTER * _trained(job)}
 
@@ -206,16 +207,8 @@ def _outside(job: Job, batch: int) -> float:
     return float(latents + split + tables)
 
 
-def trajectories(job: Job, samples: int, chosen: int) -> float:
-    """Bytes of what waits for the update of this rank's samples, float32.
-
-    The states before and after each chosen transition: steps that follow each other share one, so at least chosen + 1
-    and at most twice chosen; the latter here. DiffusionNFT's are a noised state and a velocity for each chosen step,
-    and the sample itself.
-    """
+def trajectories(job: Job, samples: int) -> float:
+    """Bytes of what waits for the update of this rank's samples, float32: the most that its method may keep."""
     if job.recipe.rollout.store == "host":
         return 0.0
-    latents = min(2 * chosen, job.recipe.rollout.steps)
-    if job.recipe.objective.kind == "nft":
-        latents = 2 * chosen + 1
-    return float(4 * math.prod(job.latent) * latents * samples)
+    return float(4 * math.prod(job.latent) * methods.latents_kept(job.recipe) * samples)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fastgrpo.core.config import Recipe
+from fastgrpo.training import methods
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,12 @@ def of_iteration(recipe: Recipe, first: int, groups: int = 1) -> Evaluations:
     samples, steps = prompts * rollout.samples_per_prompt, grid_steps(recipe, first)
     visits = sum(1 for _ in _shares(prompts, rollout.samples_per_prompt, groups))
     shared, single = 0, samples * steps
-    if recipe.objective.kind == "nft":
-        single += samples * recipe.steps_trained
-    elif rollout.shared_noise:
+    if rollout.shared_noise:
         shared, single = visits * (first + 1), samples * (steps - first - 1)
+    if methods.traits(recipe).old_velocities:
+        single += samples * recipe.steps_trained
     update = _update(recipe, groups)
-    reference = update[1] if recipe.needs_initial_policy else 0.0
+    reference = update[1] if methods.needs_initial_policy(recipe) else 0.0
     return Evaluations(shared, single, *update, reference)
 
 
@@ -100,7 +101,7 @@ def _update(recipe: Recipe, groups: int) -> tuple[int, float, int, int]:
     size, kept = recipe.rollout.samples_per_prompt, recipe.samples_trained
     updates, chosen = recipe.optimizer.updates_per_iteration, recipe.steps_trained
     transitions = recipe.prompts.per_iteration * kept * chosen
-    if not recipe.rollout.shared_noise or recipe.objective.kind == "nft":
+    if not recipe.rollout.shared_noise:
         return transitions, float(transitions), transitions, transitions
     share = _share_of_first(recipe)
     expected = 0.0

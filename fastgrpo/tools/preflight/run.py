@@ -19,14 +19,15 @@ from fastgrpo.data import prompts
 from fastgrpo.data.prompts import Split
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.run.stopping import Signals, Stop
+from fastgrpo.session import open_session
 from fastgrpo.tools.plan import planner
 from fastgrpo.tools.plan.gpus import GPUS, Achieved, Gpu
 from fastgrpo.tools.plan.phases import GIB, Machine
-from fastgrpo.tools.preflight import checks
-from fastgrpo.tools.preflight.finding import Finding
+from fastgrpo.tools.preflight import checks, largest_batch
+from fastgrpo.tools.preflight.finding import Finding, Parts
 from fastgrpo.tools.preflight.phases import Planned, table
 from fastgrpo.tools.preflight.run_folder import scratch
-from fastgrpo.train import Session
+from fastgrpo.training import methods
 from fastgrpo.training.conditions import encode
 
 
@@ -34,7 +35,8 @@ def run(recipe: Recipe) -> bool:
     """Print a line per check and the phases' table, on the main rank.  returns whether all checks are green"""
     console = Console()
     with open_world(recipe.distributed) as world, ExitStack() as stack:
-        found = first_prompts(recipe, encode.read_prompts(recipe, world))
+        methods.check(recipe)
+        split = first_prompts(recipe, encode.read_prompts(recipe, world))
         world.on_main(lambda: check_folder(recipe, world))
         folder = stack.enter_context(scratch(recipe.run.dir, world))
         stop = Stop(folder, stack.enter_context(Signals()), world)
@@ -45,9 +47,10 @@ def run(recipe: Recipe) -> bool:
                 console.print(finding.line, style=style, highlight=False, markup=False, soft_wrap=True)
 
         with redirect_stdout(NoTerminal(console.file)):  # a live display of a run would have nothing to show
-            session = Session.open(elsewhere(recipe, folder), world, stack, found, stop)
+            session = open_session(elsewhere(recipe, folder), world, stack, split, stop)
+            largest_batch.choose(session)
             session.tracker.close()
-        green, phases = checks.thorough(session.preflight_parts(), folder, tell)
+        green, phases = checks.thorough(Parts.of(session), folder, tell)
         if world.main:
             console.print(table(phases, planned(recipe, world)), highlight=False)
             told = "all green" if green else "red: do not train before it is green"

@@ -20,7 +20,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.memory import to_host
 from fastgrpo.core.reward import Scores
 from fastgrpo.parallel.world import World
-from fastgrpo.training.sources import EVENTS, NoScores, Source
+from fastgrpo.training.scoring.sources import EVENTS, NoScores, Source
 
 log = logging.getLogger(__name__)
 

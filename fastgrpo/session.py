@@ -1,0 +1,210 @@
+"""The parts of a run, put together once: what `train` and `preflight` work with."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgrpo import models
+from fastgrpo.algorithm import samplers, window
+from fastgrpo.checkpoint.checkpoints import Checkpoints, Progress
+from fastgrpo.checkpoint.provenance import check_rewards
+from fastgrpo.checkpoint.resume import check_folder, holds_run, prepare_folder
+from fastgrpo.core.config import Recipe
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import only_run_in
+from fastgrpo.core.policy import Condition, Policy, move
+from fastgrpo.data import prompts
+from fastgrpo.data.prompts import Split
+from fastgrpo.parallel.world import World
+from fastgrpo.run.heartbeat import HeartbeatWriter
+from fastgrpo.run.rank_times import Ranks
+from fastgrpo.run.stopping import Signals, Stop
+from fastgrpo.run.tracker import Tracker, Wandb
+from fastgrpo.training import methods
+from fastgrpo.training.conditions import encode
+from fastgrpo.training.conditions.encode import Encoded
+from fastgrpo.training.evaluation import HeldOut
+from fastgrpo.training.policies import initial_policy, shard_and_read
+from fastgrpo.training.rollout import Plan
+from fastgrpo.training.scoring.scorer import Scorer
+from fastgrpo.training.scoring.sources import Source, open_rewards
+from fastgrpo.training.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSet:
+    """The training prompts, and the grid and shape in which clips of them are drawn."""
+
+    texts: Sequence[str]
+    conditions: Sequence[Condition]  # one per text, from the cache on demand
+    grid: Tensor  # float32 [T + 1] from 1 to 0, on the device
+    shape: tuple[int, ...]  # (C, F, H, W) of a latent
+
+    def batch(self, recipe: Recipe, iteration: int) -> tuple[list[str], list[Condition]]:
+        """The prompts of an iteration, and their conditions on the device."""
+        count = recipe.prompts.per_iteration
+        chosen = prompts.draw(len(self.texts), count, iteration, recipe.run.seed)
+        conditions = [move(self.conditions[index], self.grid.device) for index in chosen]
+        return [self.texts[index] for index in chosen], conditions
+
+    def plan(self, recipe: Recipe, iteration: int) -> Plan:
+        """What the recipe wants drawn in an iteration."""
+        settings = recipe.rollout
+        noisy = window.noisy_steps(settings, iteration, recipe.run.seed)
+        return Plan(
+            seed=recipe.run.seed,
+            iteration=iteration,
+            group_size=settings.samples_per_prompt,
+            grid=window.shortened(self.grid, noisy, settings.tail_steps),
+            eta=settings.eta,
+            shared_noise=settings.shared_noise,
+            latent_shape=self.shape,
+            window=noisy,
+            trained=recipe.steps_trained,
+            choice=recipe.objective.timestep_choice,
+            sampler=settings.sampler,
+            store=settings.store,
+        )
+
+
+@dataclass(kw_only=True)
+class Session:
+    """A run's parts on one rank."""
+
+    recipe: Recipe
+    world: World
+    stop: Stop
+    training: TrainingSet
+    heldout: HeldOut
+    trainer: Trainer
+    scorer: Scorer
+    tracker: Tracker
+    checkpoints: Checkpoints
+    progress: Progress
+    ranks: Ranks
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that is trained."""
+        return self.trainer.policy
+
+
+def claim(recipe: Recipe, world: World, stack: ExitStack) -> tuple[Split, Stop]:
+    """Read the prompts, and take the run's folder, which must hold no other run, for as long as `stack` is open."""
+    methods.check(recipe)
+    signals = stack.enter_context(Signals())
+    split = encode.read_prompts(recipe, world)
+    world.on_main(lambda: check_folder(recipe, world))
+    world.on_main(lambda: stack.enter_context(only_run_in(recipe.run.dir)))
+    return split, Stop(recipe.run.dir, signals, world)
+
+
+def open_session(recipe: Recipe, world: World, stack: ExitStack, split: Split, stop: Stop) -> Session:
+    """Load, shard, resume; start the reward server where the recipe asks for one. `stack` closes what is open."""
+    heart = stack.enter_context(HeartbeatWriter(recipe.run.dir, world.rank, world.size))
+    ranks = Ranks(recipe.run.dir, world, heart)
+    sources = open_rewards(recipe, world, stack)
+    notices = _check_rewards(recipe, world, sources)
+    policy = world.run_on_all_ranks(lambda: models.outline(recipe.model, world.device, recipe.lora))
+    shape = policy.latent_shape(recipe.video)
+    grid = policy.time_grid(recipe.rollout.steps, recipe.rollout.shift, shape).to(world.device)
+    _check_policy(policy, recipe, grid)
+    world.on_main(lambda: prepare_folder(recipe, world))  # not before the recipe has proved itself
+    encoded = encode.encode(recipe, world, split)
+    trainer = _open_trainer(policy, recipe, world, encoded)
+    checkpoints = Checkpoints(recipe.run.dir / "checkpoints", recipe.checkpoint, world)
+    progress = checkpoints.load(trainer)
+    scorer = Scorer(sources, recipe.rewards, recipe.video.fps, world)
+    stack.callback(scorer.close)
+    tracker = _open_tracker(recipe, world, progress.iteration)
+    stack.callback(tracker.close)
+    for notice in (*notices, *checkpoints.notices):
+        tracker.message(notice)
+    if progress.iteration:
+        tracker.message(f"resumed from checkpoint step-{progress.iteration}")
+    return Session(
+        recipe=recipe,
+        world=world,
+        stop=stop,
+        training=_training_set(encoded, grid, shape),
+        heldout=_heldout(encoded, policy, recipe, shape),
+        trainer=trainer,
+        scorer=scorer,
+        tracker=tracker,
+        checkpoints=checkpoints,
+        progress=progress,
+        ranks=ranks,
+    )
+
+
+def _check_rewards(recipe: Recipe, world: World, sources: Sequence[Source]) -> list[str]:
+    """Compare the rewards with those that the run began with.  returns what to tell the user"""
+    folder = recipe.run.dir
+    return world.on_main(lambda: check_rewards(folder, sources) if holds_run(folder) else [])
+
+
+def _check_policy(policy: Policy, recipe: Recipe, grid: Tensor) -> None:
+    """Raise UserError where sampler, method or noise level are not made for the policy.  grid: [T + 1]"""
+    device = grid.device
+    samplers.check(policy, recipe.rollout.sampler, device)
+    methods.of(recipe.objective.kind).check_policy(policy, device)
+    zero = torch.zeros(1, 1, device=device)
+    policy.transition(zero, v=zero, t=grid[0], t_next=grid[1], eta=recipe.rollout.eta)
+
+
+def _open_trainer(policy: Policy, recipe: Recipe, world: World, encoded: Encoded) -> Trainer:
+    """Shard the policy and read its weights; open the initial policy where the method needs it."""
+    shard_and_read(policy, recipe, world)
+    if encoded.conditions.negative is not None:
+        policy.negative = move(encoded.conditions.negative, world.device)
+    needed = methods.needs_initial_policy(recipe)
+    reference = initial_policy(recipe, world, policy) if needed else None
+    return Trainer.create(policy, recipe.optimizer, reference, recipe.distributed.offload)
+
+
+def _training_set(encoded: Encoded, grid: Tensor, shape: tuple[int, ...]) -> TrainingSet:
+    """The training prompts.  grid: [T + 1]"""
+    texts = [prompt.text for prompt in encoded.train]
+    conditions = encoded.conditions.part(slice(len(texts)))
+    return TrainingSet(texts=texts, conditions=conditions, grid=grid, shape=shape)
+
+
+def _heldout(encoded: Encoded, policy: Policy, recipe: Recipe, shape: tuple[int, ...]) -> HeldOut:
+    """The held-out prompts, of which the cache has the conditions behind those of the training prompts."""
+    steps = recipe.evaluate.steps or recipe.rollout.steps
+    device = next(policy.network.parameters()).device
+    return HeldOut(
+        prompts=[prompt.text for prompt in encoded.heldout],
+        conditions=encoded.conditions.part(slice(len(encoded.train), None)),
+        grid=policy.time_grid(steps, recipe.rollout.shift, shape).to(device),
+        shape=shape,
+    )
+
+
+def _open_tracker(recipe: Recipe, world: World, start: int) -> Tracker:
+    """Each rank's tracker; a mistake that the main rank's meets is raised on every rank."""
+    tracker, mistake = None, None
+    try:
+        tracker = Tracker(
+            recipe.run.dir,
+            main=world.main,
+            total_iterations=recipe.run.iterations,
+            start_iteration=start,
+            wandb=_wandb(recipe),
+            config=recipe.model_dump(mode="json"),
+        )
+    except UserError as error:
+        mistake = error
+    world.raise_if_any_failed(mistake)
+    assert tracker is not None
+    return tracker
+
+
+def _wandb(recipe: Recipe) -> Wandb | None:
+    """Where the run appears in wandb; None where the recipe does not ask for it."""
+    if not recipe.track.wandb:
+        return None
+    return Wandb(project=recipe.track.project, name=recipe.run.dir.name, entity=recipe.track.entity)

@@ -1,0 +1,89 @@
+"""What a training method is: how samples are drawn for it, and the loss of what was drawn."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastgrpo.core.config import Objective
+from fastgrpo.core.policy import Condition, Policy
+from fastgrpo.training.rollout import Drawn, Plan, SharedPrefix, Trajectory
+from fastgrpo.training.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """What an iteration learns from: its plan, and this rank's samples with all ranks' advantages."""
+
+    plan: Plan
+    conditions: Sequence[Condition]  # one per prompt of the iteration
+    trajectories: Mapping[int, Trajectory]  # of this rank's selected samples, by slot
+    advantages: Tensor  # float32 [N], N = all ranks' samples
+    selected: Tensor  # bool [N]: the samples that the update trains
+
+    def on(self, device: torch.device) -> "Experience":
+        """The same with the advantages on the device."""
+        return replace(self, advantages=self.advantages.to(device))
+
+    def stacked(self, rows: Sequence[Tensor]) -> Tensor:
+        """Tensors that waited on the device or the host, as one.
+
+        rows: B tensors [...];  returns [B, ...] on the device
+        """
+        device = self.plan.grid.device
+        return torch.stack([row.to(device, non_blocking=True) for row in rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A micro-batch's B transitions, with the networks' predictions."""
+
+    transitions: list[tuple[int, int]]  # slot, step
+    x: Tensor  # [B, C, F, H, W] float32: the states before the steps
+    v: Tensor  # [B, C, F, H, W] float32: the trained policy's prediction, with its gradient
+    v_reference: Tensor | None  # [B, C, F, H, W] float32: the initial policy's, without gradient
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """One micro-batch's losses and what the metrics say of them, each [B] float32."""
+
+    loss: Tensor
+    outside: Tensor  # bool [B]: outside the region that the objective trusts
+    kl: Tensor  # distance from the initial policy
+    log_ratio: Tensor  # log-probability under the trained policy, less that under the one that drew
+
+
+class Method(Protocol):
+    """How a policy is trained; see `training.methods` for the files that hold one each."""
+
+    def check_policy(self, policy: Policy, device: torch.device) -> None:
+        """Raise UserError where the policy cannot be trained so. Once per run: it may wait for the device."""
+
+    def plan(self, plan: Plan) -> Plan:
+        """The iteration's plan as this method draws it."""
+
+    def drawing_weights(self, trainer: Trainer) -> AbstractContextManager[None]:
+        """A context inside which the network has the weights of the policy that draws."""
+
+    def sample(
+        self,
+        policy: Policy,
+        plan: Plan,
+        conditions: Sequence[Condition],
+        slots: list[int],
+        prefixes: Mapping[int, SharedPrefix],
+    ) -> Drawn:
+        """Draw a batch of samples, with what the update needs of each.
+
+        conditions: one per prompt of the iteration;  prefixes: by prompt, where the plan shares noise
+        """
+
+    def losses(self, policy: Policy, experience: Experience, objective: Objective) -> Callable[[Batch], Losses]:
+        """The function that gives a micro-batch's losses. Made once per update."""
+
+    def zero_advantage_teaches(self, objective: Objective) -> bool:
+        """Whether a sample of advantage 0 has a gradient; else its forwards and backwards are left out."""

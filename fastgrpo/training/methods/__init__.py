@@ -1,0 +1,67 @@
+"""Training methods: one file each, and the folder is the registry; `objective.kind` names one.
+
+A file NAME.py has `METHOD`, an object as `training.method.Method` describes it, and, where they differ from GRPO's,
+`TRAITS` and `check(recipe)`, which are read without torch. Adding one edits no other file. Read `grpo.py` first.
+"""
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastgrpo.core import registry
+from fastgrpo.core.config import Recipe
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.method import Traits, check_noise
+
+if TYPE_CHECKING:
+    from fastgrpo.training.method import Method
+
+FOLDER = Path(__file__).parent
+
+
+def known() -> tuple[str, ...]:
+    """Names of the methods: the files here that define `METHOD`."""
+    return registry.names(FOLDER, "METHOD")
+
+
+def of(name: str) -> "Method":
+    """The method of a recipe's objective.kind. Raises UserError where there is none."""
+    _file(name)
+    method: Method = importlib.import_module(f"{__name__}.{name}").METHOD
+    return method
+
+
+def traits_of(name: str) -> Traits:
+    """What a method declares, without torch. Raises UserError where there is no such method."""
+    declared: Traits = registry.declared(_file(name), "TRAITS", Traits())
+    return declared
+
+
+def traits(recipe: Recipe) -> Traits:
+    """What the recipe's method declares."""
+    return traits_of(recipe.objective.kind)
+
+
+def check(recipe: Recipe) -> None:
+    """Raise UserError, with the remedy, for keys that do not go together with the recipe's method."""
+    registry.declared(_file(recipe.objective.kind), "check", check_noise)(recipe)
+
+
+def needs_initial_policy(recipe: Recipe) -> bool:
+    """Whether the objective measures against the policy before training."""
+    weights = recipe.objective.model_dump()
+    return bool(weights[traits(recipe).reference_key])
+
+
+def latents_kept(recipe: Recipe) -> int:
+    """The most latents of one sample that wait for the update, [C, F, H, W] in float32 each."""
+    noisy = recipe.rollout.window or recipe.rollout.steps - 1
+    return traits(recipe).latents_kept(recipe.steps_trained, noisy)
+
+
+def _file(name: str) -> Path:
+    if name not in known():
+        raise UserError(
+            f"objective.kind='{name}': no file training/methods/{name}.py; use one of {', '.join(known())}."
+        )
+    return FOLDER / f"{name}.py"
