@@ -76,7 +76,11 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[int, st
 
 def parts_of(policy: Hungry, decode_batch: int | None, world: World) -> SimpleNamespace:
     recipe = SimpleNamespace(
-        distributed=SimpleNamespace(offload=False), model=SimpleNamespace(decode_batch=decode_batch), steps_trained=2
+        distributed=SimpleNamespace(offload=False),
+        model=SimpleNamespace(decode_batch=decode_batch),
+        objective=SimpleNamespace(kind="grpo"),
+        rollout=SimpleNamespace(window=None, steps=5),
+        steps_trained=2,
     )
     grid, texts = torch.linspace(1, 0, 5), [torch.zeros(length, 4) for length in (3, 9, 5)]
     drawn = SimpleNamespace(latent_shape=(4, 2, 2, 2), grid=grid, store="device")
