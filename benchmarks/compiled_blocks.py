@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastgrpo import models
 from fastgrpo.algorithm.transitions import gaussian_log_prob
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.policy import Condition, Policy
+from fastgrpo.models.loading import policies
 
 VIDEO = Video(frames=9, height=24, width=40)
 TEXT_LENGTHS = (5, 7, 11)
@@ -76,7 +76,7 @@ def main() -> None:
     settings = Model(family="hunyuan_video", path=str(arguments.folder), dtype=arguments.dtype)
     found = {}
     for name in ("eager", "compiled"):
-        policy = models.load(settings, torch.device("cpu"))
+        policy = policies.load(settings, torch.device("cpu"))
         policy.network.to(getattr(torch, arguments.dtype))
         counter = CompileCounterWithBackend(arguments.backend)
         if name == "compiled":

@@ -24,13 +24,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastgrpo import models, rewards
+from fastgrpo import rewards
 from fastgrpo.algorithm import noise, selection, transitions
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, move, stack
 from fastgrpo.core.reward import Reward
 from fastgrpo.data import video
+from fastgrpo.models.loading import policies
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.run.stopwatch import Stopwatch
@@ -91,7 +92,7 @@ class Public:
         Raises UserError for a recipe that the public trainer has no way of running.
         """
         refuse(recipe, world)
-        policy = models.load(recipe.model, world.device, recipe.lora)
+        policy = policies.load(recipe.model, world.device, recipe.lora)
         if policy.transition is not transitions.sde_transition:
             raise UserError(f"model.family={recipe.model.family}: the public way is written for flow models only.")
         policy.negative = None if negative is None else move(negative, world.device)

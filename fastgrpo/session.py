@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgrpo import models
 from fastgrpo.algorithm import samplers, window
 from fastgrpo.checkpoint.checkpoints import Checkpoints, Progress
 from fastgrpo.checkpoint.provenance import check_rewards
@@ -18,6 +17,7 @@ from fastgrpo.core.files import only_run_in
 from fastgrpo.core.policy import Condition, Policy, move
 from fastgrpo.data import prompts
 from fastgrpo.data.prompts import Split
+from fastgrpo.models.loading import policies
 from fastgrpo.parallel.world import World
 from fastgrpo.run.heartbeat import HeartbeatWriter
 from fastgrpo.run.rank_times import Ranks
@@ -108,7 +108,7 @@ def open_session(recipe: Recipe, world: World, stack: ExitStack, split: Split, s
     ranks = Ranks(recipe.run.dir, world, heart)
     sources = open_rewards(recipe, world, stack)
     notices = _check_rewards(recipe, world, sources)
-    policy = world.run_on_all_ranks(lambda: models.outline(recipe.model, world.device, recipe.lora))
+    policy = world.run_on_all_ranks(lambda: policies.outline(recipe.model, world.device, recipe.lora))
     shape = policy.latent_shape(recipe.video)
     grid = policy.time_grid(recipe.rollout.steps, recipe.rollout.shift, shape).to(world.device)
     _check_policy(policy, recipe, grid)

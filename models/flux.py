@@ -165,7 +165,7 @@ class TextEncoder:
 @contextmanager
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
     """The text encoders of model.path; freed when the context ends."""
-    where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
+    where = diffusers_folder.pipeline_folder(settings, PARTS)
     with diffusers_folder.freed(TextEncoder(where, settings.torch_dtype, device)) as texts:
         yield texts
 
@@ -182,7 +182,7 @@ def load(settings: Model, device: torch.device) -> Flux:
             f"model.cfg={settings.cfg}: FLUX is guided by what it was distilled with, not by a second branch; leave it "
             "out and set model.guidance."
         )
-    where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
+    where = diffusers_folder.pipeline_folder(settings, PARTS)
     schedule = Schedule(diffusers_folder.scheduler_config(where))
     vae = diffusers_folder.read(AutoencoderKL, where / "vae", settings.torch_dtype)
     network = diffusers_folder.network_folder(settings, NETWORK)

@@ -204,7 +204,7 @@ class TextEncoder:
 @contextmanager
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
     """The text encoders of model.path; freed when the context ends."""
-    where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
+    where = diffusers_folder.pipeline_folder(settings, PARTS)
     with diffusers_folder.freed(TextEncoder(where, settings.torch_dtype, device)) as texts:
         yield texts
 
@@ -216,7 +216,7 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 def load(settings: Model, device: torch.device) -> HunyuanVideo:
     """The policy of a folder in the diffusers layout, or of a hub id; its network has no weights yet."""
-    where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
+    where = diffusers_folder.pipeline_folder(settings, PARTS)
     shift = diffusers_folder.constant_shift(where)
     check_network(settings, where, images=False)
     network, vae = load_networks(settings, where, device)

@@ -17,19 +17,23 @@ from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fastgrpo import models
 from fastgrpo.algorithm import noise
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
 from fastgrpo.data import images
 from fastgrpo.models import hunyuan_video
-from fastgrpo.models.hunyuan_video import MAX_CLIP_TOKENS, MAX_TEXT_TOKENS, NETWORK, PARTS, HunyuanVideo, blocks
+from fastgrpo.models.hunyuan_video import PARTS, HunyuanVideo, blocks
 from fastgrpo.models.loading import diffusers_folder
 
-__all__ = ["MAX_CLIP_TOKENS", "MAX_TEXT_TOKENS", "NETWORK", "PIPELINE", "SkyReels", "blocks", "encoder", "load"]
+__all__ = ["SkyReels", "blocks", "encoder", "load"]
 
+NETWORK: str = models.declared("hunyuan_video", "NETWORK")
+MAX_TEXT_TOKENS: int = models.declared("hunyuan_video", "MAX_TEXT_TOKENS")
+MAX_CLIP_TOKENS: int = models.declared("hunyuan_video", "MAX_CLIP_TOKENS")
 PIPELINE = "HunyuanSkyreelsImageToVideoPipeline"  # of an export; the folder of the other parts names HunyuanVideo's
-PIPELINES = (PIPELINE, *hunyuan_video.PIPELINES)  # whose folders this family reads
+PIPELINES = (PIPELINE, *models.declared("hunyuan_video", "PIPELINES"))  # whose folders this family reads
 USUAL_GUIDANCE = 1.0  # the embedded one: what follows the text is model.cfg
 
 
@@ -85,7 +89,7 @@ def posterior_key(pixels: Tensor) -> noise.Key:
 @contextmanager
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[ImageTextEncoder]:
     """The text encoders and the VAE of model.path; freed when the context ends."""
-    where, dtype = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES), settings.torch_dtype
+    where, dtype = diffusers_folder.pipeline_folder(settings, PARTS), settings.torch_dtype
     with diffusers_folder.freed(hunyuan_video.TextEncoder(where, dtype, device)) as texts:
         patch = hunyuan_video.check_network(settings, where, images=True)["patch_size"]
         vae = diffusers_folder.read(AutoencoderKLHunyuanVideo, where / "vae", dtype)
@@ -99,7 +103,7 @@ def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[Ima
 
 def load(settings: Model, device: torch.device) -> SkyReels:
     """The policy of HunyuanVideo's folder and SkyReels' network, which has no weights yet."""
-    where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
+    where = diffusers_folder.pipeline_folder(settings, PARTS)
     shift = diffusers_folder.constant_shift(where)
     hunyuan_video.check_network(settings, where, images=True)
     network, vae = hunyuan_video.load_networks(settings, where, device)

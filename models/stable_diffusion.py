@@ -194,7 +194,7 @@ class TextEncoder:
 @contextmanager
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
     """The text encoder of model.path; freed when the context ends."""
-    where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
+    where = diffusers_folder.pipeline_folder(settings, PARTS)
     with diffusers_folder.freed(TextEncoder(where, settings.torch_dtype, device)) as texts:
         yield texts
 
@@ -210,7 +210,7 @@ def load(settings: Model, device: torch.device) -> StableDiffusion:
         raise UserError(
             f"model.guidance={settings.guidance}: Stable Diffusion has no embedded guidance; set model.cfg instead."
         )
-    where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
+    where = diffusers_folder.pipeline_folder(settings, PARTS)
     schedule = Schedule(diffusers_folder.scheduler_config(where), device)
     network = streaming.outline(UNet2DConditionModel, diffusers_folder.network_folder(settings, NETWORK), device)
     vae = diffusers_folder.read(AutoencoderKL, where / "vae", settings.torch_dtype)

@@ -179,7 +179,7 @@ def text_tokens(where: Path) -> int:
 @contextmanager
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
     """The text encoder of model.path; freed when the context ends."""
-    where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
+    where = diffusers_folder.pipeline_folder(settings, PARTS)
     with diffusers_folder.freed(TextEncoder(where, settings.torch_dtype, device)) as texts:
         yield texts
 
@@ -196,7 +196,7 @@ def load(settings: Model, device: torch.device) -> Wan:
     """
     if settings.guidance is not None:
         raise UserError(f"model.guidance={settings.guidance}: Wan has no embedded guidance; set model.cfg instead.")
-    where = diffusers_folder.pipeline_folder(settings, PARTS, PIPELINES)
+    where = diffusers_folder.pipeline_folder(settings, PARTS)
     check_pipeline(diffusers_folder.read_json(where / "model_index.json"), settings)
     schedule = Schedule(diffusers_folder.scheduler_config(where))
     vae = diffusers_folder.read(AutoencoderKLWan, where / "vae", torch.float32)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo import models
 from fastgrpo.core.config import Model
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import stack
+from fastgrpo.models.loading import policies
 from tests import tiny
 from tests.folders import stable_diffusion
 
@@ -21,11 +21,11 @@ def settings(attention: str | None) -> Model:
 
 def test_another_kernel_is_used_and_agrees() -> None:
     condition, t = stack(tiny.encode()[:1]), torch.tensor([0.6])
-    one = models.load(settings(None), CPU)
+    one = policies.load(settings(None), CPU)
     x = torch.randn(1, *one.latent_shape(tiny.VIDEO), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         v = one.velocity(x, t, condition)
-        other = models.load(settings("_native_math"), CPU)
+        other = policies.load(settings("_native_math"), CPU)
         w = other.velocity(x, t, condition)
     other.network.set_attention_backend("native")  # type: ignore[operator]  # diffusers' choice is the process's, too
     assert not torch.equal(v, w)  # the kernels round otherwise
@@ -35,11 +35,11 @@ def test_another_kernel_is_used_and_agrees() -> None:
 @pytest.mark.parametrize("kernel", ["flash", "no_such_kernel"])
 def test_a_kernel_that_is_not_there_is_one_line(kernel: str) -> None:
     with pytest.raises(UserError, match=rf"model.attention={kernel}: .*leave it out for torch's own") as caught:
-        models.load(settings(kernel), CPU)
+        policies.load(settings(kernel), CPU)
     assert "\n" not in str(caught.value)
 
 
 def test_a_network_without_a_choice_says_so(tmp_path: Path) -> None:
     stable_diffusion.write(tmp_path)
     with pytest.raises(UserError, match=r"model.attention=native: a UNet2DConditionModel has no choice of kernels"):
-        models.load(Model(family="stable_diffusion", path=str(tmp_path), attention="native"), CPU)
+        policies.load(Model(family="stable_diffusion", path=str(tmp_path), attention="native"), CPU)

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo import models
 from fastgrpo.cli import main as cli
 from fastgrpo.core import config
 from fastgrpo.core import files as core_files
@@ -22,6 +21,7 @@ from fastgrpo.core.config import Model, Recipe, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text, take_lock
 from fastgrpo.core.policy import Condition, Prompt
+from fastgrpo.models.loading import policies
 from fastgrpo.parallel.world import open_world
 from fastgrpo.training.conditions import encode as encoding
 from fastgrpo.training.conditions.cache import PART, Conditions
@@ -107,7 +107,7 @@ def test_conditions_are_those_of_the_encoder_in_order(calm: Path) -> None:
     encoded = encode(settings)
     prompts = [*encoded.train, *encoded.heldout]
     assert len(encoded.conditions) == len(prompts) == MANY
-    with models.encoder(settings.model, settings.video, torch.device("cpu")) as encoder:
+    with policies.encoder(settings.model, settings.video, torch.device("cpu")) as encoder:
         for index in (0, PART - 1, PART, MANY - 1):
             (expected,) = encoder([prompts[index]])
             for name, tensor in expected.items():
@@ -175,7 +175,7 @@ def test_a_cache_of_something_else_is_refused_by_name(small: Recipe, monkeypatch
     assert refusal("model.dtype=bfloat16") == "dtype"
     assert refusal("model.cfg=3.0", "model.negative_prompt=blurry") == "negative prompt"
     with monkeypatch.context() as patch:
-        patch.setattr("fastgrpo.models.hunyuan_video.MAX_TEXT_TOKENS", 128)
+        patch.setattr("fastgrpo.models.length_limits", lambda family: {"MAX_TEXT_TOKENS": 128})
         assert refusal() == "length limits"
     for part in ("tokenizer_2", "text_encoder"):
         file = max((model / part).iterdir(), key=lambda path: path.stat().st_size)
@@ -211,7 +211,7 @@ def test_runs_share_a_cache_and_its_one_negative(tmp_path: Path) -> None:
     first, second = encode(one).conditions, encode(two).conditions
     assert not (tmp_path / "one").exists() and not (tmp_path / "two").exists()
     assert first.negative is not None and second.negative is not None
-    with models.encoder(one.model, one.video, torch.device("cpu")) as encoder:
+    with policies.encoder(one.model, one.video, torch.device("cpu")) as encoder:
         for name, tensor in encoder.negative("blurry").items():
             assert first.negative[name].dtype == torch.bfloat16, "stored in the network's precision"
             assert torch.equal(first.negative[name].float(), tensor), "which loses nothing"
@@ -245,7 +245,7 @@ def picky(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(settings: Model, video: Video, device: torch.device) -> Iterator[Picky]:
         yield Picky()
 
-    monkeypatch.setattr(models, "encoder", opened)
+    monkeypatch.setattr(policies, "encoder", opened)
 
 
 def test_prompts_that_cannot_be_encoded_are_named_or_skipped(

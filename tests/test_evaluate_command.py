@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastgrpo import models, rewards
+from fastgrpo import rewards
 from fastgrpo.algorithm import noise
 from fastgrpo.checkpoint.checkpoints import Checkpoints, Progress
 from fastgrpo.cli import main as cli
 from fastgrpo.core import config
 from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.policy import Policy, Prompt, stack
+from fastgrpo.models.loading import policies
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.tools.evaluate import evaluate
@@ -56,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe.run.dir.mkdir()
     (recipe.run.dir / "recipe.toml").write_text(recipe.to_toml())
     with open_world() as world:
-        policy = models.load(recipe.model.model_copy(update={"path": str(FOLDER)}), CPU, recipe.lora)
+        policy = policies.load(recipe.model.model_copy(update={"path": str(FOLDER)}), CPU, recipe.lora)
         sharding.shard(policy, world, torch.float32)
         trainer = Trainer.create(policy, recipe.optimizer.model_copy(update={"ema_decay": 0.0}), None)
         checkpoints = Checkpoints(recipe.run.dir / "checkpoints", Checkpoint(), world)
@@ -112,7 +113,7 @@ def test_a_clips_score_is_the_rewards_of_the_samplers_pixels(run: Path, improved
     clip = improved[0]["clips"][3]
     source = find(Asked(str(run)))
     assert source.base is not None and clip["seed"] == 1
-    with models.encoder(source.snapshot.model, source.video, CPU) as encode:
+    with policies.encoder(source.snapshot.model, source.video, CPU) as encode:
         condition = stack(encode([Prompt(clip["prompt"])]))
     for side, weights in (("base", source.base), ("trained", source.snapshot)):
         policy: Policy = weights.load(CPU)

@@ -25,6 +25,7 @@ from fastgrpo.cli import main as cli
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Prompt, stack
+from fastgrpo.models.loading import policies
 from fastgrpo.tools.export import shard_writer
 from fastgrpo.tools.export.export import Export, export
 from fastgrpo.tools.sample.source import Asked, Snapshot, find
@@ -157,7 +158,7 @@ def draw(pipeline: DiffusionPipeline, x: Tensor) -> Tensor:
 def ode(snapshot: Snapshot, x: Tensor) -> Tensor:
     """Our sampler, with the shift of the folder's scheduler, as the pipeline has it."""
     policy = snapshot.load(torch.device("cpu"))
-    with models.encoder(snapshot.model, VIDEO, torch.device("cpu")) as encode:
+    with policies.encoder(snapshot.model, VIDEO, torch.device("cpu")) as encode:
         condition = stack(encode([Prompt(PROMPT)]))
     return rollout.sample_ode(policy, x, policy.time_grid(STEPS, None, (8, 3, 8, 8)), condition)
 
@@ -234,7 +235,7 @@ def test_every_familys_export_is_its_pipeline(family: str, tmp_path: Path) -> No
         overrides += [f"model.network={tmp_path / 'base'}", f"model.path={tmp_path / 'hunyuan_video'}"]
         importlib.import_module("tests.folders.hunyuan_video").write(tmp_path / "hunyuan_video")
     recipe = config.load(runs.RECIPE, overrides)
-    network = models.load(recipe.model, torch.device("cpu")).network
+    network = policies.load(recipe.model, torch.device("cpu")).network
     state = {name: 1.5 * tensor.detach() for name, tensor in network.state_dict().items()}
     checkpoint = tmp_path / "run" / "checkpoints" / "step-1"
     dcp.save({"model": state}, checkpoint_id=checkpoint, no_dist=True)
@@ -242,7 +243,7 @@ def test_every_familys_export_is_its_pipeline(family: str, tmp_path: Path) -> No
     (tmp_path / "run" / "recipe.toml").write_text(recipe.to_toml())
     export(Export(tmp_path / "run", tmp_path / "exported"))
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "exported")
-    assert_same(getattr(pipeline, models.family(family).NETWORK).state_dict(), state)
+    assert_same(getattr(pipeline, models.declared(family, "NETWORK")).state_dict(), state)
     if family == "skyreels_i2v":
         assert type(pipeline).__name__ == "HunyuanSkyreelsImageToVideoPipeline"
 
@@ -259,7 +260,7 @@ def test_the_code_of_a_card_loads_the_network_that_was_trained(tmp_path: Path) -
         importlib.import_module(f"tests.folders.{family}").write(tmp_path / family)
     parts = [f"model.path={tmp_path / 'hunyuan_video'}", f"model.network={tmp_path / 'skyreels_i2v'}"]
     recipe = config.load(runs.RECIPE, ["model.family=skyreels_i2v", *parts, "lora.rank=2"])
-    network = models.load(recipe.model, torch.device("cpu"), recipe.lora).network
+    network = policies.load(recipe.model, torch.device("cpu"), recipe.lora).network
     state = {name: p.detach() + 0.1 for name, p in network.named_parameters() if p.requires_grad}
     checkpoint = tmp_path / "run" / "checkpoints" / "step-1"
     dcp.save({"model": state}, checkpoint_id=checkpoint, no_dist=True)
@@ -296,7 +297,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of adapters that are not zero, with an alpha of its own."""
     folder = tmp_path_factory.mktemp("adapted") / "run"
     recipe = config.load(runs.RECIPE, ["lora.rank=3", "lora.alpha=2.0", "optimizer.ema_decay=0.5"])
-    network = models.load(recipe.model, torch.device("cpu"), recipe.lora).network
+    network = policies.load(recipe.model, torch.device("cpu"), recipe.lora).network
     state = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
     for n, name in enumerate(name for name in state if ".lora_B." in name):
         state[name] = 0.2 * torch.randn(state[name].shape, generator=torch.Generator().manual_seed(n))

@@ -8,13 +8,13 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from fastgrpo import models
 from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt, stack
 from fastgrpo.models import flux
 from fastgrpo.models.flux import Flux
+from fastgrpo.models.loading import policies
 from fastgrpo.parallel.world import World
 from fastgrpo.training.rollout import sample_ode
 from tests import backbone
@@ -57,13 +57,13 @@ def settings(path: Path, guidance: float | None = None, **more: object) -> Model
 
 
 def load(path: Path, guidance: float | None = None, **more: object) -> Flux:
-    policy = models.load(settings(path, guidance, **more), CPU)
+    policy = policies.load(settings(path, guidance, **more), CPU)
     assert isinstance(policy, Flux)
     return policy
 
 
 def encode(path: Path) -> list[Condition]:
-    with models.encoder(settings(path), VIDEO, CPU) as encoder:
+    with policies.encoder(settings(path), VIDEO, CPU) as encoder:
         return encoder([Prompt(text) for text in PROMPTS])
 
 
@@ -322,7 +322,7 @@ def test_mistakes_of_the_recipe_are_one_clear_line(folder: Path, schnell: Path, 
     with pytest.raises(UserError, match=r"model.network=.*: the network has 3 channels"):
         load(folder, network=str(other))
     with (
-        models.encoder(settings(folder), VIDEO, CPU) as encoder,
+        policies.encoder(settings(folder), VIDEO, CPU) as encoder,
         pytest.raises(UserError, match="prompts: ' ' has no tokens"),
     ):
         encoder([Prompt("a cat"), Prompt(" ")])

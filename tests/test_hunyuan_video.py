@@ -19,13 +19,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, LlamaForCausalLM, LlamaModel
 
-from fastgrpo import models
 from fastgrpo.algorithm.transitions import gaussian_log_prob, sde_transition
 from fastgrpo.core.config import Model, Objective, Optimizer, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, Prompt, stack
 from fastgrpo.models.hunyuan_video import TrimmedAttention, blocks, both_texts
-from fastgrpo.models.loading import diffusers_folder
+from fastgrpo.models.loading import diffusers_folder, policies
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.training import rollout
@@ -48,11 +47,11 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    return models.load(Model(family="hunyuan_video", path=str(FOLDER)), torch.device("cpu"))
+    return policies.load(Model(family="hunyuan_video", path=str(FOLDER)), torch.device("cpu"))
 
 
 def encode(texts: list[str], path: Path = FOLDER) -> list[Condition]:
-    with models.encoder(Model(family="hunyuan_video", path=str(path)), VIDEO, torch.device("cpu")) as encoder:
+    with policies.encoder(Model(family="hunyuan_video", path=str(path)), VIDEO, torch.device("cpu")) as encoder:
         return encoder([Prompt(text) for text in texts])
 
 
@@ -125,7 +124,7 @@ def guided(negative: Condition | None, checkpointing: bool | int = False) -> Pol
         cfg=1.0 if negative is None else CFG,
         gradient_checkpointing=checkpointing,
     )
-    policy = models.load(settings, torch.device("cpu"))
+    policy = policies.load(settings, torch.device("cpu"))
     policy.negative = negative
     return policy
 
@@ -361,7 +360,7 @@ def test_the_folders_constants_are_followed(tmp_path: Path) -> None:
         ("vae/config.json", {"scaling_factor": 0.4}),
     ):
         (edited / file).write_text(json.dumps(json.loads((edited / file).read_text()) | entry))
-    policy = models.load(Model(family="hunyuan_video", path=str(edited), decode_batch=1), torch.device("cpu"))
+    policy = policies.load(Model(family="hunyuan_video", path=str(edited), decode_batch=1), torch.device("cpu"))
     pipeline = HunyuanVideoPipeline.from_pretrained(edited)
     pipeline.scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
     torch.testing.assert_close(policy.time_grid(4, None, ()), pipeline.scheduler.sigmas)
@@ -393,7 +392,7 @@ def test_latent_shape_and_its_errors(policy: Policy) -> None:
 )
 def test_a_wrong_model_is_one_clear_line(family: str, path: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        models.load(Model(family=family, path=path), torch.device("cpu"))
+        policies.load(Model(family=family, path=path), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -422,7 +421,7 @@ def test_a_folder_that_does_not_fit_is_one_line_before_its_weights_are_read(
     for file in edited.glob("*/*.safetensors"):
         file.unlink()
     with pytest.raises(UserError, match=message) as caught:
-        models.load(Model(family="hunyuan_video", path=str(edited)), torch.device("cpu"))
+        policies.load(Model(family="hunyuan_video", path=str(edited)), torch.device("cpu"))
     assert "\n" not in str(caught.value)
     if part == "":
         with pytest.raises(UserError, match=message):
@@ -459,7 +458,7 @@ def test_a_missing_or_misshapen_tensor_is_one_line_and_never_random(tmp_path: Pa
         if part.startswith("text"):
             encode(PROMPTS, edited)
         else:
-            models.load(Model(family="hunyuan_video", path=str(edited)), torch.device("cpu"))
+            policies.load(Model(family="hunyuan_video", path=str(edited)), torch.device("cpu"))
     told = str(caught.value)
     assert name.removeprefix("text_model.") in told and f"{edited / part} " in told and "\n" not in told
     assert cut or re.search(r"lacks \S+ \(and 0 more\) of a \w+; correct model_index.json or download", told)
@@ -507,7 +506,7 @@ def test_the_encoder_of_a_whole_model_is_read(tmp_path: Path) -> None:
 
 
 def test_an_encoder_loses_its_networks_when_it_is_closed() -> None:
-    with models.encoder(Model(family="hunyuan_video", path=str(FOLDER)), VIDEO, torch.device("cpu")) as encoder:
+    with policies.encoder(Model(family="hunyuan_video", path=str(FOLDER)), VIDEO, torch.device("cpu")) as encoder:
         held = [weakref.ref(part) for part in vars(encoder).values() if isinstance(part, torch.nn.Module)]
     assert len(held) == 2 and not any(reference() for reference in held)
 

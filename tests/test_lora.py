@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 
-from fastgrpo import models
 from fastgrpo.core.config import Lora, Model
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import stack
+from fastgrpo.models.loading import policies
 from fastgrpo.models.loading.lora import add_adapters, at_rest, merged, save_adapters, target_layers
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
@@ -326,7 +326,7 @@ def test_frozen_weights_in_the_compute_precision_lose_nothing(world: World) -> N
     conditions = tiny.encode()[:1]
     for frozen in (torch.float32, torch.bfloat16):
         settings = Model(family="hunyuan_video", path=str(tiny.FOLDER), dtype="bfloat16")
-        policy = models.load(settings, torch.device("cpu"))
+        policy = policies.load(settings, torch.device("cpu"))
         x = torch.randn(1, *policy.latent_shape(tiny.VIDEO), generator=torch.Generator().manual_seed(0))
         add_adapters(policy.network, LORA, frozen)
         stir(policy.network)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrpo import models
 from fastgrpo.core.config import Distributed
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import stack
+from fastgrpo.models.loading import policies
 from fastgrpo.parallel.mesh import mesh_shape
 from fastgrpo.parallel.sequence_parallel import install
 from fastgrpo.parallel.sharding import shard
@@ -115,7 +115,7 @@ def test_bfloat16_under_fsdp_equals_the_plain_network_bit_for_bit() -> None:
     plan = tiny.plan(tiny.load_policy())
     x = plan.initial_noise([0], torch.device("cpu"))
     t = torch.tensor([0.9873])
-    plain, sharded = (models.load(bfloat16(), torch.device("cpu")) for _ in range(2))
+    plain, sharded = (policies.load(bfloat16(), torch.device("cpu")) for _ in range(2))
     plain.network.to(torch.bfloat16)
     with open_world() as world:
         shard(sharded, world, torch.bfloat16)

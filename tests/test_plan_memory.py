@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fastgrpo import models
 from fastgrpo.core import config
 from fastgrpo.core.config import Optimizer, Recipe
 from fastgrpo.core.policy import Policy
+from fastgrpo.models.loading import policies
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import Group, World
 from fastgrpo.tools.plan import phases, planner
@@ -118,7 +118,7 @@ def two_ranks(sp: int) -> Iterator[World]:
 
 
 def sharded(asked: Recipe, world: World) -> Policy:
-    policy = models.load(asked.model, CPU, asked.lora)
+    policy = policies.load(asked.model, CPU, asked.lora)
     sharding.shard(policy, world, torch.float32)
     return policy
 

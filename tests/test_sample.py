@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo import models
 from fastgrpo.checkpoint.checkpoints import Checkpoints
 from fastgrpo.cli import main as cli
 from fastgrpo.core import config
 from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.policy import Prompt, stack
 from fastgrpo.data import video
+from fastgrpo.models.loading import policies
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import open_world
 from fastgrpo.tools.sample import contact_sheet, sample
@@ -131,12 +131,12 @@ def test_the_weights_are_those_that_the_trainer_samples_with(run: Path) -> None:
     policy = find(Asked(str(run), raw=True, overrides=overrides)).snapshot.load(CPU)
     shape = policy.latent_shape(VIDEO)
     grid = policy.time_grid(3, None, shape)
-    with models.encoder(model, VIDEO, CPU) as encode:
+    with policies.encoder(model, VIDEO, CPU) as encode:
         condition = stack(encode([Prompt(PROMPTS[0])]))
     x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     ours = rollout.sample_ode(policy, x, grid, condition)
     with open_world() as world:
-        trained = models.load(model, CPU, recipe.lora)
+        trained = policies.load(model, CPU, recipe.lora)
         sharding.shard(trained, world, torch.bfloat16)
         trainer = Trainer.create(trained, recipe.optimizer, None)
         Checkpoints(run / "checkpoints", Checkpoint(), world).load(trainer)

@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgrpo import models
 from fastgrpo.algorithm import noise
 from fastgrpo.algorithm.transitions import gaussian_log_prob, sde_transition
 from fastgrpo.core.config import Model, Objective, Optimizer, Video
@@ -24,6 +23,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt, stack
 from fastgrpo.data import images, video
 from fastgrpo.models import skyreels_i2v
+from fastgrpo.models.loading import policies
 from fastgrpo.models.skyreels_i2v import SkyReels, blocks, posterior_key
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
@@ -85,13 +85,13 @@ def settings(path: Path, cfg: float = CFG) -> Model:
 
 
 def encode(path: Path, prompts: list[Prompt], size: Video = VIDEO) -> tuple[list[Condition], Condition]:
-    with models.encoder(settings(path), size, CPU) as encoder:
+    with policies.encoder(settings(path), size, CPU) as encoder:
         return encoder(prompts), encoder.negative(NEGATIVE)
 
 
 def load(path: Path, negative: Condition | None = None, cfg: float = CFG) -> SkyReels:
     """With guidance where there is a negative condition."""
-    policy = models.load(settings(path, 1.0 if negative is None else cfg), CPU)
+    policy = policies.load(settings(path, 1.0 if negative is None else cfg), CPU)
     assert isinstance(policy, SkyReels)
     policy.negative = negative
     return policy
@@ -186,7 +186,7 @@ def test_the_usual_guidance_is_the_pipelines(
     policy = load(folder)
     expected = theirs(pipeline, x=noise_of(policy, VIDEO), size=VIDEO, steps=2, prompt=prompts[0], output="latent")
     torch.testing.assert_close(ours(policy, VIDEO, 2, conditions[0]), expected, atol=1e-4, rtol=0)
-    other = models.load(settings(folder, 1.0).model_copy(update={"guidance": 6.0}), CPU)
+    other = policies.load(settings(folder, 1.0).model_copy(update={"guidance": 6.0}), CPU)
     assert isinstance(other, SkyReels)
     assert (ours(other, VIDEO, 2, conditions[0]) - expected).abs().mean() > 1e-2
 
@@ -274,7 +274,7 @@ def test_the_network_may_lie_apart(folder: Path, tmp_path: Path, conditions: lis
     base_files.write(tmp_path / "hunyuan")
     shutil.copytree(folder / "transformer", tmp_path / "skyreels")
     recipe = settings(tmp_path / "hunyuan", 1.0).model_copy(update={"network": str(tmp_path / "skyreels")})
-    apart = models.load(recipe, CPU)
+    apart = policies.load(recipe, CPU)
     x, t = noise_of(load(folder), VIDEO), torch.tensor([0.5])
     expected = load(folder).velocity(x, t, stack(conditions[:1]))
     assert torch.equal(apart.velocity(x, t, stack(conditions[:1])), expected)
@@ -435,10 +435,10 @@ def test_a_network_that_does_not_fit_is_one_line_before_its_weights_are_read(
         edited = changed(edited, tmp_path / "named", "", _class_name="HunyuanVideoPipeline")
     recipe = settings(edited).model_copy(update={"family": family, "guidance": 2.0})
     with pytest.raises(UserError, match=message) as caught:
-        models.load(recipe, CPU)
+        policies.load(recipe, CPU)
     assert "\n" not in str(caught.value)
     if family == "skyreels_i2v" and "_class_name" not in entries:
-        with pytest.raises(UserError, match=message), models.encoder(recipe, VIDEO, CPU):
+        with pytest.raises(UserError, match=message), policies.encoder(recipe, VIDEO, CPU):
             pass
 
 
@@ -451,19 +451,19 @@ def test_another_pipelines_folder_is_one_line_that_names_its_family(folder: Path
     ):
         recipe = settings(path).model_copy(update={"family": family})
         with pytest.raises(UserError, match=message):
-            models.load(recipe, CPU)
-        with pytest.raises(UserError, match=message), models.encoder(recipe, VIDEO, CPU):
+            policies.load(recipe, CPU)
+        with pytest.raises(UserError, match=message), policies.encoder(recipe, VIDEO, CPU):
             pass
 
 
 def test_prompts_without_a_usable_image_are_one_line(folder: Path, prompts: list[Prompt], tmp_path: Path) -> None:
-    with models.encoder(settings(folder), VIDEO, CPU) as encoder:
+    with policies.encoder(settings(folder), VIDEO, CPU) as encoder:
         with pytest.raises(UserError, match=r"'a cat' has no reference image, .*; set prompts.image_column"):
             encoder([prompts[0], Prompt("a cat")])
         with pytest.raises(UserError, match=r"reference image .*/none.png: cannot be read \(No such file"):
             encoder([Prompt("a cat", tmp_path / "none.png")])
     for key, value, problem in (("height", 30, "not a multiple of 8"), ("frames", 8, "must be a multiple of 4")):
-        opened = models.encoder(settings(folder), VIDEO.model_copy(update={key: value}), CPU)
+        opened = policies.encoder(settings(folder), VIDEO.model_copy(update={key: value}), CPU)
         with pytest.raises(UserError, match=f"video.{key}={value}: {problem}"), opened:
             pass
 

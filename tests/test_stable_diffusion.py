@@ -15,11 +15,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
 
-from fastgrpo import models
 from fastgrpo.algorithm.transitions import gaussian_log_prob
 from fastgrpo.core.config import Model, Objective, Optimizer, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt, stack
+from fastgrpo.models.loading import policies
 from fastgrpo.models.stable_diffusion import Schedule, StableDiffusion, blocks
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
@@ -61,7 +61,7 @@ def settings(path: Path, cfg: float = 1.0) -> Model:
 
 
 def load(path: Path, cfg: float = 1.0, negative: Condition | None = None) -> StableDiffusion:
-    policy = models.load(settings(path, cfg), CPU)
+    policy = policies.load(settings(path, cfg), CPU)
     assert isinstance(policy, StableDiffusion)
     policy.negative = negative
     return policy
@@ -75,7 +75,7 @@ class Texts:
 
 @pytest.fixture(scope="module")
 def texts(folder: Path) -> Texts:
-    with models.encoder(settings(folder), VIDEO, CPU) as encoder:
+    with policies.encoder(settings(folder), VIDEO, CPU) as encoder:
         return Texts(encoder([Prompt(text) for text in PROMPTS]), encoder.negative(NEGATIVE))
 
 
@@ -362,7 +362,7 @@ def test_prediction_depends_on_all_that_it_is_given(folder: Path, texts: Texts) 
 
 def test_bfloat16_is_near_and_gives_float32(folder: Path, texts: Texts, world: World) -> None:
     exact = load(folder)
-    policy = models.load(settings(folder).model_copy(update={"dtype": "bfloat16"}), CPU)
+    policy = policies.load(settings(folder).model_copy(update={"dtype": "bfloat16"}), CPU)
     sharding.shard(policy, world, torch.bfloat16)
     x, t = noise_of(exact), torch.tensor([0.5, 0.9])
     with torch.no_grad():
@@ -481,9 +481,9 @@ def test_mistakes_of_the_recipe_are_one_clear_line(folder: Path) -> None:
     with pytest.raises(UserError, match=r"video.height=33: not a multiple of 2 .*use 32 or 34"):
         policy.latent_shape(VIDEO.model_copy(update={"height": 33}))
     with pytest.raises(UserError, match=r"model.guidance=3.5: .*set model.cfg instead"):
-        models.load(settings(folder).model_copy(update={"guidance": 3.5}), CPU)
+        policies.load(settings(folder).model_copy(update={"guidance": 3.5}), CPU)
     with (
-        models.encoder(settings(folder), VIDEO, CPU) as encoder,
+        policies.encoder(settings(folder), VIDEO, CPU) as encoder,
         pytest.raises(UserError, match="prompts: ' ' has no tokens"),
     ):
         encoder([Prompt("a cat"), Prompt(" ")])

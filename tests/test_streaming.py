@@ -31,11 +31,11 @@ from fastgrpo.core.config import Lora, Model
 from fastgrpo.core.config.loading import load
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import stack
-from fastgrpo.models.loading import lora, streaming
+from fastgrpo.models.loading import lora, policies, streaming
 from fastgrpo.models.loading.weight_files import WEIGHTS
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World, open_world
-from fastgrpo.training import policies
+from fastgrpo.training import policies as training_policies
 from tests import forks, runs, tiny
 from tests.folders import flux, hunyuan_video, stable_diffusion, wan
 
@@ -153,7 +153,7 @@ def test_equals_diffusers_bit_for_bit_on_any_rank(family: str, adapters: Lora | 
 
 def test_adapters_start_as_they_always_did() -> None:
     """The hash was printed by the code before weights were streamed: runs from then go on as they were."""
-    network = models.load(Model(family="hunyuan_video", path=str(tiny.FOLDER)), CPU, Lora(rank=4)).network
+    network = policies.load(Model(family="hunyuan_video", path=str(tiny.FOLDER)), CPU, Lora(rank=4)).network
     digest = hashlib.sha256()
     for name, parameter in network.named_parameters():
         if name.endswith(lora.DOWN):
@@ -338,8 +338,8 @@ def test_a_recipes_network_is_read_and_told(
     recipe = load(runs.RECIPE, [f"distributed.offload={offload}".lower(), "model.dtype=float32"])
     settings = recipe.model.model_copy(update={"path": str(tiny.FOLDER)})
     with open_world() as world:
-        policy, expected = models.outline(settings, CPU), models.load(settings, CPU)
-        policies.shard_and_read(policy, recipe, world)
+        policy, expected = policies.outline(settings, CPU), policies.load(settings, CPU)
+        training_policies.shard_and_read(policy, recipe, world)
         x = torch.randn(1, *policy.latent_shape(tiny.VIDEO), generator=torch.Generator().manual_seed(0))
         condition = stack(tiny.encode()[:1])
         with torch.no_grad():

@@ -12,11 +12,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
-from fastgrpo import models
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt, stack
 from fastgrpo.models import wan
+from fastgrpo.models.loading import policies
 from fastgrpo.models.wan import Wan
 from fastgrpo.parallel.world import World
 from fastgrpo.training.rollout import sample_ode
@@ -79,7 +79,7 @@ def settings(path: Path, cfg: float = 1.0, **more: object) -> Model:
 
 
 def load(path: Path, cfg: float = 1.0, **more: object) -> Wan:
-    policy = models.load(settings(path, cfg, **more), CPU)
+    policy = policies.load(settings(path, cfg, **more), CPU)
     assert isinstance(policy, Wan)
     if cfg > 1:
         policy.negative = encode(path)[1]
@@ -87,7 +87,7 @@ def load(path: Path, cfg: float = 1.0, **more: object) -> Wan:
 
 
 def encode(path: Path, prompts: list[str] = PROMPTS) -> tuple[list[Condition], Condition]:
-    with models.encoder(settings(path), VIDEO, CPU) as encoder:
+    with policies.encoder(settings(path), VIDEO, CPU) as encoder:
         return encoder([Prompt(text) for text in prompts]), encoder.negative(NEGATIVE)
 
 
@@ -365,7 +365,7 @@ def test_a_folder_that_does_not_fit_is_one_clear_line(
 ) -> None:
     edited = changed(folder, tmp_path / "edited", part, **entries)
     with pytest.raises(UserError, match=message) as caught:
-        models.load(settings(edited), CPU)
+        policies.load(settings(edited), CPU)
     assert "\n" not in str(caught.value)
 
 
@@ -377,9 +377,9 @@ def test_mistakes_of_the_recipe_are_one_clear_line(folder: Path) -> None:
     with pytest.raises(UserError, match=r"video.width=36: not a multiple of 8 .*use 32 or 40"):
         policy.latent_shape(VIDEO.model_copy(update={"width": 36}))
     with pytest.raises(UserError, match=r"model.guidance=6.0: .*set model.cfg instead"):
-        models.load(settings(folder, guidance=6.0), CPU)
+        policies.load(settings(folder, guidance=6.0), CPU)
     with (
-        models.encoder(settings(folder), VIDEO, CPU) as encoder,
+        policies.encoder(settings(folder), VIDEO, CPU) as encoder,
         pytest.raises(UserError, match="prompts: '&nbsp;' has no tokens"),
     ):
         encoder([Prompt("a cat"), Prompt("&nbsp;")])

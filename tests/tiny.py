@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastgrpo import models
 from fastgrpo.core.config import Model, Objective, Optimizer, Video
 from fastgrpo.core.policy import Condition, Policy, Prompt
+from fastgrpo.models.loading import policies
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.training import rollout
@@ -47,7 +47,7 @@ class Recorder(Trainer):
 
 
 def load_policy(world: World | None = None) -> Policy:
-    policy = models.load(Model(family="hunyuan_video", path=str(FOLDER)), torch.device("cpu"))
+    policy = policies.load(Model(family="hunyuan_video", path=str(FOLDER)), torch.device("cpu"))
     if world is not None:
         sharding.shard(policy, world, torch.float32)
     return policy
@@ -70,7 +70,7 @@ def plan(policy: Policy, shared_noise: bool = True) -> Plan:
 def encode() -> list[Condition]:
     """The prompts' conditions."""
     settings = Model(family="hunyuan_video", path=str(FOLDER))
-    with models.encoder(settings, VIDEO, torch.device("cpu")) as encoder:
+    with policies.encoder(settings, VIDEO, torch.device("cpu")) as encoder:
         return encoder([Prompt(text) for text in PROMPTS])
 
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastgrpo import models
 from fastgrpo.checkpoint.checkpoints import Checkpoints, Progress
 from fastgrpo.core.config import Checkpoint, Lora, Model, Objective
 from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.core.processes import leave
+from fastgrpo.models.loading import policies
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.training.method import Experience
@@ -40,7 +40,7 @@ def stir(network: nn.Module) -> None:
 
 def load_policy(world: World, stirred: bool) -> Policy:
     """The tiny HunyuanVideo with adapters, sharded."""
-    policy = models.load(Model(family="hunyuan_video", path=str(tiny.FOLDER)), torch.device("cpu"), LORA)
+    policy = policies.load(Model(family="hunyuan_video", path=str(tiny.FOLDER)), torch.device("cpu"), LORA)
     if stirred:
         stir(policy.network)
     sharding.shard(policy, world, torch.float32)

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch.distributed.tensor import DTensor
 
-from fastgrpo import models
 from fastgrpo.core.config import Distributed, Lora, Model, Video
 from fastgrpo.core.policy import Policy, Prompt, stack
 from fastgrpo.core.processes import leave
+from fastgrpo.models.loading import policies
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World, open_world
 
@@ -34,7 +34,7 @@ def compare(family: str, folder: Path, lora: Lora, world: World) -> dict[str, fl
     settings = Model(
         family=family, path=str(folder / family), network=network, cfg=cfg, gradient_checkpointing=bool(lora.rank)
     )
-    with models.encoder(settings, video, CPU) as encode:
+    with policies.encoder(settings, video, CPU) as encode:
         condition = stack(encode([Prompt("a red boat sails", folder / "image.png")]) * 2)
         negative = encode.negative("") if cfg > 1 else None
     alone, shared = (prepared(settings, lora) for _ in range(2))
@@ -59,7 +59,7 @@ def compare(family: str, folder: Path, lora: Lora, world: World) -> dict[str, fl
 
 def prepared(settings: Model, lora: Lora) -> Policy:
     """The policy, its adapters moved from their start, where they change nothing."""
-    policy = models.load(settings, CPU, lora)
+    policy = policies.load(settings, CPU, lora)
     draws = torch.Generator().manual_seed(1)
     for name, parameter in policy.network.named_parameters():
         if "lora_B" in name:

@@ -34,7 +34,7 @@ def record_provenance(recipe: Recipe, sources: Sequence[Source]) -> None:
 
 def network(recipe: Recipe) -> dict[str, str]:
     """File -> SHA-256, of the config and the weights of the network that is trained, also beneath adapters."""
-    where = diffusers_folder.network_folder(recipe.model, models.family(recipe.model.family).NETWORK)
+    where = diffusers_folder.network_folder(recipe.model, models.declared(recipe.model.family, "NETWORK"))
     files = {where / "config.json"} | {place.file for place in weight_files.tensors(where).values()}
     return {file.name: digest for file, digest in hashes(sorted(files), recipe.run.dir / HASHES).items()}
 

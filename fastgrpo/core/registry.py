@@ -18,6 +18,11 @@ def names(folder: Path, entry: str) -> tuple[str, ...]:
     return tuple(file.stem for file in sorted(folder.glob("[!_]*.py")) if entry in _definitions(file))
 
 
+def top_level(file: Path) -> tuple[str, ...]:
+    """The names that a file binds at its top level, those that it imports among them."""
+    return tuple(_definitions(file))
+
+
 def declared(file: Path, name: str, default: Any = NOTHING) -> Any:
     """The value of a file's top-level `name`, without importing the file.
 

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
-from fastgrpo import models
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.models.loading import streaming
 from fastgrpo.models.loading.lora import at_rest
+from fastgrpo.models.loading.policies import outline
 from fastgrpo.models.loading.streaming import Bytes, Show
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
@@ -23,7 +23,7 @@ from fastgrpo.run.terminal import duration
 
 
 def shard_and_read(policy: Policy, recipe: Recipe, world: World, what: str = "weights") -> None:
-    """Shard the network of `models.outline` as the recipe says, read its weights, and say how long that took.
+    """Shard the network of `policies.outline` as the recipe says, read its weights, and say how long that took.
 
     what: for that line. Raises the UserError of a rank, whose files are not what they were, on every rank.
     """
@@ -82,7 +82,7 @@ def initial_policy(recipe: Recipe, world: World, trained: Policy) -> Reference:
     """The policy before training, which the KL term measures against: frozen, or without its adapters."""
     if recipe.lora.rank:
         return Unadapted(trained)
-    policy = world.run_on_all_ranks(lambda: models.outline(recipe.model, world.device))
+    policy = world.run_on_all_ranks(lambda: outline(recipe.model, world.device))
     for parameter in policy.network.requires_grad_(False).parameters():  # nothing trains it: no masters
         parameter.data = parameter.data.to(recipe.model.torch_dtype)
     policy.negative, policy.vae = trained.negative, trained.vae

@@ -1,4 +1,5 @@
 """What families are made of: the diffusers layout, weights read into shards, adapters.
 
-Imports core and parallel; knows no family. Read `diffusers_folder.py` first.
+Imports core, algorithm and parallel, `policies.py` the registry too; no file knows a family by name.
+Read `policies.py` first.
 """

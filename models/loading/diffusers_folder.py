@@ -60,11 +60,8 @@ def fetch(repository: str) -> Path:
     return Path(snapshot_download(repository, allow_patterns=allowed, ignore_patterns=list(NOT_FETCHED)))
 
 
-def pipeline_folder(settings: Model, parts: Sequence[str], pipelines: Sequence[str] = ()) -> Path:
-    """The folder of model.path, whose `parts` (such as "vae", "tokenizer") are all there.
-
-    pipelines: the classes that model_index.json may name, all where empty
-    """
+def pipeline_folder(settings: Model, parts: Sequence[str]) -> Path:
+    """The folder of model.path, whose `parts` (such as "vae", "tokenizer") are all there."""
     folder = locate(settings.path)
     config_of = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
     for file in ("model_index.json", *(f"{part}/{config_of.get(part.split('_')[0], 'config.json')}" for part in parts)):
@@ -72,22 +69,23 @@ def pipeline_folder(settings: Model, parts: Sequence[str], pipelines: Sequence[s
             raise UserError(
                 f"model.path={settings.path}: {file} is missing; give a whole folder in the diffusers layout."
             )
-    named = read_json(folder / "model_index.json").get("_class_name")
-    if pipelines and named not in pipelines:
-        family = f"set model.family={fitting(named)}, or correct" if fitting(named) else "correct model.family or"
-        raise UserError(
-            f"model.path={settings.path}: model_index.json names a {named}, not a {' or a '.join(pipelines)}; "
-            f"{family} the path."
-        )
     return folder
 
 
-def fitting(pipeline: object) -> str | None:
-    """The family that is first of all for the folders of a pipeline's class."""
-    from fastgrpo import models
+def check_pipeline(settings: Model, wanted: Sequence[str], families: Mapping[str, Sequence[str]]) -> None:
+    """Raise UserError where the model_index.json of model.path names none of the `wanted` pipelines.
 
-    wanted = {name: getattr(models.family(name), "PIPELINES", None) for name in models.known()}
-    return next((name for name, pipelines in wanted.items() if pipelines and pipelines[0] == pipeline), None)
+    families: each family's pipelines, its own first, to suggest the one that the folder is for
+    """
+    named = read_json(pipeline_folder(settings, ()) / "model_index.json").get("_class_name")
+    if named in wanted:
+        return
+    fitting = next((name for name, pipelines in families.items() if pipelines[0] == named), None)
+    family = f"set model.family={fitting}, or correct" if fitting else "correct model.family or"
+    raise UserError(
+        f"model.path={settings.path}: model_index.json names a {named}, not a {' or a '.join(wanted)}; "
+        f"{family} the path."
+    )
 
 
 def network_folder(settings: Model, part: str) -> Path:

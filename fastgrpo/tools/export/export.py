@@ -66,7 +66,7 @@ def export(wanted: Export) -> Path:
 
 def write_pipeline(wanted: Export, recipe: Recipe, weights: Weights, partial: Path) -> None:
     """The whole pipeline: the base folder's parts, and the network with the checkpoint's weights."""
-    part = models.family(recipe.model.family).NETWORK
+    part = models.declared(recipe.model.family, "NETWORK")
     base = layout_folder.locate(recipe.model.path)
     copy_parts(base, part, partial, wanted.link)
     source = layout_folder.network_folder(recipe.model, part)
@@ -87,7 +87,7 @@ def write_pipeline(wanted: Export, recipe: Recipe, weights: Weights, partial: Pa
 
 def write_adapters(wanted: Export, recipe: Recipe, weights: Weights, partial: Path) -> None:
     """The file that `load_lora_weights` of the family's pipeline looks for in a folder."""
-    part = models.family(recipe.model.family).NETWORK
+    part = models.declared(recipe.model.family, "NETWORK")
     save_adapters(adapters(weights), partial / shard_writer.ADAPTERS, part, recipe.lora, getattr(torch, wanted.dtype))
 
 
@@ -127,7 +127,7 @@ def copy_folder(source: Path, target: Path, put: Callable[[str, str], Any]) -> N
 
 def name_pipeline(index: Path, family: str) -> None:
     """Name the family's own pipeline, where its other parts come from another's folder (SkyReels)."""
-    pipeline = getattr(models.family(family), "PIPELINE", None)
+    pipeline = models.declared(family, "PIPELINE", None)
     if pipeline is not None:
         content = layout_folder.read_json(index) | {"_class_name": pipeline}
         index.write_text(json.dumps(content, indent=2) + "\n")

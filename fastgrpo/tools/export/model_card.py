@@ -58,14 +58,14 @@ def loading(model: Model, apart: bool) -> list[str]:
 
     apart: adapters alone, without the base model
     """
-    family = models.family(model.family)
+    part = models.declared(model.family, "NETWORK")
     index = diffusers_folder.read_json(diffusers_folder.locate(model.path) / "model_index.json")
-    pipeline = getattr(family, "PIPELINE", index["_class_name"])
+    pipeline = models.declared(model.family, "PIPELINE", index["_class_name"])
     base = model.path if is_hub_id(model.path) else "BASE"
     if apart and model.network is not None:  # the base folder's own network is another one
         code = [
-            *network_loading(model, model.network, family.NETWORK, index[family.NETWORK][1], pipeline),
-            f'pipeline = {pipeline}.from_pretrained("{base}", {family.NETWORK}={family.NETWORK})',
+            *network_loading(model, model.network, part, index[part][1], pipeline),
+            f'pipeline = {pipeline}.from_pretrained("{base}", {part}={part})',
         ]
     else:
         code = [

@@ -17,13 +17,13 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from fastgrpo import models
 from fastgrpo.algorithm import noise
 from fastgrpo.core import config, files
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, Prompt, move, stack
 from fastgrpo.data import prompts as prompt_file
 from fastgrpo.data import video
+from fastgrpo.models.loading import policies
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.tools.sample import contact_sheet
 from fastgrpo.tools.sample.source import Asked, Snapshot, Source, find
@@ -203,7 +203,7 @@ def generate(work: Work, world: World) -> Iterator[Drawn]:
     source = work.source
     model = source.snapshot.model
     distinct = dict.fromkeys(work.clips[batch.start].prompt for batch in batches)
-    with models.encoder(model, source.video, world.device) as encode:
+    with policies.encoder(model, source.video, world.device) as encode:
         conditions = {prompt: encode([prompt])[0] for prompt in distinct}
         negative = move(encode.negative(model.negative_prompt or ""), world.device) if model.cfg > 1 else None
     before = {}

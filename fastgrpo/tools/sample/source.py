@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from fastgrpo import models
 from fastgrpo.checkpoint import reader
 from fastgrpo.checkpoint.reader import Step, Weights
 from fastgrpo.core import config
 from fastgrpo.core.config import Lora, Model, Prompts, Recipe, Rollout, Section, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Policy
+from fastgrpo.models.loading import policies
 from fastgrpo.models.loading.lora import ADAPTER, DOWN, UP
 from fastgrpo.tools.export.shard_writer import ADAPTERS
 
@@ -42,7 +42,7 @@ class Snapshot:
 
     def load(self, device: torch.device) -> Policy:
         """The whole policy on `device`, its parameters in the compute precision, as FSDP computes with them."""
-        policy = models.load(self.model, device, self.lora)
+        policy = policies.load(self.model, device, self.lora)
         if self.checkpoint is not None:
             reader.load_into(policy.network, Weights(self.checkpoint, self.raw))
         if self.adapters is not None:

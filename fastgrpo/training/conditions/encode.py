@@ -13,13 +13,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastgrpo import models
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import take_lock
 from fastgrpo.core.policy import Prompt
 from fastgrpo.data import prompts
 from fastgrpo.data.prompts import Split
+from fastgrpo.models.loading import policies
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.run.terminal import duration
 from fastgrpo.training.conditions.cache import Cache, Conditions, write_negative, write_part
@@ -113,7 +113,7 @@ def _make(recipe: Recipe, world: World, cache: Cache, missing: list[int], everyt
     total = sum(len(cache.prompts_of(number)) for number in missing)
     begun = time.perf_counter()
     with ExitStack() as stack:
-        opened = models.encoder(recipe.model, recipe.video, world.device)
+        opened = policies.encoder(recipe.model, recipe.video, world.device)
         encoder = world.run_on_all_ranks(lambda: stack.enter_context(opened))
         show = stack.enter_context(_progress(world, total))
 

@@ -35,7 +35,7 @@ def fingerprint(recipe: Recipe, prompts: Sequence[Prompt], remembered: Path) -> 
     with_images = recipe.prompts.image_column is not None
     told = {"family": recipe.model.family, "dtype": recipe.model.dtype}
     told |= _model_parts(recipe, TEXT_PARTS + IMAGE_PARTS if with_images else TEXT_PARTS, remembered)
-    told["length limits"] = json.dumps(length_limits(recipe.model.family))
+    told["length limits"] = json.dumps(models.length_limits(recipe.model.family))
     if recipe.model.cfg > 1:
         told["negative prompt"] = recipe.model.negative_prompt or ""
     told["prompts"] = _digest([prompt.text for prompt in prompts])
@@ -43,12 +43,6 @@ def fingerprint(recipe: Recipe, prompts: Sequence[Prompt], remembered: Path) -> 
         told["reference images"] = _digest([_sample(prompt.image) for prompt in prompts])
         told["video size"] = f"{recipe.video.frames} x {recipe.video.height} x {recipe.video.width}"
     return told
-
-
-def length_limits(family: str) -> dict[str, int]:
-    """The family file's constants MAX_..._TOKENS: how much of a prompt its text encoders see."""
-    constants = vars(models.family(family))
-    return {name: constants[name] for name in sorted(constants) if name.startswith("MAX_") and name.endswith("_TOKENS")}
 
 
 def _model_parts(recipe: Recipe, beginnings: tuple[str, ...], remembered: Path) -> dict[str, str]:

@@ -32,10 +32,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fastgrpo import models
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.models import flux, hunyuan_video, skyreels_i2v, stable_diffusion, wan
+from fastgrpo.models.loading import policies
 from fastgrpo.models.loading.lora import add_adapters
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.mesh import mesh_shape
@@ -157,7 +157,7 @@ def outline(recipe: Recipe, config: Mapping[str, Any]) -> Policy:
         "stable_diffusion": lambda: stable_diffusion.StableDiffusion(network, vae, schedule, settings),
     }
     policy = made[settings.family]()
-    models._configure(policy, settings.model_copy(update={"attention": None}))
+    policies.configure(policy, settings.model_copy(update={"attention": None}))
     if recipe.lora.rank:
         add_adapters(network, recipe.lora, settings.torch_dtype)
     return policy

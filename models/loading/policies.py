@@ -1,0 +1,76 @@
+"""A recipe's policy and its text encoders, whatever its family: loading, recomputation, kernels, adapters.
+
+The one file of this folder that asks the registry. What a family's folder must name is compared here with the
+family's PIPELINES, so that the families' files need not know of each other.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fastgrpo import models
+from fastgrpo.core.config import Lora, Model, Video
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Encoder, Policy
+from fastgrpo.models.loading import diffusers_folder, streaming
+from fastgrpo.models.loading.lora import add_adapters
+
+
+def outline(settings: Model, device: torch.device, lora: Lora | None = None) -> Policy:
+    """The policy of a recipe's [model] section, with adapters where it asks, and a network that has no weights yet.
+
+    Shard it, then `streaming.fill` its network; nothing before needs the weights. Its other parts are on `device`.
+    """
+    policy = _family(settings).load(settings, device)
+    configure(policy, settings)
+    if lora is not None and lora.rank:
+        add_adapters(policy.network, lora, settings.torch_dtype)
+    return policy
+
+
+def load(settings: Model, device: torch.device, lora: Lora | None = None) -> Policy:
+    """`outline`, with the whole network in float32 on `device`; what adapters stand beside is in compute precision."""
+    policy = outline(settings, device, lora)
+    streaming.fill(policy.network, device)
+    return policy
+
+
+@contextmanager
+def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[Encoder]:
+    """The text encoders of a recipe's [model] section; freed when the context ends."""
+    with _family(settings).encoder(settings, video, device) as encode:
+        yield encode
+
+
+def _family(settings: Model) -> models.Family:
+    """The recipe's family. Raises UserError where model.path is the folder of another family's pipeline."""
+    family = models.family(settings.family)
+    diffusers_folder.check_pipeline(settings, family.PIPELINES, models.pipelines())
+    return family
+
+
+def configure(policy: Policy, settings: Model) -> None:
+    """Set recomputation and the attention kernel of a policy's network, the same way for every family."""
+    network: Any = policy.network
+    if settings.gradient_checkpointing:
+        left_out = {id(b) for n, b in enumerate(policy.blocks) if n % int(settings.gradient_checkpointing)}
+
+        def run(module: nn.Module, *inputs: object) -> object:
+            if id(module) in left_out:
+                return module(*inputs)
+            return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)  # no block draws
+
+        network.enable_gradient_checkpointing(run)
+    if settings.attention is not None:
+        try:
+            network.set_attention_backend(settings.attention)
+            if not any(getattr(p, "_attention_backend", None) for p in network.attn_processors.values()):
+                raise ValueError(f"a {type(network).__name__} has no choice of kernels")
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise UserError(
+                f"model.attention={settings.attention}: {str(error).splitlines()[0]}; leave it out for torch's own."
+            ) from None
