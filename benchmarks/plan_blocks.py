@@ -122,7 +122,7 @@ def _block(
         parameter.data = parameter.data.to(precision)
     if sp > 1:
         assert dist.group.WORLD is not None
-        sequence_parallel.install(policy.network, world.Group(dist.group.WORLD, 0, sp))
+        sequence_parallel.install(policy.network, world.Group(dist.group.WORLD, 0, sp), policy.share_sequence)
     seen: list[tuple[Any, Any]] = []
     block = policy.blocks[place]
     hook = block.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)

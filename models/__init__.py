@@ -9,8 +9,13 @@ A family is a file models/NAME.py with
   load(settings, device) -> Policy            its network from streaming.outline, without weights yet
   encoder(settings, video, device)            a context manager that gives an Encoder
 
-and, where its other parts lie in another pipeline's folder, PIPELINE: the diffusers class that an export names. Adding
-one edits no other file.
+and what it need not have:
+
+  PIPELINE: str                               where its other parts lie in another pipeline's folder, the diffusers
+                                              class that an export names
+  share_sequence(network, layout)             how ranks share its sequences; without it distributed.sp is 1
+
+Adding one edits no other file.
 
 Imports core alone, and neither torch nor a family's libraries before `family` is called: what a plan or an export asks
 of a family is read from its file by `declared`. Read `loading/policies.py` next: it loads a recipe's family.
@@ -53,6 +58,11 @@ class Family(Protocol):
 def known() -> tuple[str, ...]:
     """Names of the families: the files here that define `load`."""
     return registry.names(FOLDER, "load")
+
+
+def with_function(function: str) -> tuple[str, ...]:
+    """Names of the families whose files have a function that need not be there, such as `share_sequence`."""
+    return tuple(name for name in registry.names(FOLDER, function) if name in known())
 
 
 def check(name: str) -> None:

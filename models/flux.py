@@ -25,7 +25,8 @@ from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
-from fastgrpo.models.loading import diffusers_folder, streaming
+from fastgrpo.models.loading import diffusers_folder, joint_attention, streaming
+from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence
 
 NETWORK = "transformer"
 PARTS = ("vae", "text_encoder", "text_encoder_2", "scheduler", "tokenizer", "tokenizer_2")
@@ -57,8 +58,67 @@ class Schedule:
         return times
 
 
+class SharedAttention:
+    """Joint attention over ranks, text tokens first; a single-stream block gets one sequence of both."""
+
+    def __init__(self, layout: Layout, plain: Any) -> None:
+        self.layout = layout
+        self.plain = plain  # the processor of one rank, which knows the attention backend
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """This rank's image tokens [B, n, C] and the replicated text [B, L, C], attended to; returns likewise.
+
+        Of a single-stream block: one sequence [B, L + n, C], and no encoder_hidden_states.
+
+        image_rotary_emb: cosines and sines of the text's and this rank's tokens, [L + n, D] each
+        """
+        q, k, v = joint_attention.heads(attn, hidden_states)
+        if encoder_hidden_states is not None:
+            about_text = joint_attention.heads(attn, encoder_hidden_states, joint_attention.TEXT_LAYERS)
+            q, k, v = (torch.cat(pair, 1) for pair in zip(about_text, (q, k, v), strict=True))
+        if image_rotary_emb is not None:
+            q, k = (joint_attention.rotated(x, image_rotary_emb) for x in (q, k))
+        length = self.layout.text
+        out = self.layout.attend(q, k, v, slice(0, length), self.plain._attention_backend)
+        out = out.flatten(2).to(q.dtype)  # [B, L + n, C]
+        if encoder_hidden_states is None:
+            return out
+        image, text = out[:, length:].contiguous(), out[:, :length].contiguous()
+        return attn.to_out[1](attn.to_out[0](image)), attn.to_add_out(text)
+
+
+def share_sequence(network: Any, layout: Layout) -> None:
+    """Let the ranks of a group share each sequence: see `fastgrpo.parallel.sequence_parallel`."""
+
+    def note_text(text: Tensor) -> None:
+        """text: [B, L, C]"""
+        layout.text = text.shape[1]
+
+    def split_table(table: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """[L + N, D] each to [L + n, D]"""
+        part = layout.sp.part(len(table[0]) - layout.text)
+        start, stop = layout.text + part.start, layout.text + part.stop
+        return tuple(torch.cat([of[: layout.text], of[start:stop]]) for of in table)
+
+    layout.after(network.context_embedder, note_text)  # runs before the rotary tables are made
+    layout.after(network.pos_embed, split_table)
+    layout.after(network.x_embedder, layout.split_tokens)
+    layout.after(network.proj_out, layout.gather_tokens)
+    for block in blocks(network):
+        layout.process(block.attn, SharedAttention)
+
+
 class Flux:
     """The `fastgrpo.core.policy.Policy` of this family."""
+
+    share_sequence: ShareSequence
 
     def __init__(self, network: nn.Module, vae: nn.Module, schedule: Schedule, settings: Model) -> None:
         self.network = network

@@ -23,7 +23,8 @@ from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
-from fastgrpo.models.loading import diffusers_folder, streaming
+from fastgrpo.models.loading import diffusers_folder, joint_attention, streaming
+from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence
 
 NETWORK = "transformer"
 PARTS = ("vae", "text_encoder", "text_encoder_2", "scheduler", "tokenizer", "tokenizer_2")
@@ -73,8 +74,70 @@ class TrimmedAttention(HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]
         return torch.cat([video for video, _ in done]), torch.cat(texts)
 
 
+class SharedAttention:
+    """Joint attention over ranks, video tokens first, of dual-stream and single-stream blocks."""
+
+    def __init__(self, layout: Layout, plain: TrimmedAttention) -> None:
+        self.layout = layout
+        self.plain = plain  # knows which texts are padded, and the attention backend
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's video tokens [B, n, C] and the replicated text [B, L, C], attended to; returns likewise.
+
+        image_rotary_emb: cosines and sines of this rank's tokens, [n, D] each
+        """
+        return self.plain.by_branch(
+            lambda video, text: self._attend(attn, video, text, image_rotary_emb), hidden_states, encoder_hidden_states
+        )
+
+    def _attend(
+        self, attn: Any, video: Tensor, text: Tensor, table: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of rows whose texts are of one length, see `__call__`."""
+        own, length = video.shape[1], text.shape[1]
+        dual = attn.add_q_proj is not None
+        q, k, v = joint_attention.heads(attn, video if dual else torch.cat([video, text], 1))
+        if table is not None:
+            q, k = (torch.cat([joint_attention.rotated(x[:, :own], table), x[:, own:]], 1) for x in (q, k))
+        if dual:
+            about_text = joint_attention.heads(attn, text, joint_attention.TEXT_LAYERS)
+            q, k, v = (torch.cat(pair, 1) for pair in zip((q, k, v), about_text, strict=True))
+        out = self.layout.attend(q, k, v, slice(own, own + length), self.plain._attention_backend)
+        out = out.flatten(2).to(q.dtype)  # [B, n + L, C]
+        video, text = out[:, :own], out[:, own:]
+        if getattr(attn, "to_out", None) is not None:
+            video = attn.to_out[1](attn.to_out[0](video))
+        if getattr(attn, "to_add_out", None) is not None:
+            text = attn.to_add_out(text)
+        return video, text
+
+
+def share_sequence(network: Any, layout: Layout) -> None:
+    """Let the ranks of a group share each sequence: see `fastgrpo.parallel.sequence_parallel`."""
+
+    def split_table(table: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """[N, D] each to [n, D]"""
+        part = layout.sp.part(len(table[0]))
+        return tuple(of[part.start : part.stop] for of in table)
+
+    layout.after(network.rope, split_table)
+    layout.after(network.x_embedder, layout.split_tokens)
+    layout.after(network.proj_out, layout.gather_tokens)
+    for block in blocks(network):
+        layout.process(block.attn, SharedAttention)
+
+
 class HunyuanVideo:
     """The `fastgrpo.core.policy.Policy` of this family."""
+
+    share_sequence: ShareSequence
 
     def __init__(self, network: nn.Module, vae: nn.Module, shift: float, settings: Model, guidance: float) -> None:
         self.network = network

@@ -24,10 +24,10 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
 from fastgrpo.data import images
 from fastgrpo.models import hunyuan_video
-from fastgrpo.models.hunyuan_video import PARTS, HunyuanVideo, blocks
+from fastgrpo.models.hunyuan_video import PARTS, HunyuanVideo, blocks, share_sequence
 from fastgrpo.models.loading import diffusers_folder
 
-__all__ = ["SkyReels", "blocks", "encoder", "load"]
+__all__ = ["SkyReels", "blocks", "encoder", "load", "share_sequence"]
 
 NETWORK: str = models.declared("hunyuan_video", "NETWORK")
 MAX_TEXT_TOKENS: int = models.declared("hunyuan_video", "MAX_TEXT_TOKENS")

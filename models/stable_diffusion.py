@@ -20,6 +20,7 @@ from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
 from fastgrpo.models.loading import diffusers_folder, streaming
+from fastgrpo.parallel.sequence_parallel import ShareSequence
 
 NETWORK = "unet"
 PARTS = ("vae", "text_encoder", "scheduler", "tokenizer")
@@ -91,6 +92,8 @@ class Schedule:
 
 class StableDiffusion:
     """The `fastgrpo.core.policy.Policy` of this family."""
+
+    share_sequence: ShareSequence
 
     def __init__(self, network: nn.Module, vae: nn.Module, schedule: Schedule, settings: Model) -> None:
         self.network = network

@@ -22,6 +22,7 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanTransformer3DModel,
 )
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -31,6 +32,7 @@ from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
 from fastgrpo.models.loading import diffusers_folder, streaming
+from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence, heads_to_tokens, tokens_to_heads
 
 NETWORK = "transformer"
 PARTS = ("vae", "text_encoder", "scheduler", "tokenizer")
@@ -73,8 +75,71 @@ class Schedule:
         return times
 
 
+class SharedAttention:
+    """Self-attention over ranks. Cross-attention to the replicated text needs no exchange: queries stay local."""
+
+    def __init__(self, layout: Layout, plain: Any) -> None:
+        self.layout = layout
+        self.plain = plain  # the processor of one rank, which knows the attention backend
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """This rank's video tokens, attended to.  hidden_states: [B, n, C];  returns likewise
+
+        rotary_emb: cosines and sines of this rank's tokens, [1, n, 1, D] each
+        """
+        q, k = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, attn.to_v(hidden_states)))
+        if rotary_emb is not None:
+            q, k = rotated_pairs(q, *rotary_emb), rotated_pairs(k, *rotary_emb)
+        tokens, sp = self.layout.video, self.layout.sp
+        q, k, v = (tokens_to_heads(x, tokens, sp) for x in (q, k, v))
+        out = heads_to_tokens(dispatch_attention_fn(q, k, v, backend=self.plain._attention_backend), tokens, sp)
+        return attn.to_out[1](attn.to_out[0](out.flatten(2).type_as(hidden_states)))
+
+
+def rotated_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Neighbouring channels as the two parts of a complex number, turned.
+
+    x: [B, n, H, D];  cos, sin: [1, n, 1, D];  returns [B, n, H, D]
+    """
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2).type_as(x)
+
+
+def share_sequence(network: Any, layout: Layout) -> None:
+    """Let the ranks of a group share each sequence: see `fastgrpo.parallel.sequence_parallel`."""
+
+    def split_patches(embedded: Tensor) -> Tensor:
+        """[B, C, F, H, W] to [B, C, n, 1, 1]: what follows flattens the three axes"""
+        patches = embedded.flatten(2)  # [B, C, N]
+        layout.video = patches.shape[2]
+        part = layout.sp.part(layout.video)
+        return patches[:, :, part.start : part.stop, None, None]
+
+    def split_table(table: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """[1, N, 1, D] each to [1, n, 1, D]"""
+        part = layout.sp.part(table[0].shape[1])
+        return tuple(of[:, part.start : part.stop] for of in table)
+
+    layout.after(network.rope, split_table)
+    layout.after(network.patch_embedding, split_patches)
+    layout.after(network.proj_out, layout.gather_tokens)
+    for block in blocks(network):
+        layout.process(block.attn1, SharedAttention)
+
+
 class Wan:
     """The `fastgrpo.core.policy.Policy` of this family."""
+
+    share_sequence: ShareSequence
 
     def __init__(
         self, network: nn.Module, vae: Any, schedule: Schedule, text_tokens: int, settings: Model, device: torch.device

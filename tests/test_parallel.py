@@ -160,9 +160,9 @@ def test_a_mesh_that_does_not_divide_is_refused(settings: dict[str, int], messag
 def test_heads_that_do_not_divide_are_refused_with_those_that_would() -> None:
     from fastgrpo.parallel.world import Group
 
-    group = Group(None, 0, 5)  # type: ignore[arg-type]
+    group, policy = Group(None, 0, 5), tiny.load_policy()  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"distributed.sp=5: does not divide the network's \d+ heads; use one of 1, 2"):
-        install(tiny.load_policy().network, group)
+        install(policy.network, group, policy.share_sequence)
 
 
 def test_work_is_divided_over_groups_of_ranks() -> None:

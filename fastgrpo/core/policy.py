@@ -1,9 +1,9 @@
 """What every family of models must offer: the protocols of a policy and of its text encoder, and their conditions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,12 @@ class Policy(Protocol):
     """The decoder, frozen."""
     negative: Condition | None
     """The unconditional branch's condition, on the network's device; set before sampling where model.cfg > 1."""
+
+    share_sequence: Callable[[Any, Any], None]
+    """Lets the ranks of a group share each sequence of (network, `fastgrpo.parallel.sequence_parallel.Layout`).
+
+    The function of this name in the family's file, or one that refuses where it has none; set on loading.
+    """
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

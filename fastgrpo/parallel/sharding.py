@@ -21,7 +21,7 @@ def shard(policy: Policy, world: World, dtype: torch.dtype, offload: bool = Fals
     Inputs are not cast, since bfloat16 timesteps and rotary tables would wreck the gradients.
     """
     if world.sp is not None:
-        sequence_parallel.install(policy.network, world.sp)
+        sequence_parallel.install(policy.network, world.sp, policy.share_sequence)
     precision = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
     )

@@ -18,6 +18,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Encoder, Policy
 from fastgrpo.models.loading import diffusers_folder, streaming
 from fastgrpo.models.loading.lora import add_adapters
+from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence
 
 
 def outline(settings: Model, device: torch.device, lora: Lora | None = None) -> Policy:
@@ -54,8 +55,9 @@ def _family(settings: Model) -> models.Family:
 
 
 def configure(policy: Policy, settings: Model) -> None:
-    """Set recomputation and the attention kernel of a policy's network, the same way for every family."""
+    """Set recomputation, the attention kernel and how sequences are shared, the same way for every family."""
     network: Any = policy.network
+    policy.share_sequence = share_sequence(settings.family)
     if settings.gradient_checkpointing:
         left_out = {id(b) for n, b in enumerate(policy.blocks) if n % int(settings.gradient_checkpointing)}
 
@@ -74,3 +76,18 @@ def configure(policy: Policy, settings: Model) -> None:
             raise UserError(
                 f"model.attention={settings.attention}: {str(error).splitlines()[0]}; leave it out for torch's own."
             ) from None
+
+
+def share_sequence(family: str) -> ShareSequence:
+    """The family's function of this name; where its file has none, one that raises UserError."""
+    if family in models.with_function("share_sequence"):
+        shares: ShareSequence = vars(models.family(family))["share_sequence"]
+        return shares
+
+    def refuse(network: nn.Module, layout: Layout) -> None:
+        raise UserError(
+            f"distributed.sp={layout.sp.size}: a {type(network).__name__} has no sequence parallelism; use 1. Those "
+            f"with it: {', '.join(models.with_function('share_sequence'))}."
+        )
+
+    return refuse

@@ -1,12 +1,9 @@
 """Preflight's checks of what ranks must have in common: weights, noise, shared sequences."""
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgrpo.core.policy import stack
 from fastgrpo.parallel import sequence_parallel, sharding
@@ -68,7 +65,7 @@ def sequences(parts: Parts) -> Finding:
     t, condition = plan.grid[:1], stack([parts.conditions[slot // plan.group_size]])
     with torch.no_grad(), sharding.rollout_weights(policy.network, parts.recipe.distributed, parts.dtype, world):
         shared = policy.velocity(x, t, condition)
-        with alone(policy.network):
+        with sequence_parallel.alone(policy.network):
             whole = policy.velocity(x, t, condition)
     difference = largest(((shared - whole).norm() / whole.norm()).item(), world)
     sums = gathered(fingerprints([shared], world).tolist(), world)
@@ -80,29 +77,3 @@ def sequences(parts: Parts) -> Finding:
     told += "" if agree else "; the ranks that share one disagree"
     remedy = "the exchange of tokens or heads is broken: train with distributed.sp=1, and report it"
     return Finding("sequences", False, told, remedy)
-
-
-@contextmanager
-def alone(network: nn.Module) -> Iterator[None]:
-    """Each rank runs whole sequences by itself inside: what `sequence_parallel.install` has put in is set aside."""
-    hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
-    processors: list[tuple[Any, Any]] = []
-    for module in network.modules():
-        found: dict[int, Any] = dict(module._forward_hooks)
-        others = {key: hook for key, hook in found.items() if hook.__module__ != sequence_parallel.__name__}
-        if len(others) < len(found):
-            hooks.append((module._forward_hooks, found))
-            module._forward_hooks.clear()
-            module._forward_hooks.update(others)
-        processor: Any = getattr(module, "processor", None)
-        if type(processor).__module__ == sequence_parallel.__name__:
-            processors.append((module, processor))
-            module.processor = processor.plain
-    try:
-        yield
-    finally:
-        for where, found in hooks:
-            where.clear()
-            where.update(found)
-        for attention, processor in processors:
-            attention.processor = processor
