@@ -18,7 +18,7 @@ import uvicorn
 from torch import Tensor
 
 from fastgrpo.core.config import RewardSpec
-from fastgrpo.core.reward import Scores
+from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.parallel.world import open_world
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.loaded_reward import Served
@@ -30,7 +30,7 @@ BATCH, ROLLOUT_S = 4, 0.5
 TOKEN = "benchmark"
 
 
-class Sleeping:
+class Sleeping(Reward):
     """Takes as long for a batch as the rollout takes for it."""
 
     names = ("sum",)

@@ -25,7 +25,7 @@ import torch
 import uvicorn
 from torch import Tensor
 
-from fastgrpo.core.reward import Scores
+from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.rewards import plain
 from fastgrpo.rewards.serving import wire
 from fastgrpo.rewards.serving.client.client import RewardClient
@@ -36,7 +36,7 @@ from fastgrpo.rewards.serving.server.app import make_app, serving
 TOKEN = "benchmark"
 
 
-class Nothing:
+class Nothing(Reward):
     """A reward that looks at one pixel."""
 
     names = ("first",)

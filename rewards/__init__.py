@@ -1,36 +1,60 @@
 """Rewards: functions that look at pixels and prompts and give named scores. The folder is the registry.
 
-A file `rewards/<name>.py` with a function `load(spec) -> Reward` is the reward `<name>`; adding one edits no
-other file. Where it cannot judge short clips, it says so by `LEAST_FRAMES = 2` at its top.
-The other files carry scores between processes (`wire`: the bytes, `server`, `client`), make binary parts
-(`threshold`), or hold what several rewards share.
+A file `rewards/<name>.py` with a function `load(spec) -> Reward` is the reward `<name>`; adding one
+edits no other file. Where the reward cannot judge short clips, the file says so by
+`LEAST_FRAMES = 2` at its top.
+common/ holds what several rewards share, networks/ what they look with, serving/ the way of scores
+between processes. Nothing here imports torch before a reward is loaded. Read `tiny_world.py` first,
+a reward without weights.
 """
 
 import importlib
-import re
 from pathlib import Path
+from typing import Any
 
+from fastgrpo.core import registry
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward
 
+FOLDER = Path(__file__).parent
+
 
 def known() -> tuple[str, ...]:
     """Names of the rewards in this folder: the files that define `load`."""
-    files = sorted(Path(__file__).parent.glob("[!_]*.py"))
-    return tuple(f.stem for f in files if re.search(r"^def load\(", f.read_text(encoding="utf-8"), re.MULTILINE))
+    return registry.names(FOLDER, "load")
 
 
 def load(spec: RewardSpec) -> Reward:
     """The reward of the file `rewards/<spec.name>.py`, with the binary parts of `spec.threshold`.
 
-    Raises UserError, a ValueError, where there is no such file, or where its own `load` finds a mistake in the spec.
+    Raises UserError, a ValueError, where there is no such file, where its `load` finds a mistake in the spec, or where
+    what `load` returns is no Reward.
     """
     check(spec.name)
-    reward: Reward = importlib.import_module(f"fastgrpo.rewards.{spec.name}").load(spec)
-    if spec.threshold:  # imported by name like the rewards: it imports this file
-        reward = importlib.import_module("fastgrpo.rewards.common.threshold").wrap(reward, spec.threshold)
+    reward = importlib.import_module(f"fastgrpo.rewards.{spec.name}").load(spec)
+    if not isinstance(reward, Reward):
+        raise UserError(
+            f"rewards.name={spec.name}: load() returned a {type(reward).__name__}, not a Reward; let it inherit "
+            "fastgrpo.core.reward.Reward."
+        )
+    if spec.threshold:  # imported by name like the rewards: it imports torch
+        threshold = importlib.import_module("fastgrpo.rewards.common.threshold")
+        reward = threshold.wrap(reward, spec.threshold)
     return reward
+
+
+def declared(name: str, constant: str, default: Any) -> Any:
+    """A constant or function at the top of a reward's file, without importing torch; the default where it has none.
+
+    The default is given, too, for a name that is no reward here, as of a server elsewhere.
+    """
+    return registry.declared(FOLDER / f"{name}.py", constant, default) if name in known() else default
+
+
+def least_frames(name: str) -> int:
+    """The frames that a clip must have for a reward: LEAST_FRAMES in its file; 1 without it."""
+    return int(declared(name, "LEAST_FRAMES", 1))
 
 
 def plain(name: str) -> RewardSpec:
@@ -45,12 +69,3 @@ def check(name: str) -> None:
             f"reward='{name}': no such reward; use one of {', '.join(known())}, "
             f"or add rewards/{name}.py with a function load(spec) -> Reward"
         )
-
-
-def least_frames(name: str) -> int:
-    """The frames that a clip must have for a reward: LEAST_FRAMES in its file, which is not run; 1 without it."""
-    if name not in known():  # of a server elsewhere
-        return 1
-    text = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
-    found = re.search(r"^LEAST_FRAMES = (\d+)", text, re.MULTILINE)
-    return int(found[1]) if found else 1

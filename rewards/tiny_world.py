@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgrpo.core.config import RewardSpec
-from fastgrpo.core.reward import Scores
+from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.data.tiny_world import shapes
 
 Array = NDArray[np.float64]
@@ -172,7 +172,7 @@ def text_alignment(view: View, meaning: shapes.Meaning) -> float:
     return float(view.presence.mean()) * (sum(matches) / len(matches)) ** 2
 
 
-class TinyWorld:
+class TinyWorld(Reward):
     """The reward of the tiny world. A prompt that is no caption of this world makes its clip invalid."""
 
     names: tuple[str, ...] = PARTS

@@ -35,7 +35,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fastgrpo.core.config import RewardSpec, Section
-from fastgrpo.core.reward import Scores
+from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.rewards.common import frames, optical_flow, options, weight_files
 
 PARTS = ("motion", "speed", "smoothness", "flicker", "sharpness", "colourfulness", "clipped", "grid", "jpeg")
@@ -59,7 +59,7 @@ class Options(Section):
     """Of the JPEG, as Pillow counts."""
 
 
-class VideoStats:
+class VideoStats(Reward):
     """The measurements of clips, each alone, so batching changes no bit. Prompts are not looked at."""
 
     names: tuple[str, ...] = PARTS

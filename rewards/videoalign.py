@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastgrpo.core.config import RewardSpec, Section
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.reward import Scores
+from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.rewards.common import frames, options, weight_files
 from fastgrpo.rewards.networks.videoalign.checkpoint import BASE, check_precision, find, read
 from fastgrpo.rewards.networks.videoalign.config import PARTS, Published, published
@@ -54,7 +54,7 @@ class Input:
     view: View
 
 
-class VideoAlign:
+class VideoAlign(Reward):
     """The reward. Scores are of the declared fps: the same frames at another fps are another clip."""
 
     names: tuple[str, ...] = PARTS
@@ -92,11 +92,11 @@ class VideoAlign:
         values[~valid] = float("nan")
         return Scores({part: values[:, n].clone() for n, part in enumerate(PARTS)}, valid)
 
-    def looks_at(self, frames_of_clip: int, fps: float) -> list[int]:
-        """The frames that it samples: only these need to travel to a server."""
-        if frames_of_clip < 2:
-            return list(range(frames_of_clip))
-        return frame_indices(frames_of_clip, fps, self.settings.fps)
+    def frames_used(self, frames: int, fps: float) -> list[int]:
+        """Indices of the frames that are sampled: only these need to travel to a server."""
+        if frames < 2:
+            return list(range(frames))
+        return frame_indices(frames, fps, self.settings.fps)
 
     def to(self, device: torch.device) -> None:
         """Move the weights, to give a device's memory back or to score again."""

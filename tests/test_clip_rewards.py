@@ -440,11 +440,12 @@ def test_a_hub_repository_in_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_only_the_frames_looked_at_matter(tmp_path: Path) -> None:
-    """What a client leaves out by `looks_at`, and a server fills with black, changes nothing."""
+    """What a client leaves out by `frames_used`, and a server fills with black, changes nothing."""
     clip.write_transformers(tmp_path)
     reward = rewards.load(spec("pick_score", tmp_path, frames=3, threshold={"PickScore": 0.0}))
     pixels = clips(2, 7)
-    kept = reward.looks_at(7, 8.0)  # type: ignore[attr-defined] # an optional member, and through the threshold
+    kept = reward.frames_used(7, 8.0)  # through the threshold
+    assert kept is not None
     assert kept == [1, 3, 5]
     black = torch.zeros_like(pixels)
     black[:, kept] = pixels[:, kept]

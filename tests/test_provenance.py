@@ -104,7 +104,7 @@ def test_a_reward_of_other_weights_is_refused_and_of_other_code_told(
     )
 
 
-class Weighed:
+class Weighed(Reward):
     """A reward with weights."""
 
     names = ("A",)

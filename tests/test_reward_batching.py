@@ -33,7 +33,7 @@ from fastgrpo.rewards.serving.server.metrics import Meters
 from tests.servers import CAPTIONS, TOKEN, clips, post, running, same
 
 
-class Sums:
+class Sums(Reward):
     """The sum of a clip's pixels and fps: anything that is mixed up shows. Takes a while, so that clips gather."""
 
     names = ("sum", "fps")
@@ -59,12 +59,12 @@ class Choosy(Sums):
         self.every = every
         self.seen: list[list[bool]] = []
 
-    def looks_at(self, frames: int, fps: float) -> list[int]:
+    def frames_used(self, frames: int, fps: float) -> list[int]:
         return [index for index in range(frames) if index % max(round(fps / self.every), 1) == 0]
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
         self.seen.append((pixels[0].flatten(1).sum(1) > 0).tolist())
-        return super().__call__(pixels[:, self.looks_at(pixels.shape[1], fps)], prompts, fps)
+        return super().__call__(pixels[:, self.frames_used(pixels.shape[1], fps)], prompts, fps)
 
 
 def picture(number: int, size: int = 4) -> Tensor:

@@ -28,7 +28,7 @@ from tests import forks
 from tests.servers import CAPTIONS, TOKEN, clips, running, same
 
 
-class One:
+class One(Reward):
     """Scores 1, or another value; the fingerprint says which weights it has."""
 
     names = ("A",)

@@ -36,7 +36,7 @@ from fastgrpo.rewards.serving.server.child import launch_beside
 from tests.servers import CAPTIONS, TOKEN, clips, post, running, same
 
 
-class Raising:
+class Raising(Reward):
     names = ("A",)
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
@@ -45,7 +45,7 @@ class Raising:
         return Scores({"A": torch.ones(len(prompts))}, torch.ones(len(prompts), dtype=torch.bool))
 
 
-class Strange:
+class Strange(Reward):
     """Claims that all are valid: a NaN, an infinity, and every kind of finite float32."""
 
     names = ("A", "B")
@@ -55,7 +55,7 @@ class Strange:
         return Scores({"A": self.given, "B": torch.arange(6.0)}, torch.ones(6, dtype=torch.bool))
 
 
-class Slow:
+class Slow(Reward):
     names = ("A",)
 
     def __init__(self) -> None:

@@ -15,14 +15,14 @@ from fastgrpo import rewards
 from fastgrpo.cli import main as cli
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.reward import Scores
+from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.data import video
 from fastgrpo.data.images import read_image
 from fastgrpo.data.tiny_world import shapes
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.rewards.serving.loaded_reward import Served
 from fastgrpo.tools.score import clip_files, judges
-from fastgrpo.tools.score.judges import Asked, Judges, Servers, Witness
+from fastgrpo.tools.score.judges import Asked, Judges, RecordingReward, Servers
 from fastgrpo.training.evaluation import Evaluation
 from tests import runs, servers
 
@@ -204,7 +204,7 @@ def test_clips_of_a_runs_evaluation_know_their_prompt_and_size(
     assert [row["shape"] for row in rows] == [[9, 32, 32, 3]] * 2
 
 
-class Odd:
+class Odd(Reward):
     """A reward that fails in the way that the prompt says."""
 
     names = ("A", "B")
@@ -226,9 +226,9 @@ class Odd:
 
 def test_a_clip_without_a_score_says_why() -> None:
     source = ScorerInProcess([])
-    witness = Witness(Odd())
-    source.served = {"odd": Served(witness, rewards.plain("odd"))}
-    opened = Judges([source], {"odd": ("A", "B")}, {"odd": witness})
+    recorder = RecordingReward(Odd())
+    source.served = {"odd": Served(recorder, rewards.plain("odd"))}
+    opened = Judges([source], {"odd": ("A", "B")}, {"odd": recorder})
     clip = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
     assert not opened.read_prompts
     for prompt in ("no score", "not finite", "malformed", "raise"):

@@ -18,7 +18,7 @@ from fastgrpo.cli import serve
 from fastgrpo.core import config
 from fastgrpo.core.config import Objective, RewardSpec
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.reward import Scores
+from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.parallel.world import World
 from fastgrpo.rewards import load, plain
 from fastgrpo.rewards.serving.client.client import RewardClient
@@ -33,7 +33,7 @@ from tests.servers import TOKEN, running
 GROUP, SAMPLES = 5, 20
 
 
-class Brightness:
+class Brightness(Reward):
     """The first pixel of a clip, and its square; may fail at chosen calls or clips."""
 
     names = ("A", "B")
@@ -160,7 +160,7 @@ def test_a_monitor_without_a_score_costs_no_sample(world: World, monkeypatch: py
         RewardSpec(name="monitor", weights={"M": 0.0}),
     ]
 
-    class Renamed:
+    class Renamed(Reward):
         names = ("M",)
 
         def __call__(self, *arguments: Any) -> Scores:
@@ -324,8 +324,10 @@ def test_serve_rewards_takes_its_rewards_from_a_recipe() -> None:
 # ---- a whole run
 
 
-class Faulty:
+class Faulty(Reward):
     """The tiny world's reward, which fails at every fifth clip, each time in another way."""
+
+    names: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self.inner = load(plain("tiny_world"))

@@ -287,7 +287,7 @@ def test_scores_depend_on_clip_text_and_declared_fps(folder: Path) -> None:
 def test_frames_that_it_does_not_look_at_need_not_travel(folder: Path) -> None:
     reward = videoalign.load(videoalign_folder.spec(folder))
     whole = clips(1, 53)
-    seen = reward.looks_at(53, 8.0)
+    seen = reward.frames_used(53, 8.0)
     assert seen == sorted(set(seen)) and len(seen) < 53
     blackened = torch.zeros_like(whole)
     blackened[:, seen] = whole[:, seen]

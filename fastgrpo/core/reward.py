@@ -1,10 +1,18 @@
-"""What every reward must offer, and the scores that it gives."""
+"""What every reward offers, and the scores that it gives.
 
-from collections.abc import Sequence
+Torch is not imported here, so that the registry of rewards and the planner start without it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -18,26 +26,64 @@ class Scores:
     valid: Tensor  # bool [B]
 
 
-class Reward(Protocol):
-    """A scorer of clips.
+class Reward(ABC):
+    """A scorer of clips. A reward sets `names` and defines `__call__`; everything else has a default."""
 
-    It may have, besides:
-      fingerprint: str             of its weights and of what else changes its scores; replicas must agree in it
-      looks_at(frames, fps)        indices of the frames that it looks at in a clip of that many: only these travel to
-                                   the server, where the others of its `pixels` are black
-      golden: (clip, prompt, fps)  what a server scores at its start, uint8 [F, H, W, 3]; none = a drawn clip
-      golden_scores: {part: score} what that clip must score, where it is written down; preflight compares
-      reads_prompts                false where prompts change nothing; `fastgrpo score` then asks for none
-      to(device)                   moves its weights, so that a GPU that it shares has their memory between phases
-    """
+    fingerprint: str = ""
+    """Hash of the weights and of what else changes scores: replicas must agree in it. Empty: no weights."""
+
+    reads_prompts: bool = True
+    """False where prompts change no score; `fastgrpo score` then asks for none."""
+
+    golden: tuple[Tensor, str, float] | None = None
+    """The clip that a server scores at its start: uint8 [F, H, W, 3], prompt, frames per second. None: a drawn clip."""
+
+    golden_scores: Mapping[str, float] | None = None
+    """What the golden clip must score, by part, where that is written down; preflight compares."""
 
     @property
+    @abstractmethod
     def names(self) -> tuple[str, ...]:
-        """The parts that it scores, for example ("VQ", "MQ", "TA")."""
+        """The parts that the reward scores, for example ("VQ", "MQ", "TA")."""
 
+    @abstractmethod
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
-        """pixels: uint8 [B, F, H, W, 3] (an image is F = 1);  prompts: B texts;  fps: frames per second.
+        """Score B clips.
 
+        pixels: uint8 [B, F, H, W, 3], an image is F = 1;  prompts: B texts;  fps: frames per second
+        returns float32 [B] for each part
         A clip's scores depend on that clip and its prompt alone, never on the batch around it.
-        Raises ValueError for pixels of a size that it cannot judge.
+        Raises ValueError for pixels of a size that the reward cannot judge.
         """
+
+    def frames_used(self, frames: int, fps: float) -> list[int] | None:
+        """Indices of the frames that change the scores of a clip of `frames` frames. None: all of them.
+
+        fps: frames per second. Only these frames travel to a server, where the others of `pixels` are black.
+        """
+        return None
+
+    def to(self, device: torch.device) -> None:  # noqa: B027  # a reward without weights has nothing to move
+        """Move the weights, so that a GPU that is shared has their memory between phases."""
+
+
+class RewardWrapper(Reward):
+    """A reward around another one: everything that it does not change is the inner reward's."""
+
+    names: tuple[str, ...] = ()  # set by __init__
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+        self.names = reward.names
+        self.fingerprint = reward.fingerprint
+        self.reads_prompts = reward.reads_prompts
+        self.golden = reward.golden
+        self.golden_scores = reward.golden_scores
+
+    def frames_used(self, frames: int, fps: float) -> list[int] | None:
+        """Indices of the frames that the inner reward looks at. None: all of them."""
+        return self.reward.frames_used(frames, fps)
+
+    def to(self, device: torch.device) -> None:
+        """Move the inner reward's weights."""
+        self.reward.to(device)

@@ -3,40 +3,24 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.reward import Reward, Scores
+from fastgrpo.core.reward import Reward, RewardWrapper, Scores
 
 
-class Thresholded:
+class Thresholded(RewardWrapper):
     """A reward with a further part `P_above` for some of its parts P; its other parts stay as they are."""
 
     def __init__(self, reward: Reward, thresholds: Mapping[str, float]) -> None:
-        self.reward = reward
+        super().__init__(reward)
         self.thresholds = dict(thresholds)
         self.names = (*reward.names, *(above(part) for part in thresholds))
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the reward's own and of the thresholds; empty where the reward has none."""
-        inner = getattr(self.reward, "fingerprint", "")
-        return inner and hashlib.sha256(json.dumps([inner, self.thresholds], sort_keys=True).encode()).hexdigest()
-
-    def to(self, device: torch.device) -> None:
-        """Move the weights, where the reward has any."""
-        move = getattr(self.reward, "to", None)
-        if move is not None:
-            move(device)
-
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else the reward offers, such as what it needs to see of a clip."""
-        if name == "reward":  # not set yet, as in copying: do not look it up in itself
-            raise AttributeError(name)
-        return getattr(self.reward, name)
+        if reward.fingerprint:
+            content = json.dumps([reward.fingerprint, self.thresholds], sort_keys=True)
+            self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
         """As the reward's; `P_above` is float32 [B], 1 where P is at least the value, 0 below, NaN where P is invalid.

@@ -72,10 +72,9 @@ class ScorerInProcess:
         if self.device.type != "cuda":
             return
         for one in self.served.values():
-            move = getattr(one.reward, "to", None)
-            if one.spec.device == "auto" and move is not None:
+            if one.spec.device == "auto":
                 with room_for(one.spec):
-                    move(device)
+                    one.reward.to(device)
 
 
 @contextmanager

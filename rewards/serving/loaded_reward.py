@@ -39,7 +39,7 @@ class Served:
     @property
     def fingerprint(self) -> str:
         """Of the weights and of what else changes scores, as the reward itself says; empty for one without weights."""
-        return str(getattr(self.reward, "fingerprint", ""))
+        return self.reward.fingerprint
 
     @cached_property
     def identity(self) -> str:
@@ -50,7 +50,7 @@ class Served:
         settings = self.spec.model_dump(include={"name", "dtype", "frames", "threshold"})
         options = {} if self.fingerprint else self.spec.options
         said = [
-            code_hash(Path(rewards.__file__).parent, self.name),
+            code_hash(rewards.FOLDER, self.name),
             VERSIONS,
             list(self.reward.names),
             self.fingerprint,
@@ -59,17 +59,17 @@ class Served:
         ]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
-    def looks_at(self, frames: int, fps: float) -> list[int] | None:
-        """Indices of the frames that it looks at in such a clip, in increasing order; none = all."""
-        choose = getattr(self.reward, "looks_at", None)
-        return None if choose is None else sorted({int(index) for index in choose(frames, fps)})
+    def frames_used(self, frames: int, fps: float) -> list[int] | None:
+        """Indices of the frames that the reward looks at in such a clip, in increasing order. None: all of them."""
+        used = self.reward.frames_used(frames, fps)
+        return None if used is None else sorted({int(index) for index in used})
 
     def choose(self, clip: wire.Clip, fps: float) -> tuple[Tensor, tuple[int, ...] | None]:
         """(the frames that it looks at, their indices or none for all) of what was sent.
 
         Raises WireError where a frame that it looks at was not sent.
         """
-        wanted = self.looks_at(clip.of, fps)
+        wanted = self.frames_used(clip.of, fps)
         if wanted is None:
             if clip.at is not None and len(clip.at) < clip.of:
                 raise wire.WireError(f"frames: {self.name} looks at all {clip.of}, and {len(clip.at)} were sent")
@@ -129,8 +129,7 @@ def load_served(spec: RewardSpec) -> Served:
 
 def golden_clip(reward: Reward | None) -> tuple[Tensor, str, float]:
     """(uint8 [F, H, W, 3], prompt, fps): the reward's own, or a drawn one, nine frames of 32 x 32."""
-    own: tuple[Tensor, str, float] | None = getattr(reward, "golden", None)
-    if own is not None:
-        return own
+    if reward is not None and reward.golden is not None:
+        return reward.golden
     meaning = shapes.meanings()[0][0]
     return torch.from_numpy(shapes.draw(meaning)), shapes.caption(meaning, 0), float(shapes.FPS)

@@ -50,7 +50,7 @@ def _try(source: Source) -> list[Tried]:
 def _try_here(source: ScorerInProcess, one: Served) -> Tried:
     """The reward's golden clip, and what it must score where that is written down, unless it is told another rate."""
     first, again = (_scored(source, one.name, one.reward) for _ in range(2))
-    expected: Golden | None = getattr(one.reward, "golden_scores", None)
+    expected: Golden | None = one.reward.golden_scores
     comparable = one.spec.fps in (None, golden_clip(one.reward)[2])
     return Tried(one.name, first, again, expected if comparable else None, "when it was written")
 

@@ -19,7 +19,7 @@ from fastgrpo import rewards
 from fastgrpo.core import config
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.reward import Reward, Scores
+from fastgrpo.core.reward import Reward, RewardWrapper, Scores
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.training.scoring.sources import Source, read_token
@@ -128,24 +128,15 @@ def _only(trees: Mapping[str, object], told: str, form: str) -> str:
     return next(iter(trees))
 
 
-class Witness:
-    """A reward that notes why it gave no score. All else is the reward's own."""
+class RecordingReward(RewardWrapper):
+    """A reward that records why it gave no score. All else is the reward's own."""
 
     def __init__(self, reward: Reward) -> None:
-        self.reward = reward
+        super().__init__(reward)
         self.trouble: tuple[str, str] | None = None  # of the last call: its class and what was said
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.reward.names
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "reward":  # not set yet, as in copying
-            raise AttributeError(name)
-        return getattr(self.reward, name)
-
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
-        """As the reward's; what it raises is noted and goes on."""
+        """The reward's scores; what it raises is noted and goes on."""
         self.trouble = ("malformed", "it did not give one score per part and clip")
         try:
             scores = self.reward(pixels, prompts, fps)
@@ -167,12 +158,12 @@ class Judges:
 
     sources: Sequence[Source]
     parts: dict[str, tuple[str, ...]]  # reward -> all that it scores
-    witnesses: dict[str, Witness] = field(default_factory=dict)  # of the rewards in this process
+    recorders: dict[str, RecordingReward] = field(default_factory=dict)  # of the rewards in this process
 
     @property
     def read_prompts(self) -> bool:
         """Whether any of them looks at prompts; of one behind a server nobody knows, so it does."""
-        return any(getattr(self.witnesses.get(name), "reads_prompts", True) for name in self.parts)
+        return any(name not in self.recorders or self.recorders[name].reads_prompts for name in self.parts)
 
     def score(self, clip: Tensor, prompt: str, fps: float) -> dict[str, Verdict]:
         """Each reward's verdict on one clip, uint8 [F, H, W, 3].
@@ -180,7 +171,7 @@ class Judges:
         Raises UserError where a server is gone or refuses the clip.
         """
         verdicts = {}
-        with _overheard(bool(self.witnesses)) as said:
+        with _overheard(bool(self.recorders)) as said:
             for source in self.sources:
                 for name, scores in source.score(clip[None], [prompt], fps).items():
                     verdicts[name] = self._verdict(name, scores, said)
@@ -190,11 +181,11 @@ class Judges:
         values = {part: float(scores.values[part][0]) for part in self.parts[name]}
         if bool(scores.valid[0]):
             return Verdict(values)
-        if name not in self.witnesses:
+        if name not in self.recorders:
             return Verdict(values, "server", "the server gives no score; its log says why")
-        kind, reason = self.witnesses[name].trouble or ("malformed", "it did not give one score per part and clip")
+        kind, reason = self.recorders[name].trouble or ("malformed", "it did not give one score per part and clip")
         if kind == "no score":
-            reason = said.get(type(self.witnesses[name].reward).__module__, reason)
+            reason = said.get(type(self.recorders[name].reward).__module__, reason)
         return Verdict(values, kind, reason)
 
 
@@ -237,10 +228,10 @@ def opened(specs: Sequence[RewardSpec], servers: Servers, device: torch.device |
             yield _behind(specs, servers, stack)
         return
     inside = ScorerInProcess(specs, device)
-    witnesses = {}
+    recorders = {}
     for name, served in inside.served.items():
-        served.reward = witnesses[name] = Witness(served.reward)
-    yield Judges([inside], {name: tuple(one.reward.names) for name, one in inside.served.items()}, witnesses)
+        served.reward = recorders[name] = RecordingReward(served.reward)
+    yield Judges([inside], {name: tuple(one.reward.names) for name, one in inside.served.items()}, recorders)
 
 
 def _behind(specs: Sequence[RewardSpec], servers: Servers, stack: ExitStack) -> Judges:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.reward import Scores
+from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.rewards.common import options, weight_files
 from fastgrpo.rewards.common.frames import Rule, check, choose
 from fastgrpo.rewards.networks.clip.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
@@ -55,8 +55,10 @@ class Published:
     """None = what the checkpoint's config says."""
 
 
-class ClipReward:
+class ClipReward(Reward):
     """One part, made by a CLIP. Scores a frame alone, so batching changes them by rounding only."""
+
+    names: tuple[str, ...] = ()  # set by __init__
 
     def __init__(
         self,
@@ -83,9 +85,9 @@ class ClipReward:
         """Move the weights."""
         self.model.to(device)
 
-    def looks_at(self, frames_of_clip: int, fps: float) -> list[int]:
+    def frames_used(self, frames: int, fps: float) -> list[int]:
         """Indices of the frames that are scored, of a clip of that many."""
-        return choose(self.rule, frames_of_clip)
+        return choose(self.rule, frames)
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
         """pixels: uint8 [B, F, H, W, 3];  prompts: B texts;  fps: not used
@@ -93,7 +95,7 @@ class ClipReward:
         returns float32 [B], on the CPU. A clip with a score that is not finite is invalid.
         """
         check(pixels, prompts)
-        chosen = pixels[:, self.looks_at(pixels.shape[1], fps)]
+        chosen = pixels[:, self.frames_used(pixels.shape[1], fps)]
         per_clip = chosen.shape[1]
         with torch.inference_mode():
             seen = self.image_features(rearrange(chosen, "b f h w c -> (b f) h w c"))

@@ -118,10 +118,10 @@ class Desk:
                 "dtype": one.spec.dtype,
                 "batch_size": one.spec.batch_size,
                 "golden": one.golden,
-                "golden_clip": "own" if getattr(one.reward, "golden", None) is not None else "drawn",
+                "golden_clip": "own" if one.reward.golden is not None else "drawn",
             }
             if frames is not None and fps is not None:
-                rewards[name]["looks_at"] = one.looks_at(frames, fps)
+                rewards[name]["looks_at"] = one.frames_used(frames, fps)
         caps = {"max_body": self.limits.max_body, "max_clips": wire.MAX_CLIPS}
         return {"rewards": rewards, **caps, "max_frames": wire.MAX_FRAMES, "max_pixels": wire.MAX_PIXELS}
 
