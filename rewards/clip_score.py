@@ -10,8 +10,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fastgrpo.core.config import RewardSpec, Section
+from fastgrpo.core.reward import RewardSize
 from fastgrpo.rewards.common import options
+from fastgrpo.rewards.common.frames import count_by
 from fastgrpo.rewards.networks.clip import clip_reward
+
+FRAMES = "first"
+SIZE = RewardSize(parameters=0.99e9, tokens=729 + 77, frames_scored=count_by(FRAMES))  # of ViT-H-14-378: image and text
 
 PUBLISHED = clip_reward.Published(
     part="CLIP",
@@ -23,7 +28,7 @@ PUBLISHED = clip_reward.Published(
         "pytorch_model.bin",
     ),
     remedy="give a CLIP's folder or hub repository, such as apple/DFN5B-CLIP-ViT-H-14-378",
-    frames="first",
+    frames=FRAMES,
 )
 
 

@@ -6,14 +6,19 @@ The reference ran in float16 autocast; here the weights are float32, or bfloat16
 """
 
 from fastgrpo.core.config import RewardSpec, Section
+from fastgrpo.core.reward import RewardSize
 from fastgrpo.rewards.common import options
+from fastgrpo.rewards.common.frames import count_by
 from fastgrpo.rewards.networks.clip import clip_reward, weights
+
+FRAMES = "first"
+SIZE = RewardSize(parameters=0.99e9, tokens=257 + 77, frames_scored=count_by(FRAMES))  # of ViT-H-14: image and text
 
 PUBLISHED = clip_reward.Published(
     part="HPS",
     files=("HPS_v2.1_compressed.pt", "HPS_v2.1_compressed.safetensors"),
     remedy="give HPS_v2.1_compressed.pt, from the hub repository xswu/HPSv2, or its folder",
-    frames="first",
+    frames=FRAMES,
     known=weights.VIT_H_14,
     resize="letterbox",
 )

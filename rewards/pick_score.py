@@ -7,14 +7,19 @@ it. A clip's score is the mean over its frames. Each clip is scored against its 
 from typing import Literal
 
 from fastgrpo.core.config import RewardSpec, Section
+from fastgrpo.core.reward import RewardSize
 from fastgrpo.rewards.common import options
+from fastgrpo.rewards.common.frames import count_by
 from fastgrpo.rewards.networks.clip import clip_reward
+
+FRAMES = "all"
+SIZE = RewardSize(parameters=0.99e9, tokens=257 + 77, frames_scored=count_by(FRAMES))  # of ViT-H-14: image and text
 
 PUBLISHED = clip_reward.Published(
     part="PickScore",
     files=("model.safetensors", "pytorch_model.bin"),
     remedy="give the folder of PickScore_v1, or its hub repository yuvalkirstain/PickScore_v1",
-    frames="all",
+    frames=FRAMES,
     resize="shortest",
 )
 

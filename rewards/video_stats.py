@@ -36,7 +36,7 @@ from torch import Tensor
 
 from fastgrpo.core.config import RewardSpec, Section
 from fastgrpo.core.reward import Reward, Scores
-from fastgrpo.rewards.common import frames, optical_flow, options, weight_files
+from fastgrpo.rewards.common import clips, frames, optical_flow, options, weight_files
 
 PARTS = ("motion", "speed", "smoothness", "flicker", "sharpness", "colourfulness", "clipped", "grid", "jpeg")
 SEEN = 160  # longest side at which motion is measured, pixels
@@ -75,7 +75,7 @@ class VideoStats(Reward):
 
         returns float32 [B] for each part, all of them finite. Raises ValueError for other arguments.
         """
-        frames.check(pixels, prompts)
+        clips.check(pixels, prompts)
         if min(pixels.shape[2:4]) < 3:
             raise ValueError(
                 f"pixels={list(pixels.shape)}: a slope takes sides of at least 3 pixels; give larger clips"
@@ -194,4 +194,4 @@ def jpeg_size(stills: Tensor, quality: int) -> float:
 
 def load(spec: RewardSpec) -> VideoStats:
     """The reward of the file's name."""
-    return VideoStats(options.parse(spec, Options), "all" if spec.frames is None else spec.frames)
+    return VideoStats(options.parse(spec, Options), frames.rule_of(spec, "all"))

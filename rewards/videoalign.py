@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fastgrpo.core.config import RewardSpec, Section
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.reward import Reward, Scores
-from fastgrpo.rewards.common import frames, options, weight_files
+from fastgrpo.core.reward import Reward, RewardSize, Scores
+from fastgrpo.rewards.common import clips, options, weight_files
+from fastgrpo.rewards.networks.videoalign import sampling
 from fastgrpo.rewards.networks.videoalign.checkpoint import BASE, check_precision, find, read
 from fastgrpo.rewards.networks.videoalign.config import PARTS, Published, published
 from fastgrpo.rewards.networks.videoalign.network import EMBEDDING, Network, build
@@ -28,7 +29,15 @@ from fastgrpo.rewards.networks.videoalign.prompt import Reader, check_template, 
 
 log = logging.getLogger(__name__)
 
-LEAST_FRAMES = 2  # a single one shows no motion
+LEAST_FRAMES = sampling.LEAST_FRAMES
+
+
+def frames_scored(spec: RewardSpec, frames: int, fps: float) -> int:
+    """Number of frames that the network reads of a clip at `fps` frames per second, by the published config."""
+    return sampling.sampled(frames, fps, sampling.PUBLISHED_FPS)
+
+
+SIZE = RewardSize(parameters=2.2e9, tokens=1300, frames_scored=frames_scored)  # assumed; a frame of 448 x 448
 
 
 class Options(Section):
@@ -77,7 +86,7 @@ class VideoAlign(Reward):
         clip invalid. With batch_size 1 no bit depends on the other clips; above, only the last bits do.
         Raises ValueError for pixels of another form, a single frame, or a frame over 200 times longer than wide.
         """
-        frames.check(pixels, prompts)
+        clips.check(pixels, prompts)
         if not fps > 0.0:
             raise ValueError(f"fps={fps}: must be above 0; say how fast the clips play")
         raw = torch.full((len(prompts), len(PARTS)), float("nan"))
@@ -94,7 +103,7 @@ class VideoAlign(Reward):
 
     def frames_used(self, frames: int, fps: float) -> list[int]:
         """Indices of the frames that are sampled: only these need to travel to a server."""
-        if frames < 2:
+        if frames < LEAST_FRAMES:
             return list(range(frames))
         return frame_indices(frames, fps, self.settings.fps)
 

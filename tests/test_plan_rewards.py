@@ -18,7 +18,9 @@ from fastgrpo.core import config
 from fastgrpo.core.config import Recipe, RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.parallel.world import Group, World
+from fastgrpo.rewards import declared, least_frames
 from fastgrpo.rewards.common import frames
+from fastgrpo.rewards.networks.videoalign.preprocess import frame_indices, view
 from fastgrpo.tools.plan import planner
 from fastgrpo.tools.plan.costs import rewards
 from fastgrpo.tools.plan.gpus import Achieved, gpu
@@ -40,13 +42,44 @@ def world(gpus: int, sp: int = 1) -> World:
     return World(0, size=gpus, device=torch.device("cpu"), mesh=mesh, sp=Group(mesh, 0, sp) if sp > 1 else None)
 
 
+def scored(spec: RewardSpec, length: int, fps: float) -> int:
+    """Frames that the planner counts."""
+    return int(declared(spec.name, "SIZE", None).frames_scored(spec, length, fps))
+
+
 @pytest.mark.parametrize("name", ["hps", "clip_score", "pick_score"])
 @pytest.mark.parametrize("rule", [None, "all", "first", "middle", 1, 4, 100])
 def test_frames_scored_are_those_that_the_reward_chooses(name: str, rule: Any) -> None:
     own = importlib.import_module(f"fastgrpo.rewards.{name}").PUBLISHED.frames
     spec = RewardSpec(name=name, weights={}, frames=rule)
-    asked = recipe("video.frames=53")
-    assert rewards.frames_scored(spec, asked) == len(frames.choose(own if rule is None else rule, 53))
+    assert scored(spec, 53, 8.0) == len(frames.choose(own if rule is None else rule, 53))
+
+
+@pytest.mark.parametrize("fps", [0.5, 1.0, 2.0, 7.5, 8.0, 16.0, 24000 / 1001, 24.0, 30.0, 60.0])
+def test_videoalign_looks_at_as_many_frames_as_the_planner_counts(fps: float) -> None:
+    """Against what is cut out of the clip itself: the network's grid is half as deep as the frames are many."""
+    spec = RewardSpec(name="videoalign", weights={})
+    for length in range(least_frames("videoalign"), 130):
+        assert scored(spec, length, fps) == len(frame_indices(length, fps, 2.0)), length
+    for length in (2, 3, 4, 5, 9, 53):
+        seen = view(torch.zeros(length, 28, 28, 3, dtype=torch.uint8), fps, 2.0, 28 * 28)
+        assert scored(spec, length, fps) == 2 * seen.grid[0]
+
+
+def test_videoalign_judges_no_shorter_clip_than_it_declares() -> None:
+    least = least_frames("videoalign")
+    assert frame_indices(least, 8.0, 2.0) == [0, 1]
+    with pytest.raises(ValueError, match=f"give at least {least}"):
+        frame_indices(least - 1, 8.0, 2.0)
+
+
+def test_a_plan_counts_the_flops_of_the_frames_that_are_scored() -> None:
+    """Of 81 frames at 24 per second VideoAlign looks at 6, and at 20 where it is told 8 per second."""
+    form = "rewards=[{name='videoalign', weights={VQ=1.0}, %s}]"
+    for told, looked_at in (("where='process'", 6), ("where='process', fps=8.0", 20)):
+        asked = recipe(form % told, "video.frames=81", "video.fps=24.0", "prompts.per_iteration=1")
+        load = rewards.of_node(subject(asked, 1, 8).job)
+        assert load.flops == pytest.approx(12 * 2 * 2.2e9 * 1300 * looked_at)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,15 @@ Torch is not imported here, so that the registry of rewards and the planner star
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from fastgrpo.core.config import RewardSpec
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,16 @@ class Scores:
 
     values: dict[str, Tensor]  # part -> float32 [B]
     valid: Tensor  # bool [B]
+
+
+@dataclass(frozen=True)
+class RewardSize:
+    """What a plan takes a reward's network for: `SIZE` at the top of the reward's file, where it has a network."""
+
+    parameters: float
+    tokens: float  # that the network reads per scored frame
+    frames_scored: Callable[[RewardSpec, int, float], int]
+    """(spec, frames of a clip, its frames per second) -> frames that the network reads, as `Reward.frames_used`."""
 
 
 class Reward(ABC):

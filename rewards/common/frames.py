@@ -1,34 +1,39 @@
-"""Which frames of a clip an image reward looks at, and the form that clips have."""
+"""Which frames of a clip an image reward looks at. Nothing here imports torch: the planner counts with it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
-import torch
-from torch import Tensor
+from fastgrpo.core.config import RewardSpec
 
 Rule = str | int
 """As `RewardSpec.frames`: "all", "first", "middle", or a number of evenly spaced frames."""
 
 
-def choose(rule: Rule, total: int) -> list[int]:
-    """Indices of the chosen ones among `total` frames, in order, each once.
+def choose(rule: Rule, frames: int) -> list[int]:
+    """Indices of the chosen ones among `frames` frames, in order, each once.
 
-    A number n takes the middles of n equal shares of the clip, floor((2 i + 1) total / 2 n), so that the first frame,
-    which is the easiest to please with, has no special place; where the clip is shorter, all of its frames.
+    A number n takes the middles of n equal shares of the clip, floor((2 i + 1) frames / 2 n), so that
+    the first frame, which is the easiest to please with, has no special place; where the clip is
+    shorter, all of its frames.
     """
     if rule == "all":
-        return list(range(total))
+        return list(range(frames))
     if rule == "first":
         return [0]
     if rule == "middle":
-        return [total // 2]
-    wanted = min(int(rule), total)
-    return [(2 * i + 1) * total // (2 * wanted) for i in range(wanted)]
+        return [frames // 2]
+    wanted = min(int(rule), frames)
+    return [(2 * i + 1) * frames // (2 * wanted) for i in range(wanted)]
 
 
-def check(pixels: Tensor, prompts: Sequence[str]) -> None:
-    """Raise ValueError where pixels are not uint8 [B, F, H, W, 3] with one prompt for each of the B clips."""
-    form = f"{pixels.dtype} {list(pixels.shape)}"
-    if pixels.dtype != torch.uint8 or pixels.ndim != 5 or pixels.shape[-1] != 3 or 0 in pixels.shape:
-        raise ValueError(f"pixels={form}: expected torch.uint8 [B, F, H, W, 3]; convert the clips first")
-    if len(prompts) != len(pixels):
-        raise ValueError(f"prompts={len(prompts)}: there are {len(pixels)} clips; give one prompt for each")
+def rule_of(spec: RewardSpec, default: Rule) -> Rule:
+    """The rule that a recipe sets, else the reward's own."""
+    return default if spec.frames is None else spec.frames
+
+
+def count_by(default: Rule) -> Callable[[RewardSpec, int, float], int]:
+    """`RewardSize.frames_scored` of a reward that chooses its frames by a rule, with its own rule."""
+
+    def frames_scored(spec: RewardSpec, frames: int, fps: float) -> int:
+        return len(choose(rule_of(spec, default), frames))
+
+    return frames_scored

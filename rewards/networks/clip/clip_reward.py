@@ -18,7 +18,8 @@ from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.rewards.common import options, weight_files
-from fastgrpo.rewards.common.frames import Rule, check, choose
+from fastgrpo.rewards.common.clips import check
+from fastgrpo.rewards.common.frames import Rule, choose, rule_of
 from fastgrpo.rewards.networks.clip.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 from fastgrpo.rewards.networks.clip.tokenizer import (
     FILES,
@@ -143,7 +144,7 @@ def build(
     clean = clean_open_clip if loaded.open_clip else clean_transformers
     tokens = ClipTokenizer(read_merges(merges_file, text.vocab_size), text.max_position_embeddings, clean)
     factor = {"cosine": 1.0, "logits": loaded.logit_scale, "logits / 26": loaded.logit_scale / 26}[scale]
-    rule = published.frames if spec.frames is None else spec.frames
+    rule = rule_of(spec, published.frames)
     settings = {
         "layout": SCORES_LAYOUT,
         "part": published.part,

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-LEAST_FRAMES, MOST_FRAMES = 4, 768
+from fastgrpo.rewards.networks.videoalign.sampling import LEAST_FRAMES, sampled
+
 PATCH, MERGE, TUBE = 14, 2, 2  # pixels of a patch's side, patches of a token's side, frames of a patch
 UNIT = PATCH * MERGE  # both sides of a frame are multiples of a token's side
 LEAST_PIXELS = 128 * UNIT**2  # smaller frames are enlarged
@@ -34,17 +35,15 @@ class View:
         return math.prod(self.grid) // MERGE**2
 
 
-def frame_indices(total: int, clip_fps: float, fps: float) -> list[int]:
-    """Which of `total` frames at clip_fps frames per second are looked at, for about `fps` of them per second.
+def frame_indices(frames: int, fps: float, wanted_fps: float) -> list[int]:
+    """Indices of the sampled ones among `frames` frames at `fps` per second, about wanted_fps per second.
 
     Raises ValueError for a single frame, which shows no motion.
     """
-    if total < 2:
-        raise ValueError(f"pixels: {total} frame; VideoAlign judges motion, give at least 2")
-    most = min(MOST_FRAMES, total) // 2 * 2
-    count = min(max(total / clip_fps * fps, LEAST_FRAMES), most)
-    even = min(round(count / 2) * 2, total)  # round: halves to even, as in the reference
-    return [int(i) for i in torch.linspace(0, total - 1, even).round().tolist()]
+    if frames < LEAST_FRAMES:
+        raise ValueError(f"pixels: {frames} frame; VideoAlign judges motion, give at least {LEAST_FRAMES}")
+    count = sampled(frames, fps, wanted_fps)
+    return [int(i) for i in torch.linspace(0, frames - 1, count).round().tolist()]
 
 
 def frame_size(height: int, width: int, most_pixels: int) -> tuple[int, int]:

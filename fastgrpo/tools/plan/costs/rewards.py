@@ -10,32 +10,17 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from fastgrpo import rewards
 from fastgrpo.core.config import Recipe, RewardSpec
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.reward import RewardSize
 from fastgrpo.tools.plan.costs.compute import Job
 from fastgrpo.tools.plan.workload import network_calls
 
 
 @dataclass(frozen=True)
-class Judge:
-    """A reward's network: parameters, and tokens that it reads per scored frame."""
-
-    parameters: float
-    tokens: float
-    frames: str = "first"  # scored where the spec says nothing, as the reward's own file has it
-
-
-JUDGES = {  # assumed from the published architectures; tokens of VideoAlign: 2 frames per second of 448 x 448
-    "videoalign": Judge(2.2e9, 1300),
-    "hps": Judge(0.99e9, 257 + 77),
-    "clip_score": Judge(0.99e9, 729 + 77),
-    "pick_score": Judge(0.99e9, 257 + 77, "all"),
-}
-
-
-@dataclass(frozen=True)
 class Load:
-    """On one GPU, each the most that any of a node has: the other ranks wait for it."""
+    """Weights and FLOPs on one GPU, each the most that any GPU of a node has: the other ranks wait for it."""
 
     passing: float  # bytes of weights that are there from the first score of an iteration to the last
     staying: float  # bytes of weights that are always there
@@ -59,17 +44,19 @@ def _beside(spec: RewardSpec, recipe: Recipe) -> bool:
 
 
 def of_node(job: Job) -> Load:
-    """What the rewards take of the busiest GPU."""
+    """Weights and FLOPs of the rewards on the busiest GPU of a node."""
     recipe, ranks = job.recipe, min(job.ranks_per_node, job.gpus)
     own = math.ceil(network_calls.busiest(recipe, job.groups)[0] / job.sp)
     total = recipe.prompts.per_iteration * recipe.rollout.samples_per_prompt
     passing, staying, flops = 0.0, Counter[int](), Counter[int]()
     for spec in recipe.rewards:
-        judge, beside = JUDGES.get(spec.name), _beside(spec, recipe)
-        if judge is None or spec.device == "cpu" or (spec.where == "server" and not beside):
+        beside = _beside(spec, recipe)
+        size: RewardSize | None = rewards.declared(spec.name, "SIZE", None)
+        if size is None or spec.device == "cpu" or (spec.where == "server" and not beside):
             continue
-        weights = judge.parameters * (2 if spec.dtype == "bfloat16" else 4)
-        a_clip = 2.0 * judge.parameters * judge.tokens * frames_scored(spec, recipe)
+        weights = size.parameters * (2 if spec.dtype == "bfloat16" else 4)
+        frames = size.frames_scored(spec, recipe.video.frames, spec.fps or recipe.video.fps)
+        flops_per_clip = 2.0 * size.parameters * size.tokens * frames
         _, named, index = spec.device.partition(":")
         if beside:
             where, copies, clips = [int(index) if named else 0], 1, total
@@ -77,20 +64,10 @@ def of_node(job: Job) -> Load:
             where, copies, clips = [int(index)], ranks, ranks * own
         else:
             where, copies, clips = list(range(ranks)), 1, own
-        flops.update(dict.fromkeys(where, clips * a_clip))
+        flops.update(dict.fromkeys(where, clips * flops_per_clip))
         if beside or spec.device != "auto":
             staying.update(dict.fromkeys(where, copies * weights))
         else:
             passing += weights
-    kept = max((count for gpu, count in staying.items() if gpu < ranks), default=0.0)  # others have no rank
-    return Load(passing, kept, max(flops.values(), default=0.0))
-
-
-def frames_scored(spec: RewardSpec, recipe: Recipe) -> float:
-    """Frames of a clip that a reward looks at."""
-    if spec.name == "videoalign":
-        return max(2.0, 2.0 * recipe.video.frames / (spec.fps or recipe.video.fps))
-    rule = JUDGES[spec.name].frames if spec.frames is None else spec.frames
-    if isinstance(rule, int):
-        return float(min(rule, recipe.video.frames))
-    return float(recipe.video.frames) if rule == "all" else 1.0
+    busiest = max((count for gpu, count in staying.items() if gpu < ranks), default=0.0)  # others have no rank
+    return Load(passing, busiest, max(flops.values(), default=0.0))
