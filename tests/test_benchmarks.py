@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from benchmarks import ablations, campaign, learning_curves, public_way
-from benchmarks.campaign import Trained, Variant
-from benchmarks.meters import counted
-from benchmarks.ways import Ours, Theirs, Way, open_ways
+from benchmarks.learning import ablations, campaign, learning_curves
+from benchmarks.learning.campaign import Trained, Variant
+from benchmarks.speed import public_way
+from benchmarks.speed.meters import counted
+from benchmarks.speed.ways import Ours, Theirs, Way, open_ways
 from fastgrpo import rewards
 from fastgrpo.algorithm.advantages import combined_advantages
 from fastgrpo.algorithm.objectives import Terms, grpo

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import plan_decoders
+from benchmarks.plan import decoders
 from fastgrpo.core import config
 from fastgrpo.tools.plan import planner
 from fastgrpo.tools.plan.gpus import Achieved, gpu
@@ -17,9 +17,9 @@ from fastgrpo.tools.plan.subject import FAMILIES
 from tests.test_plan import T2V
 
 
-@pytest.mark.parametrize("family", plan_decoders.DECODERS)
+@pytest.mark.parametrize("family", decoders.DECODERS)
 def test_decoding_costs_what_the_published_decoder_does(family: str) -> None:
-    flops, held = plan_decoders.per_pixel(family)
+    flops, held = decoders.per_pixel(family)
     assert FAMILIES[family].decode_flops == pytest.approx(flops, rel=0.03)
     assert FAMILIES[family].decode_bytes == pytest.approx(held, rel=0.01)
 

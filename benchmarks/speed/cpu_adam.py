@@ -1,6 +1,6 @@
 """AdamW on the CPU, as `distributed.offload` steps it: which implementation is fastest, and whether all agree.
 
-    python -m benchmarks.cpu_adam [--parameters 100] [--rounds 7] [--threads 1 2]
+    python -m benchmarks.speed.cpu_adam [--parameters 100] [--rounds 7] [--threads 1 2]
 
 Every round takes one step of each in turn, so that a machine's noise falls on all of them alike. Prints the medians of
 the seconds on the clock and of the CPU's, which others on the machine disturb less, and the largest difference of a
@@ -84,7 +84,7 @@ def main() -> None:
         return
     print(f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}")
     for threads in arguments.threads:
-        command = [sys.executable, "-m", "benchmarks.cpu_adam", "--measure"]
+        command = [sys.executable, "-m", "benchmarks.speed.cpu_adam", "--measure"]
         command += ["--parameters", str(arguments.parameters), "--rounds", str(arguments.rounds)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}  # two OpenMP runtimes: both read this one
         output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout

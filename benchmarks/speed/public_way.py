@@ -1,4 +1,4 @@
-"""The public DanceGRPO trainer's way of working, the baseline of benchmarks.iteration; nothing else uses it.
+"""The public DanceGRPO trainer's way of working, the baseline of benchmarks.speed.iteration; nothing else uses it.
 
 Written for that purpose from a description of the public trainer, on our models and as plainly as possible. Its ways:
 

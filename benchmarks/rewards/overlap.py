@@ -1,6 +1,6 @@
 """How much of the scoring an iteration hides: a pretended rollout, and a reward made to take as long.
 
-    python -m benchmarks.reward_overlap [batches]
+    python -m benchmarks.rewards.overlap [batches]
 
 Rollout and reward only sleep, the reward behind a real server over loopback, so the figure is the machinery's own.
 With n rollout batches nothing can hide the last batch's reward: at best the iteration takes 1 + 1/n of the longer.

@@ -1,4 +1,4 @@
-"""The ways of working that benchmarks.iteration sets against each other, ready to run iteration by iteration."""
+"""The ways of working that benchmarks.speed.iteration sets against each other, ready to run iteration by iteration."""
 
 import io
 import time
@@ -12,8 +12,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from benchmarks.meters import held_bytes
-from benchmarks.public_way import Public, Sample
+from benchmarks.speed.meters import held_bytes
+from benchmarks.speed.public_way import Public, Sample
 from fastgrpo import train
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe

@@ -15,7 +15,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from benchmarks.plan_check import ROOT
+from benchmarks import ROOT
 from fastgrpo.core import config
 from fastgrpo.parallel import sequence_parallel, world
 from fastgrpo.tools.plan.simulation import rank

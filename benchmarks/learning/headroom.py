@@ -1,6 +1,6 @@
 """How much of the way from the base model to perfectly drawn clips a tiny-world run went.
 
-    python -m benchmarks.headroom runs/t2v_tiny
+    python -m benchmarks.learning.headroom runs/t2v_tiny
 
 Draws a clip of each held-out caption of the run, scores it with the run's reward, and sets the held-out reward before
 and after training against that.

@@ -1,6 +1,6 @@
 """What torch.compile, block by block, does to the ratio, the gradients and the number of graphs.
 
-    python -m benchmarks.compiled_blocks FOLDER [--backend inductor] [--dtype float32] [--static]
+    python -m benchmarks.speed.compiled_blocks FOLDER [--backend inductor] [--dtype float32] [--static]
 
 The rollout runs without gradients and the update with them, so a block is compiled to two different graphs. The ratio
 of an unchanged policy must be 1 all the same: the log-probability under no_grad, in half batches, is compared with the

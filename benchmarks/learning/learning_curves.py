@@ -1,8 +1,8 @@
 """Reward against seconds of training: every step noisy, a window of noisy steps, and no trajectories at all (NFT).
 
-    python -m benchmarks.learning_curves                          the demo's length, three seeds each
-    python -m benchmarks.learning_curves --iterations 20 --seeds 1 --only full window
-    python -m benchmarks.learning_curves --window rollout.window=2 rollout.window_schedule=first
+    python -m benchmarks.learning.learning_curves                          the demo's length, three seeds each
+    python -m benchmarks.learning.learning_curves --iterations 20 --seeds 1 --only full window
+    python -m benchmarks.learning.learning_curves --window rollout.window=2 rollout.window_schedule=first
 
 Held-out prompts are evaluated on the way, outside the seconds that are counted. It prints how long each recipe took to
 reach the held-out reward at which the full one ended, and draws docs/learning_curves.png. Finished runs are not run
@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import pictures
-from benchmarks.campaign import Array, Trained, Variant, train_all
-from benchmarks.ways import Ours, open_session
+from benchmarks.learning import pictures
+from benchmarks.learning.campaign import Array, Trained, Variant, train_all
+from benchmarks.speed.ways import Ours, open_session
 from fastgrpo.cli import main as cli
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError

@@ -1,9 +1,9 @@
 """Is `fastgrpo plan` right: against real memory and bytes on this machine, and against the simulation.
 
-python -m benchmarks.plan_check                 two networks that run here: memory by RSS, bytes on the wire
-python -m benchmarks.plan_check --families      each family's published width, a few blocks: simulated, closed form
-python -m benchmarks.plan_check --table 1 8     HunyuanVideo whole on 64 ranks at these sp: minutes to an hour each
-python -m benchmarks.plan_check --calibrate     what a block keeps per token and channel, a decoder per pixel: the
+python -m benchmarks.plan.check                 two networks that run here: memory by RSS, bytes on the wire
+python -m benchmarks.plan.check --families      each family's published width, a few blocks: simulated, closed form
+python -m benchmarks.plan.check --table 1 8     HunyuanVideo whole on 64 ranks at these sp: minutes to an hour each
+python -m benchmarks.plan.check --calibrate     what a block keeps per token and channel, a decoder per pixel: the
                                                 numbers of plan_memory and plan_sizes
 """
 
@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import ROOT
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.tools.plan.costs import compute
@@ -30,7 +31,6 @@ from fastgrpo.tools.plan.subject import FLUX_DEV, HUNYUAN, SD_1, WAN_1_3B, WAN_1
 if TYPE_CHECKING:
     from fastgrpo.parallel.world import World
 
-ROOT = Path(__file__).parent.parent
 GIB, MIB = 2**30, 2**20
 TINY = json.loads((ROOT / "data" / "tiny_hunyuan_video" / "transformer" / "config.json").read_text())
 MIDDLE = HUNYUAN | {"num_attention_heads": 8, "num_layers": 4, "num_single_layers": 8, "num_refiner_layers": 1}
@@ -177,7 +177,7 @@ def _itself(mode: str, name: str, ranks: int) -> dict[str, float]:
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
     done = subprocess.run(
-        [*start, "benchmarks.plan_check", mode, name], env=environment, cwd=ROOT, stdout=subprocess.PIPE, check=True
+        [*start, "benchmarks.plan.check", mode, name], env=environment, cwd=ROOT, stdout=subprocess.PIPE, check=True
     )
     found: dict[str, float] = json.loads(done.stdout.decode().strip().splitlines()[-1])
     return found
@@ -258,10 +258,10 @@ def main() -> None:
     elif asked.table:
         table([int(name) for name in asked.names] or [1, 2, 4, 8])
     elif asked.calibrate:
-        from benchmarks import plan_blocks, plan_decoders
+        from benchmarks.plan import blocks, decoders
 
-        plan_blocks.calibrate()
-        plan_decoders.calibrate()
+        blocks.calibrate()
+        decoders.calibrate()
     else:
         against_reality(asked.names or list(REAL))
 

@@ -1,13 +1,13 @@
 """One iteration against the public trainer's way of working, and against ours with every saving off.
 
-    python -m benchmarks.iteration                                        the tiny HunyuanVideo, 4 prompts, G 12, T 16
-    python -m benchmarks.iteration launch/t2v_tiny.toml rollout.steps=8   any recipe of a flow model, with overrides
-    python -m benchmarks.iteration --runs 1 --window rollout.window=2
-    torchrun --nproc-per-node 2 -m benchmarks.iteration                   with bytes that really travel
+    python -m benchmarks.speed.iteration                                        the tiny HunyuanVideo
+    python -m benchmarks.speed.iteration launch/t2v_tiny.toml rollout.steps=8   any flow model's recipe, with overrides
+    python -m benchmarks.speed.iteration --runs 1 --window rollout.window=2
+    torchrun --nproc-per-node 2 -m benchmarks.speed.iteration                   with bytes that really travel
 
 Contenders, in turn in each run, on the same prompts, noise and steps:
 
-  public   benchmarks.public_way: batch 1, every state kept, weights gathered for each forward, rewards through files
+  public   public_way.py: batch 1, every state kept, weights gathered for each forward, rewards through files
   plain    our trainer with every saving off
   ours     our trainer as the recipe says
   window   the same with few noisy steps: another algorithm, so its rewards are others
@@ -31,8 +31,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.meters import KINDS, Counts, counted
-from benchmarks.ways import PHASES, Theirs, Way, open_ways
+from benchmarks.speed.meters import KINDS, Counts, counted
+from benchmarks.speed.ways import PHASES, Theirs, Way, open_ways
 from fastgrpo.cli import main as cli
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError

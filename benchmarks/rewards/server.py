@@ -1,7 +1,7 @@
 """How many raw clips go through the reward server, with a reward that does nothing, against reading their bytes alone.
 
-    python -m benchmarks.reward_server                      1, 16 and 64 clients
-    python -m benchmarks.reward_server --clients 1 4 --seconds 3 --frames 9 --size 64
+    python -m benchmarks.rewards.server                      1, 16 and 64 clients
+    python -m benchmarks.rewards.server --clients 1 4 --seconds 3 --frames 9 --size 64
 
 Clients and server share the machine. A clip is 53 x 480 x 480 pixels, 37 MB, one per request. "bare" is the same POST
 to a server that reads the body and answers "ok": what no reward server can beat. A clip that is turned away (429) is
@@ -142,7 +142,7 @@ class Watch(threading.Thread):
 def round_of(kind: str, clients: int, duration: float, clip: Tensor) -> None:
     """One line: a server of its own, so that its peak memory is this round's."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.reward_server", "--serve", kind],
+        [sys.executable, "-m", "benchmarks.rewards.server", "--serve", kind],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -1,6 +1,6 @@
 """Where the seconds of one iteration go.
 
-    python -m benchmarks.breakdown launch/t2v_tiny.toml [section.key=value ...]
+    python -m benchmarks.speed.breakdown launch/t2v_tiny.toml [section.key=value ...]
 
 Runs a recipe in this process for a warm-up and five iterations in a temporary folder, and prints the median seconds of
 each part. The parts are timed at their calls; `other` is what is left of the iteration.

@@ -1,9 +1,9 @@
 """The paper's ablations on the tiny world: every switch, each run in a folder of its own, one picture per question.
 
-    python -m benchmarks.ablations                                    fifteen runs
-    python -m benchmarks.ablations --iterations 76 --seeds 3          longer runs, three of each
-    python -m benchmarks.ablations --only eta noise                   some of the questions
-    python -m benchmarks.ablations --without-seconds                  on a machine that does other work as well
+    python -m benchmarks.learning.ablations                                    fifteen runs
+    python -m benchmarks.learning.ablations --iterations 76 --seeds 3          longer runs, three of each
+    python -m benchmarks.learning.ablations --only eta noise                   some of the questions
+    python -m benchmarks.learning.ablations --without-seconds                  on a machine that does other work as well
 
 A finished run is not run again, so that the command can be stopped and started, and only draws where all is done. It
 writes docs/ablations/NAME.png and figures.json, and the tables of docs/ablations.md between their markers; the text
@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
-from benchmarks import pictures
-from benchmarks.campaign import Trained, Variant, train_all
+from benchmarks.learning import pictures
+from benchmarks.learning.campaign import Trained, Variant, train_all
 from fastgrpo.cli import main as cli
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
