@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: the public way computes what ours computes, and runs are compared rightly."""
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from benchmarks.learning import ablations, campaign, learning_curves
+from benchmarks.learning import ablations, before_after, campaign, learning_curves
 from benchmarks.learning.campaign import Trained, Variant
 from benchmarks.speed import public_way
 from benchmarks.speed.meters import counted
@@ -213,3 +214,25 @@ def test_the_time_to_a_reward_lies_between_two_evaluations(monkeypatch: pytest.M
     assert learning_curves.reached(trained, 1.3) == pytest.approx(15.0)
     assert learning_curves.reached(trained, 0.9) == 0.0
     assert np.isnan(learning_curves.reached(trained, 1.7))
+
+
+def test_before_and_after_stand_side_by_side(tmp_path: Path) -> None:
+    """Two clips of one colour each: the left half of the strip has the first's, the right half the last's."""
+    for iteration, level in ((0, 40), (3, 90), (7, 200)):
+        folder = tmp_path / "evaluation" / f"step-{iteration}"
+        for number in range(2):
+            video.write_mp4(folder / f"{number:03d}.mp4", np.full((5, 32, 48, 3), level, dtype=np.uint8), 8.0)
+        clips = [f"{folder.name}/{number:03d}.mp4" for number in range(2)]
+        told = {"prompts": ["a cat", "a cat", "a dog", "a dog"], "clips": clips}
+        folder.with_suffix(".json").write_text(json.dumps(told))
+    before, after = before_after.read_steps(tmp_path)
+    assert (before.iteration, after.iteration, after.prompts) == (0, 7, ["a cat", "a dog"])
+    picture = np.asarray(before_after.strip(before, after, [0, 1], 3)).astype(int)
+    row = picture[-2 * before_after.MARGIN - 10, :, 0]  # through the frames of the last prompt
+    left, right = np.abs(row - 40) < 8, np.abs(row - 200) < 8
+    assert left.sum() == right.sum() == 3 * before_after.SIDE
+    assert np.flatnonzero(left).max() < len(row) // 2 <= np.flatnonzero(right).min()
+    with pytest.raises(UserError, match=r"clips of 2 prompts were kept; use 0 to 1"):
+        before_after.strip(before, after, [2], 3)
+    with pytest.raises(UserError, match=r"no evaluation before and after"):
+        before_after.read_steps(tmp_path / "evaluation")
