@@ -1,6 +1,6 @@
 """Every launch file starts and trains on two CPU ranks: text through the encoders to clips, rewards and updates.
 
-The overrides are those that docs/backbones.md lists, read from there.
+The overrides are those that docs/recipes.md lists, read from there.
 """
 
 import importlib
@@ -30,8 +30,8 @@ LAUNCH = {
 
 
 def overrides() -> list[str]:
-    """The block of docs/backbones.md."""
-    page = (ROOT / "docs" / "backbones.md").read_text()
+    """The block of docs/recipes.md."""
+    page = (ROOT / "docs" / "recipes.md").read_text()
     block = re.search(r"^```overrides\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert block is not None
     return shlex.split(block[1])

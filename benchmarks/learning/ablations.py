@@ -6,8 +6,8 @@
     python -m benchmarks.learning.ablations --without-seconds                  on a machine that does other work as well
 
 A finished run is not run again, so that the command can be stopped and started, and only draws where all is done. It
-writes docs/ablations/NAME.png and figures.json, and the tables of docs/ablations.md between their markers; the text
-around them is written by hand.
+writes docs/pictures/ablations/NAME.png and figures.json, and the tables of docs/guides/algorithms/ablations.md between
+their markers; the text around them is written by hand.
 
 Variants are compared by the sum of all three parts, whatever they were trained on: held-out prompts, ODE sampler, the
 same noise before and after, mean of the seeds.
@@ -30,8 +30,8 @@ from fastgrpo.core.files import replace_text
 from fastgrpo.core.processes import leave
 
 RECIPE = Path("launch/t2v_tiny.toml")
-PAGE = Path("docs/ablations.md")
-PICTURES = Path("docs/ablations")
+PAGE = Path("docs/guides/algorithms/ablations.md")
+PICTURES = Path("docs/pictures/ablations")
 PARTS = ("VQ", "MQ", "TA")
 COMMON = (
     "prompts.per_iteration=8",
@@ -214,7 +214,7 @@ def setting(arguments: argparse.Namespace) -> str:
 
 def write(question: Question, trained: Sequence[Trained], timed: bool, how: str) -> None:
     """One question's table in the page, and its figures in the file beside its picture."""
-    block = f"![{question.title}](ablations/{question.name}.png)\n\n{table(trained, timed)}\n\n{how}"
+    block = f"![{question.title}](../../pictures/ablations/{question.name}.png)\n\n{table(trained, timed)}\n\n{how}"
     replace_text(PAGE, put(PAGE.read_text(encoding="utf-8"), question.name, block))
     file = PICTURES / "figures.json"
     told = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

@@ -4,10 +4,10 @@
     python -m benchmarks.learning.learning_curves --iterations 20 --seeds 1 --only full window
     python -m benchmarks.learning.learning_curves --window rollout.window=2 rollout.window_schedule=first
 
-Held-out prompts are evaluated on the way, outside the seconds that are counted. It prints how long each recipe took to
-reach the held-out reward at which the full one ended, and draws docs/learning_curves.png. Finished runs are not run
-again. What is learned does not depend on what else the machine does, but the seconds do: so they are not the runs' own
-but those of iterations that all recipes run in turn, at the end, spread over the length of a run.
+Held-out prompts are evaluated on the way, outside the seconds that are counted. It prints how long each recipe took
+to reach the held-out reward at which the full one ended, and draws docs/pictures/learning_curves.png. Finished runs
+are not run again. What is learned does not depend on what else the machine does, but the seconds do: so they are not
+the runs' own but those of iterations that all recipes run in turn, at the end, spread over the length of a run.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from fastgrpo.core.processes import leave
 from fastgrpo.parallel.world import open_world
 
 RECIPE = Path("launch/t2v_tiny.toml")
-PICTURE = Path("docs/learning_curves.png")
+PICTURE = Path("docs/pictures/learning_curves.png")
 PARTS = ("VQ", "MQ", "TA")
 COMMON = ("run.preflight=false", "checkpoint.keep_best=false", "evaluate.seeds=4", "evaluate.clips=0")
 WINDOW = ("rollout.window=2", "rollout.window_every=19", "rollout.tail_steps=2")
