@@ -100,7 +100,8 @@ may change; for all others name another `run.dir`.
 
 ## Messages
 
-Sorted by the key, option or thing in front. `...` stands for what is filled in. The remedy is in the message.
+Sorted by the key, option or thing in front; those that begin with a name that is filled in come last.
+`...` stands for what is filled in. The remedy is in the message.
 """
 
 AREAS = {
@@ -204,8 +205,9 @@ def page() -> str:
         modules[area(message, module), message].add(module)
     blocks = [HEAD]
     for heading in AREAS:
-        told = sorted((message, sorted(of)) for (where, message), of in modules.items() if where == heading)
+        told = [(message, sorted(of)) for (where, message), of in modules.items() if where == heading]
         if told:
+            told.sort(key=lambda pair: (pair[0].startswith("."), pair))
             blocks.append(f"### {heading}\n\n" + "\n".join(_bullet(message, of) for message, of in told) + "\n")
     return "\n".join(blocks)
 

@@ -1,5 +1,6 @@
 """The pages say what is there: links, commands, recipe keys and paths exist, and no page is a wall of text."""
 
+import ast
 import contextlib
 import importlib.util
 import io
@@ -135,6 +136,18 @@ def test_links_lead_somewhere(path: Path) -> None:
     assert not dead
 
 
+def test_every_page_is_found_from_the_readme() -> None:
+    found, waiting = set[Path](), [ROOT / "README.md"]
+    while waiting:
+        here = waiting.pop()
+        if here in found or here.suffix != ".md":
+            continue
+        found.add(here)
+        targets = re.findall(r"\]\(([^)\s#:]+)", here.read_text(encoding="utf-8"))
+        waiting += [(here.parent / target).resolve() for target in targets]
+    assert not set(PAGES) - found
+
+
 @pytest.mark.parametrize("path", PAGES, ids=by_name)
 def test_no_page_is_a_wall_of_text(path: Path) -> None:
     if path.name in GENERATED:
@@ -263,6 +276,18 @@ def test_paths_and_modules_exist(path: Path) -> None:
             targets = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             missing += [f"{where(path, number)}: make {word}"] * (word not in [*targets, "test-fast"])
     assert not missing, "\n".join(missing)
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_the_floors_are_those_that_a_test_holds(name: str) -> None:
+    (file,) = (ROOT / "tests").rglob("test_repository.py")
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
+    (floors,) = (ast.literal_eval(n.value) for n in assigned if n.targets[0].id == "FLOORS")  # type: ignore[attr-defined]
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+    told = {int(floor): set(packages.replace(".py", "").strip().split(", ")) for floor, packages in rows}
+    assert told.pop(len(floors) + 1) == {"benchmarks", "launch", "tests"}
+    assert told == dict(enumerate(floors, 1))
 
 
 def test_troubleshooting_is_what_the_code_says() -> None:
