@@ -92,7 +92,7 @@ setup(
     extras_require={
         "data": ["pyarrow>=26"],
         "flash": ["flash-attn>=2.8"],
-        "deepspeed": ["deepspeed>=0.19"],  # for benchmarks.cpu_adam alone: offload steps with torch's AdamW
+        "deepspeed": ["deepspeed>=0.19"],  # for benchmarks.speed.cpu_adam alone: offload steps with torch's AdamW
         "lora": ["peft>=0.19"],
         "dev": [
             "peft>=0.19",

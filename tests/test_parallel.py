@@ -88,7 +88,7 @@ def test_every_family_shares_sequences_exactly(tmp_path: Path) -> None:
     ],
 )
 def test_bytes_on_the_wire_are_those_of_the_formulas(ranks: int, settings: dict[str, Any], tmp_path: Path) -> None:
-    """The formulas of docs/cluster.md."""
+    """The formulas of docs/guides/cluster/parallelism.md."""
     done = forks.run("tests.worker_communication", [str(tmp_path / "bytes"), json.dumps(settings)], ranks)
     assert done.returncode == 0, done.stderr[-4000:]
     counted = json.loads((tmp_path / "bytes").read_text())

@@ -122,7 +122,7 @@ def test_equal_states_computed_once_change_nothing_but_the_work(
     for actual, alone_gradient in zip(gradients, expected, strict=True):
         assert_gradients_equal(actual, alone_gradient, 1e-6)
 
-    # docs/performance.md, "Evaluations of the network"
+    # docs/guides/algorithms/performance.md, "Evaluations of the network"
     shared = together.noisy.start + 1
     assert alone == TOTAL * together.steps
     assert once == len(tiny.PROMPTS) * shared + TOTAL * (together.steps - shared)

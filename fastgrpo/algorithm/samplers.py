@@ -1,7 +1,7 @@
 """Noisy steps of rectified flows by name: how a step draws x_next, and the log-probability that the update scores.
 
 All are Euler steps of the ODE at eta = 0. Each pairs a transition with its log-probability; rollout and update must use
-the same pair. docs/algorithms.md says when to use which.
+the same pair. docs/guides/algorithms/algorithms.md says when to use which.
 """
 
 import math

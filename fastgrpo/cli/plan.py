@@ -27,7 +27,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="does a recipe fit on so many GPUs, how long will it take",
         description="On any machine, without a GPU: peak memory, FLOPs, bytes on the wire and seconds of each phase, "
         "GPU-hours of the run and on other numbers of GPUs; where it does not fit, recipes near it that do. Nothing is "
-        "downloaded. The exit code is 1 where it does not fit. See docs/planning.md.",
+        "downloaded. The exit code is 1 where it does not fit. See docs/guides/planning.md.",
     )
     command.set_defaults(action=_run_plan)
     add_recipe(command)

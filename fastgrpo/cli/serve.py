@@ -24,7 +24,7 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Serve rewards over HTTP: the ones named, with their settings at their defaults, or with --recipe "
         'those of a recipe that have where = "server". The bearer token is read from --token-file, or from the '
         "environment variable FASTGRPO_TOKEN. Binding beyond this machine needs --token-file. SIGTERM ends it in good "
-        "order. See docs/reward_server.md.",
+        "order. See docs/guides/rewards/server.md.",
     )
     serve.set_defaults(action=serve_rewards)
     serve.add_argument(

@@ -39,7 +39,7 @@ def add_preflight(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "replicas, shared sequences equal to whole ones, noise, the rewards' golden clips, decoding, a checkpoint "
         "saved and loaded, room for checkpoints, and seconds and memory per phase. A green or red line each, with the "
         "remedy. Alone on a machine with several GPUs it starts one process per GPU; under torchrun it is one of the "
-        "ranks. The exit code is 1 where a line is red. See docs/preflight.md.",
+        "ranks. The exit code is 1 where a line is red. See docs/guides/preflight.md.",
     )
     command.set_defaults(action=_run_preflight)
     add_recipe(command)

@@ -146,7 +146,7 @@ class Rollout(Section):
     """Every sample of a group starts from the same noise (the paper's choice)."""
     sampler: Literal["dance", "flow", "precise", "cps"] = "dance"
     """The noisy steps' transition: the paper's constant noise level, Flow-GRPO's, SAGE-GRPO's or Flow-CPS'; see
-    docs/algorithms.md."""
+    docs/guides/algorithms/algorithms.md."""
     window: Positive | None = None
     """Noisy steps; the others follow the ODE and are never trained (MixGRPO). None = all but the last."""
     window_schedule: Literal["first", "random", "progressive"] = "progressive"
@@ -177,7 +177,7 @@ class Rollout(Section):
 class Objective(Section):
     kind: str = "grpo"
     """The training method, a file of fastgrpo/training/methods/: grpo, guard (GRPO-Guard), dppo (Flow-DPPO), ddpo, or
-    nft (DiffusionNFT), which needs no trajectories; see docs/algorithms.md."""
+    nft (DiffusionNFT), which needs no trajectories; see docs/guides/algorithms/algorithms.md."""
     normalise: Literal["group", "batch", "largest_std", "global"] = "group"
     """Advantages: by each group's mean and std (the paper), then over the batch (GDPO), by the largest group's std
     (LongCat), or of the summed rewards over all samples (DDPO)."""
@@ -251,7 +251,7 @@ class RewardSpec(Section):
     threshold: dict[str, float] = {}
     """Part -> value: adds the part `NAME_above`, 1 where the score is at least the value, else 0 (binary reward)."""
     options: dict[str, str | int | float | bool] = {}
-    """What only this reward knows; see docs/rewards.md."""
+    """What only this reward knows; see docs/guides/rewards/rewards.md."""
 
 
 class Distributed(Section):

@@ -53,7 +53,7 @@ PUBLISHED: dict[
 
 @dataclass(frozen=True)
 class Family:
-    """Of a family's published folder. Bytes and FLOPs of decoding: `python -m benchmarks.plan_check --calibrate`."""
+    """Of a family's published folder. Bytes and FLOPs of decoding: `python -m benchmarks.plan.check --calibrate`."""
 
     part: str  # folder of the network
     space: int  # pixels per latent place and side

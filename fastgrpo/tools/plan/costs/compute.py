@@ -2,7 +2,7 @@
 
 FLOPs are those of the matrix products and of attention, two for each multiplication and addition; what is made of the
 text is made on each rank of a sequence group. Bytes are what one rank sends in a ring, (n - 1) / n of a gathered or
-scattered tensor: docs/cluster.md has the same formulas for whole tensors, and the tests count both.
+scattered tensor: docs/guides/cluster/parallelism.md has the same formulas for whole tensors, and the tests count both.
 """
 
 import math

@@ -3,7 +3,7 @@
 The update's backward is walked block by block: what FSDP2 holds of weights and gradients at that moment, the inputs of
 the blocks that are still to come, and what the block at work keeps and makes. The bytes that a block keeps per token
 and channel are those of diffusers' eager kernels, measured on one block of each kind by
-`python -m benchmarks.plan_check --calibrate`; all else follows from shapes.
+`python -m benchmarks.plan.check --calibrate`; all else follows from shapes.
 """
 
 import math

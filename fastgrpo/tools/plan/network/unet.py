@@ -54,7 +54,7 @@ def unet(config: Mapping[str, Any]) -> Network:
 class Levels:
     """What a UNet's levels are made of.
 
-    Bytes kept per place and channel were measured, block by block, by `python -m benchmarks.plan_check --calibrate`.
+    Bytes kept per place and channel were measured, block by block, by `python -m benchmarks.plan.check --calibrate`.
     """
 
     OF_RESNET, OF_OUTPUT, OF_TRANSFORMER = 8.7, 3.3, 62.2
