@@ -1,15 +1,17 @@
 # make demo   train the tiny HunyuanVideo with two processes on this machine's CPU, and write a report
 #             (make demo ARGS="section.key=value ..." overrides the recipe)
-# make test   the tests            make lint   ruff, formatter, mypy            make venv   only the set-up
+# make test   the tests            make test-fast   the tests without tests/system, the whole runs
+# make lint   ruff, formatter, mypy            make venv   only the set-up
 # All set-up happens by itself, in .venv; it needs Python 3.11 or newer and git.
 
 SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.stamp
+PYTEST := -q -n 2 --dist loadfile --no-loadscope-reorder
 RECENT := import pip, sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: demo test lint venv clean
+.PHONY: demo test test-fast lint venv clean
 
 demo: export OMP_NUM_THREADS ?= 1
 demo: export CUDA_VISIBLE_DEVICES :=
@@ -19,7 +21,10 @@ demo: $(READY)
 	@echo "The report of this run is report.html in its folder, runs/t2v_tiny unless ARGS named another (run.dir)."
 
 test: $(READY)
-	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest $(PYTEST)
+
+test-fast: $(READY)
+	$(BIN)/pytest $(PYTEST) --ignore=tests/system
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
     python -m benchmarks.house [--rev GIT_REV] [--list NAME]
 
 prints a table for the working tree, beside a git revision where `--rev` names one. `--list` prints
-every place of one count, of that revision where there is one. tests/test_house.py has the limits.
+every place of one count, of that revision where there is one. tests/benchmarks/test_house.py has the limits.
 """
 
 import argparse
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = ("fastgrpo", "models", "rewards", "data")
 AREAS = {folder: "product" for folder in PRODUCT} | {"benchmarks": "benchmarks", "tests": "tests"}
 HEADS = ("product", "benchmarks", "tests")
-FLOORS_FILE = "tests/test_repository.py"
+FLOORS_FILE = "tests/repository/test_repository.py"
 """The file whose literal FLOORS lists the packages of fastgrpo by floor, the lowest first."""
 NOT_CHOSEN = ("__init__.py", "__main__.py")
 COLUMNS, POSITIONS = 100, 4

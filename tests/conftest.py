@@ -24,7 +24,7 @@ for variable, value in {
 LONGEST = (
     "test_chaos",
     "test_slurm",
-    "test_parallel",
+    "test_meshes",
     "test_train",
     "test_families",
     "test_update",
@@ -34,7 +34,7 @@ LONGEST = (
     "test_sample",
     "test_launch",
     "test_stopping",
-    "test_evaluate_command",
+    "test_evaluate",
 )
 
 
@@ -55,7 +55,7 @@ def world() -> "Iterator[World]":
 @pytest.fixture(scope="session")
 def two_rank_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small run that two ranks trained."""
-    from tests import runs
+    from tests.harness import runs
 
     folder = tmp_path_factory.mktemp("two_ranks") / "run"
     runs.succeed(folder, runs.SMALLER, ranks=2)

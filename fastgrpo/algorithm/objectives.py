@@ -1,7 +1,7 @@
 """The loss per transition: one pure function per algorithm, from transitions or noised samples to a loss each.
 
-Every log-probability and divergence is a mean over the latent's dimensions, see `transitions.py`. docs/guides/algorithms/algorithms.md
-says when to use which.
+Every log-probability and divergence is a mean over the latent's dimensions, see `transitions.py`.
+docs/guides/algorithms/algorithms.md says when to use which.
 """
 
 from collections.abc import Sequence

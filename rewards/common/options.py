@@ -23,7 +23,9 @@ def parse(spec: RewardSpec, schema: type[Options]) -> Options:
         problem = error.errors()[0]
         key = ".".join(str(place) for place in problem["loc"])
         said = problem["msg"].removeprefix("Value error, ")
-        raise UserError(f"rewards.options.{key}={problem['input']!r}: {said}; see docs/guides/rewards/rewards.md.") from None
+        raise UserError(
+            f"rewards.options.{key}={problem['input']!r}: {said}; see docs/guides/rewards/rewards.md."
+        ) from None
 
 
 def _no_such(name: str, key: str, fields: list[str]) -> str:

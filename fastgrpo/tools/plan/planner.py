@@ -1,7 +1,7 @@
 """Does a recipe fit on so many GPUs, how long will it take, and what to change: the answer of `fastgrpo plan`.
 
 In closed form by default, in about a second and without torch; `--simulate` runs one rank with the full-size network
-and no memory behind it (plan_simulate) and puts its figures beside. docs/guides/planning.md has what the two say of the same.
+and no memory behind it (simulation/) and puts its figures beside. docs/guides/planning.md compares the two.
 """
 
 import math

@@ -1,8 +1,8 @@
 """The shapes of a family's network and of its VAE's decoder, from a config alone, and the products of matrices in them.
 
 A plan is wanted in a second, and importing diffusers takes five: so the parameters of diffusers' classes are written
-down here by their names. tests/test_plan.py compares them with the classes themselves. Where tokens go is noted with
-each matrix, since that is what FLOPs and activations are proportional to.
+down here by their names. tests/fastgrpo/tools/plan/test_planner.py compares them with the classes themselves. Where
+tokens go is noted with each matrix, since that is what FLOPs and activations are proportional to.
 """
 
 import math

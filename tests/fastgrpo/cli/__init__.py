@@ -1,0 +1,1 @@
+"""Tests of fastgrpo/cli and the launch files."""

@@ -1,0 +1,36 @@
+"""The plan's FLOPs and bytes per decoded pixel against diffusers' decoders of the published sizes, without contents."""
+
+import math
+
+import pytest
+import torch
+from diffusers import AutoencoderKLHunyuanVideo
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.plan import decoders
+from fastgrpo.core import config
+from fastgrpo.tools.plan import planner
+from fastgrpo.tools.plan.gpus import Achieved, gpu
+from fastgrpo.tools.plan.phases import Machine
+from fastgrpo.tools.plan.simulation.counters import counting_flops
+from fastgrpo.tools.plan.subject import FAMILIES
+from tests.fastgrpo.tools.plan.test_planner import T2V
+
+
+@pytest.mark.parametrize("family", decoders.DECODERS)
+def test_decoding_costs_what_the_published_decoder_does(family: str) -> None:
+    flops, held = decoders.per_pixel(family)
+    assert FAMILIES[family].decode_flops == pytest.approx(flops, rel=0.03)
+    assert FAMILIES[family].decode_bytes == pytest.approx(held, rel=0.01)
+
+
+def test_overlapping_tiles_are_counted_once_each() -> None:
+    """HunyuanVideo's clip of 29 frames of 320 x 320, in 3 x 2 x 2 tiles, decoded whole as a run does."""
+    with FakeTensorMode(), torch.device("cpu"), torch.no_grad(), counting_flops() as flops:
+        vae = AutoencoderKLHunyuanVideo()
+        vae.enable_tiling()
+        vae.decode(torch.zeros(1, 16, 8, 40, 40))
+    asked = config.load(T2V, ["video.frames=29", "video.height=320", "video.width=320", "prompts.per_iteration=1"])
+    found = planner.plan(asked, 8, Machine(gpu("h800"), Achieved()))
+    (planned,) = (phase.flops for phase in found.phases if phase.name == "decode")
+    assert planned == pytest.approx(math.ceil(12 / 8) * flops.get_total_flops(), rel=0.02)

@@ -1,0 +1,104 @@
+"""The formula of network evaluations against the states that rollout and update really make."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from fastgrpo.algorithm import selection, window
+from fastgrpo.core import config
+from fastgrpo.core.config import Recipe
+from fastgrpo.parallel.world import World
+from fastgrpo.tools.plan.workload import network_calls
+from fastgrpo.training import update
+from fastgrpo.training.rollout import Plan
+from tests import ROOT
+
+TINY = ROOT / "launch" / "t2v_tiny.toml"
+BASE = ("prompts.per_iteration=5", "rollout.samples_per_prompt=6", "rollout.steps=8", "objective.best_of_n=none")
+
+
+def recipe(*overrides: str) -> Recipe:
+    return config.load(TINY, [*BASE, *overrides])
+
+
+def plan_of(asked: Recipe, iteration: int) -> Plan:
+    noisy = window.noisy_steps(asked.rollout, iteration, asked.run.seed)
+    grid = window.shortened(torch.linspace(1, 0, asked.rollout.steps + 1), noisy, asked.rollout.tail_steps)
+    return Plan(
+        seed=asked.run.seed,
+        iteration=iteration,
+        group_size=asked.rollout.samples_per_prompt,
+        grid=grid,
+        eta=0.3,
+        shared_noise=asked.rollout.shared_noise,
+        latent_shape=(1,),
+        window=noisy,
+        trained=asked.steps_trained,
+        choice=asked.objective.timestep_choice,
+    )
+
+
+def states(asked: Recipe, plan: Plan, groups: int) -> int:
+    """The update's states in an iteration, as `update` makes them, of all groups of ranks."""
+    total = asked.prompts.per_iteration * plan.group_size
+    key = ("minibatches", plan.seed, plan.iteration)
+    count = 0
+    for members in selection.minibatches(
+        torch.ones(total, dtype=torch.bool), plan.group_size, asked.optimizer.updates_per_iteration, key
+    ):
+        for group in range(groups):
+            mine = World(0, groups, torch.device("cpu"), None).share(total, group)  # type: ignore[arg-type]
+            count += len(update._states([slot for slot in members if slot in mine], plan))
+    return count
+
+
+SWITCHES = [
+    (),
+    ("rollout.shared_noise=false",),
+    ("rollout.window=3", "rollout.window_schedule=first", "rollout.tail_steps=2"),
+    ("rollout.window=2", "rollout.window_schedule=random"),
+    ("objective.timestep_choice=first",),
+    ("objective.timestep_choice=last", "objective.timestep_fraction=0.3"),
+    ("objective.timestep_fraction=1.0",),
+]
+
+
+@pytest.mark.parametrize(("switches", "updates"), list(product(SWITCHES, (1, 2))))
+def test_states_of_the_update(switches: tuple[str, ...], updates: int) -> None:
+    asked = recipe(*switches, f"optimizer.updates_per_iteration={updates}")
+    for groups in (1, 4):
+        counted = []
+        for iteration in range(60):
+            plan = plan_of(asked, iteration)
+            told = network_calls.of_iteration(asked, plan.first, groups)
+            counted.append(states(asked, plan, groups))
+            assert told.update_least <= counted[-1] <= told.update_most
+        assert sum(counted) / len(counted) == pytest.approx(told.update, rel=0.02)
+        if groups == 1 and told.update_least == told.update_most:
+            assert set(counted) == {told.update_least}
+
+
+def test_states_of_the_rollout() -> None:
+    """P [(f + 1) + G (S - f - 1)], by hand."""
+    full = network_calls.of_iteration(recipe(), 0)
+    assert (full.shared, full.single) == (5 * 1, 5 * 6 * 7)
+    alone = network_calls.of_iteration(recipe("rollout.shared_noise=false"), 0)
+    assert (alone.shared, alone.single) == (0, 5 * 6 * 8)
+    middle = recipe("rollout.window=2", "rollout.tail_steps=1")
+    assert network_calls.grid_steps(middle, 3) == 6
+    assert network_calls.of_iteration(middle, 3).rollout == 5 * 4 + 5 * 6 * 2
+    assert network_calls.of_iteration(recipe(), 0, groups=10).shared == 10  # two groups of ranks for each prompt
+
+
+def test_windows_that_move_are_averaged() -> None:
+    asked = recipe("rollout.window=2", "rollout.window_every=4", "run.iterations=10")
+    assert network_calls.first_steps(asked) == pytest.approx({0: 0.4, 1: 0.4, 2: 0.2})
+    places = network_calls.first_steps(recipe("rollout.window=2", "rollout.window_schedule=random"))
+    assert list(places) == list(range(6)) and sum(places.values()) == pytest.approx(1)
+
+
+def test_the_busiest_group_of_ranks() -> None:
+    assert network_calls.busiest(recipe(), 1) == (30, 5)
+    assert network_calls.busiest(recipe(), 4) == (8, 2)
+    assert network_calls.busiest(recipe(), 60) == (1, 1)

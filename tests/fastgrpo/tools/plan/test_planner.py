@@ -1,0 +1,351 @@
+"""`fastgrpo plan`: shapes against diffusers' classes, bytes and FLOPs against runs, memory against the simulation."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    FluxTransformer2DModel,
+    HunyuanVideoTransformer3DModel,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+)
+
+from fastgrpo.cli import main as cli
+from fastgrpo.core import config
+from fastgrpo.core.config import Recipe
+from fastgrpo.core.errors import UserError
+from fastgrpo.models.loading.lora import ATTENTION
+from fastgrpo.tools.plan import phases, planner
+from fastgrpo.tools.plan.costs import compute, memory
+from fastgrpo.tools.plan.costs.compute import Job
+from fastgrpo.tools.plan.gpus import Achieved, changed, gpu
+from fastgrpo.tools.plan.network.transformers import network
+from fastgrpo.tools.plan.network.units import ADAPTED, adapters
+from fastgrpo.tools.plan.phases import Machine
+from fastgrpo.tools.plan.simulation import rank
+from fastgrpo.tools.plan.subject import FLUX_DEV, HUNYUAN, SD_1, WAN_1_3B, WAN_14B, subject
+from tests import ROOT
+from tests.harness import forks, tiny
+
+LAUNCH = ROOT / "launch"
+T2V = LAUNCH / "t2v_hunyuan.toml"
+GIB = 2**30
+FEWER = {"num_layers": 1, "num_single_layers": 1}
+LATENT = (16, 14, 60, 60)
+
+
+def recipe(*overrides: str, name: str = "t2v_hunyuan") -> Recipe:
+    return config.load(LAUNCH / f"{name}.toml", overrides)
+
+
+def job(settings: dict[str, Any], the_recipe: Recipe, gpus: int, latent: tuple[int, int, int, int], text: int) -> Job:
+    tokens, shards = latent[1] * latent[2] * latent[3] // 4, the_recipe.distributed.shard or gpus
+    net = network(the_recipe.model.family, settings)
+    return Job(
+        the_recipe,
+        network=net,
+        latent=latent,
+        video=tokens,
+        text=text,
+        gpus=gpus,
+        ranks_per_node=8,
+        replicas=gpus // shards,
+        shards=shards,
+    )
+
+
+# --- shapes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "settings"),
+    [
+        ("hunyuan_video", HunyuanVideoTransformer3DModel, HUNYUAN | FEWER | {"guidance_embeds": False}),
+        ("skyreels_i2v", HunyuanVideoTransformer3DModel, HUNYUAN | FEWER | {"in_channels": 32}),
+        ("flux", FluxTransformer2DModel, FLUX_DEV | FEWER),
+        ("wan", WanTransformer3DModel, WAN_1_3B | {"num_layers": 1}),
+        ("stable_diffusion", UNet2DConditionModel, SD_1),
+        (
+            "stable_diffusion",
+            UNet2DConditionModel,
+            SD_1
+            | {
+                "use_linear_projection": True,
+                "cross_attention_dim": 1024,
+                "attention_head_dim": (5, 10, 20, 20),
+            },
+        ),
+    ],
+)
+def test_shapes_are_those_of_the_classes(family: str, kind: Any, settings: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        parameters = {name: tuple(p.shape) for name, p in kind(**settings).named_parameters()}
+    assert {
+        name: shape for unit in network(family, settings).units for name, shape in unit.weights.items()
+    } == parameters
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "expected"),
+    [
+        ("hunyuan_video", HUNYUAN, 12_821_012_544),
+        ("flux", FLUX_DEV, 11_901_408_320),
+        ("wan", WAN_14B, 14_288_491_584),
+        ("wan", WAN_1_3B, 1_418_996_800),
+        ("stable_diffusion", SD_1, 859_520_964),
+    ],
+)
+def test_published_networks_have_their_parameters(family: str, settings: dict[str, Any], expected: int) -> None:
+    """The classes' own counts, taken once on the meta device."""
+    assert network(family, settings).parameters == expected
+
+
+def test_first_dimensions_are_padded_to_the_shards() -> None:
+    """Wan's modulation tables have one row, of which eight ranks hold a row each; the rest divides."""
+    net = network("wan", WAN_1_3B)
+    assert net.rest.padded(8) - net.rest.parameters == 7 * 2 * net.width
+    assert net.blocks[0].padded(8) - net.blocks[0].parameters == 7 * 6 * net.width
+
+
+def test_adapters_have_pefts_shapes() -> None:
+    assert ADAPTED == ATTENTION
+    settings = HUNYUAN | FEWER | {"num_attention_heads": 2, "num_refiner_layers": 1}
+    with torch.device("meta"):
+        real: Any = HunyuanVideoTransformer3DModel(**settings)
+    from peft import LoraConfig
+
+    real.add_adapter(LoraConfig(r=4, target_modules=list(ATTENTION)))
+    expected = {n: tuple(p.shape) for n, p in real.named_parameters() if "lora_" in n}
+    units = network("hunyuan_video", settings).units
+    assert {n: s for unit in units for n, s in adapters(unit, 4, ()).weights.items()} == expected
+
+
+# --- FLOPs and bytes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sp", "forward", "train", "exchanged"),
+    [
+        (1, 296.6, 1247, 0),
+        (2, 150.0, 631, 13.0),
+        (4, 76.7, 322, 9.7),
+        (8, 40.1, 168, 5.7),
+    ],
+)
+def test_work_of_hunyuan_video_on_64_ranks(sp: int, forward: float, train: float, exchanged: float) -> None:
+    """Against a simulation that another program made, of 480 x 480 x 53, FSDP over all ranks."""
+    found = job(HUNYUAN, recipe(f"distributed.sp={sp}", "distributed.shard=64"), 64, LATENT, 256)
+    found = Job(**{**vars(found), "network": found.network.set_apart("context_embedder")})
+    sent = compute.micro_batch(found, 1)
+    assert compute.forward(found, 1).total / 1e12 == pytest.approx(forward, rel=0.005)
+    assert compute.update(found, 1).total / 1e12 == pytest.approx(train, rel=0.005)
+    assert sent.gather / GIB == pytest.approx(46.9, rel=0.002)
+    assert sent.scatter / GIB == pytest.approx(47.0, rel=0.002)
+    assert sent.exchange / GIB == pytest.approx(exchanged, abs=0.05)
+
+
+def test_bytes_are_those_that_two_ranks_send(tmp_path: Path) -> None:
+    """Of the tiny model, to the byte; the worker counts whole tensors, of which a ring sends (n - 1) / n."""
+    arguments = [str(tmp_path / "bytes"), json.dumps({"rollout_weights": "sharded"})]
+    done = forks.run("tests.harness.workers.communication", arguments, ranks=2)
+    assert done.returncode == 0, done.stderr[-4000:]
+    counted = json.loads((tmp_path / "bytes").read_text())
+    settings = json.loads((tiny.FOLDER / "transformer" / "config.json").read_text())
+    found = job(settings, recipe(name="t2v_tiny"), 2, (8, 3, 6, 10), 16)
+    drawn = compute.gather_blocks(found, counted["forwards"])
+    update = compute.micro_batch(found, 1).times(counted["micro_batches"])
+    assert counted["rollout"] == {"all-gather": 2 * drawn.gather}
+    assert counted["update"] == {"all-gather": 2 * update.gather, "reduce-scatter": 2 * update.scatter}
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_a_simulated_rank_agrees() -> None:
+    """Hybrid sharding 2 x 2 with shared sequences, recomputation, bfloat16: memory within 5 %, FLOPs, bytes exact."""
+    settings = HUNYUAN | {
+        "num_attention_heads": 4,
+        "attention_head_dim": 128,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "num_refiner_layers": 1,
+        "text_embed_dim": 256,
+    }
+    asked = recipe("distributed.sp=2", "distributed.shard=2", "rollout.batch_size=1")
+    latent, text = (16, 5, 60, 60), 64
+    exact = rank.simulate(asked, config=settings, sizes=rank.Sizes(latent, text), gpus=4, ranks_per_node=8)
+    closed = job(settings, asked, 4, latent, text)
+    assert exact.update_peak == pytest.approx(sum(memory.update(closed, 1, False).values()), rel=0.05)
+    assert exact.rollout_peak == pytest.approx(sum(memory.rollout(closed, 1, True).values()), rel=0.05)
+    assert exact.forward_flops == pytest.approx(compute.forward(closed, 1).total, rel=0.001)
+    assert exact.update_flops == pytest.approx(compute.update(closed, 1).total, rel=0.002)
+    sent = compute.micro_batch(closed, 1)
+    assert exact.update_sent == {
+        "all-gather": sent.gather,
+        "reduce-scatter": sent.scatter,
+        "all-to-all": sent.exchange,
+        "gather of tokens": sent.collect,
+        "all-reduce": compute.between_replicas(closed).reduce,
+    }
+
+
+# --- plans --------------------------------------------------------------------------------------------------------
+
+
+def machine(name: str) -> Machine:
+    return Machine(gpu(name), Achieved())
+
+
+def test_what_does_not_fit_gets_recipes_whose_plans_fit() -> None:
+    asked = recipe()
+    given = planner.plan(asked, 8, machine("a100-40"))
+    assert not given.fits
+    changes = planner.advice(given, T2V, (), None)
+    assert changes
+    for change in changes:
+        again = planner.plan(recipe(*change.overrides), 8, machine("a100-40"))
+        assert again.fits, change.overrides
+        assert again.seconds == change.plan.seconds
+    full = [change.plan.seconds for change in changes if "lora.rank=32" not in change.overrides]
+    assert full == sorted(full)
+
+
+def test_a_recipe_is_followed() -> None:
+    """Each switch changes what it should, in the direction in which it should."""
+    base = planner.plan(recipe(), 64, machine("h800"))
+
+    def other(*overrides: str) -> planner.Plan:
+        return planner.plan(recipe(*overrides), 64, machine("h800"))
+
+    def parts(found: planner.Plan, phase: str) -> dict[str, float]:
+        return next(p.memory for p in found.phases if p.name == phase)
+
+    def seconds(found: planner.Plan, phase: str) -> float:
+        return next(p.seconds for p in found.phases if p.name == phase)
+
+    update = parts(base, "update")
+    assert parts(other("model.gradient_checkpointing=false"), "update")["activations"] > 10 * update["activations"]
+    assert parts(other("model.gradient_checkpointing=2"), "update")["activations"] > 5 * update["activations"]
+    assert parts(other("distributed.sp=4"), "update")["activations"] < 0.5 * update["activations"]
+    assert parts(other("distributed.shard=64"), "update")["optimizer"] == pytest.approx(
+        update["optimizer"] / 8, rel=1e-3
+    )
+    assert parts(other("optimizer.batch_size=2"), "update")["activations"] == pytest.approx(
+        2 * update["activations"], rel=0.01
+    )
+    assert "weights" not in parts(other("distributed.offload=true"), "update")
+    assert parts(other("optimizer.ema_decay=0.9"), "update")["average"] == update["weights"]
+    assert parts(other("objective.kl_weight=0.1"), "update")["initial policy"] == (
+        update["weights"] + compute.gathered_bytes(base.subject.job, base.subject.job.network.rest)
+    )
+    assert parts(other("lora.rank=16"), "update")["optimizer"] < 0.01 * update["optimizer"]
+    assert parts(other("rollout.store=host"), "update")["trajectories"] == 0
+    sharded = parts(other("distributed.rollout_weights=sharded"), "rollout")["gathered"]
+    assert sharded < 0.11 * parts(base, "rollout")["gathered"]  # two blocks, a buffer and the root
+    assert seconds(other("model.cfg=2"), "rollout") == pytest.approx(2 * seconds(base, "rollout"), rel=0.01)
+    best, everyone = (planner.plan(recipe(*more), 8, machine("h800")) for more in (["objective.best_of_n=4"], []))
+    assert seconds(best, "update") == pytest.approx(seconds(everyone, "update") / 3, rel=0.05)  # whole groups per rank
+    assert seconds(other("objective.kl_weight=0.1"), "update") == pytest.approx(
+        1.25 * seconds(base, "update"), rel=0.05
+    )
+    window = other("rollout.window=2", "rollout.window_schedule=first")
+    assert 0.75 < seconds(window, "update") / (seconds(base, "update") * 2 / 15) < 1  # states that a group shares
+    assert next(p for p in base.phases if p.name == "update").network > 0
+    assert next(p for p in planner.plan(recipe(), 8, machine("h800")).phases if p.name == "update").network == 0
+
+
+@pytest.mark.parametrize("name", ["t2v_hunyuan", "i2v_skyreels", "t2i_flux", "t2i_hunyuan", "t2i_sd", "t2v_wan"])
+def test_every_recipe_has_a_plan_and_says_what_was_assumed(name: str) -> None:
+    found = planner.plan(recipe(name=name), 32, machine("h800"))
+    assert found.fits
+    assert [phase.name for phase in found.phases] == ["load", "rollout", "decode", "reward", "update", "save"]
+    assert any("is not here: assumed the published network" in line for line in planner.warnings(found))
+
+
+def test_parameters_outside_the_blocks_are_warned_of() -> None:
+    lines = planner.warnings(planner.plan(recipe(), 64, machine("h800")))
+    assert any(
+        line.startswith("360.7 M parameters (2.8%) lie outside") and "context_embedder" in line for line in lines
+    )
+
+
+def test_the_recipes_own_folder_is_read() -> None:
+    found = subject(recipe(name="t2v_tiny"), 2, 8)
+    assert found.job.latent == (8, 3, 8, 8)
+    assert found.job.network.parameters == sum(p.numel() for p in tiny.load_policy().network.parameters())
+    assert not any("assumed the published" in line for line in found.notes)
+
+
+def test_numbers_of_a_gpu_can_be_set() -> None:
+    card, achieved = changed(gpu("H800"), Achieved(), {"update": 0.6, "network_gbs": 6.25})
+    assert (card.network_gbs, achieved.update) == (6.25, 0.6)
+    slow, quick = (planner.plan(recipe(), 64, Machine(card, of)) for of in (Achieved(), achieved))
+    assert quick.seconds < slow.seconds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "64", "--gpu", "h900"], r"--gpu=h900: not in the table; use one of h800, h100"),
+        (["--gpus", "12", "--gpu", "h800"], r"--gpus=12: not a multiple of the 8 of a node"),
+        (["distributed.sp=5", "--gpus", "40", "--gpu", "h800"], r"distributed.shard=8: must divide the 40 ranks"),
+        (
+            ["distributed.sp=16", "--gpus", "16", "--gpu", "h800", "--ranks-per-node", "16"],
+            r"distributed.sp=16: does not",
+        ),
+        (["video.frames=50", "--gpus", "64", "--gpu", "h800"], r"video.frames=50: must be a multiple of 4, plus 1"),
+        (["--gpus", "8", "--gpu", "h800", "--set", "speed=1"], r"--set=speed: no such number; use one of decode"),
+        (["--gpus", "8", "--gpu", "h800", "--set", "update=1.5"], r"--set=update=1.5: must be a share from 0 to 1"),
+        (["--gpus", "8", "--gpu", "h800", "--picture", "x.bmp"], r"--picture=x.bmp: no format of that name"),
+        (["model.path=./nowhere", "--gpus", "8", "--gpu", "h800"], r"nowhere: has no transformer/config.json"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(T2V), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+
+
+def test_the_command_prints_json_and_a_picture_and_exits_by_the_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.png"
+    assert cli.main(["plan", str(T2V), "--gpus", "64", "--gpu", "h800", "--json", "--picture", str(file)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"] and told["parameters"] == 12_821_012_544
+    assert [row["gpus"] for row in told["curve"]] == [8, 16, 32, 64, 128, 256]  # 384 samples
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["plan", str(T2V), "--gpus", "8", "--gpu", "4090", "video.height=240"]) == 1
+    shown = capsys.readouterr().out
+    assert "does not fit" in shown and "distributed.offload=true" in shown
+
+
+def test_a_plan_needs_neither_torch_nor_diffusers() -> None:
+    """Importing them would take longer than the answer may."""
+    script = (
+        "import sys; from fastgrpo.cli import main as cli;"
+        f"cli.main(['plan', {str(T2V)!r}, '--gpus', '64', '--gpu', 'h800', '--json']);"
+        "sys.exit([m for m in ('torch', 'diffusers', 'matplotlib', 'numpy') if m in sys.modules] or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_room_is_what_the_reserve_leaves() -> None:
+    assert machine("h800").usable() == pytest.approx((79.6 - 2.5) / 1.05 * GIB)
+    with pytest.raises(UserError, match="no plan for it"):
+        subject(recipe("model.family=cogvideo"), 8, 8)
+
+
+def test_a_ring_over_nodes_leaves_each_node_once() -> None:
+    """64 shards on 8 nodes: what a rank sends of the weights, an eighth of it through its own card."""
+    found = job(HUNYUAN, recipe("distributed.shard=64"), 64, LATENT, 256)
+    sent = compute.gather_whole(found)
+    assert phases.route(found, sent) == (sent.gather, sent.gather / 8)
+    inside = job(HUNYUAN, recipe("distributed.shard=8"), 64, LATENT, 256)
+    assert phases.route(inside, compute.gather_whole(inside))[1] == 0

@@ -1,0 +1,183 @@
+"""DiffusionNFT on the tiny model: what is drawn and kept, the update's gradient, that it learns, and a whole run."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgrpo.algorithm import noise, objectives
+from fastgrpo.algorithm.objectives import Noised
+from fastgrpo.algorithm.transitions import ddim_transition
+from fastgrpo.core import config
+from fastgrpo.core.config import Objective
+from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Condition, Policy, stack
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World
+from fastgrpo.training import methods, rollout
+from fastgrpo.training.method import Experience
+from fastgrpo.training.methods.nft import METHOD, noised
+from fastgrpo.training.rollout import Drawn, Plan
+from fastgrpo.training.trainer import Trainer
+from fastgrpo.training.update import update
+from tests.harness import runs, tiny
+
+TOTAL = len(tiny.PROMPTS) * tiny.GROUP
+SETTINGS = Objective(kind="nft", nft_kl=0.0)
+
+
+@pytest.fixture
+def policy(world: World) -> Policy:
+    return tiny.load_policy(world)
+
+
+@pytest.fixture(scope="module")
+def conditions() -> list[Condition]:
+    return tiny.encode()
+
+
+def draw(policy: Policy, plan: Plan, conditions: list[Condition], size: int) -> Drawn:
+    batches = rollout.batches(range(TOTAL), conditions, tiny.GROUP, size)
+    with sharding.gathered(policy.network):
+        parts = [METHOD.sample(policy, plan, conditions, slots, {}) for slots in batches]
+    final = {slot: x for part in parts for slot, x in zip(part.slots, part.final, strict=True)}
+    kept = {slot: trajectory for part in parts for slot, trajectory in part.trajectories.items()}
+    return Drawn(list(range(TOTAL)), torch.stack([final[slot] for slot in range(TOTAL)]), kept)
+
+
+def run(
+    trainer: Trainer, plan: Plan, drawn: Drawn, conditions: list[Condition], world: World, advantages: Tensor
+) -> float:
+    kept = torch.ones(TOTAL, dtype=torch.bool)
+    return update(
+        trainer,
+        SETTINGS,
+        Experience(
+            plan=plan, trajectories=drawn.trajectories, conditions=conditions, advantages=advantages, selected=kept
+        ),
+        world,
+    )["update/loss"]
+
+
+def test_samples_are_the_odes_and_are_noised_with_their_keys(
+    policy: Policy, conditions: list[Condition], world: World
+) -> None:
+    plan = tiny.plan(policy, shared_noise=False)
+    drawn, one_by_one = draw(policy, plan, conditions, 5), draw(policy, plan, conditions, 1)
+    torch.testing.assert_close(one_by_one.final, drawn.final, atol=1e-5, rtol=1e-5)
+    slot = 6
+    condition = stack([conditions[slot // tiny.GROUP]])
+    x = plan.initial_noise([slot], torch.device("cpu"))
+    assert not torch.equal(x, plan.initial_noise([slot + 1], torch.device("cpu")))
+    with torch.no_grad():
+        torch.testing.assert_close(drawn.final[slot], rollout.sample_ode(policy, x, plan.grid, condition)[0])
+        trajectory = drawn.trajectories[slot]
+        assert sorted(trajectory.velocities) == plan.chosen(slot) and not trajectory.log_probs
+        assert torch.equal(trajectory.states[plan.steps], drawn.final[slot])
+        for step, v in trajectory.velocities.items():
+            t, key = plan.grid[step], ("noised", plan.seed, plan.iteration, *divmod(slot, tiny.GROUP), step)
+            x = (1 - t) * drawn.final[slot] + t * noise.normal([key], plan.latent_shape)
+            torch.testing.assert_close(trajectory.states[step], x[0])
+            torch.testing.assert_close(v, policy.velocity(x, t[None], condition)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_equals_plain_autograd_of_the_objective(
+    policy: Policy, conditions: list[Condition], world: World
+) -> None:
+    plan = tiny.plan(policy, shared_noise=False)
+    drawn = draw(policy, plan, conditions, 4)
+    for slot, trajectory in drawn.trajectories.items():  # as if the policy had moved since it drew
+        for step, v_old in trajectory.velocities.items():
+            v_old += 0.1 * noise.normal([("moved", slot, step)], plan.latent_shape)[0]
+    trainer = tiny.Recorder.create(policy, tiny.settings(5), None)
+    assert isinstance(trainer, tiny.Recorder)
+    run(trainer, plan, drawn, conditions, world, tiny.advantages())
+    plain, loss = tiny.load_policy(), torch.zeros(())
+    for slot, trajectory in drawn.trajectories.items():
+        for step, v_old in trajectory.velocities.items():
+            t, x, x_0 = plan.grid[step][None], trajectory.states[step][None], trajectory.states[plan.steps][None]
+            v = plain.velocity(x, t, stack([conditions[slot // tiny.GROUP]]))
+            advantage = tiny.advantages()[slot][None]
+            loss = loss + objectives.nft(
+                Noised(x, x_0=x_0, t=t, v=v, v_old=v_old[None], advantage=advantage), SETTINGS
+            )[0] / (TOTAL * 3)
+    loss.backward()
+    expected = {name: p.grad for name, p in plain.network.named_parameters() if p.grad is not None}
+    assert trainer.gradients[0].keys() == expected.keys()
+    difference = sum((trainer.gradients[0][name] - grad).square().sum() for name, grad in expected.items())
+    assert difference <= 1e-10 * sum(grad.square().sum() for grad in expected.values())
+
+
+def test_updates_make_rewarded_samples_likelier_and_others_less_likely(
+    policy: Policy, conditions: list[Condition], world: World
+) -> None:
+    """Likelihood by its usual bound: how well noise is undone that training has not seen."""
+    plan = replace(METHOD.plan(tiny.plan(policy, shared_noise=False)), trained=tiny.STEPS)
+    drawn = draw(policy, plan, conditions, 12)
+    fresh = replace(plan, seed=99)
+    advantages = torch.tensor([5.0, -5.0]).repeat(TOTAL // 2)
+
+    def errors() -> Tensor:
+        """[TOTAL], over the times of the grid."""
+        total = torch.zeros(TOTAL)
+        for slots in rollout.batches(range(TOTAL), conditions, tiny.GROUP, 12):
+            condition = stack([conditions[slot // tiny.GROUP] for slot in slots])
+            for step in range(fresh.steps):
+                x, t = noised(fresh, slots, [step] * len(slots), drawn.final[slots])
+                with torch.no_grad():
+                    v = policy.velocity(x, t, condition)
+                off = x - t.reshape(-1, 1, 1, 1, 1) * v - drawn.final[slots]
+                total[slots] += off.square().flatten(1).mean(1)
+        return total
+
+    before = errors()
+    trainer = Trainer.create(policy, tiny.settings(60, lr=2e-4), None)
+    losses = [run(trainer, plan, drawn, conditions, world, advantages) for _ in range(3)]
+    assert losses == sorted(losses, reverse=True)
+    change = errors() / before - 1
+    assert change[advantages > 0].mean() < 0 < change[advantages < 0].mean()
+
+
+def test_a_run_draws_from_the_average(tmp_path: Path) -> None:
+    """Its trained weights are ruined by the first step; the average, which draws the samples, hardly moves."""
+    overrides = [*runs.SMALLER, "objective.kind=nft", "rollout.shared_noise=false", "optimizer.ema_decay=0.999999"]
+    overrides += ["optimizer.lr=0.1", "rollout.eta=0", "optimizer.updates_per_iteration=1", "objective.best_of_n=2"]
+    runs.succeed(tmp_path / "run", overrides)
+    first, second = runs.metrics(tmp_path / "run")
+    assert first["update/transitions"] == 2 * 2 * 3
+    assert first["update/kl"] < 1e-9 < 0.1 < second["update/kl"]
+    assert second["reward/sum"] > 0.5 * first["reward/sum"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["rollout.shared_noise=true"], "rollout.shared_noise=true: objective.kind=nft draws without noise on the way"),
+        (["optimizer.ema_decay=0"], "optimizer.ema_decay=0: with objective.kind=nft the moving average"),
+        (["rollout.window=2"], "rollout.window: has no effect with objective.kind=nft"),
+        (["objective.step_weights=noise"], "objective.step_weights=noise: has no effect with objective.kind=nft"),
+        (["objective.kl_weight=0.1"], "objective.kl_weight=0.1: is of noisy steps, and objective.kind=nft has none"),
+    ],
+)
+def test_settings_that_do_not_go_with_it_are_named(overrides: list[str], complaint: str) -> None:
+    good = ["objective.kind=nft", "rollout.shared_noise=false", "optimizer.ema_decay=0.5", "rollout.eta=0.0"]
+    assert methods.needs_initial_policy(config.load(runs.RECIPE, good))
+    assert not methods.needs_initial_policy(config.load(runs.RECIPE, [*good, "objective.nft_kl=0.0"]))
+    with pytest.raises(UserError, match=f"^{re.escape(complaint)}"):
+        methods.check(config.load(runs.RECIPE, [*good, *overrides]))
+
+
+class Diffusion:
+    """A policy whose steps are DDIM's."""
+
+    def transition(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+        return ddim_transition(x, epsilon=v, alpha=1 - t, alpha_next=1 - t_next, eta=eta)
+
+
+def test_a_diffusion_model_is_refused(policy: Policy) -> None:
+    METHOD.check_policy(policy, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"objective\.kind=nft: is made for rectified flows"):
+        METHOD.check_policy(Diffusion(), torch.device("cpu"))  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""What tests share: forked runs, servers, tiny models and folders, workers, planted kills."""

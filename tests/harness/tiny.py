@@ -1,0 +1,121 @@
+"""One GRPO iteration of the shipped tiny model without reward or files: what several tests start from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from fastgrpo.core.config import Model, Objective, Optimizer, Video
+from fastgrpo.core.policy import Condition, Policy, Prompt
+from fastgrpo.models.loading import policies
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World
+from fastgrpo.training import rollout
+from fastgrpo.training.method import Experience
+from fastgrpo.training.rollout import Drawn, Plan, Trajectory
+from fastgrpo.training.trainer import Trainer
+from fastgrpo.training.update import update
+from tests import ROOT
+
+FOLDER = ROOT / "data" / "tiny_hunyuan_video"
+VIDEO = Video(frames=9, height=24, width=40)  # 45 video tokens: an odd number, which sequence parallelism must split
+PROMPTS = [  # two text lengths
+    "a red circle moves left slowly",
+    "watch as one blue square glides upwards quickly",
+    "gently a green triangle drifts down",
+]
+GROUP = 4
+STEPS = 5
+
+
+@dataclass
+class Recorder(Trainer):
+    """A trainer that keeps each optimizer step's whole gradients."""
+
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def step(self) -> Tensor:
+        grads = {}
+        for name, parameter in self.policy.network.named_parameters():
+            if parameter.grad is not None:
+                grad = parameter.grad
+                grads[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+        self.gradients.append(grads)
+        return super().step()
+
+
+def load_policy(world: World | None = None) -> Policy:
+    policy = policies.load(Model(family="hunyuan_video", path=str(FOLDER)), torch.device("cpu"))
+    if world is not None:
+        sharding.shard(policy, world, torch.float32)
+    return policy
+
+
+def plan(policy: Policy, shared_noise: bool = True) -> Plan:
+    shape = policy.latent_shape(VIDEO)
+    return Plan(
+        seed=3,
+        iteration=0,
+        group_size=GROUP,
+        grid=policy.time_grid(STEPS, None, shape),
+        eta=0.4,
+        shared_noise=shared_noise,
+        latent_shape=shape,
+        trained=3,
+    )
+
+
+def encode() -> list[Condition]:
+    """The prompts' conditions."""
+    settings = Model(family="hunyuan_video", path=str(FOLDER))
+    with policies.encoder(settings, VIDEO, torch.device("cpu")) as encoder:
+        return encoder([Prompt(text) for text in PROMPTS])
+
+
+def draw(policy: Policy, the_plan: Plan, conditions: list[Condition], world: World, batch_size: int) -> Drawn:
+    """This rank's samples."""
+    share = world.share(len(PROMPTS) * GROUP)
+    with sharding.gathered(policy.network):
+        return rollout.draw(policy, the_plan, conditions, share, batch_size)
+
+
+def states(drawn: Drawn, the_plan: Plan) -> Tensor:
+    """[B, T, C, F, H, W]: each sample's state before each step, of a plan that trains every noisy step."""
+    return torch.stack(
+        [torch.stack([drawn.trajectories[s].states[n] for n in range(the_plan.steps)]) for s in drawn.slots]
+    )
+
+
+def log_probs(drawn: Drawn, the_plan: Plan) -> Tensor:
+    """[B, T - 1], likewise."""
+    return torch.stack([torch.stack([drawn.trajectories[s].log_probs[n] for n in the_plan.noisy]) for s in drawn.slots])
+
+
+def advantages() -> Tensor:
+    """Made-up advantages, one per slot."""
+    return torch.randn(len(PROMPTS) * GROUP, generator=torch.Generator().manual_seed(5))
+
+
+def run_update(
+    trainer: Trainer,
+    the_plan: Plan,
+    trajectories: Mapping[int, Trajectory],
+    conditions: list[Condition],
+    world: World,
+    kept: Tensor | None = None,
+) -> dict[str, float]:
+    kept = torch.ones(len(PROMPTS) * GROUP, dtype=torch.bool) if kept is None else kept
+    return update(
+        trainer,
+        Objective(clip_range=1e-4),
+        Experience(
+            plan=the_plan, trajectories=trajectories, conditions=conditions, advantages=advantages(), selected=kept
+        ),
+        world,
+    )
+
+
+def settings(batch_size: int, updates: int = 1, lr: float = 1e-4) -> Optimizer:
+    return Optimizer(lr=lr, batch_size=batch_size, updates_per_iteration=updates)

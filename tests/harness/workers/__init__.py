@@ -1,0 +1,1 @@
+"""What ranks run that a test starts with torchrun or a fork."""

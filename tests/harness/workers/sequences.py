@@ -1,0 +1,86 @@
+"""One of two ranks that share each sequence: every family's network against its own on one rank.  argv: folder, file"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.distributed.tensor import DTensor
+
+from fastgrpo.core.config import Distributed, Lora, Model, Video
+from fastgrpo.core.policy import Policy, Prompt, stack
+from fastgrpo.core.processes import leave
+from fastgrpo.models.loading import policies
+from fastgrpo.parallel import sharding
+from fastgrpo.parallel.world import World, open_world
+
+SIZES = {  # frames, height, width: numbers of video tokens that two ranks do not divide, or divide unevenly
+    "hunyuan_video": (5, 40, 24),
+    "skyreels_i2v": (5, 40, 24),
+    "flux": (1, 36, 28),
+    "wan": (5, 40, 24),
+}
+CPU = torch.device("cpu")
+
+
+def compare(family: str, folder: Path, lora: Lora, world: World) -> dict[str, float]:
+    """Largest difference of the velocity, and of a parameter's gradient over the whole gradient's norm."""
+    frames, height, width = SIZES[family]
+    video = Video(frames=frames, height=height, width=width)
+    network = str(folder / family / "transformer") if family == "skyreels_i2v" else None
+    cfg = 1.0 if family == "flux" else 3.0  # with texts of two lengths, so that one is padded
+    settings = Model(
+        family=family, path=str(folder / family), network=network, cfg=cfg, gradient_checkpointing=bool(lora.rank)
+    )
+    with policies.encoder(settings, video, CPU) as encode:
+        condition = stack(encode([Prompt("a red boat sails", folder / "image.png")]) * 2)
+        negative = encode.negative("") if cfg > 1 else None
+    alone, shared = (prepared(settings, lora) for _ in range(2))
+    sharding.shard(shared, world, torch.float32)
+    shape = alone.latent_shape(video)
+    draws = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, *shape, generator=draws), torch.randn(2, *shape, generator=draws)
+    results = []
+    for policy in (alone, shared):
+        policy.negative = negative
+        v = policy.velocity(x, torch.tensor([0.7, 0.4]), condition)
+        (v * weight).mean().backward()
+        grads = {name: p.grad for name, p in policy.network.named_parameters() if p.grad is not None}
+        whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grads.items()}
+        results.append((v.detach(), whole))
+    (expected, grads), (actual, others) = results
+    assert grads.keys() == others.keys()
+    norm = torch.stack([grad.norm() for grad in grads.values()]).norm()
+    worst = max(((others[name] - grad).norm() / norm).item() for name, grad in grads.items())
+    return {"velocity": (actual - expected).abs().max().item(), "gradient": worst}
+
+
+def prepared(settings: Model, lora: Lora) -> Policy:
+    """The policy, its adapters moved from their start, where they change nothing."""
+    policy = policies.load(settings, CPU, lora)
+    draws = torch.Generator().manual_seed(1)
+    for name, parameter in policy.network.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=draws)
+    return policy
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    with open_world(Distributed(sp=2)) as world:
+        if world.main:
+            Image.new("RGB", (40, 32), (10, 200, 90)).save(folder / "image.png")
+            for family in SIZES:
+                importlib.import_module(f"tests.harness.folders.{family}").write(folder / family)
+        world.barrier()
+        found = {
+            f"{family} rank {lora.rank}": compare(family, folder, lora, world)
+            for family in SIZES
+            for lora in (Lora(), Lora(rank=2))
+        }
+        if world.main:
+            Path(sys.argv[2]).write_text(json.dumps(found))
+    leave(0)

@@ -1,0 +1,44 @@
+"""One rank: writes trajectories and gradients.  argv: file, rollout batch, update batch, then distributed settings
+
+The last argument is the JSON of the recipe's [distributed] section.
+"""
+
+import json
+import sys
+from dataclasses import replace
+
+import torch
+
+from fastgrpo.core.config import Distributed
+from fastgrpo.core.processes import leave
+from fastgrpo.parallel.sharding import shard
+from fastgrpo.parallel.world import open_world
+from tests.harness import tiny
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    file, rollout_batch, update_batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    with open_world(Distributed(**json.loads(sys.argv[4]))) as world:
+        policy = tiny.load_policy()
+        conditions = tiny.encode()
+        shard(policy, world, torch.float32)
+        plan = tiny.plan(policy)
+        everything = replace(plan, trained=None)
+        drawn = tiny.draw(policy, everything, conditions, world, rollout_batch)
+        trainer = tiny.Recorder.create(policy, tiny.settings(update_batch, updates=2), None)
+        metrics = tiny.run_update(
+            trainer, the_plan=plan, trajectories=drawn.trajectories, conditions=conditions, world=world
+        )
+        total = len(tiny.PROMPTS) * tiny.GROUP
+        share = world.share(total) if world.sp is None or world.sp.rank == 0 else range(0)  # each row from one rank
+        rows = len(share)
+        result = {
+            "states": world.combine(tiny.states(drawn, everything)[:rows], share, total),
+            "final": world.combine(drawn.final[:rows], share, total),
+            "log_probs": world.combine(tiny.log_probs(drawn, everything)[:rows], share, total),
+            "gradients": trainer.gradients,  # type: ignore[attr-defined]
+            "metrics": metrics,
+        }
+        if world.main:
+            torch.save(result, file)
+    leave(0)

@@ -1,0 +1,1 @@
+"""Tests of models/: every family against diffusers' pipeline."""

@@ -1,0 +1,1 @@
+"""Rules that the repository keeps: floors, packages, pages."""

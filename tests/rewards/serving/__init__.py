@@ -1,0 +1,1 @@
+"""Tests of rewards/serving: real HTTP servers."""
