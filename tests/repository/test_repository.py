@@ -116,12 +116,12 @@ def imported(source: Path) -> Iterator[str]:
 
 def test_every_library_is_declared() -> None:
     """A module that nothing asks for is there by accident, and gone from the next environment."""
-    setup = setup_arguments()
+    setup, brought_by = setup_arguments(), packages_distributions()
     asked = [*setup["install_requires"], *(line for extra in setup["extras_require"].values() for line in extra)]
     declared = {re.split(r"[<>=;\s]", line)[0].lower().replace("_", "-") for line in asked}
     for module, source in modules().items():
         for library in {name.partition(".")[0] for name in imported(source)} - {"fastgrpo"} - sys.stdlib_module_names:
-            found = {name.lower().replace("_", "-") for name in packages_distributions()[library]}
+            found = {name.lower().replace("_", "-") for name in brought_by[library]}
             assert found & declared or library in BROUGHT, f"{module} imports {library}: declare it in setup.py"
 
 
@@ -135,10 +135,10 @@ def graph() -> dict[str, set[str]]:
     return edges
 
 
-def floor_of(module: str) -> int | None:
-    """The floor of a module's package; None: it has not moved into a room yet."""
+def floor_of(module: str) -> int:
+    """The floor of a module's package."""
     package = module.split(".")[1]
-    return next((floor for floor, packages in enumerate(FLOORS) if package in packages), None)
+    return next(floor for floor, packages in enumerate(FLOORS) if package in packages)
 
 
 def upward(edges: dict[str, set[str]]) -> list[str]:
@@ -148,14 +148,49 @@ def upward(edges: dict[str, set[str]]) -> list[str]:
         for target in targets:
             if "fastgrpo" in (module, target) or module.split(".")[1] == target.split(".")[1]:
                 continue
-            here, there = floor_of(module), floor_of(target)
-            if here is not None and there is not None and there >= here:
+            if floor_of(target) >= floor_of(module):
                 found.append(f"{module} imports {target}")
     return found
 
 
 def test_imports_go_downwards() -> None:
     assert not upward(graph())
+
+
+def test_an_import_between_any_two_packages_is_seen_where_it_goes_up() -> None:
+    packages = [(floor, package) for floor, names in enumerate(FLOORS) for package in sorted(names)]
+    for here, importing in packages:
+        for there, imported_one in packages:
+            if importing == imported_one:
+                continue
+            planted = {f"fastgrpo.{importing}.a": {f"fastgrpo.{imported_one}.b"}}
+            goes_up = [f"fastgrpo.{importing}.a imports fastgrpo.{imported_one}.b"]
+            assert upward(planted) == (goes_up if there >= here else []), planted
+
+
+def test_an_upward_import_in_a_file_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also one inside a function, or for types alone."""
+    (tmp_path / "a.py").write_text("def f():\n    from fastgrpo.tools.plan import planner\n    return planner\n")
+    (tmp_path / "b.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import fastgrpo.cli.main\n"
+    )
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    names = ("fastgrpo.core.a", "fastgrpo.tools.b")
+    found = {name: {i for i in imported(Path(f"{name[-1]}.py")) if i.startswith("fastgrpo.")} for name in names}
+    assert upward(found) == [
+        "fastgrpo.core.a imports fastgrpo.tools.plan.planner",
+        "fastgrpo.tools.b imports fastgrpo.cli.main",
+    ]
+
+
+def test_every_package_has_a_face() -> None:
+    """A docstring that says what lives there, and what to read first where there is a choice."""
+    for package, folder in setup_arguments()["packages"].items():
+        face = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text()))
+        assert face, f"{folder}/__init__.py: no docstring"
+        choice = [path for path in (ROOT / folder).glob("*.py") if path.stem.strip("_") not in ("init", "main")]
+        if len(choice) > 1:
+            assert re.search(r"\w+\.py", face), f"{folder}/__init__.py: name the file to read first"
 
 
 def test_imports_have_no_cycle() -> None:

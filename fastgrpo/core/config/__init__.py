@@ -1,6 +1,7 @@
 """A recipe: one TOML file plus `section.key=value` overrides, as frozen, typed models.
 
-`sections` has the keys and what they mean, `checks` what does not go together, `loading` reads. Imports `core.errors`.
+Read `sections.py` first: the keys and what they mean. `checks.py` has what does not go together, `loading.py` reads.
+Imports core.errors and core.files.
 """
 
 from fastgrpo.core.config.loading import all_keys, describe, load, parse, read_tree, read_value, section

@@ -1,0 +1,53 @@
+"""What must start at once does not import torch."""
+
+import subprocess
+import sys
+
+from tests import ROOT
+
+FACES = (
+    "fastgrpo",
+    "fastgrpo.core",
+    "fastgrpo.core.config",
+    "fastgrpo.core.method",
+    "fastgrpo.cli.main",
+    "fastgrpo.models",
+    "fastgrpo.rewards",
+    "fastgrpo.run",
+    "fastgrpo.tools",
+    "fastgrpo.tools.plan.planner",
+    "fastgrpo.tools.status",
+    "fastgrpo.training",
+    "fastgrpo.training.methods",
+)
+HEAVY = ("torch", "diffusers", "transformers", "numpy")
+CODE = """
+import importlib, sys
+for name in {faces}:
+    importlib.import_module(name)
+    found = [heavy for heavy in {heavy} if heavy in sys.modules]
+    assert not found, f"{{name}} imports {{found[0]}}"
+from fastgrpo.cli.main import parser
+top = parser()
+(commands,) = (action for action in top._actions if action.dest == "command")
+for name, command in commands.choices.items():
+    assert command.format_help().startswith(f"usage: fastgrpo {{name}}")
+    assert command.get_default("action") is not None, name
+assert "torch" not in sys.modules, "a help text imports torch"
+"""
+
+
+def test_faces_and_help_texts_import_nothing_heavy() -> None:
+    code = CODE.format(faces=FACES, heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_recipe_is_checked_without_torch() -> None:
+    code = (
+        "import sys; from fastgrpo.cli import main as cli; "
+        "code = cli.main(['plan', 'launch/t2v_tiny.toml', '--gpus', '1', '--gpu', 'h800', '--json']); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
