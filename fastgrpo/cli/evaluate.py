@@ -23,17 +23,41 @@ def _add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command = commands.add_parser(
         "score",
         help="what any reward says of clips and pictures",
-        description="Score video and picture files with one or several rewards: a table, and with --json everything. A "
-        "clip's prompt is --prompt, its line of --prompts, the .txt of the same name beside it, or what the manifest "
-        "of `fastgrpo sample` says. A file that cannot be scored is listed with the reason; a single one is an error.",
+        description="Score video and picture files with one or several rewards: a table, and with "
+        "--json everything. A clip's prompt is --prompt, its line of --prompts, the .txt of the "
+        "same name beside it, or what the manifest of `fastgrpo sample` says. A file that cannot "
+        "be scored is listed with the reason; a single one is an error.",
     )
     command.set_defaults(action=_run_score)
-    command.add_argument("files", nargs="+", type=Path, metavar="FILES", help="mp4, png, jpg ..., or a folder of them")
+    command.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILES",
+        help="mp4, png, jpg ..., or a folder of them",
+    )
     add = command.add_argument_group("rewards").add_argument
-    add("--reward", action="append", default=[], metavar="NAME", help="a file of rewards/; may be repeated")
-    add("--recipe", type=Path, metavar="FILE", help="rewards of a recipe, or of a file with [[rewards]] alone")
+    add(
+        "--reward",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a file of rewards/; may be repeated",
+    )
+    add(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="rewards of a recipe, or of a file with [[rewards]] alone",
+    )
     add("--path", action="append", default=[], metavar="[NAME=]PATH", help="a reward's weights")
-    add("--option", action="append", default=[], metavar="[NAME.]key=value", help="what only that reward knows")
+    add(
+        "--option",
+        action="append",
+        default=[],
+        metavar="[NAME.]key=value",
+        help="what only that reward knows",
+    )
     add(
         "--set",
         action="append",
@@ -48,10 +72,12 @@ def _add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--fps", type=rate, metavar="FPS", help="said to the rewards (default: what the file says)")
     add(
         "--size", type=size, metavar="HxW",
-        help="pixels in which the clips were made, where their files are enlarged by a whole factor (default: what the "
-        "manifest of `fastgrpo sample` says, else as they are)",
+        help="pixels in which the clips were made, where their files are enlarged by a whole "
+        "factor (default: what the manifest of `fastgrpo sample` says, else as they are)",
     )  # fmt: skip
-    command.add_argument("--json", type=Path, metavar="OUT", help="write everything there; - prints it, and no table")
+    command.add_argument(
+        "--json", type=Path, metavar="OUT", help="write everything there; - prints it, and no table"
+    )
 
 
 def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -59,10 +85,10 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     command = commands.add_parser(
         "evaluate",
         help="base against trained on held-out prompts, by several rewards",
-        description="Draw the same prompts from the same noise with the base model and the trained one, and compare "
-        "them by rewards: means, the paired difference and its 95 % interval, rewards as columns. Runs in this process "
-        "or, under torchrun, over all ranks, with the same result. --step 0 compares the base with itself: all "
-        "differences are then 0.",
+        description="Draw the same prompts from the same noise with the base model and the trained "
+        "one, and compare them by rewards: means, the paired difference and its 95 % interval, "
+        "rewards as columns. Runs in this process or, under torchrun, over all ranks, with the "
+        "same result. --step 0 compares the base with itself: all differences are then 0.",
     )
     command.set_defaults(action=_run_evaluate)
     command.add_argument("run", help="a run folder or an export")
@@ -75,21 +101,55 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     add("--prompts", metavar="FILE", help="a file of prompts (default: the recipe's held-out ones)")
     add("--limit", type=positive, metavar="N", help="the first N prompts")
     add("--seeds", type=positive, metavar="K", help="clips per prompt (default: evaluate.seeds)")
-    add("--steps", type=positive, metavar="N", help="denoising steps (default: evaluate.steps, or rollout.steps)")
-    add("--batch-size", type=positive, default=1, metavar="N", help="clips of one prompt per forward pass (default: 1)")
-    add("--set", action="append", default=[], metavar="section.key=value", help="any recipe key; may be repeated")
+    add(
+        "--steps",
+        type=positive,
+        metavar="N",
+        help="denoising steps (default: evaluate.steps, or rollout.steps)",
+    )
+    add(
+        "--batch-size",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="clips of one prompt per forward pass (default: 1)",
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        help="any recipe key; may be repeated",
+    )
     _add_servers(command)
     add = command.add_argument_group("results").add_argument
-    add("--json", type=Path, metavar="OUT", help="write the table and every clip's scores there; - prints them")
-    add("--markdown", type=Path, metavar="OUT", help="write the table there as Markdown; - prints it")
+    add(
+        "--json",
+        type=Path,
+        metavar="OUT",
+        help="write the table and every clip's scores there; - prints them",
+    )
+    add(
+        "--markdown",
+        type=Path,
+        metavar="OUT",
+        help="write the table there as Markdown; - prints it",
+    )
 
 
 def _add_servers(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--server", action="append", default=[], metavar="URL", help="ask this running server instead; may be repeated"
+        "--server",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="ask this running server instead; may be repeated",
     )
     command.add_argument(
-        "--token-file", type=Path, metavar="FILE", help="the server's bearer token (default: FASTGRPO_TOKEN)"
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="the server's bearer token (default: FASTGRPO_TOKEN)",
     )
 
 
@@ -99,7 +159,9 @@ def _run_score(arguments: argparse.Namespace) -> None:
 
     servers = _asked_servers(arguments)
     if servers.urls and (arguments.path or arguments.option or arguments.set):
-        raise UserError("--server: its rewards have their own settings; leave out --path, --option and --set.")
+        raise UserError(
+            "--server: its rewards have their own settings; leave out --path, --option and --set."
+        )
     score.check_target("--json", arguments.json)
     specs = judges.specs(
         judges.Asked(
@@ -110,7 +172,9 @@ def _run_score(arguments: argparse.Namespace) -> None:
             settings=tuple(arguments.set),
         )
     )
-    wanted = score.Wanted(tuple(arguments.files), arguments.prompt, arguments.prompts, arguments.fps, arguments.size)
+    wanted = score.Wanted(
+        tuple(arguments.files), arguments.prompt, arguments.prompts, arguments.fps, arguments.size
+    )
     result = score.score(wanted, specs, servers)
     if arguments.json is not None:
         score.write("--json", arguments.json, result.to_json())

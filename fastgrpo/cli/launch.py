@@ -1,7 +1,8 @@
 """The Python half of every launch/*.sh ends here: settle the number of processes, then train.
 
-A literal `torchrun launch/x.sh` starts one process, torchrun's default. On a node with several GPUs that process
-replaces itself, once, by a torchrun over all of them. FASTGRPO_PROCESSES names another number, such as 1 to stay alone.
+A literal `torchrun launch/x.sh` starts one process, torchrun's default. On a node with several GPUs
+that process replaces itself, once, by a torchrun over all of them. FASTGRPO_PROCESSES names another
+number, such as 1 to stay alone.
 """
 
 import json
@@ -14,19 +15,26 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-from fastgrpo.cli.torchrun import SETTLED, processes_to_start, replace_by_torchrun
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.processes import after_rank_0, leave, rank
+from fastgrpo.core.processes import (
+    SETTLED,
+    after_rank_0,
+    leave,
+    processes_to_start,
+    rank,
+    replace_by_torchrun,
+)
 
 USER_ERROR = 2
 """Exit code for a user's mistake."""
 
 
 def main(recipe: Path, arguments: list[str]) -> int:
-    """Train the recipe file `recipe` with the overrides `arguments` ("section.key=value"); returns the exit code.
+    """Train the recipe file `recipe` with the overrides `arguments` ("section.key=value").
 
-    The code is 2 for a user's mistake. Does not return once training has begun, nor where the process is replaced by a
-    torchrun over several.
+    Returns the exit code.
+    The code is 2 for a user's mistake. Does not return once training has begun, nor where the
+    process is replaced by a torchrun over several.
     """
     signal.pthread_sigmask(
         signal.SIG_BLOCK, [signal.SIGUSR1]

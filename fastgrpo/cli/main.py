@@ -33,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
     """All sub-commands and their help."""
     top = argparse.ArgumentParser(
         prog="fastgrpo",
-        description="Reinforcement learning for video and image generators: GRPO on the SDE trajectories of flow and "
-        "diffusion models (DanceGRPO).",
+        description="Reinforcement learning for video and image generators: GRPO on the SDE "
+        "trajectories of flow and diffusion models (DanceGRPO).",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -53,7 +53,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.  returns the exit code: 0; 1 where it found something amiss; 2 for a user's mistake"""
+    """Run one command.
+
+    returns the exit code: 0; 1 where it found something amiss; 2 for a user's mistake
+    """
     die_with_torchrun()
     arguments = parser().parse_args(plan.overrides_first(sys.argv[1:] if argv is None else argv))
     quiet_libraries()
@@ -61,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.action(arguments) or 0
     except OneRankError:  # which that rank has told; the others learn of it by its end
         return 2
-    except UserError as error:  # raised on every rank, see World.on_main and World.raise_if_any_failed
+    # raised on every rank, see World.on_main and World.raise_if_any_failed
+    except UserError as error:
         if rank() == 0:
             _complain(str(error))
         return after_rank_0(2)
@@ -77,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def quiet_libraries() -> None:
     """Progress bars and notices of libraries would bury the run's own lines."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # none is changed
+    # none is changed
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

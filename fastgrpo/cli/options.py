@@ -16,7 +16,10 @@ def add_recipe(command: argparse.ArgumentParser) -> None:
     """The recipe and its overrides."""
     command.add_argument("recipe", type=Path, help="a TOML file, such as launch/t2v_tiny.toml")
     command.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="a recipe key to set; `fastgrpo keys` lists them"
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="a recipe key to set; `fastgrpo keys` lists them",
     )
 
 
@@ -32,8 +35,15 @@ def recipe_of(arguments: argparse.Namespace) -> "Recipe":
 
 def add_which_weights(command: argparse.ArgumentParser) -> None:
     """The options that say which of a run's weights are meant."""
-    command.add_argument("--step", default="newest", metavar="N", help="checkpoint: a number, best or newest (default)")
-    command.add_argument("--raw-weights", action="store_true", help="not the moving average where the run kept one")
+    command.add_argument(
+        "--step",
+        default="newest",
+        metavar="N",
+        help="checkpoint: a number, best or newest (default)",
+    )
+    command.add_argument(
+        "--raw-weights", action="store_true", help="not the moving average where the run kept one"
+    )
 
 
 def step_of(text: str) -> Any:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastgrpo.cli.options import add_recipe, positive, recipe_of
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.units import GIB
 from fastgrpo.training import methods
 
 if TYPE_CHECKING:
     from fastgrpo.tools.plan.costs.compute import Job
     from fastgrpo.tools.plan.planner import Plan
 
-GIB = 2**30
 OVERRIDE = re.compile(r"[a-z_]+(\.\w+)+=")  # has a dot in its name, unlike what follows --set
 
 
@@ -25,24 +25,51 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     command = commands.add_parser(
         "plan",
         help="does a recipe fit on so many GPUs, how long will it take",
-        description="On any machine, without a GPU: peak memory, FLOPs, bytes on the wire and seconds of each phase, "
-        "GPU-hours of the run and on other numbers of GPUs; where it does not fit, recipes near it that do. Nothing is "
-        "downloaded. The exit code is 1 where it does not fit. See docs/guides/planning.md.",
+        description="On any machine, without a GPU: peak memory, FLOPs, bytes on the wire and "
+        "seconds of each phase, GPU-hours of the run and on other numbers of GPUs; where it does "
+        "not fit, recipes near it that do. Nothing is downloaded. The exit code is 1 where it does "
+        "not fit. See docs/guides/planning.md.",
     )
     command.set_defaults(action=_run_plan)
     add_recipe(command)
     add = command.add_argument
     add("--gpus", type=positive, required=True, metavar="N", help="how many GPUs")
-    add("--gpu", required=True, metavar="NAME", help="h800, h100, h200, a100-80, a100-40, l40s or 4090")
-    add("--ranks-per-node", type=positive, default=8, metavar="N", help="GPUs of a node (default: %(default)s)")
-    add("--text-tokens", type=positive, metavar="N", help="of the longest prompt (default: the family's limit)")
+    add(
+        "--gpu",
+        required=True,
+        metavar="NAME",
+        help="h800, h100, h200, a100-80, a100-40, l40s or 4090",
+    )
+    add(
+        "--ranks-per-node",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="GPUs of a node (default: %(default)s)",
+    )
+    add(
+        "--text-tokens",
+        type=positive,
+        metavar="N",
+        help="of the longest prompt (default: the family's limit)",
+    )
     add(
         "--set", action="append", default=[], metavar="NAME=VALUE",
-        help="a number of the GPU or an achieved share, such as update=0.5, network_gbs=6.25; may be repeated",
+        help="a number of the GPU or an achieved share, such as update=0.5, network_gbs=6.25; may "
+        "be repeated",
     )  # fmt: skip
-    add("--simulate", action="store_true", help="also run one rank with the full-size network, minutes, no memory")
+    add(
+        "--simulate",
+        action="store_true",
+        help="also run one rank with the full-size network, minutes, no memory",
+    )
     add("--json", action="store_true", help="print JSON in place of the tables")
-    add("--picture", type=Path, metavar="FILE", help="write memory and seconds by phase as .png, .svg or .pdf")
+    add(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="write memory and seconds by phase as .png, .svg or .pdf",
+    )
 
 
 def overrides_first(argv: Sequence[str]) -> list[str]:
@@ -60,14 +87,20 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     from fastgrpo.tools.plan.phases import Machine
 
     if arguments.picture and arguments.picture.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--picture={arguments.picture}: no format of that name; use .png, .svg or .pdf.")
+        raise UserError(
+            f"--picture={arguments.picture}: no format of that name; use .png, .svg or .pdf."
+        )
     if arguments.picture and not arguments.picture.parent.is_dir():
-        raise UserError(f"--picture={arguments.picture}: no such folder; make {arguments.picture.parent} first.")
+        raise UserError(
+            f"--picture={arguments.picture}: no such folder; make {arguments.picture.parent} first."
+        )
     recipe = recipe_of(arguments)
     machine = Machine(*changed(gpu(arguments.gpu), Achieved(), _numbers(arguments.set)))
     text = arguments.text_tokens
     found = planner.plan(recipe, arguments.gpus, machine, arguments.ranks_per_node, text)
-    changes = [] if found.fits else planner.advice(found, arguments.recipe, arguments.overrides, text)
+    changes = (
+        [] if found.fits else planner.advice(found, arguments.recipe, arguments.overrides, text)
+    )
     plans = planner.curve(recipe, machine, arguments.ranks_per_node, text)
     simulated = _simulate(found) if arguments.simulate else None
     if arguments.picture:
@@ -99,13 +132,16 @@ def _simulate(found: "Plan") -> dict[str, Any]:
 
     job, left_out = _alone(found.subject.job)
     if job.lora:
-        raise UserError("--simulate: peft cannot make adapters of tensors without contents; leave --simulate out.")
+        raise UserError(
+            "--simulate: peft cannot make adapters of tensors without contents; leave --simulate out."
+        )
     if job.recipe.distributed.offload:
         raise UserError(
-            "--simulate: a rank without a GPU has no other memory to offload to; leave --simulate out, or set "
-            "distributed.offload=false."
+            "--simulate: a rank without a GPU has no other memory to offload to; leave --simulate "
+            "out, or set distributed.offload=false."
         )
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # none is changed
+    # none is changed
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     from fastgrpo.tools.plan import phases
     from fastgrpo.tools.plan.costs import compute, memory
     from fastgrpo.tools.plan.simulation.rank import Sizes, simulate
@@ -113,18 +149,38 @@ def _simulate(found: "Plan") -> dict[str, Any]:
 
     recipe, network = job.recipe, network_config(job.recipe)[0]
     whole = phases.holds_whole(found.subject, found.machine)
-    exact = simulate(recipe, network, Sizes(job.latent, job.text), job.gpus, job.ranks_per_node, whole=whole)
+    exact = simulate(
+        recipe, network, Sizes(job.latent, job.text), job.gpus, job.ranks_per_node, whole=whole
+    )
     batch, drawn = recipe.optimizer.batch_size, recipe.rollout.at_once
     sent = compute.micro_batch(job, batch)
     rows = {
-        "update: peak GiB": (exact.update_peak / GIB, sum(memory.update(job, batch, False).values()) / GIB),
-        "update: forward TFLOP": (exact.forward_flops / 1e12, compute.forward(job, batch).total / 1e12),
+        "update: peak GiB": (
+            exact.update_peak / GIB,
+            sum(memory.update(job, batch, False).values()) / GIB,
+        ),
+        "update: forward TFLOP": (
+            exact.forward_flops / 1e12,
+            compute.forward(job, batch).total / 1e12,
+        ),
         "update: all TFLOP": (exact.update_flops / 1e12, compute.update(job, batch).total / 1e12),
         "update: gathered GiB": (exact.update_sent.get("all-gather", 0) / GIB, sent.gather / GIB),
-        "update: scattered GiB": (exact.update_sent.get("reduce-scatter", 0) / GIB, sent.scatter / GIB),
-        "update: exchanged GiB": (exact.update_sent.get("all-to-all", 0) / GIB, sent.exchange / GIB),
-        "rollout: peak GiB": (exact.rollout_peak / GIB, sum(memory.rollout(job, drawn, whole).values()) / GIB),
-        "rollout: forward TFLOP": (exact.rollout_flops / 1e12, compute.forward(job, drawn).total / 1e12),
+        "update: scattered GiB": (
+            exact.update_sent.get("reduce-scatter", 0) / GIB,
+            sent.scatter / GIB,
+        ),
+        "update: exchanged GiB": (
+            exact.update_sent.get("all-to-all", 0) / GIB,
+            sent.exchange / GIB,
+        ),
+        "rollout: peak GiB": (
+            exact.rollout_peak / GIB,
+            sum(memory.rollout(job, drawn, whole).values()) / GIB,
+        ),
+        "rollout: forward TFLOP": (
+            exact.rollout_flops / 1e12,
+            compute.forward(job, drawn).total / 1e12,
+        ),
     }
     return {"compared": rows, "left_out": left_out, "seconds": exact.seconds, **exact.as_dict()}
 

@@ -22,9 +22,9 @@ def add_status(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command = commands.add_parser(
         "status",
         help="where each rank of a run is, and which one seems dead or hung",
-        description="Read the heartbeats in a run folder, from any machine that sees it: iteration, phase, for how "
-        "long, when last heard and the innermost functions of each rank, those in trouble first. The exit code is 1 "
-        "where a rank failed or seems dead or hung.",
+        description="Read the heartbeats in a run folder, from any machine that sees it: "
+        "iteration, phase, for how long, when last heard and the innermost functions of each rank, "
+        "those in trouble first. The exit code is 1 where a rank failed or seems dead or hung.",
     )
     command.set_defaults(action=_run_status)
     command.add_argument("run", type=Path, help="a run folder, such as runs/t2v_tiny")
@@ -33,8 +33,8 @@ def add_status(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         type=positive,
         default=60,
         metavar="SECONDS",
-        help="silent for longer: dead; in a phase for longer, and three times as long as ever before: hung "
-        "(default: %(default)s)",
+        help="silent for longer: dead; in a phase for longer, and three times as long as ever "
+        "before: hung (default: %(default)s)",
     )
 
 

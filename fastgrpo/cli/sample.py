@@ -7,8 +7,9 @@ from typing import Any
 
 from fastgrpo.cli.options import add_which_weights, positive, step_of
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.units import GIB, MIB
 
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": MIB, "GIB": GIB}
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -22,21 +23,44 @@ def _add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command = commands.add_parser(
         "sample",
         help="clips or images from a base model, a checkpoint or an export",
-        description="Sample with the ODE sampler: mp4 or png files, a contact sheet and a manifest in one folder. "
-        "Runs in this process or, under torchrun, over all ranks: prompt and seed give the same clip on any number.",
+        description="Sample with the ODE sampler: mp4 or png files, a contact sheet and a manifest "
+        "in one folder. Runs in this process or, under torchrun, over all ranks: prompt and seed "
+        "give the same clip on any number.",
     )
     command.set_defaults(action=_run_sample)
     command.add_argument(
-        "source", help="a recipe (its base model), a run folder, an export or another folder in the diffusers layout"
+        "source",
+        help="a recipe (its base model), a run folder, an export or another folder in the diffusers layout",
     )
     add = command.add_argument_group("what").add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
     add("--prompts", metavar="FILE", help="a file of prompts (default: the recipe's held-out ones)")
-    add("--image", type=Path, metavar="FILE", help="reference image of every --prompt, for image-to-video")
+    add(
+        "--image",
+        type=Path,
+        metavar="FILE",
+        help="reference image of every --prompt, for image-to-video",
+    )
     add("--limit", type=positive, metavar="N", help="the first N prompts")
-    add("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="one clip per prompt and seed (default: 0)")
-    add("--against-base", action="store_true", help="also the base model's clip of the same noise, side by side")
-    add("--out", type=Path, metavar="DIR", help="folder to write (default for a run: RUN/samples/step-N)")
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        metavar="SEED",
+        help="one clip per prompt and seed (default: 0)",
+    )
+    add(
+        "--against-base",
+        action="store_true",
+        help="also the base model's clip of the same noise, side by side",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to write (default for a run: RUN/samples/step-N)",
+    )
     add("--overwrite", action="store_true", help="replace the samples in that folder")
     add_which_weights(command)
     add = command.add_argument_group("how, in place of the recipe's").add_argument
@@ -48,10 +72,24 @@ def _add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         ("negative-prompt", str, "text of the unconditional branch"), ("dtype", str, "float32 or bfloat16"),
     ):  # fmt: skip
         add(f"--{key}", type=kind, metavar=key.upper(), help=text)
-    add("--set", action="append", default=[], metavar="section.key=value", help="any recipe key; may be repeated")
-    add("--batch-size", type=positive, default=1, metavar="N", help="clips of one prompt per forward pass (default: 1)")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        help="any recipe key; may be repeated",
+    )
+    add(
+        "--batch-size",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="clips of one prompt per forward pass (default: 1)",
+    )
     add = command.add_argument_group("a folder without a recipe").add_argument
-    add("--recipe", type=Path, metavar="FILE", help="the recipe of a folder in the diffusers layout")
+    add(
+        "--recipe", type=Path, metavar="FILE", help="the recipe of a folder in the diffusers layout"
+    )
     add("--family", metavar="NAME", help="or only its family, with --frames, --height and --width")
 
 
@@ -60,8 +98,9 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command = commands.add_parser(
         "export",
         help="a checkpoint as a folder that diffusers loads",
-        description="Write a run's checkpoint as a folder that DiffusionPipeline.from_pretrained loads, the network as "
-        "safetensors and the other parts copied from the base model. One tensor is in memory at a time.",
+        description="Write a run's checkpoint as a folder that DiffusionPipeline.from_pretrained "
+        "loads, the network as safetensors and the other parts copied from the base model. One "
+        "tensor is in memory at a time.",
     )
     command.set_defaults(action=_run_export)
     command.add_argument("run", type=Path, help="a run folder")
@@ -69,9 +108,16 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add_which_weights(command)
     add = command.add_argument
     add(
-        "--lora", choices=("apart", "merged"), help="adapters as a file of their own (default), or folded into the base"
+        "--lora",
+        choices=("apart", "merged"),
+        help="adapters as a file of their own (default), or folded into the base",
     )
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the network (%(default)s)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the network (%(default)s)",
+    )
     add(
         "--max-shard-size",
         default="5GB",
@@ -142,8 +188,13 @@ def changes(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "rollout": ("steps", "shift"),
         "model": ("guidance", "cfg", "negative_prompt", "dtype"),
     }
-    given = {section: {key: getattr(arguments, key) for key in names} for section, names in keys.items()}
-    return {section: {k: v for k, v in values.items() if v is not None} for section, values in given.items()}
+    given = {
+        section: {key: getattr(arguments, key) for key in names} for section, names in keys.items()
+    }
+    return {
+        section: {k: v for k, v in values.items() if v is not None}
+        for section, values in given.items()
+    }
 
 
 def shard_bytes(text: str) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.units import MIB
 
 if TYPE_CHECKING:
     from fastgrpo.core.config import RewardSpec
@@ -21,10 +22,11 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     serve = commands.add_parser(
         "serve-rewards",
         help="serve rewards over HTTP",
-        description="Serve rewards over HTTP: the ones named, with their settings at their defaults, or with --recipe "
+        description="Serve rewards over HTTP: the ones named, with their settings at their "
+        "defaults, or with --recipe "
         'those of a recipe that have where = "server". The bearer token is read from --token-file, or from the '
-        "environment variable FASTGRPO_TOKEN. Binding beyond this machine needs --token-file. SIGTERM ends it in good "
-        "order. See docs/guides/rewards/server.md.",
+        "environment variable FASTGRPO_TOKEN. Binding beyond this machine needs --token-file. "
+        "SIGTERM ends it in good order. See docs/guides/rewards/server.md.",
     )
     serve.set_defaults(action=serve_rewards)
     serve.add_argument(
@@ -33,14 +35,33 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="NAME",
         help="files of rewards/, such as tiny_world; with --recipe: section.key=value overrides",
     )
-    serve.add_argument("--recipe", type=Path, help="serve this recipe's [[rewards]], with their settings")
-    serve.add_argument("--only", action="append", metavar="NAME", help="of the recipe's rewards only this one; repeat")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    serve.add_argument("--port", type=int, default=8700, help="0 takes a free one (default: %(default)s)")
-    serve.add_argument("--token-file", type=Path, help="file with the bearer token that clients must send")
-    serve.add_argument("--ready-file", type=Path, help="written with url and pid once the server listens")
     serve.add_argument(
-        "--max-waiting", type=int, default=1024, metavar="MIB", help="clips read or waiting (default: %(default)s MiB)"
+        "--recipe", type=Path, help="serve this recipe's [[rewards]], with their settings"
+    )
+    serve.add_argument(
+        "--only",
+        action="append",
+        metavar="NAME",
+        help="of the recipe's rewards only this one; repeat",
+    )
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+    )
+    serve.add_argument(
+        "--port", type=int, default=8700, help="0 takes a free one (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--token-file", type=Path, help="file with the bearer token that clients must send"
+    )
+    serve.add_argument(
+        "--ready-file", type=Path, help="written with url and pid once the server listens"
+    )
+    serve.add_argument(
+        "--max-waiting",
+        type=int,
+        default=1024,
+        metavar="MIB",
+        help="clips read or waiting (default: %(default)s MiB)",
     )
     serve.add_argument(
         "--batch-wait", type=float, default=10.0, metavar="MS",
@@ -52,15 +73,25 @@ def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     convert = commands.add_parser(
         "convert-videoalign",
         help="make VideoAlign's published checkpoint one safetensors file",
-        description="Fold the adapters of a published VideoAlign (VideoReward) folder into its weights and write them "
-        "as one safetensors file with its origin. A server loads that instead, without a pickle; scores are equal.",
+        description="Fold the adapters of a published VideoAlign (VideoReward) folder into its "
+        "weights and write them as one safetensors file with its origin. A server loads that "
+        "instead, without a pickle; scores are equal.",
     )
     convert.set_defaults(action=_run_convert)
-    convert.add_argument("source", metavar="SRC", type=Path, help="the folder with model_config.json and checkpoint-N")
-    convert.add_argument("target", metavar="DST", type=Path, help="a new folder, or SRC itself")
-    convert.add_argument("--base", help="folder or hub id of Qwen2-VL-2B-Instruct (default: what SRC names)")
     convert.add_argument(
-        "--dtype", choices=("bfloat16",), help="a smaller file, for rewards.dtype=bfloat16 alone (default: exact)"
+        "source",
+        metavar="SRC",
+        type=Path,
+        help="the folder with model_config.json and checkpoint-N",
+    )
+    convert.add_argument("target", metavar="DST", type=Path, help="a new folder, or SRC itself")
+    convert.add_argument(
+        "--base", help="folder or hub id of Qwen2-VL-2B-Instruct (default: what SRC names)"
+    )
+    convert.add_argument(
+        "--dtype",
+        choices=("bfloat16",),
+        help="a smaller file, for rewards.dtype=bfloat16 alone (default: exact)",
     )
 
 
@@ -72,7 +103,9 @@ def serve_rewards(arguments: argparse.Namespace) -> None:
 
     file = arguments.token_file
     if file is None and arguments.host not in ("127.0.0.1", "localhost", "::1"):
-        raise UserError(f"--host={arguments.host}: reachable from other machines; give --token-file, too.")
+        raise UserError(
+            f"--host={arguments.host}: reachable from other machines; give --token-file, too."
+        )
     token = os.environ.get("FASTGRPO_TOKEN", "")
     if file is not None:
         try:
@@ -82,11 +115,17 @@ def serve_rewards(arguments: argparse.Namespace) -> None:
     if not token:
         raise UserError("--token-file: no token; give a file with one, or set FASTGRPO_TOKEN.")
     if not token.isascii() or not token.isprintable():
-        raise UserError("FASTGRPO_TOKEN: no usable token; set it to one line of printable characters.")
+        raise UserError(
+            "FASTGRPO_TOKEN: no usable token; set it to one line of printable characters."
+        )
     if arguments.max_waiting < 1 or not 0 <= arguments.batch_wait <= 10_000:
         raise UserError("--max-waiting, --batch-wait: must be at least 1 MiB, and 0 to 10000 ms.")
-    limits = Limits(max_waiting=arguments.max_waiting * 2**20, batch_wait_s=arguments.batch_wait / 1e3)
-    app.serve(served_specs(arguments), arguments.host, arguments.port, token, arguments.ready_file, limits)
+    limits = Limits(
+        max_waiting=arguments.max_waiting * MIB, batch_wait_s=arguments.batch_wait / 1e3
+    )
+    app.serve(
+        served_specs(arguments), arguments.host, arguments.port, token, arguments.ready_file, limits
+    )
 
 
 def served_specs(arguments: argparse.Namespace) -> "list[RewardSpec]":
@@ -96,19 +135,23 @@ def served_specs(arguments: argparse.Namespace) -> "list[RewardSpec]":
 
     if arguments.recipe is None:
         if not arguments.rewards or arguments.only:
-            raise UserError("serve-rewards: nothing to serve; name rewards, or give --recipe (and then --only).")
+            raise UserError(
+                "serve-rewards: nothing to serve; name rewards, or give --recipe (and then --only)."
+            )
         return [plain(name) for name in arguments.rewards]
     recipe = config.load(arguments.recipe, arguments.rewards)
     specs = [spec for spec in recipe.rewards if spec.where == "server"]
     missing = [name for name in arguments.only or () if name not in [spec.name for spec in specs]]
     if not specs:
         raise UserError(
-            f"--recipe={arguments.recipe}: no reward with where='server'; it has none. Add rewards.0.where=server to "
-            f"serve {recipe.rewards[0].name}."
+            f"--recipe={arguments.recipe}: no reward with where='server'; it has none. Add "
+            f"rewards.0.where=server to serve {recipe.rewards[0].name}."
         )
     if missing:
         has = ", ".join(spec.name for spec in specs)
-        raise UserError(f"--only={missing[0]}: {arguments.recipe} has no such reward with where='server', only {has}.")
+        raise UserError(
+            f"--only={missing[0]}: {arguments.recipe} has no such reward with where='server', only {has}."
+        )
     return [spec for spec in specs if not arguments.only or spec.name in arguments.only]
 
 

@@ -5,8 +5,7 @@ import os
 from pathlib import Path
 
 from fastgrpo.cli.options import add_recipe, recipe_of
-from fastgrpo.cli.torchrun import processes_to_start, replace_by_torchrun
-from fastgrpo.core.processes import leave, rank
+from fastgrpo.core.processes import leave, processes_to_start, rank, replace_by_torchrun
 
 
 def add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -14,15 +13,15 @@ def add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     train = commands.add_parser(
         "train",
         help="run a recipe, resuming where it stopped",
-        description="Run a recipe in this process, or, under torchrun, as one of its ranks. A run folder that "
-        "already holds a checkpoint of the same recipe is resumed. Ends with the held-out rewards before and after, in "
-        "run.dir/summary.json and run.dir/report.html.",
+        description="Run a recipe in this process, or, under torchrun, as one of its ranks. A run "
+        "folder that already holds a checkpoint of the same recipe is resumed. Ends with the "
+        "held-out rewards before and after, in run.dir/summary.json and run.dir/report.html.",
     )
     check = commands.add_parser(
         "check",
         help="check a recipe and print it resolved",
-        description="Read a recipe with its overrides, check it and the files it names, and print it in full. Nothing "
-        "is loaded and nothing is written.",
+        description="Read a recipe with its overrides, check it and the files it names, and print "
+        "it in full. Nothing is loaded and nothing is written.",
     )
     train.set_defaults(action=_run_train)
     check.set_defaults(action=_run_check)
@@ -35,11 +34,12 @@ def add_preflight(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     command = commands.add_parser(
         "preflight",
         help="check a recipe on this machine before training",
-        description="Before a large run: ratio 1 at the recipe's batch sizes, gradients and weights equal on "
-        "replicas, shared sequences equal to whole ones, noise, the rewards' golden clips, decoding, a checkpoint "
-        "saved and loaded, room for checkpoints, and seconds and memory per phase. A green or red line each, with the "
-        "remedy. Alone on a machine with several GPUs it starts one process per GPU; under torchrun it is one of the "
-        "ranks. The exit code is 1 where a line is red. See docs/guides/preflight.md.",
+        description="Before a large run: ratio 1 at the recipe's batch sizes, gradients and "
+        "weights equal on replicas, shared sequences equal to whole ones, noise, the rewards' "
+        "golden clips, decoding, a checkpoint saved and loaded, room for checkpoints, and seconds "
+        "and memory per phase. A green or red line each, with the remedy. Alone on a machine with "
+        "several GPUs it starts one process per GPU; under torchrun it is one of the ranks. The "
+        "exit code is 1 where a line is red. See docs/guides/preflight.md.",
     )
     command.set_defaults(action=_run_preflight)
     add_recipe(command)
@@ -50,9 +50,10 @@ def add_embed(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     embed = commands.add_parser(
         "embed",
         help="encode a recipe's prompts beforehand",
-        description="Put every prompt of a recipe through the model's text encoders and keep the conditions in "
-        "prompts.cache, or else in run.dir/embeddings. `train` does the same where it is missing. Runs in this process "
-        "or, under torchrun, over all ranks; started again after a kill it goes on with what is missing.",
+        description="Put every prompt of a recipe through the model's text encoders and keep the "
+        "conditions in prompts.cache, or else in run.dir/embeddings. `train` does the same where "
+        "it is missing. Runs in this process or, under torchrun, over all ranks; started again "
+        "after a kill it goes on with what is missing.",
     )
     embed.set_defaults(action=_run_embed)
     add_recipe(embed)
@@ -113,19 +114,30 @@ def print_summary(summary: dict[str, object], folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="held-out reward, before and after training (ODE sampler, same prompts and seeds)")
+    table = Table(
+        title="held-out reward, before and after training (ODE sampler, same prompts and seeds)"
+    )
     for column in ("part", "before", "after", "difference", "95 % interval"):
         table.add_column(column, justify="left" if column == "part" else "right")
-    before, after, difference, interval = (summary[key] for key in ("before", "after", "difference", "ci95"))
+    before, after, difference, interval = (
+        summary[key] for key in ("before", "after", "difference", "ci95")
+    )
     assert isinstance(before, dict) and isinstance(after, dict)
     assert isinstance(difference, dict) and isinstance(interval, dict)
     for part in before:
         low, high = interval[part]
         table.add_row(
-            part, f"{before[part]:.3f}", f"{after[part]:.3f}", f"{difference[part]:+.3f}", f"{low:+.3f} .. {high:+.3f}"
+            part,
+            f"{before[part]:.3f}",
+            f"{after[part]:.3f}",
+            f"{difference[part]:+.3f}",
+            f"{low:+.3f} .. {high:+.3f}",
         )
     console = Console()
     console.print(table)
-    console.print(f"{summary['iterations']} iterations, {summary['wall_seconds']:.0f} s of training", highlight=False)
+    console.print(
+        f"{summary['iterations']} iterations, {summary['wall_seconds']:.0f} s of training",
+        highlight=False,
+    )
     for name in ("report.html", "summary.json"):
         console.print(f"{folder / name}", highlight=False)

@@ -17,25 +17,62 @@ from typing import IO, Any
 from fastgrpo.core.errors import UserError
 
 
-def read_json(file: Path, where: str, remedy: str) -> dict[str, Any]:
-    """A JSON object. Raises UserError where the file holds none.  where: the recipe key;  remedy: what to do"""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: {file} cannot be read ({error}); {remedy}.") from None
+def load_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises OSError, ValueError where the file is no JSON, TypeError where it is other JSON.
+    """
+    content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise UserError(f"{where}: {file} is not a JSON object; {remedy}.")
+        raise TypeError(f"{file} is not a JSON object")
     return content
 
 
-def replace_text(file: Path, text: str) -> None:
-    """Replace a file as a whole: a kill or an OSError, which is raised, leaves the old one or the new one.
+def read_json(file: Path, where: str, remedy: str) -> dict[str, Any]:
+    """A JSON object. Raises UserError where the file holds none.
 
-    Of several processes that do so at once, on any machine, the last one's is left.
+    where: the recipe key;  remedy: what to do
+    """
+    try:
+        return load_json(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: {file} cannot be read ({error}); {remedy}.") from None
+    except TypeError:
+        raise UserError(f"{where}: {file} is not a JSON object; {remedy}.") from None
+
+
+def read_json_or_none(file: Path) -> dict[str, Any] | None:
+    """A JSON object; None where the file is missing, damaged or holds something else."""
+    try:
+        return load_json(file)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def replace_text(file: Path, text: str, on_disk: bool = False) -> None:
+    """Replace a UTF-8 file as a whole, see `replacing`.  on_disk: wait until the disk has it"""
+    with replacing(file, on_disk) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def replace_bytes(file: Path, content: bytes, on_disk: bool = False) -> None:
+    """Replace a file as a whole, see `replacing`.  on_disk: wait until the disk has it"""
+    with replacing(file, on_disk) as partial:
+        partial.write_bytes(content)
+
+
+@contextmanager
+def replacing(file: Path, on_disk: bool = False) -> Iterator[Path]:
+    """Give a path to write; where the body ends well that file takes the place of `file`.
+
+    A kill or an OSError, which is raised, leaves the old file or the new one. Of several processes
+    that do so at once, on any machine, the last one's is left.
     """
     partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
+        if on_disk:
+            flush(partial)
         os.replace(partial, file)
     except OSError:
         partial.unlink(missing_ok=True)
@@ -52,16 +89,14 @@ def flush(path: Path) -> None:
 
 
 def sha256(file: Path) -> str:
-    """Of the content, in hexadecimal."""
+    """SHA-256 of a file's content, in hexadecimal."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 PATIENCE_S = 10.0  # a killed run's other processes take a moment to go
-
-
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
-"""Errors of file systems without file locks: Lustre mounted without `flock`, NFS without its lock service."""
+"""Errors of file systems without locks: Lustre without `flock`, NFS without its lock service."""
 
 
 @contextmanager
@@ -79,10 +114,11 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 
 def take_lock(folder: Path, key: str) -> IO[str] | None:
-    """The folder's lock, ours until it is closed or this process ends in whatever way; none where another has it.
+    """The lock of a folder, until it is closed or this process ends; None where another has it.
 
-    A file system without file locks gives it to everyone, with a line on stderr: it guards against a second run alone,
-    and many clusters have no other place.  key: the recipe's, of the folder
+    A file system without file locks gives the lock to everyone, with a line on stderr: the lock
+    guards against a second run alone, and many clusters have no other place.
+    key: the recipe's, of the folder
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / "lock").open("a")
@@ -95,21 +131,24 @@ def take_lock(folder: Path, key: str) -> IO[str] | None:
         if error.errno not in NO_LOCKS:
             lock.close()
             raise
-        print(
-            f"fastgrpo: {key}={folder}: its file system has no file locks ({error.strerror}), so a second process "
-            "there would not be noticed; start none, or have it mounted with them (Lustre: flock; NFS: lockd).",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        message = (
+            f"fastgrpo: {key}={folder}: its file system has no file locks ({error.strerror}), so a "
+            "second process there would not be noticed; start none, or have it mounted with them "
+            "(Lustre: flock; NFS: lockd)."
+        )
+        print(message, file=sys.stderr, flush=True)
     return lock
 
 
 @contextmanager
 def whole_folder(folder: Path, option: str, replaces: str | None = None) -> Iterator[Path]:
-    """Give the folder `folder`.partial to write into; where the body ends well it becomes `folder`, else it goes.
+    """Give the folder `folder`.partial to write into.
 
-    option: what the user typed it after, for messages
-    replaces: a file by which an existing folder is known to be an earlier one of these, which the new one replaces;
-        none = an existing folder is refused
+    Where the body ends well the folder gets its name, else it is removed.
+
+    option: what the user typed before the folder, for messages
+    replaces: a file by which an existing folder is known to be an earlier one of these, which the
+        new one replaces; None: an existing folder is refused
     Raises UserError where the folder exists or the disk refuses.
     """
     target = folder.resolve()
@@ -139,13 +178,21 @@ def check_free(folder: Path, option: str, replaces: str | None) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if replaces is None:
-        raise UserError(f"{option}={folder}: exists already; choose another folder, or remove it first.")
+        raise UserError(
+            f"{option}={folder}: exists already; choose another folder, or remove it first."
+        )
     if not (folder / replaces).is_file():
-        raise UserError(f"{option}={folder}: has no {replaces}, so it is not replaced; choose another folder.")
+        raise UserError(
+            f"{option}={folder}: has no {replaces}, so it is not replaced; choose another folder."
+        )
 
 
 def refused(folder: Path, option: str, error: OSError) -> UserError:
-    """The one line for what the operating system said against writing `folder`."""
+    """The one-line error for what the operating system said against writing `folder`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"{option}={folder}: no space left on the disk; free some and start again.")
-    return UserError(f"{option}={folder}: {error.filename}: {error.strerror}; choose another folder or correct that.")
+        return UserError(
+            f"{option}={folder}: no space left on the disk; free some and start again."
+        )
+    return UserError(
+        f"{option}={folder}: {error.filename}: {error.strerror}; choose another folder or correct that."
+    )

@@ -1,4 +1,4 @@
-"""Memory: the peak since the last reading, of the GPU's allocator and of the process; and what is free."""
+"""Memory: peaks of the GPU's allocator and of the process, and what is free."""
 
 import contextlib
 import os
@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-GIB = 2.0**30
-
+from fastgrpo.core.processes import local_world_size
+from fastgrpo.core.units import GIB
 
 KINDS = ("allocated", "reserved", "resident")
-"""What is read, in GiB: by tensors on the GPU; held by PyTorch's allocator for them; host memory of the process.
+"""Kinds of memory, in GiB: of tensors on the GPU, held by PyTorch's allocator, of the process.
 
-Resident is VmHWM of /proc/self/status, set back through /proc/self/clear_refs. Where the kernel refuses that it is
-VmRSS at the reading, which misses what came and went in between. Without a GPU the first two are 0.
+Resident is VmHWM of /proc/self/status, set back through /proc/self/clear_refs. Where the kernel
+refuses that it is VmRSS at the reading, which misses what came and went in between. Without a GPU
+the first two are 0.
 """
 
 
@@ -29,14 +30,16 @@ class Peaks:
         """The KINDS of the time since the last reading, in GiB; of this process alone."""
         allocated, reserved = 0.0, 0.0
         if self.gpu:
-            allocated, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+            allocated = torch.cuda.max_memory_allocated() / GIB
+            reserved = torch.cuda.max_memory_reserved() / GIB
         resident = self._resident()
         self._restart()
         return allocated, reserved, resident
 
     def _resident(self) -> float:
         with contextlib.suppress(OSError):  # not Linux
-            for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+            for line in status.splitlines():
                 if line.startswith(self.field):
                     return int(line.split()[1]) * 1024 / GIB
         return 0.0
@@ -60,18 +63,25 @@ class Peaks:
 def free_memory(device: torch.device) -> float:
     """Bytes that this rank may still take: of its GPU, or its share of the machine's memory."""
     if device.type == "cuda":
-        held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by the allocator, free for us
+        # the allocator's, free for this rank
+        held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return float(torch.cuda.mem_get_info()[0] + held)
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    available = next(
+        int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")
+    )
+    return available / local_world_size()
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in pinned host memory; from a GPU it is only under way, and the host goes on. On the CPU, the tensor.
+    """A copy of a GPU's tensor in pinned host memory; a tensor of the CPU is returned itself.
 
-    Work that is queued on the same stream sees it whole; the host itself must wait for the stream first.
+    The copy is under way when this returns. Work that is queued on the same stream sees all of it;
+    the host itself must wait for the stream first.
+
+    tensor: [...] of any dtype;  returns [...] of the same shape and dtype
     """
     if not tensor.is_cuda:
         return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)

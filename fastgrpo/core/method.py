@@ -40,4 +40,6 @@ def check_noise(recipe: "Recipe") -> None:
     """Raise UserError where a method that needs noisy steps has none."""
     eta = recipe.rollout.eta
     if eta <= 0:
-        raise UserError(f"rollout.eta={eta}: GRPO needs a stochastic sampler; use eta > 0 (0.3 in the paper).")
+        raise UserError(
+            f"rollout.eta={eta}: GRPO needs a stochastic sampler; use eta > 0 (0.3 in the paper)."
+        )

@@ -16,11 +16,15 @@ class Prompt:
     """What one group of samples is drawn for."""
 
     text: str
-    image: Path | None = None  # the reference image of image-to-video: a picture, or a video whose first frame is meant
+    image: Path | None = (
+        None  # the reference image of image-to-video: a picture, or a video whose first frame is meant
+    )
     place: str = field(default="", compare=False)  # recipe key, file and row, for messages
 
 
-Condition = Mapping[str, Tensor]  # what the network is conditioned on; one prompt's without, a batch's with a first dim
+Condition = Mapping[
+    str, Tensor
+]  # what the network is conditioned on; one prompt's without, a batch's with a first dim
 
 
 class Encoder(Protocol):
@@ -69,7 +73,9 @@ class Policy(Protocol):
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's prediction, guidance included. x: [B, C, F, H, W] float32;  t: [B];  returns like x."""
 
-    def transition(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    def transition(
+        self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float
+    ) -> tuple[Tensor, Tensor]:
         """Mean and std of p(x_next | x), see fastgrpo.algorithm.transitions."""
 
     def clean_estimate(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:

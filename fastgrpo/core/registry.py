@@ -15,7 +15,9 @@ NOTHING = object()
 
 def names(folder: Path, entry: str) -> tuple[str, ...]:
     """The files of a folder that define `entry` at their top level, by name, sorted."""
-    return tuple(file.stem for file in sorted(folder.glob("[!_]*.py")) if entry in _definitions(file))
+    return tuple(
+        file.stem for file in sorted(folder.glob("[!_]*.py")) if entry in _definitions(file)
+    )
 
 
 def top_level(file: Path) -> tuple[str, ...]:
@@ -45,10 +47,16 @@ def _run(file: Path, name: str, changed: int) -> Any:
         for number in definitions.get(waiting.pop(), ()):
             if number not in wanted:
                 wanted.add(number)
-                waiting += [node.id for node in ast.walk(tree.body[number]) if isinstance(node, ast.Name)]
-    tree = ast.Module([statement for number, statement in enumerate(tree.body) if number in wanted], [])
+                waiting += [
+                    node.id for node in ast.walk(tree.body[number]) if isinstance(node, ast.Name)
+                ]
+    tree = ast.Module(
+        [statement for number, statement in enumerate(tree.body) if number in wanted], []
+    )
     space: dict[str, Any] = {"__name__": f"{__name__}:{file.stem}", "__file__": str(file)}
-    exec(compile(tree, str(file), "exec", dont_inherit=True), space)  # our own file, of which an import would run more
+    exec(
+        compile(tree, str(file), "exec", dont_inherit=True), space
+    )  # our own file, of which an import would run more
     return space[name]
 
 
@@ -75,4 +83,9 @@ def _bound(statement: ast.stmt) -> Iterator[str]:
             yield from ((alias.asname or alias.name).partition(".")[0] for alias in statement.names)
         case ast.Assign() | ast.AnnAssign() | ast.AugAssign():
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            yield from (node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name))
+            yield from (
+                node.id
+                for target in targets
+                for node in ast.walk(target)
+                if isinstance(node, ast.Name)
+            )

@@ -10,14 +10,16 @@ import struct
 from collections.abc import MutableMapping
 from fcntl import ioctl
 
+from fastgrpo.core.processes import local_world_size, world_size
+
 CHOSEN = "GLOO_SOCKET_IFNAME"
 
 
 def choose(environment: MutableMapping[str, str] = os.environ) -> None:
     """Name gloo's interface where a run spans several nodes and nobody has: the one on the way to MASTER_ADDR."""
-    if CHOSEN in environment or "WORLD_SIZE" not in environment:
+    if CHOSEN in environment:
         return
-    if int(environment["WORLD_SIZE"]) == int(environment.get("LOCAL_WORLD_SIZE", "1")):
+    if world_size(environment) == local_world_size(environment=environment):
         return
     name = towards(environment["MASTER_ADDR"])
     if name is not None:

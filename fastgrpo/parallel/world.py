@@ -6,7 +6,6 @@ same path.
 """
 
 import errno
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastgrpo.core.config import Distributed
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.processes import die_with_torchrun
+from fastgrpo.core.processes import die_with_torchrun, local_rank, local_world_size, under_torchrun
 from fastgrpo.parallel import interface
 from fastgrpo.parallel.mesh import mesh_shape
 
@@ -160,23 +159,23 @@ def open_world(settings: Distributed | None = None) -> Iterator[World]:
     interface.choose()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        ranks, gpus = local_world_size(), torch.cuda.device_count()
         if ranks > gpus:
             raise UserError(
                 f"--nproc-per-node={ranks}: {ranks} processes for {gpus} GPUs; start {gpus}, or set "
                 "CUDA_VISIBLE_DEVICES= to train on the CPU."
             )
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # offloaded gradients are reduced on the CPU
-    if "RANK" in os.environ:
+    if under_torchrun():
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     try:
         settings = settings or Distributed()
         rank, size = dist.get_rank(), dist.get_world_size()
-        replicas, shards = mesh_shape(settings, size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        replicas, shards = mesh_shape(settings, size, local_world_size(size))
         if replicas == 1:
             mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
         else:

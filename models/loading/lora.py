@@ -6,7 +6,6 @@ average and in checkpoints, under the names `LAYER.lora_A.default.weight` [rank,
 "model" or the "ema" part of a checkpoint. Only `add_adapters` needs peft.
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from fastgrpo.algorithm import noise
 from fastgrpo.core.config import Lora
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import replacing
 
 ATTENTION = (  # the names that diffusers' networks give the projections of their attention
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -135,9 +135,8 @@ def save_adapters(
             adapters[f"{part}.{name.removesuffix(UP)}.lora_B.weight"] = scaled.to("cpu", dtype).contiguous()
     if not adapters:
         raise UserError(f"{file}: the checkpoint has no adapters (lora.rank was 0); export the whole network.")
-    partial = file.with_suffix(".partial")
-    save_file(adapters, partial, metadata={"format": "pt"})
-    os.replace(partial, file)
+    with replacing(file) as partial:
+        save_file(adapters, partial, metadata={"format": "pt"})
 
 
 def merged(name: str, base: Tensor, state: Mapping[str, Tensor], settings: Lora) -> Tensor:

@@ -185,7 +185,7 @@ def test_an_upward_import_in_a_file_is_seen(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_every_package_has_a_face() -> None:
     """A docstring that says what lives there, and what to read first where there is a choice."""
-    for package, folder in setup_arguments()["packages"].items():
+    for folder in setup_arguments()["packages"].values():
         face = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text()))
         assert face, f"{folder}/__init__.py: no docstring"
         choice = [path for path in (ROOT / folder).glob("*.py") if path.stem.strip("_") not in ("init", "main")]

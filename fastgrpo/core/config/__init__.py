@@ -4,7 +4,15 @@ Read `sections.py` first: the keys and what they mean. `checks.py` has what does
 Imports core.errors and core.files.
 """
 
-from fastgrpo.core.config.loading import all_keys, describe, load, parse, read_tree, read_value, section
+from fastgrpo.core.config.loading import (
+    all_keys,
+    describe,
+    load,
+    parse,
+    read_tree,
+    read_value,
+    section,
+)
 from fastgrpo.core.config.sections import (
     Checkpoint,
     Distributed,

@@ -1,4 +1,4 @@
-"""A recipe file and `section.key=value` overrides to a checked recipe, or to one line that says what is wrong."""
+"""A checked recipe from a file and overrides, or one line that says what is wrong."""
 
 import difflib
 import os
@@ -19,8 +19,8 @@ S = TypeVar("S", bound=Section)
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply `section.key=value` overrides.
 
-    Raises UserError, in one line, for a missing file, a syntax error, an unknown key, a wrong type or values that do
-    not go together.
+    Raises UserError, in one line, for a missing file, a syntax error, an unknown key, a wrong type
+    or values that do not go together.
     """
     tree = read_tree(path)
     for override in overrides:
@@ -29,11 +29,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """A recipe file as it stands, its paths resolved. Raises UserError where it is missing or not TOML."""
+    """A recipe file as it stands, its paths resolved.
+
+    Raises UserError where it is missing or not TOML.
+    """
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"recipe={path}: no such file; give the path of a recipe, e.g. launch/t2v_tiny.toml.") from None
+        raise UserError(
+            f"recipe={path}: no such file; give the path of a recipe, e.g. launch/t2v_tiny.toml."
+        ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"recipe={path}: not a TOML file ({error}).") from None
     _resolve_paths(tree, path.resolve().parent)
@@ -59,28 +64,36 @@ def section(kind: type[S], name: str, values: Mapping[str, Any]) -> S:
 
 
 def _resolve_paths(tree: dict[str, Any], base: Path) -> None:
-    """Make `./` and `../` values of the file relative to the file, in place; run.dir stays as it is."""
+    """Make `./` and `../` values of the file relative to the file, in place.
+
+    `run.dir` stays as it is.
+    """
 
     def resolved(value: Any, where: tuple[str, ...]) -> Any:
         if isinstance(value, dict):
             return {key: resolved(below, (*where, key)) for key, below in value.items()}
         if isinstance(value, list):
             return [resolved(below, where) for below in value]
-        dotted = isinstance(value, str) and value.startswith(("./", "../")) and where != ("run", "dir")
+        dotted = (
+            isinstance(value, str) and value.startswith(("./", "../")) and where != ("run", "dir")
+        )
         return os.path.normpath(base / value) if dotted else value
 
     tree.update(resolved(tree, ()))
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value`; the value is read as TOML, as a plain string where that fails, `none` as unset.
+    """Set one `section.key=value`.
 
+    The value is read as TOML, as a plain string where that fails, `none` as unset.
     `rewards=[{name=..., weights=...}]` sets the whole list.
     """
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or (len(keys) < 2 and keys != ["rewards"]):
-        raise UserError(f"override '{override}': not of the form section.key=value, e.g. run.iterations=20.")
+        raise UserError(
+            f"override '{override}': not of the form section.key=value, e.g. run.iterations=20."
+        )
     value = read_value(text)
     if isinstance(value, str) and value.startswith(("./", "../")) and keys != ["run", "dir"]:
         value = os.path.abspath(value)
@@ -91,9 +104,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         elif isinstance(node, dict):
             node = node.setdefault(key, {})
         if not isinstance(node, dict | list):
-            raise UserError(f"override '{override}': '{'.'.join(keys[: depth + 1])}' has no keys below it.")
+            raise UserError(
+                f"override '{override}': '{'.'.join(keys[: depth + 1])}' has no keys below it."
+            )
     if isinstance(node, list):
-        raise UserError(f"override '{override}': give a key of one entry, e.g. {'.'.join(keys[:-1])}.0.name=...")
+        raise UserError(
+            f"override '{override}': give a key of one entry, e.g. {'.'.join(keys[:-1])}.0.name=..."
+        )
     node[keys[-1]] = value
 
 
@@ -110,7 +127,9 @@ def read_value(text: str) -> Any:
 def _item(entries: list[Any], key: str, where: str) -> Any:
     """An entry of a list of tables, by its number."""
     if not key.isdigit() or int(key) >= len(entries):
-        raise UserError(f"override '{where}': no such entry; there are {len(entries)}, counted from 0.")
+        raise UserError(
+            f"override '{where}': no such entry; there are {len(entries)}, counted from 0."
+        )
     return entries[int(key)]
 
 
@@ -155,5 +174,6 @@ def describe() -> str:
         lines.append(f"[[{name}]]" if name == "rewards" else f"[{name}]")
         for key, info in section.model_fields.items():
             default = "required" if info.is_required() else repr(info.default)
-            lines.append(f"  {key:<24} {default:<14} {info.description or ''}".rstrip())
+            meaning = " ".join((info.description or "").split())
+            lines.append(f"  {key:<24} {default:<14} {meaning}".rstrip())
     return "\n".join(lines)

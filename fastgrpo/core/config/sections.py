@@ -1,10 +1,12 @@
 """A recipe: one TOML file plus `section.key=value` overrides, as frozen, typed models.
 
-Every field says its unit and what it does. An unknown key is an error that names the nearest key; a combination that
-cannot work is an error that names the remedy. `Recipe.to_toml` prints what a run really used.
+Every field says its unit and what it does. An unknown key is an error that names the nearest key; a
+combination that cannot work is an error that names the remedy. `Recipe.to_toml` prints what a run
+really used.
 
-Paths: in the file, a value that starts with `./` or `../` is relative to the file, so that a recipe works from any
-folder; in an override it is relative to where the command is typed, as is `run.dir` always.
+Paths: in the file, a value that starts with `./` or `../` is relative to the file, so that a recipe
+works from any folder; in an override it is relative to where the command is typed, as is `run.dir`
+always.
 """
 
 import math
@@ -18,21 +20,17 @@ if TYPE_CHECKING:
     import torch
 
 Positive = Annotated[int, Field(gt=0)]
-
-
 Count = Annotated[int, Field(ge=0)]
-
-
 Rate = Annotated[float, Field(gt=0)]
-
-
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """Common behaviour: fields cannot change after loading, and an unknown key is refused."""
+    """A part of a recipe: its fields cannot change after loading, and an unknown key is refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Run(Section):
@@ -43,38 +41,49 @@ class Run(Section):
     seed: int = 0
     """All randomness is a function of this number."""
     resume: Literal["auto", "never"] = "auto"
-    """`auto` goes on from the newest intact checkpoint in run.dir; `never` refuses a folder that already has one."""
+    """`auto` goes on from the newest intact checkpoint in run.dir; `never` refuses a folder that
+    already has one."""
     max_requeues: Count = 3
-    """How often in a row a slurm job is put back into the queue without a new checkpoint in between; 0 = never."""
+    """How often in a row a slurm job is put back into the queue without a new checkpoint in
+    between; 0 = never."""
     preflight: bool = True
-    """Check rollout, update, noise, rewards and the checkpoint folder for some seconds before training."""
+    """Check rollout, update, noise, rewards and the checkpoint folder for some seconds before
+    training."""
 
 
 class Model(Section):
     family: str
     """A file of models/: flux, hunyuan_video, skyreels_i2v, stable_diffusion, wan."""
     path: str
-    """Folder in the diffusers layout (or a hub id): transformer/ or unet/, vae/, text_encoder/, scheduler/, ..."""
+    """Folder in the diffusers layout (or a hub id): transformer/ or unet/, vae/, text_encoder/,
+    scheduler/, ..."""
     network: str | None = None
-    """Folder or hub id with the network alone, where it is not in `path` (SkyReels over HunyuanVideo's other parts)."""
+    """Folder or hub id with the network alone, where it is not in `path` (SkyReels over
+    HunyuanVideo's other parts)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute precision of the network; masters, gradients' reduction, trajectories and log-probs are float32."""
+    """Compute precision of the network; masters, gradients' reduction, trajectories and log-probs
+    are float32."""
     guidance: float | None = None
-    """Embedded guidance of a distilled network (plain scale, not times 1000); none = the family's usual one."""
+    """Embedded guidance of a distilled network (plain scale, not times 1000); None: the family's
+    usual one."""
     cfg: Annotated[float, Field(ge=1)] = 1.0
-    """Classifier-free guidance scale, in rollout and update alike, both branches trained; 1 = off, half the cost."""
+    """Classifier-free guidance scale, in rollout and update alike, both branches trained; 1 = off,
+    half the cost."""
     negative_prompt: str | None = None
-    """The text of the unconditional branch where cfg > 1; none = the empty text."""
+    """The text of the unconditional branch where cfg > 1; None: the empty text."""
     gradient_checkpointing: bool | Positive = False
-    """Recompute blocks in the backward pass, all or every n-th (a UNet: all): more time, far less memory."""
+    """Recompute blocks in the backward pass, all or every n-th (a UNet: all): more time, far less
+    memory."""
     attention: str | None = None
-    """Attention kernel by diffusers' name, such as flash, _native_cudnn or sage; none = torch's own choice."""
+    """Attention kernel by diffusers' name, such as flash, _native_cudnn or sage; None: torch's own
+    choice."""
     decode_batch: Positive | None = None
-    """Clips per VAE decode; none = a rollout batch at once. Changes speed and memory, nothing else."""
+    """Clips per VAE decode; None: a rollout batch at once. Changes speed and memory, nothing
+    else."""
 
     @property
     def torch_dtype(self) -> "torch.dtype":
-        """`dtype` as torch has it."""
+        """The compute precision as a torch dtype."""
         import torch
 
         return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
@@ -82,11 +91,12 @@ class Model(Section):
 
 class Lora(Section):
     rank: Count = 0
-    """Rank of the adapters; 0 = train all weights. With adapters, only they are optimized and checkpointed."""
+    """Rank of the adapters; 0 = train all weights. With adapters, only they are optimized and
+    checkpointed."""
     alpha: Rate | None = None
-    """The adapters' output is scaled by alpha / rank; none = rank, a scale of 1."""
+    """The adapters' output is scaled by alpha / rank; None: rank, a scale of 1."""
     targets: tuple[str, ...] = ()
-    """Endings of the names of the linear layers that get one; none = the attention projections."""
+    """Endings of the names of the linear layers that get one; None: the attention projections."""
 
 
 class Video(Section):
@@ -104,19 +114,22 @@ class Prompts(Section):
     train: str
     """Prompts: .txt with one per line (UTF-8), or .jsonl, .csv, .parquet with named columns."""
     heldout: str | None = None
-    """Prompts of the evaluation before and after; none may occur in `train`. None = take heldout_share of `train`."""
+    """Prompts of the evaluation before and after; none may occur in `train`. None: take
+    heldout_share of `train`."""
     heldout_share: Fraction = 0.05
-    """Share of `train` held out where `heldout` is none, chosen by each text's hash: new prompts move no other."""
+    """Share of `train` held out where `heldout` is none, chosen by each text's hash: new prompts
+    move no other."""
     per_iteration: Positive = 32
     """Prompts per iteration (32 in the paper)."""
     column: str = "prompt"
     """Column of the text."""
     image_column: str | None = None
-    """Column of the reference image: a file of a picture or of a video, whose first frame is taken."""
+    """Column of the reference image: a file of a picture or of a video, whose first frame is
+    taken."""
     language_column: str | None = None
     """Column of the language, compared with `languages`."""
     languages: tuple[str, ...] = ()
-    """Languages to keep; none = all."""
+    """Languages to keep; None: all."""
     nsfw_columns: tuple[str, ...] = ()
     """Columns of unwanted content: numbers from 0 to 1, or true / false."""
     max_nsfw: Fraction = 0.5
@@ -130,7 +143,8 @@ class Prompts(Section):
     limit: Positive | None = None
     """At most this many prompts of `train`: the first ones that are kept."""
     cache: Path | None = None
-    """Folder of the prompts' conditions, which runs may share; none = embeddings/ in the run's folder."""
+    """Folder of the prompts' conditions, which runs may share; None: embeddings/ in the run's
+    folder."""
 
 
 class Rollout(Section):
@@ -141,36 +155,39 @@ class Rollout(Section):
     eta: float = 0.3
     """Noise level of the SDE (0.3 in the paper); 0 would make every sample of a group the same."""
     shift: Rate | None = None
-    """Time-grid shift; none = what the model folder's scheduler says."""
+    """Time-grid shift; None: what the model folder's scheduler says."""
     shared_noise: bool = True
     """Every sample of a group starts from the same noise (the paper's choice)."""
     sampler: Literal["dance", "flow", "precise", "cps"] = "dance"
     """The noisy steps' transition: the paper's constant noise level, Flow-GRPO's, SAGE-GRPO's or Flow-CPS'; see
     docs/guides/algorithms/algorithms.md."""
     window: Positive | None = None
-    """Noisy steps; the others follow the ODE and are never trained (MixGRPO). None = all but the last."""
+    """Noisy steps; the others follow the ODE and are never trained (MixGRPO). None: all but the
+    last."""
     window_schedule: Literal["first", "random", "progressive"] = "progressive"
-    """Where the window lies: at high noise, anew in each iteration, or moving from high noise to low and again."""
+    """Where the window lies: at high noise, anew in each iteration, or moving from high noise to
+    low and again."""
     window_every: Positive = 25
     """Iterations after which a progressive window moves on."""
     window_stride: Positive = 1
     """Steps by which it moves."""
     tail_steps: Positive | None = None
-    """At most this many ODE steps after the window; none = as many as the grid has there."""
+    """At most this many ODE steps after the window; None: as many as the grid has there."""
     store: Literal["device", "host"] = "device"
-    """Where the chosen transitions wait for the update: in the device's memory, or pinned in the host's."""
+    """Where the chosen transitions wait for the update: in the device's memory, or pinned in the
+    host's."""
     batch_size: Positive | Literal["auto"] = 8
-    """Samples per forward pass and rank; auto = as many as the free memory has room for, measured before the first
-    iteration. Changes speed and memory, nothing else."""
+    """Samples per forward pass and rank; auto = as many as the free memory has room for, measured
+    before the first iteration. Changes speed and memory, nothing else."""
 
     @property
     def at_once(self) -> int:
-        """`batch_size` as a number; to be asked for once "auto" is settled."""
+        """Samples per forward pass and rank, once "auto" has become a number."""
         assert self.batch_size != "auto"
         return self.batch_size
 
     def with_batch_size(self, size: int) -> "Rollout":
-        """With that number of samples per forward pass."""
+        """The section with that number of samples per forward pass."""
         return self.model_copy(update={"batch_size": size})
 
 
@@ -179,12 +196,14 @@ class Objective(Section):
     """The training method, a file of fastgrpo/training/methods/: grpo, guard (GRPO-Guard), dppo (Flow-DPPO), ddpo, or
     nft (DiffusionNFT), which needs no trajectories; see docs/guides/algorithms/algorithms.md."""
     normalise: Literal["group", "batch", "largest_std", "global"] = "group"
-    """Advantages: by each group's mean and std (the paper), then over the batch (GDPO), by the largest group's std
-    (LongCat), or of the summed rewards over all samples (DDPO)."""
+    """Advantages: by each group's mean and std (the paper), then over the batch (GDPO), by the
+    largest group's std (LongCat), or of the summed rewards over all samples (DDPO)."""
     step_weights: Literal["equal", "gradient", "noise"] = "equal"
-    """Weights of the steps' losses: equal, the inverse of the gradient's usual size, or the noise level (TempFlow)."""
+    """Weights of the steps' losses: equal, the inverse of the gradient's usual size, or the noise
+    level (TempFlow)."""
     max_kl: Rate = 1e-5
-    """kind = dppo: a transition whose KL divergence from the old policy is above this is not pushed further."""
+    """kind = dppo: a transition whose KL divergence from the old policy is above this is not pushed
+    further."""
     nft_beta: Annotated[float, Field(gt=0, le=1)] = 1.0
     """kind = nft: how far the implicit positive and negative policies lie from the old one."""
     nft_kl: Annotated[float, Field(ge=0)] = 1e-4
@@ -198,7 +217,8 @@ class Objective(Section):
     timestep_fraction: Annotated[float, Field(gt=0, le=1)] = 0.6
     """Tau: share of the steps that is trained, ceil(tau T), at most T - 1 (0.6 in the paper)."""
     timestep_choice: Literal["random", "first", "last"] = "random"
-    """Which steps: random per sample, or the first / last ones for every sample (an ablation of the paper)."""
+    """Which steps: random per sample, or the first / last ones for every sample (an ablation of the
+    paper)."""
     best_of_n: Annotated[int, Field(ge=2)] | None = None
     """Train only on this many samples per prompt: the best half and the worst half of the group."""
     kl_weight: Annotated[float, Field(ge=0)] = 0.0
@@ -208,7 +228,10 @@ class Objective(Section):
 class Optimizer(Section):
     lr: Rate = 1e-5
     """AdamW learning rate (1e-5 in the paper)."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
     eps: Rate = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     max_grad_norm: Rate = 1.0
@@ -216,62 +239,75 @@ class Optimizer(Section):
     warmup_updates: Count = 0
     """The rate rises linearly over this many optimizer steps."""
     decay_updates: Count = 0
-    """After the warm-up the rate falls linearly to a tenth over this many optimizer steps; 0 = never."""
+    """After the warm-up the rate falls linearly to a tenth over this many optimizer steps; 0 =
+    never."""
     updates_per_iteration: Positive = 1
     """K: optimizer steps per iteration (4 in the paper; 1 with CFG in training)."""
     batch_size: Positive = 8
-    """States (sample x step) per forward and backward pass and rank. Changes speed and memory, nothing else."""
+    """States (sample x step) per forward and backward pass and rank. Changes speed and memory,
+    nothing else."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay per optimizer step of an exponential moving average of the weights, used in evaluation; 0 = none."""
+    """Decay per optimizer step of an exponential moving average of the weights, used in evaluation;
+    0 = none."""
     max_skipped: Count = 3
-    """Optimizer steps with non-finite gradients are skipped; more than this many in a run ends it."""
+    """Optimizer steps with non-finite gradients are skipped; more than this many in a run ends
+    it."""
 
 
 class RewardSpec(Section):
     name: str
     """A file of rewards/: clip_score, hps, pick_score, tiny_world, video_stats, videoalign."""
     weights: dict[str, float]
-    """Weight of each part's advantage; 0 = a held-out monitor: scored and logged, never trained on."""
+    """Weight of each part's advantage; 0 = a held-out monitor: scored and logged, never trained
+    on."""
     where: Literal["process", "server"] = "server"
     """In the trainer's process, or behind the reward server. The scores are equal."""
     urls: tuple[str, ...] = ()
-    """Running servers that hold this reward; none = those of server.urls, or the one started beside the trainer."""
+    """Running servers that hold this reward; None: those of server.urls, or the one started beside
+    the trainer."""
     path: str | None = None
     """File or folder of the reward's weights, where it has any."""
     device: str = "auto"
-    """Device of its weights, such as cuda:1; auto = the GPU of its process where there is one, else the CPU."""
+    """Device of its weights, such as cuda:1; auto = the GPU of its process where there is one, else
+    the CPU."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of its weights."""
     batch_size: Positive = 8
     """Clips per forward pass of the reward."""
     frames: Literal["all", "first", "middle"] | Positive | None = None
-    """Frames of a clip that an image reward scores and averages, a number = evenly spaced; none = the reward's own."""
+    """Frames of a clip that an image reward scores and averages, a number = evenly spaced; None:
+    the reward's own."""
     fps: Annotated[float, Field(gt=0, le=1000)] | None = None
-    """Frames per second that this reward is told; none = video.fps."""
+    """Frames per second that this reward is told; None: video.fps."""
     threshold: dict[str, float] = {}
-    """Part -> value: adds the part `NAME_above`, 1 where the score is at least the value, else 0 (binary reward)."""
+    """Part -> value: adds the part `NAME_above`, 1 where the score is at least the value, else 0
+    (binary reward)."""
     options: dict[str, str | int | float | bool] = {}
     """What only this reward knows; see docs/guides/rewards/rewards.md."""
 
 
 class Distributed(Section):
     sp: Positive = 1
-    """Ranks that share each sequence (Ulysses); must divide the network's heads and the ranks of a node."""
+    """Ranks that share each sequence (Ulysses); must divide the network's heads and the ranks of a
+    node."""
     shard: Positive | None = None
-    """Ranks over which the weights are sharded, a multiple of sp; the other ranks replicate. None = a node's ranks
-    where there are several nodes (HSDP), else all."""
+    """Ranks over which the weights are sharded, a multiple of sp; the other ranks replicate. None:
+    a node's ranks where there are several nodes (HSDP), else all."""
     rollout_weights: Literal["auto", "gathered", "sharded"] = "auto"
-    """Hold the whole weights during the rollout, gathered once, or gather each block for each step; auto = gathered
-    where the free memory allows."""
+    """Hold the whole weights during the rollout, gathered once, or gather each block for each step;
+    auto = gathered where the free memory allows."""
     offload: bool = False
-    """Masters, gradients and optimizer state in host memory; the step runs on the CPU, with torch's fused AdamW."""
+    """Masters, gradients and optimizer state in host memory; the step runs on the CPU, with torch's
+    fused AdamW."""
     prefetch: Count = 1
-    """Blocks whose weights are asked for ahead of the one that computes; 0 = the engine's way. Speed and memory."""
+    """Blocks whose weights are asked for ahead of the one that computes; 0 = the engine's way.
+    Speed and memory."""
 
 
 class Server(Section):
     urls: tuple[str, ...] = ()
-    """Running reward servers; none = the first rank starts one beside the trainer and stops it at the end."""
+    """Running reward servers; None: the first rank starts one beside the trainer and stops it at
+    the end."""
     token_file: Path | None = None
     """File with the bearer token of the servers in `urls`."""
     start_timeout_s: Rate = 120.0
@@ -292,7 +328,8 @@ class Checkpoint(Section):
     keep_best: bool = True
     """Keep also the checkpoint with the best mean training reward since the one before."""
     background: bool = False
-    """Write while training goes on: the state is copied to host memory first, and one save runs at a time."""
+    """Write while training goes on: the state is copied to host memory first, and one save runs at
+    a time."""
 
 
 class Evaluate(Section):
@@ -301,7 +338,7 @@ class Evaluate(Section):
     seeds: Positive = 2
     """Fixed seeds per prompt."""
     steps: Positive | None = None
-    """Denoising steps; none = rollout.steps."""
+    """Denoising steps; None: rollout.steps."""
     clips: Count = 8
     """Held-out prompts whose clips are kept for the report."""
 
@@ -343,7 +380,7 @@ class Recipe(Section):
 
     @property
     def steps_trained(self) -> int:
-        """Transitions trained per sample: ceil(tau T), and noisy steps alone, so never the deterministic last one."""
+        """Transitions trained per sample: ceil(tau T), of noisy steps alone."""
         exact = self.objective.timestep_fraction * self.rollout.steps
         noisy = self.rollout.window or self.rollout.steps - 1
         return min(math.ceil(exact - 1e-9), noisy)  # 0.28 * 25 is 7, and a little more in binary

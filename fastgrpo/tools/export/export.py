@@ -1,7 +1,8 @@
 """A sharded checkpoint as a folder that `DiffusionPipeline.from_pretrained` loads.
 
-The network's tensors go from the checkpoint's shards to safetensors files one at a time; all other parts and
-model_index.json are the base folder's own. No process group, no GPU, and the model is never whole in memory.
+The network's tensors go from the checkpoint's shards to safetensors files one at a time; all other
+parts and model_index.json are the base folder's own. No process group, no GPU, and the model is
+never whole in memory.
 """
 
 import json
@@ -21,11 +22,13 @@ from fastgrpo.checkpoint.reader import Step, Weights
 from fastgrpo.core import config, files
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.processes import world_size
 from fastgrpo.models.loading import diffusers_folder as layout_folder
 from fastgrpo.models.loading.lora import DOWN, UP, merged, save_adapters
 from fastgrpo.tools.export import model_card, shard_writer
 
-COPIED_FILES = ("LICENSE*", "NOTICE*")  # of the base folder's top; whole-model files there hold the old weights
+# of the base folder's top; whole-model files there hold the old weights
+COPIED_FILES = ("LICENSE*", "NOTICE*")
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,17 @@ class Export:
 def export(wanted: Export) -> Path:
     """Write the folder, whole or not at all.  returns it
 
-    Raises UserError where the run, the checkpoint, the base folder or the destination is not what it should be.
+    Raises UserError where the run, the checkpoint, the base folder or the destination is not what
+    it should be.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise UserError("export: runs in one process; start it without torchrun.")
     checkpoint = reader.find(wanted.run, wanted.step)
     recipe = config.load(wanted.run / "recipe.toml")
     if wanted.lora is not None and not recipe.lora.rank:
-        raise UserError(f"--lora={wanted.lora}: the run in {wanted.run} trained no adapters; leave it out.")
+        raise UserError(
+            f"--lora={wanted.lora}: the run in {wanted.run} trained no adapters; leave it out."
+        )
     weights = Weights(checkpoint, wanted.raw)
     with files.whole_folder(wanted.folder, "DST") as partial:
         if recipe.lora.rank and wanted.lora != "merged":
@@ -79,16 +85,26 @@ def write_pipeline(wanted: Export, recipe: Recipe, weights: Weights, partial: Pa
     if recipe.lora.rank:
         read = merged_with(source, adapters(weights), recipe)
     else:
-        reader.check_names({name: tensor.shape for name, tensor in expected.items()}, set(expected), weights)
+        reader.check_names(
+            {name: tensor.shape for name, tensor in expected.items()}, set(expected), weights
+        )
     dtype = getattr(torch, wanted.dtype)
-    layout = {name: (t.shape, dtype if t.is_floating_point() else t.dtype) for name, t in expected.items()}
+    layout = {
+        name: (t.shape, dtype if t.is_floating_point() else t.dtype) for name, t in expected.items()
+    }
     shard_writer.write_network(network, layout, read, wanted.max_shard_bytes)
 
 
 def write_adapters(wanted: Export, recipe: Recipe, weights: Weights, partial: Path) -> None:
     """The file that `load_lora_weights` of the family's pipeline looks for in a folder."""
     part = models.declared(recipe.model.family, "NETWORK")
-    save_adapters(adapters(weights), partial / shard_writer.ADAPTERS, part, recipe.lora, getattr(torch, wanted.dtype))
+    save_adapters(
+        adapters(weights),
+        partial / shard_writer.ADAPTERS,
+        part,
+        recipe.lora,
+        getattr(torch, wanted.dtype),
+    )
 
 
 def adapters(weights: Weights) -> dict[str, Tensor]:
@@ -105,14 +121,19 @@ def merged_with(source: Path, state: dict[str, Tensor], recipe: Recipe) -> Calla
 def copy_parts(base: Path, network: str, partial: Path, link: bool) -> None:
     """model_index.json, the folders that it names but the network's, and the licence."""
     index = base / "model_index.json"
-    parts = [name for name, value in layout_folder.read_json(index).items() if isinstance(value, list)]
+    parts = [
+        name for name, value in layout_folder.read_json(index).items() if isinstance(value, list)
+    ]
     if network not in parts:
-        raise UserError(f"model.path={base}: model_index.json names no {network}; is model.family right?")
+        raise UserError(
+            f"model.path={base}: model_index.json names no {network}; is model.family right?"
+        )
     put: Callable[[str, str], Any] = _link if link else shutil.copyfile
     for file in (index, *(file for pattern in COPIED_FILES for file in sorted(base.glob(pattern)))):
         shutil.copyfile(file, partial / file.name)
     for name in parts:
-        if name != network and (base / name).is_dir():  # an optional part, such as a safety checker, may be null
+        # an optional part, such as a safety checker, may be null
+        if name != network and (base / name).is_dir():
             copy_folder(base / name, partial / name, put)
 
 
@@ -134,7 +155,10 @@ def name_pipeline(index: Path, family: str) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    """A hard link, or a copy on another file system; hub folders hold links to their files, which are followed."""
+    """A hard link, or a copy on another file system.
+
+    Hub folders hold links to their files, which are followed.
+    """
     try:
         os.link(os.path.realpath(source), target)
     except OSError:
@@ -148,7 +172,9 @@ def expected_tensors(config_file: Path) -> dict[str, Tensor]:
     settings = layout_folder.read_json(config_file)
     kind = getattr(diffusers, str(settings.get("_class_name")), None)
     if kind is None:
-        raise UserError(f"model.path: {config_file} names no diffusers class ({settings.get('_class_name')}).")
+        raise UserError(
+            f"model.path: {config_file} names no diffusers class ({settings.get('_class_name')})."
+        )
     with torch.device("meta"):
         network = kind.from_config(settings)
     return dict(network.state_dict())

@@ -74,8 +74,16 @@ def loading(model: Model, apart: bool) -> list[str]:
             f'pipeline = DiffusionPipeline.from_pretrained("{base if apart else "FOLDER"}")  # a {pipeline}',
         ]
     code += ['pipeline.load_lora_weights("FOLDER")'] if apart else []
-    places = {"BASE": "the base model", "NETWORK": "the folder of its network", "FOLDER": "this folder"}
-    told = [f"{name} is {place}" for name, place in places.items() if any(f'"{name}"' in line for line in code)]
+    places = {
+        "BASE": "the base model",
+        "NETWORK": "the folder of its network",
+        "FOLDER": "this folder",
+    }
+    told = [
+        f"{name} is {place}"
+        for name, place in places.items()
+        if any(f'"{name}"' in line for line in code)
+    ]
     return [
         "```python",
         *code,
@@ -94,7 +102,11 @@ def network_loading(model: Model, network: str, part: str, usual: str, pipeline:
     """
     where = diffusers_folder.network_folder(model, part)
     kind = diffusers_folder.read_json(where / "config.json").get("_class_name", usual)
-    inside = f', subfolder="{part}"' if where != diffusers_folder.locate(network, "model.network") else ""
+    inside = (
+        f', subfolder="{part}"'
+        if where != diffusers_folder.locate(network, "model.network")
+        else ""
+    )
     name = network if is_hub_id(network) else "NETWORK"
     return [
         f"from diffusers import {', '.join(sorted((kind, pipeline)))}",
@@ -107,10 +119,16 @@ def rewards(run: Path, recipe: Recipe, step: int) -> list[str]:
     """The training reward at this step and, where the run ended here, the held-out one before and after."""
     lines = ["## Reward", ""]
     metrics = run / "metrics.jsonl"
-    rows = [row for row in read_metrics(metrics) if row["iteration"] == step - 1] if metrics.exists() else []
+    rows = (
+        [row for row in read_metrics(metrics) if row["iteration"] == step - 1]
+        if metrics.exists()
+        else []
+    )
     if rows:
         parts = ", ".join(
-            f"{part} {rows[-1][f'reward/{part}']:.3f}" for part in recipe.weights if f"reward/{part}" in rows[-1]
+            f"{part} {rows[-1][f'reward/{part}']:.3f}"
+            for part in recipe.weights
+            if f"reward/{part}" in rows[-1]
         )
         lines += [
             f"Mean over the samples of iteration {step}: weighted sum {rows[-1]['reward/sum']:.3f} ({parts}).",

@@ -30,7 +30,9 @@ every tensor begins at such a multiple, as torch's own do, and an export compute
 Layout = Mapping[str, tuple[torch.Size, torch.dtype]]
 
 
-def write_network(folder: Path, layout: Layout, read: Callable[[str], Tensor], max_shard_bytes: int) -> list[Path]:
+def write_network(
+    folder: Path, layout: Layout, read: Callable[[str], Tensor], max_shard_bytes: int
+) -> list[Path]:
     """Write every tensor of `layout` to `folder` as diffusers names such files; an index where there are several.
 
     layout: shape and dtype by name, in the order of writing
@@ -40,11 +42,18 @@ def write_network(folder: Path, layout: Layout, read: Callable[[str], Tensor], m
     shards = split(layout, max_shard_bytes)
     files = [folder / f"{WEIGHTS}.safetensors"]
     if len(shards) > 1:
-        files = [folder / f"{WEIGHTS}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        place = {name: file.name for file, names in zip(files, shards, strict=True) for name in names}
+        files = [
+            folder / f"{WEIGHTS}-{i:05d}-of-{len(shards):05d}.safetensors"
+            for i in range(1, len(shards) + 1)
+        ]
+        place = {
+            name: file.name for file, names in zip(files, shards, strict=True) for name in names
+        }
         total = sum(size_of(*layout[name]) for name in layout)
         index = {"metadata": {"total_size": total}, "weight_map": place}
-        (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / f"{WEIGHTS}.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n"
+        )
     for file, names in zip(files, shards, strict=True):
         write_file(file, {name: layout[name] for name in names}, read)
     return files
@@ -71,7 +80,11 @@ def write_file(file: Path, layout: Layout, read: Callable[[str], Tensor]) -> Non
     end = 0
     for name, (shape, dtype) in layout.items():
         start, end = end, end + size_of(shape, dtype)
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)
     with file.open("wb") as stream:
@@ -100,7 +113,9 @@ def open_network(folder: Path) -> Callable[[str], Tensor]:
     """
     index, single = folder / f"{WEIGHTS}.safetensors.index.json", folder / f"{WEIGHTS}.safetensors"
     if not index.is_file() and not single.is_file():
-        raise UserError(f"model.path: {folder} has no {single.name}; merging reads safetensors, so use --lora apart.")
+        raise UserError(
+            f"model.path: {folder} has no {single.name}; merging reads safetensors, so use --lora apart."
+        )
     place: dict[str, str] = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
 
     def read(name: str) -> Tensor:
@@ -109,6 +124,8 @@ def open_network(folder: Path) -> Callable[[str], Tensor]:
             with safe_open(file, framework="pt") as tensors:
                 return tensors.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"model.path: {file} cannot be read ({error}); download that folder again.") from None
+            raise UserError(
+                f"model.path: {file} cannot be read ({error}); download that folder again."
+            ) from None
 
     return read

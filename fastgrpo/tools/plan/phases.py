@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from fastgrpo.core.units import GIB
 from fastgrpo.tools.plan.costs import memory as memory_costs
 from fastgrpo.tools.plan.costs import rewards as reward_costs
 from fastgrpo.tools.plan.costs.compute import (
@@ -29,7 +30,6 @@ from fastgrpo.tools.plan.subject import Subject
 from fastgrpo.tools.plan.workload import network_calls, stragglers
 from fastgrpo.training import methods
 
-GIB = 2**30
 ROOM = 1.5  # the rollout holds the whole weights where this many times their size is free, see fastgrpo.parallel.world
 STEP_BYTES = 44  # per trained parameter: the gradient's norm and clipping, AdamW's reads and writes, float32
 AVERAGE_BYTES = 12  # and of the moving average

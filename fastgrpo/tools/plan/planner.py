@@ -15,8 +15,9 @@ from typing import Any
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.units import GIB
 from fastgrpo.tools.plan.costs import compute
-from fastgrpo.tools.plan.phases import GIB, Machine, Phase, iteration_phases, iteration_seconds
+from fastgrpo.tools.plan.phases import Machine, Phase, iteration_phases, iteration_seconds
 from fastgrpo.tools.plan.subject import Subject, subject
 from fastgrpo.tools.plan.workload import batch_size, network_calls, stragglers
 from fastgrpo.training import methods

@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fastgrpo.core.units import GIB
 from fastgrpo.tools.plan.gpus import Achieved
-from fastgrpo.tools.plan.phases import GIB
 from fastgrpo.tools.plan.planner import Change, Plan, warnings
 
 KINDS = (  # of memory, in the order in which the picture stacks them

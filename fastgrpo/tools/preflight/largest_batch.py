@@ -9,9 +9,10 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from fastgrpo.core.memory import GIB, Peaks, free_memory
+from fastgrpo.core.memory import Peaks, free_memory
 from fastgrpo.core.policy import Condition, stack
 from fastgrpo.core.processes import fail_alone
+from fastgrpo.core.units import GIB
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.session import Session

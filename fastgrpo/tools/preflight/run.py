@@ -1,10 +1,10 @@
 """`fastgrpo preflight`: a recipe's own session in a folder that is removed, and all checks on it.
 
-Started on every rank like training. Alone on a machine with several GPUs it starts itself on all of them.
+Started on every rank like training. Alone on a machine with several GPUs it starts itself on all of
+them.
 """
 
 import io
-import os
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import IO
@@ -15,6 +15,8 @@ from rich.console import Console
 from fastgrpo.checkpoint.resume import check_folder
 from fastgrpo.core.config import Recipe, Track
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.processes import local_world_size
+from fastgrpo.core.units import GIB
 from fastgrpo.data import prompts
 from fastgrpo.data.prompts import Split
 from fastgrpo.parallel.world import World, open_world
@@ -22,7 +24,7 @@ from fastgrpo.run.stopping import Signals, Stop
 from fastgrpo.session import open_session
 from fastgrpo.tools.plan import planner
 from fastgrpo.tools.plan.gpus import GPUS, Achieved, Gpu
-from fastgrpo.tools.plan.phases import GIB, Machine
+from fastgrpo.tools.plan.phases import Machine
 from fastgrpo.tools.preflight import checks, largest_batch
 from fastgrpo.tools.preflight.finding import Finding, Parts
 from fastgrpo.tools.preflight.phases import Planned, table
@@ -32,7 +34,10 @@ from fastgrpo.training.conditions import encode
 
 
 def run(recipe: Recipe) -> bool:
-    """Print a line per check and the phases' table, on the main rank.  returns whether all checks are green"""
+    """Print a line per check and the phases' table, on the main rank.
+
+    returns whether all checks are green
+    """
     console = Console()
     with open_world(recipe.distributed) as world, ExitStack() as stack:
         methods.check(recipe)
@@ -76,11 +81,14 @@ def first_prompts(recipe: Recipe, found: Split) -> Split:
 
 
 def planned(recipe: Recipe, world: World) -> dict[str, Planned]:
-    """What the planner expects of each phase; empty where it knows not the GPU or the model, or there is no GPU."""
+    """What the planner expects of each phase.
+
+    Empty where it knows not the GPU or the model, or there is no GPU.
+    """
     card = card_of(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
     if card is None:
         return {}
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    per_node = local_world_size(world.size)
     try:
         found = planner.plan(recipe, world.size, Machine(card, Achieved()), per_node)
     except UserError:  # of a family or a config that plans do not know: the run itself took it
@@ -90,8 +98,14 @@ def planned(recipe: Recipe, world: World) -> dict[str, Planned]:
 
 
 def card_of(device: str) -> Gpu | None:
-    """The planner's GPU of a device's name, such as "NVIDIA A100-SXM4-80GB"; none where its table has none."""
-    return next((card for card in GPUS if all(part in device.lower() for part in card.name.split("-"))), None)
+    """The planner's GPU of a device's name, such as "NVIDIA A100-SXM4-80GB".
+
+    None where its table has none.
+    """
+    return next(
+        (card for card in GPUS if all(part in device.lower() for part in card.name.split("-"))),
+        None,
+    )
 
 
 class NoTerminal(io.TextIOBase):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from fastgrpo.checkpoint.checkpoints import Checkpoints, Progress
+from fastgrpo.core.units import GIB, MIB
 from fastgrpo.parallel.world import World
 from fastgrpo.tools.preflight.finding import Finding, Parts, gathered, largest, local
 from fastgrpo.training.trainer import Trainer
@@ -84,7 +85,7 @@ def _sees(folder: Path, word: str, patience_s: float = 5.0) -> bool:
 
 
 def _told(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.1f} GiB"
+    return f"{size / MIB:,.1f} MiB" if size < GIB else f"{size / GIB:,.1f} GiB"
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.cli.torchrun import SETTLED, processes_to_start, torchrun_environment
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.processes import SETTLED, processes_to_start, torchrun_environment
 from tests import ROOT
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -55,7 +55,6 @@ def tree(tmp_path: Path) -> Path:
         "launch/_run.sh",
         "launch/_job.sh",
         "fastgrpo/cli/launch.py",
-        "fastgrpo/cli/torchrun.py",
         "fastgrpo/core/errors.py",
         "fastgrpo/core/processes.py",
         "fastgrpo/__init__.py",
