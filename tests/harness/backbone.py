@@ -35,14 +35,17 @@ def changed(folder: Path, copy: Path, part: str, **entries: object) -> Path:
     return copy
 
 
-def plan_of(policy: Policy, video: Video) -> Plan:
+def plan_of(
+    policy: Policy, video: Video, group_size: int = GROUP, steps: int = STEPS, eta: float = ETA
+) -> Plan:
+    """A plan of one iteration whose samples share their initial noise."""
     shape = policy.latent_shape(video)
     return Plan(
         seed=3,
         iteration=0,
-        group_size=GROUP,
-        grid=policy.time_grid(STEPS, None, shape),
-        eta=ETA,
+        group_size=group_size,
+        grid=policy.time_grid(steps, None, shape),
+        eta=eta,
         shared_noise=True,
         latent_shape=shape,
     )
@@ -50,7 +53,7 @@ def plan_of(policy: Policy, video: Video) -> Plan:
 
 def draw(policy: Policy, plan: Plan, conditions: list[Condition], size: int) -> Drawn:
     """Trajectories of all prompts in batches of at most `size`; the policy is sharded."""
-    slots = range(len(conditions) * GROUP)
+    slots = range(len(conditions) * plan.group_size)
     with sharding.gathered(policy.network):
         return rollout.draw(policy, plan, conditions, slots, size)
 

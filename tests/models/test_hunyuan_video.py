@@ -27,14 +27,13 @@ from fastgrpo.models.hunyuan_video import TrimmedAttention, blocks, both_texts
 from fastgrpo.models.loading import diffusers_folder, policies
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
-from fastgrpo.training import rollout
 from fastgrpo.training.method import Experience
-from fastgrpo.training.rollout import Drawn, Plan, sample_ode
+from fastgrpo.training.rollout import sample_ode
 from fastgrpo.training.trainer import Trainer
 from fastgrpo.training.update import update
 from tests import ROOT
 from tests.harness import tiny
-from tests.harness.backbone import changed
+from tests.harness.backbone import changed, draw, plan_of
 
 FOLDER = ROOT / "data" / "tiny_hunyuan_video"
 PROMPTS = ["a red circle moves left slowly", "watch as one blue square glides upwards quickly"]
@@ -223,30 +222,12 @@ def test_recomputed_blocks_give_equal_gradients_with_padding(
     assert any(grad.abs().max() > 0 for grad in stored.values())
 
 
-def plan_of(policy: Policy) -> Plan:
-    shape = policy.latent_shape(SHORT)
-    return Plan(
-        seed=3,
-        iteration=0,
-        group_size=GROUP,
-        grid=policy.time_grid(STEPS, None, shape),
-        eta=0.4,
-        shared_noise=True,
-        latent_shape=shape,
-    )
-
-
-def draw(policy: Policy, plan: Plan, conditions: list[Condition], size: int) -> Drawn:
-    with sharding.gathered(policy.network):
-        return rollout.draw(policy, plan, conditions, range(len(conditions) * GROUP), size)
-
-
 def test_guided_ratio_is_one_for_any_batch_size(
     negatives: dict[str, Condition], conditions: list[Condition], world: World
 ) -> None:
     policy = guided(negatives["longer"])
     sharding.shard(policy, world, torch.float32)
-    plan = plan_of(policy)
+    plan = plan_of(policy, SHORT, steps=STEPS)
     kept = torch.ones(2 * GROUP, dtype=torch.bool)
     for rollout_batch, update_batch in ((1, 3), (2, 1), (3, 2)):
         drawn = draw(policy, plan, conditions, rollout_batch)
@@ -273,7 +254,7 @@ def test_guided_gradient_equals_plain_autograd_of_the_objective(
     """On one sample: two forwards of diffusers' unmodified network, one per branch, in place of the padded batch."""
     policy, branches = guided(negatives["shorter"], checkpointing=True), (negatives["shorter"], conditions[1])
     sharding.shard(policy, world, torch.float32)
-    plan = plan_of(policy)
+    plan = plan_of(policy, SHORT, steps=STEPS)
     drawn = draw(policy, plan, conditions[1:], GROUP)
     trainer = tiny.Recorder.create(policy, Optimizer(lr=1e-4, batch_size=2), None)
     assert isinstance(trainer, tiny.Recorder)

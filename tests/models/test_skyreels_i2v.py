@@ -27,13 +27,12 @@ from fastgrpo.models.loading import policies
 from fastgrpo.models.skyreels_i2v import SkyReels, blocks, posterior_key
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
-from fastgrpo.training import rollout
 from fastgrpo.training.method import Experience
-from fastgrpo.training.rollout import Drawn, Plan, sample_ode
+from fastgrpo.training.rollout import sample_ode
 from fastgrpo.training.trainer import Trainer
 from fastgrpo.training.update import update
 from tests.harness import tiny
-from tests.harness.backbone import changed
+from tests.harness.backbone import changed, draw, plan_of
 from tests.harness.folders import hunyuan_video as base_files
 from tests.harness.folders import skyreels_i2v as files
 
@@ -280,32 +279,13 @@ def test_the_network_may_lie_apart(folder: Path, tmp_path: Path, conditions: lis
     assert torch.equal(apart.velocity(x, t, stack(conditions[:1])), expected)
 
 
-def plan_of(policy: SkyReels) -> Plan:
-    shape = policy.latent_shape(VIDEO)
-    return Plan(
-        seed=3,
-        iteration=0,
-        group_size=GROUP,
-        grid=policy.time_grid(STEPS, None, shape),
-        eta=0.4,
-        shared_noise=True,
-        latent_shape=shape,
-    )
-
-
-def draw(policy: SkyReels, plan: Plan, conditions: list[Condition], size: int) -> Drawn:
-    slots = range(len(conditions) * GROUP)
-    with sharding.gathered(policy.network):
-        return rollout.draw(policy, plan, conditions, slots, size)
-
-
 @pytest.mark.parametrize("cfg", [1.0, CFG])
 def test_ratio_is_one_for_any_batch_size(
     folder: Path, conditions: list[Condition], negative: Condition, world: World, cfg: float
 ) -> None:
     policy = load(folder, negative if cfg > 1 else None)
     sharding.shard(policy, world, torch.float32)
-    plan, two = plan_of(policy), conditions[:2]
+    plan, two = plan_of(policy, VIDEO, steps=STEPS), conditions[:2]
     kept = torch.ones(2 * GROUP, dtype=torch.bool)
     for rollout_batch, update_batch in ((1, 3), (2, 1), (3, 2)):
         drawn = draw(policy, plan, two, rollout_batch)
@@ -328,7 +308,7 @@ def test_cfg_gradient_equals_plain_autograd_of_the_objective(
     """On one sample: two forwards of diffusers' unmodified network, one per branch, in place of the padded batch."""
     policy = load(folder, negative)
     sharding.shard(policy, world, torch.float32)
-    plan, condition = plan_of(policy), conditions[1]
+    plan, condition = plan_of(policy, VIDEO, steps=STEPS), conditions[1]
     drawn = draw(policy, plan, [condition], GROUP)
     trainer = tiny.Recorder.create(policy, Optimizer(lr=1e-4, batch_size=2), None)
     assert isinstance(trainer, tiny.Recorder)

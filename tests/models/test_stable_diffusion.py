@@ -23,14 +23,13 @@ from fastgrpo.models.loading import policies
 from fastgrpo.models.stable_diffusion import Schedule, StableDiffusion, blocks
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
-from fastgrpo.training import rollout
 from fastgrpo.training.method import Experience
 from fastgrpo.training.rollout import Drawn, Plan, sample_ode
 from fastgrpo.training.trainer import Trainer
 from fastgrpo.training.update import update
 from tests import GOLDENS
 from tests.harness import tiny
-from tests.harness.backbone import CONFIGS
+from tests.harness.backbone import CONFIGS, draw, plan_of
 from tests.harness.folders import stable_diffusion as files
 
 CPU = torch.device("cpu")
@@ -232,25 +231,6 @@ def test_the_noise_never_exceeds_its_share(folder: Path, steps: int) -> None:
         policy.transition(x, v=x, t=torch.tensor(0.5), t_next=torch.tensor(0.3), eta=1.2)
 
 
-def plan_of(policy: StableDiffusion) -> Plan:
-    shape = policy.latent_shape(VIDEO)
-    return Plan(
-        seed=3,
-        iteration=0,
-        group_size=GROUP,
-        grid=policy.time_grid(STEPS, None, shape),
-        eta=1.0,
-        shared_noise=True,
-        latent_shape=shape,
-    )
-
-
-def draw(policy: StableDiffusion, plan: Plan, conditions: list[Condition], size: int) -> Drawn:
-    slots = range(len(conditions) * GROUP)
-    with sharding.gathered(policy.network):
-        return rollout.draw(policy, plan, conditions, slots, size)
-
-
 def first_ratio(
     policy: StableDiffusion, plan: Plan, drawn: Drawn, conditions: list[Condition], size: int, world: World
 ) -> float:
@@ -273,7 +253,7 @@ def first_ratio(
 def test_ratio_is_one_on_every_step_for_any_batch_size(folder: Path, texts: Texts, world: World, cfg: float) -> None:
     policy, conditions = load(folder, cfg, texts.negative), texts.conditions
     sharding.shard(policy, world, torch.float32)
-    plan = plan_of(policy)
+    plan = plan_of(policy, VIDEO, group_size=GROUP, steps=STEPS, eta=1.0)
     for rollout_batch, update_batches in ((1, (2, 3)), (2, (1, 2)), (3, (1, 3))):
         drawn = draw(policy, plan, conditions, rollout_batch)
         for update_batch in update_batches:
@@ -291,7 +271,7 @@ def test_ratio_is_one_on_every_step_for_any_batch_size(folder: Path, texts: Text
 def test_log_probs_are_those_of_the_stored_samples(folder: Path, texts: Texts) -> None:
     """By another route, in float64 from diffusers' step; the last trained step, of the least noise, included."""
     policy, conditions = load(folder, 5.0, texts.negative), texts.conditions
-    plan = plan_of(policy)
+    plan = plan_of(policy, VIDEO, group_size=GROUP, steps=STEPS, eta=1.0)
     drawn = draw(policy, plan, conditions, 4)
     scheduler = ddim(folder)
     scheduler.set_timesteps(STEPS)
@@ -312,7 +292,7 @@ def test_cfg_gradient_equals_plain_autograd_of_the_objective(
 ) -> None:
     policy, conditions, negative = load(folder, 5.0, texts.negative), texts.conditions, texts.negative
     sharding.shard(policy, world, torch.float32)
-    plan = plan_of(policy)
+    plan = plan_of(policy, VIDEO, group_size=GROUP, steps=STEPS, eta=1.0)
     drawn = draw(policy, plan, conditions[:1], 2)
     trainer = tiny.Recorder.create(policy, Optimizer(lr=1e-4, batch_size=3), None)
     assert isinstance(trainer, tiny.Recorder)
@@ -375,7 +355,7 @@ def test_bfloat16_is_near_and_gives_float32(folder: Path, texts: Texts, world: W
 def test_nothing_waits_for_the_device(folder: Path, texts: Texts) -> None:
     """A fake tensor has no values, so that reading one, which would wait for a GPU, is an error."""
     policy = load(folder, 5.0, texts.negative)
-    plan = plan_of(policy)
+    plan = plan_of(policy, VIDEO, group_size=GROUP, steps=STEPS, eta=1.0)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         x, times = torch.empty(2, *plan.latent_shape), torch.empty(len(plan.grid))
         v = policy.velocity(x, times[0].expand(2), stack(texts.conditions))
