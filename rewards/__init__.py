@@ -1,5 +1,6 @@
-"""Rewards: functions that look at pixels and prompts and give named scores. The folder is the registry.
+"""Rewards: functions that look at pixels and prompts and give named scores.
 
+The folder is the registry.
 A file `rewards/<name>.py` with a function `load(spec) -> Reward` is the reward `<name>`; adding one
 edits no other file. Where the reward cannot judge short clips, the file says so by
 `LEAST_FRAMES = 2` at its top.
@@ -28,15 +29,15 @@ def known() -> tuple[str, ...]:
 def load(spec: RewardSpec) -> Reward:
     """The reward of the file `rewards/<spec.name>.py`, with the binary parts of `spec.threshold`.
 
-    Raises UserError, a ValueError, where there is no such file, where its `load` finds a mistake in the spec, or where
-    what `load` returns is no Reward.
+    Raises UserError, a ValueError, where there is no such file, where its `load` finds a mistake in
+    the spec, or where what `load` returns is no Reward.
     """
     check(spec.name)
     reward = importlib.import_module(f"fastgrpo.rewards.{spec.name}").load(spec)
     if not isinstance(reward, Reward):
         raise UserError(
-            f"rewards.name={spec.name}: load() returned a {type(reward).__name__}, not a Reward; let it inherit "
-            "fastgrpo.core.reward.Reward."
+            f"rewards.name={spec.name}: load() returned a {type(reward).__name__}, not a Reward; "
+            "let it inherit fastgrpo.core.reward.Reward."
         )
     if spec.threshold:  # imported by name like the rewards: it imports torch
         threshold = importlib.import_module("fastgrpo.rewards.common.threshold")
@@ -45,11 +46,13 @@ def load(spec: RewardSpec) -> Reward:
 
 
 def declared(name: str, constant: str, default: Any) -> Any:
-    """A constant or function at the top of a reward's file, without importing torch; the default where it has none.
+    """A constant or function at the top of a reward's file, without importing torch.
 
-    The default is given, too, for a name that is no reward here, as of a server elsewhere.
+    default: where the file has no such name, or the reward is not here, as of a server elsewhere
     """
-    return registry.declared(FOLDER / f"{name}.py", constant, default) if name in known() else default
+    return (
+        registry.declared(FOLDER / f"{name}.py", constant, default) if name in known() else default
+    )
 
 
 def least_frames(name: str) -> int:

@@ -1,8 +1,9 @@
 """CLIP score: the cosine between the picture and its prompt. Part CLIP.
 
-DanceGRPO used apple/DFN5B-CLIP-ViT-H-14-378 beside HPS, weights 1.4 to 0.7. Its pixels are its own, never those that
-were prepared for HPS. Any open_clip checkpoint with its open_clip_config.json works, and any CLIP in transformers'
-layout, such as openai/clip-vit-large-patch14, which Flow-Factory applies to the first frame, the default here.
+DanceGRPO used apple/DFN5B-CLIP-ViT-H-14-378 beside HPS, weights 1.4 to 0.7. Its pixels are its own,
+never those that were prepared for HPS. Any open_clip checkpoint with its open_clip_config.json
+works, and any CLIP in transformers' layout, such as openai/clip-vit-large-patch14, which
+Flow-Factory applies to the first frame, the default here.
 """
 
 from typing import Annotated, Literal
@@ -16,7 +17,8 @@ from fastgrpo.rewards.common.frames import count_by
 from fastgrpo.rewards.networks.clip import clip_reward
 
 FRAMES = "first"
-SIZE = RewardSize(parameters=0.99e9, tokens=729 + 77, frames_scored=count_by(FRAMES))  # of ViT-H-14-378: image and text
+# ViT-H-14-378; tokens of image and text
+SIZE = RewardSize(parameters=0.99e9, tokens=729 + 77, frames_scored=count_by(FRAMES))
 
 PUBLISHED = clip_reward.Published(
     part="CLIP",
@@ -36,16 +38,21 @@ class Options(Section):
     """`rewards.options` of clip_score."""
 
     resize: Literal["shortest", "squash"] | None = None
-    """shortest = keep the sides' ratio and crop the centre; squash = do not keep it; none = as the config says."""
+    """Resize of the frames. None: as the checkpoint's config says.
+
+    shortest keeps the ratio of the sides and crops the centre; squash does not keep the ratio.
+    """
     image_size: Annotated[int, Field(gt=0)] | None = None
-    """Side of the network's input where it is not the config's, with the same number of patches: 384 for 378."""
+    """Side of the network's input, pixels. None: the config's.
+
+    The number of patches must be the config's: 384 fits where it says 378.
+    """
     tokenizer: str | None = None
-    """Folder or hub repository of CLIP's merges; none = beside the weights, else the public one."""
+    """Folder or hub repository of CLIP's merges. None: beside the weights, else the public one."""
 
 
 def load(spec: RewardSpec) -> clip_reward.ClipReward:
     """The reward of the file's name."""
     chosen = options.parse(spec, Options)
-    return clip_reward.build(
-        spec, PUBLISHED, tokenizer=chosen.tokenizer, resize=chosen.resize, image_size=chosen.image_size
-    )
+    choices = clip_reward.Choices(resize=chosen.resize, image_size=chosen.image_size)
+    return clip_reward.build(spec, PUBLISHED, chosen.tokenizer, choices)

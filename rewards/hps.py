@@ -1,8 +1,8 @@
-"""HPS-v2.1 (Wu et al. 2023, arXiv 2306.09341): how much people would prefer the picture for this prompt. Part HPS.
-
-The score is the bare cosine, without CLIP's temperature. Frames are letter-boxed, not cropped. DanceGRPO scores the
-first frame of a video, the default here; it is the easiest to game, so give `frames` where that matters.
-The reference ran in float16 autocast; here the weights are float32, or bfloat16 by the spec.
+"""HPS-v2.1 (Wu et al. 2023, arXiv 2306.09341): how much people would prefer the picture. Part HPS.
+The score is the bare cosine, without CLIP's temperature. Frames are letter-boxed, not cropped.
+DanceGRPO scores the first frame of a video, the default here; it is the easiest to game, so give
+`frames` where that matters. The reference ran in float16 autocast; here the weights are float32, or
+bfloat16 by the spec.
 """
 
 from fastgrpo.core.config import RewardSpec, Section
@@ -12,7 +12,8 @@ from fastgrpo.rewards.common.frames import count_by
 from fastgrpo.rewards.networks.clip import clip_reward, weights
 
 FRAMES = "first"
-SIZE = RewardSize(parameters=0.99e9, tokens=257 + 77, frames_scored=count_by(FRAMES))  # of ViT-H-14: image and text
+# ViT-H-14; tokens of image and text
+SIZE = RewardSize(parameters=0.99e9, tokens=257 + 77, frames_scored=count_by(FRAMES))
 
 PUBLISHED = clip_reward.Published(
     part="HPS",
@@ -28,12 +29,16 @@ class Options(Section):
     """`rewards.options` of hps."""
 
     antialias: bool = True
-    """The letter-boxing's filter: true as torchvision 0.17 and later, DanceGRPO's; false as earlier ones."""
+    """Filter of the letter-boxing: true as torchvision 0.17 and later, false as earlier ones.
+
+    DanceGRPO ran with a later one.
+    """
     tokenizer: str | None = None
-    """Folder or hub repository of CLIP's merges; none = beside the weights, else the public one."""
+    """Folder or hub repository of CLIP's merges. None: beside the weights, else the public one."""
 
 
 def load(spec: RewardSpec) -> clip_reward.ClipReward:
     """The reward of the file's name."""
     chosen = options.parse(spec, Options)
-    return clip_reward.build(spec, PUBLISHED, tokenizer=chosen.tokenizer, antialias=chosen.antialias)
+    choices = clip_reward.Choices(antialias=chosen.antialias)
+    return clip_reward.build(spec, PUBLISHED, chosen.tokenizer, choices)

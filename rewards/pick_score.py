@@ -1,7 +1,8 @@
-"""PickScore (Kirstain et al. 2023, arXiv 2305.01569): which picture people would pick for this prompt. Part PickScore.
+"""PickScore (Kirstain et al. 2023, arXiv 2305.01569): which picture people would pick for a prompt.
 
-A CLIP ViT-H-14 in transformers' layout; the score is the cosine times the learned temperature, as its authors give
-it. A clip's score is the mean over its frames. Each clip is scored against its own prompt.
+The part is PickScore. A CLIP ViT-H-14 in transformers' layout; the score is the cosine times the
+learned temperature, as its authors give it. A clip's score is the mean over its frames. Each clip
+is scored against its own prompt.
 """
 
 from typing import Literal
@@ -13,7 +14,8 @@ from fastgrpo.rewards.common.frames import count_by
 from fastgrpo.rewards.networks.clip import clip_reward
 
 FRAMES = "all"
-SIZE = RewardSize(parameters=0.99e9, tokens=257 + 77, frames_scored=count_by(FRAMES))  # of ViT-H-14: image and text
+# ViT-H-14; tokens of image and text
+SIZE = RewardSize(parameters=0.99e9, tokens=257 + 77, frames_scored=count_by(FRAMES))
 
 PUBLISHED = clip_reward.Published(
     part="PickScore",
@@ -28,12 +30,16 @@ class Options(Section):
     """`rewards.options` of pick_score."""
 
     scale: Literal["logits", "logits / 26", "cosine"] = "logits"
-    """logits as its authors; logits / 26 as flow_grpo and Flow-Factory, about 0 to 1; cosine as DanceGRPO on FLUX."""
+    """Scale of the score: logits as its authors give it, cosine as DanceGRPO on FLUX.
+
+    logits / 26 is that of flow_grpo and Flow-Factory, about 0 to 1.
+    """
     tokenizer: str | None = None
-    """Folder or hub repository of CLIP's merges; none = beside the weights, else the public one."""
+    """Folder or hub repository of CLIP's merges. None: beside the weights, else the public one."""
 
 
 def load(spec: RewardSpec) -> clip_reward.ClipReward:
     """The reward of the file's name."""
     chosen = options.parse(spec, Options)
-    return clip_reward.build(spec, PUBLISHED, tokenizer=chosen.tokenizer, scale=chosen.scale)
+    choices = clip_reward.Choices(scale=chosen.scale)
+    return clip_reward.build(spec, PUBLISHED, chosen.tokenizer, choices)

@@ -1,11 +1,13 @@
-"""Rules that judge clips of the tiny world: visual quality (VQ), motion quality (MQ) and text alignment (TA).
+"""Rules that judge clips of the tiny world: visual quality, motion quality and text alignment.
 
-Every score is made of bell-shaped marks in physical units (pixels of the 32-pixel canvas, steps of the 0..255 colour
-scale), so it changes a little when the pixels change a little, and a bad clip still tells a worse one apart.
-Only a clip without any object gets exactly nothing.
+Every score is made of bell-shaped marks in physical units (pixels of the 32-pixel canvas, steps of
+the 0..255 colour scale), so it changes a little when the pixels change a little, and a bad clip
+still tells a worse one apart. Only a clip without any object gets exactly nothing.
 
-  VQ  the object is crisp, one, of the right area and of a plain palette colour; the background is plain
-  MQ  the object's centroid follows a smooth path at the asked speed, whatever its direction and colour
+  VQ  the object is crisp, one, of the right area and of a plain palette colour; the background is
+      plain
+  MQ  the object's centroid follows a smooth path at the asked speed, whatever its direction and
+      colour
   TA  colour, shape and direction are those of the caption, whatever the speed
 """
 
@@ -25,15 +27,19 @@ Array = NDArray[np.float64]
 
 LEAST_FRAMES = 3  # for a path
 PARTS = ("VQ", "MQ", "TA")
-FAINTEST = 110.0  # colour distance from the background below which an object is only partly there; palette: 159 to 286
+FAINTEST = 110.0
+"""Colour distance from the background below which an object is only partly there.
+
+The palette's colours are 159 to 286 away.
+"""
 OBJECT_REACH = 11.0  # canvas pixels from its centroid that every shape stays within
 PERIMETER = 3.3  # most edge, sum of 4a(1 - a), of a drawn shape per square root of its area
 SPREAD = 0.2  # most second moment of a drawn shape (the triangle) per square of its area
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class View:
-    """What the rules measure in a clip; lengths in pixels of the 32-pixel canvas."""
+    """Measurements of a clip, for the rules; lengths in pixels of the 32-pixel canvas."""
 
     rgb: Array  # [F, N, N, 3], 0..255
     distance: Array  # [F, N, N] colour distance from the background
@@ -46,7 +52,7 @@ class View:
 
 
 def bell(error: Array, tolerance: float) -> Array:
-    """1 at no error, 1/2 at the tolerance, a long tail beyond: 1 / (1 + (error / tolerance)^2)."""
+    """1 / (1 + (error / tolerance)^2): 1 at no error, 1/2 at the tolerance, a long tail beyond."""
     return 1.0 / (1.0 + (error / tolerance) ** 2)
 
 
@@ -57,38 +63,58 @@ def smoothstep(x: Array, low: float, high: float) -> Array:
 
 
 def look(pixels: NDArray[np.uint8]) -> View:
-    """Find the object: whatever differs from the background.  pixels: uint8 [F, N, N, 3]"""
+    """Find the object: whatever differs from the background.
+
+    pixels: uint8 [F, N, N, 3]
+    """
     rgb = pixels.astype(np.float64)
     size = rgb.shape[1]
     distance = np.sqrt(((rgb - np.array(shapes.BACKGROUND)) ** 2).sum(-1))
     weight = distance**4  # the interior, not the edge, says how strong the object's colour is
     strength = (weight * distance).sum() / (weight.sum() + 1e-9)
     share = np.minimum(distance / max(strength, FAINTEST), 1.0)
-    cover = share * smoothstep(share, 0.08, 0.35)  # in proportion, so the centroid is exact; faint noise is no object
+    # in proportion, so the centroid is exact; faint noise is no object
+    cover = share * smoothstep(share, 0.08, 0.35)
     inside = share**8
     colour = (inside[..., None] * rgb).sum((0, 1, 2)) / (inside.sum() + 1e-30)
 
     pixel = (shapes.CANVAS / size) ** 2
     axis = (np.arange(size) + 0.5) * shapes.CANVAS / size
     total = cover.sum((1, 2))
-    # A pinch of weight in the canvas' middle keeps the centroid defined, and smooth, as an object fades away.
+    # A pinch of weight in the canvas' middle keeps the centroid defined, and smooth, as an object
+    # fades away.
     pinch = 0.01 / pixel
     x = ((cover.sum(1) * axis).sum(1) + pinch * shapes.CANVAS / 2) / (total + pinch)
     y = ((cover.sum(2) * axis).sum(1) + pinch * shapes.CANVAS / 2) / (total + pinch)
-    radius = np.sqrt((axis[None, None, :] - x[:, None, None]) ** 2 + (axis[None, :, None] - y[:, None, None]) ** 2)
+    radius = np.sqrt(
+        (axis[None, None, :] - x[:, None, None]) ** 2
+        + (axis[None, :, None] - y[:, None, None]) ** 2
+    )
     area = total * pixel
     presence = smoothstep(area, 0.0, 60.0)
-    return View(rgb, distance, cover, colour, area, np.stack([x, y], 1), radius, presence)
+    return View(
+        rgb=rgb,
+        distance=distance,
+        cover=cover,
+        colour=colour,
+        area=area,
+        centroid=np.stack([x, y], 1),
+        radius=radius,
+        presence=presence,
+    )
 
 
 def palette_distance(colour: Array) -> Array:
-    """Distance of a colour [..., 3] from each colour of the palette: [..., 6], in the palette's order."""
+    """Distance of a colour, float64 [..., 3], from each colour of the palette: [..., 6]."""
     palette = np.array(list(shapes.COLOURS.values()), dtype=np.float64)
     return np.asarray(np.sqrt(((colour[..., None, :] - palette) ** 2).sum(-1)))
 
 
 def visual_quality(view: View) -> float:
-    """Crisp edge, plain background, plain palette colour, one compact object of the right area; mean over frames."""
+    """Visual quality, 0 to 1, mean over frames.
+
+    Crisp edge, plain background, plain palette colour, one compact object of the right area.
+    """
     pixel = (shapes.CANVAS / view.rgb.shape[1]) ** 2
     root_area = np.sqrt(view.area + 1.0)
 
@@ -103,7 +129,9 @@ def visual_quality(view: View) -> float:
     nearest = int(palette_distance(view.colour).argmin())
     paint = np.array(list(shapes.COLOURS.values())[nearest])
     inside = view.cover**8
-    off = np.sqrt((inside * ((view.rgb - paint) ** 2).sum(-1)).sum((1, 2)) / (inside.sum((1, 2)) + 1e-30))
+    off = np.sqrt(
+        (inside * ((view.rgb - paint) ** 2).sum(-1)).sum((1, 2)) / (inside.sum((1, 2)) + 1e-30)
+    )
     plain = bell(off, 55.0)
 
     usual = np.mean([shapes.area(s) for s in shapes.SHAPES])
@@ -114,23 +142,31 @@ def visual_quality(view: View) -> float:
 
 
 def velocity(view: View) -> Array:
-    """Least-squares slope of the path, canvas pixels per frame, (x, y)."""
+    """Least-squares slope of the path, canvas pixels per frame: float64 [2], (x, y)."""
     time = np.arange(len(view.centroid)) - (len(view.centroid) - 1) / 2
     return np.asarray((time[:, None] * view.centroid).sum(0) / (time**2).sum())
 
 
 def motion_quality(view: View, speed: float) -> float:
-    """A smooth path at the asked speed (canvas pixels per frame), with the object there in every frame."""
+    """Motion quality, 0 to 1: a smooth path at the asked speed, with the object in every frame.
+
+    speed: canvas pixels per frame
+    """
     second = np.diff(view.centroid, n=2, axis=0)
     smooth = bell(np.sqrt((second**2).sum(1).mean()), 1.2)
     actual = np.sqrt((velocity(view) ** 2).sum())
-    right_speed = bell((actual - speed) / (actual + speed), 0.2)  # the same for twice and half: an error of 1/3
-    there = 1.0 / (1.0 / (view.presence + 0.05)).mean() - 0.05  # harmonic mean: an empty frame in nine leaves 0.28
+    # the same for twice and half: an error of 1/3
+    right_speed = bell((actual - speed) / (actual + speed), 0.2)
+    # harmonic mean: an empty frame in nine leaves 0.28
+    there = 1.0 / (1.0 / (view.presence + 0.05)).mean() - 0.05
     return float(smooth * right_speed * there)
 
 
 def colour_match(view: View, colour: str) -> float:
-    """Half for being near the asked colour, half for being nearer to it than to the others."""
+    """Match of the colour, 0 to 1.
+
+    Half for being near the asked colour, half for being nearer to it than to the others.
+    """
     away = palette_distance(view.colour)
     asked = list(shapes.COLOURS).index(colour)
     share = np.exp(-(away - away.min()) / 20.0)
@@ -138,14 +174,20 @@ def colour_match(view: View, colour: str) -> float:
 
 
 def shape_match(view: View, shape: str) -> float:
-    """Half for the overlap with the asked shape, half for overlapping it more than the others."""
+    """Match of the shape, 0 to 1.
+
+    Half for the overlap with the asked shape, half for overlapping it more than the others.
+    """
     size = view.rgb.shape[1]
-    # Coverage from eight points of a pixel, no two in a row or column: an upright edge gets eight levels, not three.
+    # Coverage from eight points of a pixel, no two in a row or column: an upright edge gets eight
+    # levels, not three.
     column, row = np.arange(8), np.arange(8) * 3 % 8
     nudges = (np.stack([column, row], 1)[:, None] - 3.5) / 8 * shapes.CANVAS / size
     overlap = []
     for candidate in shapes.SHAPES:
-        points = shapes.shape_mask(candidate, (view.centroid[None] - nudges).reshape(-1, 2), size, supersample=1)
+        points = shapes.shape_mask(
+            candidate, (view.centroid[None] - nudges).reshape(-1, 2), size, supersample=1
+        )
         mask = points.reshape(len(nudges), *view.cover.shape).mean(0)
         overlap.append(np.minimum(mask, view.cover).sum() / np.maximum(mask, view.cover).sum())
     iou = np.array(overlap)
@@ -155,15 +197,22 @@ def shape_match(view: View, shape: str) -> float:
 
 
 def direction_match(view: View, direction: str) -> float:
-    """((1 + cos) / 2)^2 of the angle to the asked direction: 1, then 1/4 across it and 0 against it; 0 unmoved."""
+    """Match of the direction, ((1 + cos) / 2)^2 of the angle, 0 for an object that does not move.
+
+    1 along the asked direction, 1/4 across it, 0 against it.
+    """
     along = velocity(view) * (len(view.centroid) - 1)
     moved = float(np.sqrt((along**2).sum()))
     cosine = float((along * np.array(shapes.DIRECTIONS[direction])).sum()) / (moved + 1e-9)
-    return (0.5 + 0.5 * cosine) ** 2 * moved**2 / (moved**2 + 0.8**2)  # 0.8 px: what jitter alone may add up to
+    # 0.8 px: what jitter alone may add up to
+    return (0.5 + 0.5 * cosine) ** 2 * moved**2 / (moved**2 + 0.8**2)
 
 
 def text_alignment(view: View, meaning: shapes.Meaning) -> float:
-    """Square of the mean of the three matches, so that the last mistake counts most; nothing for an empty clip."""
+    """Square of the mean of the three matches, so that the last mistake counts most.
+
+    0 for an empty clip.
+    """
     matches = (
         colour_match(view, meaning.colour),
         shape_match(view, meaning.shape),
@@ -173,15 +222,21 @@ def text_alignment(view: View, meaning: shapes.Meaning) -> float:
 
 
 class TinyWorld(Reward):
-    """The reward of the tiny world. A prompt that is no caption of this world makes its clip invalid."""
+    """The reward of the tiny world.
+
+    A prompt that is no caption of this world makes its clip invalid.
+    """
 
     names: tuple[str, ...] = PARTS
-    golden_scores: Mapping[str, float] = {"VQ": 0.978119, "MQ": 0.999504, "TA": 0.992966}  # of the drawn golden clip
+    # scores of the drawn golden clip
+    golden_scores: Mapping[str, float] = {"VQ": 0.978119, "MQ": 0.999504, "TA": 0.992966}
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
-        """pixels: uint8 [B, F, N, N, 3], F >= 3;  prompts: B captions;  fps: frames per second, above 0.
+        """VQ, MQ and TA of B clips, float32 [B] in [0, 1].
 
-        Returns float32 [B] in [0, 1] for VQ, MQ and TA. Each clip is judged alone, so batching changes no bit.
+        pixels: uint8 [B, F, N, N, 3], F >= 3;  prompts: B captions
+        fps: frames per second, above 0
+        Each clip is judged alone, so batching changes no bit.
         Raises ValueError for pixels of another form or a count that does not fit the prompts.
         """
         check(pixels, prompts, fps)
@@ -192,23 +247,36 @@ class TinyWorld(Reward):
                 continue
             view = look(pixels[i].numpy())
             speed = shapes.SPEEDS[meaning.speed] * shapes.FPS / fps
-            values[i] = (visual_quality(view), motion_quality(view, speed), text_alignment(view, meaning))
+            values[i] = (
+                visual_quality(view),
+                motion_quality(view, speed),
+                text_alignment(view, meaning),
+            )
         scores = torch.from_numpy(values)
-        return Scores({name: scores[:, n].clone() for n, name in enumerate(PARTS)}, ~scores.isnan().any(1))
+        return Scores(
+            {name: scores[:, n].clone() for n, name in enumerate(PARTS)}, ~scores.isnan().any(1)
+        )
 
 
 def check(pixels: Tensor, prompts: Sequence[str], fps: float) -> None:
-    """Raise ValueError where the arguments are not clips that these rules can judge."""
+    """Raise ValueError where the arguments are not clips that these rules can judge.
+
+    pixels: uint8 [B, F, N, N, 3], F >= 3;  prompts: B texts;  fps: above 0
+    """
     form = f"{pixels.dtype} {list(pixels.shape)}"
     if pixels.dtype != torch.uint8 or pixels.ndim != 5 or pixels.shape[-1] != 3:
-        raise ValueError(f"pixels={form}: expected torch.uint8 [B, F, H, W, 3]; convert the clips first")
+        raise ValueError(
+            f"pixels={form}: expected torch.uint8 [B, F, H, W, 3]; convert the clips first"
+        )
     if pixels.shape[1] < LEAST_FRAMES or pixels.shape[2] != pixels.shape[3]:
         raise ValueError(
-            f"pixels={form}: tiny_world judges motion on a square canvas; give at least {LEAST_FRAMES} frames of "
-            "equal sides"
+            f"pixels={form}: tiny_world judges motion on a square canvas; give at least "
+            f"{LEAST_FRAMES} frames of equal sides"
         )
     if len(prompts) != len(pixels):
-        raise ValueError(f"prompts={len(prompts)}: there are {len(pixels)} clips; give one prompt for each")
+        raise ValueError(
+            f"prompts={len(prompts)}: there are {len(pixels)} clips; give one prompt for each"
+        )
     if not fps > 0.0:
         raise ValueError(f"fps={fps}: must be above 0; say how fast the clips play")
 

@@ -1,11 +1,12 @@
-"""VideoAlign (VideoReward): visual quality, motion quality and text alignment, judged by a fine-tuned Qwen2-VL-2B.
+"""VideoAlign (VideoReward): visual quality, motion quality and text alignment by a Qwen2-VL-2B.
 
-Liu et al. 2025, "Improving Video Generation with Human Feedback" (arXiv 2501.13918); github.com/KwaiVGI/VideoAlign.
-Scores equal the reference's: same frames, pixels, text, positions and weights. Departures from it:
+Liu et al. 2025, "Improving Video Generation with Human Feedback" (arXiv 2501.13918);
+github.com/KwaiVGI/VideoAlign. Scores equal the reference's: same frames, pixels, text, positions
+and weights. Departures from the reference:
 - a clip that cannot be judged has no score; the DanceGRPO code scores it -1;
-- a user's text is never read as a special token (see videoalign_text);
-- adapters are folded into the weights in float32 and the head is applied in float32, where the reference's bfloat16
-  run rounds in between.
+- a user's text is never read as a special token (see networks/videoalign/prompt.py);
+- adapters are folded into the weights in float32 and the head is applied in float32, where the
+  reference's bfloat16 run rounds in between.
 """
 
 import logging
@@ -33,26 +34,36 @@ LEAST_FRAMES = sampling.LEAST_FRAMES
 
 
 def frames_scored(spec: RewardSpec, frames: int, fps: float) -> int:
-    """Number of frames that the network reads of a clip at `fps` frames per second, by the published config."""
+    """Number of frames that the network reads of a clip, by the published config.
+
+    frames: of the clip;  fps: frames per second
+    """
     return sampling.sampled(frames, fps, sampling.PUBLISHED_FPS)
 
 
-SIZE = RewardSize(parameters=2.2e9, tokens=1300, frames_scored=frames_scored)  # assumed; a frame of 448 x 448
+# assumed of Qwen2-VL-2B, for a frame of 448 x 448
+SIZE = RewardSize(parameters=2.2e9, tokens=1300, frames_scored=frames_scored)
 
 
 class Options(Section):
-    """What only VideoAlign knows."""
+    """`rewards.options` of videoalign."""
 
     template: str | None = None
     """The official repository's prompt_template.py, or a text file with the template."""
     template_sha256: str | None = None
     """SHA-256 of a template that is accepted instead of the official one."""
     base: str | None = None
-    """Folder or hub id of Qwen2-VL-2B-Instruct; none = what model_config.json names. Not needed once converted."""
+    """Folder or hub id of Qwen2-VL-2B-Instruct. None: what model_config.json names.
+
+    Not needed once converted.
+    """
     raw: bool = False
     """Scores as the network gives them, without the checkpoint's mean and standard deviation."""
     coarse_rotary: bool | None = None
-    """Rotary frequencies rounded to bfloat16; none = as the reference: where dtype or the checkpoint is bfloat16."""
+    """Whether rotary frequencies are rounded to bfloat16.
+
+    None: as the reference, where dtype or the checkpoint is bfloat16.
+    """
 
 
 @dataclass(frozen=True)
@@ -64,14 +75,24 @@ class Input:
 
 
 class VideoAlign(Reward):
-    """The reward. Scores are of the declared fps: the same frames at another fps are another clip."""
+    """VQ, MQ and TA of clips, at the declared fps: at another fps the frames are another clip."""
 
     names: tuple[str, ...] = PARTS
 
     def __init__(
-        self, network: Network, reader: Reader, settings: Published, batch_size: int, longest: int, fingerprint: str
+        self,
+        network: Network,
+        reader: Reader,
+        settings: Published,
+        batch_size: int,
+        longest: int,
+        fingerprint: str,
     ) -> None:
-        """batch_size: clips per forward pass;  longest: tokens;  fingerprint: hash of all that makes the scores"""
+        """Take a network that is on its device.
+
+        batch_size: clips per forward pass;  longest: tokens of text and video together
+        fingerprint: hash of all that makes the scores
+        """
         self.network = network
         self.reader = reader
         self.settings = settings
@@ -80,11 +101,13 @@ class VideoAlign(Reward):
         self.fingerprint = fingerprint
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
-        """pixels: uint8 [B, F, H, W, 3], F >= 2;  prompts: B texts;  fps: frames per second of the clips, above 0
+        """VQ, MQ and TA of B clips, float32 [B] each.
 
-        returns float32 [B] for VQ, MQ and TA. A prompt that is too long, or a result that is not finite, makes its
-        clip invalid. With batch_size 1 no bit depends on the other clips; above, only the last bits do.
-        Raises ValueError for pixels of another form, a single frame, or a frame over 200 times longer than wide.
+        pixels: uint8 [B, F, H, W, 3], F >= 2;  prompts: B texts;  fps: frames per second, above 0
+        A prompt that is too long, or a result that is not finite, makes its clip invalid. With
+        batch_size 1 no bit depends on the other clips; above, only the last bits do.
+        Raises ValueError for pixels of another form, a single frame, or a frame over 200 times
+        longer than wide.
         """
         clips.check(pixels, prompts)
         if not fps > 0.0:
@@ -92,7 +115,11 @@ class VideoAlign(Reward):
         raw = torch.full((len(prompts), len(PARTS)), float("nan"))
         for start in range(0, len(prompts), self.batch_size):
             some = range(start, min(start + self.batch_size, len(prompts)))
-            ready = {i: made for i in some if (made := self._prepare(pixels[i].cpu(), prompts[i], fps)) is not None}
+            ready = {
+                i: made
+                for i in some
+                if (made := self._prepare(pixels[i].cpu(), prompts[i], fps)) is not None
+            }
             if ready:
                 raw[list(ready)] = self._score(list(ready.values()))
         mean, std = torch.tensor([self.settings.mean, self.settings.std], dtype=torch.float64)
@@ -112,7 +139,10 @@ class VideoAlign(Reward):
         self.network.to(device)
 
     def _prepare(self, clip: Tensor, prompt: str, fps: float) -> Input | None:
-        """None where the prompt has no place in the network."""
+        """A clip and its prompt as the network's input. None: the prompt does not fit.
+
+        clip: uint8 [F, H, W, 3];  fps: frames per second
+        """
         seen = view(clip, fps, self.settings.fps, self.settings.most_pixels)
         try:
             ids = self.reader(prompt, seen.tokens)
@@ -120,7 +150,11 @@ class VideoAlign(Reward):
             log.warning("a clip has no score: %s", error)
             return None
         if len(ids) > self.longest:
-            log.warning("a clip has no score: its text and video are %d tokens, above %d", len(ids), self.longest)
+            log.warning(
+                "a clip has no score: its text and video are %d tokens, above %d",
+                len(ids),
+                self.longest,
+            )
             return None
         return Input(ids, seen)
 
@@ -128,11 +162,17 @@ class VideoAlign(Reward):
         """Raw scores, float32 [N, 3] on the CPU, of one forward pass."""
         device = self.network.head.device
         longest = max(len(one.ids) for one in inputs)
-        ids = torch.tensor([one.ids + [self.reader.filler_id] * (longest - len(one.ids)) for one in inputs])
-        marks = torch.tensor([[one.ids.index(mark) for mark in self.reader.mark_ids] for one in inputs])
+        ids = torch.tensor(
+            [one.ids + [self.reader.filler_id] * (longest - len(one.ids)) for one in inputs]
+        )
+        marks = torch.tensor(
+            [[one.ids.index(mark) for mark in self.reader.mark_ids] for one in inputs]
+        )
         patches = torch.cat([one.view.patches for one in inputs])
         grids = torch.tensor([one.view.grid for one in inputs])
-        scores: Tensor = self.network(ids.to(device), patches.to(device), grids.to(device), marks.to(device))
+        scores: Tensor = self.network(
+            ids.to(device), patches.to(device), grids.to(device), marks.to(device)
+        )
         return scores.cpu()
 
 
@@ -143,12 +183,15 @@ def load(spec: RewardSpec) -> VideoAlign:
     """
     chosen = options.parse(spec, Options)
     if spec.frames is not None:
-        raise UserError(f"rewards.frames={spec.frames}: videoalign chooses its frames by rewards.fps; leave it out.")
+        raise UserError(
+            f"rewards.frames={spec.frames}: videoalign chooses its frames by rewards.fps; leave it "
+            "out."
+        )
     device, dtype = options.device(spec), options.dtype(spec)
     if chosen.template is None:
         raise UserError(
-            "rewards.options.template: missing; name prompt_template.py of github.com/KwaiVGI/VideoAlign, which is "
-            "read and not run."
+            "rewards.options.template: missing; name prompt_template.py of "
+            "github.com/KwaiVGI/VideoAlign, which is read and not run."
         )
     template = read_template(Path(chosen.template).expanduser())
     template_hash = check_template(template, chosen.template_sha256, Path(chosen.template))
@@ -162,7 +205,8 @@ def load(spec: RewardSpec) -> VideoAlign:
     if coarse is None:
         embedding = tensors.get(EMBEDDING)
         coarse = torch.bfloat16 in (dtype, None if embedding is None else embedding.dtype)
-    network = build(tensors, checkpoint.base, dtype, coarse, str(checkpoint.files[-1]))
+    source = str(checkpoint.files[-1])
+    network = build(tensors, checkpoint.base, dtype, coarse=coarse, source=source)
     config = network.body.config
     reader = Reader(checkpoint.tokenizer, template, config.video_token_id, len(tensors[EMBEDDING]))
     network.to(device)
@@ -175,5 +219,11 @@ def load(spec: RewardSpec) -> VideoAlign:
         "coarse_rotary": coarse,
     }
     fingerprint = weight_files.fingerprint([*checkpoint.files, checkpoint.tokenizer], scoring)
-    longest = config.text_config.max_position_embeddings
-    return VideoAlign(network, reader, settings, spec.batch_size, longest, fingerprint)
+    return VideoAlign(
+        network=network,
+        reader=reader,
+        settings=settings,
+        batch_size=spec.batch_size,
+        longest=config.text_config.max_position_embeddings,
+        fingerprint=fingerprint,
+    )

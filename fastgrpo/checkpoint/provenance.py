@@ -52,7 +52,7 @@ def rewards(sources: Sequence[Source]) -> dict[str, dict[str, str]]:
         else:
             assert isinstance(source, RewardClient)
             for name in source.names:
-                told = source.told(name)
+                told = source.spec_of(name)
                 found[name] = {"fingerprint": str(told.get("fingerprint", "")), "identity": str(told["identity"])}
     return found
 

@@ -1,4 +1,7 @@
-"""Which frames of a clip an image reward looks at. Nothing here imports torch: the planner counts with it."""
+"""Which frames of a clip an image reward looks at.
+
+Nothing here imports torch: the planner counts frames with this file.
+"""
 
 from collections.abc import Callable
 
@@ -11,9 +14,9 @@ Rule = str | int
 def choose(rule: Rule, frames: int) -> list[int]:
     """Indices of the chosen ones among `frames` frames, in order, each once.
 
-    A number n takes the middles of n equal shares of the clip, floor((2 i + 1) frames / 2 n), so that
-    the first frame, which is the easiest to please with, has no special place; where the clip is
-    shorter, all of its frames.
+    A number n takes the middles of n equal shares of the clip, floor((2 i + 1) frames / 2 n), so
+    that the first frame, which is the easiest to please with, has no special place; where the clip
+    is shorter, all of its frames.
     """
     if rule == "all":
         return list(range(frames))
@@ -31,7 +34,10 @@ def rule_of(spec: RewardSpec, default: Rule) -> Rule:
 
 
 def count_by(default: Rule) -> Callable[[RewardSpec, int, float], int]:
-    """`RewardSize.frames_scored` of a reward that chooses its frames by a rule, with its own rule."""
+    """A `RewardSize.frames_scored` for a reward that chooses its frames by a rule.
+
+    default: the reward's own rule, where a recipe sets none
+    """
 
     def frames_scored(spec: RewardSpec, frames: int, fps: float) -> int:
         return len(choose(rule_of(spec, default), frames))

@@ -1,8 +1,9 @@
-"""How far every pixel moves from frame to frame: Lucas and Kanade's least squares, from coarse to fine, in plain torch.
+"""How far every pixel moves from frame to frame, in plain torch.
 
-Lucas and Kanade 1981; the pyramid and the warped iterations as in Bouguet 2000, at every pixel, and the answer
-smoothed after every round, without which an edge's unseen motion along itself grows. Exact enough to tell still from
-moving and steady from jerky; what is smaller than the windows moves with its surroundings.
+Least squares of Lucas and Kanade 1981, from coarse to fine; the pyramid and the warped iterations
+as in Bouguet 2000, at every pixel, and the answer smoothed after every round, without which an
+edge's unseen motion along itself grows. Exact enough to tell still from moving and steady from
+jerky; what is smaller than the windows moves with its surroundings.
 """
 
 import torch
@@ -14,7 +15,8 @@ WINDOW = 7  # pixels whose motion is taken as one
 ROUNDS = 3  # warped iterations per level
 SMOOTH = 9  # pixels over which each round's answer is averaged
 SMALLEST = 12  # a level with a shorter side holds too little to match
-STIFFNESS = 1e-4  # (luma per pixel)^2: where the picture is flatter than that, the coarser level's answer stays
+# (luma per pixel)^2: where the picture is flatter than that, the coarser level's answer stays
+STIFFNESS = 1e-4
 
 
 def flow(first: Tensor, second: Tensor) -> Tensor:
@@ -35,25 +37,32 @@ def flow(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _refine(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
-    """One level: solve (sum of g g^T + stiffness) du = sum of g (a - b(x + u)) over each window, smooth, repeat.
+    """The displacement of one level, from the coarser level's.
 
+    a, b: float32 [N, 1, H, W], luma;  u: float32 [N, 2, H, W], pixels.  returns the same as u
+    Solve (sum of g g^T + stiffness) du = sum of g (a - b(x + u)) over each window, smooth, repeat.
     What leaves the picture is not compared; there the neighbours' answer spreads.
     """
     gradient = _gradient(a)
     xx, yy, xy = (
-        local_mean(gradient[:, i : i + 1] * gradient[:, j : j + 1], WINDOW) for i, j in ((0, 0), (1, 1), (0, 1))
+        local_mean(gradient[:, i : i + 1] * gradient[:, j : j + 1], WINDOW)
+        for i, j in ((0, 0), (1, 1), (0, 1))
     )
     xx, yy = xx + STIFFNESS, yy + STIFFNESS
     for _ in range(ROUNDS):
         difference = (a - warp(b, u)) * inside(u)
         px, py = local_mean(gradient * difference, WINDOW).split(1, dim=1)
         step = torch.cat([yy * px - xy * py, xx * py - xy * px], 1) / (xx * yy - xy**2)
-        u = local_mean(u + step.clamp(-1, 1), SMOOTH)  # beyond a pixel the linear model no longer holds
+        # beyond a pixel the linear model no longer holds
+        u = local_mean(u + step.clamp(-1, 1), SMOOTH)
     return u
 
 
 def warp(picture: Tensor, u: Tensor) -> Tensor:
-    """picture(x + u(x)), bilinear, its border continued outside.  picture: [N, C, H, W];  u: [N, 2, H, W], pixels"""
+    """picture(x + u(x)), bilinear, its border continued outside: float32 [N, C, H, W].
+
+    picture: float32 [N, C, H, W];  u: float32 [N, 2, H, W], pixels
+    """
     height, width = picture.shape[-2:]
     x = (torch.arange(width) + u[:, 0] + 0.5) * 2 / width - 1
     y = (torch.arange(height)[:, None] + u[:, 1] + 0.5) * 2 / height - 1
@@ -62,14 +71,17 @@ def warp(picture: Tensor, u: Tensor) -> Tensor:
 
 
 def inside(u: Tensor) -> Tensor:
-    """Whether x + u(x) lies in the picture.  u: [N, 2, H, W].  returns bool [N, 1, H, W]"""
+    """Whether x + u(x) lies in the picture: bool [N, 1, H, W].
+
+    u: float32 [N, 2, H, W], pixels
+    """
     height, width = u.shape[-2:]
     x, y = torch.arange(width) + u[:, :1], torch.arange(height)[:, None] + u[:, 1:]
     return (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
 
 
 def _gradient(a: Tensor) -> Tensor:
-    """Central differences of [N, 1, H, W], luma per pixel: [N, 2, H, W], (x, y)."""
+    """Central differences of a picture, float32 [N, 1, H, W]: [N, 2, H, W], (x, y), per pixel."""
     wide = F.pad(a, (1, 1, 1, 1), mode="replicate")
     x = (wide[..., 1:-1, 2:] - wide[..., 1:-1, :-2]) / 2
     y = (wide[..., 2:, 1:-1] - wide[..., :-2, 1:-1]) / 2
@@ -77,15 +89,23 @@ def _gradient(a: Tensor) -> Tensor:
 
 
 def local_mean(values: Tensor, side: int) -> Tensor:
-    """Mean over the square of an odd `side` around each pixel, as much of it as there is.  [N, C, H, W]"""
-    across = F.avg_pool2d(values, (1, side), stride=1, padding=(0, side // 2), count_include_pad=False)
-    return F.avg_pool2d(across, (side, 1), stride=1, padding=(side // 2, 0), count_include_pad=False)
+    """Mean over the square of an odd `side` around each pixel, as much of it as there is.
+
+    values: float32 [N, C, H, W].  returns the same
+    """
+    across = F.avg_pool2d(
+        values, (1, side), stride=1, padding=(0, side // 2), count_include_pad=False
+    )
+    return F.avg_pool2d(
+        across, (side, 1), stride=1, padding=(side // 2, 0), count_include_pad=False
+    )
 
 
 def between(luma: Tensor, longest: int) -> Tensor:
     """Flow between neighbouring frames, seen at a longest side of at most `longest` pixels.
 
-    luma: float32 [F, H, W] in [0, 1], F >= 2.  returns float32 [F - 1, 2, h, w], in pixels of that size
+    luma: float32 [F, H, W] in [0, 1], F >= 2.
+    returns float32 [F - 1, 2, h, w], in pixels of that size
     """
     scale = longest / max(luma.shape[-2:])
     if scale < 1:

@@ -1,4 +1,4 @@
-"""Any reward as a binary one: 1 where a part reaches a value, else 0 (DanceGRPO's thresholded rewards)."""
+"""Any reward as a binary one: 1 where a part reaches a value, else 0, as DanceGRPO's rewards."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from fastgrpo.core.reward import Reward, RewardWrapper, Scores
 
 
 class Thresholded(RewardWrapper):
-    """A reward with a further part `P_above` for some of its parts P; its other parts stay as they are."""
+    """A reward with a further part `P_above` for some parts P; the other parts stay as they are."""
 
     def __init__(self, reward: Reward, thresholds: Mapping[str, float]) -> None:
         super().__init__(reward)
@@ -23,9 +23,13 @@ class Thresholded(RewardWrapper):
             self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
-        """As the reward's; `P_above` is float32 [B], 1 where P is at least the value, 0 below, NaN where P is invalid.
+        """Scores of the reward, and for each threshold `P_above`.
 
-        The comparison is made in float32, the precision of the scores: a score that prints as the value reaches it.
+        pixels: uint8 [B, F, H, W, 3];  prompts: B texts;  fps: frames per second
+        returns P_above as float32 [B]: 1 where P is at least the value, 0 below, NaN where P is
+        invalid
+        The comparison is made in float32, the precision of the scores: a score that prints as the
+        value reaches it.
         """
         scores = self.reward(pixels, prompts, fps)
         values = dict(scores.values)
@@ -46,10 +50,12 @@ def wrap(reward: Reward, thresholds: Mapping[str, float]) -> Reward:
     for part in thresholds:
         if part not in reward.names:
             raise UserError(
-                f"rewards.threshold.{part}: the reward has no part '{part}'; its parts are {', '.join(reward.names)}."
+                f"rewards.threshold.{part}: the reward has no part '{part}'; its parts are "
+                f"{', '.join(reward.names)}."
             )
         if above(part) in reward.names:
             raise UserError(
-                f"rewards.threshold.{part}: the reward has a part '{above(part)}' of its own; leave it out."
+                f"rewards.threshold.{part}: the reward has a part '{above(part)}' of its own; "
+                "leave it out."
             )
     return Thresholded(reward, thresholds)

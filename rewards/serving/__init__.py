@@ -1,4 +1,4 @@
-"""Scores on their way: a loaded reward in this process, or behind the HTTP server, with one handshake and one wire.
+"""Scores on their way: a loaded reward in this process, or behind the HTTP server.
 
 Imports core, data and the registry of rewards. Read `loaded_reward.py` first, then `wire.py`.
 """

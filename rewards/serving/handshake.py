@@ -1,4 +1,4 @@
-"""What a server says of its rewards (/v1/spec), and whether two servers hold the same ones."""
+"""What a server's /v1/spec says of its rewards, and whether two servers hold the same ones."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,21 +6,26 @@ from typing import Any
 from fastgrpo.rewards.serving import wire
 
 Spec = dict[str, dict[str, Any]]  # reward -> what /v1/spec says of it
-GOLDEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # of the golden clip's scores: another GPU rounds otherwise
+GOLDEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+"""Tolerance of the golden clip's scores, by dtype: another GPU rounds otherwise."""
 
 
-class Unlike(Exception):
+class ReplicaMismatch(Exception):
     """A replica whose scores are not those of the others."""
 
 
 def read_spec(body: bytes) -> Spec:
-    """The rewards of a /v1/spec answer. Raises WireError for what is none."""
+    """The rewards of a /v1/spec answer. Raises WireError for any other bytes."""
     rewards = wire.read_json("spec", body).get("rewards")
     if not isinstance(rewards, dict) or not all(isinstance(one, dict) for one in rewards.values()):
         wire.refuse("spec", "no rewards")
     for name, one in rewards.items():
         parts, golden = one.get("parts"), one.get("golden")
-        if not isinstance(parts, list) or not parts or not all(isinstance(part, str) for part in parts):
+        if (
+            not isinstance(parts, list)
+            or not parts
+            or not all(isinstance(part, str) for part in parts)
+        ):
             wire.refuse("spec", f"no parts of '{name}'")
         if not isinstance(one.get("identity"), str) or not isinstance(golden, dict):
             wire.refuse("spec", f"no identity or golden scores of '{name}'")
@@ -34,18 +39,25 @@ def read_spec(body: bytes) -> Spec:
     return rewards
 
 
-def compare(name: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raise Unlike where two replicas' rewards are not the same, by their identity or by the golden clip."""
-    if found["parts"] != expected["parts"] or found["identity"] != expected["identity"]:
-        raise Unlike(differs(name))
+def compare(name: str, expected: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Raise ReplicaMismatch where two replicas' rewards differ in identity or golden scores.
+
+    expected, other: what /v1/spec says of the reward `name`
+    """
+    if other["parts"] != expected["parts"] or other["identity"] != expected["identity"]:
+        raise ReplicaMismatch(differs(name))
     tolerance = GOLDEN_TOLERANCE.get(str(expected.get("dtype")), 0.0)
     for part, score in expected["golden"].items():
-        other = found["golden"].get(part)
-        if (score is None) != (other is None):
-            raise Unlike(f"its '{name}' scores the golden clip where another does not")
-        if score is not None and abs(score - other) > tolerance * max(1.0, abs(score)):
-            raise Unlike(f"its '{name}' gives the golden clip {part}={other:.6g} where another gives {score:.6g}")
+        other_score = other["golden"].get(part)
+        if (score is None) != (other_score is None):
+            raise ReplicaMismatch(f"its '{name}' scores the golden clip where another does not")
+        if score is not None and abs(score - other_score) > tolerance * max(1.0, abs(score)):
+            raise ReplicaMismatch(
+                f"its '{name}' gives the golden clip {part}={other_score:.6g} where another gives "
+                f"{score:.6g}"
+            )
 
 
 def differs(name: str) -> str:
+    """Message for a reward whose identity is not the others'."""
     return f"its '{name}' differs from that of the other servers, in version, weights or settings"

@@ -17,14 +17,19 @@ from fastgrpo.rewards.serving.loaded_reward import load_served
 class ScorerInProcess:
     """Scores by rewards that this process holds.
 
-    Weights of a reward with device="auto" share the trainer's GPU: they come there when scoring begins and leave it at
-    `release`, so that the update has the memory. Scoring has a CUDA stream of its own and waits for no rollout.
+    Weights of a reward with device="auto" share the trainer's GPU: they come there when scoring
+    begins and leave it at `release`, so that the update has the memory. Scoring has a CUDA stream
+    of its own and waits for no rollout.
     """
 
     at_once = 1  # rewards need not be thread-safe
 
     def __init__(self, specs: Sequence[RewardSpec], device: torch.device | None = None) -> None:
-        """device: the trainer's; none = the CPU.  Raises UserError for a mistake in a spec."""
+        """Load the rewards.
+
+        device: the trainer's. None: the CPU
+        Raises UserError for a mistake in a spec.
+        """
         self.device = device or torch.device("cpu")
         self.served = {spec.name: load_served(spec) for spec in specs}
         self.names = tuple(self.served)
@@ -34,8 +39,9 @@ class ScorerInProcess:
         self._move(torch.device("cpu"))
 
     def score(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> dict[str, Scores]:
-        """pixels: uint8 [B, F, H, W, 3];  returns each reward's Scores, NaN and invalid where it had none.
+        """Scores of B clips by each reward, NaN and invalid where a reward had none.
 
+        pixels: uint8 [B, F, H, W, 3];  prompts: B texts;  fps: frames per second
         Raises UserError where the GPU has no room for a reward.
         """
         with self._lock, torch.cuda.stream(self._stream) if self._stream else nullcontext():
@@ -49,7 +55,12 @@ class ScorerInProcess:
                 size = one.spec.batch_size
                 with room_for(one.spec):
                     parts = [
-                        judge_batch(one.reward, pixels[i : i + size], prompts[i : i + size], one.spec.fps or fps)
+                        judge_batch(
+                            one.reward,
+                            pixels[i : i + size],
+                            prompts[i : i + size],
+                            one.spec.fps or fps,
+                        )
                         for i in range(0, len(pixels), size)
                     ]
                 result[name] = join(parts)
@@ -64,7 +75,7 @@ class ScorerInProcess:
             self._here = False
 
     def take_events(self) -> dict[str, int]:
-        """Nothing goes wrong on the way."""
+        """Counts of what went wrong: none, since nothing is sent."""
         return {}
 
     def _move(self, device: torch.device) -> None:
@@ -84,12 +95,14 @@ def room_for(spec: RewardSpec) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise UserError(
-            f"rewards.batch_size={spec.batch_size}: the GPU has no room for {spec.name}; lower it, or give it its own "
-            "device."
+            f"rewards.batch_size={spec.batch_size}: the GPU has no room for {spec.name}; lower it, "
+            "or give it its own device."
         ) from None
 
 
 def join(batches: Sequence[Scores]) -> Scores:
-    """The scores of consecutive batches as one."""
-    values = {part: torch.cat([batch.values[part] for batch in batches]) for part in batches[0].values}
+    """The scores of consecutive batches, float32 [B] each, as one."""
+    values = {
+        part: torch.cat([batch.values[part] for batch in batches]) for part in batches[0].values
+    }
     return Scores(values, torch.cat([batch.valid for batch in batches]))

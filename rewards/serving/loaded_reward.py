@@ -1,4 +1,4 @@
-"""A reward as a server holds it: loaded, warm, and with what tells it from another one."""
+"""A reward as a server holds it: loaded, warm, and with its identity."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from fastgrpo.rewards.serving import wire
 log = logging.getLogger(__name__)
 
 VERSIONS = {name: version(name) for name in ("torch", "transformers", "pillow")}
-"""Of the libraries whose other versions may score otherwise."""
+"""Versions of the libraries of which another version may score otherwise."""
 
 
 @dataclass
@@ -30,7 +30,8 @@ class Served:
 
     reward: Reward
     spec: RewardSpec
-    golden: dict[str, float | None] = field(default_factory=dict)  # part -> score; none = it cannot judge that clip
+    # part -> score; None: the reward cannot judge that clip
+    golden: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -38,18 +39,19 @@ class Served:
 
     @property
     def fingerprint(self) -> str:
-        """Of the weights and of what else changes scores, as the reward itself says; empty for one without weights."""
+        """Hash of the weights and of what else changes scores; empty: no weights."""
         return self.reward.fingerprint
 
     @cached_property
     def identity(self) -> str:
-        """SHA-256 of all that decides its scores: replicas that differ in it must not be mixed in one run.
+        """SHA-256 of all that decides scores; replicas that differ in it are not mixed in one run.
 
-        Options count where no fingerprint says what they do; else a path in them may differ from machine to machine.
+        Options count where no fingerprint says what they do; else a path in them may differ from
+        machine to machine.
         """
         settings = self.spec.model_dump(include={"name", "dtype", "frames", "threshold"})
         options = {} if self.fingerprint else self.spec.options
-        said = [
+        content = [
             code_hash(rewards.FOLDER, self.name),
             VERSIONS,
             list(self.reward.names),
@@ -57,24 +59,33 @@ class Served:
             settings,
             options,
         ]
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def frames_used(self, frames: int, fps: float) -> list[int] | None:
-        """Indices of the frames that the reward looks at in such a clip, in increasing order. None: all of them."""
+        """Indices of the frames that the reward looks at in such a clip, in increasing order.
+
+        None: all of them.
+        """
         used = self.reward.frames_used(frames, fps)
         return None if used is None else sorted({int(index) for index in used})
 
     def choose(self, clip: wire.Clip, fps: float) -> tuple[Tensor, tuple[int, ...] | None]:
-        """(the frames that it looks at, their indices or none for all) of what was sent.
+        """The frames that the reward looks at, of what was sent, and their indices.
 
+        returns uint8 [n, H, W, 3] and n indices. None: all frames of the clip
         Raises WireError where a frame that it looks at was not sent.
         """
         wanted = self.frames_used(clip.of, fps)
         if wanted is None:
             if clip.at is not None and len(clip.at) < clip.of:
-                raise wire.WireError(f"frames: {self.name} looks at all {clip.of}, and {len(clip.at)} were sent")
+                raise wire.WireError(
+                    f"frames: {self.name} looks at all {clip.of}, and {len(clip.at)} were sent"
+                )
             return clip.pixels, None
-        sent = {index: row for row, index in enumerate(clip.at if clip.at is not None else range(clip.of))}
+        sent = {
+            index: row
+            for row, index in enumerate(clip.at if clip.at is not None else range(clip.of))
+        }
         missing = [index for index in wanted if index not in sent]
         if missing:
             raise wire.WireError(f"frames: {self.name} looks at {missing[0]}, which was not sent")
@@ -83,25 +94,33 @@ class Served:
         return clip.pixels[[sent[index] for index in wanted]], tuple(wanted)
 
     def warm_up(self) -> None:
-        """Score the golden clip, twice: the first time is a warm-up, the second is told to clients.
+        """Score the golden clip twice: as a warm-up, and for what clients are told.
 
-        Raises UserError where the reward fails at it, other than by a ValueError: that clip may not be its kind.
+        Raises UserError where the reward fails at it, other than by a ValueError: that clip may not
+        be its kind.
         """
         clip, prompt, fps = golden_clip(self.reward)
         try:
             self.reward(clip[None], [prompt], fps)
             scores = self.reward(clip[None], [prompt], fps)
-            values = {part: scores.values[part].reshape(1).tolist()[0] for part in self.reward.names}
+            values = {
+                part: scores.values[part].reshape(1).tolist()[0] for part in self.reward.names
+            }
         except ValueError:
             log.warning("%s cannot judge the golden clip", self.name)
             self.golden = dict.fromkeys(self.reward.names)
             return
-        except Exception as error:  # anyone's code; what it says may be long, its class says enough in one line
+        # anyone's code; what it says may be long, its class says enough in one line
+        except Exception as error:
             raise UserError(
-                f"rewards.name={self.name}: it raised {type(error).__name__} at the golden clip, so it would score "
-                f"nothing ({str(error).splitlines()[0][:200] if str(error) else 'no message'}); correct its settings."
+                f"rewards.name={self.name}: it raised {type(error).__name__} at the golden clip, "
+                "so it would score nothing "
+                f"({str(error).splitlines()[0][:200] if str(error) else 'no message'}); correct "
+                "its settings."
             ) from None
-        self.golden = {part: value if value - value == 0.0 else None for part, value in values.items()}
+        self.golden = {
+            part: value if value - value == 0.0 else None for part, value in values.items()
+        }
 
 
 SCORED_WITH = ("common", "networks", "serving/judge.py")
@@ -111,14 +130,20 @@ SCORED_WITH = ("common", "networks", "serving/judge.py")
 def code_hash(folder: Path, name: str) -> str:
     """SHA-256 of the code that a reward's scores depend on, by path and content.
 
-    folder: rewards/;  name: the reward, whose own file may be missing, as for one that a test defines
+    folder: rewards/
+    name: the reward, whose own file may be missing, as for one that a test defines
     """
     total = hashlib.sha256()
     roots = [folder / f"{name}.py", *(folder / part for part in SCORED_WITH)]
-    files = [file for root in roots for file in (sorted(root.rglob("*.py")) if root.is_dir() else [root])]
+    files = [
+        file for root in roots for file in (sorted(root.rglob("*.py")) if root.is_dir() else [root])
+    ]
     for file in files:
         if file.is_file():
-            total.update(file.relative_to(folder).as_posix().encode() + hashlib.sha256(file.read_bytes()).digest())
+            total.update(
+                file.relative_to(folder).as_posix().encode()
+                + hashlib.sha256(file.read_bytes()).digest()
+            )
     return total.hexdigest()
 
 
@@ -128,7 +153,10 @@ def load_served(spec: RewardSpec) -> Served:
 
 
 def golden_clip(reward: Reward | None) -> tuple[Tensor, str, float]:
-    """(uint8 [F, H, W, 3], prompt, fps): the reward's own, or a drawn one, nine frames of 32 x 32."""
+    """A reward's own golden clip, or a drawn one of nine frames of 32 x 32.
+
+    returns uint8 [F, H, W, 3], its prompt, its frames per second
+    """
     if reward is not None and reward.golden is not None:
         return reward.golden
     meaning = shapes.meanings()[0][0]

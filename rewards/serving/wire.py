@@ -1,13 +1,16 @@
 """The bytes between the trainer and the reward server.
 
-Request: the safetensors format, one uint8 tensor `clip.<i>` [F, H, W, 3] per clip (sizes may differ), and in its
-`__metadata__` one entry "request", the JSON of {"prompts": [...], "fps": ..., "rewards": [...], "frames": [...]}.
-"frames" may be absent; for each clip it is null, or {"of": n, "at": [...]}: the tensor holds only those of n frames.
-Answer: JSON {"scores": {reward: {part: [number or null]}}, "valid": {reward: [true or false]},
-"identity": {reward: text}}. A float32 is written as the decimal number that reads back to its exact bits; null is NaN.
+Request: the safetensors format, one uint8 tensor `clip.<i>` [F, H, W, 3] per clip (sizes may
+differ), and in its `__metadata__` one entry "request", the JSON of {"prompts": [...], "fps": ...,
+"rewards": [...], "frames": [...]}. "frames" may be absent; for each clip it is null, or {"of": n,
+"at": [...]}: the tensor holds only those of n frames.
 
-`decode_request` trusts nothing: sizes are held against the caps below before anything of that size is made, the tensors
-must fill the body exactly, and no code runs on either side (no pickle).
+Answer: JSON {"scores": {reward: {part: [number or null]}}, "valid": {reward: [true or false]},
+"identity": {reward: text}}. A float32 is written as the decimal number that reads back to its exact
+bits; null is NaN.
+
+`decode_request` trusts nothing: sizes are held against the caps below before anything of that size
+is made, the tensors must fill the body exactly, and no code runs on either side (no pickle).
 """
 
 import json
@@ -38,7 +41,7 @@ class WireError(ValueError):
 
 
 class OtherReward(WireError):
-    """Scores of a reward of that name that is not the one that was asked for."""
+    """Scores of another reward of the same name than the one that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,13 @@ class Clip:
 
     pixels: Tensor  # uint8 [len(at) or of, H, W, 3]
     of: int  # frames of the whole clip
-    at: tuple[int, ...] | None = None  # which of them `pixels` holds, in increasing order; none = all
+    # which of them `pixels` holds, in increasing order. None: all
+    at: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a client asks to have scored."""
+    """Clips that a client asks to have scored, by which rewards."""
 
     clips: list[Clip]  # views of the body
     prompts: list[str]
@@ -61,6 +65,7 @@ class Request:
 
 
 def refuse(where: str, wrong: str) -> NoReturn:
+    """Raise WireError.  where: the part of the bytes that is wrong"""
     raise WireError(f"{where}: {wrong}")
 
 
@@ -72,8 +77,10 @@ def encode_request(
     at: Sequence[int] | None = None,
     of: int = 0,
 ) -> bytes:
-    """clips: uint8 [F, H, W, 3] each, one for every prompt;  at, of: where they are frames of longer clips.
+    """The body of a request.
 
+    clips: uint8 [F, H, W, 3] each, one for every prompt;  fps: frames per second
+    at, of: indices of these frames, and how many there are, where they are frames of longer clips
     Raises WireError where they break the format's caps.
     """
     for i, clip in enumerate(clips):
@@ -90,7 +97,11 @@ def encode_request(
     position = 0
     for i, clip in enumerate(clips):
         end = position + clip.numel()
-        entries[f"clip.{i}"] = {"dtype": "U8", "shape": list(clip.shape), "data_offsets": [position, end]}
+        entries[f"clip.{i}"] = {
+            "dtype": "U8",
+            "shape": list(clip.shape),
+            "data_offsets": [position, end],
+        }
         position = end
     try:
         header = json.dumps(entries, ensure_ascii=False).encode()
@@ -100,15 +111,20 @@ def encode_request(
     total = 8 + len(header) + position
     if len(header) > MAX_HEADER or total > MAX_BODY:
         refuse(
-            "body", f"{total} bytes, {len(header)} of them header, above {MAX_BODY} or {MAX_HEADER}; send fewer clips"
+            "body",
+            f"{total} bytes, {len(header)} of them header, above {MAX_BODY} or {MAX_HEADER}; send "
+            "fewer clips",
         )
-    # by hand: the library copies the pixels twice, and refuses to write a tensor that is there twice
+    # by hand: the library copies pixels twice, and refuses to write a tensor that is there twice
     pixels = [np.ascontiguousarray(clip.cpu().numpy()).data.cast("B") for clip in clips]
     return b"".join([struct.pack("<Q", len(header)), header, *pixels])
 
 
 def decode_request(body: bytearray) -> Request:
-    """The request in a body, whose memory the clips share.  Raises WireError for anything but a well-formed request."""
+    """The request in a body, whose memory the clips share.
+
+    Raises WireError for anything but a well-formed request.
+    """
     if not 8 < len(body) <= MAX_BODY:
         refuse("body", f"{len(body)} bytes, expected 9 to {MAX_BODY}")
     (length,) = struct.unpack("<Q", body[:8])
@@ -127,7 +143,9 @@ def decode_request(body: bytearray) -> Request:
         shape, begin, end = decode_entry(f"clip.{i}", header.get(f"clip.{i}"))
         if start + end > len(body):
             refuse(f"clip.{i}", "ends behind the end of the body")
-        pixels = torch.frombuffer(body, dtype=torch.uint8, count=end - begin, offset=start + begin).view(shape)
+        pixels = torch.frombuffer(
+            body, dtype=torch.uint8, count=end - begin, offset=start + begin
+        ).view(shape)
         of, at = frames[i] or (shape[0], None)
         if at is not None and len(at) != shape[0]:
             refuse(f"clip.{i}", f"{shape[0]} frames where {len(at)} are named")
@@ -158,7 +176,9 @@ def read_json(where: str, data: bytes) -> dict[str, object]:
         refuse(where, f"{name} is no JSON number")
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
+        value = json.loads(
+            data.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant
+        )
     except WireError:
         raise
     except (ValueError, RecursionError):
@@ -176,13 +196,14 @@ def decode_metadata(metadata: object) -> dict[str, object]:
 
 
 def decode_fps(fps: object) -> float:
+    """Frames per second, above 0."""
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < 1e6:
         refuse("fps", "not a number above 0")
     return float(fps)
 
 
 def decode_frames(value: object, count: int) -> list[tuple[int, tuple[int, ...]] | None]:
-    """(of, at) of each clip, none for one that was sent whole."""
+    """(of, at) of each clip. None: the clip was sent whole."""
     if value is None:
         return [None] * count
     if not isinstance(value, list) or len(value) != count:
@@ -191,8 +212,14 @@ def decode_frames(value: object, count: int) -> list[tuple[int, tuple[int, ...]]
 
 
 def decode_choice(entry: object) -> tuple[int, tuple[int, ...]]:
+    """(of, at) of one clip: the frames of the whole clip, the indices of those that were sent."""
     of, at = (entry.get("of"), entry.get("at")) if isinstance(entry, dict) else (None, None)
-    if type(of) is not int or not 1 <= of <= MAX_FRAMES or not isinstance(at, list) or not 1 <= len(at) <= of:
+    if (
+        type(of) is not int
+        or not 1 <= of <= MAX_FRAMES
+        or not isinstance(at, list)
+        or not 1 <= len(at) <= of
+    ):
         refuse("frames", "no numbers 'of' and 'at'")
     at = integers("frames", at, len(at))
     if at[0] < 0 or at[-1] >= of or any(b <= a for a, b in pairwise(at)):
@@ -210,7 +237,10 @@ def texts(where: str, value: object, most: int) -> list[str]:
 
 
 def decode_entry(name: str, entry: object) -> tuple[list[int], int, int]:
-    """(shape, begin, end) of a tensor's entry in the header; the span has the bytes that the shape needs."""
+    """Shape, begin and end of a tensor's entry in the header.
+
+    The span has as many bytes as the shape needs.
+    """
     if not isinstance(entry, dict):
         refuse(name, "not in the header")
     if entry.get("dtype") != "U8":
@@ -224,21 +254,38 @@ def decode_entry(name: str, entry: object) -> tuple[list[int], int, int]:
 
 
 def integers(where: str, value: object, count: int) -> list[int]:
-    if not isinstance(value, list) or len(value) != count or not all(type(item) is int for item in value):
+    """A list of `count` integers."""
+    if (
+        not isinstance(value, list)
+        or len(value) != count
+        or not all(type(item) is int for item in value)
+    ):
         refuse(where, f"not a list of {count} integers")
     return value
 
 
 def check_shape(where: str, shape: list[int]) -> None:
+    """Raise WireError where a shape is not [F, H, W, 3] within the caps."""
     frames, height, width, channels = shape
     if not (
-        1 <= frames <= MAX_FRAMES and height >= 1 and width >= 1 and height * width <= MAX_PIXELS and channels == 3
+        1 <= frames <= MAX_FRAMES
+        and height >= 1
+        and width >= 1
+        and height * width <= MAX_PIXELS
+        and channels == 3
     ):
-        refuse(where, f"shape {shape}, expected [F, H, W, 3] with F <= {MAX_FRAMES} and H x W <= {MAX_PIXELS}")
+        refuse(
+            where,
+            f"shape {shape}, expected [F, H, W, 3] with F <= {MAX_FRAMES} and H x W <= "
+            f"{MAX_PIXELS}",
+        )
 
 
 def encode_scores(scores: dict[str, Scores], identities: Mapping[str, str]) -> bytes:
-    """The answer to a request;  identities: of each reward, see `served`."""
+    """The answer to a request.
+
+    identities: that of each reward, see `Served.identity`
+    """
     return json.dumps(
         {
             "scores": {
@@ -262,10 +309,12 @@ def decode_scores(
     expected: Mapping[str, Sequence[str]] | None = None,
     identities: Mapping[str, str] | None = None,
 ) -> dict[str, Scores]:
-    """The answer for `count` clips.  expected, identities: each reward's, where they are known
+    """The answer for `count` clips, float32 [count] for each part.
 
-    Raises OtherReward for another identity, WireError where a reward or a part is missing, a list has another length,
-    or a score is neither a finite float32, of a valid clip, nor null, of an invalid one.
+    expected, identities: parts and identity of each reward, where they are known
+    Raises OtherReward for another identity, WireError where a reward or a part is missing, a list
+    has another length, or a score is neither a finite float32, of a valid clip, nor null, of an
+    invalid one.
     """
     answer = read_json("answer", body)
     result: dict[str, Scores] = {}
@@ -277,23 +326,33 @@ def decode_scores(
             refuse("answer", f"no scores of '{reward}'")
         if expected is not None and sorted(parts) != sorted(expected[reward]):
             refuse("answer", f"other parts of '{reward}' than {', '.join(expected[reward])}")
-        if not isinstance(valid, list) or len(valid) != count or not all(type(v) is bool for v in valid):
+        if (
+            not isinstance(valid, list)
+            or len(valid) != count
+            or not all(type(v) is bool for v in valid)
+        ):
             refuse("answer", f"'valid' of '{reward}' is not a list of {count} true or false")
         values: dict[str, Tensor] = {}
         for part, column in parts.items():
             if not isinstance(column, list) or len(column) != count:
                 refuse("answer", f"{reward}/{part} is not a list of {count}")
             if not all(number(x) if v else x is None for x, v in zip(column, valid, strict=True)):
-                refuse("answer", f"{reward}/{part} has a score of an invalid clip, or none of a valid one")
-            values[part] = torch.tensor([math.nan if x is None else x for x in column], dtype=torch.float32)
+                refuse(
+                    "answer",
+                    f"{reward}/{part} has a score of an invalid clip, or none of a valid one",
+                )
+            values[part] = torch.tensor(
+                [math.nan if x is None else x for x in column], dtype=torch.float32
+            )
         result[reward] = Scores(values, torch.tensor(valid, dtype=torch.bool))
     return result
 
 
 def entry(table: object, key: str) -> object:
+    """A value of a JSON object. None: there is none, or the table is no object."""
     return table.get(key) if isinstance(table, dict) else None
 
 
 def number(x: object) -> bool:
-    """A finite float32."""
+    """Whether x is a finite float32."""
     return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 2.0**128

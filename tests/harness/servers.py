@@ -54,7 +54,14 @@ def running(
     room_wait_s: float = 0.0,
 ) -> Iterator[str]:
     """A server in a thread of this process, for rewards that no file holds."""
-    limits = Limits(max_body, max_waiting, room_wait_s, body_timeout_s=1.0, head_timeout_s=1.0, batch_wait_s=wait_s)
+    limits = Limits(
+        max_body=max_body,
+        max_waiting=max_waiting,
+        room_wait_s=room_wait_s,
+        body_timeout_s=1.0,
+        head_timeout_s=1.0,
+        batch_wait_s=wait_s,
+    )
     spec = plain("any").model_copy(update={"batch_size": batch_size})
     served = [Served(reward, spec.model_copy(update={"name": name})) for name, reward in rewards.items()]
     app = make_app(served, TOKEN, limits)

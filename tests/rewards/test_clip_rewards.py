@@ -23,7 +23,7 @@ from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.rewards.common import frames
 from fastgrpo.rewards.networks.clip import preprocess, weights
-from fastgrpo.rewards.networks.clip.clip_reward import ClipReward
+from fastgrpo.rewards.networks.clip.clip_reward import ClipReward, Rating
 from fastgrpo.rewards.networks.clip.tokenizer import (
     FILES,
     ClipTokenizer,
@@ -56,18 +56,9 @@ def golden_reward(cfg: dict[str, Any], antialias: bool = True) -> ClipReward:
     """The golden checkpoint behind the golden token ids, whose real vocabulary is not in the repository."""
     tensors, _ = golden()
     loaded = weights.read(GOLDEN / "open_clip_tiny.pt", cfg, None, torch.float32)
-    pixels = preprocess.Preprocess(224, "letterbox", antialias=antialias)
+    pixels = preprocess.Preprocess(size=224, resize="letterbox", antialias=antialias)
     ids: Any = lambda prompts: tensors["input_ids"].long()[[int(prompt) for prompt in prompts]]  # noqa: E731
-    return ClipReward(
-        "HPS",
-        model=loaded.model,
-        tokenizer=ids,
-        preprocess=pixels,
-        rule="first",
-        scale=1.0,
-        batch_size=2,
-        fingerprint="",
-    )
+    return ClipReward(loaded.model, ids, pixels, Rating("HPS", "first", 1.0, 2), "")
 
 
 def spec(name: str, folder: Path, **settings: Any) -> RewardSpec:
@@ -157,7 +148,7 @@ def test_centre_crop_is_that_of_transformers(height: int, width: int) -> None:
     images = clips(1, 2, height, width)[0]
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     expected = processor([Image.fromarray(image.numpy()) for image in images], return_tensors="pt").pixel_values
-    mine = preprocess.Preprocess(32, "shortest", crop="down")(images)
+    mine = preprocess.Preprocess(size=32, resize="shortest", crop="down")(images)
     torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-6)
 
 
@@ -166,7 +157,7 @@ def test_centre_crop_of_open_clip_rounds_half_to_even() -> None:
     columns = torch.arange(35, dtype=torch.uint8).reshape(1, 1, 35, 1).expand(1, 32, 35, 3).contiguous()
     rules: tuple[tuple[Literal["half_even", "down"], int], ...] = (("half_even", 2), ("down", 1))
     for crop, first in rules:
-        pixels = preprocess.Preprocess(32, "shortest", crop=crop, mean=(0.0,) * 3, std=(1.0,) * 3)(columns)
+        pixels = preprocess.Preprocess(size=32, resize="shortest", crop=crop, mean=(0.0,) * 3, std=(1.0,) * 3)(columns)
         assert (255 * pixels[0, 0, 0, 0]).round() == first
 
 
@@ -174,7 +165,7 @@ def test_squash_keeps_no_ratio() -> None:
     images = clips(1, 2)[0]
     processor = CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
     expected = processor([Image.fromarray(image.numpy()) for image in images], return_tensors="pt").pixel_values
-    torch.testing.assert_close(preprocess.Preprocess(32, "squash")(images), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(preprocess.Preprocess(size=32, resize="squash")(images), expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

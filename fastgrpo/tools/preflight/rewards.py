@@ -13,7 +13,7 @@ from fastgrpo.rewards.serving.loaded_reward import Served, golden_clip
 from fastgrpo.tools.preflight.finding import Finding, Parts, gathered
 from fastgrpo.training.scoring.sources import Source
 
-Golden = Mapping[str, float | None]  # part -> score; none = it cannot judge that clip
+Golden = Mapping[str, float | None]  # part -> score; None: the reward cannot judge that clip
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,15 @@ def _try_here(source: ScorerInProcess, one: Served) -> Tried:
 
 def _try_server(source: RewardClient, name: str) -> Tried:
     """The drawn clip, unless the server's golden clip is another one, or at another frame rate."""
-    told = source.told(name)
+    spec = source.spec_of(name)
     first, again = (_scored(source, name, None) for _ in range(2))
-    comparable = told.get("golden_clip", "drawn") == "drawn" and source.fps in (None, golden_clip(None)[2])
-    alone = told.get("batch_size") == 1 and len(source.replicas.all) == 1
-    return Tried(name, first, again, told["golden"] if comparable else None, "when its server started", alone)
+    comparable = spec.get("golden_clip", "drawn") == "drawn" and source.fps in (None, golden_clip(None)[2])
+    alone = spec.get("batch_size") == 1 and len(source.replicas.all) == 1
+    return Tried(name, first, again, spec["golden"] if comparable else None, "when its server started", alone)
 
 
 def _scored(source: Source, name: str, reward: Reward | None) -> Golden:
-    """The golden clip's scores.  reward: none = its clip is the drawn one"""
+    """The golden clip's scores.  reward: None: the drawn clip"""
     clip, prompt, fps = golden_clip(reward)
     scores = source.score(clip[None], [prompt], fps)[name]
     found = {part: values.item() for part, values in scores.values.items()}
@@ -83,7 +83,7 @@ def _judge(ranks: tuple[Tried, ...], tolerance: float) -> Finding:
         return Finding(check, False, f"the golden clip's {problem}", remedy)
     if all(score is None for score in first.scores.values()):
         return Finding(check, True, "does not judge the golden clip, which is not of its kind")
-    told = ", ".join(f"{part} {_told(score)}" for part, score in first.scores.items())
+    told = ", ".join(f"{part} {_text(score)}" for part, score in first.scores.items())
     known = f", as {first.of}" if first.expected is not None else ""
     return Finding(check, True, f"golden clip {told}: twice the same{known}")
 
@@ -92,11 +92,11 @@ def _problem(rank: int, one: Tried, first: Tried, tolerance: float) -> str | Non
     """What is wrong with a rank's scores, if anything."""
     # A server scores clips of several ranks in one batch, whose size may choose other kernels, which round otherwise.
     if (part := _moved(one.scores, one.again, tolerance / 100 if one.alone else tolerance)) is not None:
-        return f"{part} is {_told(one.scores[part])} and at once again {_told(one.again[part])}, on rank {rank}"
+        return f"{part} is {_text(one.scores[part])} and at once again {_text(one.again[part])}, on rank {rank}"
     if one.expected is not None and (part := _moved(one.scores, one.expected, tolerance)) is not None:
-        return f"{part} is {_told(one.scores[part])} on rank {rank}, and was {_told(one.expected[part])} {one.of}"
+        return f"{part} is {_text(one.scores[part])} on rank {rank}, and was {_text(one.expected[part])} {one.of}"
     if (part := _moved(one.scores, first.scores, tolerance)) is not None:
-        return f"{part} is {_told(one.scores[part])} on rank {rank}, and {_told(first.scores[part])} on rank 0"
+        return f"{part} is {_text(one.scores[part])} on rank {rank}, and {_text(first.scores[part])} on rank 0"
     return None
 
 
@@ -111,5 +111,5 @@ def _moved(scores: Golden, other: Golden, tolerance: float) -> str | None:
     return None
 
 
-def _told(score: float | None) -> str:
+def _text(score: float | None) -> str:
     return "none" if score is None else f"{score:.6g}"

@@ -1,7 +1,7 @@
-"""A CLIP as a reward: the cosine of a frame's and its prompt's features, averaged over some frames of the clip.
+"""A CLIP as a reward: the cosine of a frame's features and its prompt's, mean over some frames.
 
-HPS-v2.1, the CLIP score and PickScore are this with other weights, pixels and scales. Where the references handle one
-image, a clip's score is the mean of its frames' scores.
+HPS-v2.1, the CLIP score and PickScore are this with other weights, pixels and scales. Where the
+references handle one image, a clip's score is the mean of its frames' scores.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,13 +39,13 @@ Resize = Literal["letterbox", "shortest", "squash"]
 SIDE_FILES = ("open_clip_config.json", "config.json", "preprocessor_config.json", *FILES)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Published:
-    """What one reward's reference fixes."""
+    """Settings that one reward's reference fixes."""
 
     part: str
     files: tuple[str, ...]
-    """Names of the weights in a folder, the first that is there."""
+    """Names of the weights in a folder, of which the first that is there counts."""
     remedy: str
     """Where the weights come from, for messages."""
     frames: Rule
@@ -53,34 +53,56 @@ class Published:
     known: Mapping[str, Any] | None = None
     """open_clip's model_cfg where the checkpoint is published without one."""
     resize: Resize | None = None
-    """None = what the checkpoint's config says."""
+    """Resize of the frames. None: as the checkpoint's config says."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Settings that a recipe's options choose; the defaults are what most references do."""
+
+    resize: Resize | None = None
+    """Resize of the frames. None: the reference's, else as the checkpoint's config says."""
+    image_size: int | None = None
+    """Side of the network's input, pixels. None: the config's."""
+    antialias: bool = True
+    """Whether letter-boxing antialiases."""
+    scale: Literal["cosine", "logits", "logits / 26"] = "cosine"
+    """Scale of the score; logits multiply by the learned temperature."""
+
+
+@dataclass(frozen=True)
+class Rating:
+    """Rule that makes one part's score of the cosines of some frames."""
+
+    part: str
+    rule: Rule  # which frames
+    scale: float  # that the cosine is multiplied by
+    batch_size: int  # frames, or texts, per forward pass
 
 
 class ClipReward(Reward):
-    """One part, made by a CLIP. Scores a frame alone, so batching changes them by rounding only."""
+    """One part, made by a CLIP that scores frames alone: batching changes it by rounding only."""
 
     names: tuple[str, ...] = ()  # set by __init__
 
     def __init__(
         self,
-        part: str,
         model: Any,
         tokenizer: ClipTokenizer,
         preprocess: Preprocess,
-        rule: Rule,
-        scale: float,
-        batch_size: int,
+        rating: Rating,
         fingerprint: str,
     ) -> None:
-        """scale: what the cosine is multiplied by;  batch_size: frames, or texts, per forward pass"""
-        self.names = (part,)
+        """Take a network that is on its device.
+
+        model: a CLIPModel;  fingerprint: hash of all that makes the scores
+        """
+        self.names = (rating.part,)
         self.fingerprint = fingerprint
-        self.preprocess = preprocess
-        self.tokenizer = tokenizer
-        self.rule = rule
-        self.scale = scale
-        self.batch_size = batch_size
         self.model = model
+        self.tokenizer = tokenizer
+        self.preprocess = preprocess
+        self.rating = rating
 
     def to(self, device: torch.device) -> None:
         """Move the weights."""
@@ -88,62 +110,74 @@ class ClipReward(Reward):
 
     def frames_used(self, frames: int, fps: float) -> list[int]:
         """Indices of the frames that are scored, of a clip of that many."""
-        return choose(self.rule, frames)
+        return choose(self.rating.rule, frames)
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
-        """pixels: uint8 [B, F, H, W, 3];  prompts: B texts;  fps: not used
+        """Mean score of the frames that are used, of each of B clips.
 
+        pixels: uint8 [B, F, H, W, 3];  prompts: B texts;  fps: not used
         returns float32 [B], on the CPU. A clip with a score that is not finite is invalid.
         """
         check(pixels, prompts)
         chosen = pixels[:, self.frames_used(pixels.shape[1], fps)]
         per_clip = chosen.shape[1]
         with torch.inference_mode():
-            seen = self.image_features(rearrange(chosen, "b f h w c -> (b f) h w c"))
-            read = self.text_features(prompts).repeat_interleave(per_clip, 0)
-            cosine = rearrange((seen * read).sum(-1), "(b f) -> b f", f=per_clip)
-        scores = (self.scale * cosine).mean(1).clone()  # a plain tensor, outside inference mode
+            images = self.image_features(rearrange(chosen, "b f h w c -> (b f) h w c"))
+            texts = self.text_features(prompts).repeat_interleave(per_clip, 0)
+            cosine = rearrange((images * texts).sum(-1), "(b f) -> b f", f=per_clip)
+        # cloned outside inference mode: a plain tensor
+        scores = (self.rating.scale * cosine).mean(1).clone()
         valid = torch.isfinite(scores)
         return Scores({self.names[0]: scores.masked_fill(~valid, float("nan"))}, valid)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """uint8 [N, H, W, 3] to unit vectors, float32 [N, E], on the CPU."""
-        found = []
-        for batch in images.split(self.batch_size):
+        """Unit vectors of images, uint8 [N, H, W, 3]: float32 [N, E], on the CPU."""
+        features = []
+        for batch in images.split(self.rating.batch_size):
             values = self.preprocess(batch).to(self.model.device, self.model.dtype)
-            found.append(F.normalize(self.model.get_image_features(values).pooler_output.float(), dim=-1).cpu())
-        return torch.cat(found)
+            output = self.model.get_image_features(values)
+            features.append(F.normalize(output.pooler_output.float(), dim=-1).cpu())
+        return torch.cat(features)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Unit vectors of the texts, float32 [N, E], on the CPU; a text that occurs again is computed once."""
+        """Unit vectors of the texts, float32 [N, E], on the CPU.
+
+        A text that occurs again is computed once.
+        """
         distinct = list(dict.fromkeys(prompts))
-        found = []
-        for batch in self.tokenizer(distinct).split(self.batch_size):
+        features = []
+        for batch in self.tokenizer(distinct).split(self.rating.batch_size):
             output = self.model.get_text_features(batch.to(self.model.device))
-            found.append(F.normalize(output.pooler_output.float(), dim=-1).cpu())
-        return torch.cat(found)[[distinct.index(prompt) for prompt in prompts]]
+            features.append(F.normalize(output.pooler_output.float(), dim=-1).cpu())
+        return torch.cat(features)[[distinct.index(prompt) for prompt in prompts]]
 
 
 def build(
-    spec: RewardSpec,
-    published: Published,
-    *,
-    tokenizer: str | None = None,
-    resize: Resize | None = None,
-    image_size: int | None = None,
-    antialias: bool = True,
-    scale: Literal["cosine", "logits", "logits / 26"] = "cosine",
+    spec: RewardSpec, published: Published, tokenizer: str | None, choices: Choices
 ) -> ClipReward:
-    """The reward of a spec and its options. Raises UserError naming the file or the setting that is wrong."""
+    """The reward of a spec and its options, on the spec's device.
+
+    tokenizer: folder or hub repository of CLIP's merges. None: beside the weights, else public
+    Raises UserError naming the file or the setting that is wrong.
+    """
     device, dtype = options.device(spec), options.dtype(spec)
-    file = weight_files.locate(spec.path, published.files, SIDE_FILES, "rewards.path", published.remedy)
-    loaded = read_weights(file, published.known, image_size, dtype)
-    preprocess = _preprocess(loaded, resize or published.resize, antialias, file)
+    file = weight_files.locate(
+        spec.path,
+        published.files,
+        beside=SIDE_FILES,
+        where="rewards.path",
+        remedy=published.remedy,
+    )
+    loaded = read_weights(file, published.known, choices.image_size, dtype)
+    preprocess = _preprocess(loaded, choices.resize or published.resize, choices.antialias, file)
     text = loaded.model.config.text_config
     merges_file = find(tokenizer, file)
     clean = clean_open_clip if loaded.open_clip else clean_transformers
-    tokens = ClipTokenizer(read_merges(merges_file, text.vocab_size), text.max_position_embeddings, clean)
-    factor = {"cosine": 1.0, "logits": loaded.logit_scale, "logits / 26": loaded.logit_scale / 26}[scale]
+    tokens = ClipTokenizer(
+        read_merges(merges_file, text.vocab_size), text.max_position_embeddings, clean
+    )
+    learned = loaded.logit_scale
+    scale = {"cosine": 1.0, "logits": learned, "logits / 26": learned / 26}[choices.scale]
     rule = rule_of(spec, published.frames)
     settings = {
         "layout": SCORES_LAYOUT,
@@ -152,34 +186,39 @@ def build(
         "preprocess": asdict(preprocess),
         "text": "open_clip" if loaded.open_clip else "transformers",
         "frames": rule,
-        "scale": scale,
+        "scale": choices.scale,
         "dtype": spec.dtype,
     }
+    rating = Rating(published.part, rule, scale, spec.batch_size)
+    fingerprint = weight_files.fingerprint([file, merges_file], settings)
     reward = ClipReward(
-        published.part, loaded.model, tokens, preprocess, rule, factor, spec.batch_size,
-        weight_files.fingerprint([file, merges_file], settings),
-    )  # fmt: skip
+        model=loaded.model,
+        tokenizer=tokens,
+        preprocess=preprocess,
+        rating=rating,
+        fingerprint=fingerprint,
+    )
     reward.to(device)
     return reward
 
 
 def _preprocess(loaded: Loaded, resize: Resize | None, antialias: bool, file: Path) -> Preprocess:
-    """How the frames are prepared: by the reference where it fixes that, else by the checkpoint's config."""
-    said = loaded.preprocess
+    """Preprocessing of the frames: the reference's where it fixes that, else the config's."""
+    config = loaded.preprocess
     usual = {"mode": "RGB", "interpolation": "bicubic"}
-    other = [key for key, value in usual.items() if said.get(key, value) != value]
-    chosen = resize or said.get("resize_mode") or "shortest"
+    other = [key for key, value in usual.items() if config.get(key, value) != value]
+    chosen = resize or config.get("resize_mode") or "shortest"
     if other or chosen not in ("letterbox", "shortest", "squash"):
         key = other[0] if other else "resize_mode"
         raise UserError(
-            f"{file.parent / OPEN_CLIP_CONFIG}: preprocess_cfg.{key}={said.get(key)}: not supported; "
-            "use bicubic on RGB, resized by shortest or squash."
+            f"{file.parent / OPEN_CLIP_CONFIG}: preprocess_cfg.{key}={config.get(key)}: not "
+            "supported; use bicubic on RGB, resized by shortest or squash."
         )
     return Preprocess(
-        size=said["size"],
+        size=config["size"],
         resize=chosen,
-        mean=tuple(said.get("mean", CLIP_MEAN)),
-        std=tuple(said.get("std", CLIP_STD)),
+        mean=tuple(config.get("mean", CLIP_MEAN)),
+        std=tuple(config.get("std", CLIP_STD)),
         antialias=antialias,
         crop="half_even" if loaded.open_clip else "down",
     )

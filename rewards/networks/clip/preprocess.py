@@ -1,11 +1,14 @@
 """Frames to a CLIP's input, exactly as each reference makes it; without torchvision.
 
-letterbox  HPS: the longest side to `size` on float pixels, the rest black. Its validation transform (HPSv2,
-           `light_augmentation`) turns pixels to float before it resizes, so nothing is rounded or clamped.
-           torchvision resized without antialiasing before 0.17 and with it since; `antialias` says which.
-shortest   CLIP: Pillow's bicubic on uint8, the shortest side to `size`, then a centre crop. open_clip (torchvision)
-           rounds an odd crop's offset half to even, transformers rounds it down: `crop` says which.
-squash     DFN's entry in open_clip: Pillow's bicubic on uint8 to `size` x `size`, whatever the sides were.
+letterbox  HPS: the longest side to `size` on float pixels, the rest black. HPSv2's validation
+           transform (`light_augmentation`) turns pixels to float before it resizes, so nothing is
+           rounded or clamped. torchvision resized without antialiasing before 0.17 and with it
+           since; `antialias` says which.
+shortest   CLIP: Pillow's bicubic on uint8, the shortest side to `size`, then a centre crop.
+           open_clip (torchvision) rounds an odd crop's offset half to even, transformers rounds it
+           down: `crop` says which.
+squash     DFN's entry in open_clip: Pillow's bicubic on uint8 to `size` x `size`, whatever the
+           sides were.
 """
 
 from dataclasses import dataclass
@@ -22,9 +25,9 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """How frames become a network's input; part of a reward's fingerprint."""
+    """Rule that makes a network's input of frames; part of a reward's fingerprint."""
 
     size: int
     """Side of the square input, pixels."""
@@ -32,12 +35,15 @@ class Preprocess:
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     antialias: bool = True
-    """Of letterbox; Pillow always antialiases."""
+    """Whether letterbox antialiases; Pillow always does."""
     crop: Literal["half_even", "down"] = "half_even"
-    """Of shortest: how the offset of the crop is rounded."""
+    """Rounding of the crop's offset, for shortest."""
 
     def __call__(self, frames: Tensor) -> Tensor:
-        """frames: uint8 [N, H, W, 3].  returns float32 [N, 3, size, size], normalised, on the CPU"""
+        """The network's input, float32 [N, 3, size, size], normalised, on the CPU.
+
+        frames: uint8 [N, H, W, 3]
+        """
         frames = frames.cpu()
         if self.resize == "letterbox":
             square = letterbox(frames, self.size, self.antialias)
@@ -48,7 +54,7 @@ class Preprocess:
         return (square - mean) / std
 
     def _pillow(self, frame: Tensor) -> Tensor:
-        """uint8 [H, W, 3] to uint8 [size, size, 3]."""
+        """A frame, uint8 [H, W, 3], as uint8 [size, size, 3]."""
         height, width, _ = frame.shape
         if self.resize == "squash":
             return bicubic(frame, self.size, self.size)
@@ -58,24 +64,31 @@ class Preprocess:
         return frame[top : top + self.size, left : left + self.size]
 
     def _offset(self, side: int) -> int:
+        """First row or column of the centre crop of a side, pixels."""
         return (side - self.size) // 2 if self.crop == "down" else round((side - self.size) / 2)
 
 
 def letterbox(frames: Tensor, size: int, antialias: bool) -> Tensor:
     """The longest side to `size`, the rest black on both sides.
 
-    frames: uint8 [N, H, W, 3].  returns float32 [N, 3, size, size], about 0 to 1: bicubic overshoots are kept
+    frames: uint8 [N, H, W, 3].
+    returns float32 [N, 3, size, size], about 0 to 1: bicubic overshoots are kept
     """
     images = rearrange(frames, "n h w c -> n c h w").float().div(255)
     scale = size / max(images.shape[-2:])
     height, width = (max(round(side * scale), 1) for side in images.shape[-2:])
     if scale != 1:
-        images = F.interpolate(images, (height, width), mode="bicubic", align_corners=False, antialias=antialias)
+        images = F.interpolate(
+            images, (height, width), mode="bicubic", align_corners=False, antialias=antialias
+        )
     left, top = (size - width) // 2, (size - height) // 2
     return F.pad(images, (left, size - width - left, top, size - height - top))
 
 
 def bicubic(frame: Tensor, height: int, width: int) -> Tensor:
-    """Pillow's antialiased bicubic, as torchvision and transformers use it.  uint8 [H, W, 3] to [height, width, 3]"""
+    """A frame resized by Pillow's antialiased bicubic, as in torchvision and transformers.
+
+    frame: uint8 [H, W, 3].  returns uint8 [height, width, 3]
+    """
     resized = Image.fromarray(frame.numpy()).resize((width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(resized))

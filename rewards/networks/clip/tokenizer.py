@@ -1,10 +1,11 @@
-"""Prompts to CLIP's token ids, by the rules of open_clip or of transformers; they clean text differently.
+"""Prompts to CLIP's token ids, by the rules of open_clip or of transformers.
 
-CLIP's vocabulary follows from its merges (Radford et al. 2021): the 256 bytes, the 256 bytes at a word's end, one
-entry per merge, start of text, end of text. So the merges alone are read, from any file that they are published in.
+The two clean text differently. CLIP's vocabulary follows from its merges (Radford et al. 2021): the
+256 bytes, the 256 bytes at a word's end, one entry per merge, start of text, end of text. So the
+merges alone are read, from any file that they are published in.
 
-Departure from both references: text is never read as a special token, so a prompt that contains one changes nothing
-but itself.
+Departure from both references: text is never read as a special token, so a prompt that contains one
+changes nothing but itself.
 """
 
 import gzip
@@ -24,7 +25,7 @@ from fastgrpo.rewards.common import weight_files
 
 FILES = ("merges.txt", "tokenizer.json", "bpe_simple_vocab_16e6.txt.gz")
 PUBLIC = "openai/clip-vit-large-patch14"
-"""The hub repository that the merges are read from where the weights' folder has none; every CLIP has the same."""
+"""The hub repository of the merges where the weights' folder has none: every CLIP has the same."""
 
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -32,22 +33,28 @@ Merge = tuple[str, str]
 
 
 def clean_open_clip(text: str) -> str:
-    """open_clip: repair (ftfy, which also straightens quotes), HTML entities, single spaces, lower case."""
+    """Text as open_clip cleans it: ftfy's repair, HTML entities, single spaces, lower case.
+
+    The repair also straightens quotes.
+    """
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 
 def clean_transformers(text: str) -> str:
-    """transformers' CLIPTokenizer: NFC, single spaces, lower case."""
+    """Text as transformers' CLIPTokenizer cleans it: NFC, single spaces, lower case."""
     steps = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     return normalizers.Sequence(steps).normalize_str(text)
 
 
 class ClipTokenizer:
-    """Texts to ids of a fixed length."""
+    """Tokenizer of texts to ids of a fixed length."""
 
     def __init__(self, merges: Sequence[Merge], context: int, clean: Callable[[str], str]) -> None:
-        """context: tokens per text, start and end included"""
+        """Build the vocabulary of the merges.
+
+        context: tokens per text, start and end included;  clean: applied to every text first
+        """
         vocabulary = _vocabulary(merges)
         self.start, self.end = len(vocabulary), len(vocabulary) + 1
         self.context = context
@@ -61,7 +68,10 @@ class ClipTokenizer:
         )
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Ids, int64 [B, context]: start, the text, end, zeros; a text that is too long loses its tail."""
+        """Ids, int64 [B, context]: start, the text, end, zeros.
+
+        A text that is too long loses its tail.
+        """
         ids = torch.zeros(len(texts), self.context, dtype=torch.int64)
         for row, text in zip(ids, texts, strict=True):
             words = self.words.encode(self.clean(text)).ids[: self.context - 2]
@@ -70,25 +80,50 @@ class ClipTokenizer:
 
 
 def _vocabulary(merges: Sequence[Merge]) -> dict[str, int]:
-    """Piece -> id, without the two special tokens. Bytes are written as printable characters (GPT-2's table)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    symbols = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
-    pieces = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(merge) for merge in merges)]
+    """Ids of the pieces, without the two special tokens.
+
+    Bytes are written as printable characters, by GPT-2's table.
+    """
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    symbols = [chr(byte) for byte in printable] + [
+        chr(256 + n) for n in range(256 - len(printable))
+    ]
+    pieces = [
+        *symbols,
+        *(symbol + "</w>" for symbol in symbols),
+        *("".join(merge) for merge in merges),
+    ]
     return {piece: number for number, piece in enumerate(pieces)}
 
 
 def find(option: str | None, weights_file: Path) -> Path:
-    """The file of the merges: that of rewards.options.tokenizer, or the one beside the weights, or the public one."""
-    beside = [weights_file.parent / name for name in FILES if (weights_file.parent / name).is_file()]
+    """The file of the merges.
+
+    option: rewards.options.tokenizer. None: the file beside the weights, else the public one
+    """
+    beside = [
+        weights_file.parent / name for name in FILES if (weights_file.parent / name).is_file()
+    ]
     if option is None and beside:
         return beside[0]
     return weight_files.locate(
-        option or PUBLIC, FILES, (), "rewards.options.tokenizer", f"give a folder with CLIP's {' or '.join(FILES)}"
+        option or PUBLIC,
+        FILES,
+        beside=(),
+        where="rewards.options.tokenizer",
+        remedy=f"give a folder with CLIP's {' or '.join(FILES)}",
     )
 
 
 def read_merges(file: Path, vocabulary_size: int) -> list[Merge]:
-    """The merges of CLIP's vocabulary of this size, in order. Raises UserError where the file has not that many."""
+    """The merges of CLIP's vocabulary of this size, in order.
+
+    Raises UserError where the file has not that many.
+    """
     wanted = vocabulary_size - 512 - 2
     try:
         if file.suffix == ".json":
@@ -96,13 +131,17 @@ def read_merges(file: Path, vocabulary_size: int) -> list[Merge]:
         else:
             raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
             lines = raw.decode("utf-8").split("\n")[1:]  # the first line says the version
-        merges = [(first, second) for first, second in (line.split() for line in lines[:wanted] if line)]
+        merges = [
+            (first, second) for first, second in (line.split() for line in lines[:wanted] if line)
+        ]
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise UserError(f"rewards.options.tokenizer={file}: cannot be read ({error}); download it again.") from None
+        raise UserError(
+            f"rewards.options.tokenizer={file}: cannot be read ({error}); download it again."
+        ) from None
     if len(merges) != wanted:
         raise UserError(
-            f"rewards.options.tokenizer={file}: has {len(merges)} merges where the weights' vocabulary of "
-            f"{vocabulary_size} needs {wanted}; give the tokenizer of these weights."
+            f"rewards.options.tokenizer={file}: has {len(merges)} merges where the weights' "
+            f"vocabulary of {vocabulary_size} needs {wanted}; give the tokenizer of these weights."
         )
     return merges
 

@@ -1,4 +1,4 @@
-"""VideoAlign (VideoReward): its Qwen2-VL with adapters and heads, its frames, its prompt, its published folder.
+"""VideoAlign (VideoReward): a Qwen2-VL with adapters and a head, its frames, prompt and folder.
 
 Read `network.py` first. Imports core and rewards.common.
 """

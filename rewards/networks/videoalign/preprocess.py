@@ -1,7 +1,8 @@
-"""VideoAlign's eyes: which frames of a clip it sees, in which size, cut into patches.
+"""A clip as VideoAlign's patches: which frames, in which size, in which order.
 
-Follows the VideoAlign repository's vision_process.py (a variant of qwen-vl-utils) and the image processor of Qwen2-VL
-in transformers 4.45.2, which it pins: bit for bit the same numbers, without torchvision and without a processor.
+Follows the VideoAlign repository's vision_process.py (a variant of qwen-vl-utils) and the image
+processor of Qwen2-VL in transformers 4.45.2, which it pins: bit for bit the same numbers, without
+torchvision and without a processor.
 """
 
 import math
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from fastgrpo.rewards.networks.videoalign.sampling import LEAST_FRAMES, sampled
 
-PATCH, MERGE, TUBE = 14, 2, 2  # pixels of a patch's side, patches of a token's side, frames of a patch
+# pixels of a patch's side, patches of a token's side, frames of a patch
+PATCH, MERGE, TUBE = 14, 2, 2
 UNIT = PATCH * MERGE  # both sides of a frame are multiples of a token's side
 LEAST_PIXELS = 128 * UNIT**2  # smaller frames are enlarged
 MOST_RATIO = 200  # of a frame's sides
@@ -36,23 +38,30 @@ class View:
 
 
 def frame_indices(frames: int, fps: float, wanted_fps: float) -> list[int]:
-    """Indices of the sampled ones among `frames` frames at `fps` per second, about wanted_fps per second.
+    """Indices of the sampled ones among `frames` frames, about wanted_fps per second.
 
+    fps: frames of the clip per second
     Raises ValueError for a single frame, which shows no motion.
     """
     if frames < LEAST_FRAMES:
-        raise ValueError(f"pixels: {frames} frame; VideoAlign judges motion, give at least {LEAST_FRAMES}")
+        raise ValueError(
+            f"pixels: {frames} frame; VideoAlign judges motion, give at least {LEAST_FRAMES}"
+        )
     count = sampled(frames, fps, wanted_fps)
     return [int(i) for i in torch.linspace(0, frames - 1, count).round().tolist()]
 
 
 def frame_size(height: int, width: int, most_pixels: int) -> tuple[int, int]:
-    """(height, width) that frames are resized to: multiples of 28, near the same shape, within the pixel limits.
+    """(height, width) that frames are resized to, pixels.
 
+    Both are multiples of 28, near the same shape and within the limits of LEAST_PIXELS and
+    most_pixels.
     Raises ValueError where one side is over 200 times the other.
     """
     if max(height, width) > MOST_RATIO * min(height, width):
-        raise ValueError(f"pixels: {height} x {width} is over {MOST_RATIO} times longer than wide; crop the clip")
+        raise ValueError(
+            f"pixels: {height} x {width} is over {MOST_RATIO} times longer than wide; crop the clip"
+        )
     new = [max(round(side / UNIT), 1) * UNIT for side in (height, width)]
     if math.prod(new) > most_pixels:
         shrink = math.sqrt(height * width / most_pixels)
@@ -61,13 +70,17 @@ def frame_size(height: int, width: int, most_pixels: int) -> tuple[int, int]:
         enlarge = math.sqrt(LEAST_PIXELS / (height * width))
         new = [math.ceil(side * enlarge / UNIT) * UNIT for side in (height, width)]
     if 0 in new:
-        raise ValueError(f"pixels: {height} x {width} is too slim to fit into {most_pixels} pixels; crop the clip")
+        raise ValueError(
+            f"pixels: {height} x {width} is too slim to fit into {most_pixels} pixels; crop the "
+            "clip"
+        )
     return new[0], new[1]
 
 
 def view(clip: Tensor, fps: float, wanted_fps: float, most_pixels: int) -> View:
-    """Sample, resize and cut a clip.  clip: uint8 [F, H, W, 3], at fps frames per second
+    """Sample, resize and cut a clip.
 
+    clip: uint8 [F, H, W, 3], at fps frames per second.  returns patches, float32 [P, 1176]
     The resize rounds back to whole grey levels, as torchvision's does on uint8.
     Raises ValueError for a clip that VideoAlign cannot judge.
     """
@@ -78,6 +91,10 @@ def view(clip: Tensor, fps: float, wanted_fps: float, most_pixels: int) -> View:
     patches = rearrange(
         normal,
         "(t tube) c (h mh p) (w mw q) -> (t h w mh mw) (c tube p q)",
-        tube=TUBE, mh=MERGE, mw=MERGE, p=PATCH, q=PATCH,
-    )  # fmt: skip
+        tube=TUBE,
+        mh=MERGE,
+        mw=MERGE,
+        p=PATCH,
+        q=PATCH,
+    )
     return View(patches, (len(frames) // TUBE, size[0] // PATCH, size[1] // PATCH))

@@ -1,4 +1,4 @@
-"""Scores from reward servers: what is asked, and what happens when one is slow, busy, gone or different."""
+"""Scores from reward servers, also when a server is slow, busy, gone or different."""
 
 import logging
 import math
@@ -18,15 +18,17 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores
 from fastgrpo.rewards.serving import wire
 from fastgrpo.rewards.serving.client.replicas import LONGEST_PAUSE_S, Patience, Replica, Replicas
-from fastgrpo.rewards.serving.handshake import Spec, Unlike, compare, differs, read_spec
+from fastgrpo.rewards.serving.handshake import ReplicaMismatch, Spec, compare, differs, read_spec
 from fastgrpo.rewards.serving.in_process import join
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-REQUEST_BYTES = 64 * 2**20  # a batch of more pixels goes as several requests, well below the server's cap
+# a batch of more pixels goes as several requests, well below the server's cap
+REQUEST_BYTES = 64 * 2**20
 ATTEMPTS = 2  # at a request that a living server does not answer well, before its clips are invalid
-PATIENCE = 0.8  # of the time limit: for so long may a clip wait to be scored; the rest is for scoring it
+# share of the time limit for which a clip may wait to be scored; the rest is for scoring it
+PATIENCE = 0.8
 ASK_TIMEOUT_S = 5.0  # for what takes no scoring
 
 
@@ -39,17 +41,18 @@ class Busy(Exception):
 
 
 class Bad(Exception):
-    """A living server did not answer a request well: late, with an error of its own, or with nonsense."""
+    """An answer of a living server that is no good: late, an error of its own, or nonsense."""
 
 
 class RewardClient:
     """Scores from one or more servers that hold the same rewards. Threads may share it.
 
-    Scoring has no side effect, so a request that failed on its way is simply sent again, to another replica where there
-    is one. While every replica is gone it waits, for at most `outage_s`. A request whose turn did not come in time is
-    sent again like one that was turned away, for as long as the servers answer others, but not so long that the ranks'
-    own time limit ends the run. One that a living server cannot answer well, or not in time although its turn had come,
-    is tried once more; then its clips are invalid.
+    Scoring has no side effect, so a request that failed on its way is simply sent again, to another
+    replica where there is one. While every replica is gone it waits, for at most `outage_s`. A
+    request whose turn did not come in time is sent again like one that was turned away, for as long
+    as the servers answer others, but not so long that the ranks' own time limit ends the run. One
+    that a living server cannot answer well, or not in time although its turn had come, is tried
+    once more; then its clips are invalid.
     """
 
     at_once = 4  # requests under way: enough that one is read while another is scored
@@ -63,7 +66,11 @@ class RewardClient:
         outage_s: float = 300.0,
         fps: float | None = None,
     ) -> None:
-        """urls: http://host:port each;  timeout_s: for one request;  fps: told instead of the clips' own."""
+        """Take the servers' addresses; nothing is sent yet.
+
+        urls: http://host:port each;  timeout_s: seconds for one request;  outage_s: seconds without
+        any answer that end the run;  fps: sent in place of the clips' own. None: the clips' own
+        """
         for url in urls:
             check_url(url)
         if not urls:
@@ -75,56 +82,72 @@ class RewardClient:
         self._lock = threading.Lock()
         self._events: Counter[str] = Counter()
         self._expected: Spec | None = None
-        self._looks: dict[tuple[int, float], list[int] | None] = {}
+        self._used: dict[tuple[int, float], list[int] | None] = {}
         self._http = httpx.Client(
             headers={"Authorization": f"Bearer {token}"},
             timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0)),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=60.0),
+            limits=httpx.Limits(
+                max_connections=None, max_keepalive_connections=64, keepalive_expiry=60.0
+            ),
             trust_env=False,  # a proxy for the internet must not get the cluster's own traffic
         )
 
     # ---- scores
 
     def score(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> dict[str, Scores]:
-        """pixels: uint8 [B, F, H, W, 3];  returns each reward's Scores, NaN and invalid where it had none.
+        """Scores of B clips by each reward, NaN and invalid where a reward had none.
 
-        Raises UserError where the token is wrong, the request is refused, or no server answered for `outage_s`.
+        pixels: uint8 [B, F, H, W, 3];  prompts: B texts;  fps: frames per second
+        Raises UserError where the token is wrong, the request is refused, or no server answered for
+        `outage_s`.
         """
         if not len(pixels) == len(prompts) > 0:
-            raise ValueError(f"prompts={len(prompts)}: there are {len(pixels)} clips; give one prompt for each")
+            raise ValueError(
+                f"prompts={len(prompts)}: there are {len(pixels)} clips; give one prompt for each"
+            )
         fps, frames = self.fps or fps, pixels.shape[1]
-        at = self._looks_at(frames, fps)
+        at = self._frames_used(frames, fps)
         if at is not None:
-            pixels = pixels[:, at]  # the others are looked at by none of the rewards: they need not travel
+            # none of the rewards looks at the other frames: they need not travel
+            pixels = pixels[:, at]
         size = max(pixels[:1].numel(), 1)
         at_once = min(max(REQUEST_BYTES // size, 1), wire.MAX_CLIPS)
         answers: list[dict[str, Scores]] = []
         for start in range(0, len(pixels), at_once):
-            some, of = list(pixels[start : start + at_once]), list(prompts[start : start + at_once])
+            end = start + at_once
+            clips, texts = list(pixels[start:end]), list(prompts[start:end])
             try:
-                body = wire.encode_request(some, of, fps, self.names, at, frames)
+                body = wire.encode_request(clips, texts, fps, self.names, at=at, of=frames)
             except wire.WireError as error:
                 raise UserError(f"video: no reward server takes these clips: {error}") from None
-            answers.append(self._send(body, len(some)))
+            answers.append(self._send(body, len(clips)))
         return {name: join([answer[name] for answer in answers]) for name in self.names}
 
     def _send(self, body: bytes, count: int) -> dict[str, Scores]:
-        """Scores of a request's `count` clips; invalid ones where living servers did not answer well."""
+        """Scores of a request's `count` clips, invalid where living servers answered badly."""
 
         def post(replica: Replica) -> dict[str, Scores]:
-            headers = {"Content-Type": wire.CONTENT_TYPE, "X-Timeout-S": f"{PATIENCE * self.timeout_s:g}"}
+            headers = {
+                "Content-Type": wire.CONTENT_TYPE,
+                "X-Timeout-S": f"{PATIENCE * self.timeout_s:g}",
+            }
             try:
                 response = self._http.post(f"{replica.url}/v1/score", content=body, headers=headers)
             except (httpx.ReadTimeout, httpx.WriteTimeout):
-                self._http.get(f"{replica.url}/livez", timeout=ASK_TIMEOUT_S)  # else it is not late but gone: raises
+                # raises where the server is not late but gone
+                self._http.get(f"{replica.url}/livez", timeout=ASK_TIMEOUT_S)
                 raise Bad(f"no answer within {self.timeout_s:g} s") from None
             check_answer(replica.url, response)
             try:
                 return wire.decode_scores(
-                    response.content, self.names, count, self._told("parts"), self._told("identity")
+                    response.content,
+                    self.names,
+                    count,
+                    expected=self._spec_values("parts"),
+                    identities=self._spec_values("identity"),
                 )
             except wire.OtherReward as error:  # it was started anew since we met it
-                raise Unlike(differs(str(error))) from None
+                raise ReplicaMismatch(differs(str(error))) from None
             except wire.WireError as error:
                 raise Bad(str(error)) from None
 
@@ -132,16 +155,20 @@ class RewardClient:
         if scores is None:
             log.warning("%d clips have no score: no server answered for them well", count)
             self._count("clips_given_up", count)
-            return {name: nothing(parts, count) for name, parts in self._told("parts").items()}
+            return {
+                name: nothing(parts, count) for name, parts in self._spec_values("parts").items()
+            }
         return scores
 
     def _persist(self, call: Callable[[Replica], T]) -> T | None:
-        """What `call` gives with some replica, however many attempts that takes; none where living ones answered badly.
+        """Result of `call` with some replica, however many attempts that takes.
 
+        None: living replicas answered badly.
         Raises UserError in an outage, and for an answer that trying again would not change.
         """
         bad, last = 0, None
-        patience = Patience(self.replicas, LONGEST_WAIT_S - 2 * self.timeout_s)  # one more may be under way at its end
+        # less what one more request may take at the end
+        patience = Patience(self.replicas, LONGEST_WAIT_S - 2 * self.timeout_s)
         while True:
             replica = self.replicas.take(last)
             pause, turned_away = 0.0, False
@@ -152,8 +179,8 @@ class RewardClient:
                 result = call(replica)
                 self.replicas.succeeded(replica)
                 return result
-            except Unlike as unlike:
-                self.replicas.bar(replica, str(unlike))
+            except ReplicaMismatch as mismatch:
+                self.replicas.bar(replica, str(mismatch))
             except Busy as busy:
                 turned_away = True
                 self._count("requests_turned_away")
@@ -177,7 +204,7 @@ class RewardClient:
             self._events[event] += number
 
     def take_events(self) -> dict[str, int]:
-        """What went wrong since the last call, counted."""
+        """Counts of what went wrong since the last call."""
         with self._lock:
             events, self._events = self._events, Counter()
         return dict(events)
@@ -185,7 +212,10 @@ class RewardClient:
     # ---- what the servers are
 
     def wait_ready(self, timeout_s: float) -> Spec:
-        """What each reward is, once every server takes requests; UserError after timeout_s or a wrong token."""
+        """The spec of each reward, once every server takes requests.
+
+        Raises UserError after timeout_s seconds, or for a wrong token.
+        """
         deadline = time.monotonic() + timeout_s
         for replica in self.replicas.all:
             self._wait_for(replica, deadline, timeout_s)
@@ -193,11 +223,11 @@ class RewardClient:
         return self._expected
 
     def expect(self, spec: Spec) -> None:
-        """Take only replicas that are like this, as another rank found them."""
+        """Take only replicas with this spec, as another rank found it."""
         self._expected = {name: spec[name] for name in self.names}
 
-    def told(self, name: str) -> Mapping[str, Any]:
-        """What its servers say of a reward, see `GET /v1/spec`."""
+    def spec_of(self, name: str) -> Mapping[str, Any]:
+        """The servers' spec of a reward, see `GET /v1/spec`."""
         assert self._expected is not None
         return self._expected[name]
 
@@ -206,24 +236,33 @@ class RewardClient:
             try:
                 self._meet(replica)
                 return
-            except Unlike as unlike:
-                raise UserError(f"server.urls={replica.url}: {unlike}; start all servers alike") from None
+            except ReplicaMismatch as mismatch:
+                raise UserError(
+                    f"server.urls={replica.url}: {mismatch}; start all servers alike"
+                ) from None
             except (Busy, Bad, httpx.RequestError) as error:
-                trouble = f"{type(error).__name__}: {error}" if isinstance(error, httpx.RequestError) else str(error)
+                trouble = (
+                    f"{type(error).__name__}: {error}"
+                    if isinstance(error, httpx.RequestError)
+                    else str(error)
+                )
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"server.urls={replica.url}: reward server unreachable for {timeout_s:g} s ({trouble}); "
-                    "start it, or correct the address"
+                    f"server.urls={replica.url}: reward server unreachable for {timeout_s:g} s "
+                    f"({trouble}); start it, or correct the address"
                 )
             time.sleep(0.2)
 
     def _meet(self, replica: Replica) -> None:
-        """Ask a replica who it is. Raises Unlike where its rewards are not those that the others have."""
+        """Ask a replica for its spec.
+
+        Raises ReplicaMismatch where its rewards are not those that the others have.
+        """
         check_answer(replica.url, self._http.get(f"{replica.url}/readyz", timeout=ASK_TIMEOUT_S))
         spec = self._ask_spec(replica, "")
         missing = [name for name in self.names if name not in spec]
         if missing:
-            raise Unlike(f"has no reward '{missing[0]}', only {', '.join(spec)}")
+            raise ReplicaMismatch(f"has no reward '{missing[0]}', only {', '.join(spec)}")
         with self._lock:
             if self._expected is None:
                 self._expected = {name: spec[name] for name in self.names}
@@ -237,29 +276,38 @@ class RewardClient:
         try:
             return read_spec(response.content)
         except wire.WireError:
-            raise UserError(f"server.urls={replica.url}: no reward server answers there; correct the address") from None
+            raise UserError(
+                f"server.urls={replica.url}: no reward server answers there; correct the address"
+            ) from None
 
-    def _looks_at(self, frames: int, fps: float) -> list[int] | None:
-        """Indices of the frames that any of the rewards looks at in such a clip; none = all."""
+    def _frames_used(self, frames: int, fps: float) -> list[int] | None:
+        """Indices of the frames that any of the rewards looks at in such a clip.
+
+        None: all of them.
+        """
         form = (frames, fps)
-        if form not in self._looks:
-            spec = self._persist(lambda replica: self._ask_spec(replica, f"?frames={frames}&fps={fps!r}"))
+        if form not in self._used:
+            spec = self._persist(
+                lambda replica: self._ask_spec(replica, f"?frames={frames}&fps={fps!r}")
+            )
             if spec is None:
                 return None
             wanted = [spec[name].get("looks_at") for name in self.names]
-            union = {int(index) for one in wanted for index in (range(frames) if one is None else one)}
-            self._looks[form] = sorted(union) if len(union) < frames else None
-        return self._looks[form]
+            union = {
+                int(index) for one in wanted for index in (range(frames) if one is None else one)
+            }
+            self._used[form] = sorted(union) if len(union) < frames else None
+        return self._used[form]
 
-    def _told(self, key: str) -> dict[str, Any]:
-        """What each reward's spec says there, which every replica has told before it is used."""
+    def _spec_values(self, key: str) -> dict[str, Any]:
+        """The value of `key` in each reward's spec; every replica is asked before it is used."""
         assert self._expected is not None
         return {name: self._expected[name][key] for name in self.names}
 
     # ---- end
 
     def release(self) -> None:
-        """Nothing is held here between phases."""
+        """Give nothing back: nothing is held here between phases."""
 
     def close(self) -> None:
         """Close the connections."""
@@ -269,37 +317,58 @@ class RewardClient:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
 
 def check_answer(url: str, response: httpx.Response) -> None:
-    """Raise for any answer but success: Busy, Bad, a transport error for a server that is not there, or UserError."""
+    """Raise for any answer but success.
+
+    Busy or Bad from a living server, a transport error for one that is not there, UserError where
+    trying again would not help.
+    """
     status = response.status_code
     if response.is_success:
         return
     if status in (401, 403):
         raise UserError(
-            f"server.token_file: wrong token for {url} ({status}); give the token that the server was started with"
+            f"server.token_file: wrong token for {url} ({status}); give the token that the server "
+            "was started with"
         )
-    if status in (408, 429, 504):  # 504: its turn did not come in time; the server scores others' clips
+    # 504: its turn did not come in time; the server scores others' clips
+    if status in (408, 429, 504):
         raise Busy(f"status {status}", seconds(response.headers.get("retry-after"), 0.5))
     if status in (502, 503):
         raise httpx.NetworkError(f"status {status}")
     if status >= 500:
         raise Bad(f"status {status}")
-    raise UserError(f"server.urls={url}: refused with status {status}: {response.text[:300]}; see its log")
+    raise UserError(
+        f"server.urls={url}: refused with status {status}: {response.text[:300]}; see its log"
+    )
 
 
 def nothing(parts: Sequence[str], count: int) -> Scores:
-    """The scores of clips that have none."""
-    return Scores({part: torch.full((count,), math.nan) for part in parts}, torch.zeros(count, dtype=torch.bool))
+    """The scores of `count` clips without one: NaN, float32 [count], and invalid."""
+    return Scores(
+        {part: torch.full((count,), math.nan) for part in parts},
+        torch.zeros(count, dtype=torch.bool),
+    )
 
 
 def seconds(text: str | None, default: float) -> float:
-    """A Retry-After header in seconds, at most LONGEST_PAUSE_S; the default where it is absent or a date."""
-    return min(float(text), LONGEST_PAUSE_S) if text is not None and text.isascii() and text.isdigit() else default
+    """Seconds of a Retry-After header, at most LONGEST_PAUSE_S.
+
+    default: where the header is absent or a date
+    """
+    return (
+        min(float(text), LONGEST_PAUSE_S)
+        if text is not None and text.isascii() and text.isdigit()
+        else default
+    )
 
 
 def check_url(url: str) -> None:

@@ -1,4 +1,4 @@
-"""Which of several servers takes the next request, which ones are left alone for a while, and when all have failed."""
+"""Choice among several servers: who takes the next request, who rests, and when all have failed."""
 
 import logging
 import math
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Replica:
     """One server as its client sees it. Times are of time.monotonic."""
 
@@ -27,21 +27,23 @@ class Replica:
     barred: str = ""  # why it is never asked again
 
     def takes(self, now: float) -> bool:
-        """Whether it may be given a request; after failures only one at a time, as a trial."""
-        return not self.barred and now >= self.rests_until and not (self.failures and self.under_way)
+        """Whether the replica may be given a request; after failures one at a time, as a trial."""
+        return (
+            not self.barred and now >= self.rests_until and not (self.failures and self.under_way)
+        )
 
 
 class Replicas:
     """Servers that hold the same rewards. Threads may share it.
 
-    Of two drawn at random the one with fewer requests under way is taken (power of two choices: no herd runs to the
-    one that looked idle last). One that fails rests, at first shortly, after each failure longer, and then gets a
-    single request as a trial: the circuit breaker. Only when nothing has succeeded anywhere for `outage_s` since a
-    failure is it an outage.
+    Of two drawn at random the one with fewer requests under way is taken (power of two choices: no
+    herd runs to the one that looked idle last). One that fails rests, at first shortly, after each
+    failure longer, and then gets a single request as a trial: the circuit breaker. Only when
+    nothing has succeeded anywhere for `outage_s` since a failure is it an outage.
     """
 
     def __init__(self, urls: Sequence[str], outage_s: float) -> None:
-        self.all = [Replica(url) for url in dict.fromkeys(url.rstrip("/") for url in urls)]
+        self.all = [Replica(url=url) for url in dict.fromkeys(url.rstrip("/") for url in urls)]
         self.outage_s = outage_s
         self._lock = threading.Lock()
         self._random = random.Random()  # its own, so that pauses disturb no one's random numbers
@@ -52,7 +54,8 @@ class Replicas:
     def take(self, other_than: Replica | None = None) -> Replica:
         """A replica for one request, once there is one that takes it; give it back with `release`.
 
-        other_than: taken only where there is no other.  Raises UserError in an outage, or where all are barred.
+        other_than: taken only where there is no other.
+        Raises UserError in an outage, or where all are barred.
         """
         while True:
             with self._lock:
@@ -73,7 +76,7 @@ class Replicas:
             replica.under_way -= 1
 
     def succeeded(self, replica: Replica) -> None:
-        """It gave an answer that is right: no trouble any more."""
+        """Note a right answer of a replica, which ends its trouble."""
         with self._lock:
             if replica.failures:
                 log.info("reward server %s is back", replica.url)
@@ -82,17 +85,21 @@ class Replicas:
             self._last_success = time.monotonic()
 
     def served_since(self, moment: float) -> bool:
-        """Whether any of them has given an answer that is right since then, of time.monotonic."""
+        """Whether any replica has given a right answer since a moment, of time.monotonic."""
         with self._lock:
             return self._last_success >= moment
 
     def live(self) -> None:
-        """One of them lives, whatever becomes of the request: no outage."""
+        """Note that a server lives, whatever becomes of the request: no outage."""
         with self._lock:
             self._trouble_since = None
 
     def failed(self, replica: Replica, trouble: str, lives: bool = False) -> None:
-        """Let it rest. Raises UserError in an outage, which it is not while the server lives."""
+        """Let a replica rest after a failure.
+
+        lives: whether its server answered at all, so that there is no outage
+        Raises UserError in an outage.
+        """
         with self._lock:
             if lives:
                 self._trouble_since = None
@@ -106,8 +113,9 @@ class Replicas:
             self._check_outage()
 
     def busy(self, replica: Replica, trouble: str, pause_s: float) -> float:
-        """It turned a request away for now.  returns seconds to wait, at random, so that ranks do not knock together
+        """Note that a replica turned a request away.
 
+        returns seconds to wait, at random, so that ranks do not knock together
         Raises UserError in an outage.
         """
         with self._lock:
@@ -116,7 +124,7 @@ class Replicas:
             return pause_s * self._random.uniform(0.5, 1.5)
 
     def bar(self, replica: Replica, why: str) -> None:
-        """Never ask it again. Raises UserError where no other is left."""
+        """Give a replica no more requests. Raises UserError where no other replica is left."""
         with self._lock:
             replica.barred = why
             log.error("reward server %s: %s; it gets no more requests", replica.url, why)
@@ -137,17 +145,19 @@ class Replicas:
             return
         url, trouble = self._last_trouble
         raise UserError(
-            f"server.urls={url}: no scores for {self.outage_s:g} s ({trouble}); see that the reward server runs and is "
-            "not overloaded, or raise server.outage_s. The newest checkpoint is intact: start again to go on from it."
+            f"server.urls={url}: no scores for {self.outage_s:g} s ({trouble}); see that the "
+            "reward server runs and is not overloaded, or raise server.outage_s. The newest "
+            "checkpoint is intact: start again to go on from it."
         )
 
 
 @dataclass
 class Patience:
-    """How long one request is sent again while the servers answer others.
+    """Time for which one request is sent again while the servers answer others.
 
-    At most `outage_s`. That it is turned away does not count once another has been answered since: the server is slow,
-    not stuck, and its turn will come. But no request takes more than `longest_s`, since other ranks wait for it.
+    At most `outage_s`. A request that is turned away does not count once another has been answered
+    since: the server is slow, not stuck, and the request's turn will come. But no request takes
+    more than `longest_s`, since other ranks wait for it.
     """
 
     replicas: Replicas

@@ -1,4 +1,4 @@
-"""The reward server: admission, batching, metrics, logs, and the process that runs beside a trainer.
+"""The reward server: admission, batching, metrics, logs, and the child process of a trainer.
 
 Read `app.py` first. Imports rewards.serving.
 """

@@ -1,4 +1,4 @@
-"""What a request must show before its body is read: the token, an honest length, and that there is room for it."""
+"""Checks of a request before its body is read: the token, an honest length, room for the body."""
 
 import asyncio
 import hmac
@@ -14,9 +14,9 @@ from starlette.requests import ClientDisconnect
 from fastgrpo.rewards.serving import wire
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How much a server takes on."""
+    """Limits on what a server takes on."""
 
     max_body: int = wire.MAX_BODY  # bytes of one request
     max_waiting: int = 4 * wire.MAX_BODY  # bytes of all requests that are read or wait to be scored
@@ -29,17 +29,24 @@ class Limits:
 
 
 class Refusal(HTTPException):
-    """An answer instead of scores. The connection ends where a body may follow that nobody will read."""
+    """An answer instead of scores.
 
-    def __init__(self, status: int, detail: str, close: bool = True, headers: dict[str, str] | None = None) -> None:
-        super().__init__(status, detail, (headers or {}) | ({"Connection": "close"} if close else {}))
+    The connection ends where a body may follow that nobody will read.
+    """
+
+    def __init__(
+        self, status: int, detail: str, close: bool = True, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(
+            status, detail, (headers or {}) | ({"Connection": "close"} if close else {})
+        )
 
 
 class Admission:
     """The bytes of all requests that are being read or wait to be scored, held below a bound.
 
-    A request for which there is no room waits a while, first come first served, before its body is read: its bytes then
-    stay with the sender. Lives on an event loop.
+    A request for which there is no room waits a while, first come first served, before its body is
+    read: its bytes then stay with the sender. Lives on an event loop.
     """
 
     def __init__(self, most: int, wait_s: float) -> None:
@@ -50,8 +57,9 @@ class Admission:
 
     @asynccontextmanager
     async def room(self, length: int, longest: float = math.inf) -> AsyncIterator[None]:
-        """Keep room for a request of that many bytes. Raises Refusal 429 where there is none in time.
+        """Keep room for a request of that many bytes.
 
+        Raises Refusal 429 where there is none in time.
         longest: seconds that this request may wait, where that is less than `wait_s`
         """
         if self._queue or not self._fits(length):
@@ -77,8 +85,11 @@ class Admission:
         except TimeoutError:
             if turn.cancelled():
                 self._admit()  # it may have stood before smaller ones, for which there is room
-                # Not closed: the sender, which is a friend, would lose this answer in the reset of its connection.
-                raise Refusal(429, "too many clips are waiting", close=False, headers={"Retry-After": "1"}) from None
+                # Not closed: the sender, which is a friend, would lose this answer in the reset of
+                # its connection.
+                raise Refusal(
+                    429, "too many clips are waiting", close=False, headers={"Retry-After": "1"}
+                ) from None
 
     def _admit(self) -> None:
         """Let those in whose turn it is."""
@@ -90,26 +101,35 @@ class Admission:
 
 
 def authenticate(request: Request, token: str) -> None:
-    """Refuse with 401 unless the request carries the token; takes the same time however much of it is right."""
+    """Refuse with 401 unless the request carries the token.
+
+    The comparison takes the same time however much of the token is right.
+    """
     given = request.headers.get("authorization", "")
     if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
         raise Refusal(401, "wrong token", headers={"WWW-Authenticate": "Bearer"})
 
 
 def body_length(request: Request, most: int) -> int:
-    """The declared length of the body, which must be declared and at most `most`."""
+    """The declared length of the body, bytes, which must be at most `most`."""
     if request.headers.get("content-type") != wire.CONTENT_TYPE:
         raise Refusal(415, f"expected Content-Type: {wire.CONTENT_TYPE}")
     declared = request.headers.get("content-length")
     if declared is None or not declared.isascii() or not declared.isdigit():
         raise Refusal(411, "Content-Length is required")
     if len(declared) > 18 or int(declared) > most:
-        raise Refusal(413, f"body of {declared[:18]} bytes, above {most}; send fewer or smaller clips per request")
+        raise Refusal(
+            413,
+            f"body of {declared[:18]} bytes, above {most}; send fewer or smaller clips per request",
+        )
     return int(declared)
 
 
 def patience(request: Request, longest: float = 3600.0) -> float:
-    """Seconds that the sender waits for its answer, by its header `X-Timeout-S`; `longest` where it says nothing."""
+    """Seconds that the sender waits for its answer, by its header `X-Timeout-S`.
+
+    longest: seconds where the header is missing
+    """
     text = request.headers.get("x-timeout-s", "")
     try:
         seconds = float(text) if text else longest

@@ -1,15 +1,16 @@
 """The reward server: POST clips, get scores. One process per device, one batch scored at a time.
 
   POST /v1/score   a request of `wire`; bearer token
-  GET  /v1/spec    the rewards, their parts and identities, the caps, the golden clip's scores; bearer token.
-                   With ?frames=F&fps=S also the frames that each reward looks at in such a clip: send no others
+  GET  /v1/spec    the rewards, their parts and identities, the caps, the golden clip's scores;
+                   bearer token. With ?frames=F&fps=S also the frames that each reward looks at in
+                   such a clip: send no others
   GET  /metrics    counters for Prometheus; bearer token
   GET  /livez      the process answers
   GET  /readyz     it takes requests: weights loaded and hashed, golden clip scored, not draining
 
-A request is refused by its headers before its body is read: wrong token 401, no Content-Length 411, too long 413; where
-too many bytes wait it waits, too, unread, and then gets 429. SIGTERM drains: no new
-request is taken, those that were are answered.
+A request is refused by its headers before its body is read: wrong token 401, no Content-Length 411,
+too long 413. Where too many bytes wait, the request waits unread, too, and then gets 429. SIGTERM
+drains: no new request is taken, and those that were taken are answered.
 """
 
 import asyncio
@@ -54,9 +55,9 @@ log = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-@dataclass
-class Desk:
-    """What every request needs."""
+@dataclass(kw_only=True)
+class ServerState:
+    """State that every request needs."""
 
     served: dict[str, Served]
     token: str
@@ -64,17 +65,28 @@ class Desk:
     admission: Admission
     batcher: Batcher
     meters: Meters
-    reading: ThreadPoolExecutor  # takes bodies apart, so that a long header does not stop the event loop
+    # takes bodies apart, so that a long header does not stop the event loop
+    reading: ThreadPoolExecutor
     ready: bool = False
     worker: asyncio.Task[None] | None = None  # scores what waits
 
     @classmethod
-    def open(cls, served: Sequence[Served], token: str, limits: Limits) -> "Desk":
+    def open(cls, served: Sequence[Served], token: str, limits: Limits) -> "ServerState":
+        """The state of a server that takes no requests yet."""
         by_name = {one.name: one for one in served}
-        admission, batcher = Admission(limits.max_waiting, limits.room_wait_s), Batcher(by_name, limits.batch_wait_s)
+        admission = Admission(limits.max_waiting, limits.room_wait_s)
+        batcher = Batcher(by_name, limits.batch_wait_s)
         batcher.meters = meters = Meters(lambda: admission.bytes, batcher.clips_waiting)
         reading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reading")
-        return cls(by_name, token, limits, admission, batcher, meters, reading)
+        return cls(
+            served=by_name,
+            token=token,
+            limits=limits,
+            admission=admission,
+            batcher=batcher,
+            meters=meters,
+            reading=reading,
+        )
 
     @property
     def lives(self) -> bool:
@@ -82,14 +94,18 @@ class Desk:
         return self.worker is not None and not self.worker.done()
 
     async def score(self, request: Request) -> tuple[bytes, int]:
-        """(answer, clips) of a request. Raises Refusal, or WireError for a body that is not well-formed."""
+        """Answer to a request, and the number of its clips.
+
+        Raises Refusal, or WireError for a body that is not well-formed.
+        """
         authenticate(request, self.token)
         if not self.lives:
             raise Refusal(503, "scoring has ended; see the server's log")
         length, seconds = body_length(request, self.limits.max_body), patience(request)
         start = time.monotonic()
         async with self.admission.room(length, seconds / 2):
-            seconds -= time.monotonic() - start  # a small body is sent before it is read: its sender waits already
+            # a small body is sent before it is read: its sender waits already
+            seconds -= time.monotonic() - start
             body = await read_body(request, length, self.limits.body_timeout_s)
             deadline = time.monotonic() + seconds
             loop = asyncio.get_running_loop()
@@ -98,14 +114,19 @@ class Desk:
             unknown = [name for name in asked.rewards if name not in self.served]
             if unknown:
                 here = ", ".join(self.served)
-                raise Refusal(422, f"no reward '{unknown[0]}' here; this server has {here}", close=False)
+                raise Refusal(
+                    422, f"no reward '{unknown[0]}' here; this server has {here}", close=False
+                )
             try:
-                by_name = await self.batcher.score(asked.rewards, asked.clips, asked.prompts, asked.fps, deadline)
+                by_name = await self.batcher.score(
+                    asked.rewards, asked.clips, asked.prompts, fps=asked.fps, deadline=deadline
+                )
             except Expired:
                 raise Refusal(504, f"not scored within {seconds:.3g} s", close=False) from None
             except Failed:
                 raise Refusal(500, "not scored; see the server's log", close=False) from None
-        return wire.encode_scores(by_name, {name: self.served[name].identity for name in by_name}), len(asked.clips)
+        identities = {name: self.served[name].identity for name in by_name}
+        return wire.encode_scores(by_name, identities), len(asked.clips)
 
     def spec(self, frames: int | None, fps: float | None) -> dict[str, object]:
         """The answer of /v1/spec."""
@@ -123,7 +144,12 @@ class Desk:
             if frames is not None and fps is not None:
                 rewards[name]["looks_at"] = one.frames_used(frames, fps)
         caps = {"max_body": self.limits.max_body, "max_clips": wire.MAX_CLIPS}
-        return {"rewards": rewards, **caps, "max_frames": wire.MAX_FRAMES, "max_pixels": wire.MAX_PIXELS}
+        return {
+            "rewards": rewards,
+            **caps,
+            "max_frames": wire.MAX_FRAMES,
+            "max_pixels": wire.MAX_PIXELS,
+        }
 
 
 def make_app(served: Sequence[Served], token: str, limits: Limits | None = None) -> FastAPI:
@@ -131,28 +157,28 @@ def make_app(served: Sequence[Served], token: str, limits: Limits | None = None)
     if not token:
         raise UserError("token='': the reward server needs one; give a long random text")
     limits = limits or Limits()
-    desk = Desk.open(served, token, limits)
+    state = ServerState.open(served, token, limits)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        desk.worker = asyncio.create_task(desk.batcher.run())
-        desk.ready = True
+        state.worker = asyncio.create_task(state.batcher.run())
+        state.ready = True
         yield
-        desk.ready = False
-        desk.worker.cancel()
-        await asyncio.wait([desk.worker])
-        desk.batcher.thread.shutdown()
-        desk.reading.shutdown()
+        state.ready = False
+        state.worker.cancel()
+        await asyncio.wait([state.worker])
+        state.batcher.thread.shutdown()
+        state.reading.shutdown()
 
     app = FastAPI(title="fastgrpo reward server", lifespan=lifespan, openapi_url=None)
-    app.state.desk = desk
-    add_probes(app, desk)
-    add_scores(app, desk)
+    app.state.server = state
+    add_probes(app, state)
+    add_scores(app, state)
     return app
 
 
-def add_probes(app: FastAPI, desk: Desk) -> None:
-    """What says how the server is, in a moment."""
+def add_probes(app: FastAPI, state: ServerState) -> None:
+    """Add the routes that say how the server is; each answers at once."""
 
     @app.get("/livez")
     async def livez() -> str:
@@ -160,31 +186,31 @@ def add_probes(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/readyz")
     async def readyz() -> str:
-        if not desk.ready:
+        if not state.ready:
             raise HTTPException(503, "starting or draining")
-        if not desk.lives:
+        if not state.lives:
             raise HTTPException(503, "scoring has ended; see the server's log")
         return "ready"
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        authenticate(request, desk.token)
-        return Response(desk.meters.text(), media_type="text/plain; version=0.0.4")
+        authenticate(request, state.token)
+        return Response(state.meters.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/spec")
     async def spec(request: Request) -> dict[str, object]:
-        authenticate(request, desk.token)
-        return desk.spec(*clip_form(request))
+        authenticate(request, state.token)
+        return state.spec(*clip_form(request))
 
 
-def add_scores(app: FastAPI, desk: Desk) -> None:
-    """What clips are sent to."""
+def add_scores(app: FastAPI, state: ServerState) -> None:
+    """Add the route that clips are sent to."""
 
     @app.post("/v1/score")
     async def score(request: Request) -> Response:
         start, status, clips = time.perf_counter(), 500, 0
         try:
-            answer, clips = await desk.score(request)
+            answer, clips = await state.score(request)
             status = 200
         except wire.WireError as error:
             status = 400
@@ -194,13 +220,15 @@ def add_scores(app: FastAPI, desk: Desk) -> None:
             raise
         finally:
             seconds = time.perf_counter() - start
-            desk.meters.request(status, seconds)
-            log.info("request", extra=logs.fields(status=status, clips=clips, seconds=round(seconds, 4)))
+            state.meters.request(status, seconds)
+            log.info(
+                "request", extra=logs.fields(status=status, clips=clips, seconds=round(seconds, 4))
+            )
         return Response(answer, media_type="application/json")
 
 
 def clip_form(request: Request) -> tuple[int | None, float | None]:
-    """(frames, fps) of /v1/spec's query, none where it has none."""
+    """Frames and frames per second of /v1/spec's query. None: the query has none."""
     frames, fps = request.query_params.get("frames"), request.query_params.get("fps")
     if frames is None and fps is None:
         return None, None
@@ -214,11 +242,16 @@ def clip_form(request: Request) -> tuple[int | None, float | None]:
 
 
 class _Server(uvicorn.Server):
-    """Writes the ready file once requests are taken; not ready from the signal on that ends it."""
+    """uvicorn's server, which writes the ready file once requests are taken.
 
-    def __init__(self, config: uvicorn.Config, desk: Desk, url: str, ready_file: Path | None) -> None:
+    From the signal that ends it on it is not ready.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, state: ServerState, url: str, ready_file: Path | None
+    ) -> None:
         super().__init__(config)
-        self.desk = desk
+        self.state = state
         self.url = url
         self.ready_file = ready_file
 
@@ -228,13 +261,13 @@ class _Server(uvicorn.Server):
             replace_text(self.ready_file, json.dumps({"url": self.url, "pid": os.getpid()}) + "\n")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.desk.ready = False
+        self.state.ready = False
         log.info("draining", extra=logs.fields(signal=signal.Signals(sig).name))
         super().handle_exit(sig, frame)
 
 
 def serving(app: FastAPI, limits: Limits) -> uvicorn.Config:
-    """How uvicorn runs the application."""
+    """Configuration with which uvicorn runs the application."""
     return uvicorn.Config(
         app,
         http=strict_http(limits.head_timeout_s, limits.max_head),
@@ -243,22 +276,31 @@ def serving(app: FastAPI, limits: Limits) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         limit_concurrency=limits.max_connections,
-        timeout_keep_alive=75,  # longer than the client keeps one: it, not the server, ends an idle connection
+        # longer than the client keeps one: the client, not the server, ends an idle connection
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=60,
     )
 
 
 def serve(
-    specs: Sequence[RewardSpec], host: str, port: int, token: str, ready_file: Path | None, limits: Limits | None = None
+    specs: Sequence[RewardSpec],
+    host: str,
+    port: int,
+    token: str,
+    ready_file: Path | None,
+    limits: Limits | None = None,
 ) -> None:
     """Serve the rewards until SIGTERM or SIGINT; port 0 takes a free one.
 
     ready_file: written, as a whole, with {"url": ..., "pid": ...} once requests are taken.
-    Raises UserError for an unknown reward, one that cannot be loaded or fails at its golden clip, an address that
-    cannot be had, or one beyond this machine with a weak token.
+    Raises UserError for an unknown reward, one that cannot be loaded or fails at its golden clip,
+    an address that cannot be had, or one beyond this machine with a weak token.
     """
     if host not in LOOPBACK and len(token) < 16:
-        raise UserError(f"host={host}: reachable from other machines; give a token of at least 16 random characters")
+        raise UserError(
+            f"host={host}: reachable from other machines; give a token of at least 16 random "
+            "characters"
+        )
     if not token:
         raise UserError("token='': the reward server needs one; give a long random text")
     logs.start()
@@ -269,18 +311,23 @@ def serve(
     with listener:
         app = make_app([warm(spec) for spec in specs], token, limits)
         log.info("serving", extra=logs.fields(rewards=[spec.name for spec in specs], url=url))
-        _Server(serving(app, limits), app.state.desk, url, ready_file).run(sockets=[listener])
+        _Server(serving(app, limits), app.state.server, url, ready_file).run(sockets=[listener])
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket with the address that does not listen yet: until the rewards are loaded, clients are refused at once."""
+    """A socket with the address that does not listen yet.
+
+    Until the rewards are loaded, clients are refused at once.
+    """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
         listener.close()
-        raise UserError(f"host={host} port={port}: {error}; choose another, or port 0 for a free one") from None
+        raise UserError(
+            f"host={host} port={port}: {error}; choose another, or port 0 for a free one"
+        ) from None
     return listener
 
 
@@ -293,8 +340,10 @@ def warm(spec: RewardSpec) -> Served:
     log.info(
         "loaded",
         extra=logs.fields(
-            reward=served.name, identity=served.identity, golden=served.golden,
+            reward=served.name,
+            identity=served.identity,
+            golden=served.golden,
             seconds=round(time.perf_counter() - start, 2),
         ),
-    )  # fmt: skip
+    )
     return served

@@ -1,8 +1,8 @@
 """Clips of many requests, put together into batches of one shape, and scored one batch at a time.
 
-A clip waits for others of its shape for at most `wait_s`, and not at all once there are as many as the reward takes at
-once. While a batch is scored, the next one gathers. A reward scores every clip on its own (see `Reward`), so how clips
-meet changes nothing but the speed.
+A clip waits for others of its shape for at most `wait_s`, and not at all once there are as many as
+the reward takes at once. While a batch is scored, the next one gathers. A reward scores every clip
+on its own (see `Reward`), so how clips meet changes nothing but the speed.
 """
 
 import asyncio
@@ -30,18 +30,18 @@ log = logging.getLogger(__name__)
 TICK_S = 0.1  # between looks at what waits too long while a batch is scored
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Key:
-    """What the clips of a batch have in common."""
+    """Properties that all clips of a batch share."""
 
     reward: str
     of: int  # frames of the whole clip
-    at: tuple[int, ...] | None  # those that are here; none = all
+    at: tuple[int, ...] | None  # those that are here. None: all
     size: torch.Size  # of a frame
     fps: float
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Job:
     """One clip that waits for one reward."""
 
@@ -53,15 +53,18 @@ class Job:
 
 
 class Expired(Exception):
-    """A clip waited until its sender would not wait for it any more."""
+    """A clip that waited until its sender would not wait any more."""
 
 
 class Failed(Exception):
-    """A batch could not be scored, by no fault of its clips."""
+    """A batch that could not be scored, by no fault of its clips."""
 
 
 class Batcher:
-    """The queue before the rewards of one process, and the thread that scores. Lives on an event loop."""
+    """The queue before the rewards of one process, and the thread that scores.
+
+    Lives on an event loop.
+    """
 
     def __init__(self, served: Mapping[str, Served], wait_s: float) -> None:
         self.served = served
@@ -76,40 +79,58 @@ class Batcher:
         return sum(len(jobs) for jobs in self._waiting.values())
 
     async def score(
-        self, names: Sequence[str], clips: Sequence[Clip], prompts: Sequence[str], fps: float, deadline: float
+        self,
+        names: Sequence[str],
+        clips: Sequence[Clip],
+        prompts: Sequence[str],
+        fps: float,
+        deadline: float,
     ) -> dict[str, Scores]:
         """Each reward's scores of the clips of one request.
 
-        Raises Expired where a clip waits until after the deadline, Failed where its batch could not be scored, and
-        WireError where a frame that a reward looks at was not sent; then no clip of the request waits any more.
+        Raises Expired where a clip waits until after the deadline, Failed where its batch could not
+        be scored, and WireError where a frame that a reward looks at was not sent; then no clip of
+        the request waits any more.
         """
         loop = asyncio.get_running_loop()
-        chosen = {name: [self.served[name].choose(clip, fps) for clip in clips] for name in names}  # all, or none waits
+        # before any of them waits: all do, or none
+        chosen = {name: [self.served[name].choose(clip, fps) for clip in clips] for name in names}
         jobs: dict[str, list[Job]] = {name: [] for name in names}
         for name in names:
             for clip, prompt, (pixels, at) in zip(clips, prompts, chosen[name], strict=True):
-                job = Job(pixels, prompt, deadline, loop.create_future())
+                result = loop.create_future()
+                job = Job(pixels=pixels, prompt=prompt, deadline=deadline, result=result)
                 jobs[name].append(job)
-                self._waiting.setdefault(Key(name, clip.of, at, pixels.shape[1:], fps), deque()).append(job)
+                key = Key(reward=name, of=clip.of, at=at, size=pixels.shape[1:], fps=fps)
+                self._waiting.setdefault(key, deque()).append(job)
         self._news.set()
         try:
             await asyncio.gather(*(job.result for one in jobs.values() for job in one))
         finally:
             for job in (job for one in jobs.values() for job in one):
                 job.result.cancel()  # nothing to those that are done
-        return {name: self._table(name, [job.result.result() for job in one]) for name, one in jobs.items()}
+        return {
+            name: self._table(name, [job.result.result() for job in one])
+            for name, one in jobs.items()
+        }
 
     def _table(self, name: str, rows: Sequence[tuple[list[float], bool]]) -> Scores:
+        """Scores, float32 [B] for each part, of B rows.
+
+        rows: scores by part, and whether they are valid, of each clip
+        """
         table = torch.tensor([values for values, _ in rows], dtype=torch.float32)
-        values = {part: table[:, column] for column, part in enumerate(self.served[name].reward.names)}
+        values = {
+            part: table[:, column] for column, part in enumerate(self.served[name].reward.names)
+        }
         return Scores(values, torch.tensor([valid for _, valid in rows], dtype=torch.bool))
 
     async def run(self) -> None:
-        """Score what waits, for ever. Where that cannot be, what waits fails and the error goes on."""
+        """Score what waits, for ever. Where that fails, what waits fails and the error goes on."""
         try:
             await self._loop()
         except Exception as error:
-            log.critical("scoring has ended: %s", place(error))
+            log.critical("scoring has ended: %s", raised_at(error))
             for jobs in self._waiting.values():
                 fail(jobs)
             raise
@@ -127,7 +148,7 @@ class Batcher:
                     await self._news.wait()
 
     def _due(self, now: float) -> tuple[Key | None, float | None]:
-        """What to score now, or how long to wait for more, for ever where nothing waits."""
+        """The key to score now, or seconds to wait for more clips. None: nothing waits."""
         if not self._waiting:
             return None, None
         oldest = min(self._waiting, key=lambda key: self._waiting[key][0].arrived)
@@ -142,7 +163,8 @@ class Batcher:
     def _take(self, key: Key) -> list[Job]:
         """The oldest clips of a key, at most as many as its reward takes at once."""
         jobs = self._waiting[key]
-        taken = [jobs.popleft() for _ in range(min(len(jobs), self.served[key.reward].spec.batch_size))]
+        count = min(len(jobs), self.served[key.reward].spec.batch_size)
+        taken = [jobs.popleft() for _ in range(count)]
         if not jobs:
             del self._waiting[key]
         return taken
@@ -163,7 +185,9 @@ class Batcher:
     async def _score(self, key: Key, jobs: list[Job]) -> None:
         start = time.perf_counter()
         try:
-            scoring = asyncio.get_running_loop().run_in_executor(self.thread, self._judge, key, jobs)
+            scoring = asyncio.get_running_loop().run_in_executor(
+                self.thread, self._judge, key, jobs
+            )
             while not (await asyncio.wait([scoring], timeout=TICK_S))[0]:
                 self._expire()
             scores = scoring.result()
@@ -173,18 +197,23 @@ class Batcher:
             for job, row, valid in zip(jobs, table, scores.valid.tolist(), strict=True):
                 if not job.result.done():  # its request was dropped
                     job.result.set_result((row, valid))
-        except Exception as error:  # of the batch itself, such as no memory; no clip's fault, and the next one goes on
-            log.error("a batch of %d clips for %s failed: %s", len(jobs), key.reward, place(error))
+        # an error of the batch itself, such as no memory: no clip's fault, and the next one goes on
+        except Exception as error:
+            log.error(
+                "a batch of %d clips for %s failed: %s", len(jobs), key.reward, raised_at(error)
+            )
             fail(jobs)
 
     def _judge(self, key: Key, jobs: Sequence[Job]) -> Scores:
         """Score a batch; in the scoring thread."""
         pixels = batch([job.pixels for job in jobs], key.of, key.at)
-        return judge_batch(self.served[key.reward].reward, pixels, [job.prompt for job in jobs], key.fps)
+        return judge_batch(
+            self.served[key.reward].reward, pixels, [job.prompt for job in jobs], key.fps
+        )
 
 
-def place(error: Exception) -> str:
-    """Its class and where it was raised, without its text, which may quote a prompt."""
+def raised_at(error: Exception) -> str:
+    """An error's class and where it was raised, without its text, which may quote a prompt."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} at {frame.filename}:{frame.lineno}"
 
@@ -197,7 +226,10 @@ def fail(jobs: Iterable[Job]) -> None:
 
 
 def batch(clips: Sequence[Tensor], of: int, at: tuple[int, ...] | None) -> Tensor:
-    """uint8 [B, of, H, W, 3] of clips [len(at) or of, H, W, 3]; frames that were not sent are black."""
+    """One tensor of several clips, where frames that were not sent are black.
+
+    clips: uint8 [len(at) or of, H, W, 3] each.  returns uint8 [B, of, H, W, 3]
+    """
     if at is None or len(at) == of:
         return clips[0][None] if len(clips) == 1 else torch.stack(list(clips))
     # calloc of numpy: what stays black is never touched and takes no memory

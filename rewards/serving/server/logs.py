@@ -1,4 +1,7 @@
-"""A server's log: one JSON object a line, without prompts, tokens or what an exception says, which may quote them."""
+"""A server's log: one JSON object a line, without prompts, tokens or the text of exceptions.
+
+An exception's text may quote a prompt or a token.
+"""
 
 import json
 import logging
@@ -10,11 +13,16 @@ EXTRA = "fields"
 
 
 class JsonLines(logging.Formatter):
-    """{"time": UTC, "level": ..., "logger": ..., "message": ...}, the record's `fields`, an error's class and place."""
+    """Records as JSON: time (UTC), level, logger, message, the record's `fields`.
+
+    Of an error the line has its class and its places in the code.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
+        """A record as one line of JSON."""
         line: dict[str, object] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{record.msecs:03.0f}Z",
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{record.msecs:03.0f}Z",
             "level": record.levelname,
             "logger": record.name,
             "message": message(record),
@@ -29,9 +37,11 @@ class JsonLines(logging.Formatter):
 
 
 def message(record: logging.LogRecord) -> str:
-    """What a record says, of other libraries its first line: asyncio puts exceptions, with their text, into the rest.
+    """The message of a record, of another library's record its first line.
 
-    Of asyncio's first line, what stands before the description of a callback, which shows its arguments.
+    asyncio puts exceptions, with their text, into the other lines.
+    Of asyncio's first line, what stands before the description of a callback, which shows its
+    arguments.
     """
     text = record.getMessage()
     if record.name.partition(".")[0] != "fastgrpo":
@@ -49,5 +59,5 @@ def start() -> None:
 
 
 def fields(**values: object) -> dict[str, dict[str, object]]:
-    """`extra` of a log call: what the line says beside its message."""
+    """`extra` of a log call: the fields of the line beside its message."""
     return {EXTRA: values}

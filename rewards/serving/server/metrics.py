@@ -13,25 +13,47 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 class Meters:
     """The counters of one server."""
 
-    def __init__(self, bytes_in_flight: Callable[[], float], clips_waiting: Callable[[], float]) -> None:
-        """bytes_in_flight, clips_waiting: asked each time that someone reads the metrics."""
+    def __init__(
+        self, bytes_in_flight: Callable[[], float], clips_waiting: Callable[[], float]
+    ) -> None:
+        """Make the counters.
+
+        bytes_in_flight, clips_waiting: asked each time that someone reads the metrics
+        """
         self.registry = registry = CollectorRegistry()
-        self.requests = Counter("reward_requests", "Requests to score, by status", ["status"], registry=registry)
+        self.requests = Counter(
+            "reward_requests", "Requests to score, by status", ["status"], registry=registry
+        )
         self.request_seconds = Histogram(
-            "reward_request_seconds", "From a request's headers to its scores", buckets=SECONDS, registry=registry
+            "reward_request_seconds",
+            "From a request's headers to its scores",
+            buckets=SECONDS,
+            registry=registry,
         )
         self.clips = Counter("reward_clips", "Clips scored", ["reward"], registry=registry)
-        self.invalid = Counter("reward_invalid_clips", "Clips without a valid score", ["reward"], registry=registry)
-        self.expired = Counter("reward_expired_clips", "Clips whose sender had given up", ["reward"], registry=registry)
+        self.invalid = Counter(
+            "reward_invalid_clips", "Clips without a valid score", ["reward"], registry=registry
+        )
+        self.expired = Counter(
+            "reward_expired_clips", "Clips whose sender had given up", ["reward"], registry=registry
+        )
         self.batch_clips = Histogram(
             "reward_batch_clips", "Clips of a batch", ["reward"], buckets=SIZES, registry=registry
         )
         self.batch_seconds = Histogram(
-            "reward_batch_seconds", "Scoring a batch", ["reward"], buckets=SECONDS, registry=registry
+            "reward_batch_seconds",
+            "Scoring a batch",
+            ["reward"],
+            buckets=SECONDS,
+            registry=registry,
         )
         self.score = Summary("reward_score", "Valid scores", ["reward", "part"], registry=registry)
-        Gauge("reward_bytes_in_flight", "Bytes read or waiting", registry=registry).set_function(bytes_in_flight)
-        Gauge("reward_clips_waiting", "Clips that wait to be scored", registry=registry).set_function(clips_waiting)
+        Gauge("reward_bytes_in_flight", "Bytes read or waiting", registry=registry).set_function(
+            bytes_in_flight
+        )
+        Gauge(
+            "reward_clips_waiting", "Clips that wait to be scored", registry=registry
+        ).set_function(clips_waiting)
 
     def request(self, status: int, seconds: float) -> None:
         self.requests.labels(str(status)).inc()

@@ -1,6 +1,7 @@
-"""HTTP for a server that trusts no sender: a request's headers must come soon, and there must not be many.
+"""HTTP for a server that trusts no sender: a request's headers must come soon and be few.
 
-uvicorn bounds neither: a connection that sends a header line now and then, or headers without end, would stay.
+uvicorn bounds neither: a connection that sends a header line now and then, or headers without end,
+would stay.
 """
 
 import asyncio
@@ -10,14 +11,15 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 
 def strict_http(timeout_s: float, max_bytes: int) -> type[HttpToolsProtocol]:
-    """uvicorn's protocol with at most that time, and about that many bytes, for each request's headers.
+    """uvicorn's protocol with limits on the time and the bytes of each request's headers.
 
-    Who takes longer is disconnected; who sends more gets 431. An idle connection is uvicorn's own affair
-    (timeout_keep_alive), but for one that never began a request.
+    Who takes longer is disconnected; who sends more gets 431. An idle connection is uvicorn's own
+    affair (timeout_keep_alive), but for one that never began a request.
     """
 
     class StrictHttp(HttpToolsProtocol):
-        def __init__(self, *arguments: Any, **named: Any) -> None:  # those of uvicorn, handed on as they are
+        # those of uvicorn, handed on as they are
+        def __init__(self, *arguments: Any, **named: Any) -> None:
             super().__init__(*arguments, **named)
             self.in_head = False
             self.head_bytes = 0
@@ -44,7 +46,9 @@ def strict_http(timeout_s: float, max_bytes: int) -> type[HttpToolsProtocol]:
             if self.in_head and not self.transport.is_closing():
                 self.head_bytes += len(data)
                 if self.head_bytes > max_bytes:
-                    self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\r\n")
+                    self.transport.write(
+                        b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\r\n"
+                    )
                     self.transport.close()
 
         def _begin_head(self) -> None:

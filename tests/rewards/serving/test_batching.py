@@ -106,9 +106,9 @@ def test_only_frames_that_are_looked_at_travel(monkeypatch: pytest.MonkeyPatch) 
     sent: list[list[int]] = []
     encode = wire.encode_request
 
-    def recorded(some: Sequence[Tensor], *rest: Any) -> bytes:
+    def recorded(some: Sequence[Tensor], *rest: Any, **at: Any) -> bytes:
         sent.append([len(clip) for clip in some])
-        return encode(some, *rest)
+        return encode(some, *rest, **at)
 
     monkeypatch.setattr(wire, "encode_request", recorded)
     rewards: dict[str, Reward] = {"two": Choosy(4.0), "three": Choosy(8 / 3), "all": Sums()}

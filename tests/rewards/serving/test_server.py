@@ -108,9 +108,9 @@ def test_large_batches_go_as_several_requests(tiny: str, monkeypatch: pytest.Mon
     sent: list[int] = []
     encode = wire.encode_request
 
-    def counted(some: Sequence[Tensor], prompts: Sequence[str], fps: float, names: Sequence[str], *at: Any) -> bytes:
+    def counted(some: Sequence[Tensor], prompts: Sequence[str], fps: float, names: Sequence[str], **at: Any) -> bytes:
         sent.append(len(some))
-        return encode(some, prompts, fps, names, *at)
+        return encode(some, prompts, fps, names, **at)
 
     monkeypatch.setattr(wire, "encode_request", counted)
     with RewardClient([tiny], TOKEN, ["tiny_world"]) as client:
