@@ -6,33 +6,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.core.files import replace_text, sha256
+from fastgrpo.core.files import read_json_or_none, replace_text, sha256
 
-THREADS = 4  # that hash files: hashlib lets go of the interpreter
+THREADS = 4  # hashlib lets go of the interpreter
 
 
 def hashes(files: Sequence[Path], remembered: Path) -> dict[Path, str]:
-    """SHA-256 of each file, from `remembered` where its size and time are still those.
+    """SHA-256 of each file, remembered where its size and time are the same.
 
-    remembered: a JSON file, which is kept up to date
+    remembered: the JSON file of earlier hashes, which is kept up to date
     """
-    known = _remembered(remembered)
+    known: dict[str, Any] = read_json_or_none(remembered) or {}
     stamps = {file: f"{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files}
-    places = {file: str(file.resolve()) for file in files}
-    changed = [file for file in files if known.get(places[file], {}).get("stamp") != stamps[file]]
+    paths = {file: str(file.resolve()) for file in files}
+    changed = [file for file in files if known.get(paths[file], {}).get("stamp") != stamps[file]]
     with ThreadPoolExecutor(THREADS) as pool:
         for file, digest in zip(changed, pool.map(sha256, changed), strict=True):
-            known[places[file]] = {"stamp": stamps[file], "sha256": digest}
+            known[paths[file]] = {"stamp": stamps[file], "sha256": digest}
     if changed:
         remembered.parent.mkdir(parents=True, exist_ok=True)
         replace_text(remembered, json.dumps(known, indent=1) + "\n")
-    return {file: known[places[file]]["sha256"] for file in files}
-
-
-def _remembered(file: Path) -> dict[str, Any]:
-    """Hashes of an earlier start; none where there are none that can be read."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return {file: known[paths[file]]["sha256"] for file in files}

@@ -1,7 +1,7 @@
-"""Where this rank is: a small file that a thread of its own rewrites, so that a run that hangs shows where.
+"""Heartbeats: a small file per rank says where the rank is, so that a run that hangs shows where.
 
-The thread that trains only changes what is to be told; it never waits for a disk. No torch here: `fastgrpo status`
-reads the files on a login node.
+The thread that trains only changes the heartbeat in memory; another thread writes the file. No
+torch here: `fastgrpo status` reads the files on a login node.
 """
 
 import json
@@ -16,17 +16,19 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
+from fastgrpo.core.files import load_json
+
 FOLDER = "heartbeats"
 INTERVAL_S = 3.0  # at the latest
 SHORTEST_S = 0.5  # between two writes, however often the phase changes
-SIZE = 1024  # bytes of a file, always the same, so that it is overwritten in place, on a full disk too
+SIZE = 1024  # bytes of a file, always the same: it is overwritten in place, on a full disk too
 WAIT = "wait"
 """The phase in which a rank has done its part and waits for others'."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Heartbeat:
-    """What a heartbeat tells."""
+    """The state of one rank, as its file has it."""
 
     rank: int
     ranks: int
@@ -36,24 +38,26 @@ class Heartbeat:
     phase: str = "start"
     laps: int = 0  # phases that this rank has ended in this iteration
     phase_s: float = 0.0  # since the phase was entered, when this was written
-    longest_s: float = 0.0  # the longest that this phase lasted before; 0 = it has not ended before
+    longest_s: float = 0.0  # the longest that this phase lasted before; 0 = not ended yet
     time: float = 0.0  # when this was written, seconds since 1970
     at: str = ""  # what the main thread runs: module:line function, innermost first
     end: str = ""  # "done", or the error, once this rank has left the run
 
 
 class HeartbeatWriter:
-    """Writes run_dir/heartbeats/rank-N within half a second of a change of phase, and every three seconds.
+    """Writes run_dir/heartbeats/rank-N at each change of phase and every three seconds.
 
-    A context manager: on leaving it the file says how the rank ended. An OSError, as of a full disk or a folder that
-    is gone, is passed over; the next beat tries again.
+    A context manager: on leaving it the file says how the rank ended. A change of phase is written
+    within half a second. An OSError, as of a full disk, is passed over; the next beat tries again.
     """
 
-    def __init__(self, run_dir: Path, rank: int, ranks: int, interval_s: float = INTERVAL_S) -> None:
+    def __init__(
+        self, run_dir: Path, rank: int, ranks: int, interval_s: float = INTERVAL_S
+    ) -> None:
         self.file = run_dir / FOLDER / f"rank-{rank}"
         self.interval_s = interval_s
         self.written = 0  # files written so far
-        self._beat = Heartbeat(rank, ranks, node(), os.getpid())
+        self._beat = Heartbeat(rank=rank, ranks=ranks, host=node(), pid=os.getpid())
         self._entered = time.monotonic()
         self._longest: dict[str, float] = {}
         self._main = threading.get_ident()
@@ -62,11 +66,13 @@ class HeartbeatWriter:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def enter(self, phase: str, iteration: int | None = None) -> None:
-        """This rank begins a phase, with `iteration` the first of that iteration."""
+        """Note that this rank begins a phase, the first of an iteration where one is given."""
         now = time.monotonic()
         with self._lock:
             before = self._beat
-            self._longest[before.phase] = max(self._longest.get(before.phase, 0.0), now - self._entered)
+            self._longest[before.phase] = max(
+                self._longest.get(before.phase, 0.0), now - self._entered
+            )
             self._entered = now
             self._beat = replace(
                 before,
@@ -87,7 +93,10 @@ class HeartbeatWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._over.set()
         self._changed.set()
@@ -95,14 +104,16 @@ class HeartbeatWriter:
         frame = None
         while trace is not None:
             frame, trace = trace.tb_frame, trace.tb_next
-        self._write("done" if error is None else f"{type(error).__name__}: {error}", place(frame))
+        self._write(
+            "done" if error is None else f"{type(error).__name__}: {error}", location(frame)
+        )
 
     def _run(self) -> None:
         while not self._over.is_set():
             self._changed.wait(self.interval_s)
             self._changed.clear()
             if not self._over.is_set():
-                self._write("", place(sys._current_frames().get(self._main)))
+                self._write("", location(sys._current_frames().get(self._main)))
                 self._over.wait(min(SHORTEST_S, self.interval_s))
 
     def _write(self, end: str, at: str) -> None:
@@ -132,19 +143,22 @@ def encoded(beat: Heartbeat) -> bytes:
     return text.ljust(SIZE - 1).encode("ascii") + b"\n"
 
 
-def place(frame: FrameType | None) -> str:
-    """The innermost function, and the three innermost of this package: `module:line function < ...`."""
-    found: list[str] = []
-    while frame is not None and len(found) < 4:
+def location(frame: FrameType | None) -> str:
+    """Where a thread is: `module:line function < ...`, innermost first.
+
+    The innermost function of all, and up to three of this package.
+    """
+    functions: list[str] = []
+    while frame is not None and len(functions) < 4:
         module = str(frame.f_globals.get("__name__", "?"))
-        if not found or module.startswith("fastgrpo."):
-            found.append(f"{module}:{frame.f_lineno} {frame.f_code.co_name}")
+        if not functions or module.startswith("fastgrpo."):
+            functions.append(f"{module}:{frame.f_lineno} {frame.f_code.co_name}")
         frame = frame.f_back
-    return " < ".join(found)
+    return " < ".join(functions)
 
 
 def forget(folder: Path, ranks: int) -> None:
-    """Remove the heartbeats of an earlier attempt that had more ranks; those of fewer are overwritten."""
+    """Remove the files of ranks that this attempt does not have; the others are overwritten."""
     for file in folder.glob("rank-*"):
         number = file.name.removeprefix("rank-")
         if number.isdecimal() and int(number) >= ranks:
@@ -152,9 +166,12 @@ def forget(folder: Path, ranks: int) -> None:
 
 
 def read(run_dir: Path) -> list[Heartbeat]:
-    """Every rank's last heartbeat, by rank; one that is just being written for the first time is left out."""
+    """Every rank's last heartbeat, by rank.
+
+    One that is just being written for the first time is left out.
+    """
     beats = []
     for file in (run_dir / FOLDER).glob("rank-*"):
         with suppress(OSError, ValueError, TypeError):
-            beats.append(Heartbeat(**json.loads(file.read_text(encoding="utf-8"))))
+            beats.append(Heartbeat(**load_json(file)))
     return sorted(beats, key=lambda beat: beat.rank)

@@ -1,13 +1,14 @@
-"""Stopping in good order: asked for by a signal or a file, agreed by all ranks, and only between two pieces of work.
+"""Stopping in good order: all ranks agree, and only between two pieces of work.
 
-SIGUSR1, slurm's warning before a time limit, and SIGTERM set a flag and nothing else; the file `stop` in the run's
-folder does the same. Before each batch of a rollout or evaluation, and before each micro-batch until an iteration's
-first optimizer step, the ranks agree whether to stop. What was begun is then dropped: it is keyed, so that the next
-start draws it again exactly. After the first optimizer step the iteration is finished first. So what is saved lies
-between two iterations.
+SIGUSR1, slurm's warning before a time limit, and SIGTERM set a flag and nothing else; the file
+`stop` in the run's folder does the same. Before each batch of a rollout or evaluation, and before
+each micro-batch until an iteration's first optimizer step, the ranks agree whether to stop. What
+was begun is then dropped: it is keyed, so that the next start draws it again exactly. After the
+first optimizer step the iteration is finished first. So what is saved lies between two iterations.
 
-torchrun passes no exit code on, so that the file `requeue` tells the batch script of a slurm job what to do next: go
-on where slurm asked, by a signal or by its word in the file, and not where a person made the file.
+torchrun passes no exit code on, so that the file `requeue` tells the batch script of a slurm job
+what to do next: go on where slurm asked, by a signal or by its word in the file, and not where a
+person made the file.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ ANSWER = "requeue"
 SLURM = "slurm"
 """What the batch script, launch/_job.sh, writes into the file `stop`."""
 BATCH = "FASTGRPO_BATCH"
-"""In the environment of a slurm job whose batch script, launch/_job.sh, has removed what an earlier attempt left."""
+"""Set by the batch script, launch/_job.sh, which has removed what an earlier attempt left."""
 
 
 class Stopped(Exception):
@@ -40,7 +41,7 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Inside the context, which only the main thread can enter, SIGUSR1 and SIGTERM are remembered and do no more."""
+    """Remembers SIGUSR1 and SIGTERM inside the context, which only the main thread can enter."""
 
     def __init__(self) -> None:
         self.received = False
@@ -48,11 +49,15 @@ class Signals:
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launch.py holds back what comes before this
+        # launch.py holds back what comes before this
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -65,7 +70,10 @@ class Stop:
     """Whether this run was asked to stop, and what becomes of it; every rank has one."""
 
     def __init__(self, folder: Path, signals: Signals, world: World) -> None:
-        """For the run in `folder`, which must hold its lock; forgets what an earlier attempt left. On every rank."""
+        """Forget what an earlier attempt left in `folder`, whose lock this run must hold.
+
+        On every rank.
+        """
         self.file, self.answer = folder / "stop", folder / ANSWER
         self.signals, self.world = signals, world
         # On the hosts: a GPU's queue of kernels is not waited for.
@@ -76,10 +84,12 @@ class Stop:
             self.answer.unlink(missing_ok=True)
 
     def poll_before(self, work: Iterable[T]) -> Iterator[T]:
-        """The pieces of work, one by one; raises Stopped, on every rank, before one where a rank was asked to stop.
+        """The pieces of work, one by one.
 
-        The ranks agree while a piece is under way and read the answer before the next, so that none waits for another's
-        piece. They may have different numbers of pieces, also none: all return when all are done.
+        Raises Stopped, on every rank, before a piece where any rank was asked to stop. The ranks
+        agree while a piece is under way and read the answer before the next, so that none waits for
+        another's piece. Ranks may have different numbers of pieces, also no piece: all return when
+        all are done.
         """
         agreement = None
         for piece in work:
@@ -94,44 +104,51 @@ class Stop:
 
     def _ask(self, busy: bool) -> tuple[Any, torch.Tensor]:
         """Begin an agreement: was any rank asked to stop, and is any busy."""
-        flags = torch.tensor([self._asked(), busy], dtype=torch.uint8)
+        flags = torch.tensor([self._wanted(), busy], dtype=torch.uint8)
         return dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True), flags
 
     def _answer(self, agreement: tuple[Any, torch.Tensor]) -> bool:
         """Whether any rank is busy; raises Stopped where any was asked to stop."""
         under_way, flags = agreement
         under_way.wait()
-        asked, any_busy = flags.tolist()
-        if asked:
+        stop, any_busy = flags.tolist()
+        if stop:
             raise Stopped
         return bool(any_busy)
 
-    def _asked(self) -> bool:
-        if self.world.main and not self.signals.received and time.monotonic() - self._polled >= POLL_S:
+    def _wanted(self) -> bool:
+        if (
+            self.world.main
+            and not self.signals.received
+            and time.monotonic() - self._polled >= POLL_S
+        ):
             self._polled = time.monotonic()
             return self.file.exists()
         return self.signals.received
 
     def tell(self) -> None:
-        """Answer the batch script after Stopped: put the job back into the queue, unless a person wants it stopped."""
+        """Answer the batch script after Stopped: requeue the job, unless a person stopped it."""
         if self.world.main:
             with contextlib.suppress(OSError):
-                person = self.file.exists() and self.file.read_text(errors="replace").strip() != SLURM
+                person = (
+                    self.file.exists() and self.file.read_text(errors="replace").strip() != SLURM
+                )
                 self.file.unlink(missing_ok=True)
                 answer(self.answer.parent, requeue=not person)
 
 
 def answer(folder: Path, requeue: bool) -> None:
-    """Tell the batch script of the run in `folder`, whose lock one of its ranks must hold, what becomes of the job."""
+    """Tell the batch script what becomes of the job.  folder: of a run whose lock is held"""
     with contextlib.suppress(OSError):  # without an answer the job counts as crashed
         replace_text(folder / ANSWER, "yes\n" if requeue else "no\n")
 
 
 def answer_mistake(folder: Path) -> None:
-    """Tell it not to requeue, since a person must look at it first. On the main rank, once it has let go of the lock.
+    """Tell the batch script not to requeue, since a person must look at the mistake first.
 
-    Where another run has the lock by now, or had it all along, the folder and its answer are that one's. Where there is
-    no folder none is made: the batch script, which would read the answer, has made it.
+    On the main rank, once it has let go of the lock. Where another run has the lock, the folder and
+    its answer are that run's. Where there is no folder none is made: the batch script, which would
+    read the answer, has made it.
     """
     if not folder.is_dir():
         return

@@ -1,4 +1,4 @@
-"""What an iteration's phases take of one rank: seconds, processor time and peak memory."""
+"""Seconds, processor time and peak memory of an iteration's phases on one rank."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -19,17 +19,18 @@ class Phase:
     """One phase's share of an iteration."""
 
     seconds: float = 0.0
-    cpu: float = 0.0  # seconds of all of this process's threads on a core; far below the others' = it waited
-    memory: tuple[float, ...] = (0.0, 0.0, 0.0)  # peaks in GiB, as peaks.KINDS has them
+    cpu: float = 0.0  # seconds on a core, of all threads; far below other ranks': it waited
+    memory: tuple[float, ...] = (0.0, 0.0, 0.0)  # peaks in GiB, as memory.KINDS has them
 
     def add(self, seconds: float, cpu: float, memory: tuple[float, ...]) -> None:
+        """Add one piece of the phase.  memory: its peaks"""
         self.seconds, self.cpu = self.seconds + seconds, self.cpu + cpu
         self.memory = tuple(max(pair) for pair in zip(self.memory, memory, strict=True))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Stopwatch:
-    """Divides an iteration of this rank into phases; tells the heartbeat, where there is one, which has begun."""
+    """Divides an iteration of this rank into phases, and notes each in the heartbeat."""
 
     heart: HeartbeatWriter | None = None
     phases: dict[str, Phase] = field(default_factory=dict)
@@ -38,19 +39,25 @@ class Stopwatch:
     last_cpu: float = field(default_factory=time.process_time)
 
     def lap(self, phase: str, then: str = BETWEEN) -> None:
-        """Add what happened since the last lap to a phase; on a GPU, the work queued so far.  then: what begins now"""
+        """Add the time since the last lap to a phase; on a GPU, wait for the work queued so far.
+
+        then: the phase that begins now
+        """
         if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()  # not the scoring's stream, which runs beside it
+            torch.cuda.current_stream().synchronize()  # not the scoring's stream
         now, cpu = time.perf_counter(), time.process_time()
-        self.phases.setdefault(phase, Phase()).add(now - self.last, cpu - self.last_cpu, self.peaks.read())
+        self.phases.setdefault(phase, Phase()).add(
+            now - self.last, cpu - self.last_cpu, self.peaks.read()
+        )
         self.last, self.last_cpu = now, cpu
         if self.heart is not None:
             self.heart.enter(then)
 
     def pieces(self, work: Iterable[T], phase: str, then: str) -> Iterator[T]:
-        """The pieces of a phase, one by one. Asking for the next, where ranks agree on it, counts as waiting.
+        """The pieces of a phase, one by one.
 
-        then: what begins after the last piece
+        Asking for the next piece, where ranks agree on it, counts as waiting.
+        then: the phase that begins after the last piece
         """
         pieces, last = iter(work), object()
         while True:

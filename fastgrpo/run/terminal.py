@@ -1,5 +1,6 @@
-"""What a person sees of a run in the terminal: a plain line per iteration, or a live dashboard. Pure functions.
+"""What a person sees of a run in the terminal: a plain line per iteration, or a live dashboard.
 
+Pure functions.
 rows: the lines of metrics.jsonl so far, as mappings from name to number; iterations count from 0.
 """
 
@@ -17,7 +18,13 @@ from rich.text import Text
 Row = Mapping[str, float]
 
 PHASES = ("rollout", "decode", "reward", "update", "wait")
-PHASE_COLOURS = {"rollout": "blue", "decode": "cyan", "reward": "yellow", "update": "magenta", "wait": "white"}
+PHASE_COLOURS = {
+    "rollout": "blue",
+    "decode": "cyan",
+    "reward": "yellow",
+    "update": "magenta",
+    "wait": "white",
+}
 BLOCKS = "▁▂▃▄▅▆▇█"
 TREND_WIDTH = 32  # characters
 WINDOW = 5  # iterations averaged at both ends, because each iteration has other prompts
@@ -46,16 +53,21 @@ def duration(seconds: float) -> str:
 
 
 def seconds_left(rows: Sequence[Row], total: int) -> float:
-    """Iterations left times the mean seconds/total of the last ten; NaN when nothing was timed yet."""
-    times = [row["seconds/total"] for row in rows[-3 * RECENT :] if "seconds/total" in row][-RECENT:]
+    """Iterations left times the mean seconds/total of the last ten.
+
+    NaN when nothing was timed yet.
+    """
+    recent = rows[-3 * RECENT :]
+    times = [row["seconds/total"] for row in recent if "seconds/total" in row][-RECENT:]
     if not times:
         return math.nan
     return sum(times) / len(times) * max(0, total - 1 - int(rows[-1]["iteration"]))
 
 
 def plain_line(rows: Sequence[Row], total: int, note: str = "") -> str:
-    """The last row as one line: `iteration 12/90  reward 2.113 (VQ 0.71 ...)  8.1 s (rollout 2.0 ...)  eta 9 min`.
+    """The last row as one line.
 
+    `iteration 12/90  reward 2.113 (VQ 0.71 ...)  8.1 s (rollout 2.0 ...)  eta 9 min`
     note: what else is worth saying, at the line's end
     """
     row = rows[-1]
@@ -63,9 +75,13 @@ def plain_line(rows: Sequence[Row], total: int, note: str = "") -> str:
         return f"iteration {row['iteration'] + 1:.0f}/{total}  " + _others(row)
     scores = " ".join(f"{part} {row[f'reward/{part}']:.2f}" for part in parts(row))
     phases = " ".join(f"{phase} {row[f'seconds/{phase}']:.1f}" for phase in _timed(row))
-    line = f"iteration {row['iteration'] + 1:.0f}/{total}  reward {row['reward/sum']:.3f} ({scores})"
+    line = (
+        f"iteration {row['iteration'] + 1:.0f}/{total}  reward {row['reward/sum']:.3f} ({scores})"
+    )
     if "seconds/total" in row:
-        line += f"  {row['seconds/total']:.1f} s ({phases})  eta {duration(seconds_left(rows, total))}"
+        line += (
+            f"  {row['seconds/total']:.1f} s ({phases})  eta {duration(seconds_left(rows, total))}"
+        )
     if row.get("reward/invalid", 0) > 0:
         line += f"  invalid scores: {row['reward/invalid']:.0f}"
     return f"{line}  {note}" if note else line
@@ -88,7 +104,7 @@ def _others(row: Row) -> str:
 
 
 def dashboard(rows: Sequence[Row], total: int, title: str, note: str = "") -> RenderableType:
-    """The live display: progress, each reward with its change and trend, the update's health, where time goes.
+    """The live display: progress, rewards with their trends, health of the update, seconds.
 
     note: what else is worth saying of the last iteration, below all
     """
@@ -96,10 +112,16 @@ def dashboard(rows: Sequence[Row], total: int, title: str, note: str = "") -> Re
     if not trained:
         waiting = Text(f"iteration 1/{total} is under way", style="dim")
         return Panel(waiting, title=Text(title), title_align="left", border_style="dim")
-    body = Group(
-        _progress(trained, total), Text(), _rewards(trained), Text(), _health(trained[-1]), _times(trained[-1]),
-        *([Text(note, style="yellow")] if note else []),
-    )  # fmt: skip
+    last = trained[-1]
+    upper: list[RenderableType] = [
+        _progress(trained, total),
+        Text(),
+        _rewards(trained),
+        Text(),
+        _health(last),
+    ]
+    notes: list[RenderableType] = [Text(note, style="yellow")] if note else []
+    body = Group(*upper, _times(last), *notes)
     return Panel(body, title=Text(title, style="bold"), title_align="left", border_style="dim")
 
 
@@ -109,7 +131,12 @@ def _progress(rows: Sequence[Row], total: int) -> Table:
     spent = duration(sum(row.get("seconds/total", 0.0) for row in rows))
     bar = ProgressBar(total=total, completed=done, width=30)
     left = duration(seconds_left(rows, total)) if done < total else "none, done"
-    line.add_row(f"iteration [bold]{done}/{total}[/bold]", bar, f"[dim]spent[/dim] {spent}", f"[dim]left[/dim] {left}")
+    line.add_row(
+        f"iteration [bold]{done}/{total}[/bold]",
+        bar,
+        f"[dim]spent[/dim] {spent}",
+        f"[dim]left[/dim] {left}",
+    )
     return line
 
 
@@ -119,27 +146,38 @@ def _rewards(rows: Sequence[Row]) -> Table:
     table.add_column(justify="right", min_width=8)
     table.add_column(justify="right", min_width=8)
     table.add_column()
-    table.add_row(*(Text(head, style="dim") for head in ("reward", "now", "change", "since the start")))
+    table.add_row(
+        *(Text(head, style="dim") for head in ("reward", "now", "change", "since the start"))
+    )
     for part in ("sum", *parts(rows[-1])):
-        values = [row[f"reward/{part}"] for row in rows if math.isfinite(row.get(f"reward/{part}", math.nan))]
+        values = [
+            row[f"reward/{part}"]
+            for row in rows
+            if math.isfinite(row.get(f"reward/{part}", math.nan))
+        ]
         if not values:
             table.add_row(part, "none", "", "no valid score yet")
             continue
         change = _change(values)
         style = "green" if change > 0 else "red" if change < 0 else "dim"
         now = Text(f"{values[-1]:.3f}", style="bold" if part == "sum" else "")
-        table.add_row(part, now, Text(f"{change:+.3f}", style=style), Text(trend(values, TREND_WIDTH), style=style))
+        table.add_row(
+            part,
+            now,
+            Text(f"{change:+.3f}", style=style),
+            Text(trend(values, TREND_WIDTH), style=style),
+        )
     return table
 
 
 def _change(values: Sequence[float]) -> float:
-    """Mean of the last iterations minus mean of the first, over at most WINDOW each and never overlapping."""
+    """Mean of the last WINDOW iterations minus mean of the first; never overlapping."""
     window = max(1, min(WINDOW, len(values) // 2))
     return sum(values[-window:]) / window - sum(values[:window]) / window
 
 
 def trend(values: Sequence[float], width: int) -> str:
-    """A line of block characters: the values in at most `width` equal stretches, each as its mean."""
+    """The values as a line of at most `width` block characters, each the mean of a stretch."""
     width = min(width, len(values))
     edges = [round(i * len(values) / width) for i in range(width + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
@@ -156,7 +194,11 @@ def _health(row: Row) -> Table:
         "clipped": ("update/clip_fraction", "{:.1%}"),
         "invalid": ("reward/invalid", "{:.0f}"),
     }
-    cells = [f"[dim]{label}[/dim] {form.format(row[name])}" for label, (name, form) in shown.items() if name in row]
+    cells = [
+        f"[dim]{label}[/dim] {form.format(row[name])}"
+        for label, (name, form) in shown.items()
+        if name in row
+    ]
     line.add_row(*cells)
     return line
 
@@ -164,10 +206,14 @@ def _health(row: Row) -> Table:
 def _times(row: Row) -> Table:
     line = Table.grid(padding=(0, 2))
     cells = [
-        f"[{PHASE_COLOURS[phase]}]■[/] [dim]{phase}[/dim] {row[f'seconds/{phase}']:.1f} s" for phase in _timed(row)
+        f"[{PHASE_COLOURS[phase]}]■[/] [dim]{phase}[/dim] {row[f'seconds/{phase}']:.1f} s"
+        for phase in _timed(row)
     ]
     if "seconds/total" in row:
-        cells.append(f"[dim]iteration[/dim] {row['seconds/total']:.1f} s at {time.strftime('%H:%M:%S', _clock(row))}")
+        cells.append(
+            f"[dim]iteration[/dim] {row['seconds/total']:.1f} s at "
+            f"{time.strftime('%H:%M:%S', _clock(row))}"
+        )
     line.add_row(*cells)
     return line
 

@@ -1,10 +1,11 @@
-"""The numbers of a run: one JSON line per iteration, a live display or plain lines, and wandb when it is asked for.
+"""The numbers of a run: a JSON line per iteration, a live display or plain lines, and wandb.
 
-Iterations count from 0, as in `for iteration in range(start_iteration, total_iterations)`; people read `iteration + 1`.
-Names of metrics: `reward/sum`, `reward/<part>`, `reward/invalid`, `group_std/<part>`, `seconds/<phase>` and
-`seconds/total` of rank 0, `update/...`, `lr`; of several ranks `seconds_min/<phase>`, `seconds_median/<phase>`,
-`seconds_max/<phase>`, `slowest/<phase>` and `slowest/rank` (a rank); `resident_gib/<phase>`, on a GPU
-`allocated_gib/<phase>` and `reserved_gib/<phase>`: the largest peak of any rank. wandb's summary also has
+Iterations count from 0, as in `for iteration in range(start_iteration, total_iterations)`; people
+read `iteration + 1`. Names of metrics: `reward/sum`, `reward/<part>`, `reward/invalid`,
+`group_std/<part>`, `seconds/<phase>` and `seconds/total` of rank 0, `update/...`, `lr`; of several
+ranks `seconds_min/<phase>`, `seconds_median/<phase>`, `seconds_max/<phase>`, `slowest/<phase>` and
+`slowest/rank` (a rank); `resident_gib/<phase>`, on a GPU `allocated_gib/<phase>` and
+`reserved_gib/<phase>`: the largest peak of any rank. wandb's summary also has
 `heldout_before/<part>` and `heldout_after/<part>`. Everything is written inside the run's folder.
 """
 
@@ -28,6 +29,7 @@ from rich.live import Live
 from torch import Tensor
 
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import replace_text
 from fastgrpo.data import video
 from fastgrpo.run.terminal import dashboard, plain_line
 
@@ -39,7 +41,10 @@ Row = dict[str, float]  # one line of metrics.jsonl; NaN where it says null
 
 @dataclass(frozen=True)
 class Wandb:
-    """Where a run appears in wandb; mode "online" falls back to offline without a key, or where no server answers."""
+    """Where a run appears in wandb.
+
+    Mode "online" falls back to offline without a key, or where no server answers.
+    """
 
     project: str
     name: str | None = None  # None: the name of the run's folder
@@ -48,14 +53,18 @@ class Wandb:
 
 
 class Tracker:
-    """Writes and shows the metrics of a run on rank 0; on other ranks (main=False) every method does nothing.
+    """Writes and shows the metrics of a run on rank 0.
 
-    start_iteration: the first iteration that will be logged. Lines of metrics.jsonl from there on, and a last line cut
-    off by a kill, are dropped, so that a resumed run has each iteration once.
-    wandb: None leaves wandb alone (it is not even imported). Without a key the run is kept offline in run_dir/wandb.
+    On other ranks (main=False) every method does nothing.
+
+    start_iteration: the first iteration that will be logged. Lines of metrics.jsonl from there on,
+    and a last line cut off by a kill, are dropped, so that a resumed run has each iteration once.
+    wandb: None leaves wandb alone (it is not even imported). Without a key the run is kept offline
+    in run_dir/wandb.
     config: what wandb shows as the run's configuration, the resolved recipe.
-    console: where to show progress; standard output when None. A live display on a terminal, plain lines otherwise.
-    Use it as a context manager, or call close(): a live display leaves the terminal without a cursor until then.
+    console: where to show progress; standard output when None. A live display on a terminal, plain
+    lines otherwise. Use it as a context manager, or call close(): a live display leaves the
+    terminal without a cursor until then.
     """
 
     def __init__(
@@ -82,17 +91,20 @@ class Tracker:
         if wandb is not None:
             self._wandb = start_wandb(run_dir, wandb, config or {})
             if self._wandb.settings.mode == "offline":
-                self.message(f"wandb: offline; upload later with: wandb sync {self._wandb.settings.sync_dir}")
+                self.message(
+                    f"wandb: offline; upload later with: wandb sync {self._wandb.settings.sync_dir}"
+                )
         if self._console.is_terminal:
             screen = dashboard(self._rows, self.total, run_dir.name)
             self._live = Live(screen, console=self._console, refresh_per_second=4)
             self._live.start()
 
     def log(self, iteration: int, metrics: Mapping[str, float], note: str = "") -> None:
-        """Appends one line {"iteration": ..., "time": unix seconds, ...} and shows it, with a note for people.
+        """Append the line {"iteration": ..., "time": unix seconds, ...} and show it with a note.
 
-        A number that is not finite is written as null, which every JSON reader takes. An iteration may be logged in
-        several lines with different names, for example when an evaluation follows it.
+        A number that is not finite is written as null, which every JSON reader takes. An iteration
+        may be logged in several lines with different names, for example when an evaluation follows
+        it.
         """
         if not self.main:
             return
@@ -102,7 +114,8 @@ class Tracker:
         self._file.flush()
         self._rows.append(row)
         if self._wandb is not None:
-            # wandb refuses a step that it has: iterations repeated after a resume equal those it refuses
+            # wandb refuses a step that it has: iterations repeated after a resume equal those it
+            # refuses
             self._wandb.log(dict(metrics), step=iteration)
         if self._live is not None:
             self._live.update(dashboard(self._rows, self.total, self.run_dir.name, note))
@@ -110,20 +123,26 @@ class Tracker:
             self.message(plain_line(self._rows, self.total, note))
 
     def message(self, text: str) -> None:
-        """Prints a line, above the live display where there is one."""
+        """Print a line, above the live display where there is one."""
         if not self.main:
             return
         # soft_wrap: a line of a log file must not be broken at 80 columns
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         self._console.file.flush()
 
-    def videos(self, iteration: int, name: str, clips: Tensor, captions: Sequence[str], fps: float) -> None:
-        """Shows clips as a panel of wandb when it is on.  clips: uint8 [N, F, H, W, 3];  captions: N texts"""
+    def videos(
+        self, iteration: int, name: str, clips: Tensor, captions: Sequence[str], fps: float
+    ) -> None:
+        """Show clips as a panel of wandb where wandb is on.
+
+        clips: uint8 [N, F, H, W, 3];  captions: N texts;  fps: frames per second
+        """
         if self._wandb is None:
             return
         import wandb
 
-        with tempfile.TemporaryDirectory(dir=self.run_dir, prefix="videos-") as folder:  # wandb copies the files
+        # wandb copies the files
+        with tempfile.TemporaryDirectory(dir=self.run_dir, prefix="videos-") as folder:
             panel = []
             for n, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
                 path = Path(folder) / f"{n:03d}.mp4"
@@ -132,12 +151,15 @@ class Tracker:
             self._wandb.log({f"videos/{name}": panel}, step=iteration)
 
     def summary(self, values: Mapping[str, object]) -> None:
-        """Numbers of the whole run, for wandb's summary; the run's folder has them in summary.json."""
+        """Put numbers of the whole run into wandb's summary.
+
+        The run's folder has them in summary.json.
+        """
         if self._wandb is not None:
             self._wandb.summary.update(dict(values))
 
     def close(self) -> None:
-        """Ends the display, the file and the wandb run; a second call does nothing."""
+        """End the display, the file and the wandb run; a second call does nothing."""
         if not self.main or self._file.closed:
             return
         if self._live is not None:
@@ -150,7 +172,10 @@ class Tracker:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -164,39 +189,40 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 def keep_before(path: Path, start_iteration: int) -> list[Row]:
-    """Rewrites a metrics.jsonl with only the whole lines of iterations < start_iteration; returns their rows.
+    """Rewrite a metrics.jsonl with only the whole lines of iterations < start_iteration.
 
-    The file is replaced in one step, so a kill leaves either the old or the new one.
+    Returns the rows of these lines. The file is replaced in one step, so a kill leaves either the
+    old or the new one.
     """
     if not path.exists():
         return []
-    kept = [(line, row) for line, row in _lines(path) if row["iteration"] < start_iteration]
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line, _ in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    return [row for _, row in kept]
+    earlier = [(line, row) for line, row in _lines(path) if row["iteration"] < start_iteration]
+    replace_text(path, "".join(f"{line}\n" for line, _ in earlier), on_disk=True)
+    return [row for _, row in earlier]
 
 
 def _lines(path: Path) -> list[tuple[str, Row]]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = []
+    rows = []
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-            row = {name: math.nan if value is None else float(value) for name, value in entry.items()}
-            found.append((line, row | {"iteration": int(entry["iteration"])}))
+            row = {
+                name: math.nan if value is None else float(value) for name, value in entry.items()
+            }
+            rows.append((line, row | {"iteration": int(entry["iteration"])}))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if number < len(lines):
-                raise UserError(f"{path}:{number}: not a line of metrics ({error}); remove that line") from error
-    return found
+                raise UserError(
+                    f"{path}:{number}: not a line of metrics ({error}); remove that line"
+                ) from error
+    return rows
 
 
 def start_wandb(run_dir: Path, settings: Wandb, config: Mapping[str, object]) -> "WandbRun":
-    """Starts wandb, or continues the run whose id is in run_dir/wandb_id.txt, with all its files in run_dir/wandb."""
-    with _environment(WANDB_CACHE_DIR=str(run_dir / "wandb" / "cache")):  # wandb's service logs there
+    """Start wandb, or continue the run of run_dir/wandb_id.txt; its files are in run_dir/wandb."""
+    # wandb's service logs there
+    with _environment(WANDB_CACHE_DIR=str(run_dir / "wandb" / "cache")):
         import wandb
 
         id_file = run_dir / "wandb_id.txt"
@@ -213,7 +239,8 @@ def start_wandb(run_dir: Path, settings: Wandb, config: Mapping[str, object]) ->
                 entity=settings.entity,
                 dir=str(run_dir),
                 id=run_id,
-                resume="allow" if online else None,  # offline pieces with one id are joined by wandb sync
+                # offline pieces with one id are joined by wandb sync
+                resume="allow" if online else None,
                 mode="online" if online else "offline",
                 config=dict(config),
                 settings=quiet,
@@ -242,7 +269,7 @@ def has_wandb_key() -> bool:
 
 @contextmanager
 def _environment(**variables: str) -> Iterator[None]:
-    """Sets environment variables that are not set yet, for the length of a block."""
+    """Set environment variables that are not set yet, for the length of a block."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:

@@ -247,7 +247,17 @@ def test_small_differences_are_not_worth_a_word() -> None:
 
 
 BEAT = Heartbeat(
-    0, 4, "n1", 11, iteration=6, phase="wait", laps=9, phase_s=100.0, longest_s=0.3, time=1000.0, at="f:1 g"
+    rank=0,
+    ranks=4,
+    host="n1",
+    pid=11,
+    iteration=6,
+    phase="wait",
+    laps=9,
+    phase_s=100.0,
+    longest_s=0.3,
+    time=1000.0,
+    at="f:1 g",
 )
 LONE = replace(BEAT, rank=2, phase="rollout", laps=4, phase_s=100.0, longest_s=20.0)
 CROWD = [replace(BEAT, rank=0), replace(BEAT, rank=1), replace(BEAT, rank=3)]
