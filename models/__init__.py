@@ -2,23 +2,32 @@
 
 A family is a file models/NAME.py with
 
-  NETWORK: str                                the folder part that is trained: "transformer" or "unet"
-  PIPELINES: tuple[str, ...]                  the diffusers pipelines whose folders it reads
-  MAX_..._TOKENS: int                         its limits of text lengths, which the cache of conditions notes
-  blocks(network) -> list[nn.Module]          its repeated blocks
-  load(settings, device) -> Policy            its network from streaming.outline, without weights yet
-  encoder(settings, video, device)            a context manager that gives an Encoder
+  NETWORK: str                            the folder part that is trained: "transformer" or "unet"
+  PIPELINES: tuple[str, ...]              the diffusers pipelines whose folders it reads
+  MAX_..._TOKENS: int                     its limits of text lengths, for the cache of conditions
+  blocks(network) -> list[nn.Module]      its repeated blocks
+  load(settings, device) -> Policy        its network from streaming.outline, without weights yet
+  encoder(settings, video, device)        a context manager that gives an Encoder
 
 and what it need not have:
 
-  PIPELINE: str                               where its other parts lie in another pipeline's folder, the diffusers
-                                              class that an export names
-  share_sequence(network, layout)             how ranks share its sequences; without it distributed.sp is 1
+  PIPELINE: str                           where its other parts lie in another pipeline's folder:
+                                          the diffusers class that an export names
+  share_sequence(network, layout)         how ranks share its sequences; without it distributed.sp
+                                          is 1
+  plan(config) -> FamilyPlan              its sizes for `fastgrpo plan`, see sizes/, from a config of
+                                          its network; taken without torch, so nothing of the file
+                                          that it uses may need torch
+  PUBLISHED: tuple[(part, config), ...]   with plan: the configs of its published networks, each by
+                                          a part of the hub id, the last of which is ""
+  simulated(config, settings) -> Policy   with plan: the policy around a network of a config, for
+                                          `fastgrpo plan --simulate`
 
-Adding one edits no other file.
+Adding one edits no other file; tests/test_family_contract.py says what a file lacks.
 
-Imports core alone, and neither torch nor a family's libraries before `family` is called: what a plan or an export asks
-of a family is read from its file by `declared`. Read `loading/policies.py` next: it loads a recipe's family.
+Imports core alone, and neither torch nor a family's libraries before `family` is called: what a
+plan or an export asks of a family is read from its file by `declared`. Read `loading/policies.py`
+next: it loads a recipe's family.
 """
 
 import importlib

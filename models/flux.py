@@ -26,6 +26,9 @@ from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
 from fastgrpo.models.loading import diffusers_folder, joint_attention, streaming
+from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
+from fastgrpo.models.sizes.transformer_blocks import TIME_CHANNELS, Kept, joint_blocks
+from fastgrpo.models.sizes.units import SAMPLE, TEXT, VIDEO, Network, Unit
 from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence
 
 NETWORK = "transformer"
@@ -35,6 +38,36 @@ USUAL_GUIDANCE = 3.5
 PATCH = 2  # latent places per token and side; fixed by the pipeline, the network's own patch_size is 1
 MAX_TEXT_TOKENS = 512  # T5's, where the tokenizer does not say fewer; diffusers' pipeline accepts no more
 TEXT_BATCH = 32  # prompts per forward pass of the text encoders
+DEV: dict[str, Any] = {
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+}
+PUBLISHED = (("schnell", DEV | {"guidance_embeds": False}), ("", DEV))
+"""Parts of a hub id, in lower case, and the network's config; a plan takes the first that fits."""
+DUAL_KEPT = {  # bytes per token and channel, by the bytes of a number
+    2: Kept((23.0, 28.0), (56.1, 56.1), (66.1, 58.0), 2.0),
+    4: Kept((48.0, 40.0), (112.1, 112.1), (132.1, 116.0), 4.0),
+}
+SINGLE_KEPT = {
+    2: Kept((32.0, 32.0), (52.1, 52.1), (66.1, 66.1)),
+    4: Kept((56.0, 56.0), (104.1, 104.1), (132.1, 132.1)),
+}
+AUXILIARY = AuxiliaryModels(
+    space=8,
+    time=1,
+    channels=16,
+    text=MAX_TEXT_TOKENS,
+    encoders=4.89e9,
+    vae=0.0838e9,
+    decode_flops=9.7e6,
+    decode_bytes=1537,
+)
 TILED_ABOVE = 256  # latent height or width (2048 pixels) from which the VAE decodes in tiles, to bound its memory
 
 
@@ -274,3 +307,37 @@ def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Mo
         raise UserError(
             f"model.guidance={settings.guidance}: this network (FLUX.1-schnell's kind) has no guidance; leave it out."
         )
+
+
+def plan(config: Mapping[str, Any]) -> FamilyPlan:
+    """Sizes of this family with a network of this config."""
+    return FamilyPlan(
+        network=_sizes(config),
+        patch=PATCH,
+        auxiliary=AUXILIARY,
+        text_width=config["joint_attention_dim"],
+        pooled_width=config["pooled_projection_dim"],
+    )
+
+
+def _sizes(config: Mapping[str, Any]) -> Network:
+    """FluxTransformer2DModel of a config, written down."""
+    heads, head, taken = config["num_attention_heads"], config["attention_head_dim"], config["in_channels"]
+    width = heads * head
+    rest = Unit("")
+    rest.embedder("time_text_embed.timestep_embedder", TIME_CHANNELS, width)
+    if config.get("guidance_embeds", False):
+        rest.embedder("time_text_embed.guidance_embedder", TIME_CHANNELS, width)
+    rest.embedder("time_text_embed.text_embedder", config["pooled_projection_dim"], width)
+    rest.linear("context_embedder", config["joint_attention_dim"], width, TEXT)
+    rest.linear("x_embedder", taken, width, VIDEO)
+    rest.linear("norm_out.linear", width, 2 * width, SAMPLE)
+    rest.linear("proj_out", width, config.get("out_channels") or taken, VIDEO)
+    repeated = joint_blocks(config, 4 * width, DUAL_KEPT, SINGLE_KEPT)
+    return Network(blocks=repeated, rest=rest, width=width, heads=heads, rotary=head)
+
+
+def simulated(config: Mapping[str, Any], settings: Model) -> Flux:
+    """The policy around a network of this config, without VAE and times: for a simulated rank."""
+    schedule: Any = None
+    return Flux(FluxTransformer2DModel(**config).train(), nn.Module(), schedule, settings)

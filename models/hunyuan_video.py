@@ -7,7 +7,8 @@ bfloat16). Classifier-free guidance runs both branches as one batch; where their
 padded, and each branch attends by itself, to its own text alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
 from fastgrpo.models.loading import diffusers_folder, joint_attention, streaming
+from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
+from fastgrpo.models.sizes.transformer_blocks import TIME_CHANNELS, Kept, joint_blocks, token_refiner
+from fastgrpo.models.sizes.units import SAMPLE, VIDEO, Network, Unit
 from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence
 
 NETWORK = "transformer"
@@ -35,6 +39,32 @@ MAX_TEXT_TOKENS = 256
 MAX_CLIP_TOKENS = 77
 TEXT_BATCH = 32  # prompts per forward pass of the text encoders
 TILED_ABOVE = 32  # latent height or width from which the VAE decodes in tiles: untiled, its attention does not fit
+CHANNELS: dict[str, Any] = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "patch_size_t": 1}
+TEXT_WIDTHS: dict[str, Any] = {"text_embed_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True}
+DEPTH: dict[str, Any] = {"num_layers": 20, "num_single_layers": 40, "num_refiner_layers": 2, "mlp_ratio": 4.0}
+HEADS: dict[str, Any] = {"num_attention_heads": 24, "attention_head_dim": 128, "rope_axes_dim": (16, 56, 56)}
+PUBLISHED = (("", CHANNELS | TEXT_WIDTHS | DEPTH | HEADS),)
+"""Parts of a hub id, in lower case, and the network's config; a plan takes the first that fits."""
+DUAL_KEPT = {  # bytes per token and channel, by the bytes of a number
+    2: Kept((22.0, 6.0), (56.1, 56.1), (66.1, 48.0), 2.0),
+    4: Kept((44.0, 12.0), (112.1, 96.1), (132.1, 75.0), 4.0),
+}
+SINGLE_KEPT = {
+    2: Kept((34.0, 20.0), (54.1, 54.1), (68.1, 68.1)),
+    4: Kept((60.0, 60.0), (108.1, 100.1), (136.1, 128.1)),
+}
+AUXILIARY = AuxiliaryModels(
+    space=8,
+    time=4,
+    channels=16,
+    text=MAX_TEXT_TOKENS,
+    encoders=8.15e9,
+    vae=0.2465e9,
+    decode_flops=17.6e6,
+    decode_bytes=2321,
+    tile=(17, 256, 256),
+    stride=(12, 192, 192),
+)
 
 
 class TrimmedAttention(HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]
@@ -328,3 +358,38 @@ def load_networks(settings: Model, where: Path, device: torch.device) -> tuple[A
     network = streaming.outline(HunyuanVideoTransformer3DModel, place, device)
     vae = diffusers_folder.read(AutoencoderKLHunyuanVideo, where / "vae", settings.torch_dtype)
     return network, vae.requires_grad_(False).eval().to(device)
+
+
+def plan(config: Mapping[str, Any]) -> FamilyPlan:
+    """Sizes of this family with a network of this config."""
+    return FamilyPlan(
+        network=_sizes(config),
+        patch=config["patch_size"],
+        auxiliary=AUXILIARY,
+        text_width=config["text_embed_dim"],
+        pooled_width=config["pooled_projection_dim"],
+    )
+
+
+def _sizes(config: Mapping[str, Any]) -> Network:
+    """HunyuanVideoTransformer3DModel of a config, written down."""
+    heads, head = config["num_attention_heads"], config["attention_head_dim"]
+    width, patch = heads * head, config["patch_size"]
+    kernel = (config.get("patch_size_t", 1), patch, patch)
+    rest = Unit("")
+    rest.conv("x_embedder.proj", config["in_channels"], width, kernel)
+    token_refiner(rest, "context_embedder", config, width)
+    rest.embedder("time_text_embed.timestep_embedder", TIME_CHANNELS, width)
+    rest.embedder("time_text_embed.text_embedder", config["pooled_projection_dim"], width)
+    if config.get("guidance_embeds", True):
+        rest.embedder("time_text_embed.guidance_embedder", TIME_CHANNELS, width)
+    rest.linear("norm_out.linear", width, 2 * width, SAMPLE)
+    rest.linear("proj_out", width, math.prod(kernel) * config["out_channels"], VIDEO)
+    repeated = joint_blocks(config, int(width * config["mlp_ratio"]), DUAL_KEPT, SINGLE_KEPT)
+    return Network(blocks=repeated, rest=rest, width=width, heads=heads, rotary=head)
+
+
+def simulated(config: Mapping[str, Any], settings: Model) -> HunyuanVideo:
+    """The policy around a network of this config, without a VAE: all that a simulated rank runs."""
+    network = HunyuanVideoTransformer3DModel(**config).train()
+    return HunyuanVideo(network, vae=nn.Module(), shift=1.0, settings=settings, guidance=1.0)

@@ -8,13 +8,14 @@ see the same one. Both branches of classifier-free guidance see the same image. 
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLHunyuanVideo
-from torch import Tensor
+from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fastgrpo import models
@@ -26,6 +27,7 @@ from fastgrpo.data import images
 from fastgrpo.models import hunyuan_video
 from fastgrpo.models.hunyuan_video import PARTS, HunyuanVideo, blocks, share_sequence
 from fastgrpo.models.loading import diffusers_folder
+from fastgrpo.models.sizes.family_plan import FamilyPlan
 
 __all__ = ["SkyReels", "blocks", "encoder", "load", "share_sequence"]
 
@@ -35,6 +37,7 @@ MAX_CLIP_TOKENS: int = models.declared("hunyuan_video", "MAX_CLIP_TOKENS")
 PIPELINE = "HunyuanSkyreelsImageToVideoPipeline"  # of an export; the folder of the other parts names HunyuanVideo's
 PIPELINES = (PIPELINE, *models.declared("hunyuan_video", "PIPELINES"))  # whose folders this family reads
 USUAL_GUIDANCE = 1.0  # the embedded one: what follows the text is model.cfg
+PUBLISHED = tuple((part, of | {"in_channels": 32}) for part, of in models.declared("hunyuan_video", "PUBLISHED"))
 
 
 class SkyReels(HunyuanVideo):
@@ -109,3 +112,15 @@ def load(settings: Model, device: torch.device) -> SkyReels:
     network, vae = hunyuan_video.load_networks(settings, where, device)
     guidance = USUAL_GUIDANCE if settings.guidance is None else settings.guidance
     return SkyReels(network, vae, shift, settings, guidance)
+
+
+def plan(config: Mapping[str, Any]) -> FamilyPlan:
+    """Sizes of this family with a network of this config: HunyuanVideo's, and a reference image."""
+    texts: FamilyPlan = models.declared("hunyuan_video", "plan")(config)
+    return replace(texts, first_frame=True)
+
+
+def simulated(config: Mapping[str, Any], settings: Model) -> SkyReels:
+    """The policy around a network of this config, without a VAE: all that a simulated rank runs."""
+    network = HunyuanVideoTransformer3DModel(**config).train()
+    return SkyReels(network, vae=nn.Module(), shift=1.0, settings=settings, guidance=1.0)

@@ -9,6 +9,7 @@ timesteps over the training timesteps, so a grid starts below 1 (0.981 with 50 s
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
 from fastgrpo.models.loading import diffusers_folder, streaming
+from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
+from fastgrpo.models.sizes.unet import unet
 from fastgrpo.parallel.sequence_parallel import ShareSequence
 
 NETWORK = "unet"
@@ -30,6 +33,29 @@ NOT_SUPPORTED = (  # configuration of a UNet that wants inputs which this file d
 )  # fmt: skip
 PREDICTIONS = ("epsilon", "v_prediction")
 TEXT_BATCH = 32  # prompts per forward pass of the text encoder
+VERSION_1: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "sample_size": 64,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}
+PUBLISHED = (("", VERSION_1),)
+"""Parts of a hub id, in lower case, and the network's config; a plan takes the first that fits."""
+AUXILIARY = AuxiliaryModels(
+    space=8,
+    time=1,
+    channels=4,
+    text=77,
+    encoders=0.123e9,
+    vae=0.0838e9,
+    decode_flops=9.6e6,
+    decode_bytes=1536,
+)
 TIMESTEP_ZERO = 0.25  # in timesteps: where a grid ends on the real timestep 0, which is not the clean sample at t = 0
 
 
@@ -240,3 +266,15 @@ def check_parts(network: Any, vae: Any, text: Mapping[str, Any]) -> None:
             f"{network.cross_attention_dim}, the VAE makes {vae.latent_channels} and the text encoder "
             f"{text.get('hidden_size')}; the parts are of different models."
         )
+
+
+def plan(config: Mapping[str, Any]) -> FamilyPlan:
+    """Sizes of this family with a UNet of this config."""
+    width = config["cross_attention_dim"]
+    return FamilyPlan(network=unet(config), patch=1, auxiliary=AUXILIARY, text_width=width)
+
+
+def simulated(config: Mapping[str, Any], settings: Model) -> StableDiffusion:
+    """The policy around a UNet of this config, without VAE and times: for a simulated rank."""
+    schedule: Any = SimpleNamespace(timestep=lambda t: t * 1000)
+    return StableDiffusion(UNet2DConditionModel(**config).train(), nn.Module(), schedule, settings)

@@ -10,9 +10,11 @@ WanPipeline with FlowMatchEulerDiscreteScheduler of the same shift, where the fo
 UniPC of first order, where it names UniPC; but for UniPC's rounding the network's times down to whole numbers.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,6 +34,9 @@ from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
 from fastgrpo.models.loading import diffusers_folder, streaming
+from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
+from fastgrpo.models.sizes.transformer_blocks import Kept, TokenBlock
+from fastgrpo.models.sizes.units import ATTENDING, SAMPLE, TEXT, VIDEO, Attention, Network, Unit
 from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence, heads_to_tokens, tokens_to_heads
 
 NETWORK = "transformer"
@@ -43,6 +48,37 @@ UNIPC_SETTINGS = {  # of a flow model; without them UniPC's sigmas are not times
     "prediction_type": "flow_prediction",
     "final_sigmas_type": "zero",
 }
+LARGE: dict[str, Any] = {  # 14 B
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 40,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 13824,
+    "num_layers": 40,
+    "cross_attn_norm": True,
+}
+PUBLISHED = (("1.3b", LARGE | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}), ("", LARGE))
+"""Parts of a hub id, in lower case, and the network's config; a plan takes the first that fits."""
+KEPT = {  # bytes per token and channel, by the bytes of a number, without the feed-forward, whose width differs
+    2: Kept((27.1, 0.0), (70.1, 12.0), (86.1, 12.0), 2.0),
+    4: Kept((54.2, 0.0), (96.1, 24.0), (121.2, 24.0), 4.0),
+}
+HIDDEN_KEPT = {2: 4.0, 4: 8.0}  # bytes per token and channel of the feed-forward's inner layer
+AUXILIARY = AuxiliaryModels(
+    space=8,
+    time=4,
+    channels=16,
+    text=MAX_TEXT_TOKENS,
+    encoders=5.68e9,
+    vae=0.1269e9,
+    decode_flops=8.7e6,
+    decode_bytes=2544,
+    tile=(4, 1288, 1288),
+    stride=(4, 1024, 1024),
+)
 TEXT_BATCH = 16  # prompts per forward pass of the text encoder
 TILED_ABOVE = 160  # latent height or width (1280 pixels) from which the VAE decodes in tiles, to bound its memory
 
@@ -301,3 +337,57 @@ def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Mo
             f"{named}: the network takes text of width {config.get('text_dim')}, the text encoder makes {made}; the "
             "parts are of different models."
         )
+
+
+def plan(config: Mapping[str, Any]) -> FamilyPlan:
+    """Sizes of this family with a network of this config."""
+    sides, network = config["patch_size"], _sizes(config)
+    return FamilyPlan(network=network, patch=sides[-1], auxiliary=AUXILIARY, text_width=config["text_dim"])
+
+
+def _sizes(config: Mapping[str, Any]) -> Network:
+    """WanTransformer3DModel of a config, written down."""
+    heads, head = config["num_attention_heads"], config["attention_head_dim"]
+    width, kernel = heads * head, config["patch_size"]
+    rest = Unit("")
+    rest.weights["scale_shift_table"] = (1, 2, width)
+    rest.conv("patch_embedding", config["in_channels"], width, kernel)
+    rest.embedder("condition_embedder.time_embedder", config["freq_dim"], width)
+    rest.linear("condition_embedder.time_proj", width, 6 * width, SAMPLE)
+    rest.embedder("condition_embedder.text_embedder", config["text_dim"], width, TEXT)
+    rest.linear("proj_out", width, config["out_channels"] * math.prod(kernel), VIDEO)
+    repeated = tuple(_block_sizes(config, number) for number in range(config["num_layers"]))
+    return Network(blocks=repeated, rest=rest, width=width, heads=heads, rotary=head)
+
+
+def _block_sizes(config: Mapping[str, Any], number: int) -> TokenBlock:
+    """One block: self-attention, attention to the text, feed-forward."""
+    width, hidden = config["num_attention_heads"] * config["attention_head_dim"], config["ffn_dim"]
+    kept = {size: of.with_more(HIDDEN_KEPT[size] * hidden / width) for size, of in KEPT.items()}
+    unit = TokenBlock(f"blocks.{number}", kept=kept)
+    unit.weights[f"{unit.name}.scale_shift_table"] = (1, 6, width)
+    for attention, keys in (("attn1", VIDEO), ("attn2", TEXT)):
+        for layer, where in zip(ATTENDING, (VIDEO, keys, keys, VIDEO), strict=True):
+            unit.linear(f"{attention}.{layer}", width, width, where)
+        unit.norm(f"{attention}.norm_q", width)
+        unit.norm(f"{attention}.norm_k", width)
+        unit.attentions.append(Attention(width=width, queries=VIDEO, keys=keys))
+    if config.get("cross_attn_norm", True):
+        unit.norm("norm2", width, bias=True)
+    unit.feed_forward("ffn", width, hidden, VIDEO)
+    return unit
+
+
+def simulated(config: Mapping[str, Any], settings: Model) -> Wan:
+    """The policy around a network of this config, without VAE and times: for a simulated rank."""
+    vae = SimpleNamespace(config=SimpleNamespace(latents_mean=[0.0], latents_std=[1.0]))
+    schedule: Any = SimpleNamespace(timesteps=1000)
+    network = WanTransformer3DModel(**config).train()
+    return Wan(
+        network,
+        vae=vae,
+        schedule=schedule,
+        text_tokens=MAX_TEXT_TOKENS,
+        settings=settings,
+        device=torch.device("cpu"),
+    )

@@ -1,4 +1,4 @@
-"""What a block keeps per token and channel, by running one of each kind without contents; for plan_memory.KEPT.
+"""What a block keeps per token and channel, by running one of each kind without contents.
 
 FakeTensorMode on the CPU, diffusers' eager kernels, no sharding. The bytes are linear in the numbers of tokens, so that
 three runs with different numbers give the coefficients.
@@ -20,9 +20,10 @@ from fastgrpo.core import config
 from fastgrpo.parallel import sequence_parallel, world
 from fastgrpo.tools.plan.simulation import rank
 from fastgrpo.tools.plan.simulation.rank import Sizes
-from fastgrpo.tools.plan.subject import FLUX_DEV, HUNYUAN, SD_1, WAN_14B
+from fastgrpo.tools.plan.subject import published
 
 HEADS, WIDTH = 8, 1024
+HUNYUAN, FLUX_DEV, SD_1, WAN_14B = (published(name) for name in ("hunyuan_video", "flux", "stable_diffusion", "wan"))
 ONE = {"num_attention_heads": HEADS, "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}
 VIDEO, TEXT = ((16, 16, 64, 64), 256), 4096  # the smallest latent and text; what is added to the text
 IMAGE = ((16, 1, 128, 128), 512)

@@ -4,7 +4,7 @@ python -m benchmarks.plan.check                 two networks that run here: memo
 python -m benchmarks.plan.check --families      each family's published width, a few blocks: simulated, closed form
 python -m benchmarks.plan.check --table 1 8     HunyuanVideo whole on 64 ranks at these sp: minutes to an hour each
 python -m benchmarks.plan.check --calibrate     what a block keeps per token and channel, a decoder per pixel: the
-                                                numbers of plan_memory and plan_sizes
+                                                numbers of a family's plan
 """
 
 import argparse
@@ -25,14 +25,15 @@ from fastgrpo.core.config import Recipe
 from fastgrpo.tools.plan.costs import compute
 from fastgrpo.tools.plan.costs import memory as memory_costs
 from fastgrpo.tools.plan.costs.compute import Job
-from fastgrpo.tools.plan.network.transformers import network
-from fastgrpo.tools.plan.subject import FLUX_DEV, HUNYUAN, SD_1, WAN_1_3B, WAN_14B
+from fastgrpo.tools.plan.subject import family_plan, published
 
 if TYPE_CHECKING:
     from fastgrpo.parallel.world import World
 
 GIB, MIB = 2**30, 2**20
 TINY = json.loads((ROOT / "data" / "tiny_hunyuan_video" / "transformer" / "config.json").read_text())
+HUNYUAN, FLUX_DEV, SD_1 = published("hunyuan_video"), published("flux"), published("stable_diffusion")
+WAN_14B, WAN_1_3B = published("wan"), published("wan", "1.3b")
 MIDDLE = HUNYUAN | {"num_attention_heads": 8, "num_layers": 4, "num_single_layers": 8, "num_refiner_layers": 1}
 REAL: dict[str, tuple[Mapping[str, Any], tuple[int, int, int, int], int, int]] = {  # latent, text tokens, batch
     "tiny": (TINY, (8, 3, 16, 16), 16, 32),
@@ -60,14 +61,12 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any], tuple[int, int, int, int], int
 
 def job(recipe: Recipe, settings: Mapping[str, Any], latent: tuple[int, int, int, int], text: int, gpus: int) -> Job:
     """A job for a network that is in no folder."""
-    net = network(recipe.model.family, settings)
-    patch = 1 if recipe.model.family == "stable_diffusion" else 4
-    tokens, shards = math.prod(latent[1:]) // patch, recipe.distributed.shard or gpus
+    planned, shards = family_plan(recipe.model.family, settings), recipe.distributed.shard or gpus
     return Job(
-        recipe,
-        network=net,
+        recipe=recipe,
+        network=planned.network,
         latent=latent,
-        video=tokens,
+        video=math.prod(latent[1:]) // planned.patch**2,
         text=text,
         gpus=gpus,
         ranks_per_node=8,

@@ -1,4 +1,4 @@
-"""What a VAE's decoder computes and holds per pixel, by running it without contents; for plan_sizes.FAMILIES.
+"""What a VAE's decoder computes and holds per pixel, by running it without contents.
 
 FakeTensorMode on the CPU, diffusers' classes of the published sizes, bfloat16, PyTorch's own kernels: a GPU's
 convolutions take a workspace besides. FLOPs are those of convolutions, matrix products and attention.
@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fastgrpo.models.sizes.family_plan import AuxiliaryModels
 from fastgrpo.tools.plan.simulation.counters import counting_flops
-from fastgrpo.tools.plan.subject import FAMILIES
+from fastgrpo.tools.plan.subject import family_plan, published
 
 
 def _image(latent_channels: int, quantised: bool) -> Any:
@@ -72,7 +73,7 @@ class Held(TorchDispatchMode):
 
 def costs(family: str, size: Pixels) -> tuple[float, float]:
     """(FLOPs, bytes at the peak beyond weights and latent) of decoding one clip.  size: frames, height, width"""
-    facts, (frames, height, width) = FAMILIES[family], size
+    facts, (frames, height, width) = planned(family), size
     latent = [facts.channels, (frames - 1) // facts.time + 1, height // facts.space, width // facts.space]
     with FakeTensorMode(), torch.device("cpu"), torch.no_grad():
         vae = DECODERS[family][0]()
@@ -82,14 +83,19 @@ def costs(family: str, size: Pixels) -> tuple[float, float]:
         z = z.squeeze(2) if facts.time == 1 else z
         with counting_flops() as flops:
             vae.decode(z)
-        with Held() as held:  # a pass of its own, as in plan_simulate
+        with Held() as held:  # a pass of its own, as in a simulation
             vae.decode(z)
     return float(flops.get_total_flops()), float(held.most)
 
 
+def planned(family: str) -> AuxiliaryModels:
+    """What the family's plan says of its VAE."""
+    return family_plan(family, published(family)).auxiliary
+
+
 def per_pixel(family: str) -> tuple[float, float]:
     """(FLOPs, bytes) per pixel of what is decoded at once: a tile, an image, of Wan the frames of one latent frame."""
-    facts, (_, size) = FAMILIES[family], DECODERS[family]
+    facts, (_, size) = planned(family), DECODERS[family]
     flops, held = costs(family, size)
     if family != "wan":
         return flops / math.prod(size), held / math.prod(size)
@@ -102,7 +108,7 @@ def per_pixel(family: str) -> tuple[float, float]:
 def calibrate() -> None:
     """Print both of each family beside the plan's."""
     for family in DECODERS:
-        (flops, held), facts = per_pixel(family), FAMILIES[family]
+        (flops, held), facts = per_pixel(family), planned(family)
         print(
             f"bfloat16  {family:<17} decoding, per pixel: {flops / 1e6:.1f} MFLOP (plan {facts.decode_flops / 1e6:.1f})"
             f", {held:,.0f} bytes (plan {facts.decode_bytes:,.0f})",

@@ -62,8 +62,13 @@ def _run(file: Path, name: str, changed: int) -> Any:
 
 def _definitions(file: Path) -> dict[str, list[int]]:
     """Name -> the numbers of the top-level statements that bind it."""
+    return _definitions_at(file, file.stat().st_mtime_ns)
+
+
+@cache
+def _definitions_at(file: Path, changed: int) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
-    for number, statement in enumerate(_tree(file, file.stat().st_mtime_ns).body):
+    for number, statement in enumerate(_tree(file, changed).body):
         for name in _bound(statement):
             found.setdefault(name, []).append(number)
     return found

@@ -110,7 +110,7 @@ def _seconds(job: Job, machine: Machine, compute: float, sent: Sent) -> float:
 
 
 def _vae(subject: Subject) -> float:
-    return subject.family.vae * subject.job.element
+    return subject.auxiliary.vae * subject.job.element
 
 
 def _others(subject: Subject, scoring: bool) -> dict[str, float]:
@@ -129,11 +129,11 @@ def _kept(subject: Subject) -> dict[str, float]:
 def _load(subject: Subject, machine: Machine) -> Phase:
     """The text encoders, whole, on each rank that encodes prompts; then this rank's shards, read from files."""
     job, states = subject.job, memory_costs.states(subject.job)
-    encoders = {"text encoders": subject.family.encoders * job.element}
+    encoders = {"text encoders": subject.auxiliary.encoders * job.element}
     memory = max(encoders, {"weights": states.get("weights", 0.0)}, key=lambda parts: sum(parts.values()))
     of_node = min(job.ranks_per_node, job.gpus) / job.shards
     read = 2.0 * job.network.parameters * of_node  # files of bfloat16
-    seconds = (read + 2 * subject.family.encoders) / (machine.achieved.disk_gbs * 1e9)
+    seconds = (read + 2 * subject.auxiliary.encoders) / (machine.achieved.disk_gbs * 1e9)
     return Phase("load", memory | _others(subject, scoring=False), seconds=seconds)
 
 
@@ -166,17 +166,17 @@ def _rollout_work(job: Job) -> tuple[float, float]:
 
 def _decode(subject: Subject, machine: Machine, whole: bool) -> Phase:
     """This rank's clips through the VAE, in tiles where the family decodes so."""
-    job, family, video = subject.job, subject.family, subject.job.recipe.video
+    job, vae, video = subject.job, subject.auxiliary, subject.job.recipe.video
     samples = network_calls.busiest(job.recipe, job.groups)[0]
     own = math.ceil(samples / job.sp)
     size = (video.frames, video.height, video.width)
-    tile, stride = family.tile or size, family.stride if family.tile else size
+    tile, stride = vae.tile or size, vae.stride if vae.tile else size
     pixels = [_tiled(length, t, s) for length, t, s in zip(size, tile, stride, strict=True)]
-    flops = own * math.prod(pixels) * family.decode_flops
+    flops = own * math.prod(pixels) * vae.decode_flops
     at_once = min(math.ceil(min(samples, job.recipe.rollout.at_once) / job.sp), own)
     at_once = min(at_once, job.recipe.model.decode_batch or at_once)
     tile_pixels = math.prod(min(t, length) for t, length in zip(tile, size, strict=True))
-    working = at_once * family.decode_bytes * job.element / 2 * tile_pixels
+    working = at_once * vae.decode_bytes * job.element / 2 * tile_pixels
     clips = at_once * math.prod(size) * 3 * (2 * job.element + 4 + 1)
     rollout = memory_costs.rollout(job, 1, whole)
     rollout.pop("activations")

@@ -1,7 +1,8 @@
 """Does a recipe fit on so many GPUs, how long will it take, and what to change: the answer of `fastgrpo plan`.
 
-In closed form by default, in about a second and without torch; `--simulate` runs one rank with the full-size network
-and no memory behind it (simulation/) and puts its figures beside. docs/guides/planning.md compares the two.
+In closed form by default, in about a second and without torch; `--simulate` runs one rank with the
+full-size network and no memory behind it (simulation/rank.py) and puts its figures beside.
+docs/guides/planning.md compares the two.
 """
 
 import math
@@ -12,6 +13,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+from fastgrpo import models
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
@@ -159,10 +161,11 @@ def _nearby(job: compute.Job, count: int) -> Iterator[tuple[str, ...]]:
 def _choices(job: compute.Job) -> list[tuple[str, list[Any]]]:
     """What may be changed, and to which other values."""
     recipe, heads = job.recipe, job.network.heads
+    shares = recipe.model.family in models.with_function("share_sequence")
     sizes = [n for n in (1, 2, 4, 8) if heads % n == 0 and job.gpus % n == 0 and job.ranks_per_node % n == 0]
     mesh = sorted({min(job.ranks_per_node, job.gpus), 2 * job.ranks_per_node, job.gpus} - {job.shards})
     wanted: list[tuple[str, Any, list[Any]]] = [
-        ("distributed.sp", job.sp, sizes if job.network.blocks[0].kind != "unet" else []),
+        ("distributed.sp", job.sp, sizes if shares else []),
         ("distributed.shard", job.shards, mesh),
         ("model.gradient_checkpointing", int(recipe.model.gradient_checkpointing), [True]),
         ("optimizer.batch_size", recipe.optimizer.batch_size, [1, recipe.optimizer.batch_size // 2]),

@@ -10,15 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastgrpo.core.config import Recipe
-from fastgrpo.tools.plan.network.units import BOTH, SAMPLE, TEXT, VIDEO, Attention, Network, Unit, adapters
+from fastgrpo.models.sizes.units import BOTH, SAMPLE, TEXT, VIDEO, Attention, Network, Unit, adapters
 from fastgrpo.training import methods
 
 BACKWARD = 2.0  # products per product of the forward: the gradients of inputs and of weights
-UNET_AGAIN = 0.74  # share of a UNet's forward that diffusers recomputes, measured: its resnets and inner transformers
 ATTENTION_BACKWARD = 2.5  # five products for two
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """A recipe on a number of GPUs: all that the closed forms want to know."""
 
@@ -120,9 +119,7 @@ def update(job: Job, batch: int) -> Flops:
     every = int(job.recipe.model.gradient_checkpointing)
     for number, unit in enumerate(job.network.units):
         once = forward(job, batch, [unit])
-        again = 1.0 if every and number % every == 0 and unit is not job.network.rest else 0.0
-        if unit.kind == "unet":
-            again = UNET_AGAIN if every else 0.0
+        again = unit.repeated(every, number) if unit is not job.network.rest else 0.0
         backward = 1.0 if job.lora else BACKWARD
         found = found + Flops(
             once.products * (1 + again + backward),
@@ -182,7 +179,7 @@ def gather_blocks(job: Job, forwards: int) -> Sent:
 def micro_batch(job: Job, batch: int) -> Sent:
     """One micro-batch of the update: gathers for forward and backward, the scattered gradient, exchanged tokens.
 
-    The initial policy's forward gathers the blocks once more; the root is whole by then, see `plan_memory.states`.
+    The initial policy's forward gathers the blocks once more; the root is whole by then, see `memory.states`.
     """
     blocks = sum(gathered_bytes(job, unit) for unit in job.network.units if unit is not job.network.rest)
     gradient = sum(reduced_bytes(job, unit) for unit in job.network.units)

@@ -14,17 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import (
-    FluxTransformer2DModel,
-    HunyuanVideoTransformer3DModel,
-    UNet2DConditionModel,
-    WanTransformer3DModel,
-)
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType
@@ -32,15 +25,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from fastgrpo import models
 from fastgrpo.core.config import Recipe
+from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy
-from fastgrpo.models import flux, hunyuan_video, skyreels_i2v, stable_diffusion, wan
 from fastgrpo.models.loading import policies
 from fastgrpo.models.loading.lora import add_adapters
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.mesh import mesh_shape
 from fastgrpo.parallel.world import Group, World
 from fastgrpo.tools.plan.simulation.counters import Sent, counting_flops
+from fastgrpo.tools.plan.subject import family_plan
 
 CPU = torch.device("cpu")
 PASSES = ("update memory", "update work", "rollout memory", "rollout work")
@@ -139,44 +134,26 @@ def _rank(
 def outline(recipe: Recipe, config: Mapping[str, Any]) -> Policy:
     """The family's policy around a network without weights and without a VAE, which the passes here do not need."""
     settings = recipe.model
-    kinds: dict[str, Any] = {
-        "hunyuan_video": HunyuanVideoTransformer3DModel,
-        "skyreels_i2v": HunyuanVideoTransformer3DModel,
-        "flux": FluxTransformer2DModel,
-        "wan": WanTransformer3DModel,
-        "stable_diffusion": UNet2DConditionModel,
-    }
-    network: nn.Module = kinds[settings.family](**{k: v for k, v in config.items() if not k.startswith("_")}).train()
-    schedule: Any = SimpleNamespace(timesteps=1000, timestep=lambda t: t * 1000)
-    vae: Any = SimpleNamespace(config=SimpleNamespace(latents_mean=[0.0], latents_std=[1.0]))
-    made: dict[str, Callable[[], Policy]] = {
-        "hunyuan_video": lambda: hunyuan_video.HunyuanVideo(network, vae, 1.0, settings, 1.0),
-        "skyreels_i2v": lambda: skyreels_i2v.SkyReels(network, vae, 1.0, settings, 1.0),
-        "flux": lambda: flux.Flux(network, vae, schedule, settings),
-        "wan": lambda: wan.Wan(network, vae, schedule, 512, settings, CPU),
-        "stable_diffusion": lambda: stable_diffusion.StableDiffusion(network, vae, schedule, settings),
-    }
-    policy = made[settings.family]()
+    offering = models.with_function("simulated")
+    if settings.family not in offering:
+        raise UserError(
+            f"model.family='{settings.family}': no rank of it can be simulated; leave --simulate out. Those that can: "
+            f"{', '.join(offering)}."
+        )
+    simulated: Callable[..., Policy] = vars(models.family(settings.family))["simulated"]
+    policy = simulated({key: value for key, value in config.items() if not key.startswith("_")}, settings)
     policies.configure(policy, settings.model_copy(update={"attention": None}))
     if recipe.lora.rank:
-        add_adapters(network, recipe.lora, settings.torch_dtype)
+        add_adapters(policy.network, recipe.lora, settings.torch_dtype)
     return policy
 
 
 def inputs(recipe: Recipe, policy: Policy, sizes: Sizes, batch: int) -> tuple[Tensor, Tensor, Condition]:
     """A batch as `Policy.velocity` takes it; sets the unconditional branch's condition where there is one."""
     config: Any = policy.network.config
-    width = {
-        "hunyuan_video": "text_embed_dim", "skyreels_i2v": "text_embed_dim", "flux": "joint_attention_dim",
-        "wan": "text_dim", "stable_diffusion": "cross_attention_dim",
-    }[recipe.model.family]  # fmt: skip
-    condition = {"text": torch.zeros(sizes.text, config[width])}
-    if "pooled_projection_dim" in config:
-        condition["pooled"] = torch.zeros(config["pooled_projection_dim"])
-    policy.negative = dict(condition)
-    if recipe.model.family == "skyreels_i2v":
-        channels, _, height, width_ = sizes.latent
-        condition["image"] = torch.zeros(channels, 1, height, width_)
+    shapes = family_plan(recipe.model.family, config).condition(sizes.text, sizes.latent)
+    condition = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    policy.negative = condition
     stacked = {name: torch.stack([tensor] * batch) for name, tensor in condition.items()}
     return torch.zeros(batch, *sizes.latent), torch.full((batch,), 0.5), stacked
 

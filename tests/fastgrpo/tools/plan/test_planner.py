@@ -1,6 +1,7 @@
 """`fastgrpo plan`: shapes against diffusers' classes, bytes and FLOPs against runs, memory against the simulation."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -9,27 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    FluxTransformer2DModel,
-    HunyuanVideoTransformer3DModel,
-    UNet2DConditionModel,
-    WanTransformer3DModel,
-)
+from diffusers import HunyuanVideoTransformer3DModel
 
 from fastgrpo.cli import main as cli
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.models.loading.lora import ATTENTION
+from fastgrpo.models.sizes.units import ADAPTED, adapters
 from fastgrpo.tools.plan import phases, planner
 from fastgrpo.tools.plan.costs import compute, memory
 from fastgrpo.tools.plan.costs.compute import Job
 from fastgrpo.tools.plan.gpus import Achieved, changed, gpu
-from fastgrpo.tools.plan.network.transformers import network
-from fastgrpo.tools.plan.network.units import ADAPTED, adapters
 from fastgrpo.tools.plan.phases import Machine
 from fastgrpo.tools.plan.simulation import rank
-from fastgrpo.tools.plan.subject import FLUX_DEV, HUNYUAN, SD_1, WAN_1_3B, WAN_14B, subject
+from fastgrpo.tools.plan.subject import family_plan, published, subject
 from tests import ROOT
 from tests.harness import forks, tiny
 
@@ -37,6 +32,7 @@ LAUNCH = ROOT / "launch"
 T2V = LAUNCH / "t2v_hunyuan.toml"
 GIB = 2**30
 FEWER = {"num_layers": 1, "num_single_layers": 1}
+HUNYUAN = published("hunyuan_video")
 LATENT = (16, 14, 60, 60)
 
 
@@ -45,13 +41,12 @@ def recipe(*overrides: str, name: str = "t2v_hunyuan") -> Recipe:
 
 
 def job(settings: dict[str, Any], the_recipe: Recipe, gpus: int, latent: tuple[int, int, int, int], text: int) -> Job:
-    tokens, shards = latent[1] * latent[2] * latent[3] // 4, the_recipe.distributed.shard or gpus
-    net = network(the_recipe.model.family, settings)
+    planned, shards = family_plan(the_recipe.model.family, settings), the_recipe.distributed.shard or gpus
     return Job(
-        the_recipe,
-        network=net,
+        recipe=the_recipe,
+        network=planned.network,
         latent=latent,
-        video=tokens,
+        video=math.prod(latent[1:]) // planned.patch**2,
         text=text,
         gpus=gpus,
         ranks_per_node=8,
@@ -64,51 +59,23 @@ def job(settings: dict[str, Any], the_recipe: Recipe, gpus: int, latent: tuple[i
 
 
 @pytest.mark.parametrize(
-    ("family", "kind", "settings"),
+    ("family", "named", "expected"),
     [
-        ("hunyuan_video", HunyuanVideoTransformer3DModel, HUNYUAN | FEWER | {"guidance_embeds": False}),
-        ("skyreels_i2v", HunyuanVideoTransformer3DModel, HUNYUAN | FEWER | {"in_channels": 32}),
-        ("flux", FluxTransformer2DModel, FLUX_DEV | FEWER),
-        ("wan", WanTransformer3DModel, WAN_1_3B | {"num_layers": 1}),
-        ("stable_diffusion", UNet2DConditionModel, SD_1),
-        (
-            "stable_diffusion",
-            UNet2DConditionModel,
-            SD_1
-            | {
-                "use_linear_projection": True,
-                "cross_attention_dim": 1024,
-                "attention_head_dim": (5, 10, 20, 20),
-            },
-        ),
+        ("hunyuan_video", "", 12_821_012_544),
+        ("flux", "", 11_901_408_320),
+        ("wan", "Wan2.1-T2V-14B", 14_288_491_584),
+        ("wan", "Wan2.1-T2V-1.3B", 1_418_996_800),
+        ("stable_diffusion", "", 859_520_964),
     ],
 )
-def test_shapes_are_those_of_the_classes(family: str, kind: Any, settings: dict[str, Any]) -> None:
-    with torch.device("meta"):
-        parameters = {name: tuple(p.shape) for name, p in kind(**settings).named_parameters()}
-    assert {
-        name: shape for unit in network(family, settings).units for name, shape in unit.weights.items()
-    } == parameters
-
-
-@pytest.mark.parametrize(
-    ("family", "settings", "expected"),
-    [
-        ("hunyuan_video", HUNYUAN, 12_821_012_544),
-        ("flux", FLUX_DEV, 11_901_408_320),
-        ("wan", WAN_14B, 14_288_491_584),
-        ("wan", WAN_1_3B, 1_418_996_800),
-        ("stable_diffusion", SD_1, 859_520_964),
-    ],
-)
-def test_published_networks_have_their_parameters(family: str, settings: dict[str, Any], expected: int) -> None:
+def test_published_networks_have_their_parameters(family: str, named: str, expected: int) -> None:
     """The classes' own counts, taken once on the meta device."""
-    assert network(family, settings).parameters == expected
+    assert family_plan(family, published(family, named)).network.parameters == expected
 
 
 def test_first_dimensions_are_padded_to_the_shards() -> None:
     """Wan's modulation tables have one row, of which eight ranks hold a row each; the rest divides."""
-    net = network("wan", WAN_1_3B)
+    net = family_plan("wan", published("wan", "1.3b")).network
     assert net.rest.padded(8) - net.rest.parameters == 7 * 2 * net.width
     assert net.blocks[0].padded(8) - net.blocks[0].parameters == 7 * 6 * net.width
 
@@ -122,7 +89,7 @@ def test_adapters_have_pefts_shapes() -> None:
 
     real.add_adapter(LoraConfig(r=4, target_modules=list(ATTENTION)))
     expected = {n: tuple(p.shape) for n, p in real.named_parameters() if "lora_" in n}
-    units = network("hunyuan_video", settings).units
+    units = family_plan("hunyuan_video", settings).network.units
     assert {n: s for unit in units for n, s in adapters(unit, 4, ()).weights.items()} == expected
 
 

@@ -15,8 +15,7 @@ from fastgrpo.tools.plan.gpus import Achieved, changed, gpu
 from fastgrpo.tools.plan.phases import Machine
 from fastgrpo.tools.plan.simulation import rank
 from fastgrpo.tools.plan.simulation.rank import Simulated, Sizes
-from fastgrpo.tools.plan.subject import HUNYUAN
-from tests.fastgrpo.tools.plan.test_planner import T2V, job
+from tests.fastgrpo.tools.plan.test_planner import HUNYUAN, T2V, job
 
 SETTINGS = HUNYUAN | {
     "num_attention_heads": 4,

@@ -1,18 +1,26 @@
-"""What a plan makes a network of: parameters by their names, matrices with the tokens that they are applied to."""
+"""What a plan makes a network of: parameters by name, matrices with the tokens they are applied to.
+
+Importing diffusers takes five seconds: so a family writes the parameters of its class down by their
+names, in its function plan(config). tests/test_family_contract.py compares them with the class
+itself. Where tokens go is noted with each matrix: FLOPs and activations are proportional to that.
+"""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 Shape = tuple[int, ...]
 VIDEO, TEXT, BOTH, SAMPLE = "video", "text", "both", "sample"
 """What a matrix is applied to: image or video tokens, text tokens, both as one sequence, or one vector per sample."""
-ADAPTED = (  # the layers that get an adapter where lora.targets names none: those of fastgrpo.models.loading.lora
-    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-)  # fmt: skip
+ATTENDING = ("to_q", "to_k", "to_v", "to_out.0")
+ATTENDING_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+ADAPTED = (*ATTENDING, *ATTENDING_TEXT)
+"""The layers that get an adapter where lora.targets names none: those of fastgrpo.models.loading.lora."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Product:
     """A linear or convolutional layer: inputs x outputs multiplications for each position."""
 
@@ -25,10 +33,11 @@ class Product:
 
     @property
     def flops(self) -> float:
+        """FLOPs per token of `where`."""
         return 2.0 * self.inputs * self.outputs * self.area
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Attention:
     """softmax(Q K) V: 4 x queries x keys x width FLOPs."""
 
@@ -44,11 +53,9 @@ class Unit:
     """Parameters that are gathered, reduced and recomputed together: a block, or what lies outside all blocks."""
 
     name: str
-    kind: str
     weights: dict[str, Shape] = field(default_factory=dict)
     products: list[Product] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
-    saved: float = 0.0  # a UNet's level: bytes per latent place kept for the backward in bfloat16, see plan_unet.Levels
     _padded: dict[int, int] = field(default_factory=dict, repr=False)  # counted once: a search asks a thousand times
 
     @property
@@ -62,16 +69,39 @@ class Unit:
             self._padded[shards] = sum(shards * math.ceil(s[0] / shards) * math.prod(s[1:]) for s in shapes)
         return self._padded[shards]
 
-    def linear(self, name: str, inputs: int, outputs: int, where: str, bias: bool = True, area: float = 1.0) -> None:
-        self._weight(name, (outputs, inputs), bias)
-        self.products.append(Product(self._full(name), inputs, outputs, where, area))
+    def repeated(self, every: int, number: int) -> float:
+        """Share of the forward that the backward computes again, where every n-th unit is recomputed.
 
-    def conv(self, name: str, inputs: int, outputs: int, kernel: Sequence[int], where: str, area: float = 1.0) -> None:
+        every: n, or 0 for none;  number: this unit's among the units
+        """
+        return 1.0 if every and number % every == 0 else 0.0
+
+    def linear(self, name: str, inputs: int, outputs: int, where: str, bias: bool = True, area: float = 1.0) -> None:
+        """Add an nn.Linear.  where, area: as in Product"""
+        self._weight(name, (outputs, inputs), bias)
+        self.products.append(Product(name=self._full(name), inputs=inputs, outputs=outputs, where=where, area=area))
+
+    def conv(self, name: str, inputs: int, outputs: int, kernel: Sequence[int], area: float = 1.0) -> None:
+        """Add a convolution over the latent's places, with its bias."""
         self._weight(name, (outputs, inputs, *kernel), True)
-        self.products.append(Product(self._full(name), inputs * math.prod(kernel), outputs, where, area, linear=False))
+        inputs *= math.prod(kernel)
+        self.products.append(
+            Product(name=self._full(name), inputs=inputs, outputs=outputs, where=VIDEO, area=area, linear=False)
+        )
 
     def norm(self, name: str, size: int, bias: bool = False) -> None:
+        """Add a normalisation's scale."""
         self._weight(name, (size,), bias)
+
+    def embedder(self, name: str, inputs: int, width: int, where: str = SAMPLE) -> None:
+        """Add two layers with an activation between: of times, guidance, pooled text, or text tokens."""
+        self.linear(f"{name}.linear_1", inputs, width, where)
+        self.linear(f"{name}.linear_2", width, width, where)
+
+    def feed_forward(self, name: str, width: int, hidden: int, where: str) -> None:
+        """Add diffusers' feed-forward layer with a plain activation."""
+        self.linear(f"{name}.net.0.proj", width, hidden, where)
+        self.linear(f"{name}.net.2", hidden, width, where)
 
     def _weight(self, name: str, shape: Shape, bias: bool) -> None:
         self.weights[f"{self._full(name)}.weight"] = shape
@@ -82,14 +112,50 @@ class Unit:
         return f"{self.name}.{name}" if self.name else name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What goes through a block on one rank, guidance's second branch included."""
+
+    width: int  # channels of a token between blocks
+    element: int  # bytes of a number in compute precision
+    video: int  # tokens of this rank
+    text: int  # tokens
+    shared: bool = False  # with sequence parallelism
+    recomputed: bool = False  # in the backward
+
+
+class Block(Unit, ABC):
+    """One of a network's repeated blocks, which knows the bytes of its activations."""
+
+    unreduced = Fraction(0)
+    """Share of the block's gradients that is there, not yet reduced, when its backward holds the most: measured."""
+
+    def inputs(self, batch: Batch) -> float:
+        """Bytes of the tokens that go in."""
+        return float(batch.element * batch.width * batch.video)
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> float:
+        """The most bytes at once without gradients."""
+
+    @abstractmethod
+    def stored(self, batch: Batch) -> float:
+        """Bytes kept from the forward to the backward."""
+
+    @abstractmethod
+    def working(self, batch: Batch) -> float:
+        """The most bytes at once in the backward, what is kept included."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Network:
     """Blocks in the order in which they run, and the rest."""
 
-    blocks: tuple[Unit, ...]
+    blocks: tuple[Block, ...]
     rest: Unit
     width: int  # channels of a token between blocks (a UNet: of its first level)
-    heads: int
+    heads: int  # that ranks may share; 1 where they cannot
+    rotary: int = 0  # channels of the rotary tables
     apart: tuple[Unit, ...] = ()  # parts outside the blocks that are sharded on their own; they run before the blocks
 
     @property
@@ -98,7 +164,7 @@ class Network:
 
     def set_apart(self, name: str) -> "Network":
         """The network with a module outside the blocks, such as "context_embedder", sharded on its own."""
-        rest, part = (Unit(of, kind) for of, kind in (("", "rest"), (name, "apart")))
+        rest, part = Unit(""), Unit(name)
         for key, shape in self.rest.weights.items():
             (part if key.startswith(f"{name}.") else rest).weights[key] = shape
         for product in self.rest.products:
@@ -113,16 +179,10 @@ class Network:
 
 def adapters(unit: Unit, rank: int, targets: Sequence[str]) -> Unit:
     """The adapters of a unit's linear layers: A [rank, in] and B [out, rank] beside each that is a target."""
-    found = Unit(unit.name, unit.kind)
+    found = Unit(unit.name)
     for product in unit.products:
         if product.linear and any(f".{product.name}".endswith(f".{target}") for target in targets or ADAPTED):
             name = product.name.removeprefix(f"{unit.name}." if unit.name else "")
-            found.linear(f"{name}.lora_A.default", product.inputs, rank, product.where, False, product.area)
-            found.linear(f"{name}.lora_B.default", rank, product.outputs, product.where, False, product.area)
+            found.linear(f"{name}.lora_A.default", product.inputs, rank, product.where, bias=False, area=product.area)
+            found.linear(f"{name}.lora_B.default", rank, product.outputs, product.where, bias=False, area=product.area)
     return found
-
-
-def time_embedder(unit: Unit, name: str, inputs: int, width: int, where: str = SAMPLE) -> None:
-    """Two layers with an activation between: of times, guidance, pooled text, and Wan's text tokens."""
-    unit.linear(f"{name}.linear_1", inputs, width, where)
-    unit.linear(f"{name}.linear_2", width, width, where)

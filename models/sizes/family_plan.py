@@ -1,0 +1,46 @@
+"""What a family's function plan(config) gives: its network's sizes, and those of the models beside it."""
+
+from dataclasses import dataclass
+
+from fastgrpo.models.sizes.units import Network, Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxiliaryModels:
+    """The published VAE and text encoders of a family, and what decoding costs.
+
+    Bytes and FLOPs of decoding: `python -m benchmarks.plan.check --calibrate`.
+    """
+
+    space: int  # pixels per latent place and side
+    time: int  # frames per latent frame
+    channels: int  # of the latent
+    text: int  # tokens of the longest text
+    encoders: float  # parameters of the text encoders
+    vae: float  # parameters of the VAE
+    decode_flops: float  # per pixel that a tile covers
+    decode_bytes: float  # per pixel of a tile at work, in bfloat16
+    tile: tuple[int, int, int] | None = None  # frames, height, width in pixels; None: the whole clip
+    stride: tuple[int, int, int] = (1, 1, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyPlan:
+    """A family with a network of some config."""
+
+    network: Network
+    patch: int  # latent places per token and side
+    auxiliary: AuxiliaryModels
+    text_width: int  # channels of the text features that the network takes
+    pooled_width: int = 0  # channels of the pooled text; 0: the network takes none
+    first_frame: bool = False  # whether a reference image's latent is a part of the condition
+
+    def condition(self, text: int, latent: tuple[int, int, int, int]) -> dict[str, Shape]:
+        """Shapes of one prompt's condition.  text: tokens;  latent: (C, F, H, W)"""
+        shapes: dict[str, Shape] = {"text": (text, self.text_width)}
+        if self.pooled_width:
+            shapes["pooled"] = (self.pooled_width,)
+        if self.first_frame:
+            channels, _, height, width = latent
+            shapes["image"] = (channels, 1, height, width)
+        return shapes
