@@ -15,9 +15,9 @@ and what it need not have:
                                           the diffusers class that an export names
   share_sequence(network, layout)         how ranks share its sequences; without it distributed.sp
                                           is 1
-  plan(config) -> FamilyPlan              its sizes for `fastgrpo plan`, see sizes/, from a config of
-                                          its network; taken without torch, so nothing of the file
-                                          that it uses may need torch
+  plan(config) -> FamilyPlan              its sizes for `fastgrpo plan`, see sizes/, from a config
+                                          of its network; taken without torch, so nothing of the
+                                          file that it uses may need torch
   PUBLISHED: tuple[(part, config), ...]   with plan: the configs of its published networks, each by
                                           a part of the hub id, the last of which is ""
   simulated(config, settings) -> Policy   with plan: the policy around a network of a config, for
@@ -70,7 +70,7 @@ def known() -> tuple[str, ...]:
 
 
 def with_function(function: str) -> tuple[str, ...]:
-    """Names of the families whose files have a function that need not be there, such as `share_sequence`."""
+    """Names of the families with a function that not all have, such as `share_sequence`."""
     return tuple(name for name in registry.names(FOLDER, function) if name in known())
 
 
@@ -84,7 +84,7 @@ def check(name: str) -> None:
 
 
 def family(name: str) -> Family:
-    """The file models/NAME.py, imported with torch and its libraries. Raises UserError where there is none."""
+    """The file models/NAME.py, imported with its libraries. Raises UserError for no such file."""
     check(name)
     return cast(Family, importlib.import_module(f"{__name__}.{name}"))
 
@@ -92,7 +92,8 @@ def family(name: str) -> Family:
 def declared(name: str, constant: str, default: Any = registry.NOTHING) -> Any:
     """The value of a constant or function of models/NAME.py, without importing the file.
 
-    Raises UserError where there is no such family, KeyError where the file lacks the constant and no default is given.
+    Raises UserError for no such family, KeyError where the file lacks the constant and there is no
+    default.
     """
     check(name)
     return registry.declared(FOLDER / f"{name}.py", constant, default)

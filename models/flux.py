@@ -92,7 +92,7 @@ class Schedule:
 
 
 class SharedAttention:
-    """Joint attention over ranks, text tokens first; a single-stream block gets one sequence of both."""
+    """Joint attention over ranks, text tokens first; single-stream blocks have them in one sequence."""
 
     def __init__(self, layout: Layout, plain: Any) -> None:
         self.layout = layout
@@ -106,11 +106,12 @@ class SharedAttention:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """This rank's image tokens [B, n, C] and the replicated text [B, L, C], attended to; returns likewise.
+        """This rank's image tokens [B, n, C] and the replicated text [B, L, C], after attention.
 
-        Of a single-stream block: one sequence [B, L + n, C], and no encoder_hidden_states.
-
-        image_rotary_emb: cosines and sines of the text's and this rank's tokens, [L + n, D] each
+        hidden_states: [B, n, C], or of a single-stream block both, [B, L + n, C]
+        encoder_hidden_states: [B, L, C], or None of a single-stream block
+        image_rotary_emb: cosines and sines of text and this rank's tokens, [L + n, D] each
+        returns likewise
         """
         q, k, v = joint_attention.heads(attn, hidden_states)
         if encoder_hidden_states is not None:

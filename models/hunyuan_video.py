@@ -119,9 +119,9 @@ class SharedAttention:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """This rank's video tokens [B, n, C] and the replicated text [B, L, C], attended to; returns likewise.
+        """This rank's video tokens [B, n, C] and the replicated text [B, L, C], after attention.
 
-        image_rotary_emb: cosines and sines of this rank's tokens, [n, D] each
+        image_rotary_emb: cosines and sines of this rank's tokens, [n, D] each;  returns likewise
         """
         return self.plain.by_branch(
             lambda video, text: self._attend(attn, video, text, image_rotary_emb), hidden_states, encoder_hidden_states

@@ -62,7 +62,7 @@ LARGE: dict[str, Any] = {  # 14 B
 }
 PUBLISHED = (("1.3b", LARGE | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}), ("", LARGE))
 """Parts of a hub id, in lower case, and the network's config; a plan takes the first that fits."""
-KEPT = {  # bytes per token and channel, by the bytes of a number, without the feed-forward, whose width differs
+KEPT = {  # bytes per token and channel, by the bytes of a number, feed-forward left out
     2: Kept((27.1, 0.0), (70.1, 12.0), (86.1, 12.0), 2.0),
     4: Kept((54.2, 0.0), (96.1, 24.0), (121.2, 24.0), 4.0),
 }
@@ -112,7 +112,7 @@ class Schedule:
 
 
 class SharedAttention:
-    """Self-attention over ranks. Cross-attention to the replicated text needs no exchange: queries stay local."""
+    """Self-attention over ranks; cross-attention to the replicated text keeps its local queries."""
 
     def __init__(self, layout: Layout, plain: Any) -> None:
         self.layout = layout
@@ -126,7 +126,7 @@ class SharedAttention:
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """This rank's video tokens, attended to.  hidden_states: [B, n, C];  returns likewise
+        """This rank's video tokens after attention.  hidden_states: [B, n, C];  returns likewise
 
         rotary_emb: cosines and sines of this rank's tokens, [1, n, 1, D] each
         """

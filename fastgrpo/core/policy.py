@@ -52,9 +52,9 @@ class Policy(Protocol):
     """The unconditional branch's condition, on the network's device; set before sampling where model.cfg > 1."""
 
     share_sequence: Callable[[Any, Any], None]
-    """Lets the ranks of a group share each sequence of (network, `fastgrpo.parallel.sequence_parallel.Layout`).
+    """Function (network, layout) that lets the ranks of a group share each sequence; set on loading.
 
-    The function of this name in the family's file, or one that refuses where it has none; set on loading.
+    The family file's, or one that refuses where it has none; layout: of parallel/sequence_parallel.
     """
 
     @property

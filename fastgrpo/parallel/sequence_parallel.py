@@ -5,8 +5,8 @@ text tokens are replicated. Hooks split what leaves the patch embedding and the 
 the output projection, so that every rank has the whole velocity: log-probabilities are means over all tokens on each
 rank, and the ratio is that of one rank. Inside attention, tokens are exchanged for heads and back.
 
-Where a network's hooks and processors go is its family's: a function share_sequence(network, layout) in models/NAME.py
-that puts them in by the `Layout`'s methods.
+Where the hooks and processors go is the family's to say: share_sequence(network, layout) in
+models/NAME.py puts them in by the `Layout`'s methods.
 
 Gradients: every collective here has its exact adjoint as backward (all-to-all: its inverse; gather: reduce-scatter).
 Each rank then holds the derivative of the sum of all ranks' equal losses with respect to its own copy of the weights,
@@ -99,7 +99,7 @@ def gather(x: Tensor, dim: int, total: int, sp: Group) -> Tensor:
 
 @dataclass
 class Layout:
-    """Where the tokens of the forward under way are, and what a family put into its network to share them.
+    """Where the tokens of the forward under way are, and what a family put in to share them.
 
     The counts are written by the hooks and read by the attention.
     """
@@ -108,21 +108,21 @@ class Layout:
     video: int = 0  # tokens of all ranks
     text: int = 0  # text tokens at the front of a sequence of both, where a network has such
     active: bool = True
-    attentions: list[tuple[Any, Any, Any]] = field(default_factory=list)  # each with its two processors
+    attentions: list[tuple[Any, Any, Any]] = field(default_factory=list)  # module, plain, shared
 
     def after(self, module: Any, hook: Callable[[Any], Any]) -> None:
-        """Let `hook` see each output of a module; what the hook returns, unless None, takes the output's place."""
+        """Let `hook` see each output of a module; what `hook` returns, unless None, replaces it."""
         module.register_forward_hook(lambda _, inputs, output: hook(output) if self.active else None)
 
     def process(self, attention: Any, shared: Callable[["Layout", Any], Any]) -> None:
-        """Give an attention module the processor shared(layout, plain), plain being the one of a single rank."""
+        """Give an attention module the processor shared(layout, plain), plain being its own."""
         plain = attention.processor
         attention.set_processor(shared(self, plain))
         self.attentions.append((attention, plain, attention.processor))
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Run whole sequences inside, on each rank by itself: the hooks pass, the plain processors are back."""
+        """Run whole sequences inside: the hooks do nothing, the plain processors are back."""
         self.active = False
         for attention, plain, _ in self.attentions:
             attention.processor = plain
@@ -134,7 +134,10 @@ class Layout:
                 attention.processor = shared
 
     def split_tokens(self, x: Tensor) -> Tensor:
-        """This rank's part of the embedded video tokens, whose number is noted.  x: [B, N, C];  returns [B, n, C]"""
+        """This rank's part of the embedded video tokens; notes their number.
+
+        x: [B, N, C];  returns [B, n, C]
+        """
         self.video = x.shape[1]
         part = self.sp.part(self.video)
         return x[:, part.start : part.stop]
@@ -185,7 +188,7 @@ def install(network: Any, sp: Group, share_sequence: ShareSequence) -> None:
 
 @contextmanager
 def alone(network: Any) -> Iterator[None]:
-    """Let each rank run whole sequences by itself inside: what `install` put into the network is suspended."""
+    """Let each rank run whole sequences by itself inside: what `install` put in is suspended."""
     layout: Layout = network.sequence_layout
     with layout.suspended():
         yield

@@ -1,4 +1,4 @@
-"""Queries, keys and values of diffusers' joint attention, for families that share sequences over ranks."""
+"""Queries, keys and values of diffusers' joint attention, for families that share sequences."""
 
 from typing import Any
 
@@ -20,6 +20,9 @@ def heads(attn: Any, x: Tensor, names: tuple[str, ...] = LAYERS) -> tuple[Tensor
 
 
 def rotated(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Queries or keys with their positions.  x: [B, S, H, D];  table: cosines and sines, [S, D] each"""
+    """Queries or keys with their positions.
+
+    x: [B, S, H, D];  table: cosines and sines, [S, D] each;  returns like x
+    """
     turned: Tensor = apply_rotary_emb(x, table, sequence_dim=1)
     return turned

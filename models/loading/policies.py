@@ -1,7 +1,7 @@
-"""A recipe's policy and its text encoders, whatever its family: loading, recomputation, kernels, adapters.
+"""A recipe's policy and its text encoders, whatever its family.
 
-The one file of this folder that asks the registry. What a family's folder must name is compared here with the
-family's PIPELINES, so that the families' files need not know of each other.
+The one file of this folder that asks the registry. The class that model_index.json names is compared
+here with the family's PIPELINES, so that the families' files need not know of each other.
 """
 
 from collections.abc import Iterator
@@ -22,9 +22,10 @@ from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence
 
 
 def outline(settings: Model, device: torch.device, lora: Lora | None = None) -> Policy:
-    """The policy of a recipe's [model] section, with adapters where it asks, and a network that has no weights yet.
+    """The policy of a recipe's [model] section, with its adapters; the network has no weights yet.
 
-    Shard it, then `streaming.fill` its network; nothing before needs the weights. Its other parts are on `device`.
+    Shard the policy, then `streaming.fill` its network; nothing before needs the weights. The other
+    parts are on `device`.
     """
     policy = _family(settings).load(settings, device)
     configure(policy, settings)
@@ -34,7 +35,10 @@ def outline(settings: Model, device: torch.device, lora: Lora | None = None) -> 
 
 
 def load(settings: Model, device: torch.device, lora: Lora | None = None) -> Policy:
-    """`outline`, with the whole network in float32 on `device`; what adapters stand beside is in compute precision."""
+    """The policy of `outline` with the whole network in float32 on `device`.
+
+    What adapters stand beside is in compute precision.
+    """
     policy = outline(settings, device, lora)
     streaming.fill(policy.network, device)
     return policy
@@ -48,14 +52,14 @@ def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[Enc
 
 
 def _family(settings: Model) -> models.Family:
-    """The recipe's family. Raises UserError where model.path is the folder of another family's pipeline."""
+    """The recipe's family. Raises UserError where model.path is another pipeline's folder."""
     family = models.family(settings.family)
     diffusers_folder.check_pipeline(settings, family.PIPELINES, models.pipelines())
     return family
 
 
 def configure(policy: Policy, settings: Model) -> None:
-    """Set recomputation, the attention kernel and how sequences are shared, the same way for every family."""
+    """Set recomputation, the attention kernel and how sequences are shared."""
     network: Any = policy.network
     policy.share_sequence = share_sequence(settings.family)
     if settings.gradient_checkpointing:

@@ -1,4 +1,4 @@
-"""What a family's function plan(config) gives: its network's sizes, and those of the models beside it."""
+"""What a family's function plan(config) gives: sizes of its network and of the models beside it."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class AuxiliaryModels:
     vae: float  # parameters of the VAE
     decode_flops: float  # per pixel that a tile covers
     decode_bytes: float  # per pixel of a tile at work, in bfloat16
-    tile: tuple[int, int, int] | None = None  # frames, height, width in pixels; None: the whole clip
+    tile: tuple[int, int, int] | None = None  # frames, height, width; None: the whole clip
     stride: tuple[int, int, int] = (1, 1, 1)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from fastgrpo.models.sizes.units import SAMPLE, TEXT, VIDEO, Attention, Batch, Block, Network, Unit
 
 OF_RESNET, OF_OUTPUT, OF_TRANSFORMER = 8.7, 3.3, 62.2
-"""Bytes kept per place and channel of a resnet's input and output and of a transformer, in bfloat16.
+"""Bytes kept per place and channel of a resnet's input, its output, and a transformer; bfloat16.
 
 Measured, level by level, by `python -m benchmarks.plan.check --calibrate`; so are the numbers below.
 """

@@ -17,7 +17,7 @@ VIDEO, TEXT, BOTH, SAMPLE = "video", "text", "both", "sample"
 ATTENDING = ("to_q", "to_k", "to_v", "to_out.0")
 ATTENDING_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 ADAPTED = (*ATTENDING, *ATTENDING_TEXT)
-"""The layers that get an adapter where lora.targets names none: those of fastgrpo.models.loading.lora."""
+"""The layers that get an adapter where lora.targets names none, as in models/loading/lora.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +70,9 @@ class Unit:
         return self._padded[shards]
 
     def repeated(self, every: int, number: int) -> float:
-        """Share of the forward that the backward computes again, where every n-th unit is recomputed.
+        """Share of the forward that the backward computes again.
 
-        every: n, or 0 for none;  number: this unit's among the units
+        every: n where every n-th unit is recomputed, 0 for none;  number: this unit's
         """
         return 1.0 if every and number % every == 0 else 0.0
 
@@ -94,7 +94,7 @@ class Unit:
         self._weight(name, (size,), bias)
 
     def embedder(self, name: str, inputs: int, width: int, where: str = SAMPLE) -> None:
-        """Add two layers with an activation between: of times, guidance, pooled text, or text tokens."""
+        """Add two layers with an activation between: of times, guidance, pooled text or text."""
         self.linear(f"{name}.linear_1", inputs, width, where)
         self.linear(f"{name}.linear_2", width, width, where)
 
@@ -128,7 +128,7 @@ class Block(Unit, ABC):
     """One of a network's repeated blocks, which knows the bytes of its activations."""
 
     unreduced = Fraction(0)
-    """Share of the block's gradients that is there, not yet reduced, when its backward holds the most: measured."""
+    """Measured share of the block's unreduced gradients when its backward holds the most."""
 
     def inputs(self, batch: Batch) -> float:
         """Bytes of the tokens that go in."""

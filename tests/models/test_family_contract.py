@@ -1,4 +1,4 @@
-"""What every file of models/ must have, and that nothing outside these files knows one of them by name."""
+"""What every file of models/ must have, and that no other file knows one of them by name."""
 
 import ast
 import importlib.util
@@ -28,7 +28,7 @@ from fastgrpo.parallel.world import Group
 from fastgrpo.tools.plan import planner
 from fastgrpo.tools.plan.gpus import Achieved, gpu
 from fastgrpo.tools.plan.phases import Machine
-from tests.test_repository import ROOT, files
+from tests.repository.test_repository import ROOT, files
 
 REQUIRED = {
     "blocks": ["network"],

@@ -20,7 +20,7 @@ from fastgrpo.parallel.mesh import mesh_shape
 from fastgrpo.tools.plan.costs import rewards
 from fastgrpo.tools.plan.costs.compute import Job
 
-VAE_CHANNELS = 128  # of the published VAEs' first level: a family's bytes and FLOPs belong to that size
+VAE_CHANNELS = 128  # of the published VAEs' first level, for which a family's bytes and FLOPs are
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def check_family(name: str) -> None:
 def family_plan(name: str, config: Mapping[str, Any]) -> FamilyPlan:
     """What the family says of a network with this config.
 
-    Raises UserError for a family without a plan, and for a config that lacks what its networks have.
+    Raises UserError for a family without a plan, and for a config that lacks what it reads.
     """
     check_family(name)
     try:
@@ -85,7 +85,7 @@ def family_plan(name: str, config: Mapping[str, Any]) -> FamilyPlan:
 
 
 def published(name: str, named: str = "") -> dict[str, Any]:
-    """The config of a family's published network.  named: the hub id, which says which of several"""
+    """The config of a family's published network.  named: the hub id, which says which one"""
     choices = models.declared(name, "PUBLISHED")
     return next(dict(config) for key, config in choices if key in named.lower())
 
