@@ -28,7 +28,8 @@ from fastgrpo.parallel.world import Group
 from fastgrpo.tools.plan import planner
 from fastgrpo.tools.plan.gpus import Achieved, gpu
 from fastgrpo.tools.plan.phases import Machine
-from tests.repository.test_repository import ROOT, files
+from tests import ROOT
+from tests.repository.test_repository import files
 
 REQUIRED = {
     "blocks": ["network"],

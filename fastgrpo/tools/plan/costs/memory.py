@@ -36,7 +36,8 @@ def states(job: Job) -> dict[str, float]:
 def raw_weights(job: Job) -> dict[str, float]:
     """Bytes of the trained weights, which DiffusionNFT sets aside while their moving average draws and decodes."""
     recipe = job.recipe
-    if not methods.traits(recipe).average_draws or recipe.distributed.offload:
+    drawn_by_average = methods.traits(recipe).average_draws and recipe.optimizer.ema_decay
+    if not drawn_by_average or recipe.distributed.offload:
         return {}
     return {"raw weights": MASTER * _trained(job)}
 
