@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read by the run that resumes or by tools, and what a run began with.
+"""Checkpoints, written whole or not at all, their readers, and the record of a run's beginning.
 
 Imports training and every floor below. Read `checkpoints.py` first, then `resume.py`.
 """

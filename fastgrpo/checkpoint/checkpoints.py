@@ -1,10 +1,12 @@
 """Checkpoints: sharded DCP folders, published atomically, and resuming from them.
 
-A checkpoint is written to `step-N.partial`, flushed to disk and renamed to `step-N`; then `latest` is replaced. So a
-folder named `step-N` is whole, whenever the process was killed, and no folder is ever written twice. Its manifest holds
-each file's size and SHA-256; a folder that does not fit it is set aside and the one before is taken. In the background
-the state is copied to host memory first, and training goes on while it is written. A save that fails is told, and
-training goes on. Randomness is keyed, so no generator's state is stored: any number of ranks and any mesh resumes.
+A checkpoint is written to `step-N.partial`, flushed to disk and renamed to `step-N`; then `latest`
+is replaced. So a folder named `step-N` is whole, whenever the process was killed, and no folder is
+ever written twice. Its manifest holds each file's size and SHA-256; a folder that does not fit it
+is set aside and the one before is taken. In the background the state is copied to host memory
+first, and training goes on while it is written. A save that fails is reported, and training goes
+on. Randomness is keyed, so no generator's state is stored: any number of ranks and any mesh
+resumes.
 """
 
 import json
@@ -32,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 from fastgrpo.checkpoint import reader
 from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.files import flush, sha256
+from fastgrpo.core.files import flush, read_json, replace_text, sha256
 from fastgrpo.parallel.world import World
 from fastgrpo.training.trainer import Trainer
 
@@ -41,19 +43,19 @@ HEADER_BYTES = 2048  # of each tensor in a part, and its entry in the metadata
 SPARE_BYTES = 2**20  # left for the run's other files
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Progress:
-    """Where a run stands, beside weights and optimizer state."""
+    """The state of a run beside weights and optimizer state."""
 
     iteration: int = 0  # iterations done
     best_reward: float | None = None  # the highest mean training reward between two checkpoints
     best: str | None = None  # the checkpoint that ended that span
     rewards: tuple[float, ...] = ()  # of the iterations since the last checkpoint
     seconds: float = 0.0  # of training, over all attempts
-    rollout_batch: int = 0  # what rollout.batch_size = "auto" came to; 0 = the recipe has a number
+    rollout_batch: int = 0  # rollout.batch_size where it was "auto"; 0 = the recipe has a number
 
     def close_span(self, checkpoint: str) -> None:
-        """Note the checkpoint as the best if the mean reward since the one before is the highest."""
+        """Note a checkpoint as the best where the mean reward since the last one is the highest."""
         rewards = [reward for reward in self.rewards if math.isfinite(reward)]
         if rewards:
             mean = sum(rewards) / len(rewards)
@@ -62,7 +64,7 @@ class Progress:
         self.rewards = ()
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Pending:
     """A save that is under way."""
 
@@ -70,7 +72,7 @@ class Pending:
     progress: str  # JSON, as of the save
     best: str | None
     forget_best: Callable[[], None]  # for a save that fails: what is not there cannot be the best
-    written: "Future[Any] | None"  # none = this rank's parts are written already
+    written: "Future[Any] | None"  # None: this rank's parts are written already
     problem: str | None = None  # what went wrong on this rank
 
 
@@ -82,7 +84,7 @@ class Checkpoints:
         self.settings = settings
         self.world = world
         self.notices: list[str] = []
-        """What the user should be told about the folder, such as a checkpoint that was set aside."""
+        """Messages about the folder for the user, such as of a checkpoint that was set aside."""
         self._pending: Pending | None = None
         # its own, since a save in the background must not meet the collectives of training
         self._group = dist.new_group(backend="gloo") if settings.background else None
@@ -92,12 +94,15 @@ class Checkpoints:
         return max(self._published(), key=number, default=None)
 
     def _published(self) -> list[Path]:
-        return sorted((path for path in self.folder.glob("step-*") if path.name[5:].isdecimal()), key=number)
+        return sorted(
+            (path for path in self.folder.glob("step-*") if path.name[5:].isdecimal()), key=number
+        )
 
     def load(self, trainer: Trainer) -> Progress:
-        """Continue from the newest intact checkpoint, on every rank; a fresh Progress where there is none.
+        """Continue from the newest intact checkpoint, on every rank.
 
-        A damaged one is set aside as `step-N.damaged`, and `notices` names the file. Raises UserError where all are.
+        A fresh Progress where there is no checkpoint. A damaged checkpoint is set aside as
+        `step-N.damaged`, and `notices` names the file. Raises UserError where all are.
         """
         self.world.on_main(self._sweep)
         damaged = []
@@ -108,27 +113,34 @@ class Checkpoints:
             damaged.append(problem)
             aside = path.with_suffix(".damaged")
             self.world.on_main(lambda path=path, aside=aside: _set_aside(path, aside))  # type: ignore[misc]
-            self.notices.append(f"checkpoint {path.name} is damaged ({problem}): set aside as {aside.name}")
+            self.notices.append(
+                f"checkpoint {path.name} is damaged ({problem}): set aside as {aside.name}"
+            )
         if path is None:
             if damaged:
                 raise UserError(
-                    f"checkpoint={self.folder}: none is intact ({'; '.join(damaged)}); they were set aside: restore "
-                    "one from a copy, or start again for a run from the beginning."
+                    f"checkpoint={self.folder}: none is intact ({'; '.join(damaged)}); they were "
+                    "set aside: restore one from a copy, or start again for a run from the "
+                    "beginning."
                 )
             return Progress()
         state = _state(trainer)
         dcp.load(state, checkpoint_id=path)
-        set_model_state_dict(trainer.policy.network, state["model"], options=StateDictOptions(strict=False))
-        set_optimizer_state_dict(trainer.policy.network, trainer.optimizer, optim_state_dict=state["optimizer"])
-        numbers = json.loads((path / "progress.json").read_text())
+        set_model_state_dict(
+            trainer.policy.network, state["model"], options=StateDictOptions(strict=False)
+        )
+        set_optimizer_state_dict(
+            trainer.policy.network, trainer.optimizer, optim_state_dict=state["optimizer"]
+        )
+        numbers = read_json(path / "progress.json", "checkpoint", "choose another run.dir")
         trainer.updates, trainer.skipped = numbers.pop("updates"), numbers.pop("skipped")
         return Progress(**numbers | {"rewards": tuple(numbers["rewards"])})
 
     def save(self, trainer: Trainer, progress: Progress) -> str | None:
         """Write a checkpoint, on every rank; in the background where the settings say so.
 
-        Returns what went wrong, with this save or with one before it in the background, the same on every rank; the
-        last published checkpoint stays in place.
+        Returns what went wrong, with this save or with one before it in the background, the same on
+        every rank; the last published checkpoint stays in place.
         """
         problem = self.finish()
         path = self.folder / f"step-{progress.iteration}"
@@ -138,7 +150,9 @@ class Checkpoints:
             progress.best_reward, progress.best = best_before
 
         progress.close_span(path.name)
-        numbers = json.dumps(vars(progress) | {"updates": trainer.updates, "skipped": trainer.skipped}, indent=1)
+        numbers = json.dumps(
+            vars(progress) | {"updates": trainer.updates, "skipped": trainer.skipped}, indent=1
+        )
         state = _state(trainer)
         needed = _size(state, self.world.size)
         try:
@@ -149,10 +163,14 @@ class Checkpoints:
         if lacking is not None:
             forget_best()
             return self._could_not(path, lacking)
-        self._pending = pending = Pending(path, numbers, progress.best, forget_best, None)
+        self._pending = pending = Pending(
+            path=path, progress=numbers, best=progress.best, forget_best=forget_best, written=None
+        )
         try:
             if self.settings.background:
-                future = dcp.async_save(state, checkpoint_id=path.with_suffix(".partial"), process_group=self._group)
+                future = dcp.async_save(
+                    state, checkpoint_id=path.with_suffix(".partial"), process_group=self._group
+                )
                 assert isinstance(future, Future)
                 pending.written = future
                 return problem
@@ -179,7 +197,10 @@ class Checkpoints:
                 raise UserError(problem)
 
     def poll(self) -> str | None:
-        """Publish a save in the background once every rank has written its part.  returns what went wrong"""
+        """Publish a save in the background once every rank has written its part.
+
+        returns what went wrong
+        """
         if self._pending is None:
             return None
         written = self._pending.written
@@ -188,7 +209,10 @@ class Checkpoints:
         return self.finish() if done else None
 
     def finish(self) -> str | None:
-        """Wait for the save that is under way, if any, and publish it.  returns what went wrong, on every rank"""
+        """Wait for the save that is under way, if any, and publish it.
+
+        returns what went wrong, on every rank
+        """
         pending, self._pending = self._pending, None
         if pending is None:
             return None
@@ -197,21 +221,23 @@ class Checkpoints:
             if pending.written is not None:
                 pending.written.result()
             if pending.problem is None:
-                written = pending.path.with_suffix(".partial").glob(f"__{self.world.rank}_*")  # by this rank
-                hashes = _hashes(written)
+                partial = pending.path.with_suffix(".partial")
+                hashes = _hashes(partial.glob(f"__{self.world.rank}_*"))  # written by this rank
         except CheckpointException as failure:
             pending.problem = _cause(failure)
         except OSError as error:
             pending.problem = error.strerror or type(error).__name__
         problems = self._gather(pending.problem)
         parts = self._gather(hashes)
-        problem = next((found for found in problems if found), None)
+        problem = next(filter(None, problems), None)
         if problem is None:
             problem = self.world.on_main(
                 lambda: self._publish(pending, [entry for part in parts for entry in part.items()])
             )
         else:
-            self.world.on_main(lambda: shutil.rmtree(pending.path.with_suffix(".partial"), ignore_errors=True))
+            self.world.on_main(
+                lambda: shutil.rmtree(pending.path.with_suffix(".partial"), ignore_errors=True)
+            )
         if problem is None:
             return None
         pending.forget_best()
@@ -219,8 +245,8 @@ class Checkpoints:
 
     def _could_not(self, path: Path, problem: str) -> str:
         return (
-            f"run.dir={self.folder.parent}: checkpoint {path.name} could not be written ({problem}); free space there "
-            "and start again: the checkpoint before is intact."
+            f"run.dir={self.folder.parent}: checkpoint {path.name} could not be written "
+            f"({problem}); free space there and start again: the checkpoint before is intact."
         )
 
     def _gather(self, value: T) -> list[T]:
@@ -229,24 +255,29 @@ class Checkpoints:
         dist.all_gather_object(values, value)
         return values
 
-    def _publish(self, pending: Pending, parts: Sequence[tuple[str, tuple[int, str]]]) -> str | None:
-        """On the main rank: progress, manifest, flush, rename, replace `latest`, prune.  returns what went wrong"""
+    def _publish(
+        self, pending: Pending, parts: Sequence[tuple[str, tuple[int, str]]]
+    ) -> str | None:
+        """On the main rank: progress, manifest, flush, rename, replace `latest`, prune.
+
+        returns what went wrong
+        """
         path, partial = pending.path, pending.path.with_suffix(".partial")
         try:
             (partial / "progress.json").write_text(pending.progress)
             manifest = dict(parts) | _hashes([partial / "progress.json", partial / ".metadata"])
             missing = {file.name for file in partial.iterdir()} - set(manifest)
             assert not missing, missing
-            entries = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(manifest.items())}
+            entries = {
+                name: {"bytes": size, "sha256": digest}
+                for name, (size, digest) in sorted(manifest.items())
+            }
             (partial / "manifest.json").write_text(json.dumps(entries, indent=1))
             for file in partial.iterdir():
                 flush(file)
             flush(partial)
             os.rename(partial, path)
-            latest = self.folder / "latest.tmp"
-            latest.write_text(path.name + "\n")
-            flush(latest)
-            os.replace(latest, self.folder / "latest")
+            replace_text(self.folder / "latest", path.name + "\n", on_disk=True)
             flush(self.folder)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -255,7 +286,10 @@ class Checkpoints:
         return None
 
     def _prune(self, best: str | None) -> None:
-        """Remove all but the newest ones and the best. Renamed first: a half-removed folder must not look whole."""
+        """Remove all but the newest ones and the best.
+
+        Renamed first: a half-removed folder must not look whole.
+        """
         for path in self._published()[: -self.settings.keep]:
             if not (self.settings.keep_best and path.name == best):
                 doomed = path.with_suffix(".partial")
@@ -266,9 +300,11 @@ class Checkpoints:
         """Remove what a killed save left."""
         for partial in self.folder.glob("step-*.partial"):
             shutil.rmtree(partial)
+        for partial in self.folder.glob("latest.*.partial"):
+            partial.unlink()
 
     def _problem(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint's files, each compared with the manifest by one of the ranks."""
+        """The first problem of a checkpoint, whose files the ranks compare with the manifest."""
 
         def sizes() -> tuple[str | None, dict[str, dict[str, Any]]]:
             try:
@@ -280,7 +316,8 @@ class Checkpoints:
         if problem is None:
             own = sorted(entries)[self.world.rank :: self.world.size]
             wrong = [name for name in own if sha256(path / name) != entries[name]["sha256"]]
-            problem = next((f"{name} is not what was written" for found in self._gather(wrong) for name in found), None)
+            damaged = [name for names in self._gather(wrong) for name in names]
+            problem = f"{damaged[0]} is not what was written" if damaged else None
         return problem
 
 
@@ -305,7 +342,7 @@ def _set_aside(path: Path, aside: Path) -> None:
 
 
 def _state(trainer: Trainer) -> dict[str, Any]:
-    """What is stored: sharded tensors, by the names of the unsharded network; of weights those that are trained."""
+    """The stored tensors, sharded, by the names of the unsharded network; no frozen weights."""
     network = trainer.policy.network
     return {
         "model": get_model_state_dict(network, options=StateDictOptions(ignore_frozen_params=True)),
@@ -320,7 +357,7 @@ def number(checkpoint: Path) -> int:
 
 
 def _size(state: dict[str, Any], ranks: int) -> int:
-    """Bytes that a checkpoint takes at most, about: every rank's part of every tensor has a header."""
+    """Bytes that a checkpoint takes at most, about, with a header for each part of a tensor."""
     tensors: list[torch.Tensor] = []
 
     def walk(node: object) -> None:
@@ -335,14 +372,17 @@ def _size(state: dict[str, Any], ranks: int) -> int:
 
 
 def _fresh(folder: Path, needed: int) -> str | None:
-    """Make an empty folder for so many bytes.  returns what is wrong where the disk has no room for them
+    """Make an empty folder for so many bytes.
 
-    Found out before and not by writing: a save in the background would leave the run's other files no room either.
+    returns what is wrong where the disk has no room for them
+    Measured before and not by writing: a save in the background would leave the run's other files
+    no room either.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     if free < needed + SPARE_BYTES:
-        return f"No space left on device: it takes {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
+        sizes = f"it takes {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
+        return f"No space left on device: {sizes}"
     folder.mkdir()
     return None

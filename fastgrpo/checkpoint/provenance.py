@@ -1,7 +1,8 @@
-"""What a recipe cannot show of a run: which weights the network began with, and which rewards score it.
+"""The part of a run that its recipe cannot show: the network's first weights, and its rewards.
 
-Noted in the run's folder before its first iteration, so that a resumed run, which reads both anew, cannot go on with
-others under the same paths and addresses. Large files are hashed once and remembered with their size and time.
+Noted in the run's folder before its first iteration, so that a resumed run, which reads both anew,
+cannot go on with others under the same paths and addresses. Large files are hashed once and
+remembered with their size and time.
 """
 
 import json
@@ -24,8 +25,9 @@ HASHES = "hashes.json"
 
 
 def record_provenance(recipe: Recipe, sources: Sequence[Source]) -> None:
-    """Note what a run begins with. On the main rank only; reads the network's files where their hashes are not known.
+    """Note the network and the rewards that a run begins with. On the main rank only.
 
+    Reads the network's files where their hashes are not known.
     The file: {"network": {file: SHA-256}, "rewards": {name: {"fingerprint": ..., "identity": ...}}}
     """
     content = {"network": network(recipe), "rewards": rewards(sources)}
@@ -33,67 +35,86 @@ def record_provenance(recipe: Recipe, sources: Sequence[Source]) -> None:
 
 
 def network(recipe: Recipe) -> dict[str, str]:
-    """File -> SHA-256, of the config and the weights of the network that is trained, also beneath adapters."""
-    where = diffusers_folder.network_folder(recipe.model, models.declared(recipe.model.family, "NETWORK"))
-    files = {where / "config.json"} | {place.file for place in weight_files.tensors(where).values()}
-    return {file.name: digest for file, digest in hashes(sorted(files), recipe.run.dir / HASHES).items()}
+    """File -> SHA-256, for config and weights of the trained network, also beneath adapters."""
+    where = diffusers_folder.network_folder(
+        recipe.model, models.declared(recipe.model.family, "NETWORK")
+    )
+    files = {where / "config.json"} | {entry.file for entry in weight_files.tensors(where).values()}
+    return {
+        file.name: digest for file, digest in hashes(sorted(files), recipe.run.dir / HASHES).items()
+    }
 
 
 def rewards(sources: Sequence[Source]) -> dict[str, dict[str, str]]:
-    """Reward -> its fingerprint, of weights and settings, and its identity, of code and libraries too; see served.py.
+    """Reward -> its fingerprint, of weights and settings, and its identity, also of code.
 
-    The same in the trainer's process and behind a server.
+    The same in the trainer's process and behind a server; see serving/loaded_reward.py.
     """
-    found: dict[str, dict[str, str]] = {}
+    identities: dict[str, dict[str, str]] = {}
     for source in sources:
         if isinstance(source, ScorerInProcess):
-            held = source.served.items()
-            found |= {name: {"fingerprint": one.fingerprint, "identity": one.identity} for name, one in held}
+            loaded = source.served.items()
+            identities |= {
+                name: {"fingerprint": reward.fingerprint, "identity": reward.identity}
+                for name, reward in loaded
+            }
         else:
             assert isinstance(source, RewardClient)
             for name in source.names:
-                told = source.spec_of(name)
-                found[name] = {"fingerprint": str(told.get("fingerprint", "")), "identity": str(told["identity"])}
-    return found
+                entry = source.spec_of(name)
+                identities[name] = {
+                    "fingerprint": str(entry.get("fingerprint", "")),
+                    "identity": str(entry["identity"]),
+                }
+    return identities
 
 
 def check_network(recipe: Recipe) -> None:
-    """Refuse to resume over another base: adapters belong to it, and the KL term measures from it."""
+    """Refuse to resume over another base network.
+
+    Adapters belong to the base network, and the KL term measures from the base network.
+    """
     before = _recorded(recipe.run.dir).get("network")
     if before is None:
         return
     now = network(recipe)
-    differing = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    differing = sorted(
+        name for name in before.keys() | now.keys() if before.get(name) != now.get(name)
+    )
     if differing:
         key = "model.path" if recipe.model.network is None else "model.network"
         raise UserError(
-            f"{key}={recipe.model.network or recipe.model.path}: the network's {differing[0]} is not the one that the "
-            f"run in {recipe.run.dir} began with; restore it, or choose another run.dir."
+            f"{key}={recipe.model.network or recipe.model.path}: the network's {differing[0]} is "
+            f"not the one that the run in {recipe.run.dir} began with; restore it, or choose "
+            "another run.dir."
         )
 
 
 def check_rewards(run: Path, sources: Sequence[Source]) -> list[str]:
-    """Refuse to resume with a reward of other weights.  returns what to tell of those whose code alone is another
+    """Refuse to resume with a reward of other weights.
 
     run: the folder of a run that has finished an iteration
+    returns a notice for each reward whose code alone has changed
     """
     before, notices = _recorded(run).get("rewards", {}), []
     for name, now in rewards(sources).items():
         known = before.get(name, now)
         if now["fingerprint"] != known["fingerprint"]:
             raise UserError(
-                f"rewards.name={name}: its weights or settings are not those that scored the run in {run} so far; "
-                "restore them (on its servers, too), or choose another run.dir."
+                f"rewards.name={name}: its weights or settings are not those that scored the run "
+                f"in {run} so far; restore them (on its servers, too), or choose another run.dir."
             )
         if now["identity"] != known["identity"]:
             notices.append(
-                f"reward {name}: its code or a library (torch, transformers, pillow) is another than when the run "
-                f"began; its scores may have moved ({run / FILE})"
+                f"reward {name}: its code or a library (torch, transformers, pillow) is another "
+                f"than when the run began; its scores may have moved ({run / FILE})"
             )
     return notices
 
 
 def _recorded(run: Path) -> dict[str, Any]:
-    """What was noted; nothing where no run got that far."""
+    """The record of a run; empty where no run got that far."""
     file = run / FILE
-    return read_json(file, "run.dir", "restore it, or choose another run.dir") if file.exists() else {}
+    if not file.exists():
+        return {}
+    return read_json(file, "run.dir", "restore it, or choose another run.dir")

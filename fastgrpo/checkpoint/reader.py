@@ -1,10 +1,9 @@
-"""The weights in a run's checkpoint, read one tensor at a time: for sampling and export, which train nothing.
+"""The weights of a checkpoint, read one tensor at a time: for sampling and export.
 
-No process group, no optimizer state, and the same on any number of ranks: a tensor is put together from the shards that
-the training ranks wrote, when it is asked for.
+No process group, no optimizer state, and the same on any number of ranks: a tensor is put together
+from the shards that the training ranks wrote, when it is asked for.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import read_json_or_none
 
 Step = int | Literal["best", "newest"]
 
@@ -23,41 +23,63 @@ Step = int | Literal["best", "newest"]
 def find(run: Path, step: Step) -> Path:
     """The folder of a published, whole checkpoint of a run.
 
-    step: its iterations; "newest"; or "best", the one with the highest mean training reward since the one before
-    Raises UserError where `run` is no run folder, has no such checkpoint, or a file of it is missing or cut short.
+    step: its iterations; "newest"; or "best", the one with the highest mean training reward since
+    the one before
+    Raises UserError where `run` is no run folder, has no such checkpoint, or a file of it is
+    missing or cut short.
     """
     if not (run / "recipe.toml").is_file() or not (run / "checkpoints").is_dir():
-        raise UserError(f"run={run}: no recipe.toml and checkpoints/ there, so not a run folder; give a run.dir.")
-    published = {int(p.name[5:]): p for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdecimal()}
+        raise UserError(
+            f"run={run}: no recipe.toml and checkpoints/ there, so not a run folder; give a "
+            "run.dir."
+        )
+    published = {
+        int(p.name[5:]): p for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdecimal()
+    }
     if not published:
-        raise UserError(f"run={run}: has no checkpoint yet; wait for the first one (checkpoint.every).")
+        raise UserError(
+            f"run={run}: has no checkpoint yet; wait for the first one (checkpoint.every)."
+        )
     newest = max(published)
     if step == "newest":
         step = newest
     elif step == "best":
         name = read_json(published[newest] / "progress.json").get("best")
         if name is None:
-            raise UserError(f"--step=best: no checkpoint of {run} has a valid reward; use --step {newest}.")
+            raise UserError(
+                f"--step=best: no checkpoint of {run} has a valid reward; use --step {newest}."
+            )
         step = int(str(name).removeprefix("step-"))
     if step not in published:
-        kept = ", ".join(map(str, sorted(published)))
-        raise UserError(f"--step={step}: {run} keeps no such checkpoint; use one of {kept}.")
+        steps = ", ".join(map(str, sorted(published)))
+        raise UserError(f"--step={step}: {run} keeps no such checkpoint; use one of {steps}.")
     check_intact(published[step])
     return published[step]
 
 
 def check_intact(checkpoint: Path) -> None:
-    """Compare the files of a checkpoint with its manifest. Raises UserError naming one that is missing or cut short."""
+    """Compare the files of a checkpoint with its manifest.
+
+    Raises UserError naming one that is missing or cut short.
+    """
     problem = wrong_size(checkpoint)
     if problem is not None:
         raise UserError(f"checkpoint={checkpoint}: {problem}; choose another --step.")
 
 
 def manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """{"bytes", "sha256"} of each file, by name. Raises UserError where it is missing or damaged."""
+    """{"bytes", "sha256"} of each file, by name.
+
+    Raises UserError where it is missing or damaged.
+    """
     entries = read_json(checkpoint / "manifest.json")
-    if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in entries.values()):
-        raise UserError(f"checkpoint={checkpoint}: manifest.json is not one of this version; choose another --step.")
+    if not all(
+        isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in entries.values()
+    ):
+        raise UserError(
+            f"checkpoint={checkpoint}: manifest.json is not one of this version; choose another "
+            "--step."
+        )
     return entries  # type: ignore[return-value]
 
 
@@ -74,19 +96,20 @@ def wrong_size(checkpoint: Path) -> str | None:
 
 def read_json(file: Path) -> dict[str, object]:
     """A JSON object of a checkpoint. Raises UserError where it is missing or damaged."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"checkpoint={file.parent}: {file.name} is missing or unreadable; choose another --step.")
+    content = read_json_or_none(file)
+    if content is None:
+        raise UserError(
+            f"checkpoint={file.parent}: {file.name} is missing or unreadable; choose another "
+            "--step."
+        )
     return content
 
 
 class Weights:
-    """The network's tensors of one checkpoint, by the names of the unsharded network; none is held.
+    """Reads the network's tensors of one checkpoint, by the names of the unsharded network.
 
-    averaged: whether they are the moving average, which is taken where the run kept one and `raw` does not forbid it.
+    averaged: whether the tensors are the moving average, which is taken where the run kept one and
+    `raw` does not forbid it.
     """
 
     def __init__(self, checkpoint: Path, raw: bool) -> None:
@@ -96,23 +119,28 @@ class Weights:
             self._metadata = self._reader.read_metadata()
         except Exception as error:  # unpickling what is no metadata can raise anything
             raise UserError(
-                f"checkpoint={checkpoint}: .metadata cannot be read ({error!r}); choose another --step."
+                f"checkpoint={checkpoint}: .metadata cannot be read ({error!r}); choose another "
+                "--step."
             ) from None
         self._reader.set_up_storage_reader(self._metadata, True)
         entries = self._metadata.state_dict_metadata
         self.averaged = not raw and any(key.startswith("ema.") for key in entries)
-        self._key_of = {key.removeprefix("model."): key for key in entries if key.startswith("model.")}
+        self._key_of = {
+            key.removeprefix("model."): key for key in entries if key.startswith("model.")
+        }
         if self.averaged:
-            self._key_of |= {key.removeprefix("ema."): key for key in entries if key.startswith("ema.")}
+            self._key_of |= {
+                key.removeprefix("ema."): key for key in entries if key.startswith("ema.")
+            }
 
     @property
     def label(self) -> str:
-        """What they are, for a caption: "step 30" or "step 30, EMA"."""
+        """Caption of the weights: "step 30" or "step 30, EMA"."""
         return self.checkpoint.name.replace("-", " ") + (", EMA" if self.averaged else "")
 
     @property
     def names(self) -> list[str]:
-        """In the network's order."""
+        """Names of the tensors, in the network's order."""
         return list(self._key_of)
 
     def layout(self, name: str) -> tuple[torch.Size, torch.dtype]:
@@ -122,7 +150,7 @@ class Weights:
         return entry.size, entry.properties.dtype
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor, on the CPU, in the dtype in which it was saved (float32)."""
+        """One whole tensor [...] on the CPU, in the dtype in which it was saved (float32)."""
         shape, dtype = self.layout(name)
         state = {self._key_of[name]: torch.empty(shape, dtype=dtype)}
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -131,8 +159,9 @@ class Weights:
             self._reader.read_data(planner.create_local_plan(), planner).wait()
         except (OSError, RuntimeError, EOFError) as error:
             raise UserError(
-                f"checkpoint={self.checkpoint}: {name} cannot be read ({str(error).splitlines()[0]}); a running "
-                "trainer may have removed it: choose another --step, or raise checkpoint.keep."
+                f"checkpoint={self.checkpoint}: {name} cannot be read "
+                f"({str(error).splitlines()[0]}); a running trainer may have removed it: choose "
+                "another --step, or raise checkpoint.keep."
             ) from None
         return state[self._key_of[name]]
 
@@ -140,7 +169,8 @@ class Weights:
 def check_names(expected: Mapping[str, torch.Size], trained: set[str], weights: Weights) -> None:
     """Compare a checkpoint with the network that its weights are meant for.
 
-    expected: shape by name of every tensor of the network;  trained: those that the checkpoint must hold
+    expected: shape by name of every tensor of the network;
+    trained: those that the checkpoint must hold
     Raises UserError naming the first tensor that is missing, unknown or of another shape.
     """
     where = f"checkpoint={weights.checkpoint}"
@@ -150,16 +180,20 @@ def check_names(expected: Mapping[str, torch.Size], trained: set[str], weights: 
             raise UserError(f"{where}: {name} is no tensor of the network; {remedy}")
         shape, _ = weights.layout(name)
         if shape != expected[name]:
-            raise UserError(f"{where}: {name} is {list(shape)}, but {list(expected[name])} in the network; {remedy}")
+            raise UserError(
+                f"{where}: {name} is {list(shape)}, but {list(expected[name])} in the network; "
+                f"{remedy}"
+            )
     if missing := sorted(trained - set(weights.names)):
         raise UserError(f"{where}: has no {missing[0]} (and {len(missing) - 1} more); {remedy}")
 
 
 @torch.no_grad()
 def load_into(network: nn.Module, weights: Weights) -> None:
-    """Put a checkpoint's weights into an unsharded network, in the network's own dtypes; one tensor at a time.
+    """Put a checkpoint's weights into an unsharded network, in the network's own dtypes.
 
-    What was frozen in training (the base weights under adapters) is not in the checkpoint and stays.
+    One tensor at a time is in memory beside the network. What was frozen in training (the base
+    weights under adapters) is not in the checkpoint and stays.
     """
     own = network.state_dict()
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}

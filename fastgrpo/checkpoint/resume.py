@@ -12,32 +12,44 @@ from fastgrpo.checkpoint import provenance
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.files import replace_text, sha256
+from fastgrpo.core.files import read_json, replace_text, sha256
 from fastgrpo.parallel.world import World
 
 FREE_SECTIONS = ("checkpoint", "track", "server", "distributed")
 FREE_TO_CHANGE = (
-    "run.dir", "run.iterations", "run.resume", "run.max_requeues", "run.preflight", "model.gradient_checkpointing",
-    "model.decode_batch", "prompts.cache", "rollout.batch_size", "rollout.store", "optimizer.batch_size",
+    "run.dir",
+    "run.iterations",
+    "run.resume",
+    "run.max_requeues",
+    "run.preflight",
+    "model.gradient_checkpointing",
+    "model.decode_batch",
+    "prompts.cache",
+    "rollout.batch_size",
+    "rollout.store",
+    "optimizer.batch_size",
     "evaluate.clips",
-)  # fmt: skip
+)
 FREE_OF_REWARDS = ("where", "urls", "device", "batch_size")
 """Keys of a reward that move its scores to another place or pace, and change none."""
 
 
 def check_folder(recipe: Recipe, world: World) -> None:
-    """Check, before anything is loaded or written, that what lies in the run's folder is this recipe's run."""
+    """Check, before anything is loaded or written, that a run in the folder is of this recipe."""
     total = recipe.prompts.per_iteration * recipe.rollout.samples_per_prompt
     if total < world.groups:
         raise UserError(
-            f"prompts.per_iteration={recipe.prompts.per_iteration}: {total} samples per iteration for {world.groups} "
-            f"groups of ranks; raise it, rollout.samples_per_prompt or distributed.sp, or start fewer processes."
+            f"prompts.per_iteration={recipe.prompts.per_iteration}: {total} samples per iteration "
+            f"for {world.groups} groups of ranks; raise it, rollout.samples_per_prompt or "
+            "distributed.sp, or start fewer processes."
         )
     folder = recipe.run.dir
     if not holds_run(folder):
         return
     if recipe.run.resume == "never":
-        raise UserError(f"run.dir={folder}: holds a run already; choose another folder or run.resume=auto.")
+        raise UserError(
+            f"run.dir={folder}: holds a run already; choose another folder or run.resume=auto."
+        )
     check_same_recipe(config.load(folder / "recipe.toml"), recipe)
     check_same_inputs(folder / "inputs.json", recipe)
     provenance.check_network(recipe)
@@ -46,11 +58,12 @@ def check_folder(recipe: Recipe, world: World) -> None:
 def holds_run(folder: Path) -> bool:
     """Whether an iteration was finished there: an attempt that failed before binds nobody."""
     metrics = folder / "metrics.jsonl"  # empty from the moment at which a tracker opens it
-    return (metrics.is_file() and metrics.stat().st_size > 0) or any(folder.glob("checkpoints/step-*"))
+    logged = metrics.is_file() and metrics.stat().st_size > 0
+    return logged or any(folder.glob("checkpoints/step-*"))
 
 
 def prepare_folder(recipe: Recipe, world: World) -> None:
-    """Make the run's folder and note in it what runs. On the main rank only."""
+    """Make the run's folder with recipe, inputs and environment. On the main rank only."""
     folder = recipe.run.dir
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / "recipe.toml", recipe.to_toml())
@@ -68,8 +81,8 @@ def check_same_recipe(old: Recipe, new: Recipe) -> None:
     ]
     if differing:
         raise UserError(
-            f"run.dir={new.run.dir}: holds a run of another recipe ({'; '.join(differing)}); choose another run.dir, "
-            "or remove the folder."
+            f"run.dir={new.run.dir}: holds a run of another recipe ({'; '.join(differing)}); "
+            "choose another run.dir, or remove the folder."
         )
 
 
@@ -80,34 +93,38 @@ def inputs(recipe: Recipe) -> dict[str, str]:
 
 
 def check_same_inputs(file: Path, recipe: Recipe) -> None:
-    """Refuse to resume on prompt files that were edited since: another order, another held-out comparison."""
-    before = json.loads(file.read_text())
+    """Refuse to resume on edited prompt files: the order or the held-out prompts would differ."""
+    before = read_json(file, "run.dir", "restore it, or choose another run.dir")
     for key, digest in inputs(recipe).items():
         if before.get(key) != digest:
             raise UserError(
-                f"{key}: the file has changed since the run in {recipe.run.dir} began; restore it, or choose another "
-                "run.dir."
+                f"{key}: the file has changed since the run in {recipe.run.dir} began; restore it, "
+                "or choose another run.dir."
             )
 
 
 def _is_free(key: str) -> bool:
-    """Whether a run may go on with another value there."""
+    """Whether a run may go on with another value of a key."""
     section, _, rest = key.partition(".")
     of_reward = section == "rewards" and rest.partition(".")[2] in FREE_OF_REWARDS
     return of_reward or section in FREE_SECTIONS or key in FREE_TO_CHANGE
 
 
 def _flat(recipe: Recipe) -> dict[str, object]:
-    """Every key as an override names it, such as "run.seed" and "rewards.0.dtype", and its value."""
+    """Value by key, as an override names it: "run.seed", "rewards.0.dtype"."""
     tables: dict[str, dict[str, object]] = {}
     for section, content in recipe.model_dump(mode="json").items():
-        several = isinstance(content, list)
-        tables |= {f"{section}.{n}": one for n, one in enumerate(content)} if several else {section: content}
-    return {f"{table}.{key}": value for table, fields in tables.items() for key, value in fields.items()}
+        if isinstance(content, list):
+            tables |= {f"{section}.{n}": entry for n, entry in enumerate(content)}
+        else:
+            tables[section] = content
+    return {
+        f"{table}.{key}": value for table, fields in tables.items() for key, value in fields.items()
+    }
 
 
 def environment(world: World) -> dict[str, object]:
-    """What the run runs on, for the report."""
+    """Versions and hardware, for the report."""
     import diffusers
     import transformers
 

@@ -103,12 +103,15 @@ class Stop:
             pass
 
     def _ask(self, busy: bool) -> tuple[Any, torch.Tensor]:
-        """Begin an agreement: was any rank asked to stop, and is any busy."""
+        """Begin an agreement, uint8 [2]: was any rank asked to stop, and is any busy."""
         flags = torch.tensor([self._wanted(), busy], dtype=torch.uint8)
         return dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True), flags
 
     def _answer(self, agreement: tuple[Any, torch.Tensor]) -> bool:
-        """Whether any rank is busy; raises Stopped where any was asked to stop."""
+        """Whether any rank is busy; raises Stopped where any was asked to stop.
+
+        agreement: the collective under way, and its flags, uint8 [2]
+        """
         under_way, flags = agreement
         under_way.wait()
         stop, any_busy = flags.tolist()

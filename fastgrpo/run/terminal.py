@@ -33,8 +33,8 @@ RECENT = 10  # iterations that the time left is estimated from
 
 def parts(names: Sequence[str] | Row, prefix: str = "reward/") -> list[str]:
     """The reward's parts among names of metrics, e.g. VQ, MQ, TA, in order of appearance."""
-    found = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    return [part for part in found if part not in ("sum", "invalid")]
+    every = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return [part for part in every if part not in ("sum", "invalid")]
 
 
 def duration(seconds: float) -> str:

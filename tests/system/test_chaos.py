@@ -49,8 +49,8 @@ def moments(chance: random.Random) -> list[tuple[str, InFile | InCall | None, in
         "publish, before the manifest": InFile(rf"write .*{step}\.partial/manifest\.json"),
         "publish, before the flush": InFile(rf"read .*{step}\.partial$"),
         "publish, before the rename": InFile(rf"rename .*{step}\.partial .*{step}$", chance.randint(1, 2)),
-        "publish, before `latest` is written": InFile(r"write .*/latest\.tmp"),
-        "publish, before `latest` is replaced": InFile(r"rename .*/latest\.tmp"),
+        "publish, before `latest` is written": InFile(r"write .*/latest\.\w+\.partial"),
+        "publish, before `latest` is replaced": InFile(r"rename .*/latest\.\w+\.partial"),
         "prune, before the rename": InFile(rf"rename .*{step} .*{step}\.partial$"),
         "prune, half removed": InFile(r"remove __1_0\.distcp", chance.randint(1, 2)),
     }
