@@ -1,6 +1,7 @@
 """Prompt files as rows: text with a prompt per line, JSONL, CSV and Parquet with named columns.
 
-Files are read as a stream and only as far as the caller goes on, so that one of millions of rows may be given.
+Files are read as a stream and only as far as the caller goes on, so that one of millions of rows
+may be given.
 """
 
 import csv
@@ -18,7 +19,7 @@ PARQUET_BATCH = 4096  # rows decoded at a time
 
 @dataclass(frozen=True)
 class Row:
-    """One row: where it stands, such as "line 12", its values by column, and what is wrong with it as a whole."""
+    """A row: its position, such as "line 12", its values by column, its problem as a whole."""
 
     place: str
     values: Mapping[str, object] = field(default_factory=dict)
@@ -28,10 +29,12 @@ class Row:
 def rows(path: str, source: str, columns: Mapping[str, str]) -> Iterator[Row]:
     """The rows of a prompt file, from its first on.
 
-    source: the recipe key that names the file;  columns: recipe key -> the column it asks for; of a text file, whose
+    source: the recipe key that names the file;
+    columns: recipe key -> the column it asks for; of a text file, whose
     only column is the line, `prompts.column` names that column and no other key may be there
-    Raises UserError for a file that cannot be read, of another kind, or (CSV, Parquet) without one of the columns; in
-    JSONL each row has its own keys, and what a row lacks is missing in its values.
+    Raises UserError for a file that cannot be read, of another kind, or (CSV, Parquet) without one
+    of the columns; in JSONL each row has its own keys, and what a row lacks is missing in its
+    values.
     """
     kind = Path(path).suffix.lower()
     readers = {".txt": _text, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
@@ -40,12 +43,18 @@ def rows(path: str, source: str, columns: Mapping[str, str]) -> Iterator[Row]:
     try:
         yield from readers[kind](Path(path), columns)
     except OSError as error:
-        problem = "no such file" if isinstance(error, FileNotFoundError) else (error.strerror or str(error))
-        raise UserError(f"{source}={path}: {problem}; give a prompt file ({', '.join(KINDS)}).") from None
+        problem = (
+            "no such file"
+            if isinstance(error, FileNotFoundError)
+            else (error.strerror or str(error))
+        )
+        raise UserError(
+            f"{source}={path}: {problem}; give a prompt file ({', '.join(KINDS)})."
+        ) from None
     except UnicodeDecodeError:
         raise UserError(
-            f"{source}={path}: line {_first_bad_line(Path(path))} is not UTF-8; convert the file, e.g. "
-            "iconv -f latin1 -t utf-8."
+            f"{source}={path}: line {_first_bad_line(Path(path))} is not UTF-8; convert the file, "
+            "e.g. iconv -f latin1 -t utf-8."
         ) from None
 
 
@@ -53,7 +62,8 @@ def _text(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
     for key, column in columns.items():
         if key != "prompts.column":
             raise UserError(
-                f"{key}={column}: {path} is plain text and has no columns; give its rows as .jsonl, .csv or .parquet."
+                f"{key}={column}: {path} is plain text and has no columns; give its rows as "
+                ".jsonl, .csv or .parquet."
             )
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
@@ -66,16 +76,16 @@ def _jsonl(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            place = f"line {number}"
+            position = f"line {number}"
             try:
                 values = json.loads(line)
             except (ValueError, RecursionError):
-                yield Row(place, problem="is not JSON")
+                yield Row(position, problem="is not JSON")
                 continue
             if isinstance(values, dict):
-                yield Row(place, values)
+                yield Row(position, values)
             else:
-                yield Row(place, problem="is not a JSON object")
+                yield Row(position, problem="is not a JSON object")
 
 
 def _csv(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
@@ -93,7 +103,9 @@ def _csv(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
                 yield Row(f"line {start}", values, problem)
                 start = reader.line_num + 1
         except csv.Error as error:
-            raise UserError(f"{path}: line {start} is not CSV ({error}); correct its quotes.") from None
+            raise UserError(
+                f"{path}: line {start} is not CSV ({error}); correct its quotes."
+            ) from None
 
 
 def _parquet(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
@@ -102,25 +114,32 @@ def _parquet(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
         from pyarrow import parquet
     except ImportError:
         raise UserError(
-            f"{path}: reading Parquet needs pyarrow; pip install 'fastgrpo[data]', or give the rows as .jsonl or .csv."
+            f"{path}: reading Parquet needs pyarrow; pip install 'fastgrpo[data]', or give the "
+            "rows as .jsonl or .csv."
         ) from None
     try:
         with parquet.ParquetFile(path) as file:
             _check_columns(path, columns, file.schema_arrow.names)
             number = 0
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=sorted(set(columns.values()))):
+            for batch in file.iter_batches(
+                batch_size=PARQUET_BATCH, columns=sorted(set(columns.values()))
+            ):
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(f"row {number}", values)
     except pyarrow.ArrowException as error:
         problem = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a Parquet file that can be read ({problem}); download it again.") from None
+        raise UserError(
+            f"{path}: not a Parquet file that can be read ({problem}); download it again."
+        ) from None
 
 
 def _check_columns(path: Path, columns: Mapping[str, str], present: list[Any]) -> None:
     for key, column in columns.items():
         if column not in present:
-            raise UserError(f"{key}={column}: no such column in {path}; it has {', '.join(map(str, present))}.")
+            raise UserError(
+                f"{key}={column}: no such column in {path}; it has {', '.join(map(str, present))}."
+            )
 
 
 def _first_bad_line(path: Path) -> int:

@@ -1,8 +1,8 @@
-"""Video files: clips to MP4 that every browser plays, back to pixels, and sheets of frames to look at.
+"""Video files: clips to MP4 that every browser plays, MP4 to pixels, and sheets of frames.
 
-Pixels are uint8 `[F, H, W, 3]`, RGB, as a torch tensor or a numpy array. The files are H.264, yuv420p, BT.709 and
-tagged as such, so that players and `read_mp4` agree on the colours. The bytes depend on the pixels, the frame rate
-and the version of the encoder only: no date, no thread count.
+Pixels are uint8 `[F, H, W, 3]`, RGB, as a torch tensor or a numpy array. The files are H.264,
+yuv420p, BT.709 and tagged as such, so that players and `read_mp4` agree on the colours. The bytes
+depend on the pixels, the frame rate and the version of the encoder only: no date, no thread count.
 """
 
 import io
@@ -21,8 +21,10 @@ from torch import Tensor
 
 Pixels = Tensor | NDArray[np.uint8]
 
-SMALLEST_SIDE = 192  # clips with a shorter side are enlarged: H.264 would smear their colours and players blur them
-CRF = "16"  # x264's quality: visually lossless for flat colours, a few hundred kB for 73 frames of 480x480
+# clips with a shorter side are enlarged: H.264 would smear their colours and players blur them
+SMALLEST_SIDE = 192
+# x264's quality: visually lossless for flat colours, a few hundred kB for 73 frames of 480x480
+CRF = "16"
 # one thread: the same bytes on every machine; no B-frames: the first frame is at time 0
 X264 = {"crf": CRF, "preset": "medium", "bf": "0", "threads": "1"}
 
@@ -31,8 +33,8 @@ def mp4_bytes(pixels: Pixels, fps: float) -> bytes:
     """A clip as the bytes of an MP4 file; the same clip always gives the same bytes.
 
     pixels: uint8 [F, H, W, 3], F >= 1;  fps: frames per second, > 0
-    A short side under 192 pixels is enlarged by a whole factor (nearest neighbour, 32 -> 192); odd sides then get one
-    more row or column, because yuv420p needs even ones.
+    A short side under 192 pixels is enlarged by a whole factor (nearest neighbour, 32 -> 192); odd
+    sides then get one more row or column, because yuv420p needs even ones.
     ValueError: another shape, dtype or frame rate.
     """
     frames = _presentable(as_array(pixels, dimensions=4))
@@ -56,7 +58,10 @@ def mp4_bytes(pixels: Pixels, fps: float) -> bytes:
 
 
 def write_mp4(path: Path, pixels: Pixels, fps: float) -> None:
-    """Writes `mp4_bytes(pixels, fps)` to a file, making its folder when there is none."""
+    """Write `mp4_bytes(pixels, fps)` to a file, making its folder where there is none.
+
+    pixels: uint8 [F, H, W, 3];  fps: frames per second
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(mp4_bytes(pixels, fps))
 
@@ -73,12 +78,16 @@ def read_mp4(path: Path, indices: Sequence[int] | None = None) -> tuple[Tensor, 
         raise ValueError(f"indices={wanted}: give frame numbers from 0 up, in ascending order")
     try:
         frames, count, fps = _decode(path, wanted)
-    except (av.error.InvalidDataError, IndexError) as error:  # IndexError: no video stream in the file
+    # IndexError: no video stream in the file
+    except (av.error.InvalidDataError, IndexError) as error:
         raise ValueError(f"{path}: not a video file that can be read ({error})") from error
     if wanted is None:
         wanted = list(frames)
     if not wanted or wanted[-1] not in frames:
-        raise ValueError(f"{path}: frame {wanted[-1] if wanted else 0} was asked for, but it has only {count} frames")
+        raise ValueError(
+            f"{path}: frame {wanted[-1] if wanted else 0} was asked for, but it has only {count} "
+            "frames"
+        )
     return torch.from_numpy(np.stack([frames[i] for i in wanted])), fps
 
 
@@ -88,11 +97,14 @@ def contact_sheet(
     """Clips as one picture: a row for each clip, a column for each frame, a label over each row.
 
     clips: uint8 [N, F, H, W, 3];  labels: N texts, shortened with an ellipsis where they do not fit
-    smallest_side: frames with a shorter side are enlarged by a whole factor to at least this many pixels
+    smallest_side: frames with a shorter side are enlarged by a whole factor to at least this many
+    pixels
     """
     array = as_array(clips, dimensions=5)
     if labels is not None and len(labels) != len(array):
-        raise ValueError(f"labels={len(labels)} texts: there are {len(array)} clips; give one text for each")
+        raise ValueError(
+            f"labels={len(labels)} texts: there are {len(array)} clips; give one text for each"
+        )
     array = _enlarge(array, smallest_side)
     count, frames, height, width = array.shape[:4]
     gap, head = 4, 0 if labels is None else 20
@@ -112,20 +124,28 @@ def contact_sheet(
 
 
 def write_png(path: Path, pixels: Pixels) -> None:
-    """Writes one image, uint8 [H, W, 3], as PNG, making its folder when there is none."""
+    """Write one image, uint8 [H, W, 3], as PNG, making its folder when there is none."""
     array = as_array(pixels, dimensions=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path, format="PNG")
 
 
 def as_array(pixels: Pixels, dimensions: int) -> NDArray[np.uint8]:
-    """The pixels as a numpy array [..., H, W, 3] on the CPU. ValueError: wrong shape, no pixels or not uint8."""
+    """The pixels as a numpy array [..., H, W, 3] on the CPU.
+
+    ValueError: wrong shape, no pixels or not uint8.
+    """
     array = pixels.detach().cpu().numpy() if isinstance(pixels, Tensor) else np.asarray(pixels)
     if array.dtype != np.uint8:
-        raise ValueError(f"pixels of dtype {array.dtype}: must be uint8; scale to 0..255, round and cast first")
+        raise ValueError(
+            f"pixels of dtype {array.dtype}: must be uint8; scale to 0..255, round and cast first"
+        )
     if array.ndim != dimensions or array.shape[-1] != 3 or array.size == 0:
         layout = ["N", "F", "H", "W", "3"][-dimensions:]
-        raise ValueError(f"pixels of shape {list(array.shape)}: must be [{', '.join(layout)}] with at least one pixel")
+        raise ValueError(
+            f"pixels of shape {list(array.shape)}: must be [{', '.join(layout)}] with at least one "
+            "pixel"
+        )
     return array
 
 
@@ -137,16 +157,21 @@ def _presentable(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _enlarge(frames: NDArray[np.uint8], smallest_side: int) -> NDArray[np.uint8]:
+    """Frames [..., H, W, 3] with sides of at least `smallest_side`, by a whole factor."""
     factor = -(-smallest_side // min(frames.shape[-3:-1]))
     return frames.repeat(factor, axis=-3).repeat(factor, axis=-2) if factor > 1 else frames
 
 
 def _to_yuv(rgb: av.VideoFrame) -> av.VideoFrame:
-    return rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+    return rgb.reformat(
+        format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+    )
 
 
-def _decode(path: Path, wanted: list[int] | None) -> tuple[dict[int, NDArray[np.uint8]], int, float]:
-    """The wanted frames by number, how many frames were decoded for them, frames per second."""
+def _decode(
+    path: Path, wanted: list[int] | None
+) -> tuple[dict[int, NDArray[np.uint8]], int, float]:
+    """Frames by number, uint8 [H, W, 3] each, the number of decoded ones, frames per second."""
     frames = {}
     count = 0
     with av.open(str(path)) as container:

@@ -1,4 +1,5 @@
-"""The tiny world: clips of coloured shapes that move, their captions, and the command that trains its networks.
+"""The tiny world: clips of coloured shapes that move, their captions, and tiny networks for them.
 
-`python -m fastgrpo.data.tiny_world` makes data/tiny_hunyuan_video. Read `shapes.py` first. Imports core alone.
+`python -m fastgrpo.data.tiny_world` makes data/tiny_hunyuan_video. Read `shapes.py` first. Imports
+core alone.
 """

@@ -1,21 +1,23 @@
-"""Make the tiny world: a small HunyuanVideo in the diffusers folder layout, trained from nothing on `shapes`.
+"""Make the tiny world: a small HunyuanVideo in the diffusers layout, trained on `shapes`.
 
     python -m fastgrpo.data.tiny_world OUT_FOLDER [--vae-steps N] [--clips N] [--steps N] [--seed N]
         [--only tokenizers,vae,...] [--keep 600,1200]
 
-writes OUT_FOLDER/{transformer,vae,text_encoder,text_encoder_2,tokenizer,tokenizer_2,scheduler,model_index.json}, and
-beside it tiny_world_train.txt and tiny_world_heldout.txt, one caption a line. Only training meanings are ever shown to
-the networks. The folder is made of the classes of the full model, so `HunyuanVideoPipeline.from_pretrained` loads it.
+writes OUT_FOLDER/{transformer,vae,text_encoder,text_encoder_2,tokenizer,tokenizer_2,scheduler,
+model_index.json}, and beside it tiny_world_train.txt and tiny_world_heldout.txt, one caption a
+line. Only training meanings are ever shown to the networks. The folder is made of the classes of
+the full model, so `HunyuanVideoPipeline.from_pretrained` loads it.
 
-Stages, in this order (`--only` picks some; a later stage reads what an earlier one left in OUT_FOLDER):
+Stages, in this order (`--only` picks some; a later stage reads what an earlier one left):
     prompts      the two caption files
-    tokenizers   one token a caption word; the prompt template before the prompt takes 95 tokens, as in the full model
-    vae          clip [3, 9, 32, 32] <-> latent [8, 3, 8, 8]; scaling_factor makes the latents' std 1
-    transformer  flow matching, x_t = (1 - t) x_0 + t e, target v = e - x_0 (Lipman et al. 2022), jointly with both text
-                 encoders; the weights written are an exponential moving average
-The learning rate of the transformer stage does not depend on --steps: `--steps 600` gives what `--steps 2500` has
-after 600 steps. Same seed, machine and thread count: same bytes. With the defaults, on two cores of their own: 13
-minutes for the VAE, one for the latents, three for the transformer.
+    tokenizers   one token a caption word; the prompt template takes 95 tokens, as in the full model
+    vae          clip [3, 9, 32, 32] <-> latent [8, 3, 8, 8]; scaling_factor makes the std 1
+    transformer  flow matching, x_t = (1 - t) x_0 + t e, target v = e - x_0 (Lipman et al. 2022),
+                 jointly with both text encoders; the weights written are a moving average
+The learning rate of the transformer stage does not depend on --steps: `--steps 600` gives what
+`--steps 2500` has after 600 steps. Same seed, machine and thread count: same bytes. With the
+defaults, on two cores of their own: 13 minutes for the VAE, one for the latents, three for the
+transformer.
 """
 
 import argparse
@@ -38,7 +40,14 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+)
 
 from fastgrpo.core.errors import UserError
 from fastgrpo.data.tiny_world import shapes
@@ -46,24 +55,25 @@ from fastgrpo.data.tiny_world.text import clip_tokenizer, encode, encode_pooled,
 from fastgrpo.data.tiny_world.vae import CHANNELS, latents_of, new_vae, train_vae
 
 STAGES = ("prompts", "tokenizers", "vae", "transformer")
-GUIDANCE = 6.0  # the embedded guidance scale that the transformer always saw; the network is given 1000 times it
+# the embedded guidance scale that the transformer always saw; the network is given 1000 times it
+GUIDANCE = 6.0
 SHIFT = 3.0  # of the scheduler's times, in training and in sampling
 BATCH = 32
 RATE = 1.5e-3
 EMA = 0.99
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How much of what the command does."""
+    """The stages to run and their sizes."""
 
     stages: tuple[str, ...] = STAGES
     vae_steps: int = 3000
     clips: int = 4800
     """Latents that the transformer stage draws its batches from."""
     steps: int = 600
-    """Of the transformer stage. The default stops early: the colour is right then and the direction mostly, path and
-    shape are not, so that there is something left for a reward to teach."""
+    """Optimizer steps of the transformer stage. The default stops early: the colour is right then
+    and the direction mostly, path and shape are not, so that a reward has something to teach."""
     keep: tuple[int, ...] = ()
     """Steps after which a copy is written too."""
     seed: int = 0
@@ -71,7 +81,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Networks:
-    """What the transformer stage trains."""
+    """The networks that the transformer stage trains."""
 
     transformer: HunyuanVideoTransformer3DModel
     text_encoder: LlamaModel
@@ -82,12 +92,16 @@ class Networks:
             yield from module.parameters()
 
 
-# ---------------------------------------------------------------------------------------------------- prompts
+# ---------------------------------------------------------------- prompts
 def prompts(seed: int) -> tuple[list[str], list[str]]:
-    """(training, held-out) captions: every wording of the 120 training meanings in a varied order, and one wording of
-    each of the 24 held-out meanings."""
+    """(training, held-out) captions, in a varied order.
+
+    Every wording of the 120 training meanings, one wording of each of the 24 held-out meanings.
+    """
     rng = np.random.default_rng([seed, 0])
-    training, held_out = ([wanted[i] for i in rng.permutation(len(wanted))] for wanted in shapes.meanings())
+    training, held_out = (
+        [wanted[i] for i in rng.permutation(len(wanted))] for wanted in shapes.meanings()
+    )
     wordings = 2 * len(shapes.WORDINGS)
     return (
         [shapes.caption(m, i + turn) for turn in range(wordings) for i, m in enumerate(training)],
@@ -96,14 +110,16 @@ def prompts(seed: int) -> tuple[list[str], list[str]]:
 
 
 def write_prompts(folder: Path, seed: int) -> None:
-    """Writes tiny_world_train.txt and tiny_world_heldout.txt into the folder."""
+    """Write tiny_world_train.txt and tiny_world_heldout.txt into the folder."""
     for name, lines in zip(("train", "heldout"), prompts(seed), strict=True):
-        (folder / f"tiny_world_{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        (folder / f"tiny_world_{name}.txt").write_text(
+            "".join(f"{line}\n" for line in lines), encoding="utf-8"
+        )
 
 
-# ---------------------------------------------------------------------------------------------------- transformer
+# ---------------------------------------------------------------- transformer
 def new_networks(tokenizer: PreTrainedTokenizerFast, tokenizer_2: CLIPTokenizer) -> Networks:
-    """Untrained transformer (1.5 M parameters) and text encoders (0.2 M), sized for the tokenizers."""
+    """Untrained transformer (1.5 M parameters) and text encoders (0.2 M) for the tokenizers."""
     transformer = HunyuanVideoTransformer3DModel(
         in_channels=CHANNELS,
         out_channels=CHANNELS,
@@ -127,7 +143,8 @@ def new_networks(tokenizer: PreTrainedTokenizerFast, tokenizer_2: CLIPTokenizer)
         num_hidden_layers=4,
         num_attention_heads=4,
         max_position_embeddings=512,
-        initializer_range=0.2,  # the usual 0.02 suits thousands of channels: here words would start out all alike
+        # the usual 0.02 suits thousands of channels: here words would start out all alike
+        initializer_range=0.2,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=None,
@@ -146,13 +163,17 @@ def new_networks(tokenizer: PreTrainedTokenizerFast, tokenizer_2: CLIPTokenizer)
     return Networks(transformer, LlamaModel(llama), CLIPTextModel(clip))
 
 
-def flow_loss(transformer: nn.Module, x_0: Tensor, text: Tensor, pooled: Tensor, noise: torch.Generator) -> Tensor:
+def flow_loss(
+    transformer: nn.Module, x_0: Tensor, text: Tensor, pooled: Tensor, noise: torch.Generator
+) -> Tensor:
     """Mean squared error of the velocity, at times distributed as the sampler's.
 
     x_0: float32 [B, C, F, H, W];  text: [B, L, D], all of one length;  pooled: [B, D']
+    returns a float32 scalar
     """
     batch = len(x_0)
-    u = (torch.rand(batch, generator=noise) + torch.arange(batch)) / batch  # stratified: less noise in the loss
+    # stratified: less noise in the loss
+    u = (torch.rand(batch, generator=noise) + torch.arange(batch)) / batch
     t = SHIFT * u / (1.0 + (SHIFT - 1.0) * u)
     e = torch.randn(x_0.shape, generator=noise)
     t_ = t.view(-1, 1, 1, 1, 1)
@@ -169,33 +190,46 @@ def flow_loss(transformer: nn.Module, x_0: Tensor, text: Tensor, pooled: Tensor,
 
 
 class Batches:
-    """Endless (latents, captions) batches in which all captions have the same number of tokens."""
+    """Endless (latents, captions) batches whose captions have the same number of tokens.
 
-    def __init__(self, latents: Tensor, which: Sequence[int], tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    latents: float32 [N, C, F, H, W];  which: N indices of meanings
+    """
+
+    def __init__(
+        self, latents: Tensor, which: Sequence[int], tokenizer: PreTrainedTokenizerFast, seed: int
+    ) -> None:
         self.latents, self.which = latents, which
         self.rng = np.random.default_rng([seed, 3])
         self.training, _ = shapes.meanings()
         said = [shapes.caption(self.training[0], w) for w in range(2 * len(shapes.WORDINGS))]
         lengths = [len(ids) for ids in tokenizer(said).input_ids]
-        self.classes = [[w for w, n in enumerate(lengths) if n == length] for length in sorted(set(lengths))]
+        self.classes = [
+            [w for w, n in enumerate(lengths) if n == length] for length in sorted(set(lengths))
+        ]
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[str]]]:
+        """Latents float32 [B, C, F, H, W] and B captions, again and again."""
         while True:
             wordings = self.classes[self.rng.integers(len(self.classes))]
             rows = self.rng.integers(len(self.latents), size=BATCH)
             chosen = self.rng.choice(wordings, size=BATCH)
-            said = [shapes.caption(self.training[self.which[r]], int(w)) for r, w in zip(rows, chosen, strict=True)]
+            said = [
+                shapes.caption(self.training[self.which[r]], int(w))
+                for r, w in zip(rows, chosen, strict=True)
+            ]
             yield self.latents[rows], said
 
 
 def learning_rate(step: int) -> float:
-    """Of step 1, 2, ...: a warm-up over 100 steps, then constant to step 400, then as 1 / sqrt(step)."""
+    """Rate of step 1, 2, ...: warm-up to 100, constant to 400, then as 1 / sqrt(step)."""
     return RATE * min(step / 100, 1.0, math.sqrt(400 / step))
 
 
 def train_transformer(pipeline: HunyuanVideoPipeline, folder: Path, plan: Plan) -> None:
-    """Trains the networks of the pipeline and writes their moving average, with the rest of the pipeline, to `folder`
-    after the last step and to `folder`-N after each step N of `plan.keep`."""
+    """Train the networks of the pipeline and write the pipeline with their moving averages.
+
+    To `folder` after the last step, and to `folder`-N after each step N of `plan.keep`.
+    """
     tokenizer, tokenizer_2 = pipeline.tokenizer, pipeline.tokenizer_2
     begun = time.monotonic()
     latents, which = latents_of(pipeline.vae, plan.clips, np.random.default_rng([plan.seed, 2]))
@@ -212,7 +246,7 @@ def train_transformer(pipeline: HunyuanVideoPipeline, folder: Path, plan: Plan) 
         x_0, captions = next(batches)
         text = encode(tokenizer, trained.text_encoder, captions)
         pooled = encode_pooled(tokenizer_2, trained.text_encoder_2, captions)
-        loss = flow_loss(trained.transformer, x_0, text, pooled, noise)
+        loss = flow_loss(trained.transformer, x_0, text=text, pooled=pooled, noise=noise)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -223,16 +257,19 @@ def train_transformer(pipeline: HunyuanVideoPipeline, folder: Path, plan: Plan) 
             torch._foreach_lerp_(averages, parameters, weight)
         running += loss.item()
         if step % 50 == 0:
-            print(f"step {step} of {plan.steps}: loss {running / 50:.4f}, {time.monotonic() - begun:.0f} s", flush=True)
+            spent = time.monotonic() - begun
+            print(
+                f"step {step} of {plan.steps}: loss {running / 50:.4f}, {spent:.0f} s", flush=True
+            )
             running = 0.0
         if step in plan.keep:
             pipeline.save_pretrained(folder.with_name(f"{folder.name}-{step}"))
     pipeline.save_pretrained(folder)
 
 
-# ---------------------------------------------------------------------------------------------------- the command
+# ---------------------------------------------------------------- the command
 def make(folder: Path, plan: Plan) -> None:
-    """Runs the stages of the plan, in their order, into the folder.
+    """Run the stages of the plan, in their order, into the folder.
 
     raises UserError where a stage needs what is not there yet
     """
@@ -250,7 +287,10 @@ def make(folder: Path, plan: Plan) -> None:
     if "transformer" in plan.stages:
         for part in ("tokenizer", "tokenizer_2", "vae"):
             if not (folder / part).is_dir():
-                raise UserError(f"OUT_FOLDER={folder}: no {part}/ in it; run the stages tokenizers and vae first")
+                raise UserError(
+                    f"OUT_FOLDER={folder}: no {part}/ in it; run the stages tokenizers "
+                    "and vae first"
+                )
         with seeded(plan.seed):
             pipeline = untrained_pipeline(folder)
         train_transformer(pipeline, folder, plan)
@@ -258,7 +298,7 @@ def make(folder: Path, plan: Plan) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Networks take their initial weights from torch's global generator: seeded inside, as before afterwards."""
+    """Seed torch's global generator inside: networks take their initial weights from there."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -285,38 +325,54 @@ def untrained_pipeline(folder: Path) -> HunyuanVideoPipeline:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code, 2 for a user's mistake."""
     usual = Plan()
-    parser = argparse.ArgumentParser("python -m fastgrpo.data.tiny_world", description="Make the tiny HunyuanVideo.")
+    parser = argparse.ArgumentParser(
+        "python -m fastgrpo.data.tiny_world", description="Make the tiny HunyuanVideo."
+    )
     add = parser.add_argument
     add("folder", metavar="OUT_FOLDER", type=Path)
-    add("--vae-steps", type=int, default=usual.vae_steps, metavar="N", help=f"of 8 clips (default {usual.vae_steps})")
-    add("--clips", type=int, default=usual.clips, metavar="N", help=f"to train with (default {usual.clips})")
-    add("--steps", type=int, default=usual.steps, metavar="N", help=f"of 32 latents (default {usual.steps})")
-    add("--seed", type=int, default=usual.seed, metavar="N", help=f"(default {usual.seed})")
-    add("--only", default=",".join(STAGES), metavar="STAGE,...", help=f"some of {','.join(STAGES)}")
-    add("--keep", default="", metavar="N,...", help="also write OUT_FOLDER-N as it is after transformer step N")
+    for name, default, meaning in (
+        ("--vae-steps", usual.vae_steps, "of 8 clips "),
+        ("--clips", usual.clips, "to train with "),
+        ("--steps", usual.steps, "of 32 latents "),
+        ("--seed", usual.seed, ""),
+    ):
+        add(name, type=int, default=default, metavar="N", help=f"{meaning}(default {default})")
+    stages = ",".join(STAGES)
+    add("--only", default=stages, metavar="STAGE,...", help=f"some of {stages}")
+    text = "also write OUT_FOLDER-N as it is after transformer step N"
+    add("--keep", default="", metavar="N,...", help=text)
     try:
-        given = parser.parse_args(arguments)
-        make(given.folder, plan_of(given))
+        options = parser.parse_args(arguments)
+        make(options.folder, plan_of(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def plan_of(given: argparse.Namespace) -> Plan:
+def plan_of(options: argparse.Namespace) -> Plan:
     """The plan that the arguments describe.
 
     raises UserError for a value out of range
     """
-    stages = tuple(given.only.split(","))
+    stages = tuple(options.only.split(","))
     for stage in stages:
         if stage not in STAGES:
-            raise UserError(f"--only={given.only}: no stage '{stage}'; use some of {','.join(STAGES)}")
+            raise UserError(
+                f"--only={options.only}: no stage '{stage}'; use some of {','.join(STAGES)}"
+            )
     for name, least in (("vae_steps", 1), ("clips", 1), ("steps", 1), ("seed", 0)):
-        if getattr(given, name) < least:
+        if getattr(options, name) < least:
             option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{option}={getattr(given, name)}: too small; use {least} or more")
-    if not re.fullmatch(r"(\d+(,\d+)*)?", given.keep):
-        raise UserError(f"--keep={given.keep}: not a list of steps; write it as 600,1200")
-    keep = tuple(int(step) for step in given.keep.split(",") if step)
-    return Plan(stages, given.vae_steps, given.clips, given.steps, keep, given.seed)
+            raise UserError(f"{option}={getattr(options, name)}: too small; use {least} or more")
+    if not re.fullmatch(r"(\d+(,\d+)*)?", options.keep):
+        raise UserError(f"--keep={options.keep}: not a list of steps; write it as 600,1200")
+    keep = tuple(int(step) for step in options.keep.split(",") if step)
+    return Plan(
+        stages=stages,
+        vae_steps=options.vae_steps,
+        clips=options.clips,
+        steps=options.steps,
+        keep=keep,
+        seed=options.seed,
+    )

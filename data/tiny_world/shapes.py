@@ -1,8 +1,8 @@
-"""The tiny world: coloured shapes that move over a plain background, their captions, and how to draw them.
+"""Coloured shapes that move over a plain background, their captions, and how to draw both.
 
-A clip is fixed by its `Meaning` (colour, shape, direction, speed) and a starting point. Captions say a meaning in one
-of several wordings; `parse` finds the meaning in a caption again, whatever the wording.
-Lengths are in pixels of a 32-pixel canvas and scale with the canvas.
+A clip is fixed by its `Meaning` (colour, shape, direction, speed) and a starting point. Captions
+say a meaning in one of several wordings; `parse` finds the meaning in a caption again, whatever the
+wording. Lengths are in pixels of a 32-pixel canvas and scale with the canvas.
 """
 
 import math
@@ -24,7 +24,8 @@ COLOURS = {
     "cyan": (72, 208, 220),
 }
 SHAPES = ("circle", "square", "triangle")
-DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}  # x right, y down
+# x right, y down
+DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 SPEEDS = {"slow": 0.8, "fast": 1.8}  # pixels per frame
 FRAMES = 9
 FPS = 8.0
@@ -42,7 +43,7 @@ SPEED_WORDS = {"slow": ("slowly", "gently"), "fast": ("quickly", "rapidly")}
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a caption asks for; each field is a key of the table of its name above."""
+    """The content of a caption; each field is a key of the table of its name above."""
 
     colour: str
     shape: str
@@ -57,15 +58,18 @@ class Meaning:
 
 
 def meanings() -> tuple[list[Meaning], list[Meaning]]:
-    """(training, held-out) meanings, 120 and 24: disjoint, with every colour, shape, direction and speed in both."""
+    """(training, held-out) meanings, 120 and 24, disjoint; every colour, shape, ... is in both."""
     training: list[Meaning] = []
     held_out: list[Meaning] = []
     for c, colour in enumerate(COLOURS):
         for s, shape in enumerate(SHAPES):
             for d, direction in enumerate(DIRECTIONS):
                 for v, speed in enumerate(SPEEDS):
-                    kept = (c + 2 * s + d + 3 * v) % len(COLOURS) == 0  # one colour of each (shape, direction, speed)
-                    (held_out if kept else training).append(Meaning(colour, shape, direction, speed))
+                    # one colour of each (shape, direction, speed)
+                    apart = (c + 2 * s + d + 3 * v) % len(COLOURS) == 0
+                    (held_out if apart else training).append(
+                        Meaning(colour, shape, direction, speed)
+                    )
     return training, held_out
 
 
@@ -73,7 +77,9 @@ def caption(meaning: Meaning, wording: int) -> str:
     """The meaning in words; wordings 0..11 differ in order, verb and the word for the speed."""
     template = WORDINGS[wording % len(WORDINGS)]
     speed = SPEED_WORDS[meaning.speed][wording // len(WORDINGS) % 2]
-    return template.format(colour=meaning.colour, shape=meaning.shape, direction=meaning.direction, speed=speed)
+    return template.format(
+        colour=meaning.colour, shape=meaning.shape, direction=meaning.direction, speed=speed
+    )
 
 
 def captions(wanted: list[Meaning]) -> Iterator[str]:
@@ -84,7 +90,10 @@ def captions(wanted: list[Meaning]) -> Iterator[str]:
 
 
 def parse(text: str) -> Meaning | None:
-    """The meaning of a caption in any wording; None where a colour, shape, direction or speed is missing or doubled."""
+    """The meaning of a caption in any wording.
+
+    None where a colour, shape, direction or speed is missing or doubled.
+    """
     words = text.lower().replace("wards", "").split()
     speed_of = {word: speed for speed, group in SPEED_WORDS.items() for word in group}
     colour = [w for w in words if w in COLOURS]
@@ -96,7 +105,9 @@ def parse(text: str) -> Meaning | None:
     return Meaning(colour[0], shape[0], direction[0], speed[0])
 
 
-def shape_mask(shape: str, centre: NDArray[np.float64], size: int, supersample: int = 4) -> NDArray[np.float64]:
+def shape_mask(
+    shape: str, centre: NDArray[np.float64], size: int, supersample: int = 4
+) -> NDArray[np.float64]:
     """Coverage in [0, 1] of each pixel by the shape.
 
     centre: [F, 2] as (x, y) on the 32-pixel canvas;  returns [F, size, size]
@@ -115,8 +126,13 @@ def shape_mask(shape: str, centre: NDArray[np.float64], size: int, supersample: 
     return coarse.mean(axis=(2, 4), dtype=np.float64)
 
 
-def path(meaning: Meaning, frames: int, start: tuple[float, float] | None = None) -> NDArray[np.float64]:
-    """Centres [F, 2] (x, y) of a straight path; without a start, the path whose middle is the canvas' middle."""
+def path(
+    meaning: Meaning, frames: int, start: tuple[float, float] | None = None
+) -> NDArray[np.float64]:
+    """Centres [F, 2] (x, y) of a straight path.
+
+    Without a start, the path whose middle is the canvas' middle.
+    """
     velocity = np.array(meaning.velocity)
     if start is None:
         start = tuple(CANVAS / 2 - velocity * (frames - 1) / 2)
@@ -134,7 +150,10 @@ def random_start(meaning: Meaning, frames: int, rng: np.random.Generator) -> tup
 
 
 def draw(
-    meaning: Meaning, frames: int = FRAMES, size: int = CANVAS, start: tuple[float, float] | None = None
+    meaning: Meaning,
+    frames: int = FRAMES,
+    size: int = CANVAS,
+    start: tuple[float, float] | None = None,
 ) -> NDArray[np.uint8]:
     """The clip of a meaning, anti-aliased.  returns uint8 [F, size, size, 3]"""
     mask = shape_mask(meaning.shape, path(meaning, frames, start), size)[..., None]
@@ -145,4 +164,8 @@ def draw(
 def area(shape: str) -> float:
     """Area of a shape in square pixels of the 32-pixel canvas."""
     half = 1.25 * RADIUS
-    return {"circle": math.pi * RADIUS**2, "square": (1.8 * RADIUS) ** 2, "triangle": 0.5 * (2.1 * half) ** 2}[shape]
+    return {
+        "circle": math.pi * RADIUS**2,
+        "square": (1.8 * RADIUS) ** 2,
+        "triangle": 0.5 * (2.1 * half) ** 2,
+    }[shape]

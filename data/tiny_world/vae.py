@@ -1,4 +1,4 @@
-"""The tiny world's VAE: clips float32 [B, 3, 9, 32, 32] in [-1, 1] <-> latents [B, 8, 3, 8, 8] of unit std.
+"""The tiny VAE: clips float32 [B, 3, 9, 32, 32] in [-1, 1] <-> latents [B, 8, 3, 8, 8], std 1.
 
 It is trained on clips of training meanings from random starts, batch by batch as they are drawn.
 """
@@ -15,7 +15,8 @@ from fastgrpo.data.tiny_world import shapes
 
 CHANNELS = 8  # of a latent
 BATCH = 8
-KL_WEIGHT = 1e-4  # 2e-6 was no sharper after 1350 steps, and its latents were further from a Gaussian
+# 2e-6 was no sharper after 1350 steps, and its latents were further from a Gaussian
+KL_WEIGHT = 1e-4
 RATE = 2e-3
 
 
@@ -41,8 +42,12 @@ def new_vae() -> AutoencoderKLHunyuanVideo:
     )
 
 
-def vae_loss(vae: AutoencoderKLHunyuanVideo, x: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(loss, squared error per value); pixels off the background count five times, they are one in eight.
+def vae_loss(
+    vae: AutoencoderKLHunyuanVideo, x: Tensor, noise: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Loss of the VAE and squared error per value, both scalars.
+
+    Pixels off the background count five times: one pixel in eight is off.
 
     x: float32 [B, 3, F, H, W] in [-1, 1]
     """
@@ -57,11 +62,13 @@ def vae_loss(vae: AutoencoderKLHunyuanVideo, x: Tensor, noise: torch.Generator) 
 
 
 def train_vae(vae: AutoencoderKLHunyuanVideo, steps: int, seed: int) -> None:
-    """Trains the VAE on clips of training meanings and sets its scaling_factor."""
+    """Train the VAE on clips of training meanings and sets its scaling_factor."""
     training, _ = shapes.meanings()
     rng, noise = np.random.default_rng(seed), torch.Generator().manual_seed(seed + 1)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=RATE, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, RATE, total_steps=steps, pct_start=0.1
+    )
     begun = time.monotonic()
     for step in range(1, steps + 1):
         x = draw_clips((training[rng.integers(len(training))] for _ in range(BATCH)), rng)
@@ -72,14 +79,23 @@ def train_vae(vae: AutoencoderKLHunyuanVideo, steps: int, seed: int) -> None:
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps:
-            print(f"vae step {step} of {steps}: mse {error.item():.5f}, {time.monotonic() - begun:.0f} s", flush=True)
+            print(
+                f"vae step {step} of {steps}: mse {error.item():.5f}, "
+                f"{time.monotonic() - begun:.0f} s",
+                flush=True,
+            )
     latents, _ = latents_of(vae, 256, np.random.default_rng([seed, 9]))
     vae.register_to_config(scaling_factor=1.0 / latents.std().item())
 
 
 @torch.no_grad()
-def latents_of(vae: AutoencoderKLHunyuanVideo, count: int, rng: np.random.Generator) -> tuple[Tensor, list[int]]:
-    """Latents float32 [count, C, F', H', W'] of clips of training meanings, and the index of each one's meaning."""
+def latents_of(
+    vae: AutoencoderKLHunyuanVideo, count: int, rng: np.random.Generator
+) -> tuple[Tensor, list[int]]:
+    """Latents of clips of training meanings, and the index of each clip's meaning.
+
+    returns float32 [count, C, F', H', W'], count indices
+    """
     training, _ = shapes.meanings()
     which = [i % len(training) for i in range(count)]
     parts = []
