@@ -25,17 +25,30 @@ PAPER, INK = (246, 246, 244), (40, 40, 44)
 
 
 def thumbnail_shape(size: Video) -> tuple[int, int, int, int]:
-    """(f, h, w, 3) of a clip's thumbnails."""
+    """Shape [f, h, w, 3] of a clip's thumbnails."""
     scale = min(1.0, THUMBNAIL / max(size.height, size.width))
-    return len(_shown(size.frames)), max(1, round(size.height * scale)), max(1, round(size.width * scale)), 3
+    return (
+        len(_shown(size.frames)),
+        max(1, round(size.height * scale)),
+        max(1, round(size.width * scale)),
+        3,
+    )
 
 
 def thumbnails(pixels: Tensor, size: Video) -> Tensor:
-    """Some frames of a clip, shrunk for the sheet.  pixels: uint8 [F, H, W, 3];  returns uint8 [f, h, w, 3]"""
+    """Some frames of a clip, shrunk for the sheet.
+
+    pixels: uint8 [F, H, W, 3];  returns uint8 [f, h, w, 3]
+    """
     shape = thumbnail_shape(size)
     frames = pixels[_shown(len(pixels))].cpu().numpy()
-    small = [Image.fromarray(frame).resize((shape[2], shape[1]), Image.Resampling.BOX) for frame in frames]
-    return torch.stack([torch.frombuffer(bytearray(frame.tobytes()), dtype=torch.uint8) for frame in small]).view(shape)
+    small = [
+        Image.fromarray(frame).resize((shape[2], shape[1]), Image.Resampling.BOX)
+        for frame in frames
+    ]
+    return torch.stack(
+        [torch.frombuffer(bytearray(frame.tobytes()), dtype=torch.uint8) for frame in small]
+    ).view(shape)
 
 
 def _shown(frames: int) -> list[int]:
@@ -46,14 +59,19 @@ def _shown(frames: int) -> list[int]:
 def write_sheet(path: Path, strips: Tensor, captions: Sequence[str], title: str) -> None:
     """All samples on one picture, a caption over each.
 
-    strips: uint8 [N, R, f, h, w, 3], the R rows of a sample under each other;  captions: N;  title: one line
+    strips: uint8 [N, R, f, h, w, 3], the R rows of a sample under each other;  captions: N;
+    title: one line
     The first CELLS samples only; the title then says so.
     """
     total = len(strips)
     strips, captions = _enlarge(strips[:CELLS], SMALL), captions[:CELLS]
     if total > len(strips):
         title += f"; the first {len(strips)} of {total}"
-    framed = strips.new_tensor(PAPER).expand(*strips.shape[:3], strips.shape[3] + 2, strips.shape[4] + 2, 3).clone()
+    framed = (
+        strips.new_tensor(PAPER)
+        .expand(*strips.shape[:3], strips.shape[3] + 2, strips.shape[4] + 2, 3)
+        .clone()
+    )
     framed[..., :-2, :-2, :] = strips
     cells = rearrange(framed, "n r f h w c -> n (r h) (f w) c")
     height, width = cells.shape[1:3]
@@ -77,7 +95,8 @@ def write_sheet(path: Path, strips: Tensor, captions: Sequence[str], title: str)
 def side_by_side(left: Tensor, right: Tensor, labels: tuple[str, str]) -> Tensor:
     """Two clips of one size next to each other, a label over each.
 
-    left, right: uint8 [F, H, W, 3];  returns uint8 [F, LINE + GAP + H', 2 W' + GAP, 3], enlarged where they are small
+    left, right: uint8 [F, H, W, 3];
+    returns uint8 [F, LINE + GAP + H', 2 W' + GAP, 3], enlarged where they are small
     """
     pair = _enlarge(torch.stack([left, right]).cpu(), video_file.SMALLEST_SIDE)
     frames, height, width = pair.shape[1:4]
@@ -85,8 +104,15 @@ def side_by_side(left: Tensor, right: Tensor, labels: tuple[str, str]) -> Tensor
     page = Image.new("RGB", (2 * width + GAP, head + height), PAPER)
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
     for number, label in enumerate(labels):
-        pen.text((number * (width + GAP) + GAP, GAP // 2), _shortened(label, width - GAP, 1), fill=INK, font=font)
-    canvas = torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8).view(head + height, 2 * width + GAP, 3)
+        pen.text(
+            (number * (width + GAP) + GAP, GAP // 2),
+            _shortened(label, width - GAP, 1),
+            fill=INK,
+            font=font,
+        )
+    canvas = torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8).view(
+        head + height, 2 * width + GAP, 3
+    )
     result = canvas.expand(frames, -1, -1, -1).clone()
     result[:, head:, :width] = pair[0]
     result[:, head:, width + GAP :] = pair[1]
@@ -99,6 +125,8 @@ def _shortened(text: str, width: int, lines: int) -> str:
 
 
 def _enlarge(pixels: Tensor, smallest: int) -> Tensor:
-    """[..., H, W, 3] with sides of at least `smallest`, by a whole factor."""
+    """Pixels [..., H, W, 3] with sides of at least `smallest`, by a whole factor."""
     factor = -(-smallest // min(pixels.shape[-3:-1]))
-    return pixels.repeat_interleave(factor, -3).repeat_interleave(factor, -2) if factor > 1 else pixels
+    return (
+        pixels.repeat_interleave(factor, -3).repeat_interleave(factor, -2) if factor > 1 else pixels
+    )

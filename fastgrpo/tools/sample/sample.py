@@ -1,6 +1,7 @@
-"""Clips and images from a base model, a checkpoint or an export: the ODE sampler, on any number of ranks.
+"""Clips and images by the ODE sampler, on any number of ranks: the sampling itself and its files.
 
-A clip's noise is keyed by its seed alone, a prompt is encoded by itself, and batches are settled before they are dealt
+A clip's noise is keyed by its seed alone, a prompt is encoded by itself, and batches are fixed
+before they are dealt
 out: the same prompt and seed give the same clip, bit for bit, on one rank or many.
 """
 
@@ -33,14 +34,15 @@ MANIFEST = "manifest.json"
 SHEET = "sheet.png"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What to sample, as the command line says it."""
+    """The samples to make, as the command line says it."""
 
     prompts: tuple[str, ...] = ()
     file: str | None = None
     image: Path | None = None  # the reference image of every one of `prompts`
-    limit: int | None = None  # at most this many prompts; none = all, of held-out ones as many as are evaluated
+    # at most this many prompts; None: all, of held-out ones as many as are evaluated
+    limit: int | None = None
     seeds: tuple[int, ...] = (0,)
     batch_size: int = 1
     out: Path | None = None
@@ -73,8 +75,18 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Share:
+    """The part of the work that one rank does, and its conditions."""
+
+    work: Work
+    batches: list[range]
+    conditions: Mapping[Prompt, Condition]
+    negative: Condition | None  # None: without classifier-free guidance
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job(Work):
-    """What is to be sampled, and the folder for it."""
+    """All that is to be sampled, and the folder for it."""
 
     out: Path
     overwrite: bool
@@ -86,31 +98,36 @@ class Job(Work):
 
 @dataclass(frozen=True)
 class Drawn:
-    """The samples of one prompt and noise, uint8 [F, H, W, 3] on the CPU: of the base model first where it is asked."""
+    """The samples of one prompt and noise, of the base model first where it is compared.
+
+    rows: uint8 [F, H, W, 3] each, on the CPU
+    """
 
     number: int  # of the clip
     rows: list[Tensor]
-    finite: list[bool]  # whether the latents of each were; pixels of others mean nothing
+    finite: list[bool]  # whether the latents of each row were; pixels of others mean nothing
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """What there is now."""
+    """The folder that was written."""
 
     folder: Path
     clips: int
-    main: bool  # whether this is the rank that tells
+    main: bool  # whether this is the rank that prints
 
 
-def sample(asked: Asked, wanted: Wanted) -> Sampled:
+def sample(choice: Asked, wanted: Wanted) -> Sampled:
     """Sample, and publish files, sheet and manifest as one folder.
 
     Raises UserError on every rank for a mistake that any rank meets.
     """
     with open_world() as world, ExitStack() as stack:
-        job = world.on_main(lambda: plan(find(asked), wanted))
+        job = world.on_main(lambda: plan(find(choice), wanted))
         replaces = MANIFEST if job.overwrite else None
-        folder = world.on_main(lambda: stack.enter_context(files.whole_folder(job.out, "--out", replaces)))
+        folder = world.on_main(
+            lambda: stack.enter_context(files.whole_folder(job.out, "--out", replaces))
+        )
         mistake, strips = None, {}
         try:
             strips = draw(job, folder, world)
@@ -125,10 +142,11 @@ def sample(asked: Asked, wanted: Wanted) -> Sampled:
 
 
 def plan(source: Source, wanted: Wanted) -> Job:
-    """Settle prompts, seeds, files and batches. Raises UserError for what does not go together."""
+    """Fix prompts, seeds, files and batches. Raises UserError for what does not go together."""
     if wanted.against_base and source.base is None:
         raise UserError(
-            "--against-base: the source is a base model, or has no recipe that names its own; leave it out."
+            "--against-base: the source is a base model, or has no recipe that names its own; "
+            "leave it out."
         )
     out = wanted.out or source.folder
     if out is None:
@@ -136,13 +154,28 @@ def plan(source: Source, wanted: Wanted) -> Job:
     if not wanted.overwrite and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out={out}: exists already; give --overwrite, or choose another folder.")
     if len(set(wanted.seeds)) < len(wanted.seeds):
-        raise UserError(f"--seeds={' '.join(map(str, wanted.seeds))}: one is named twice; the clips would be the same.")
+        raise UserError(
+            f"--seeds={' '.join(map(str, wanted.seeds))}: one is named twice; the clips would be "
+            "the same."
+        )
     clips, batches = deal(choose_prompts(source, wanted), wanted.seeds, wanted.batch_size)
-    return Job(source, clips, batches, wanted.against_base, out, wanted.overwrite)
+    return Job(
+        source=source,
+        clips=clips,
+        batches=batches,
+        against_base=wanted.against_base,
+        out=out,
+        overwrite=wanted.overwrite,
+    )
 
 
-def deal(prompts: Sequence[Prompt], seeds: Sequence[int], size: int) -> tuple[list[Clip], list[range]]:
-    """A clip per prompt and seed, and the batches of at most `size` clips of one prompt in which they are drawn."""
+def deal(
+    prompts: Sequence[Prompt], seeds: Sequence[int], size: int
+) -> tuple[list[Clip], list[range]]:
+    """A clip per prompt and seed, and the batches in which the clips are drawn.
+
+    size: the most clips of a batch, all of one prompt
+    """
     clips = [
         Clip(n * len(seeds) + i, prompt, seed, f"{n:03d}-{slug(prompt.text)}-seed{seed}")
         for n, prompt in enumerate(prompts)
@@ -158,7 +191,7 @@ def deal(prompts: Sequence[Prompt], seeds: Sequence[int], size: int) -> tuple[li
 
 
 def choose_prompts(source: Source, wanted: Wanted) -> list[Prompt]:
-    """Those of the command line, of a file, or the recipe's held-out ones."""
+    """The prompts of the command line, of a file, or the recipe's held-out ones."""
     if wanted.prompts and wanted.file:
         raise UserError("--prompts: give --prompt or --prompts, not both.")
     if wanted.image is not None and not wanted.prompts:
@@ -173,7 +206,9 @@ def choose_prompts(source: Source, wanted: Wanted) -> list[Prompt]:
         chosen = prompt_file.split(source.prompts).heldout
         limit = limit or source.count
     else:
-        raise UserError("--prompt: missing; without a recipe, give --prompt TEXT or --prompts FILE.")
+        raise UserError(
+            "--prompt: missing; without a recipe, give --prompt TEXT or --prompts FILE."
+        )
     return chosen[:limit]
 
 
@@ -184,11 +219,16 @@ def slug(text: str) -> str:
 
 
 def draw(job: Job, folder: Path, world: World) -> dict[int, Tensor]:
-    """This rank's clips, written to `folder`.  returns thumbnails [R, f, h, w, 3] by number; R = 2 with the base"""
+    """Write this rank's clips to `folder`.
+
+    returns number -> thumbnails uint8 [R, f, h, w, 3]; R = 2 with the base, else 1
+    """
     strips = {}
     for drawn in generate(job, world):
         write(job, job.clips[drawn.number], drawn.rows, folder)
-        strips[drawn.number] = torch.stack([contact_sheet.thumbnails(row, job.source.video) for row in drawn.rows])
+        strips[drawn.number] = torch.stack(
+            [contact_sheet.thumbnails(row, job.source.video) for row in drawn.rows]
+        )
     return strips
 
 
@@ -205,53 +245,59 @@ def generate(work: Work, world: World) -> Iterator[Drawn]:
     distinct = dict.fromkeys(work.clips[batch.start].prompt for batch in batches)
     with policies.encoder(model, source.video, world.device) as encode:
         conditions = {prompt: encode([prompt])[0] for prompt in distinct}
-        negative = move(encode.negative(model.negative_prompt or ""), world.device) if model.cfg > 1 else None
+        negative = None
+        if model.cfg > 1:
+            negative = move(encode.negative(model.negative_prompt or ""), world.device)
+    share = Share(work, batches, conditions, negative)
     before = {}
     if work.against_base:
         assert source.base is not None
-        before = latents_of(source.base, work, batches, conditions, negative, world)[1]
+        before = latents_of(source.base, share, world)[1]
         gc.collect()
-    policy, after = latents_of(source.snapshot, work, batches, conditions, negative, world)
+    policy, after = latents_of(source.snapshot, share, world)
     for number, latent in after.items():
         latents = [before[number], latent] if work.against_base else [latent]
-        rows = [policy.decode(one[None].to(world.device))[0].cpu() for one in latents]
-        yield Drawn(number, rows, [bool(torch.isfinite(one).all()) for one in latents])
+        rows = [policy.decode(x[None].to(world.device))[0].cpu() for x in latents]
+        yield Drawn(number, rows, [bool(torch.isfinite(x).all()) for x in latents])
 
 
-def latents_of(
-    weights: Snapshot,
-    work: Work,
-    batches: Sequence[range],
-    conditions: Mapping[Prompt, Condition],
-    negative: Condition | None,
-    world: World,
-) -> tuple[Policy, dict[int, Tensor]]:
-    """Load a policy and sample.  returns it, and the clips' latents [C, F, H, W] on the host by number"""
+def latents_of(weights: Snapshot, share: Share, world: World) -> tuple[Policy, dict[int, Tensor]]:
+    """Load a policy and sample.
+
+    returns the policy, and number of a clip -> its latents [C, F, H, W] on the host
+    """
     policy = weights.load(world.device)
-    policy.negative = negative
-    shape = policy.latent_shape(work.source.video)
-    grid = policy.time_grid(work.source.steps, work.source.shift, shape).to(world.device)
+    policy.negative = share.negative
+    source, clips = share.work.source, share.work.clips
+    shape = policy.latent_shape(source.video)
+    grid = policy.time_grid(source.steps, source.shift, shape).to(world.device)
     shown = world.main and sys.stderr.isatty()
     latents: dict[int, Tensor] = {}
-    for batch in track(batches, f"sampling {weights.label}", disable=not shown):
-        x = noise.normal([noise_key(work.clips[n].seed) for n in batch], shape).to(world.device)
-        condition = move(stack([conditions[work.clips[n].prompt] for n in batch]), world.device)
+    for batch in track(share.batches, f"sampling {weights.label}", disable=not shown):
+        x = noise.normal([noise_key(clips[n].seed) for n in batch], shape).to(world.device)
+        condition = move(stack([share.conditions[clips[n].prompt] for n in batch]), world.device)
         latents |= zip(batch, rollout.sample_ode(policy, x, grid, condition).cpu(), strict=True)
     return policy, latents
 
 
 def noise_key(seed: int) -> noise.Key:
-    """Of a clip's initial noise: drawn on the CPU, so that it is the same on every device."""
+    """Key of a clip's initial noise, which is drawn on the CPU: the same on every device."""
     return ("sample", seed)
 
 
 def write(job: Job, clip: Clip, rows: Sequence[Tensor], folder: Path) -> None:
-    """A clip's files.  rows: uint8 [F, H, W, 3], of the base model too where it is compared"""
+    """Write a clip's files.
+
+    rows: uint8 [F, H, W, 3], the base model's first where it is compared
+    """
     pictures = {"": rows[-1]}
     if len(rows) == 2:
         assert job.source.base is not None
         labels = (job.source.base.label, job.source.snapshot.label)
-        pictures |= {"-base": rows[0], "-beside": contact_sheet.side_by_side(rows[0], rows[1], labels)}
+        pictures |= {
+            "-base": rows[0],
+            "-beside": contact_sheet.side_by_side(rows[0], rows[1], labels),
+        }
     for ending, pixels in pictures.items():
         file = folder / f"{clip.stem}{ending}{job.suffix}"
         if job.suffix == ".png":
@@ -264,12 +310,16 @@ def gather(job: Job, strips: Mapping[int, Tensor], world: World) -> Tensor:
     """Every rank's thumbnails.  returns uint8 [N, R, f, h, w, 3]"""
     shape = (2 if job.against_base else 1, *contact_sheet.thumbnail_shape(job.source.video))
     numbers = sorted(strips)
-    rows = torch.stack([strips[n] for n in numbers]) if numbers else torch.zeros(0, *shape, dtype=torch.uint8)
+    rows = (
+        torch.stack([strips[n] for n in numbers])
+        if numbers
+        else torch.zeros(0, *shape, dtype=torch.uint8)
+    )
     return world.combine(rows, numbers, len(job.clips))
 
 
 def describe(job: Job, folder: Path, strips: Tensor) -> None:
-    """The contact sheet and the manifest."""
+    """Write the contact sheet and the manifest.  strips: uint8 [N, R, f, h, w, 3]"""
     source, size = job.source, job.source.video
     model = source.snapshot.model
     title = source.snapshot.label
@@ -278,7 +328,9 @@ def describe(job: Job, folder: Path, strips: Tensor) -> None:
     contact_sheet.write_sheet(folder / SHEET, strips, [clip.caption for clip in job.clips], title)
     endings = {"file": "", **({"base": "-base", "beside": "-beside"} if job.against_base else {})}
     settings = {
-        **model.model_dump(include={"family", "path", "network", "dtype", "guidance", "cfg", "negative_prompt"}),
+        **model.model_dump(
+            include={"family", "path", "network", "dtype", "guidance", "cfg", "negative_prompt"}
+        ),
         **size.model_dump(),
         "steps": source.steps,
         "shift": source.shift,
@@ -300,4 +352,6 @@ def describe(job: Job, folder: Path, strips: Tensor) -> None:
         "sheet": SHEET,
         "samples": samples,
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(
+        json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
