@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,20 +33,21 @@ COPIED_FILES = ("LICENSE*", "NOTICE*")
 
 @dataclass(frozen=True)
 class Export:
-    """What to export, and how."""
+    """The checkpoint to export and its form."""
 
     run: Path
     folder: Path
+    _: KW_ONLY
     step: Step = "newest"
     raw: bool = False
-    lora: Literal["apart", "merged"] | None = None  # none = apart where the run has adapters
+    lora: Literal["apart", "merged"] | None = None  # None: apart where the run has adapters
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_shard_bytes: int = 5 * 10**9
     link: bool = False  # hard links to the base folder's other parts, in place of copies
 
 
 def export(wanted: Export) -> Path:
-    """Write the folder, whole or not at all.  returns it
+    """Write the folder, whole or not at all.  returns its path
 
     Raises UserError where the run, the checkpoint, the base folder or the destination is not what
     it should be.
@@ -66,12 +67,13 @@ def export(wanted: Export) -> Path:
         else:
             write_pipeline(wanted, recipe, weights, partial)
         (partial / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
-        model_card.write(partial / "README.md", wanted.run, recipe, weights, wanted.dtype)
+        card = partial / "README.md"
+        model_card.write(card, wanted.run, recipe=recipe, weights=weights, dtype=wanted.dtype)
     return wanted.folder
 
 
 def write_pipeline(wanted: Export, recipe: Recipe, weights: Weights, partial: Path) -> None:
-    """The whole pipeline: the base folder's parts, and the network with the checkpoint's weights."""
+    """Write the base folder's parts, and the network with the checkpoint's weights."""
     part = models.declared(recipe.model.family, "NETWORK")
     base = layout_folder.locate(recipe.model.path)
     copy_parts(base, part, partial, wanted.link)
@@ -96,30 +98,28 @@ def write_pipeline(wanted: Export, recipe: Recipe, weights: Weights, partial: Pa
 
 
 def write_adapters(wanted: Export, recipe: Recipe, weights: Weights, partial: Path) -> None:
-    """The file that `load_lora_weights` of the family's pipeline looks for in a folder."""
+    """Write the file that `load_lora_weights` of the family's pipeline looks for in a folder."""
     part = models.declared(recipe.model.family, "NETWORK")
-    save_adapters(
-        adapters(weights),
-        partial / shard_writer.ADAPTERS,
-        part,
-        recipe.lora,
-        getattr(torch, wanted.dtype),
-    )
+    file, dtype = partial / shard_writer.ADAPTERS, getattr(torch, wanted.dtype)
+    save_adapters(adapters(weights), file, part=part, settings=recipe.lora, dtype=dtype)
 
 
 def adapters(weights: Weights) -> dict[str, Tensor]:
-    """The trained adapters of a checkpoint: all of them, since they are small."""
+    """The trained adapters of a checkpoint, all at once: A [rank, in] and B [out, rank] by name."""
     return {name: weights.read(name) for name in weights.names if name.endswith((DOWN, UP))}
 
 
 def merged_with(source: Path, state: dict[str, Tensor], recipe: Recipe) -> Callable[[str], Tensor]:
-    """A reader of the base network's tensors with the adapters folded in."""
+    """A reader of the base network's tensors, float32 [...], with the adapters folded in.
+
+    state: A [rank, in] and B [out, rank] by name
+    """
     base = shard_writer.open_network(source)
     return lambda name: merged(name, _float32(base(name)), state, recipe.lora)
 
 
 def copy_parts(base: Path, network: str, partial: Path, link: bool) -> None:
-    """model_index.json, the folders that it names but the network's, and the licence."""
+    """Copy model_index.json, the folders that it names but the network's, and the licence."""
     index = base / "model_index.json"
     parts = [
         name for name, value in layout_folder.read_json(index).items() if isinstance(value, list)
@@ -138,16 +138,16 @@ def copy_parts(base: Path, network: str, partial: Path, link: bool) -> None:
 
 
 def copy_folder(source: Path, target: Path, put: Callable[[str, str], Any]) -> None:
-    """As shutil.copytree, which gathers the files' errors into one that no longer tells a full disk."""
+    """Copy a folder; shutil.copytree would gather the errors and hide a full disk."""
     for folder, _, names in os.walk(source, followlinks=True):
-        place = target / Path(folder).relative_to(source)
-        place.mkdir(parents=True)
+        copy = target / Path(folder).relative_to(source)
+        copy.mkdir(parents=True)
         for name in names:
-            put(os.path.join(folder, name), str(place / name))
+            put(os.path.join(folder, name), str(copy / name))
 
 
 def name_pipeline(index: Path, family: str) -> None:
-    """Name the family's own pipeline, where its other parts come from another's folder (SkyReels)."""
+    """Name the family's own pipeline where the other parts are another family's (SkyReels)."""
     pipeline = models.declared(family, "PIPELINE", None)
     if pipeline is not None:
         content = layout_folder.read_json(index) | {"_class_name": pipeline}
@@ -155,10 +155,7 @@ def name_pipeline(index: Path, family: str) -> None:
 
 
 def _link(source: str, target: str) -> None:
-    """A hard link, or a copy on another file system.
-
-    Hub folders hold links to their files, which are followed.
-    """
+    """Make a hard link, or a copy on another file system; links of hub folders are followed."""
     try:
         os.link(os.path.realpath(source), target)
     except OSError:
@@ -166,7 +163,7 @@ def _link(source: str, target: str) -> None:
 
 
 def expected_tensors(config_file: Path) -> dict[str, Tensor]:
-    """The tensors of the network that a config.json describes, on the meta device: names, shapes and dtypes."""
+    """Tensors [...] on the meta device, by name, of the network that a config.json describes."""
     import diffusers
 
     settings = layout_folder.read_json(config_file)
@@ -181,4 +178,5 @@ def expected_tensors(config_file: Path) -> dict[str, Tensor]:
 
 
 def _float32(tensor: Tensor) -> Tensor:
+    """The tensor [...] in float32 where it is floating-point."""
     return tensor.float() if tensor.is_floating_point() else tensor

@@ -1,25 +1,25 @@
-"""The model card of an export: what was trained on what, how far, with which reward, and how to load it."""
+"""The model card of an export: base model, training, reward, and how to load the folder."""
 
-import json
 from pathlib import Path
 
 from fastgrpo import models
 from fastgrpo.checkpoint.reader import Weights
 from fastgrpo.core.config import Model, Recipe
+from fastgrpo.core.files import read_json
 from fastgrpo.models.loading import diffusers_folder
 from fastgrpo.run.tracker import read_metrics
 
 
 def write(file: Path, run: Path, recipe: Recipe, weights: Weights, dtype: str) -> None:
-    """A README.md with the front matter that the hub reads."""
+    """Write a README.md with the front matter that the hub reads."""
     step = int(weights.checkpoint.name.removeprefix("step-"))
     apart = not (file.parent / "model_index.json").exists()
     lines = [
         *front_matter(recipe),
         f"# {run.resolve().name}, {weights.label}",
         "",
-        f"Trained by GRPO (DanceGRPO, arXiv 2505.07818) with fastgrpo from {base_name(recipe)}: {step} of "
-        f"{recipe.run.iterations} iterations, {recipe.prompts.per_iteration} prompts x "
+        f"Trained by GRPO (DanceGRPO, arXiv 2505.07818) with fastgrpo from {base_name(recipe)}: "
+        f"{step} of {recipe.run.iterations} iterations, {recipe.prompts.per_iteration} prompts x "
         f"{recipe.rollout.samples_per_prompt} samples each. The weights are the "
         f"{'moving average' if weights.averaged else 'raw ones'}, in {dtype}.",
         "",
@@ -54,7 +54,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def loading(model: Model, apart: bool) -> list[str]:
-    """How to load the folder, and how to sample from it with the sampler of training.
+    """Lines on loading the folder, and on sampling from it with the sampler of training.
 
     apart: adapters alone, without the base model
     """
@@ -64,24 +64,31 @@ def loading(model: Model, apart: bool) -> list[str]:
     base = model.path if is_hub_id(model.path) else "BASE"
     if apart and model.network is not None:  # the base folder's own network is another one
         code = [
-            *network_loading(model, model.network, part, index[part][1], pipeline),
+            *network_loading(
+                model,
+                model.network,
+                part=part,
+                usual=index[part][1],
+                pipeline=pipeline,
+            ),
             f'pipeline = {pipeline}.from_pretrained("{base}", {part}={part})',
         ]
     else:
         code = [
             "from diffusers import DiffusionPipeline",
             "",
-            f'pipeline = DiffusionPipeline.from_pretrained("{base if apart else "FOLDER"}")  # a {pipeline}',
+            f'pipeline = DiffusionPipeline.from_pretrained("{base if apart else "FOLDER"}")'
+            f"  # a {pipeline}",
         ]
     code += ['pipeline.load_lora_weights("FOLDER")'] if apart else []
-    places = {
+    meanings = {
         "BASE": "the base model",
         "NETWORK": "the folder of its network",
         "FOLDER": "this folder",
     }
-    told = [
-        f"{name} is {place}"
-        for name, place in places.items()
+    used = [
+        f"{name} is {meaning}"
+        for name, meaning in meanings.items()
         if any(f'"{name}"' in line for line in code)
     ]
     return [
@@ -89,7 +96,7 @@ def loading(model: Model, apart: bool) -> list[str]:
         *code,
         "```",
         "",
-        f"{', '.join(told)}.",
+        f"{', '.join(used)}.",
         "",
         'Or `fastgrpo sample FOLDER --prompt "..." --out samples`.',
     ]
@@ -102,11 +109,8 @@ def network_loading(model: Model, network: str, part: str, usual: str, pipeline:
     """
     where = diffusers_folder.network_folder(model, part)
     kind = diffusers_folder.read_json(where / "config.json").get("_class_name", usual)
-    inside = (
-        f', subfolder="{part}"'
-        if where != diffusers_folder.locate(network, "model.network")
-        else ""
-    )
+    below = where != diffusers_folder.locate(network, "model.network")
+    inside = f', subfolder="{part}"' if below else ""
     name = network if is_hub_id(network) else "NETWORK"
     return [
         f"from diffusers import {', '.join(sorted((kind, pipeline)))}",
@@ -116,14 +120,11 @@ def network_loading(model: Model, network: str, part: str, usual: str, pipeline:
 
 
 def rewards(run: Path, recipe: Recipe, step: int) -> list[str]:
-    """The training reward at this step and, where the run ended here, the held-out one before and after."""
+    """The training reward at this step and, where the run ended here, the held-out rewards."""
     lines = ["## Reward", ""]
     metrics = run / "metrics.jsonl"
-    rows = (
-        [row for row in read_metrics(metrics) if row["iteration"] == step - 1]
-        if metrics.exists()
-        else []
-    )
+    every = read_metrics(metrics) if metrics.exists() else []
+    rows = [row for row in every if row["iteration"] == step - 1]
     if rows:
         parts = ", ".join(
             f"{part} {rows[-1][f'reward/{part}']:.3f}"
@@ -131,20 +132,23 @@ def rewards(run: Path, recipe: Recipe, step: int) -> list[str]:
             if f"reward/{part}" in rows[-1]
         )
         lines += [
-            f"Mean over the samples of iteration {step}: weighted sum {rows[-1]['reward/sum']:.3f} ({parts}).",
+            f"Mean over the samples of iteration {step}: weighted sum {rows[-1]['reward/sum']:.3f} "
+            f"({parts}).",
             "",
         ]
     summary = run / "summary.json"
-    found = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
-    if found.get("iterations") == step:
+    remedy = "remove it and finish the run again"
+    result = read_json(summary, "run", remedy) if summary.exists() else {}
+    if result.get("iterations") == step:
         lines += [
-            "Held-out prompts, the same seeds before and after, ODE sampler, moving average where there is one:",
+            "Held-out prompts, the same seeds before and after, ODE sampler, moving average where "
+            "there is one:",
             "",
         ]
         lines += ["| part | before | after | difference (95 % interval) |", "|---|---|---|---|"]
-        for part, before in found["before"].items():
-            low, high = found["ci95"][part]
-            change = f"{found['difference'][part]:+.3f} ({low:+.3f} .. {high:+.3f})"
-            lines.append(f"| {part} | {before:.3f} | {found['after'][part]:.3f} | {change} |")
+        for part, before in result["before"].items():
+            low, high = result["ci95"][part]
+            change = f"{result['difference'][part]:+.3f} ({low:+.3f} .. {high:+.3f})"
+            lines.append(f"| {part} | {before:.3f} | {result['after'][part]:.3f} | {change} |")
         lines.append("")
     return lines if len(lines) > 2 else []

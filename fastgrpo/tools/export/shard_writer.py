@@ -1,7 +1,8 @@
 """A network as sharded safetensors, written and read with one tensor in memory at a time.
 
-The format is a length, a JSON header with every tensor's dtype, shape and place, and the tensors' bytes; since shapes
-are known before values, the header can be written first and the values streamed after it.
+The format is a length, a JSON header with every tensor's dtype, shape and offsets, and the tensors'
+bytes; since shapes are known before values, the header can be written first and the values streamed
+after it.
 """
 
 import json
@@ -14,18 +15,26 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import read_json
 
 WEIGHTS = "diffusion_pytorch_model"
 ADAPTERS = "pytorch_lora_weights.safetensors"
 DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
     torch.bool: "BOOL",
-}  # fmt: skip
-
+}
 ALIGNMENT = 64
-"""Bytes. Loaded tensors lie in memory as in the file, and on CPUs the last bits of a matrix product depend on that: so
-every tensor begins at such a multiple, as torch's own do, and an export computes what the checkpoint computed."""
+"""Bytes. Loaded tensors lie in memory as in the file, and on CPUs the last bits of a matrix product
+depend on that: so every tensor begins at such a multiple, as torch's own do, and an export computes
+what the checkpoint computed."""
 
 Layout = Mapping[str, tuple[torch.Size, torch.dtype]]
 
@@ -33,10 +42,12 @@ Layout = Mapping[str, tuple[torch.Size, torch.dtype]]
 def write_network(
     folder: Path, layout: Layout, read: Callable[[str], Tensor], max_shard_bytes: int
 ) -> list[Path]:
-    """Write every tensor of `layout` to `folder` as diffusers names such files; an index where there are several.
+    """Write every tensor of `layout` to `folder` as diffusers names such files.
+
+    With an index where there are several files.
 
     layout: shape and dtype by name, in the order of writing
-    read: a tensor by its name, called once for each; it is cast to the layout's dtype
+    read: name -> tensor [...], called once for each; cast to the layout's dtype
     returns the files of weights; a tensor larger than `max_shard_bytes` has a file of its own
     """
     shards = split(layout, max_shard_bytes)
@@ -46,11 +57,11 @@ def write_network(
             folder / f"{WEIGHTS}-{i:05d}-of-{len(shards):05d}.safetensors"
             for i in range(1, len(shards) + 1)
         ]
-        place = {
+        file_of = {
             name: file.name for file, names in zip(files, shards, strict=True) for name in names
         }
         total = sum(size_of(*layout[name]) for name in layout)
-        index = {"metadata": {"total_size": total}, "weight_map": place}
+        index = {"metadata": {"total_size": total}, "weight_map": file_of}
         (folder / f"{WEIGHTS}.safetensors.index.json").write_text(
             json.dumps(index, indent=2) + "\n"
         )
@@ -74,7 +85,7 @@ def split(layout: Layout, max_shard_bytes: int) -> list[list[str]]:
 
 
 def write_file(file: Path, layout: Layout, read: Callable[[str], Tensor]) -> None:
-    """One safetensors file."""
+    """Write one safetensors file.  read: name -> tensor [...] of the layout's shape"""
     layout = dict(sorted(layout.items(), key=lambda item: _alignment(*item[1])))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -97,29 +108,34 @@ def write_file(file: Path, layout: Layout, read: Callable[[str], Tensor]) -> Non
 
 
 def _alignment(shape: torch.Size, dtype: torch.dtype) -> tuple[bool, int]:
-    """A key for sorting: tensors that keep what follows them aligned come first, then larger elements."""
+    """A key for sorting: tensors that keep the next one aligned come first, then large elements."""
     return size_of(shape, dtype) % ALIGNMENT != 0, -dtype.itemsize
 
 
 def size_of(shape: torch.Size, dtype: torch.dtype) -> int:
-    """Bytes."""
+    """Bytes of a tensor."""
     return shape.numel() * dtype.itemsize
 
 
 def open_network(folder: Path) -> Callable[[str], Tensor]:
-    """A reader of the tensors in a folder of diffusers' weights, by name; no file stays open between two.
+    """A reader, name -> tensor [...], of a folder of diffusers' weights.
 
-    Raises UserError, at once or when reading, where a file or a tensor is missing or damaged.
+    No file stays open between two reads. Raises UserError, at once or when reading, where a file or
+    a tensor is missing or damaged.
     """
     index, single = folder / f"{WEIGHTS}.safetensors.index.json", folder / f"{WEIGHTS}.safetensors"
     if not index.is_file() and not single.is_file():
         raise UserError(
-            f"model.path: {folder} has no {single.name}; merging reads safetensors, so use --lora apart."
+            f"model.path: {folder} has no {single.name}; merging reads safetensors, so use --lora "
+            "apart."
         )
-    place: dict[str, str] = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    file_of: dict[str, str] = {}
+    if index.is_file():
+        file_of = read_json(index, "model.path", "download that folder again")["weight_map"]
 
     def read(name: str) -> Tensor:
-        file = folder / place.get(name, single.name)
+        """One tensor [...] as stored."""
+        file = folder / file_of.get(name, single.name)
         try:
             with safe_open(file, framework="pt") as tensors:
                 return tensors.get_tensor(name)

@@ -20,6 +20,7 @@ from fastgrpo.core import config
 from fastgrpo.core.config import Lora, Model, Prompts, Recipe, Rollout, Section, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Policy
+from fastgrpo.models.loading import policies
 from fastgrpo.models.loading.lora import ADAPTER, DOWN, UP
 from fastgrpo.tools.export.shard_writer import ADAPTERS
 
