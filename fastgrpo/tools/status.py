@@ -1,7 +1,7 @@
-"""`fastgrpo status`: where each rank of a run is, from its heartbeats, and which one holds the others up.
+"""`fastgrpo status`: the state of each rank, by its heartbeats, and which rank delays the others.
 
-Runs anywhere that sees the run's folder, without torch. Ages compare the clocks of two machines, which must agree to
-some seconds.
+Runs anywhere that sees the run's folder, without torch. Ages compare the clocks of two machines,
+which must agree to some seconds.
 """
 
 import time
@@ -24,7 +24,9 @@ def status(run_dir: Path, silent_s: float = SILENT_S) -> bool:
     """
     beats = read(run_dir)
     if not beats:
-        raise UserError(f"{run_dir / FOLDER}: no heartbeats; give the run.dir of a run that has begun training.")
+        raise UserError(
+            f"{run_dir / FOLDER}: no heartbeats; give the run.dir of a run that has begun training."
+        )
     now = time.time()
     troubles = verdict(beats, now, silent_s)
     print("\n".join(lines(beats, now, silent_s)))
@@ -39,25 +41,37 @@ def age(beat: Heartbeat, now: float) -> float:
 
 
 def in_phase(beat: Heartbeat, now: float) -> float:
-    """Seconds since it entered its phase; until its end where it has left the run."""
+    """Seconds since the rank entered its phase; until its end where it has left the run."""
     return beat.phase_s + (0.0 if beat.end else age(beat, now))
 
 
 def silent(beat: Heartbeat, now: float, silent_s: float) -> bool:
+    """Whether a rank that has not ended was not heard for longer than `silent_s`."""
     return not beat.end and age(beat, now) > silent_s
 
 
 def stuck(beat: Heartbeat, now: float, silent_s: float) -> bool:
-    """Whether it is in its phase for much longer than ever before."""
+    """Whether the rank is in its phase for much longer than ever before."""
     limit = max(silent_s, LONGER * beat.longest_s) if beat.longest_s else UNKNOWN_S
     return not beat.end and in_phase(beat, now) > limit
 
 
-def suspicion(beat: Heartbeat, now: float, silent_s: float) -> tuple[bool, bool, bool, int, int, float]:
-    """Sorts first who probably holds the others up: failed, silent, not waiting, behind, long in its phase."""
+def suspicion(
+    beat: Heartbeat, now: float, silent_s: float
+) -> tuple[bool, bool, bool, int, int, float]:
+    """A key that sorts first the rank which probably delays the others.
+
+    Failed, silent, not waiting, behind, long in its phase.
+    """
     failed = beat.end not in ("", "done")
     progress = beat.iteration, beat.laps
-    return (not failed, not silent(beat, now, silent_s), beat.phase == WAIT, *progress, -in_phase(beat, now))
+    return (
+        not failed,
+        not silent(beat, now, silent_s),
+        beat.phase == WAIT,
+        *progress,
+        -in_phase(beat, now),
+    )
 
 
 def lines(beats: Sequence[Heartbeat], now: float, silent_s: float) -> list[str]:
@@ -65,70 +79,90 @@ def lines(beats: Sequence[Heartbeat], now: float, silent_s: float) -> list[str]:
     rows = [("rank", "node", "pid", "iteration", "phase", "for", "heard", "where")]
     for beat in sorted(beats, key=lambda beat: suspicion(beat, now, silent_s)):
         heard = beat.end or f"{span(age(beat, now))} ago"
-        rows.append(
-            (str(beat.rank), beat.host, str(beat.pid), str(beat.iteration + 1), beat.phase, span(in_phase(beat, now)),
-             heard, beat.at)
-        )  # fmt: skip
+        who = str(beat.rank), beat.host, str(beat.pid)
+        what = str(beat.iteration + 1), beat.phase, span(in_phase(beat, now))
+        rows.append((*who, *what, heard, beat.at))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=False)] + [row[-1]] for row in rows)
+    padded = (
+        [cell.ljust(width) for cell, width in zip(row, widths, strict=False)] + [row[-1]]
+        for row in rows
+    )
     return ["  ".join(row).rstrip() for row in padded]
 
 
 def verdict(beats: Sequence[Heartbeat], now: float, silent_s: float) -> list[str]:
-    """What is wrong, a line each; nothing where all is well."""
+    """Lines that say what is wrong; empty where all is well."""
     ranked = sorted(beats, key=lambda beat: suspicion(beat, now, silent_s))
-    found = []
-    missing = sorted(set(range(max(beats, key=lambda beat: beat.time).ranks)) - {beat.rank for beat in beats})
+    troubles = []
+    missing = sorted(
+        set(range(max(beats, key=lambda beat: beat.time).ranks)) - {beat.rank for beat in beats}
+    )
     if missing:
-        found.append(f"no heartbeat of rank {', '.join(map(str, missing))}: not started yet, or its node is lost")
-    found += [f"{name(beat)} ended in {where(beat)}: {beat.end}" for beat in ranked if beat.end not in ("", "done")]
+        troubles.append(
+            f"no heartbeat of rank {', '.join(map(str, missing))}: not started yet, or its node is "
+            "lost"
+        )
+    troubles += [
+        f"{name(beat)} ended in {where(beat)}: {beat.end}"
+        for beat in ranked
+        if beat.end not in ("", "done")
+    ]
     gone = [beat for beat in ranked if silent(beat, now, silent_s)]
     if len(gone) == len(beats) > 1:
         ages = span(min(age(beat, now) for beat in gone))
-        found.append(
-            f"all {len(beats)} ranks are silent, for {ages} at least: the run was killed, or is between two attempts"
+        troubles.append(
+            f"all {len(beats)} ranks are silent, for {ages} at least: the run was killed, or is "
+            "between two attempts"
         )
         gone = []
-    found += [
-        f"{name(beat)} seems dead: silent for {span(age(beat, now))}, last in {where(beat)}; killed, stopped, or its "
-        "node is lost"
+    troubles += [
+        f"{name(beat)} seems dead: silent for {span(age(beat, now))}, last in {where(beat)}; "
+        "killed, stopped, or its node is lost"
         for beat in gone[:MOST]
     ]
-    found += [f"{len(gone) - MOST} more ranks are silent, see above"] * (len(gone) > MOST)
+    troubles += [f"{len(gone) - MOST} more ranks are silent, see above"] * (len(gone) > MOST)
     living = [beat for beat in ranked if not beat.end and not silent(beat, now, silent_s)]
-    busy = [beat for beat in living if beat.phase != WAIT] or living  # who waits for a slow rank is not stuck itself
-    if not found and any(stuck(beat, now, silent_s) for beat in busy):
-        found.append(hung(living, now))
-    return found
+    # who waits for a slow rank is not stuck itself
+    busy = [beat for beat in living if beat.phase != WAIT] or living
+    if not troubles and any(stuck(beat, now, silent_s) for beat in busy):
+        troubles.append(hung(living, now))
+    return troubles
 
 
 def hung(beats: Sequence[Heartbeat], now: float) -> str:
-    """Which of the living ranks holds the others up.  beats: the most suspicious one first"""
+    """The living rank that delays the others, in words.  beats: the most suspicious one first"""
     first, rest = beats[0], beats[1:]
-    place = first.phase, first.iteration, first.laps
-    others = [beat for beat in rest if (beat.phase, beat.iteration, beat.laps) != place]
+    progress = first.phase, first.iteration, first.laps
+    others = [beat for beat in rest if (beat.phase, beat.iteration, beat.laps) != progress]
     for_long = f"for {span(in_phase(first, now))}, longest before {span(first.longest_s)}"
     if rest and not others:
         return (
-            f"all {len(beats)} ranks seem hung in {where(first)} ({for_long}): if their `where` is one collective, its "
-            "network or a peer is lost; if not, they disagree about what to do"
+            f"all {len(beats)} ranks seem hung in {where(first)} ({for_long}): if their `where` is "
+            "one collective, its network or a peer is lost; if not, they disagree about what to do"
         )
     elsewhere = f"; the others are in {', '.join(sorted({beat.phase for beat in others}))}"
     return f"{name(first)} seems hung in {where(first)} ({for_long}){elsewhere if others else ''}"
 
 
 def fine(beats: Sequence[Heartbeat]) -> str:
+    """The line for a run in good order."""
     ended = sum(beat.end == "done" for beat in beats)
     if ended == len(beats):
         return f"the run has ended in good order, {ended} rank{'s' * (ended != 1)}"
-    return f"all {len(beats)} ranks are alive" if not ended else f"{ended} of {len(beats)} ranks have ended"
+    return (
+        f"all {len(beats)} ranks are alive"
+        if not ended
+        else f"{ended} of {len(beats)} ranks have ended"
+    )
 
 
 def name(beat: Heartbeat) -> str:
+    """Rank, node and process, as messages name them."""
     return f"rank {beat.rank} (node {beat.host}, pid {beat.pid})"
 
 
 def where(beat: Heartbeat) -> str:
+    """Phase and iteration, as messages name them."""
     return f"{beat.phase}, iteration {beat.iteration + 1}"
 
 

@@ -1,12 +1,14 @@
-"""Charts as SVG text for the report: curves, stacked, level and interval bars. Pure functions, no scripts, no fonts.
+"""Charts as SVG text for the report: curves, stacked, level and interval bars.
 
-Colours are CSS classes (`s-VQ` gives `var(--VQ)`; see report.py), so that one drawing serves light and dark pages.
-Each drawing is 440 units wide: two stand side by side on a desk, one fills a telephone, and text stays legible.
+Pure functions, no scripts, no fonts.
+Colours are CSS classes (`s-VQ` gives `var(--VQ)`; see report.py), so that one drawing serves light
+and dark pages. Each drawing is 440 units wide: two stand side by side on a desk, one fills a
+telephone, and text stays legible.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from html import escape
 
 import numpy as np
@@ -14,7 +16,8 @@ from numpy.typing import NDArray
 
 WIDTH, HEIGHT = 440, 230
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
-MOST_POINTS = 400  # more are averaged in equal stretches, which keeps a report of 10,000 iterations small
+# more are averaged in equal stretches, which keeps a report of 10,000 iterations small
+MOST_POINTS = 400
 MOST_BARS = 80
 
 
@@ -26,13 +29,14 @@ class Series:
     colour: str
     x: NDArray[np.float64]
     y: NDArray[np.float64]
+    _: KW_ONLY
     marks: bool = False
-    """Draw the points as large rings joined by a dashed line (evaluations) instead of dots under a smooth curve."""
+    """Whether the points are large rings joined by a dashed line (evaluations)."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Where data lie on the drawing: limits of both axes."""
+    """Limits of both axes, and where data lie on the drawing."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -41,36 +45,54 @@ class Frame:
         return LEFT + (x - self.x[0]) / ((self.x[1] - self.x[0]) or 1.0) * (WIDTH - LEFT - RIGHT)
 
     def py(self, y: float) -> float:
-        return HEIGHT - BOTTOM - (y - self.y[0]) / ((self.y[1] - self.y[0]) or 1.0) * (HEIGHT - TOP - BOTTOM)
+        return (
+            HEIGHT
+            - BOTTOM
+            - (y - self.y[0]) / ((self.y[1] - self.y[0]) or 1.0) * (HEIGHT - TOP - BOTTOM)
+        )
 
 
-def curves(label: str, series: Sequence[Series], smooth: bool = True, from_zero: bool = False) -> str:
-    """Curves over iterations. Dots are the values; with smooth, lines are their Gaussian means (see `smoothed`).
+def curves(
+    label: str, series: Sequence[Series], smooth: bool = True, from_zero: bool = False
+) -> str:
+    """Curves over iterations. Dots are the values.
 
+    With smooth, lines are their Gaussian means (see `smoothed`).
     label: what a screen reader says;  from_zero: the vertical axis starts at 0
     """
-    drawn = [_finite(one) for one in series]
-    drawn = [one for one in drawn if len(one.x)]
+    drawn = [_finite(curve) for curve in series]
+    drawn = [curve for curve in drawn if len(curve.x)]
     if not drawn:
         return '<p class="note">No values yet.</p>'
-    every_y = np.concatenate([one.y for one in drawn])
-    low, high = (min(0.0, every_y.min()), every_y.max()) if from_zero else (every_y.min(), every_y.max())
+    every_y = np.concatenate([curve.y for curve in drawn])
+    low, high = (
+        (min(0.0, every_y.min()), every_y.max()) if from_zero else (every_y.min(), every_y.max())
+    )
     marks = ticks(float(low), float(high))
-    right = max(float(one.x.max()) for one in drawn)
-    left = min(float(one.x.min()) for one in drawn)
-    frame = Frame((left, max(right, left + 1)), (min(marks[0], float(low)), max(marks[-1], float(high))))
+    right = max(float(curve.x.max()) for curve in drawn)
+    left = min(float(curve.x.min()) for curve in drawn)
+    frame = Frame(
+        (left, max(right, left + 1)), (min(marks[0], float(low)), max(marks[-1], float(high)))
+    )
     body = _axes(frame, marks, whole_ticks(*frame.x))
-    body += "".join(_dots(one, frame, faint=smooth) for one in drawn if not one.marks)
-    for one in drawn:
-        averaged = smooth and not one.marks
-        line = Series(one.name, one.colour, one.x, smoothed(one.y)) if averaged else one
-        body += _line(line, frame, "line" if averaged else "line dashed" if one.marks else "line thin")
-    body += "".join(_rings(one, frame) for one in drawn if one.marks)
+    body += "".join(_dots(curve, frame, faint=smooth) for curve in drawn if not curve.marks)
+    for curve in drawn:
+        averaged = smooth and not curve.marks
+        line = Series(curve.name, curve.colour, curve.x, smoothed(curve.y)) if averaged else curve
+        body += _line(
+            line, frame, "line" if averaged else "line dashed" if curve.marks else "line thin"
+        )
+    body += "".join(_rings(curve, frame) for curve in drawn if curve.marks)
     return _svg(label, body)
 
 
-def stacked_bars(label: str, names: Sequence[str], colours: Sequence[str], heights: NDArray[np.float64]) -> str:
-    """Bars over iterations, each cut into parts.  heights: [iterations, parts], at least 0, in seconds"""
+def stacked_bars(
+    label: str, names: Sequence[str], colours: Sequence[str], heights: NDArray[np.float64]
+) -> str:
+    """Bars over iterations, each cut into parts.
+
+    heights: [iterations, parts], at least 0, in seconds
+    """
     count = min(len(heights), MOST_BARS)
     stretches = np.array_split(np.arange(len(heights)), count)
     means = np.stack([heights[stretch].mean(0) for stretch in stretches])
@@ -86,16 +108,21 @@ def stacked_bars(label: str, names: Sequence[str], colours: Sequence[str], heigh
         for name, colour, value in zip(names, colours, bar, strict=True):
             y = frame.py(bottom + value)
             body += (
-                f'<rect class="s-{colour} fill" x="{left:.1f}" y="{y:.1f}" width="{max(right - left - gap, 0.5):.1f}" '
-                f'height="{frame.py(bottom) - y:.1f}"><title>{where}: {escape(name)} {value:.2f} s</title></rect>'
+                f'<rect class="s-{colour} fill" x="{left:.1f}" y="{y:.1f}" '
+                f'width="{max(right - left - gap, 0.5):.1f}" '
+                f'height="{frame.py(bottom) - y:.1f}">'
+                f"<title>{where}: {escape(name)} {value:.2f} s</title></rect>"
             )
             bottom += float(value)
     return _svg(label, body)
 
 
-def level_bars(label: str, names: Sequence[str], colours: Sequence[str], levels: NDArray[np.float64]) -> str:
-    """A bar per name that lies down, with its levels inside each other.  levels: [names, kinds], ascending, in GiB
+def level_bars(
+    label: str, names: Sequence[str], colours: Sequence[str], levels: NDArray[np.float64]
+) -> str:
+    """A bar per name that lies down, with its levels inside each other.
 
+    levels: [names, kinds], ascending, in GiB
     The first level is drawn full, what the next adds faint; the last is written beside the bar.
     """
     height, left, right = 30, 70, 78
@@ -107,8 +134,12 @@ def level_bars(label: str, names: Sequence[str], colours: Sequence[str], levels:
 
     body = ""
     for tick in marks:
-        body += f'<line class="grid" x1="{px(tick):.1f}" x2="{px(tick):.1f}" y1="{TOP}" y2="{bottom}"/>'
-        body += f'<text x="{px(tick):.1f}" y="{bottom + 17}" text-anchor="middle">{_tick(tick)}</text>'
+        body += (
+            f'<line class="grid" x1="{px(tick):.1f}" x2="{px(tick):.1f}" y1="{TOP}" y2="{bottom}"/>'
+        )
+        body += (
+            f'<text x="{px(tick):.1f}" y="{bottom + 17}" text-anchor="middle">{_tick(tick)}</text>'
+        )
     for row, (name, colour, values) in enumerate(zip(names, colours, levels, strict=True)):
         y = TOP + height * row
         body += f'<text x="{left - 8}" y="{y + 19}" text-anchor="end">{escape(name)}</text>'
@@ -116,8 +147,8 @@ def level_bars(label: str, names: Sequence[str], colours: Sequence[str], levels:
         for style, value in zip(("fill", "fill faint"), values, strict=False):
             body += (
                 f'<rect class="s-{colour} {style}" x="{px(start):.1f}" y="{y + 5}" '
-                f'width="{max(px(value) - px(start), 0.5):.1f}" height="20"><title>{escape(name)}: {value:.2f} GiB'
-                "</title></rect>"
+                f'width="{max(px(value) - px(start), 0.5):.1f}" height="20">'
+                f"<title>{escape(name)}: {value:.2f} GiB</title></rect>"
             )
             start = float(value)
         body += f'<text class="value" x="{px(start) + 6:.1f}" y="{y + 19}">{start:.2f} GiB</text>'
@@ -136,13 +167,17 @@ def interval(low: float, mid: float, high: float, limits: tuple[float, float]) -
     return (
         f'<svg class="interval" viewBox="0 0 160 20" role="img" aria-label="{label}">'
         f'<line class="zero" x1="{px(0):.1f}" x2="{px(0):.1f}" y1="1" y2="19"/>'
-        f'<line class="s-{colour} stroke" x1="{px(low):.1f}" x2="{px(high):.1f}" y1="10" y2="10" stroke-width="3"/>'
+        f'<line class="s-{colour} stroke" x1="{px(low):.1f}" x2="{px(high):.1f}" '
+        'y1="10" y2="10" stroke-width="3"/>'
         f'<circle class="s-{colour} fill" cx="{px(mid):.1f}" cy="10" r="5"/></svg>'
     )
 
 
 def smoothed(y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Gaussian mean over neighbours, normalised at the ends; its width is a thirtieth of the run, at least one."""
+    """Gaussian mean over neighbours, normalised at the ends.
+
+    The Gaussian's width is a thirtieth of the run, at least 1.  y: float64 [N]; returns [N]
+    """
     position = np.arange(len(y))
     sigma = smoothing_width(len(y))
     weights = np.exp(-0.5 * ((position[:, None] - position[None, :]) / sigma) ** 2)
@@ -167,17 +202,19 @@ def ticks(low: float, high: float) -> list[float]:
 
 def whole_ticks(low: float, high: float) -> list[float]:
     """Round whole numbers within low..high."""
-    return [tick for tick in ticks(low, max(high, low + 4)) if low <= tick <= high and tick == int(tick)]
+    return [
+        tick for tick in ticks(low, max(high, low + 4)) if low <= tick <= high and tick == int(tick)
+    ]
 
 
 def _finite(series: Series) -> Series:
     """The series without NaN, averaged in stretches when it is long."""
-    kept = np.isfinite(series.y)
-    x, y = series.x[kept], series.y[kept]
+    finite = np.isfinite(series.y)
+    x, y = series.x[finite], series.y[finite]
     if len(x) > MOST_POINTS:
         x = np.array([part.mean() for part in np.array_split(x, MOST_POINTS)])
         y = np.array([part.mean() for part in np.array_split(y, MOST_POINTS)])
-    return Series(series.name, series.colour, x, y, series.marks)
+    return Series(series.name, series.colour, x, y, marks=series.marks)
 
 
 def _axes(frame: Frame, y_ticks: Sequence[float], x_ticks: Sequence[float]) -> str:
@@ -188,9 +225,14 @@ def _axes(frame: Frame, y_ticks: Sequence[float], x_ticks: Sequence[float]) -> s
         body += f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_tick(tick)}</text>'
     for tick in x_ticks:
         x = frame.px(tick)
-        body += f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{tick:.0f}</text>'
+        body += (
+            f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{tick:.0f}</text>'
+        )
     middle = (LEFT + WIDTH - RIGHT) / 2
-    return body + f'<text class="unit" x="{middle:.0f}" y="{HEIGHT - 2}" text-anchor="middle">iteration</text>'
+    return (
+        body + f'<text class="unit" x="{middle:.0f}" y="{HEIGHT - 2}" '
+        'text-anchor="middle">iteration</text>'
+    )
 
 
 def _tick(value: float) -> str:
@@ -204,12 +246,15 @@ def _dots(series: Series, frame: Frame, faint: bool) -> str:
     dots = ""
     for x, y in zip(series.x, series.y, strict=True):
         note = f"{escape(series.name)}, iteration {x:.0f}: {y:.4g}"
-        dots += f'<circle cx="{frame.px(x):.1f}" cy="{frame.py(y):.1f}" r="2.2"><title>{note}</title></circle>'
+        dots += f'<circle cx="{frame.px(x):.1f}" cy="{frame.py(y):.1f}" r="2.2">'
+        dots += f"<title>{note}</title></circle>"
     return f'<g class="s-{series.colour} fill {style}">{dots}</g>'
 
 
 def _line(series: Series, frame: Frame, style: str) -> str:
-    points = " ".join(f"{frame.px(x):.1f},{frame.py(y):.1f}" for x, y in zip(series.x, series.y, strict=True))
+    points = " ".join(
+        f"{frame.px(x):.1f},{frame.py(y):.1f}" for x, y in zip(series.x, series.y, strict=True)
+    )
     return f'<polyline class="s-{series.colour} stroke {style}" points="{points}"/>'
 
 
@@ -217,9 +262,12 @@ def _rings(series: Series, frame: Frame) -> str:
     rings = ""
     for x, y in zip(series.x, series.y, strict=True):
         note = f"{escape(series.name)}, after {x:.0f} iterations: {y:.4g}"
-        rings += f'<circle cx="{frame.px(x):.1f}" cy="{frame.py(y):.1f}" r="5.5"><title>{note}</title></circle>'
+        rings += f'<circle cx="{frame.px(x):.1f}" cy="{frame.py(y):.1f}" r="5.5">'
+        rings += f"<title>{note}</title></circle>"
     return f'<g class="s-{series.colour} stroke ring">{rings}</g>'
 
 
 def _svg(label: str, body: str, height: float = HEIGHT) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'
+    )

@@ -1,7 +1,8 @@
-"""A run as one HTML page, made only of the files in its folder: what it gained, how it got there, what it cost.
+"""A run as one HTML page, made only of the files in its folder: gain, course and cost.
 
-Reads metrics.jsonl, recipe.toml, environment.json, summary.json, evaluation/step-N.json and their clips; all but the
-first may be missing, as in a run that is still under way. The page needs no network: clips and drawings are inside.
+Reads metrics.jsonl, recipe.toml, environment.json, summary.json, evaluation/step-N.json and their
+clips; all but the first may be missing, as in a run that is still under way. The page needs no
+network: clips and drawings are inside.
 """
 
 import base64
@@ -28,16 +29,32 @@ HEALTH = (
         "Largest |log ratio| before the first step",
         "Rollout and update must agree: this is 0 but for rounding.",
     ),
-    ("update/clip_fraction", "Share of clipped ratios", "Near 1, the step is too large for the clip range."),
-    ("update/grad_norm", "Norm of the gradient", "Before clipping; the mean over the iteration's optimizer steps."),
-    ("reward/invalid", "Samples without a valid score", "They are left out of the statistics and of the loss."),
-    ("update/skipped", "Optimizer steps skipped", "Steps whose gradient was not finite, since the start."),
+    (
+        "update/clip_fraction",
+        "Share of clipped ratios",
+        "Near 1, the step is too large for the clip range.",
+    ),
+    (
+        "update/grad_norm",
+        "Norm of the gradient",
+        "Before clipping; the mean over the iteration's optimizer steps.",
+    ),
+    (
+        "reward/invalid",
+        "Samples without a valid score",
+        "They are left out of the statistics and of the loss.",
+    ),
+    (
+        "update/skipped",
+        "Optimizer steps skipped",
+        "Steps whose gradient was not finite, since the start.",
+    ),
     ("update/kl", "KL to the policy before training", "The recipe's KL term keeps it small."),
 )
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes run_dir/report.html and returns its path.
+    """Write run_dir/report.html.  returns its path
 
     UserError: the folder has no metrics yet, or one of its files cannot be read.
     """
@@ -53,8 +70,8 @@ def write_report(run_dir: Path) -> Path:
         ranks(run),
         health(run),
         settings(run),
-        "<footer>Written by fastgrpo from the files of the run folder alone. Point at a dot or a bar to read its "
-        "value.</footer>",
+        "<footer>Written by fastgrpo from the files of the run folder alone. Point at a dot or a "
+        "bar to read its value.</footer>",
     )
     path = run_dir / "report.html"
     replace_text(path, page(f"{name}: fastgrpo report", "\n".join(sections)))
@@ -71,7 +88,12 @@ def headline(run: Run, name: str) -> str:
         tiles.append((str(len(run.evaluations[-1].prompts)), "held-out clips scored"))
     if "device" in run.environment:
         ranks = run.environment.get("ranks", 1)
-        tiles.append((escape(str(run.environment["device"])), f"hardware, {ranks} rank{'' if ranks == 1 else 's'}"))
+        tiles.append(
+            (
+                escape(str(run.environment["device"])),
+                f"hardware, {ranks} rank{'' if ranks == 1 else 's'}",
+            )
+        )
     items = "".join(f"<li><b>{value}</b><span>{label}</span></li>" for value, label in tiles)
     title = f"<h1>fastgrpo run {escape(name)}</h1>"
     sentence = f'<p class="result">{result(run, done, of)}</p>'
@@ -100,10 +122,16 @@ def progress(run: Run) -> str:
     """A banner where the run is not at its end."""
     if run.comparison is None:
         begun = "This run is under way, or was stopped" if run.rows else "This run has just begun"
-        known = "the evaluation before training is here" if run.evaluations else "no evaluation is here yet"
+        known = (
+            "the evaluation before training is here"
+            if run.evaluations
+            else "no evaluation is here yet"
+        )
         text = f"{begun}: {known}, the one after training is not. Write the report again later."
     elif run.compared_iterations < len(run.rows):
-        text = "This run has gone on since its last evaluation; the result above is the earlier one."
+        text = (
+            "This run has gone on since its last evaluation; the result above is the earlier one."
+        )
     else:
         return ""
     return f'<p class="banner">{text}</p>'
@@ -121,21 +149,29 @@ def held_out_table(run: Run) -> str:
         low, high = comparison.ci95[part]
         gain = f'<span class="gain s-{comparison.verdict(part)}">{signed(difference)}</span>'
         spread = f"{signed(low)} to {signed(high)}"
-        drawing = interval(low, difference, high, limits) if math.isfinite(low + difference + high) else ""
+        drawing = (
+            interval(low, difference, high, limits)
+            if math.isfinite(low + difference + high)
+            else ""
+        )
         values = number(comparison.before[part]), number(comparison.after[part])
         rows.append([escape(part), *values, gain, spread, drawing])
     heads = ["reward", "before", "after", "difference", "95 % interval", "dashed: no difference"]
     body = table(heads, rows, "Held-out rewards before and after training")
     note = "The same prompts and seeds before and after; none of the prompts was trained on."
-    return f'<section><h2>Held-out rewards</h2><p class="note">{note}</p><div class="card">{body}</div></section>'
+    card = f'<p class="note">{note}</p><div class="card">{body}</div>'
+    return f"<section><h2>Held-out rewards</h2>{card}</section>"
 
 
 def held_out_so_far(run: Run) -> str:
-    """Held-out means of a run without a summary: before training, and the newest where there is one."""
+    """Held-out means of a run without a summary: before training, and the newest ones."""
     if not run.evaluations:
         return ""
     shown = list({one.iteration: one for one in (run.evaluations[0], run.evaluations[-1])}.values())
-    rows = [[escape(part), *(number(one.means().get(part, math.nan)) for one in shown)] for part in shown[0].scores]
+    rows = [
+        [escape(part), *(number(one.means().get(part, math.nan)) for one in shown)]
+        for part in shown[0].scores
+    ]
     body = table(["reward", *(when(one) for one in shown)], rows, "Held-out rewards so far")
     return f'<section><h2>Held-out rewards</h2><div class="card">{body}</div></section>'
 
@@ -152,21 +188,29 @@ def clips(run: Run) -> str:
             break
         figures = "".join(clip_figure(one, n, prompt) for one in shown)
         scores = score_line(first, last, n)
-        cards.append(f'<div class="card"><h3>{escape(prompt)}</h3><div class="pair">{figures}</div>{scores}</div>')
+        cards.append(
+            f'<div class="card"><h3>{escape(prompt)}</h3><div class="pair">{figures}</div>'
+            f"{scores}</div>"
+        )
     if not cards:
         return ""
     note = (
-        "Held-out prompts, each with the same seed before and after training, so that only the weights differ."
+        "Held-out prompts, each with the same seed before and after training, so that only the "
+        "weights differ."
         if len(shown) > 1
         else "Held-out prompts before training; clips after it appear here once they are evaluated."
     )
     button = '<button type="button" id="playing" hidden>Pause all clips</button>'
     grid = f'<div class="clips">{"".join(cards)}</div>'
-    return f'<section><h2>What changed on screen</h2><p class="note">{note}</p>{button}{grid}</section>'
+    head = f'<h2>What changed on screen</h2><p class="note">{note}</p>'
+    return f"<section>{head}{button}{grid}</section>"
 
 
 def clip_figure(evaluation: Evaluation, index: int, prompt: str) -> str:
-    """A clip (of one frame, for models of pictures) inside the page; small clips keep their hard pixel edges."""
+    """A clip (of one frame, for models of pictures) inside the page.
+
+    Small clips keep their hard pixel edges.
+    """
     path = evaluation.clips[index]
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     label = escape(f"{when(evaluation)}: {prompt}")
@@ -180,7 +224,12 @@ def clip_figure(evaluation: Evaluation, index: int, prompt: str) -> str:
 
 
 def when(evaluation: Evaluation) -> str:
-    return "before training" if evaluation.iteration == 0 else f"after {evaluation.iteration} iterations"
+    """The time of an evaluation, in words."""
+    return (
+        "before training"
+        if evaluation.iteration == 0
+        else f"after {evaluation.iteration} iterations"
+    )
 
 
 def score_line(first: Evaluation, last: Evaluation, index: int) -> str:
@@ -195,31 +244,37 @@ def score_line(first: Evaluation, last: Evaluation, index: int) -> str:
 
 
 def reward_curves(run: Run) -> str:
-    """The training reward and each part over iterations, with the held-out means where they were taken."""
+    """The training reward and each part over iterations, with the held-out means."""
     if not run.rows:
         return ""
     cards = []
     for part in ("sum", *run.parts):
         training = run.curve(f"reward/{part}", "training", run.colour(part))
-        found = [(float(one.iteration), one.means()[part]) for one in run.evaluations if part in one.means()]
-        x, y = np.array(found, dtype=np.float64).reshape(-1, 2).T
+        means = [
+            (float(one.iteration), one.means()[part])
+            for one in run.evaluations
+            if part in one.means()
+        ]
+        x, y = np.array(means, dtype=np.float64).reshape(-1, 2).T
         held_out = Series("held-out", "before", x, y, marks=True)
         label = f"Reward {part} over {len(training.x)} iterations{_ends(training)}"
         entries = [(run.colour(part), "training"), ("before", "held-out")]
         title = "Sum of the rewards" if part == "sum" else escape(part)
-        cards.append(chart(title, curves(label, [training, held_out]), legend(entries, open_=("held-out",))))
+        cards.append(
+            chart(title, curves(label, [training, held_out]), legend(entries, open_=("held-out",)))
+        )
     width = smoothing_width(len(run.rows))
     note = (
-        f"Dots: the mean over one iteration's clips. Lines: their Gaussian mean over neighbours ({width:.1f} "
-        "iterations wide). Rings: held-out prompts. Training draws with noise and held-out clips without, so the two "
-        "levels differ."
+        "Dots: the mean over one iteration's clips. Lines: their Gaussian mean over neighbours "
+        f"({width:.1f} iterations wide). Rings: held-out prompts. Training draws with noise and "
+        "held-out clips without, so the two levels differ."
     )
     grid = f'<div class="charts">{"".join(cards)}</div>'
     return f'<section><h2>Reward during training</h2><p class="note">{note}</p>{grid}</section>'
 
 
 def timings(run: Run) -> str:
-    """Where the time of an iteration goes."""
+    """The section on seconds per phase of an iteration."""
     names, seconds = run.seconds()
     if not len(seconds):
         return ""
@@ -260,11 +315,16 @@ def health(run: Run) -> str:
         entries = [(curve.colour, curve.name) for curve in spreads]
         drawing = curves("Spread of each reward within a prompt's group", spreads, from_zero=True)
         cards.append(
-            chart("Spread within a prompt's group", drawing, legend(entries) + "Without spread, GRPO has no signal.")
+            chart(
+                "Spread within a prompt's group",
+                drawing,
+                legend(entries) + "Without spread, GRPO has no signal.",
+            )
         )
     if not cards:
         return ""
-    return f'<section><h2>Health of the training</h2><div class="charts">{"".join(cards)}</div></section>'
+    charts = f'<div class="charts">{"".join(cards)}</div>'
+    return f"<section><h2>Health of the training</h2>{charts}</section>"
 
 
 def settings(run: Run) -> str:
@@ -272,32 +332,43 @@ def settings(run: Run) -> str:
     missing = '<p class="note">The run folder has no {}.</p>'
     recipe, facts = missing.format("recipe.toml"), missing.format("environment.json")
     if run.recipe:
-        recipe = f'<pre tabindex="0" role="region" aria-label="recipe.toml">{escape(run.recipe)}</pre>'
+        recipe = (
+            f'<pre tabindex="0" role="region" aria-label="recipe.toml">{escape(run.recipe)}</pre>'
+        )
     if run.environment:
         rows = [[escape(key), escape(value)] for key, value in flat(run.environment)]
         facts = f'<div class="card">{table([], rows, "Environment", "facts")}</div>'
-    return f"<section><h2>Recipe</h2>{recipe}</section><section><h2>Environment</h2>{facts}</section>"
+    return (
+        f"<section><h2>Recipe</h2>{recipe}</section><section><h2>Environment</h2>{facts}</section>"
+    )
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested settings as (dotted key, text) in order."""
-    found = []
+    settings = []
     for key, value in content.items():
         if isinstance(value, Mapping):
-            found += flat(value, f"{prefix}{key}.")
+            settings += flat(value, f"{prefix}{key}.")
         else:
-            found.append((f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
-    return found
+            settings.append(
+                (
+                    f"{prefix}{key}",
+                    ", ".join(map(str, value)) if isinstance(value, list) else str(value),
+                )
+            )
+    return settings
 
 
 def number(value: float) -> str:
+    """Three decimals, with a true minus sign."""
     return f"{value:.3f}".replace("-", "−") if math.isfinite(value) else "n/a"
 
 
 def signed(value: float) -> str:
+    """Three decimals with their sign."""
     return f"{value:+.3f}".replace("-", "−") if math.isfinite(value) else "n/a"
 
 
 def _ends(curve: Series) -> str:
-    kept = [float(y) for y in curve.y if math.isfinite(y)]
-    return f", from {kept[0]:.4g} to {kept[-1]:.4g}" if kept else ""
+    finite = [float(y) for y in curve.y if math.isfinite(y)]
+    return f", from {finite[0]:.4g} to {finite[-1]:.4g}" if finite else ""

@@ -1,6 +1,8 @@
-"""A run's folder as data: what the report needs from its files. All but metrics.jsonl may be missing."""
+"""A run's folder as data: what the report needs from its files.
 
-import json
+All but metrics.jsonl may be missing.
+"""
+
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import load_json
 from fastgrpo.run.rank_times import hosts_of
 from fastgrpo.run.terminal import PHASES, parts
 from fastgrpo.run.tracker import Row, read_metrics
@@ -20,7 +23,10 @@ Verdict = Literal["up", "down", "flat"]  # of a difference whose interval exclud
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The held-out clips' scores after some iterations; every list has one entry per clip, NaN where invalid."""
+    """The held-out clips' scores after some iterations.
+
+    Every list has one entry per clip, NaN where invalid.
+    """
 
     iteration: int
     prompts: list[str]
@@ -28,7 +34,11 @@ class Evaluation:
     clips: list[Path]  # of the first prompts, in order
 
     def means(self) -> dict[str, float]:
-        return {part: float(np.nanmean(values)) for part, values in self.scores.items() if np.isfinite(values).any()}
+        return {
+            part: float(np.nanmean(values))
+            for part, values in self.scores.items()
+            if np.isfinite(values).any()
+        }
 
     def first_of(self, number: int) -> int:
         """Index of the scores of clip `number`: the first seed of the prompt of that number."""
@@ -37,7 +47,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The held-out means before and after training, and the paired difference with its 95 % interval, by part."""
+    """Held-out means before and after training, and the paired difference, by part."""
 
     before: dict[str, float]
     after: dict[str, float]
@@ -49,7 +59,7 @@ class Comparison:
         return "up" if low > 0 else "down" if high < 0 else "flat"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """Everything in a run's folder that the report shows."""
 
@@ -78,7 +88,9 @@ class Run:
         if self.summary is None:
             return None
         try:
-            return Comparison(*(self.summary[key] for key in ("before", "after", "difference", "ci95")))
+            return Comparison(
+                *(self.summary[key] for key in ("before", "after", "difference", "ci95"))
+            )
         except KeyError as error:
             raise UserError(
                 f"{self.folder / 'summary.json'}: no {error}; remove it and finish the run again"
@@ -86,25 +98,28 @@ class Run:
 
     @property
     def compared_iterations(self) -> int:
-        """How many iterations lie between the two sides of the comparison."""
+        """Iterations between the two sides of the comparison."""
         return int((self.summary or {}).get("iterations", len(self.rows)))
 
     def colour(self, part: str) -> str:
         return "sum" if part == "sum" else f"p{self.parts.index(part) % 6 + 1}"
 
     def curve(self, name: str, label: str, colour: str) -> Series:
-        """A metric over iterations, counted from 1."""
-        found = [(row["iteration"] + 1.0, row[name]) for row in self.rows if name in row]
-        x, y = np.array(found, dtype=np.float64).reshape(-1, 2).T
+        """A metric over iterations, counted from 1; two float64 [N]."""
+        points = [(row["iteration"] + 1.0, row[name]) for row in self.rows if name in row]
+        x, y = np.array(points, dtype=np.float64).reshape(-1, 2).T
         return Series(label, colour, x, y)
 
     def values(self, name: str) -> NDArray[np.float64]:
-        """A metric of the iterations that have it, without those where it is not finite."""
-        found = np.array([row.get(name, np.nan) for row in self.rows], dtype=np.float64)
-        return found[np.isfinite(found)]
+        """The finite values of a metric, float64 [N], in the order of iterations."""
+        every = np.array([row.get(name, np.nan) for row in self.rows], dtype=np.float64)
+        return every[np.isfinite(every)]
 
     def seconds(self) -> tuple[list[str], NDArray[np.float64]]:
-        """Phases and [iterations, phases] seconds; the last phase is whatever the others leave of the total."""
+        """Names of phases, and their seconds, float64 [iterations, phases].
+
+        The last phase is whatever the others leave of the total.
+        """
         rows = [row for row in self.rows if "seconds/total" in row]
         names = [phase for phase in PHASES if any(f"seconds/{phase}" in row for row in rows)]
         spent = np.zeros((len(rows), len(names)))
@@ -117,15 +132,26 @@ class Run:
 
 
 def read_run(run_dir: Path) -> Run:
-    """The files of a run. UserError: metrics.jsonl is missing, or a file does not hold what it should."""
+    """The files of a run.
+
+    UserError: metrics.jsonl is missing, or a file does not hold what it should.
+    """
     metrics = run_dir / "metrics.jsonl"
     if not metrics.exists():
-        raise UserError(f"{run_dir}: no metrics.jsonl, so this is not the folder of a run; give the recipe's run.dir")
+        raise UserError(
+            f"{run_dir}: no metrics.jsonl, so this is not the folder of a run; give the recipe's "
+            "run.dir"
+        )
     merged: dict[int, Row] = {}
     for row in read_metrics(metrics):
         merged[int(row["iteration"])] = merged.get(int(row["iteration"]), {}) | row
-    files = {int(file.stem.removeprefix("step-")): file for file in (run_dir / "evaluation").glob("step-*.json")}
-    summary, recipe, environment = (run_dir / name for name in ("summary.json", "recipe.toml", "environment.json"))
+    files = {
+        int(file.stem.removeprefix("step-")): file
+        for file in (run_dir / "evaluation").glob("step-*.json")
+    }
+    summary, recipe, environment = (
+        run_dir / name for name in ("summary.json", "recipe.toml", "environment.json")
+    )
     return Run(
         folder=run_dir,
         rows=[merged[iteration] for iteration in sorted(merged)],
@@ -138,21 +164,28 @@ def read_run(run_dir: Path) -> Run:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a run. Raises UserError where the file holds none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return load_json(path)
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); remove it or run the step that writes it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object; remove it or run the step that writes it again")
-    return content
+        raise UserError(
+            f"{path}: not JSON ({error}); remove it or run the step that writes it again"
+        ) from error
+    except TypeError:
+        raise UserError(
+            f"{path}: not a JSON object; remove it or run the step that writes it again"
+        ) from None
 
 
 def read_evaluation(path: Path) -> Evaluation:
     content = read_json(path)
     try:
-        scores = {part: np.array(values, dtype=np.float64) for part, values in content["scores"].items()}
+        scores = {
+            part: np.array(values, dtype=np.float64) for part, values in content["scores"].items()
+        }
         weights = {part: float(content["weights"].get(part, 1.0)) for part in scores}
-        weighted = [weights[part] * values for part, values in scores.items() if weights[part]]  # no monitors
+        # no monitors
+        weighted = [weights[part] * values for part, values in scores.items() if weights[part]]
         return Evaluation(
             iteration=int(content["iteration"]),
             prompts=list(content["prompts"]),
@@ -160,4 +193,6 @@ def read_evaluation(path: Path) -> Evaluation:
             clips=[path.parent / clip for clip in content["clips"]],
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not an evaluation ({error!r}); run the evaluation again") from error
+        raise UserError(
+            f"{path}: not an evaluation ({error!r}); run the evaluation again"
+        ) from error
