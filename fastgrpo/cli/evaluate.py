@@ -66,17 +66,24 @@ def _add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="another key: frames, dtype, device ...",
     )
     _add_servers(command)
+    _add_clips(command)
+    command.add_argument(
+        "--json", type=Path, metavar="OUT", help="write everything there; - prints it, and no table"
+    )
+
+
+def _add_clips(command: argparse.ArgumentParser) -> None:
+    """The options that describe the clips to score."""
     add = command.add_argument_group("clips").add_argument
     add("--prompt", metavar="TEXT", help="of every file")
     add("--prompts", metavar="FILE", help="one prompt for each file, in their order")
     add("--fps", type=rate, metavar="FPS", help="said to the rewards (default: what the file says)")
     add(
-        "--size", type=size, metavar="HxW",
+        "--size",
+        type=size,
+        metavar="HxW",
         help="pixels in which the clips were made, where their files are enlarged by a whole "
         "factor (default: what the manifest of `fastgrpo sample` says, else as they are)",
-    )  # fmt: skip
-    command.add_argument(
-        "--json", type=Path, metavar="OUT", help="write everything there; - prints it, and no table"
     )
 
 
@@ -95,9 +102,12 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     add_which_weights(command)
     add = command.add_argument_group("by what").add_argument
     add(
-        "--rewards", nargs="+", default=[], metavar="NAME|FILE",
+        "--rewards",
+        nargs="+",
+        default=[],
+        metavar="NAME|FILE",
         help="rewards by name, or files of [[rewards]] (default: those of the run's recipe)",
-    )  # fmt: skip
+    )
     add("--prompts", metavar="FILE", help="a file of prompts (default: the recipe's held-out ones)")
     add("--limit", type=positive, metavar="N", help="the first N prompts")
     add("--seeds", type=positive, metavar="K", help="clips per prompt (default: evaluate.seeds)")
@@ -173,7 +183,11 @@ def _run_score(arguments: argparse.Namespace) -> None:
         )
     )
     wanted = score.Wanted(
-        tuple(arguments.files), arguments.prompt, arguments.prompts, arguments.fps, arguments.size
+        files=tuple(arguments.files),
+        prompt=arguments.prompt,
+        prompts=arguments.prompts,
+        fps=arguments.fps,
+        size=arguments.size,
     )
     result = score.score(wanted, specs, servers)
     if arguments.json is not None:
@@ -193,7 +207,7 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
     targets = {"--json": arguments.json, "--markdown": arguments.markdown}
     for option, file in targets.items():
         score.check_target(option, file)
-    asked = Asked(
+    choice = Asked(
         source=arguments.run,
         step=step_of(arguments.step),
         raw=arguments.raw_weights,
@@ -209,7 +223,7 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
         servers=_asked_servers(arguments),
     )
     logging.disable_progress_bar()  # every rank would show its own
-    result = evaluate.evaluate(asked, wanted)
+    result = evaluate.evaluate(choice, wanted)
     if result is None:
         return
     if arguments.json is not None:

@@ -1,4 +1,4 @@
-"""The Python half of every launch/*.sh ends here: settle the number of processes, then train.
+"""The Python half of every launch/*.sh ends here: fix the number of processes, then train.
 
 A literal `torchrun launch/x.sh` starts one process, torchrun's default. On a node with several GPUs
 that process replaces itself, once, by a torchrun over all of them. FASTGRPO_PROCESSES names another
@@ -36,9 +36,8 @@ def main(recipe: Path, arguments: list[str]) -> int:
     The code is 2 for a user's mistake. Does not return once training has begun, nor where the
     process is replaced by a torchrun over several.
     """
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, [signal.SIGUSR1]
-    )  # held back, not lost, until fastgrpo.run.stopping hears it
+    # held back, not lost, until fastgrpo.run.stopping hears it
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     try:
         from fastgrpo.cli.main import main as command
     except ModuleNotFoundError as error:
@@ -60,21 +59,21 @@ def main(recipe: Path, arguments: list[str]) -> int:
 
 
 def _check(command: Callable[[list[str]], int], recipe: Path, arguments: list[str]) -> str:
-    """What `fastgrpo check` has to say against the recipe; empty where it has nothing."""
-    told = StringIO()
-    with redirect_stdout(StringIO()), redirect_stderr(told):
+    """The message of `fastgrpo check` on a mistake in the recipe; empty where there is none."""
+    output = StringIO()
+    with redirect_stdout(StringIO()), redirect_stderr(output):
         try:
             code: int | str | None = command(["check", str(recipe), *arguments])
         except SystemExit as end:  # the command line itself is wrong
             code = end.code
-    return told.getvalue().strip() or f"fastgrpo check: exit code {code}" if code else ""
+    return output.getvalue().strip() or f"fastgrpo check: exit code {code}" if code else ""
 
 
 def _complain(message: str) -> int:
-    """Tell a user's mistake on rank 0, and once more at the end of torchrun's report of failed processes."""
+    """Print a user's mistake on rank 0, and again at the end of torchrun's report of failures."""
     if rank() == 0:
         print(message, file=sys.stderr)
         if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            told = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
-            Path(report).write_text(json.dumps({"message": told}))
+            content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(report).write_text(json.dumps({"message": content}))
     return after_rank_0(USER_ERROR)

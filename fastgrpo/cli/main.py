@@ -12,21 +12,27 @@ from fastgrpo.cli import evaluate, plan, report, sample, serve, train
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import OneRankError, after_rank_0, die_with_torchrun, leave, rank
 
-EPILOG = """examples:
-  fastgrpo train launch/t2v_tiny.toml                           one process, the tiny world
-  fastgrpo train launch/t2v_tiny.toml run.dir=runs/a run.seed=1 rewards.0.where=process
-  torchrun --nproc-per-node 2 launch/t2v_tiny.sh                the same recipe on two ranks
-  fastgrpo preflight launch/t2v_tiny.toml                       is this recipe correct on this machine
-  fastgrpo plan launch/t2v_hunyuan.toml --gpus 64 --gpu h800    does it fit, how long will it take
-  fastgrpo embed launch/t2v_tiny.toml                           encode its prompts beforehand
-  fastgrpo sample runs/t2v_tiny --against-base                  held-out clips, beside the base model's
-  fastgrpo export runs/t2v_tiny exported                        a folder that diffusers loads
-  fastgrpo score clip.mp4 --reward tiny_world --prompt "..."    what a reward says of a file
-  fastgrpo evaluate runs/t2v_tiny                               base against trained, by several rewards
-  fastgrpo report runs/t2v_tiny                                 the report of a finished or running run
-  fastgrpo status runs/t2v_tiny                                 where each rank is: does it hang, and which one
-  fastgrpo keys                                                 every recipe key, its default and meaning
-"""
+EXAMPLES = (
+    ("fastgrpo train launch/t2v_tiny.toml", "one process, the tiny world"),
+    ("fastgrpo train launch/t2v_tiny.toml run.dir=runs/a run.seed=1 rewards.0.where=process", ""),
+    ("torchrun --nproc-per-node 2 launch/t2v_tiny.sh", "the same recipe on two ranks"),
+    ("fastgrpo preflight launch/t2v_tiny.toml", "is this recipe correct on this machine"),
+    (
+        "fastgrpo plan launch/t2v_hunyuan.toml --gpus 64 --gpu h800",
+        "does it fit, how long will it take",
+    ),
+    ("fastgrpo embed launch/t2v_tiny.toml", "encode its prompts beforehand"),
+    ("fastgrpo sample runs/t2v_tiny --against-base", "held-out clips, beside the base model's"),
+    ("fastgrpo export runs/t2v_tiny exported", "a folder that diffusers loads"),
+    ('fastgrpo score clip.mp4 --reward tiny_world --prompt "..."', "what a reward says of a file"),
+    ("fastgrpo evaluate runs/t2v_tiny", "base against trained, by several rewards"),
+    ("fastgrpo report runs/t2v_tiny", "the report of a finished or running run"),
+    ("fastgrpo status runs/t2v_tiny", "where each rank is: does it hang, and which one"),
+    ("fastgrpo keys", "every recipe key, its default and meaning"),
+)
+EPILOG = "examples:\n" + "".join(
+    f"{f'  {line:<62}{meaning}'.rstrip()}\n" for line, meaning in EXAMPLES
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     try:
         return arguments.action(arguments) or 0
-    except OneRankError:  # which that rank has told; the others learn of it by its end
+    except OneRankError:  # printed by that rank; the others learn of it by its end
         return 2
     # raised on every rank, see World.on_main and World.raise_if_any_failed
     except UserError as error:

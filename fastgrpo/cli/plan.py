@@ -16,6 +16,7 @@ from fastgrpo.training import methods
 if TYPE_CHECKING:
     from fastgrpo.tools.plan.costs.compute import Job
     from fastgrpo.tools.plan.planner import Plan
+    from fastgrpo.tools.plan.simulation.rank import Simulated
 
 OVERRIDE = re.compile(r"[a-z_]+(\.\w+)+=")  # has a dot in its name, unlike what follows --set
 
@@ -54,10 +55,13 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="of the longest prompt (default: the family's limit)",
     )
     add(
-        "--set", action="append", default=[], metavar="NAME=VALUE",
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
         help="a number of the GPU or an achieved share, such as update=0.5, network_gbs=6.25; may "
         "be repeated",
-    )  # fmt: skip
+    )
     add(
         "--simulate",
         action="store_true",
@@ -73,7 +77,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def overrides_first(argv: Sequence[str]) -> list[str]:
-    """The command with a plan's overrides right behind its recipe, wherever they were pasted: argparse wants that."""
+    """The command line with a plan's overrides right behind its recipe, as argparse wants them."""
     if len(argv) < 2 or argv[0] != "plan" or argv[1].startswith("-"):
         return list(argv)
     moved = [argument for argument in argv[2:] if OVERRIDE.match(argument)]
@@ -97,19 +101,21 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments)
     machine = Machine(*changed(gpu(arguments.gpu), Achieved(), _numbers(arguments.set)))
     text = arguments.text_tokens
-    found = planner.plan(recipe, arguments.gpus, machine, arguments.ranks_per_node, text)
+    result = planner.plan(
+        recipe, arguments.gpus, machine, ranks_per_node=arguments.ranks_per_node, text=text
+    )
     changes = (
-        [] if found.fits else planner.advice(found, arguments.recipe, arguments.overrides, text)
+        [] if result.fits else planner.advice(result, arguments.recipe, arguments.overrides, text)
     )
     plans = planner.curve(recipe, machine, arguments.ranks_per_node, text)
-    simulated = _simulate(found) if arguments.simulate else None
+    simulated = _simulate(result) if arguments.simulate else None
     if arguments.picture:
-        tables.picture(found, arguments.picture)
+        tables.picture(result, arguments.picture)
     if arguments.json:
-        print(json.dumps(tables.as_json(found, plans, changes, simulated), indent=1))
+        print(json.dumps(tables.as_json(result, plans, changes, simulated), indent=1))
     else:
-        tables.show(found, plans, changes, simulated)
-    return 0 if found.fits else 1
+        tables.show(result, plans, changes, simulated)
+    return 0 if result.fits else 1
 
 
 def _numbers(settings: list[str]) -> dict[str, float]:
@@ -126,11 +132,11 @@ def _numbers(settings: list[str]) -> dict[str, float]:
     return numbers
 
 
-def _simulate(found: "Plan") -> dict[str, Any]:
-    """One rank simulated, and what the closed form says of the same micro-batch and forward."""
+def _simulate(plan: "Plan") -> dict[str, Any]:
+    """One rank simulated, beside the closed form for the same micro-batch and forward."""
     import warnings
 
-    job, left_out = _alone(found.subject.job)
+    job, left_out = _alone(plan.subject.job)
     if job.lora:
         raise UserError(
             "--simulate: peft cannot make adapters of tensors without contents; leave --simulate out."
@@ -143,18 +149,35 @@ def _simulate(found: "Plan") -> dict[str, Any]:
     # none is changed
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     from fastgrpo.tools.plan import phases
-    from fastgrpo.tools.plan.costs import compute, memory
     from fastgrpo.tools.plan.simulation.rank import Sizes, simulate
     from fastgrpo.tools.plan.subject import network_config
 
     recipe, network = job.recipe, network_config(job.recipe)[0]
-    whole = phases.holds_whole(found.subject, found.machine)
+    whole = phases.holds_whole(plan.subject, plan.machine)
     exact = simulate(
-        recipe, network, Sizes(job.latent, job.text), job.gpus, job.ranks_per_node, whole=whole
+        recipe,
+        network,
+        Sizes(job.latent, job.text),
+        gpus=job.gpus,
+        ranks_per_node=job.ranks_per_node,
+        whole=whole,
     )
+    return {
+        "compared": _compared(job, exact, whole),
+        "left_out": left_out,
+        "seconds": exact.seconds,
+        **exact.as_dict(),
+    }
+
+
+def _compared(job: "Job", exact: "Simulated", whole: bool) -> dict[str, tuple[float, float]]:
+    """Simulated and closed form, by quantity.  whole: whether the rollout holds whole weights"""
+    from fastgrpo.tools.plan.costs import compute, memory
+
+    recipe = job.recipe
     batch, drawn = recipe.optimizer.batch_size, recipe.rollout.at_once
     sent = compute.micro_batch(job, batch)
-    rows = {
+    return {
         "update: peak GiB": (
             exact.update_peak / GIB,
             sum(memory.update(job, batch, False).values()) / GIB,
@@ -182,11 +205,13 @@ def _simulate(found: "Plan") -> dict[str, Any]:
             compute.forward(job, drawn).total / 1e12,
         ),
     }
-    return {"compared": rows, "left_out": left_out, "seconds": exact.seconds, **exact.as_dict()}
 
 
 def _alone(job: "Job") -> "tuple[Job, list[str]]":
-    """The job as a simulated rank has it, with one copy of the weights, and the kinds of memory that are left out."""
+    """The job as a simulated rank has it, and the kinds of memory that are left out.
+
+    A simulated rank has one copy of the weights.
+    """
     recipe = job.recipe
     left_out = ["average"] if recipe.optimizer.ema_decay else []
     if methods.traits(recipe).average_draws:

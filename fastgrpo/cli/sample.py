@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,21 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.units import GIB, MIB
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": MIB, "GIB": GIB}
+
+
+SETTINGS: dict[str, tuple[Callable[[str], object], str]] = {
+    "frames": (int, "frames of a clip; 1 = image"),
+    "height": (int, "pixels"),
+    "width": (int, "pixels"),
+    "fps": (float, "frames per second of the files"),
+    "steps": (int, "denoising steps"),
+    "shift": (float, "time-grid shift"),
+    "guidance": (float, "embedded guidance"),
+    "cfg": (float, "classifier-free guidance scale; 1 = off"),
+    "negative-prompt": (str, "text of the unconditional branch"),
+    "dtype": (str, "float32 or bfloat16"),
+}
+"""Options of `fastgrpo sample` in place of a recipe's keys: type and help."""
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -32,6 +48,34 @@ def _add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "source",
         help="a recipe (its base model), a run folder, an export or another folder in the diffusers layout",
     )
+    _add_what(command)
+    add_which_weights(command)
+    add = command.add_argument_group("how, in place of the recipe's").add_argument
+    for key, (kind, text) in SETTINGS.items():
+        add(f"--{key}", type=kind, metavar=key.upper(), help=text)
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        help="any recipe key; may be repeated",
+    )
+    add(
+        "--batch-size",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="clips of one prompt per forward pass (default: 1)",
+    )
+    add = command.add_argument_group("a folder without a recipe").add_argument
+    add(
+        "--recipe", type=Path, metavar="FILE", help="the recipe of a folder in the diffusers layout"
+    )
+    add("--family", metavar="NAME", help="or only its family, with --frames, --height and --width")
+
+
+def _add_what(command: argparse.ArgumentParser) -> None:
+    """The options that say what is sampled, and where to."""
     add = command.add_argument_group("what").add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
     add("--prompts", metavar="FILE", help="a file of prompts (default: the recipe's held-out ones)")
@@ -62,35 +106,6 @@ def _add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="folder to write (default for a run: RUN/samples/step-N)",
     )
     add("--overwrite", action="store_true", help="replace the samples in that folder")
-    add_which_weights(command)
-    add = command.add_argument_group("how, in place of the recipe's").add_argument
-    for key, kind, text in (
-        ("frames", int, "frames of a clip; 1 = image"), ("height", int, "pixels"), ("width", int, "pixels"),
-        ("fps", float, "frames per second of the files"),
-        ("steps", int, "denoising steps"), ("shift", float, "time-grid shift"),
-        ("guidance", float, "embedded guidance"), ("cfg", float, "classifier-free guidance scale; 1 = off"),
-        ("negative-prompt", str, "text of the unconditional branch"), ("dtype", str, "float32 or bfloat16"),
-    ):  # fmt: skip
-        add(f"--{key}", type=kind, metavar=key.upper(), help=text)
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="section.key=value",
-        help="any recipe key; may be repeated",
-    )
-    add(
-        "--batch-size",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="clips of one prompt per forward pass (default: 1)",
-    )
-    add = command.add_argument_group("a folder without a recipe").add_argument
-    add(
-        "--recipe", type=Path, metavar="FILE", help="the recipe of a folder in the diffusers layout"
-    )
-    add("--family", metavar="NAME", help="or only its family, with --frames, --height and --width")
 
 
 def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -138,7 +153,7 @@ def _run_sample(arguments: argparse.Namespace) -> None:
     from fastgrpo.tools.sample.sample import MANIFEST, SHEET, Wanted, sample
     from fastgrpo.tools.sample.source import Asked
 
-    asked = Asked(
+    choice = Asked(
         source=arguments.source,
         step=step_of(arguments.step),
         raw=arguments.raw_weights,
@@ -159,7 +174,7 @@ def _run_sample(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
     )
     logging.disable_progress_bar()  # every rank would show its own
-    done = sample(asked, wanted)
+    done = sample(choice, wanted)
     if done.main:
         print(f"{done.clips} samples, {SHEET} and {MANIFEST} in {done.folder}")
 
@@ -188,12 +203,12 @@ def changes(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "rollout": ("steps", "shift"),
         "model": ("guidance", "cfg", "negative_prompt", "dtype"),
     }
-    given = {
+    options = {
         section: {key: getattr(arguments, key) for key in names} for section, names in keys.items()
     }
     return {
         section: {k: v for k, v in values.items() if v is not None}
-        for section, values in given.items()
+        for section, values in options.items()
     }
 
 

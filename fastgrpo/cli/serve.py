@@ -24,9 +24,10 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="serve rewards over HTTP",
         description="Serve rewards over HTTP: the ones named, with their settings at their "
         "defaults, or with --recipe "
-        'those of a recipe that have where = "server". The bearer token is read from --token-file, or from the '
-        "environment variable FASTGRPO_TOKEN. Binding beyond this machine needs --token-file. "
-        "SIGTERM ends it in good order. See docs/guides/rewards/server.md.",
+        'those of a recipe that have where = "server". The bearer token is read from '
+        "--token-file, or from the environment variable FASTGRPO_TOKEN. Binding beyond "
+        "this machine needs --token-file. SIGTERM ends it in good order. See "
+        "docs/guides/rewards/server.md.",
     )
     serve.set_defaults(action=serve_rewards)
     serve.add_argument(
@@ -64,9 +65,12 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="clips read or waiting (default: %(default)s MiB)",
     )
     serve.add_argument(
-        "--batch-wait", type=float, default=10.0, metavar="MS",
+        "--batch-wait",
+        type=float,
+        default=10.0,
+        metavar="MS",
         help="how long a clip waits for others of its shape (default: %(default)g ms)",
-    )  # fmt: skip
+    )
 
 
 def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -124,7 +128,12 @@ def serve_rewards(arguments: argparse.Namespace) -> None:
         max_waiting=arguments.max_waiting * MIB, batch_wait_s=arguments.batch_wait / 1e3
     )
     app.serve(
-        served_specs(arguments), arguments.host, arguments.port, token, arguments.ready_file, limits
+        served_specs(arguments),
+        host=arguments.host,
+        port=arguments.port,
+        token=token,
+        ready_file=arguments.ready_file,
+        limits=limits,
     )
 
 

@@ -1,4 +1,4 @@
-"""`fastgrpo train`, `check`, `preflight`, `embed` and `keys`: what a recipe is for, and what its keys are."""
+"""`fastgrpo train`, `check`, `preflight`, `embed` and `keys`: the commands on a recipe."""
 
 import argparse
 import os
@@ -110,7 +110,7 @@ def _run_keys(arguments: argparse.Namespace) -> None:
 
 
 def print_summary(summary: dict[str, object], folder: Path) -> None:
-    """The held-out rewards before and after, as a table."""
+    """Print the held-out rewards before and after as a table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -126,13 +126,8 @@ def print_summary(summary: dict[str, object], folder: Path) -> None:
     assert isinstance(difference, dict) and isinstance(interval, dict)
     for part in before:
         low, high = interval[part]
-        table.add_row(
-            part,
-            f"{before[part]:.3f}",
-            f"{after[part]:.3f}",
-            f"{difference[part]:+.3f}",
-            f"{low:+.3f} .. {high:+.3f}",
-        )
+        means = f"{before[part]:.3f}", f"{after[part]:.3f}"
+        table.add_row(part, *means, f"{difference[part]:+.3f}", f"{low:+.3f} .. {high:+.3f}")
     console = Console()
     console.print(table)
     console.print(

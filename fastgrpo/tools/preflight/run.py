@@ -58,14 +58,14 @@ def run(recipe: Recipe) -> bool:
         green, phases = checks.thorough(Parts.of(session), folder, tell)
         if world.main:
             console.print(table(phases, planned(recipe, world)), highlight=False)
-            told = "all green" if green else "red: do not train before it is green"
-            console.print(f"preflight: {told}", highlight=False)
+            answer = "all green" if green else "red: do not train before it is green"
+            console.print(f"preflight: {answer}", highlight=False)
         world.barrier()  # torchrun ends the others as soon as one leaves with code 1
         return green
 
 
 def elsewhere(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe as a run in that folder that tells no one."""
+    """The recipe as a run in that folder, without wandb."""
     changed = {
         "run": recipe.run.model_copy(update={"dir": folder}),
         "prompts": recipe.prompts.model_copy(update={"cache": None}),
@@ -74,42 +74,47 @@ def elsewhere(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update=changed)
 
 
-def first_prompts(recipe: Recipe, found: Split) -> Split:
-    """The prompts of the first iteration, in the order of the file, and one held-out: no others are encoded."""
-    drawn = prompts.draw(len(found.train), recipe.prompts.per_iteration, 0, recipe.run.seed)
-    return Split([found.train[index] for index in sorted(drawn)], found.heldout[:1], found.summary)
+def first_prompts(recipe: Recipe, split: Split) -> Split:
+    """The prompts of the first iteration, in the file's order, and one held-out prompt."""
+    drawn = prompts.draw(len(split.train), recipe.prompts.per_iteration, 0, recipe.run.seed)
+    return Split([split.train[index] for index in sorted(drawn)], split.heldout[:1], split.summary)
 
 
 def planned(recipe: Recipe, world: World) -> dict[str, Planned]:
-    """What the planner expects of each phase.
+    """The planner's seconds and memory of each phase.
 
-    Empty where it knows not the GPU or the model, or there is no GPU.
+    Empty where the planner does not know the GPU or the model, or there is no GPU.
     """
-    card = card_of(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
+    if world.device.type != "cuda":
+        return {}
+    card = card_of(torch.cuda.get_device_name(world.device))
     if card is None:
         return {}
     per_node = local_world_size(world.size)
     try:
-        found = planner.plan(recipe, world.size, Machine(card, Achieved()), per_node)
+        plan = planner.plan(recipe, world.size, Machine(card, Achieved()), per_node)
     except UserError:  # of a family or a config that plans do not know: the run itself took it
         return {}
     times = {"save": 1 / recipe.checkpoint.every}
-    return {phase.name: Planned(phase.seconds * times.get(phase.name, 1.0), phase.peak / GIB) for phase in found.phases}
+    return {
+        phase.name: Planned(phase.seconds * times.get(phase.name, 1.0), phase.peak / GIB)
+        for phase in plan.phases
+    }
 
 
 def card_of(device: str) -> Gpu | None:
     """The planner's GPU of a device's name, such as "NVIDIA A100-SXM4-80GB".
 
-    None where its table has none.
+    None where the planner's table has no such GPU.
     """
-    return next(
-        (card for card in GPUS if all(part in device.lower() for part in card.name.split("-"))),
-        None,
-    )
+    for card in GPUS:
+        if all(part in device.lower() for part in card.name.split("-")):
+            return card
+    return None
 
 
 class NoTerminal(io.TextIOBase):
-    """Passes text on, and is no terminal."""
+    """A stream that passes text on and is no terminal."""
 
     def __init__(self, out: IO[str]) -> None:
         self.out = out
