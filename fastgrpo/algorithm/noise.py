@@ -1,7 +1,8 @@
-"""Keyed randomness: every random tensor is a function of its key, never of what was drawn before or of the rank.
+"""Keyed randomness: every random tensor is a function of its key alone.
 
-So a run resumes exactly without saving any generator's state, trajectories do not depend on how work is divided over
-ranks, and ranks that must agree do so by construction.
+A tensor depends neither on the tensors drawn before it nor on the rank. A run therefore resumes
+exactly without any generator's state, trajectories do not depend on how work is divided over ranks,
+and ranks that must agree do so by construction.
 """
 
 import hashlib
@@ -9,18 +10,20 @@ import hashlib
 import torch
 from torch import Tensor
 
-Key = tuple[int | str, ...]  # a purpose, then seed, iteration, prompt, sample, step: what identifies the draw
+Key = tuple[int | str, ...]
+"""What identifies a draw: a purpose, then seed, iteration, prompt, sample, step."""
 
 
 def generator(key: Key, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose stream is determined by the key alone; on a GPU also by its model, as torch's kernels are."""
+    """A generator whose stream depends on the key alone; on a GPU also on the GPU's model."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def normal(keys: list[Key], shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """Standard normal noise, one row per key.  returns float32 [len(keys), *shape]"""
-    return torch.stack([torch.randn(shape, generator=generator(key, device), device=device) for key in keys])
+    rows = [torch.randn(shape, generator=generator(key, device), device=device) for key in keys]
+    return torch.stack(rows)
 
 
 def permutation(n: int, key: Key) -> list[int]:

@@ -1,4 +1,4 @@
-"""The loss per transition: one pure function per algorithm, from transitions or noised samples to a loss each.
+"""The loss per transition: one pure function per algorithm.
 
 Every log-probability and divergence is a mean over the latent's dimensions, see `transitions.py`.
 docs/guides/algorithms/algorithms.md says when to use which.
@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from fastgrpo.algorithm.samplers import Sampler
-from fastgrpo.algorithm.transitions import _column as column
-from fastgrpo.algorithm.transitions import gaussian_kl
+from fastgrpo.algorithm.transitions import column, gaussian_kl
 from fastgrpo.core.config import Objective
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Terms:
-    """Transitions as an update sees them; what is old is of the policy that drew them and has no gradient. float32."""
+    """B transitions as an update sees them, float32.
+
+    The "old" terms are of the policy that drew the transitions and have no gradient.
+    """
 
     log_prob: Tensor  # [B]
     old_log_prob: Tensor  # [B]
-    mean: Tensor  # [B, ...] of p(x_next | x)
+    mean: Tensor  # [B, ...]: mean of p(x_next | x)
     old_mean: Tensor  # [B, ...]
     std: Tensor  # a scalar or [B, 1, ...], > 0
     advantage: Tensor  # [B]
@@ -30,9 +32,9 @@ class Terms:
 
 
 def grpo(terms: Terms, objective: Objective) -> Tensor:
-    """-min(r A, clip(r, 1 - eps, 1 + eps) A), r = exp(log_prob - old_log_prob) (DanceGRPO, arXiv 2505.07818, eq. 6).
+    """-min(r A, clip(r, 1 - eps, 1 + eps) A) with r = exp(log_prob - old_log_prob).
 
-    returns [B], the loss to descend, one per transition; so all below
+    DanceGRPO, arXiv 2505.07818, eq. 6.  returns [B], the loss of each transition
     """
     return _clipped(ratio(terms), terms.advantage, objective.clip_range)
 
@@ -40,8 +42,9 @@ def grpo(terms: Terms, objective: Objective) -> Tensor:
 def ddpo(terms: Terms, objective: Objective) -> Tensor:
     """DDPO with importance sampling and clipping (DDPO_IS of Black et al., arXiv 2305.13301).
 
-    For one transition that is GRPO's expression; what differs is the advantage, which is normalised over all samples
-    of the iteration (objective.normalise = "global"). The baseline that DanceGRPO reports as diverging on flows.
+    The expression for one transition is GRPO's; the advantage differs, which is normalised over all
+    samples of the iteration (objective.normalise = "global"). DanceGRPO reports this baseline as
+    diverging on flows.  returns [B], the loss of each transition
     """
     return grpo(terms, objective)
 
@@ -50,27 +53,30 @@ def guard(terms: Terms, objective: Objective) -> Tensor:
     """GRPO-Guard: the clipped objective of a normalised ratio, over dt.
 
     Wang et al., arXiv 2510.22319: RatioNorm (eq. 8) and the reweighting of gradients over steps.
-    GRPO's log-ratio has a negative mean and a spread that grows as the noise falls, so that clipping stops hardly any
-    positive update; the normalised one is centred and spreads alike at all steps. Its clip range is of order 2e-6.
+    GRPO's log-ratio has a negative mean and a spread that grows as the noise falls, so clipping
+    stops hardly any positive update. The normalised ratio is centred and spreads alike at all
+    steps; its clip range is of order 2e-6.  returns [B], the loss of each transition
     """
     return _clipped(normalised_ratio(terms), terms.advantage, objective.clip_range) / terms.dt
 
 
 def dppo(terms: Terms, objective: Objective) -> Tensor:
-    """Flow-DPPO: -r A, without a gradient where the policy is too far from the old one and would go further.
+    """Flow-DPPO: -r A, without gradient where the policy is too far and would go further.
 
-    Too far: a KL divergence above max_kl. Further: A > 0 and r > 1, or A < 0 and r < 1 (arXiv 2606.11025). The
-    divergence of two Gaussians is exact, where the ratio that others clip is one noisy draw of it.
+    Too far: a KL divergence from the old policy above max_kl. Further: A > 0 and r > 1, or A < 0
+    and r < 1 (arXiv 2606.11025). The divergence of two Gaussians is exact, where a clipped ratio is
+    one noisy draw of it.  returns [B], the loss of each transition
     """
     r = ratio(terms)
     further = (r - 1) * terms.advantage > 0
-    return -torch.where(further & outside_divergence(terms, objective), r.detach(), r) * terms.advantage
+    stopped = further & outside_divergence(terms, objective)
+    return -torch.where(stopped, r.detach(), r) * terms.advantage
 
 
 def outside_clip_range(terms: Terms, objective: Objective) -> Tensor:
-    """Whether each transition's ratio is outside the clip range, whichever way the update would go.
+    """Whether each transition's ratio is outside the clip range.  returns bool [B]
 
-    returns bool [B]; the two functions below likewise
+    The direction of the update does not matter.
     """
     return (ratio(terms) - 1).abs() > objective.clip_range
 
@@ -91,26 +97,35 @@ def ratio(terms: Terms) -> Tensor:
 
 
 def normalised_ratio(terms: Terms) -> Tensor:
-    """GRPO-Guard's ratio exp[(log_prob - old_log_prob + b) std], b the KL divergence (arXiv 2510.22319, eq. 8).
+    """GRPO-Guard's ratio exp[(log_prob - old_log_prob + b) std], b the KL divergence.
 
-    For x_next = old_mean + std e it is exp of the mean of e (mean - old_mean): centred for every std. For Gaussian
-    log-probabilities only.  returns [B]
+    arXiv 2510.22319, eq. 8. For x_next = old_mean + std e the ratio is exp of the mean of
+    e (mean - old_mean), which is centred for every std; for Gaussian log-probabilities only.
+
+    returns [B]
     """
     bias = gaussian_kl(terms.mean, terms.old_mean, terms.std)
     return ((terms.log_prob - terms.old_log_prob + bias) * terms.std.reshape(-1)).exp()
 
 
 def _clipped(r: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
+    """-min(r A, clip(r) A).  r, advantage: [B];  returns [B]"""
     return -torch.minimum(r * advantage, r.clamp(1 - clip_range, 1 + clip_range) * advantage)
 
 
-def step_weights(kind: str, grid: Tensor, steps: Sequence[int], eta: float, sampler: Sampler) -> Tensor:
+def step_weights(
+    kind: str,
+    grid: Tensor,
+    steps: Sequence[int],
+    eta: float,
+    sampler: Sampler,
+) -> Tensor:
     """Weight of each step's loss, of mean 1 over `steps`, the steps that may be trained.
 
     equal: 1.
     gradient: the inverse of the policy gradient's size with respect to v, which is sqrt(dt) / eta *
-      (1 + eta^2 (1 - t) / (2 t)) for DanceGRPO's step (LongCat-Video, arXiv 2510.22200, section on GRPO); here of
-      whichever sampler, for a draw one std away from the mean.
+      (1 + eta^2 (1 - t) / (2 t)) for DanceGRPO's step (LongCat-Video, arXiv 2510.22200, section on
+      GRPO); computed for any sampler from a draw one std away from the mean.
     noise: proportional to the step's std (TempFlow-GRPO, arXiv 2508.04324, noise-aware weighting).
 
     grid: float32 [T + 1];  returns float32 [T], 0 for other steps
@@ -122,7 +137,8 @@ def step_weights(kind: str, grid: Tensor, steps: Sequence[int], eta: float, samp
         x = torch.zeros(len(index), 1, device=grid.device)
         with torch.enable_grad():
             v = torch.zeros_like(x).requires_grad_()
-            mean, std = sampler.transition(x, v, grid[index], grid[index + 1], eta)
+            t, t_next = grid[index], grid[index + 1]
+            mean, std = sampler.transition(x, v, t=t, t_next=t_next, eta=eta)
             log_prob = sampler.log_prob((mean + std).detach(), mean, std)
             (slope,) = torch.autograd.grad(log_prob.sum(), v)
         raw = (1 / slope.abs() if kind == "gradient" else std.expand_as(x)).flatten()
@@ -130,15 +146,15 @@ def step_weights(kind: str, grid: Tensor, steps: Sequence[int], eta: float, samp
     return weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Noised:
-    """Samples noised again, and what two policies predict for them. float32; only v has a gradient."""
+    """B samples noised again, and two policies' predictions; float32, only v has a gradient."""
 
     x: Tensor  # [B, ...]: (1 - t) x_0 + t e
     x_0: Tensor  # [B, ...]: the samples
     t: Tensor  # [B]
     v: Tensor  # [B, ...]: the trained policy's velocity at x
-    v_old: Tensor  # [B, ...]: that of the policy that drew the samples
+    v_old: Tensor  # [B, ...]: the velocity of the policy that drew the samples
     advantage: Tensor  # [B]
 
 
@@ -147,9 +163,12 @@ def nft(noised: Noised, objective: Objective) -> Tensor:
 
     Zheng et al., arXiv 2509.16117, the training loss with its adaptive weighting:
     v+- = v_old +- beta (v - v_old), x_0+- = x - t v+-, and per sample
-    A_max / beta [q |x_0+ - x_0|^2 / w+ + (1 - q) |x_0- - x_0|^2 / w-] with the means over dimensions, q the advantage
-    clamped to +-A_max and mapped to [0, 1], and w+- the mean of |x_0+- - x_0| without gradient (the paper's adaptive
-    weighting). A_max is objective.advantage_clip.  returns [B]
+    A_max / beta [q |x_0+ - x_0|^2 / w+ + (1 - q) |x_0- - x_0|^2 / w-].
+
+    |.|^2 is the mean over dimensions, q the advantage clamped to +-A_max and mapped to [0, 1], w+-
+    the mean of |x_0+- - x_0| without gradient, A_max objective.advantage_clip.
+
+    returns [B], the loss of each sample
     """
     beta, most = objective.nft_beta, objective.advantage_clip
     q = noised.advantage.clamp(-most, most) / (2 * most) + 0.5
@@ -161,6 +180,9 @@ def nft(noised: Noised, objective: Objective) -> Tensor:
 
 
 def _reconstruction(estimate: Tensor, x_0: Tensor) -> Tensor:
-    """Mean squared error over the mean absolute error, the latter without gradient.  returns [B]"""
+    """Mean squared error over the mean absolute error, the latter without gradient.
+
+    estimate, x_0: [B, ...];  returns [B]
+    """
     error = (estimate - x_0).flatten(1)
     return error.square().mean(1) / error.detach().abs().mean(1).clamp(min=1e-5)

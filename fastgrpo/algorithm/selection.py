@@ -1,4 +1,4 @@
-"""Which samples and which steps an iteration trains, and in which optimizer step. Pure functions."""
+"""The samples and steps that an iteration trains, by optimizer step. Pure functions."""
 
 import torch
 from torch import Tensor
@@ -7,19 +7,22 @@ from fastgrpo.algorithm import noise
 
 
 def best_of_n(advantages: Tensor, valid: Tensor, group_size: int, keep: int) -> Tensor:
-    """The best keep / 2 and the worst keep / 2 valid samples of each prompt (DanceGRPO section 4.3).
+    """The best keep / 2 and the worst keep / 2 valid samples of each prompt.
 
-    Advantages keep the statistics of the whole group. A group with fewer than `keep` valid samples keeps them all.
-    returns bool [N]
+    DanceGRPO, section 4.3.
+    Advantages keep the statistics of the whole group. A group with fewer than `keep` valid samples
+    keeps them all.
+
+    advantages: float32 [N];  valid: bool [N];  returns bool [N]
     """
-    kept = torch.zeros_like(valid)
+    selected = torch.zeros_like(valid)
     for start in range(0, len(advantages), group_size):
         members = [i for i in range(start, start + group_size) if valid[i]]
         order = sorted(members, key=lambda i: (float(advantages[i]), i))
         half = keep // 2
         chosen = order if len(order) <= keep else order[:half] + order[-half:]
-        kept[chosen] = True
-    return kept
+        selected[chosen] = True
+    return selected
 
 
 def choose_timesteps(steps: range, count: int, choice: str, key: noise.Key) -> list[int]:
@@ -34,20 +37,20 @@ def choose_timesteps(steps: range, count: int, choice: str, key: noise.Key) -> l
     return sorted(steps[n] for n in noise.permutation(len(steps), key)[:count])
 
 
-def minibatches(kept: Tensor, group_size: int, updates: int, key: noise.Key) -> list[list[int]]:
-    """Deal the kept samples into `updates` minibatches, each with an equal share of every prompt.
+def minibatches(selected: Tensor, group_size: int, updates: int, key: noise.Key) -> list[list[int]]:
+    """Deal the selected samples into `updates` minibatches with an equal share of every prompt.
 
-    kept: bool [N];  returns for each optimizer step the indices of its samples, in increasing order
+    selected: bool [N];  returns each optimizer step's samples, by index in increasing order
     """
     batches: list[list[int]] = [[] for _ in range(updates)]
-    trained = kept.tolist()
+    trained = selected.tolist()
     for start in range(0, len(trained), group_size):
         members = [i for i in range(start, start + group_size) if trained[i]]
-        offset = start // group_size  # so that leftovers of incomplete groups do not all fall on the first batch
-        for block in range(
-            0, len(members), updates
-        ):  # one to each batch, so that ranks with part of a group have as many
+        # the first batch differs by group, or all leftovers of incomplete groups would fall on it
+        offset = start // group_size
+        # one block after another, so that ranks with part of a group have as many of each batch
+        for block in range(0, len(members), updates):
             order = noise.permutation(len(members[block : block + updates]), (*key, offset, block))
-            for place, member in enumerate(order):
-                batches[(place + offset) % updates].append(members[block + member])
+            for position, member in enumerate(order):
+                batches[(position + offset) % updates].append(members[block + member])
     return [sorted(batch) for batch in batches]

@@ -64,7 +64,13 @@ def test_public_step_log_prob_loss_and_advantages_are_ours() -> None:
             new, old, weight = (torch.tensor([value]) for value in (change, 0.0, advantage))
             found = public_way.clipped(new.exp(), advantage, 0.1)
             terms = Terms(
-                new, old_log_prob=old, mean=mean, old_mean=mean, std=expected_std, advantage=weight, dt=t - t_next
+                log_prob=new,
+                old_log_prob=old,
+                mean=mean,
+                old_mean=mean,
+                std=expected_std,
+                advantage=weight,
+                dt=t - t_next,
             )
             torch.testing.assert_close(found, grpo(terms, Objective(clip_range=0.1)))
 

@@ -26,7 +26,7 @@ ADVANTAGES = [2.0, -1.5, 0.5]
 def terms(mean: Tensor, old_mean: Tensor, x_next: Tensor, std: Tensor, advantage: Tensor, dt: Tensor) -> Terms:
     log_prob, old_log_prob = (gaussian_log_prob(x_next, of, std) for of in (mean, old_mean))
     return Terms(
-        log_prob,
+        log_prob=log_prob,
         old_log_prob=old_log_prob.detach(),
         mean=mean,
         old_mean=old_mean.detach(),
@@ -67,7 +67,7 @@ def test_clipping_is_the_formula_and_stops_what_went_far_enough() -> None:
     nothing = torch.zeros(5, 1)
     advantage = torch.tensor([2.0, 2.0, -2.0, -2.0, 2.0])
     given = Terms(
-        log_prob,
+        log_prob=log_prob,
         old_log_prob=torch.zeros(5),
         mean=nothing,
         old_mean=nothing,
@@ -171,7 +171,12 @@ def noised(advantage: float, v: Tensor, seed: int = 0) -> Noised:
     column = t.reshape(2, 1, 1)
     v_old = e - x_0 + 0.5 * off
     return Noised(
-        (1 - column) * x_0 + column * e, x_0=x_0, t=t, v=v_old + v, v_old=v_old, advantage=torch.tensor([advantage] * 2)
+        x=(1 - column) * x_0 + column * e,
+        x_0=x_0,
+        t=t,
+        v=v_old + v,
+        v_old=v_old,
+        advantage=torch.tensor([advantage] * 2),
     )
 
 
@@ -209,7 +214,7 @@ def test_nft_is_least_at_the_better_of_two_policies() -> None:
     x, t = torch.zeros(2, 1), torch.full((2,), 0.5)
     x_0 = torch.tensor([[1.0], [-1.0]])
     v = torch.zeros(1, 1, requires_grad=True)
-    given = Noised(x, x_0=x_0, t=t, v=v.expand(2, 1), v_old=torch.zeros(2, 1), advantage=torch.tensor([5.0, -5.0]))
+    given = Noised(x=x, x_0=x_0, t=t, v=v.expand(2, 1), v_old=torch.zeros(2, 1), advantage=torch.tensor([5.0, -5.0]))
     optimizer = torch.optim.SGD([v], lr=0.05)
     for _ in range(200):
         loss = objectives.nft(replace(given, v=v.expand(2, 1)), Objective()).mean()

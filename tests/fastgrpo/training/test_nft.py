@@ -102,7 +102,7 @@ def test_gradient_equals_plain_autograd_of_the_objective(
             v = plain.velocity(x, t, stack([conditions[slot // tiny.GROUP]]))
             advantage = tiny.advantages()[slot][None]
             loss = loss + objectives.nft(
-                Noised(x, x_0=x_0, t=t, v=v, v_old=v_old[None], advantage=advantage), SETTINGS
+                Noised(x=x, x_0=x_0, t=t, v=v, v_old=v_old[None], advantage=advantage), SETTINGS
             )[0] / (TOTAL * 3)
     loss.backward()
     expected = {name: p.grad for name, p in plain.network.named_parameters() if p.grad is not None}

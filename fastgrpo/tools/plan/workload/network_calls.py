@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fastgrpo.core.config import Recipe
+from fastgrpo.core.window import noisy_count, window_start, window_starts
 from fastgrpo.training import methods
 
 
@@ -71,14 +72,14 @@ def first_steps(recipe: Recipe) -> dict[int, float]:
     """Where the first noisy step lies, with its share of the run's iterations; an expectation for a random window."""
     rollout = recipe.rollout
     if rollout.window is None or rollout.window_schedule == "first":
-        return {0: 1.0}
-    places = rollout.steps - rollout.window
-    if rollout.window_schedule == "random":
-        return dict.fromkeys(range(places), 1.0 / places)
+        return {0: 1.0}  # exactly, whatever the iterations add up to
     shares: dict[int, float] = {}
     for iteration in range(recipe.run.iterations):
-        place = iteration // rollout.window_every * rollout.window_stride % places
-        shares[place] = shares.get(place, 0.0) + 1.0 / recipe.run.iterations
+        start = window_start(rollout, iteration)
+        if start is None:
+            starts = window_starts(rollout)
+            return dict.fromkeys(starts, 1.0 / len(starts))
+        shares[start] = shares.get(start, 0.0) + 1.0 / recipe.run.iterations
     return shares
 
 
@@ -119,7 +120,7 @@ def _update(recipe: Recipe, groups: int) -> tuple[int, float, int, int]:
 
 def _share_of_first(recipe: Recipe) -> float:
     """Probability that a sample's chosen steps have the first noisy one among them."""
-    noisy, chosen = recipe.rollout.window or recipe.rollout.steps - 1, recipe.steps_trained
+    noisy, chosen = noisy_count(recipe.rollout), recipe.steps_trained
     if recipe.objective.timestep_choice == "first" or chosen == noisy:
         return 1.0
     return 0.0 if recipe.objective.timestep_choice == "last" else chosen / noisy

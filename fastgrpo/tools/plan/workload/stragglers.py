@@ -17,7 +17,7 @@ DRAWS = 4  # of which samples are kept, and of how they are dealt
 def widest(prompts: int, size: int, kept: int, updates: int, groups: int) -> float:
     """Samples of the group of ranks with the most of a minibatch, summed over an iteration's minibatches, the mean.
 
-    size: samples per prompt, of which `kept` are trained;  the dealing is that of `grpo.minibatches`
+    size: samples per prompt, of which `kept` are trained;  the dealing is that of `selection.minibatches`
     """
     chance, total = random.Random(0), prompts * size
     starts = [group * total // groups for group in range(groups)]  # as World.share deals them

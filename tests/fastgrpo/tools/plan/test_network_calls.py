@@ -1,5 +1,6 @@
 """The formula of network evaluations against the states that rollout and update really make."""
 
+from collections import Counter
 from itertools import product
 
 import pytest
@@ -96,6 +97,25 @@ def test_windows_that_move_are_averaged() -> None:
     assert network_calls.first_steps(asked) == pytest.approx({0: 0.4, 1: 0.4, 2: 0.2})
     places = network_calls.first_steps(recipe("rollout.window=2", "rollout.window_schedule=random"))
     assert list(places) == list(range(6)) and sum(places.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("schedule", ["first", "progressive", "random"])
+def test_plan_and_rollout_agree_where_the_window_lies(schedule: str) -> None:
+    """Over a run's iterations: the same steps, and as often as the plan says."""
+    asked = recipe(
+        f"rollout.window_schedule={schedule}",
+        "rollout.window=3",
+        "rollout.window_every=2",
+        "rollout.window_stride=2",
+        "run.iterations=300",
+    )
+    shares = network_calls.first_steps(asked)
+    drawn = [window.noisy_steps(asked.rollout, n, asked.run.seed) for n in range(300)]
+    assert {len(noisy) for noisy in drawn} == {3} and max(noisy.stop for noisy in drawn) < 8
+    counts = Counter(noisy.start for noisy in drawn)
+    assert set(counts) == set(shares) and sum(shares.values()) == pytest.approx(1)
+    tolerance = 0.07 if schedule == "random" else 1e-9  # three standard deviations of a draw
+    assert {start: count / 300 for start, count in counts.items()} == pytest.approx(shares, abs=tolerance)
 
 
 def test_the_busiest_group_of_ranks() -> None:
