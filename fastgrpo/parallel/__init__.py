@@ -1,4 +1,4 @@
-"""The ranks of a run: the mesh, who works on what, sharded weights, shared sequences.
+"""The ranks of a run: their mesh, the division of work, sharded weights, shared sequences.
 
-Imports core alone. Read `world.py` first. PyTorch's own engine throughout: FSDP2, DeviceMesh, gloo and NCCL.
+Imports core alone. Read `world.py` first. PyTorch's own FSDP2, DeviceMesh, gloo and NCCL.
 """

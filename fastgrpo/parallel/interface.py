@@ -1,7 +1,7 @@
-"""The network interface through which a node reaches the others, for gloo, which has no way to find it.
+"""The network interface through which a node reaches the others, for gloo.
 
-Gloo takes the address that the machine's own name resolves to: on many systems a loopback one, or none. NCCL looks for
-itself.
+Gloo takes the address that the machine's own name resolves to: on many systems a loopback address,
+or no address at all. NCCL finds the interface by itself.
 """
 
 import os
@@ -16,7 +16,10 @@ CHOSEN = "GLOO_SOCKET_IFNAME"
 
 
 def choose(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Name gloo's interface where a run spans several nodes and nobody has: the one on the way to MASTER_ADDR."""
+    """Name gloo's interface, the one towards MASTER_ADDR, where a run spans several nodes.
+
+    An interface that the user has named stays.
+    """
     if CHOSEN in environment:
         return
     if world_size(environment) == local_world_size(environment=environment):
@@ -27,9 +30,13 @@ def choose(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def towards(host: str) -> str | None:
-    """The interface whose address this machine would send from; none where that is loopback, or the name unknown."""
+    """The interface from whose address this machine sends to a host.
+
+    None: the interface is loopback, or the host's name is unknown.
+    """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, 9, socket.AF_INET, socket.SOCK_DGRAM)[0]
+        addresses = socket.getaddrinfo(host, 9, socket.AF_INET, socket.SOCK_DGRAM)
+        family, kind, protocol, _, address = addresses[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(address)  # a datagram socket: nothing is sent
             own = probe.getsockname()[0]
@@ -41,11 +48,12 @@ def towards(host: str) -> str | None:
 
 
 def address_of(interface: str) -> str | None:
-    """The IPv4 address of an interface of this machine; none where it has none."""
+    """The IPv4 address of an interface of this machine; None where it has none."""
     get_address = 0x8915  # SIOCGIFADDR of linux/sockios.h
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         try:
-            found = ioctl(any_socket, get_address, struct.pack("256s", interface.encode()[:15]))
+            name = struct.pack("256s", interface.encode()[:15])
+            answer = ioctl(any_socket, get_address, name)
         except OSError:
             return None
-    return socket.inet_ntoa(found[20:24])
+    return socket.inet_ntoa(answer[20:24])

@@ -1,16 +1,22 @@
-"""Sequence parallelism for video tokens: Ulysses (Jacobs et al. 2023, arXiv 2309.14509), by hooks and processors.
+"""Sequence parallelism for video tokens by hooks and attention processors.
 
-diffusers' classes stay unmodified. The ranks of a group work on one batch. Video tokens are split, in any uneven way;
-text tokens are replicated. Hooks split what leaves the patch embedding and the rotary tables, and gather what leaves
-the output projection, so that every rank has the whole velocity: log-probabilities are means over all tokens on each
-rank, and the ratio is that of one rank. Inside attention, tokens are exchanged for heads and back.
+The method is Ulysses (Jacobs et al. 2023, arXiv 2309.14509); diffusers' classes stay unmodified.
+The ranks of a group work on one batch. Video tokens are split, also unevenly; text tokens are
+replicated. Hooks split the outputs of the patch embedding and of the rotary tables, and gather the
+output projection's, so that every rank has the whole velocity: log-probabilities are means over all
+tokens on each rank, and the ratio is that of one rank. Inside attention, tokens are exchanged for
+heads and back.
 
-Where the hooks and processors go is the family's to say: share_sequence(network, layout) in
+A family says where its hooks and processors go: a function share_sequence(network, layout) in
 models/NAME.py puts them in by the `Layout`'s methods.
 
-Gradients: every collective here has its exact adjoint as backward (all-to-all: its inverse; gather: reduce-scatter).
-Each rank then holds the derivative of the sum of all ranks' equal losses with respect to its own copy of the weights,
-and FSDP's mean over the ranks is the derivative of the loss, without any scaling.
+Shapes: B samples, N video tokens of all ranks, n this rank's, L text tokens, H heads, D channels of
+a head, P ranks.
+
+Gradients: every collective here has its exact adjoint as backward (all-to-all: its inverse; gather:
+reduce-scatter). Each rank then holds the derivative of the sum of all ranks' equal losses with
+respect to its own copy of the weights, and FSDP's mean over the ranks is the derivative of the
+loss, without any scaling.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from einops import rearrange
 from torch import Tensor
 
 from fastgrpo.core.errors import UserError
@@ -28,10 +35,16 @@ from fastgrpo.parallel.world import Group
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows dealt out to the ranks and the ranks' rows put together; its backward is the opposite exchange."""
+    """Exchange rows among the ranks; the backward is the opposite exchange."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, give: list[int], take: list[int], group: dist.ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        give: list[int],
+        take: list[int],
+        group: dist.ProcessGroup,
+    ) -> Tensor:
         """rows: [sum(give), ...];  returns [sum(take), ...]"""
         ctx.exchange = (give, take, group)
         received = rows.new_empty(sum(take), *rows.shape[1:])
@@ -40,6 +53,7 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        """grads: one, [sum(take), ...];  returns the gradient of rows, [sum(give), ...]"""
         give, take, group = ctx.exchange
         returned = grads[0].new_empty(sum(give), *grads[0].shape[1:])
         dist.all_to_all_single(returned, grads[0].contiguous(), give, take, group=group)
@@ -47,13 +61,14 @@ class _AllToAll(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows on every rank; the backward sums what all ranks' losses say of this rank's rows."""
+    """Gather all ranks' rows on every rank; the backward sums all ranks' gradients of own rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
         """rows: [sizes[rank], ...];  returns [sum(sizes), ...]"""
         ctx.exchange = (sizes, group)
-        # as an all-to-all in which each rank gives all its rows to every rank: gloo gathers equal sizes only
+        # as an all-to-all in which each rank gives all its rows to every rank: gloo gathers equal
+        # sizes only
         copies = rows.contiguous().repeat(len(sizes), *[1] * (rows.ndim - 1))
         received = rows.new_empty(sum(sizes), *rows.shape[1:])
         dist.all_to_all_single(received, copies, sizes, [len(rows)] * len(sizes), group=group)
@@ -61,6 +76,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """grads: one, [sum(sizes), ...];  returns the gradient of rows, [sizes[rank], ...]"""
         sizes, group = ctx.exchange
         own = sizes[dist.get_rank(group)]
         parts = grads[0].new_empty(own * len(sizes), *grads[0].shape[1:])
@@ -69,60 +85,68 @@ class _Gather(torch.autograd.Function):
 
 
 def tokens_to_heads(x: Tensor, tokens: int, sp: Group) -> Tensor:
-    """This rank's tokens of all heads to all tokens of this rank's heads.
+    """Exchange this rank's tokens of all heads for all tokens of this rank's heads.
 
     x: [B, n, H, D], n = this rank's part of `tokens`;  returns [B, tokens, H / P, D]
     """
-    batch, own, heads, dim = x.shape
-    share = heads // sp.size
-    rows = x.reshape(batch, own, sp.size, share, dim).permute(2, 1, 0, 3, 4).flatten(0, 1)  # [P n, B, H/P, D]
-    received = _AllToAll.apply(rows, [own] * sp.size, sp.sizes(tokens), sp.group)  # type: ignore[no-untyped-call]
+    own = x.shape[1]
+    rows = rearrange(x, "b n (p h) d -> (p n) b h d", p=sp.size)
+    give, take = [own] * sp.size, sp.sizes(tokens)
+    received = _AllToAll.apply(rows, give, take, sp.group)  # type: ignore[no-untyped-call]
     assert isinstance(received, Tensor)
     return received.transpose(0, 1)
 
 
 def heads_to_tokens(x: Tensor, tokens: int, sp: Group) -> Tensor:
     """The inverse of `tokens_to_heads`.  x: [B, tokens, H / P, D];  returns [B, n, H, D]"""
-    batch, _, share, dim = x.shape
-    own = len(sp.part(tokens))
-    received = _AllToAll.apply(x.transpose(0, 1), sp.sizes(tokens), [own] * sp.size, sp.group)  # type: ignore[no-untyped-call]
+    give, take = sp.sizes(tokens), [len(sp.part(tokens))] * sp.size
+    rows = x.transpose(0, 1)
+    received = _AllToAll.apply(rows, give, take, sp.group)  # type: ignore[no-untyped-call]
     assert isinstance(received, Tensor)
-    return received.reshape(sp.size, own, batch, share, dim).permute(2, 1, 0, 3, 4).reshape(batch, own, -1, dim)
+    return rearrange(received, "(p n) b h d -> b n (p h) d", p=sp.size)
 
 
 def gather(x: Tensor, dim: int, total: int, sp: Group) -> Tensor:
-    """All ranks' parts along a dimension of `total`, on every rank."""
-    gathered = _Gather.apply(x.transpose(0, dim), sp.sizes(total), sp.group)  # type: ignore[no-untyped-call]
+    """All ranks' parts along a dimension, on every rank.
+
+    x: [..., this rank's part of `total`, ...], split along `dim`;  returns [..., total, ...]
+    """
+    rows, sizes = x.transpose(0, dim), sp.sizes(total)
+    gathered = _Gather.apply(rows, sizes, sp.group)  # type: ignore[no-untyped-call]
     assert isinstance(gathered, Tensor)
     return gathered.transpose(0, dim)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Layout:
-    """Where the tokens of the forward under way are, and what a family put in to share them.
+    """A forward's token counts, and the processors that a family put into its network.
 
-    The counts are written by the hooks and read by the attention.
+    The hooks write the counts, the attention reads them.
     """
 
     sp: Group
     video: int = 0  # tokens of all ranks
     text: int = 0  # text tokens at the front of a sequence of both, where a network has such
     active: bool = True
-    attentions: list[tuple[Any, Any, Any]] = field(default_factory=list)  # module, plain, shared
+    attentions: list[tuple[Any, Any, Any]] = field(default_factory=list)
+    """(attention module, its processor of a single rank, its processor of shared sequences)"""
 
     def after(self, module: Any, hook: Callable[[Any], Any]) -> None:
-        """Let `hook` see each output of a module; what `hook` returns, unless None, replaces it."""
-        module.register_forward_hook(lambda _, inputs, output: hook(output) if self.active else None)
+        """Call `hook` with each output of a module, which its result replaces unless it is None."""
+        module.register_forward_hook(lambda _, inputs, out: hook(out) if self.active else None)
 
     def process(self, attention: Any, shared: Callable[["Layout", Any], Any]) -> None:
-        """Give an attention module the processor shared(layout, plain), plain being its own."""
+        """Give an attention module the processor shared(layout, plain).
+
+        plain: the module's processor of a single rank
+        """
         plain = attention.processor
         attention.set_processor(shared(self, plain))
         self.attentions.append((attention, plain, attention.processor))
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Run whole sequences inside: the hooks do nothing, the plain processors are back."""
+        """Run whole sequences inside, on each rank by itself, without hooks and processors."""
         self.active = False
         for attention, plain, _ in self.attentions:
             attention.processor = plain
@@ -149,15 +173,17 @@ class Layout:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, text: slice, backend: Any) -> Tensor:
         """Joint attention of this rank's video tokens and the replicated text.
 
-        q, k, v: [B, n + L, H, D];  text: where the L text tokens are, at one end;  returns [B, n + L, H, D]
+        q, k, v: [B, n + L, H, D];  text: the L text tokens' positions, at one end
+        returns [B, n + L, H, D]
         """
         sp, first = self.sp, text.start == 0
         heads = sp.part(q.shape[2])
 
         def exchange(x: Tensor) -> Tensor:
-            own_text = x[:, text]
+            """[B, n + L, H, D] to [B, N + L, H / P, D], this rank's heads of all tokens."""
+            own_text = x[:, text, heads.start : heads.stop]
             video = x[:, text.stop :] if first else x[:, : text.start]
-            both = [tokens_to_heads(video, self.video, sp), own_text[:, :, heads.start : heads.stop]]
+            both = [tokens_to_heads(video, self.video, sp), own_text]
             return torch.cat(both[::-1] if first else both, 1)
 
         out = dispatch_attention_fn(exchange(q), exchange(k), exchange(v), backend=backend)
@@ -175,20 +201,21 @@ ShareSequence = Callable[[Any, Layout], None]
 def install(network: Any, sp: Group, share_sequence: ShareSequence) -> None:
     """Let the ranks of a group share each sequence of this network.
 
-    Raises UserError for a network that cannot, or whose heads do not divide.
+    Raises UserError for a network whose family cannot share, or whose heads do not divide.
     """
     heads = network.config.get("num_attention_heads")
     if isinstance(heads, int) and heads % sp.size:
         sizes = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
-        raise UserError(f"distributed.sp={sp.size}: does not divide the network's {heads} heads; use one of {sizes}.")
-    layout = Layout(sp)
+        problem = f"does not divide the network's {heads} heads; use one of {sizes}"
+        raise UserError(f"distributed.sp={sp.size}: {problem}.")
+    layout = Layout(sp=sp)
     share_sequence(network, layout)
     network.sequence_layout = layout
 
 
 @contextmanager
 def alone(network: Any) -> Iterator[None]:
-    """Let each rank run whole sequences by itself inside: what `install` put in is suspended."""
+    """Let each rank run whole sequences by itself inside: suspend what `install` put in."""
     layout: Layout = network.sequence_layout
     with layout.suspended():
         yield

@@ -6,7 +6,13 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from fastgrpo.core.config import Distributed
 from fastgrpo.core.memory import free_memory
@@ -16,9 +22,10 @@ from fastgrpo.parallel.world import World
 
 
 def shard(policy: Policy, world: World, dtype: torch.dtype, offload: bool = False) -> None:
-    """FSDP2 per block: float32 masters, `dtype` compute, float32 gradient reduction; sequences shared where sp > 1.
+    """Shard by FSDP2 per block: float32 masters, `dtype` compute, float32 gradient reduction.
 
-    Inputs are not cast, since bfloat16 timesteps and rotary tables would wreck the gradients.
+    Sequences are shared where sp > 1. Inputs are not cast, since bfloat16 timesteps and rotary
+    tables would wreck the gradients.
     """
     if world.sp is not None:
         sequence_parallel.install(policy.network, world.sp, policy.share_sequence)
@@ -31,25 +38,33 @@ def shard(policy: Policy, world: World, dtype: torch.dtype, offload: bool = Fals
 
 
 def prefetch(policy: Policy, blocks: int) -> None:
-    """Ask for the weights of the next `blocks` blocks before a block computes, both ways; 0 = as the engine does.
+    """Gather the weights of the next `blocks` blocks before a block computes, in both directions.
 
-    The engine alone asks one block ahead, in a forward only when the block before has been launched, which a host that
-    is slower than the device does late. Each block ahead is held whole beside the one that computes.
+    Each of these blocks is held whole beside the computing block. 0 leaves PyTorch's default, which
+    gathers one block ahead, in a forward only once the block before has been launched: late on a
+    host that is slower than the device.
     """
     if not blocks:
         return
     forward, backward = (policy.network, *policy.blocks), (policy.network, *reversed(policy.blocks))
     for number in range(len(forward)):
         following = slice(number + 1, number + 1 + blocks)
-        forward[number].set_modules_to_forward_prefetch(list(forward[following]))  # type: ignore[operator]
-        backward[number].set_modules_to_backward_prefetch(list(backward[following]))  # type: ignore[operator]
+        now, back = forward[number], backward[number]
+        now.set_modules_to_forward_prefetch(list(forward[following]))  # type: ignore[operator]
+        back.set_modules_to_backward_prefetch(list(backward[following]))  # type: ignore[operator]
 
 
 @contextmanager
-def rollout_weights(network: nn.Module, settings: Distributed, dtype: torch.dtype, world: World) -> Iterator[bool]:
-    """The weights as the rollout wants them.  gives whether each rank holds them whole
+def rollout_weights(
+    network: nn.Module,
+    settings: Distributed,
+    dtype: torch.dtype,
+    world: World,
+) -> Iterator[bool]:
+    """Hold the weights as the recipe says for the rollout.  gives whether each rank has all of them
 
-    Where it does not, every forward gathers block by block, and all ranks must run the same number of forwards.
+    Otherwise every forward gathers block by block, and all ranks must run the same number of
+    forwards.
     """
     whole = settings.rollout_weights == "gathered"
     if settings.rollout_weights == "auto":
@@ -59,14 +74,15 @@ def rollout_weights(network: nn.Module, settings: Distributed, dtype: torch.dtyp
             yield False
         finally:
             assert isinstance(network, FSDPModule)
-            network.reshard()  # FSDP2 keeps the root whole after a forward: it would not see the masters change
+            # FSDP2 keeps the root whole after a forward: it would not see the masters change
+            network.reshard()
         return
     with gathered(network):
         yield True
 
 
 def _whole_weights_fit(network: nn.Module, dtype: torch.dtype, world: World) -> bool:
-    """Whether every rank has room for them, and half as much again for the activations."""
+    """Whether every rank has room for the whole weights, and half as much for activations."""
     if world.device.type != "cuda":
         return True
     needed = sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
@@ -77,9 +93,9 @@ def _whole_weights_fit(network: nn.Module, dtype: torch.dtype, world: World) -> 
 
 @contextmanager
 def gathered(network: nn.Module) -> Iterator[None]:
-    """Hold the whole weights in compute precision inside, gathered once; forwards then communicate nothing.
+    """Hold the whole weights in compute precision inside: gathered once, so forwards need no other.
 
-    They are resharded on leaving, before the masters change: what is held does not see such a change.
+    Leaving reshards the weights, before the masters change: a gathered copy would not follow.
     """
     modules = [module for module in network.modules() if isinstance(module, FSDPModule)]
     for module in modules:
@@ -89,5 +105,6 @@ def gathered(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module in modules:
-            module.set_reshard_after_forward(module is not network, recurse=False)  # FSDP2's default: all but the root
+            # FSDP2's default: all but the root
+            module.set_reshard_after_forward(module is not network, recurse=False)
             module.reshard()

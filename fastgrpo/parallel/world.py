@@ -1,8 +1,8 @@
-"""Ranks: the mesh, sharding with FSDP2 or HSDP, gathered weights for the rollout, and the division of work.
+"""The ranks of a run: their mesh, the division of work over them, and what they tell each other.
 
-Weights are sharded over `shard` ranks and replicated over the rest; sp consecutive ranks among them work on the same
-samples. PyTorch's own engine throughout: gloo on CPU, NCCL on GPU. A single process is a world of one and takes the
-same path.
+Weights are sharded over `shard` ranks and replicated over the rest; sp consecutive ranks work on
+the same samples. PyTorch's own engine throughout: gloo on CPU, NCCL on GPU. A single process is a
+world of one and takes the same path.
 """
 
 import errno
@@ -21,42 +21,43 @@ from fastgrpo.core.config import Distributed
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import die_with_torchrun, local_rank, local_world_size, under_torchrun
 from fastgrpo.parallel import interface
-from fastgrpo.parallel.mesh import mesh_shape
+from fastgrpo.parallel.mesh import contiguous_part, mesh_shape
 
 T = TypeVar("T")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 TIMEOUT = timedelta(minutes=30)  # a rank may wait for another's slow reward server
 
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks that share one sequence, and this one among them."""
+    """The ranks that share one sequence, with this rank's number among them."""
 
     group: dist.ProcessGroup
     rank: int
     size: int
 
     def part(self, tokens: int, rank: int | None = None) -> range:
-        """The contiguous part of `tokens` that falls to a rank (default: this one); sizes differ by at most 1."""
-        rank = self.rank if rank is None else rank
-        return range(rank * tokens // self.size, (rank + 1) * tokens // self.size)
+        """A rank's contiguous part of `tokens` (default: this rank's)."""
+        return contiguous_part(tokens, self.size, self.rank if rank is None else rank)
 
     def sizes(self, tokens: int) -> list[int]:
         """Every rank's number of tokens."""
         return [len(self.part(tokens, rank)) for rank in range(self.size)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among the others."""
+    """Rank, world size, device and mesh of this process."""
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh  # of the weights: ("shard",), or ("replicate", "shard") with HSDP
-    sp: Group | None = None  # the ranks that share this one's sequences; none = it works alone
+    sp: Group | None = None  # the ranks that share sequences with this one; None: no others do
 
     @property
     def main(self) -> bool:
+        """Whether this is the rank that writes and speaks for all."""
         return self.rank == 0
 
     @property
@@ -70,18 +71,19 @@ class World:
         return self.rank // (self.sp.size if self.sp else 1)
 
     def share(self, total: int, group: int | None = None) -> range:
-        """The contiguous part of range(total) that falls to a group (default: ours); sizes differ by at most 1."""
-        group = self.group if group is None else group
-        return range(group * total // self.groups, (group + 1) * total // self.groups)
+        """A group's contiguous part of range(total) (default: this rank's group)."""
+        return contiguous_part(total, self.groups, self.group if group is None else group)
 
     def part(self, count: int) -> range:
-        """This rank's part of `count` things that its group has in common: what is decoded and scored here."""
+        """This rank's part of the `count` samples of its group, to decode and score."""
         return self.sp.part(count) if self.sp else range(count)
 
     def combine(self, rows: Tensor, positions: Sequence[int], total: int) -> Tensor:
-        """Every rank's rows, put together in order.  rows: [len(positions), ...];  returns [total, ...] on the CPU
+        """Every rank's rows, put together in order.
 
-        A position may be given by one rank only; one that no rank gives is zero.
+        A position may come from one rank only; the row of a position that no rank has is zero.
+
+        rows: [len(positions), ...];  returns [total, ...] on the CPU
         """
         everything = torch.zeros(total, *rows.shape[1:], dtype=rows.dtype, device=self.device)
         everything[list(positions)] = rows.to(self.device)
@@ -89,32 +91,32 @@ class World:
         return everything.cpu()
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """What `action` returns on the main rank, on every rank; an error that it raises ends every rank.
+        """What `action` returns on the main rank, on every rank; its error ends every rank.
 
-        A UserError, and a full disk as one, is raised as it is; of another the other ranks are told only that.
+        A UserError is raised unchanged, and a full disk as a UserError. Of any other error the
+        other ranks learn only its class.
         """
         result: T | Exception | None = None
         if self.main:
             try:
                 result = action()
             except OSError as error:
-                result = error if error.errno not in (errno.ENOSPC, errno.EDQUOT) else no_space(error.filename)
+                result = no_space(error.filename) if error.errno in DISK_FULL else error
             except Exception as error:
                 result = error
-        told: T | Exception | None = result
+        payload: list[T | Exception | None] = [result]
         if isinstance(result, Exception) and not isinstance(result, UserError):
-            told = RuntimeError(f"the main rank failed: {type(result).__name__}")
-        box = [told]
-        dist.broadcast_object_list(box, src=0)
-        outcome = result if self.main else box[0]
+            payload = [RuntimeError(f"the main rank failed: {type(result).__name__}")]
+        dist.broadcast_object_list(payload, src=0)
+        outcome = result if self.main else payload[0]
         if isinstance(outcome, Exception):
             raise outcome
         return outcome  # type: ignore[return-value]
 
     def run_on_all_ranks(self, action: Callable[[], T]) -> T:
-        """What `action` returns on this rank; a user's mistake, or a full disk, of any rank is raised on every rank.
+        """What `action` returns on this rank; any rank's UserError or full disk ends every rank.
 
-        The action must not talk to other ranks: one of them may not get there.
+        The action must not communicate with other ranks, which may fail before they answer.
         """
         mistake, result = None, None
         try:
@@ -122,7 +124,7 @@ class World:
         except UserError as error:
             mistake = error
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in DISK_FULL:
                 raise
             mistake = no_space(error.filename)
         self.raise_if_any_failed(mistake)
@@ -135,25 +137,28 @@ class World:
         if failed:
             errors: list[UserError | None] = [None] * self.size
             dist.all_gather_object(errors, error)
-            raise next(found for found in errors if found is not None)
+            raise next(error for error in errors if error is not None)
 
     def barrier(self) -> None:
+        """Wait until every rank is here."""
         dist.barrier()
 
 
 def no_space(file: str | None) -> UserError:
     """The error of a full disk."""
+    target = f" for {file}" if file else ""
     return UserError(
-        f"run.dir: no space left on the disk{f' for {file}' if file else ''}; free some and start again: the run "
-        "resumes from its newest checkpoint."
+        f"run.dir: no space left on the disk{target}; free some and start again: the run resumes "
+        "from its newest checkpoint."
     )
 
 
 @contextmanager
 def open_world(settings: Distributed | None = None) -> Iterator[World]:
-    """Join the other ranks that torchrun started, or be a world of one. Ends with torchrun, however that ends.
+    """Join the other ranks that torchrun started, or be a world of one; end when torchrun ends.
 
-    Raises UserError where sp and shard do not divide the ranks, or a node has fewer GPUs than ranks.
+    Raises UserError where sp and shard do not divide the ranks, or a node has fewer GPUs than
+    ranks.
     """
     die_with_torchrun()
     interface.choose()
@@ -162,16 +167,23 @@ def open_world(settings: Distributed | None = None) -> Iterator[World]:
         ranks, gpus = local_world_size(), torch.cuda.device_count()
         if ranks > gpus:
             raise UserError(
-                f"--nproc-per-node={ranks}: {ranks} processes for {gpus} GPUs; start {gpus}, or set "
-                "CUDA_VISIBLE_DEVICES= to train on the CPU."
+                f"--nproc-per-node={ranks}: {ranks} processes for {gpus} GPUs; start {gpus}, "
+                "or set CUDA_VISIBLE_DEVICES= to train on the CPU."
             )
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # offloaded gradients are reduced on the CPU
+    # gloo beside NCCL, since offloaded gradients are reduced on the CPU
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if under_torchrun():
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        dist.init_process_group(
+            backend,
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+            timeout=TIMEOUT,
+        )
     try:
         settings = settings or Distributed()
         rank, size = dist.get_rank(), dist.get_world_size()
@@ -179,14 +191,19 @@ def open_world(settings: Distributed | None = None) -> Iterator[World]:
         if replicas == 1:
             mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
         else:
-            mesh = init_device_mesh(device.type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
-        yield World(rank, size, device, mesh, _sequence_group(rank, size, settings.sp))
+            mesh = init_device_mesh(
+                device.type,
+                (replicas, shards),
+                mesh_dim_names=("replicate", "shard"),
+            )
+        sp = _sequence_group(rank, settings.sp)
+        yield World(rank=rank, size=size, device=device, mesh=mesh, sp=sp)
     finally:
         dist.destroy_process_group()
 
 
-def _sequence_group(rank: int, size: int, sp: int) -> Group | None:
-    """The consecutive ranks that share sequences with this one."""
+def _sequence_group(rank: int, sp: int) -> Group | None:
+    """The consecutive ranks that share sequences with this rank."""
     if sp == 1:
         return None
     own, _ = dist.new_subgroups(group_size=sp, timeout=TIMEOUT)

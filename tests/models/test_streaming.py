@@ -89,7 +89,7 @@ def pretended(rank: int, mesh: tuple[int, ...]) -> Iterator[World]:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         names = ("shard",) if len(mesh) == 1 else ("replicate", "shard")
-        yield World(rank, size, CPU, init_device_mesh("cpu", mesh, mesh_dim_names=names))
+        yield World(rank=rank, size=size, device=CPU, mesh=init_device_mesh("cpu", mesh, mesh_dim_names=names))
     finally:
         dist.destroy_process_group()
 

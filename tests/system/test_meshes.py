@@ -169,7 +169,9 @@ def test_work_is_divided_over_groups_of_ranks() -> None:
     from fastgrpo.parallel.world import Group
 
     worlds = [
-        World(rank, 4, torch.device("cpu"), cast(Any, None), sp=Group(cast(Any, None), rank % 2, 2))
+        World(
+            rank=rank, size=4, device=torch.device("cpu"), mesh=cast(Any, None), sp=Group(cast(Any, None), rank % 2, 2)
+        )
         for rank in range(4)
     ]
     assert [list(world.share(5)) for world in worlds] == [[0, 1], [0, 1], [2, 3, 4], [2, 3, 4]]

@@ -16,7 +16,7 @@ def test_a_family_without_a_plan_has_no_planned_columns(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     recipe = config.load(runs.RECIPE)
     mesh: Any = None
-    world = World(0, 8, torch.device("cuda"), mesh)
+    world = World(rank=0, size=8, device=torch.device("cuda"), mesh=mesh)
     assert list(planned(recipe, world)) == ["load", "rollout", "decode", "reward", "update", "save"]
     own = recipe.model_copy(update={"model": recipe.model.model_copy(update={"family": "my_own"})})
     assert planned(own, world) == {}

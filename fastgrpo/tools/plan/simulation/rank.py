@@ -119,7 +119,7 @@ def _rank(
         if settings.sp > 1:
             own, _ = dist.new_subgroups(group_size=settings.sp)
             sp = Group(own, 0, settings.sp)
-        world = World(0, gpus, CPU, mesh, sp)
+        world = World(rank=0, size=gpus, device=CPU, mesh=mesh, sp=sp)
         with FakeTensorMode(), CPU:
             policy = outline(recipe, config)
             more = [policy.network.get_submodule(unit) for unit in units]

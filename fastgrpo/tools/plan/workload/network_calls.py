@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.window import noisy_count, window_start, window_starts
+from fastgrpo.parallel.mesh import contiguous_part
 from fastgrpo.training import methods
 
 
@@ -85,11 +86,10 @@ def first_steps(recipe: Recipe) -> dict[int, float]:
 
 def _shares(prompts: int, size: int, groups: int) -> Iterator[tuple[int, int]]:
     """(prompt, samples of it) for each group of ranks that has any, dealt as `World.share` deals them."""
-    total = prompts * size
     for group in range(groups):
-        start, stop = group * total // groups, (group + 1) * total // groups
-        for prompt in range(start // size, -(-stop // size) if stop > start else 0):
-            yield prompt, min(stop, (prompt + 1) * size) - max(start, prompt * size)
+        share = contiguous_part(prompts * size, groups, group)
+        for prompt in range(share.start // size, -(-share.stop // size) if share else 0):
+            yield prompt, min(share.stop, (prompt + 1) * size) - max(share.start, prompt * size)
 
 
 def _update(recipe: Recipe, groups: int) -> tuple[int, float, int, int]:
@@ -129,10 +129,6 @@ def _share_of_first(recipe: Recipe) -> float:
 def busiest(recipe: Recipe, groups: int) -> tuple[int, int]:
     """(samples, prompts they belong to) of the group of ranks with the most work: the others wait for it."""
     size, prompts = recipe.rollout.samples_per_prompt, recipe.prompts.per_iteration
-    samples = [0] * groups
-    visits = [0] * groups
-    total = prompts * size
-    for group in range(groups):
-        start, stop = group * total // groups, (group + 1) * total // groups
-        samples[group], visits[group] = stop - start, (-(-stop // size) - start // size if stop > start else 0)
-    return max(zip(samples, visits, strict=True))
+    shares = [contiguous_part(prompts * size, groups, group) for group in range(groups)]
+    visits = [-(-share.stop // size) - share.start // size if share else 0 for share in shares]
+    return max(zip(map(len, shares), visits, strict=True))

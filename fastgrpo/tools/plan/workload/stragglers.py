@@ -9,6 +9,7 @@ from bisect import bisect
 from functools import cache
 
 from fastgrpo.core.config import Recipe
+from fastgrpo.parallel.mesh import contiguous_part
 
 DRAWS = 4  # of which samples are kept, and of how they are dealt
 
@@ -20,7 +21,7 @@ def widest(prompts: int, size: int, kept: int, updates: int, groups: int) -> flo
     size: samples per prompt, of which `kept` are trained;  the dealing is that of `selection.minibatches`
     """
     chance, total = random.Random(0), prompts * size
-    starts = [group * total // groups for group in range(groups)]  # as World.share deals them
+    starts = [contiguous_part(total, groups, group).start for group in range(groups)]
     most = 0
     for _ in range(DRAWS):
         counts = [[0] * groups for _ in range(updates)]

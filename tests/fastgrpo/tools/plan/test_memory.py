@@ -112,7 +112,7 @@ def two_ranks(sp: int) -> Iterator[World]:
     try:
         assert dist.group.WORLD is not None
         group = Group(dist.group.WORLD, 0, 2) if sp == 2 else None
-        yield World(0, size=2, device=CPU, mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("shard",)), sp=group)
+        yield World(rank=0, size=2, device=CPU, mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("shard",)), sp=group)
     finally:
         dist.destroy_process_group()
 

@@ -49,7 +49,7 @@ def states(asked: Recipe, plan: Plan, groups: int) -> int:
         torch.ones(total, dtype=torch.bool), plan.group_size, asked.optimizer.updates_per_iteration, key
     ):
         for group in range(groups):
-            mine = World(0, groups, torch.device("cpu"), None).share(total, group)  # type: ignore[arg-type]
+            mine = World(rank=0, size=groups, device=torch.device("cpu"), mesh=None).share(total, group)  # type: ignore[arg-type]
             count += len(update._states([slot for slot in members if slot in mine], plan))
     return count
 

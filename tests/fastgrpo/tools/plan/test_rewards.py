@@ -40,7 +40,7 @@ def recipe(*overrides: str) -> Recipe:
 
 def world(gpus: int, sp: int = 1) -> World:
     mesh: Any = None
-    return World(0, size=gpus, device=torch.device("cpu"), mesh=mesh, sp=Group(mesh, 0, sp) if sp > 1 else None)
+    return World(rank=0, size=gpus, device=torch.device("cpu"), mesh=mesh, sp=Group(mesh, 0, sp) if sp > 1 else None)
 
 
 def scored(spec: RewardSpec, length: int, fps: float) -> int:
