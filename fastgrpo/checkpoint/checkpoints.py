@@ -322,7 +322,7 @@ class Checkpoints:
 
 
 def _cause(failure: CheckpointException) -> str:
-    """What went wrong on the first rank where something did."""
+    """The problem on the first rank that had one."""
     first = next(iter(failure.failures.values()))[0]
     if isinstance(first, OSError) and first.strerror:
         return first.strerror

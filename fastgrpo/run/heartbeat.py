@@ -144,7 +144,7 @@ def encoded(beat: Heartbeat) -> bytes:
 
 
 def location(frame: FrameType | None) -> str:
-    """Where a thread is: `module:line function < ...`, innermost first.
+    """Position of a thread: `module:line function < ...`, innermost first.
 
     The innermost function of all, and up to three of this package.
     """
@@ -168,7 +168,7 @@ def forget(folder: Path, ranks: int) -> None:
 def read(run_dir: Path) -> list[Heartbeat]:
     """Every rank's last heartbeat, by rank.
 
-    One that is just being written for the first time is left out.
+    A file that is just being written for the first time is left out.
     """
     beats = []
     for file in (run_dir / FOLDER).glob("rank-*"):

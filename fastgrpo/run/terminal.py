@@ -1,4 +1,4 @@
-"""What a person sees of a run in the terminal: a plain line per iteration, or a live dashboard.
+"""Display of a run in the terminal: a plain line per iteration, or a live dashboard.
 
 Pure functions.
 rows: the lines of metrics.jsonl so far, as mappings from name to number; iterations count from 0.

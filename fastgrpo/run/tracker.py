@@ -41,7 +41,7 @@ Row = dict[str, float]  # one line of metrics.jsonl; NaN where it says null
 
 @dataclass(frozen=True)
 class Wandb:
-    """Where a run appears in wandb.
+    """A run's address in wandb.
 
     Mode "online" falls back to offline without a key, or where no server answers.
     """

@@ -1,4 +1,4 @@
-"""What no single key can see: keys of a recipe that do not go together, each with its remedy."""
+"""Checks for keys of a recipe that do not go together, each with its remedy."""
 
 from fastgrpo.core.config.sections import Recipe
 from fastgrpo.core.errors import UserError

@@ -114,7 +114,7 @@ class Prompts(Section):
     train: str
     """Prompts: .txt with one per line (UTF-8), or .jsonl, .csv, .parquet with named columns."""
     heldout: str | None = None
-    """Prompts of the evaluation before and after; none may occur in `train`. None: take
+    """Prompts of the evaluation before and after; no prompt of `train` may occur. None: take
     heldout_share of `train`."""
     heldout_share: Fraction = 0.05
     """Share of `train` held out where `heldout` is none, chosen by each text's hash: new prompts

@@ -1,6 +1,5 @@
 """Files of clips and pictures as a command line names them: their pixels, and what each is said to show."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from fastgrpo.core import config
 from fastgrpo.core.config import Video
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import load_json
 from fastgrpo.data import prompt_files, video
 from fastgrpo.data.images import read_image
 from fastgrpo.tools.sample.sample import MANIFEST, SHEET
@@ -182,7 +182,8 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return load_json(file)
+    except TypeError:
+        return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({error}); write it again, or give --prompt or --prompts.") from None
-    return content if isinstance(content, dict) else {}
