@@ -1,9 +1,9 @@
 """What is installed, and under which names.
 
-`models/`, `rewards/` and `data/` stand at the top of the repository and install as `fastgrpo.models`,
-`fastgrpo.rewards` and `fastgrpo.data`. The links `fastgrpo/models -> ../models` (likewise the other two) let mypy,
-editors and a checkout that is not installed see the same names. Every folder with Python files is listed here; a test
-checks it.
+`models/`, `rewards/` and `data/` stand at the top of the repository and install as
+`fastgrpo.models`, `fastgrpo.rewards` and `fastgrpo.data`. The links `fastgrpo/models -> ../models`
+(likewise the other two) let mypy, editors and a checkout that is not installed see the same names.
+Every folder with Python files is listed here; a test checks it.
 """
 
 from pathlib import Path
@@ -35,7 +35,9 @@ PACKAGES = {
     "fastgrpo.tools.sample": "fastgrpo/tools/sample",
     "fastgrpo.tools.score": "fastgrpo/tools/score",
     "fastgrpo.models": "models",
+    "fastgrpo.models.attention": "models/attention",
     "fastgrpo.models.loading": "models/loading",
+    "fastgrpo.models.text_encoders": "models/text_encoders",
     "fastgrpo.models.sizes": "models/sizes",
     "fastgrpo.rewards": "rewards",
     "fastgrpo.rewards.common": "rewards/common",
@@ -92,7 +94,9 @@ setup(
     extras_require={
         "data": ["pyarrow>=26"],
         "flash": ["flash-attn>=2.8"],
-        "deepspeed": ["deepspeed>=0.19"],  # for benchmarks.speed.cpu_adam alone: offload steps with torch's AdamW
+        "deepspeed": [
+            "deepspeed>=0.19"
+        ],  # for benchmarks.speed.cpu_adam alone: offload steps with torch's AdamW
         "lora": ["peft>=0.19"],
         "dev": [
             "peft>=0.19",

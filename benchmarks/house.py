@@ -3,7 +3,8 @@
     python -m benchmarks.house [--rev GIT_REV] [--list NAME]
 
 prints a table for the working tree, beside a git revision where `--rev` names one. `--list` prints
-every place of one count, of that revision where there is one. tests/benchmarks/test_house.py has the limits.
+every place of one count, of that revision where there is one. tests/benchmarks/test_house.py has
+the limits.
 """
 
 import argparse

@@ -1,10 +1,13 @@
-"""Write docs/troubleshooting.md: questions answered by hand, and every message of the code for a user's mistake.
+"""Write docs/troubleshooting.md: questions answered by hand, and every message of the code for a
+user's mistake.
 
     python docs/troubleshooting.py            writes the page
-    python docs/troubleshooting.py --check    exit code 1 where the page is not what this would write
+    python docs/troubleshooting.py --check    exit code 1 where the page is not what this would
+    write
 
-Messages are read from the source of fastgrpo, models, rewards and data, without importing it: the first argument of
-each UserError, of its subclasses and of fail_alone. What is filled in while it runs is shown as "...".
+Messages are read from the source of fastgrpo, models, rewards and data, without importing it: the
+first argument of each UserError, of its subclasses and of fail_alone. What is filled in while it
+runs is shown as "...".
 """
 
 import ast
@@ -136,7 +139,9 @@ BY_FOLDER = (
 
 
 def raisers(trees: list[ast.Module]) -> set[str]:
-    """Names whose call tells a user's mistake: UserError, the classes that inherit from it, fail_alone."""
+    """Names whose call tells a user's mistake: UserError, the classes that inherit from it,
+    fail_alone.
+    """
     names = {"UserError"}
     bases = {
         node.name: {base.id for base in node.bases if isinstance(base, ast.Name)}
@@ -159,12 +164,16 @@ def templates(node: ast.expr) -> list[str]:
         case ast.IfExp():
             return [*templates(node.body), *templates(node.orelse)]
         case ast.BinOp(op=ast.Add()):
-            return [left + right for left in templates(node.left) for right in templates(node.right)]
+            return [
+                left + right for left in templates(node.left) for right in templates(node.right)
+            ]
     return ["..."]
 
 
 def messages() -> Iterator[tuple[str, str]]:
-    """Every message and the module it comes from; those that hold no words of their own are left out."""
+    """Every message and the module it comes from; those that hold no words of their own are left
+    out.
+    """
     files = sorted(f for folder in FOLDERS for f in _python_files(ROOT / folder))
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
     names = raisers(trees)
@@ -187,13 +196,22 @@ def _python_files(folder: Path) -> Iterator[Path]:
 
 
 def _name(node: ast.expr) -> str:
-    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+    return (
+        node.attr
+        if isinstance(node, ast.Attribute)
+        else node.id
+        if isinstance(node, ast.Name)
+        else ""
+    )
 
 
 def area(message: str, module: str) -> str:
     """The heading that a message belongs under."""
     for heading, fronts in AREAS.items():
-        if any(re.match(rf"{re.escape(front)}(?![a-z])" if front != "--" else "--", message) for front in fronts):
+        if any(
+            re.match(rf"{re.escape(front)}(?![a-z])" if front != "--" else "--", message)
+            for front in fronts
+        ):
             return heading
     return next((heading for folder, heading in BY_FOLDER if module.startswith(folder)), "files")
 
@@ -205,10 +223,16 @@ def page() -> str:
         modules[area(message, module), message].add(module)
     blocks = [HEAD]
     for heading in AREAS:
-        told = [(message, sorted(of)) for (where, message), of in modules.items() if where == heading]
+        told = [
+            (message, sorted(of)) for (where, message), of in modules.items() if where == heading
+        ]
         if told:
             told.sort(key=lambda pair: (pair[0].startswith("."), pair))
-            blocks.append(f"### {heading}\n\n" + "\n".join(_bullet(message, of) for message, of in told) + "\n")
+            blocks.append(
+                f"### {heading}\n\n"
+                + "\n".join(_bullet(message, of) for message, of in told)
+                + "\n"
+            )
     return "\n".join(blocks)
 
 
@@ -216,14 +240,18 @@ def _bullet(message: str, modules: list[str]) -> str:
     tick = "``" if "`" in message else "`"
     room = " " if message[0] == "`" or message[-1] == "`" else ""
     text = f"- {tick}{room}{message}{room}{tick} ({', '.join(modules)})"
-    return textwrap.fill(text, COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        text, COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def main() -> int:
     if "--check" in sys.argv[1:]:
         if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page():
             print(
-                f"{PAGE.relative_to(ROOT)}: not what the code says; run python docs/troubleshooting.py", file=sys.stderr
+                f"{PAGE.relative_to(ROOT)}: not what the code says; run python "
+                "docs/troubleshooting.py",
+                file=sys.stderr,
             )
             return 1
         return 0

@@ -1,4 +1,5 @@
 """fastgrpo: reinforcement learning for video and image generators (DanceGRPO, arXiv 2505.07818).
 
-`train.py` is the first file to open: Algorithm 1, read top to bottom. docs/architecture.md has the rooms and floors.
+`train.py` is the first file to open: Algorithm 1, read top to bottom. docs/architecture.md has the
+rooms and floors.
 """

@@ -1,12 +1,14 @@
 """FLUX.1-dev and FLUX.1-schnell, text-to-image (Black Forest Labs 2024).
 
-diffusers' unmodified classes, and the embedded guidance of the distilled dev checkpoint (schnell has none). Outside,
-latents are those of the VAE, [B, C, 1, H, W]; the network sees patches of 2 x 2 as tokens. Its times are the folder's
-scheduler's: shifted by the number of tokens (dev) or by a constant (schnell), or by rollout.shift. The T5 features of
-all token places are text to it, padding included, without a mask.
+diffusers' unmodified classes, and the embedded guidance of the distilled dev checkpoint (schnell
+has none). Outside, latents are those of the VAE, [B, C, 1, H, W]; the network sees patches of 2 x 2
+as tokens. Its times are the folder's scheduler's: shifted by the number of tokens (dev) or by a
+constant (schnell), or by rollout.shift. The T5 features of all token places are text to it, padding
+included, without a mask.
 
-The network takes t in [0, 1] and the plain guidance scale, and multiplies both by 1000 in the compute precision: with
-bfloat16 the time is rounded to 8 bits, in diffusers' pipeline as here, and in rollout and update alike.
+The network takes t in [0, 1] and the plain guidance scale, and multiplies both by 1000 in the
+compute precision: with bfloat16 the time is rounded to 8 bits, in diffusers' pipeline as here, and
+in rollout and update alike.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,20 +26,25 @@ from torch import Tensor, nn
 from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.policy import Condition, Prompt
-from fastgrpo.models.loading import diffusers_folder, joint_attention, streaming
+from fastgrpo.core.policy import Condition
+from fastgrpo.models.attention import joint
+from fastgrpo.models.loading import diffusers_folder, streaming
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
 from fastgrpo.models.sizes.transformer_blocks import TIME_CHANNELS, Kept, joint_blocks
 from fastgrpo.models.sizes.units import SAMPLE, TEXT, VIDEO, Network, Unit
+from fastgrpo.models.text_encoders.t5_and_clip import TextEncoder
 from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence
 
 NETWORK = "transformer"
 PARTS = ("vae", "text_encoder", "text_encoder_2", "scheduler", "tokenizer", "tokenizer_2")
 PIPELINES = ("FluxPipeline",)  # whose folders this family reads
 USUAL_GUIDANCE = 3.5
-PATCH = 2  # latent places per token and side; fixed by the pipeline, the network's own patch_size is 1
-MAX_TEXT_TOKENS = 512  # T5's, where the tokenizer does not say fewer; diffusers' pipeline accepts no more
-TEXT_BATCH = 32  # prompts per forward pass of the text encoders
+PATCH = (
+    2  # latent places per token and side; fixed by the pipeline, the network's own patch_size is 1
+)
+MAX_TEXT_TOKENS = (
+    512  # T5's, where the tokenizer does not say fewer; diffusers' pipeline accepts no more
+)
 DEV: dict[str, Any] = {
     "in_channels": 64,
     "num_layers": 19,
@@ -68,7 +75,8 @@ AUXILIARY = AuxiliaryModels(
     decode_flops=9.7e6,
     decode_bytes=1537,
 )
-TILED_ABOVE = 256  # latent height or width (2048 pixels) from which the VAE decodes in tiles, to bound its memory
+# latent height or width (2048 pixels) from which the VAE decodes in tiles, to bound its memory
+TILED_ABOVE = 256
 
 
 class Schedule:
@@ -79,12 +87,19 @@ class Schedule:
         self.config = dict(config)
 
     def grid(self, steps: int, shift: float | None, tokens: int) -> Tensor:
-        """Times of diffusers' pipeline.  shift: a constant, in place of the folder's;  returns float32 [steps + 1]"""
+        """Times of diffusers' pipeline.
+
+        shift: a constant, in place of the folder's;  returns float32 [steps + 1]
+        """
         own = {} if shift is None else {"use_dynamic_shifting": False, "shift": shift}
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.config | own)
         known = scheduler.config
         mu = calculate_shift(
-            tokens, known.base_image_seq_len, known.max_image_seq_len, known.base_shift, known.max_shift
+            tokens,
+            known.base_image_seq_len,
+            known.max_image_seq_len,
+            known.base_shift,
+            known.max_shift,
         )
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
         times: Tensor = scheduler.sigmas
@@ -92,7 +107,9 @@ class Schedule:
 
 
 class SharedAttention:
-    """Joint attention over ranks, text tokens first; single-stream blocks have them in one sequence."""
+    """Joint attention over ranks, text tokens first; single-stream blocks have them in one
+    sequence.
+    """
 
     def __init__(self, layout: Layout, plain: Any) -> None:
         self.layout = layout
@@ -113,12 +130,12 @@ class SharedAttention:
         image_rotary_emb: cosines and sines of text and this rank's tokens, [L + n, D] each
         returns likewise
         """
-        q, k, v = joint_attention.heads(attn, hidden_states)
+        q, k, v = joint.heads(attn, hidden_states)
         if encoder_hidden_states is not None:
-            about_text = joint_attention.heads(attn, encoder_hidden_states, joint_attention.TEXT_LAYERS)
+            about_text = joint.heads(attn, encoder_hidden_states, joint.TEXT_LAYERS)
             q, k, v = (torch.cat(pair, 1) for pair in zip(about_text, (q, k, v), strict=True))
         if image_rotary_emb is not None:
-            q, k = (joint_attention.rotated(x, image_rotary_emb) for x in (q, k))
+            q, k = (joint.rotated(x, image_rotary_emb) for x in (q, k))
         length = self.layout.text
         out = self.layout.attend(q, k, v, slice(0, length), self.plain._attention_backend)
         out = out.flatten(2).to(q.dtype)  # [B, L + n, C]
@@ -154,7 +171,9 @@ class Flux:
 
     share_sequence: ShareSequence
 
-    def __init__(self, network: nn.Module, vae: nn.Module, schedule: Schedule, settings: Model) -> None:
+    def __init__(
+        self, network: nn.Module, vae: nn.Module, schedule: Schedule, settings: Model
+    ) -> None:
         self.network = network
         self.blocks: Sequence[nn.Module] = blocks(network)
         self.vae = vae
@@ -201,7 +220,9 @@ class Flux:
         vae.use_tiling = max(x.shape[-2:]) > TILED_ABOVE
         latents = (x / vae.config.scaling_factor + vae.config.shift_factor).squeeze(2).to(vae.dtype)
         parts = latents.split(self.decode_batch or len(x))
-        return torch.cat([diffusers_folder.to_pixels(vae.decode(part).sample.unsqueeze(2)) for part in parts])
+        return torch.cat(
+            [diffusers_folder.to_pixels(vae.decode(part).sample.unsqueeze(2)) for part in parts]
+        )
 
 
 def pack(x: Tensor) -> Tensor:
@@ -211,56 +232,27 @@ def pack(x: Tensor) -> Tensor:
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """The inverse of `pack`.  height, width: in tokens"""
-    return rearrange(tokens, "b (h w) (c p q) -> b c 1 (h p) (w q)", h=height, w=width, p=PATCH, q=PATCH)
+    return rearrange(
+        tokens, "b (h w) (c p q) -> b c 1 (h p) (w q)", h=height, w=width, p=PATCH, q=PATCH
+    )
 
 
 def positions(height: int, width: int, device: torch.device) -> Tensor:
-    """The tokens' places for the rotary tables: 0, row, column.  returns float32 [height * width, 3]"""
+    """The tokens' places for the rotary tables: 0, row, column.
+
+    returns float32 [height * width, 3]
+    """
     rows = torch.arange(height, device=device, dtype=torch.float32).repeat_interleave(width)
     columns = torch.arange(width, device=device, dtype=torch.float32).repeat(height)
     return torch.stack([torch.zeros_like(rows), rows, columns], -1)
-
-
-class TextEncoder:
-    """This family's `Encoder`: T5's states of all its token places and CLIP's pooled output."""
-
-    def __init__(self, where: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self.device = device
-        self.tokenizer, self.clip = diffusers_folder.text_model(where, "tokenizer", "text_encoder", dtype, device)
-        self.tokenizer_2, self.t5 = diffusers_folder.text_model(where, "tokenizer_2", "text_encoder_2", dtype, device)
-
-    def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
-        texts = [prompt.text for prompt in prompts]
-        for text in texts:
-            if not self.tokenizer_2(text, add_special_tokens=False).input_ids:
-                raise UserError(f"prompts: '{text}' has no tokens for the text encoder; leave it out.")
-        parts = [self._conditions(texts[start : start + TEXT_BATCH]) for start in range(0, len(texts), TEXT_BATCH)]
-        return [condition for part in parts for condition in part]
-
-    def negative(self, text: str) -> Condition:
-        return self._conditions([text])[0]
-
-    @torch.no_grad()
-    def _conditions(self, texts: list[str]) -> list[Condition]:
-        """Of each text: "text" [L, D], L = T5's longest text, and "pooled" [P], float32 on the CPU."""
-        longest = min(self.tokenizer_2.model_max_length, MAX_TEXT_TOKENS)
-        states = self.t5(self._tokens(self.tokenizer_2, texts, longest)).last_hidden_state
-        pooled = self.clip(self._tokens(self.tokenizer, texts, self.tokenizer.model_max_length)).pooler_output
-        pairs = zip(states.float().cpu(), pooled.float().cpu(), strict=True)
-        return [{"text": text, "pooled": vector} for text, vector in pairs]
-
-    def _tokens(self, tokenizer: Any, texts: list[str], longest: int) -> Tensor:
-        """returns int64 [len(texts), longest], padded, on the device"""
-        tokens = tokenizer(texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
-        ids: Tensor = tokens.input_ids
-        return ids.to(self.device)
 
 
 @contextmanager
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
     """The text encoders of model.path; freed when the context ends."""
     where = diffusers_folder.pipeline_folder(settings, PARTS)
-    with diffusers_folder.freed(TextEncoder(where, settings.torch_dtype, device)) as texts:
+    texts = TextEncoder(where, settings.torch_dtype, device, MAX_TEXT_TOKENS)
+    with diffusers_folder.freed(texts):
         yield texts
 
 
@@ -270,10 +262,13 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def load(settings: Model, device: torch.device) -> Flux:
-    """The policy of a folder in the diffusers layout, or of a hub id; its network has no weights yet."""
+    """The policy of a folder in the diffusers layout, or of a hub id; its network has no weights
+    yet.
+    """
     if settings.cfg != 1:
         raise UserError(
-            f"model.cfg={settings.cfg}: FLUX is guided by what it was distilled with, not by a second branch; leave it "
+            f"model.cfg={settings.cfg}: FLUX is guided by what it was distilled with, not by a "
+            "second branch; leave it "
             "out and set model.guidance."
         )
     where = diffusers_folder.pipeline_folder(settings, PARTS)
@@ -286,27 +281,48 @@ def load(settings: Model, device: torch.device) -> Flux:
 
 
 def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Model) -> None:
-    """The network's config, read before its weights, which are large. Raises UserError where it is of another kind."""
-    named = f"model.path={settings.path}" if settings.network is None else f"model.network={settings.network}"
+    """The network's config, read before its weights, which are large.
+
+    Raises UserError where it is of another kind.
+    """
+    named = (
+        f"model.path={settings.path}"
+        if settings.network is None
+        else f"model.network={settings.network}"
+    )
     if vae.get("shift_factor") is None:
-        raise UserError(f"{named}: vae/config.json has no shift_factor, which FLUX's has; correct model.family.")
-    taken, given = config.get("in_channels"), config.get("out_channels")
-    if taken != vae.latent_channels * PATCH**2 or given not in (None, taken) or config.get("patch_size", 1) != 1:
         raise UserError(
-            f"{named}: the network has {taken} channels in and {taken if given is None else given} out, and the VAE's "
-            f"{vae.latent_channels} make {vae.latent_channels * PATCH**2}; use a text-to-image FLUX.1, not "
+            f"{named}: vae/config.json has no shift_factor, which FLUX's has; correct model.family."
+        )
+    taken, given = config.get("in_channels"), config.get("out_channels")
+    if (
+        taken != vae.latent_channels * PATCH**2
+        or given not in (None, taken)
+        or config.get("patch_size", 1) != 1
+    ):
+        raise UserError(
+            f"{named}: the network has {taken} channels in and {taken if given is None else given} "
+            "out, and the VAE's "
+            f"{vae.latent_channels} make {vae.latent_channels * PATCH**2}; use a text-to-image "
+            "FLUX.1, not "
             "Fill, Canny, Depth or FLUX.2."
         )
     widths = [config.get(key) for key in ("joint_attention_dim", "pooled_projection_dim")]
-    made = [diffusers_folder.read_json(where / part / "config.json") for part in ("text_encoder_2", "text_encoder")]
+    made = [
+        diffusers_folder.read_json(where / part / "config.json")
+        for part in ("text_encoder_2", "text_encoder")
+    ]
     if widths != [made[0].get("d_model"), made[1].get("hidden_size")]:
         raise UserError(
-            f"{named}: the network takes text of widths {widths[0]} and {widths[1]}, the text encoders make "
-            f"{made[0].get('d_model')} and {made[1].get('hidden_size')}; the parts are of different models."
+            f"{named}: the network takes text of widths {widths[0]} and {widths[1]}, the text "
+            "encoders make "
+            f"{made[0].get('d_model')} and {made[1].get('hidden_size')}; the parts are of "
+            "different models."
         )
     if settings.guidance is not None and not config.get("guidance_embeds", False):
         raise UserError(
-            f"model.guidance={settings.guidance}: this network (FLUX.1-schnell's kind) has no guidance; leave it out."
+            f"model.guidance={settings.guidance}: this network (FLUX.1-schnell's kind) has no "
+            "guidance; leave it out."
         )
 
 
@@ -323,7 +339,11 @@ def plan(config: Mapping[str, Any]) -> FamilyPlan:
 
 def _sizes(config: Mapping[str, Any]) -> Network:
     """FluxTransformer2DModel of a config, written down."""
-    heads, head, taken = config["num_attention_heads"], config["attention_head_dim"], config["in_channels"]
+    heads, head, taken = (
+        config["num_attention_heads"],
+        config["attention_head_dim"],
+        config["in_channels"],
+    )
     width = heads * head
     rest = Unit("")
     rest.embedder("time_text_embed.timestep_embedder", TIME_CHANNELS, width)

@@ -1,21 +1,23 @@
-"""HunyuanVideo, text-to-video and, with one frame, text-to-image (Kong et al. 2024, arXiv 2412.03603).
+"""HunyuanVideo, text-to-video and, with one frame, text-to-image.
 
-diffusers' unmodified classes, and the embedded guidance of the distilled checkpoint. Two departures from diffusers'
-pipeline, both exact: text is trimmed to its own length and blocks attend without a mask (a batch never mixes lengths),
-so that the fastest attention kernels apply; and the guidance stays in float32 (the pipeline rounds 6000 to 6016 in
-bfloat16). Classifier-free guidance runs both branches as one batch; where their texts differ in length the shorter is
-padded, and each branch attends by itself, to its own text alone.
+Kong et al. 2024, arXiv 2412.03603.
+
+diffusers' unmodified classes, and the embedded guidance of the distilled checkpoint. Two departures
+from diffusers' pipeline, both exact: text is trimmed to its own length and blocks attend without a
+mask (a batch never mixes lengths), so that the fastest attention kernels apply; and the guidance
+stays in float32 (the pipeline rounds 6000 to 6016 in bfloat16). Classifier-free guidance runs both
+branches as one batch; where their texts differ in length the shorter is padded, and each branch
+attends by itself, to its own text alone.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
-from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -24,9 +26,15 @@ from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
-from fastgrpo.models.loading import diffusers_folder, joint_attention, streaming
+from fastgrpo.models.attention.trimmed import SharedAttention, TrimmedAttention
+from fastgrpo.models.loading import diffusers_folder, streaming
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
-from fastgrpo.models.sizes.transformer_blocks import TIME_CHANNELS, Kept, joint_blocks, token_refiner
+from fastgrpo.models.sizes.transformer_blocks import (
+    TIME_CHANNELS,
+    Kept,
+    joint_blocks,
+    token_refiner,
+)
 from fastgrpo.models.sizes.units import SAMPLE, VIDEO, Network, Unit
 from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence
 
@@ -38,11 +46,30 @@ SKIPPED_LAYERS = 2  # of the Llama: the text features are the third hidden state
 MAX_TEXT_TOKENS = 256
 MAX_CLIP_TOKENS = 77
 TEXT_BATCH = 32  # prompts per forward pass of the text encoders
-TILED_ABOVE = 32  # latent height or width from which the VAE decodes in tiles: untiled, its attention does not fit
-CHANNELS: dict[str, Any] = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "patch_size_t": 1}
-TEXT_WIDTHS: dict[str, Any] = {"text_embed_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True}
-DEPTH: dict[str, Any] = {"num_layers": 20, "num_single_layers": 40, "num_refiner_layers": 2, "mlp_ratio": 4.0}
-HEADS: dict[str, Any] = {"num_attention_heads": 24, "attention_head_dim": 128, "rope_axes_dim": (16, 56, 56)}
+# latent height or width from which the VAE decodes in tiles: untiled, its attention does not fit
+TILED_ABOVE = 32
+CHANNELS: dict[str, Any] = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "patch_size_t": 1,
+}
+TEXT_WIDTHS: dict[str, Any] = {
+    "text_embed_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+}
+DEPTH: dict[str, Any] = {
+    "num_layers": 20,
+    "num_single_layers": 40,
+    "num_refiner_layers": 2,
+    "mlp_ratio": 4.0,
+}
+HEADS: dict[str, Any] = {
+    "num_attention_heads": 24,
+    "attention_head_dim": 128,
+    "rope_axes_dim": (16, 56, 56),
+}
 PUBLISHED = (("", CHANNELS | TEXT_WIDTHS | DEPTH | HEADS),)
 """Parts of a hub id, in lower case, and the network's config; a plan takes the first that fits."""
 DUAL_KEPT = {  # bytes per token and channel, by the bytes of a number
@@ -67,88 +94,6 @@ AUXILIARY = AuxiliaryModels(
 )
 
 
-class TrimmedAttention(HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]
-    """diffusers' attention to the text's own tokens in place of a mask, which would rule flash attention out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        # Of the texts of guidance's two branches; empty where all of a batch are of one length. Set before each
-        # forward; a checkpointed block runs again before the next one.
-        self.lengths: tuple[int, ...] = ()
-
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        attend = super().__call__
-        return self.by_branch(
-            lambda video, text: attend(attn, video, text, None, image_rotary_emb), hidden_states, encoder_hidden_states
-        )
-
-    def by_branch(
-        self, attend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], video: Tensor, text: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`attend`, or, where texts are padded, each branch by itself without the padding, for which zeros come out.
-
-        attend: (video, text) -> likewise;  video: [B, n, D];  text: [B, L, D], both branches' rows one after the other
-        """
-        if not self.lengths:
-            return attend(video, text)
-        branches = zip(video.chunk(2), text.chunk(2), self.lengths, strict=True)
-        done = [attend(video, text[:, :length]) for video, text, length in branches]
-        texts = [pad(text, (0, 0, 0, max(self.lengths) - text.shape[1])) for _, text in done]
-        return torch.cat([video for video, _ in done]), torch.cat(texts)
-
-
-class SharedAttention:
-    """Joint attention over ranks, video tokens first, of dual-stream and single-stream blocks."""
-
-    def __init__(self, layout: Layout, plain: TrimmedAttention) -> None:
-        self.layout = layout
-        self.plain = plain  # knows which texts are padded, and the attention backend
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """This rank's video tokens [B, n, C] and the replicated text [B, L, C], after attention.
-
-        image_rotary_emb: cosines and sines of this rank's tokens, [n, D] each;  returns likewise
-        """
-        return self.plain.by_branch(
-            lambda video, text: self._attend(attn, video, text, image_rotary_emb), hidden_states, encoder_hidden_states
-        )
-
-    def _attend(
-        self, attn: Any, video: Tensor, text: Tensor, table: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        """Attention of rows whose texts are of one length, see `__call__`."""
-        own, length = video.shape[1], text.shape[1]
-        dual = attn.add_q_proj is not None
-        q, k, v = joint_attention.heads(attn, video if dual else torch.cat([video, text], 1))
-        if table is not None:
-            q, k = (torch.cat([joint_attention.rotated(x[:, :own], table), x[:, own:]], 1) for x in (q, k))
-        if dual:
-            about_text = joint_attention.heads(attn, text, joint_attention.TEXT_LAYERS)
-            q, k, v = (torch.cat(pair, 1) for pair in zip((q, k, v), about_text, strict=True))
-        out = self.layout.attend(q, k, v, slice(own, own + length), self.plain._attention_backend)
-        out = out.flatten(2).to(q.dtype)  # [B, n + L, C]
-        video, text = out[:, :own], out[:, own:]
-        if getattr(attn, "to_out", None) is not None:
-            video = attn.to_out[1](attn.to_out[0](video))
-        if getattr(attn, "to_add_out", None) is not None:
-            text = attn.to_add_out(text)
-        return video, text
-
-
 def share_sequence(network: Any, layout: Layout) -> None:
     """Let the ranks of a group share each sequence: see `fastgrpo.parallel.sequence_parallel`."""
 
@@ -169,7 +114,9 @@ class HunyuanVideo:
 
     share_sequence: ShareSequence
 
-    def __init__(self, network: nn.Module, vae: nn.Module, shift: float, settings: Model, guidance: float) -> None:
+    def __init__(
+        self, network: nn.Module, vae: nn.Module, shift: float, settings: Model, guidance: float
+    ) -> None:
         self.network = network
         self.blocks: Sequence[nn.Module] = blocks(network)
         self.vae = vae
@@ -187,7 +134,10 @@ class HunyuanVideo:
         config: Any = self.vae.config
         net: Any = self.network.config
         size = diffusers_folder.latent_size(
-            video, config.spatial_compression_ratio, config.temporal_compression_ratio, net.patch_size
+            video,
+            config.spatial_compression_ratio,
+            config.temporal_compression_ratio,
+            net.patch_size,
         )
         return net.out_channels, *size
 
@@ -201,13 +151,22 @@ class HunyuanVideo:
         text, lengths = both_texts(self.negative["text"], condition["text"])
         pooled = condition["pooled"]
         pooled = torch.cat([self.negative["pooled"].expand_as(pooled), pooled])
-        without, with_text = self._predict(torch.cat([x, x]), torch.cat([t, t]), text, pooled, lengths).chunk(2)
+        without, with_text = self._predict(
+            torch.cat([x, x]), torch.cat([t, t]), text, pooled, lengths
+        ).chunk(2)
         return without + self.cfg * (with_text - without)
 
-    def _predict(self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """One forward of the network.  text: [B, L, D];  lengths: of both branches' texts where one is padded"""
+    def _predict(
+        self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor, lengths: tuple[int, ...]
+    ) -> Tensor:
+        """One forward of the network.
+
+        text: [B, L, D];  lengths: of both branches' texts where one is padded
+        """
         self.attention.lengths = lengths
-        mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)  # the text refiner's
+        mask = torch.ones(
+            text.shape[:2], dtype=torch.bool, device=text.device
+        )  # the text refiner's
         for rows, length in zip(mask.chunk(2), lengths, strict=False):
             rows[:, length:] = False
         guidance = None
@@ -233,12 +192,18 @@ class HunyuanVideo:
         (vae.enable_tiling if max(x.shape[-2:]) > TILED_ABOVE else vae.disable_tiling)()
         parts = x.split(self.decode_batch or len(x))
         return torch.cat(
-            [diffusers_folder.to_pixels(vae.decode(p.to(vae.dtype) / vae.config.scaling_factor).sample) for p in parts]
+            [
+                diffusers_folder.to_pixels(
+                    vae.decode(p.to(vae.dtype) / vae.config.scaling_factor).sample
+                )
+                for p in parts
+            ]
         )
 
 
 def both_texts(negative: Tensor, text: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The two branches' texts as one batch, the shorter padded, and their lengths where that was needed.
+    """The two branches' texts as one batch, the shorter padded, and their lengths where that was
+    needed.
 
     negative: [L, D];  text: [B, M, D];  returns [2 B, max(L, M), D], and (L, M) or nothing
     """
@@ -253,8 +218,12 @@ class TextEncoder:
 
     def __init__(self, where: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.device = device
-        self.tokenizer, self.llama = diffusers_folder.text_model(where, "tokenizer", "text_encoder", dtype, device)
-        self.tokenizer_2, self.clip = diffusers_folder.text_model(where, "tokenizer_2", "text_encoder_2", dtype, device)
+        self.tokenizer, self.llama = diffusers_folder.text_model(
+            where, "tokenizer", "text_encoder", dtype, device
+        )
+        self.tokenizer_2, self.clip = diffusers_folder.text_model(
+            where, "tokenizer_2", "text_encoder_2", dtype, device
+        )
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
@@ -269,9 +238,14 @@ class TextEncoder:
         return self([Prompt(text)])[0]
 
     def _llama_features(self, texts: list[str]) -> list[Tensor]:
-        """Hidden states of the prompt's own tokens and the closing one.  returns [L, D] each, L = its length"""
+        """Hidden states of the prompt's own tokens and the closing one.
+
+        returns [L, D] each, L = its length
+        """
         template = DEFAULT_PROMPT_TEMPLATE["template"]
-        crop = len(self.tokenizer(template.split("{}")[0])["input_ids"])  # 95 with Llama 3's tokenizer
+        crop = len(
+            self.tokenizer(template.split("{}")[0])["input_ids"]
+        )  # 95 with Llama 3's tokenizer
         tokens = self.tokenizer(
             [template.format(text) for text in texts],
             max_length=MAX_TEXT_TOKENS + crop,
@@ -281,7 +255,9 @@ class TextEncoder:
             return_tensors="pt",
         ).to(self.device)
         states = self.llama(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            output_hidden_states=True,
         ).hidden_states[-(SKIPPED_LAYERS + 1)]
         lengths = tokens.attention_mask.sum(1).tolist()
         return [row[crop:length].float().cpu() for row, length in zip(states, lengths, strict=True)]
@@ -289,7 +265,11 @@ class TextEncoder:
     def _clip_features(self, texts: list[str]) -> list[Tensor]:
         """Pooled CLIP output of the raw prompts.  returns [D] each"""
         tokens = self.tokenizer_2(
-            texts, padding="max_length", max_length=MAX_CLIP_TOKENS, truncation=True, return_tensors="pt"
+            texts,
+            padding="max_length",
+            max_length=MAX_CLIP_TOKENS,
+            truncation=True,
+            return_tensors="pt",
         )
         return list(self.clip(tokens.input_ids.to(self.device)).pooler_output.float().cpu())
 
@@ -308,7 +288,9 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def load(settings: Model, device: torch.device) -> HunyuanVideo:
-    """The policy of a folder in the diffusers layout, or of a hub id; its network has no weights yet."""
+    """The policy of a folder in the diffusers layout, or of a hub id; its network has no weights
+    yet.
+    """
     where = diffusers_folder.pipeline_folder(settings, PARTS)
     shift = diffusers_folder.constant_shift(where)
     check_network(settings, where, images=False)
@@ -318,36 +300,57 @@ def load(settings: Model, device: torch.device) -> HunyuanVideo:
 
 
 def check_network(settings: Model, where: Path, images: bool) -> dict[str, Any]:
-    """The network's config, read before its weights, which are large.  images: whether it must take a reference image
+    """The network's config, read before its weights, which are large.
 
-    Raises UserError where it is the other kind of network, does not fit the VAE, or has no place for model.guidance.
+    images: whether it must take a reference image
+
+    Raises UserError where it is the other kind of network, does not fit the VAE, or has no place
+    for model.guidance.
     """
-    config = diffusers_folder.read_json(diffusers_folder.network_folder(settings, NETWORK) / "config.json")
-    named = f"model.path={settings.path}" if settings.network is None else f"model.network={settings.network}"
+    config = diffusers_folder.read_json(
+        diffusers_folder.network_folder(settings, NETWORK) / "config.json"
+    )
+    named = (
+        f"model.path={settings.path}"
+        if settings.network is None
+        else f"model.network={settings.network}"
+    )
     taken, given = config.get("in_channels"), config.get("out_channels")
     if config.get("image_condition_type") is not None:
         kind = config["image_condition_type"]
-        raise UserError(f"{named}: a HunyuanVideo I2V network ({kind}), which no family trains; use SkyReels-V1's.")
+        raise UserError(
+            f"{named}: a HunyuanVideo I2V network ({kind}), which no family trains; use "
+            "SkyReels-V1's."
+        )
     if not isinstance(taken, int) or not isinstance(given, int) or taken not in (given, 2 * given):
-        raise UserError(f"{named}: its config.json has in_channels={taken} and out_channels={given}; correct the path.")
+        raise UserError(
+            f"{named}: its config.json has in_channels={taken} and out_channels={given}; correct "
+            "the path."
+        )
     if (taken == 2 * given) != images:
         kind, other = ("text", "hunyuan_video") if images else ("image", "skyreels_i2v")
         raise UserError(
-            f"{named}: a network of {kind}-to-video ({taken} channels in, {given} out); set model.family={other}, or "
+            f"{named}: a network of {kind}-to-video ({taken} channels in, {given} out); set "
+            f"model.family={other}, or "
             "correct the path."
         )
     patch, patch_t = config.get("patch_size"), config.get("patch_size_t", 1)
     if not isinstance(patch, int) or patch_t != 1:
         raise UserError(
-            f"{named}: its config.json has patch_size={patch} and patch_size_t={patch_t}, not a whole number and 1; "
+            f"{named}: its config.json has patch_size={patch} and patch_size_t={patch_t}, not a "
+            "whole number and 1; "
             "use a network of HunyuanVideo."
         )
     latent = diffusers_folder.read_json(where / "vae" / "config.json").get("latent_channels")
     if latent != given:
-        raise UserError(f"{named}: the network makes {given} channels and the VAE takes {latent}; of different models.")
+        raise UserError(
+            f"{named}: the network makes {given} channels and the VAE takes {latent}; of different "
+            "models."
+        )
     if settings.guidance is not None and not config.get("guidance_embeds", True):
         raise UserError(
-            f"model.guidance={settings.guidance}: this network has no embedded guidance; set model.cfg instead."
+            f"model.guidance={settings.guidance}: this network has no embedded guidance; set "
+            "model.cfg instead."
         )
     return config
 

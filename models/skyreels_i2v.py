@@ -1,10 +1,12 @@
-"""SkyReels-V1, image-to-video: HunyuanVideo with a reference image (Skywork AI 2025, SkyReels-V1-Hunyuan-I2V).
+"""SkyReels-V1, image-to-video: HunyuanVideo with a reference image (Skywork AI 2025,
+SkyReels-V1-Hunyuan-I2V).
 
-The network's input channels are the noisy latent and, after it, the reference image's: its latent in the first frame,
-zeros in the others. The image is encoded once per prompt; as in diffusers' pipeline its latent is sampled from the
-VAE's posterior, but with noise that is a function of the pixels, so that a rollout, its update and a resumed run all
-see the same one. Both branches of classifier-free guidance see the same image. All but the network is HunyuanVideo's:
-`model.path` is its folder, and `model.network` SkyReels'.
+The network's input channels are the noisy latent and, after it, the reference image's: its latent
+in the first frame, zeros in the others. The image is encoded once per prompt; as in diffusers'
+pipeline its latent is sampled from the VAE's posterior, but with noise that is a function of the
+pixels, so that a rollout, its update and a resumed run all see the same one. Both branches of
+classifier-free guidance see the same image. All but the network is HunyuanVideo's: `model.path` is
+its folder, and `model.network` SkyReels'.
 """
 
 import hashlib
@@ -34,10 +36,16 @@ __all__ = ["SkyReels", "blocks", "encoder", "load", "share_sequence"]
 NETWORK: str = models.declared("hunyuan_video", "NETWORK")
 MAX_TEXT_TOKENS: int = models.declared("hunyuan_video", "MAX_TEXT_TOKENS")
 MAX_CLIP_TOKENS: int = models.declared("hunyuan_video", "MAX_CLIP_TOKENS")
-PIPELINE = "HunyuanSkyreelsImageToVideoPipeline"  # of an export; the folder of the other parts names HunyuanVideo's
-PIPELINES = (PIPELINE, *models.declared("hunyuan_video", "PIPELINES"))  # whose folders this family reads
+# of an export; the folder of the other parts names HunyuanVideo's
+PIPELINE = "HunyuanSkyreelsImageToVideoPipeline"
+PIPELINES = (
+    PIPELINE,
+    *models.declared("hunyuan_video", "PIPELINES"),
+)  # whose folders this family reads
 USUAL_GUIDANCE = 1.0  # the embedded one: what follows the text is model.cfg
-PUBLISHED = tuple((part, of | {"in_channels": 32}) for part, of in models.declared("hunyuan_video", "PUBLISHED"))
+PUBLISHED = tuple(
+    (part, of | {"in_channels": 32}) for part, of in models.declared("hunyuan_video", "PUBLISHED")
+)
 
 
 class SkyReels(HunyuanVideo):
@@ -45,7 +53,9 @@ class SkyReels(HunyuanVideo):
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         first = condition["image"].to(x.dtype)  # [B, C, 1, H, W]
-        return super().velocity(torch.cat([x, pad(first, (0, 0, 0, 0, 0, x.shape[2] - 1))], 1), t, condition)
+        return super().velocity(
+            torch.cat([x, pad(first, (0, 0, 0, 0, 0, x.shape[2] - 1))], 1), t, condition
+        )
 
 
 class ImageTextEncoder:
@@ -59,24 +69,36 @@ class ImageTextEncoder:
     def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
         first_frames = [self._pixels(prompt) for prompt in prompts]
         texts = self.texts(prompts)
-        return [{**text, "image": self.image(pixels)} for text, pixels in zip(texts, first_frames, strict=True)]
+        return [
+            {**text, "image": self.image(pixels)}
+            for text, pixels in zip(texts, first_frames, strict=True)
+        ]
 
     def negative(self, text: str) -> Condition:
         """Text alone: the image of the unconditional branch is each prompt's own."""
         return self.texts.negative(text)
 
     def _pixels(self, prompt: Prompt) -> Tensor:
-        """The reference image in the clips' size, uint8 [H, W, 3]. Raises UserError for none or an unreadable one."""
+        """The reference image in the clips' size, uint8 [H, W, 3].
+
+        Raises UserError for none or an unreadable one.
+        """
         if prompt.image is None:
             raise UserError(
-                f"prompts: '{prompt.text}' has no reference image, which skyreels_i2v needs; set prompts.image_column."
+                f"prompts: '{prompt.text}' has no reference image, which skyreels_i2v needs; set "
+                "prompts.image_column."
             )
         return images.cover(images.read_image(prompt.image), *self.size)
 
     @torch.no_grad()
     def image(self, pixels: Tensor) -> Tensor:
-        """A sample of the posterior, scaled.  pixels: uint8 [H, W, 3];  returns float32 [C, 1, h, w] on the CPU"""
-        frame = (pixels.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1).to(self.vae.device, self.vae.dtype)
+        """A sample of the posterior, scaled.
+
+        pixels: uint8 [H, W, 3];  returns float32 [C, 1, h, w] on the CPU
+        """
+        frame = (pixels.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1).to(
+            self.vae.device, self.vae.dtype
+        )
         posterior = self.vae.encode(frame).latent_dist
         mean, std = posterior.mean[0].float().cpu(), posterior.std[0].float().cpu()
         (draw,) = noise.normal([posterior_key(pixels)], tuple(mean.shape))
@@ -86,7 +108,11 @@ class ImageTextEncoder:
 
 def posterior_key(pixels: Tensor) -> noise.Key:
     """What the noise of an image's latent is a function of.  pixels: uint8 [H, W, 3]"""
-    return ("reference image", *pixels.shape, hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest())
+    return (
+        "reference image",
+        *pixels.shape,
+        hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest(),
+    )
 
 
 @contextmanager
@@ -96,8 +122,12 @@ def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[Ima
     with diffusers_folder.freed(hunyuan_video.TextEncoder(where, dtype, device)) as texts:
         patch = hunyuan_video.check_network(settings, where, images=True)["patch_size"]
         vae = diffusers_folder.read(AutoencoderKLHunyuanVideo, where / "vae", dtype)
-        config = vae.config  # a size that the VAE would round is refused before any image is encoded in it
-        diffusers_folder.latent_size(video, config.spatial_compression_ratio, config.temporal_compression_ratio, patch)
+        config = (
+            vae.config
+        )  # a size that the VAE would round is refused before any image is encoded in it
+        diffusers_folder.latent_size(
+            video, config.spatial_compression_ratio, config.temporal_compression_ratio, patch
+        )
         vae = vae.requires_grad_(False).eval().to(device)
         with diffusers_folder.freed(ImageTextEncoder(texts, vae, video)) as both:
             del vae, config  # the encoder's is to be the last one

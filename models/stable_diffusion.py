@@ -1,9 +1,12 @@
-"""Stable Diffusion 1.x and 2.x, text-to-image (Rombach et al. 2022, arXiv 2112.10752), as DanceGRPO and DDPO train it.
+"""Stable Diffusion 1.x and 2.x, text-to-image, as DanceGRPO and DDPO train it.
 
-diffusers' unmodified UNet, and DDIM with noise (Song et al. 2021, arXiv 2010.02502) as the sampler: its eta is
-rollout.eta, 1 in the papers. Betas, spacing of the timesteps, kind of prediction and the last step's alpha are those of
-the folder's scheduler, read as diffusers' DDIMScheduler reads them, whichever scheduler the folder names. Times are
-timesteps over the training timesteps, so a grid starts below 1 (0.981 with 50 steps).
+Rombach et al. 2022, arXiv 2112.10752.
+
+diffusers' unmodified UNet, and DDIM with noise (Song et al. 2021, arXiv 2010.02502) as the sampler:
+its eta is rollout.eta, 1 in the papers. Betas, spacing of the timesteps, kind of prediction and the
+last step's alpha are those of the folder's scheduler, read as diffusers' DDIMScheduler reads them,
+whichever scheduler the folder names. Times are timesteps over the training timesteps, so a grid
+starts below 1 (0.981 with 50 steps).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,7 +59,8 @@ AUXILIARY = AuxiliaryModels(
     decode_flops=9.6e6,
     decode_bytes=1536,
 )
-TIMESTEP_ZERO = 0.25  # in timesteps: where a grid ends on the real timestep 0, which is not the clean sample at t = 0
+# in timesteps: where a grid ends on the real timestep 0, which is not the clean sample at t = 0
+TIMESTEP_ZERO = 0.25
 
 
 class Schedule:
@@ -65,32 +69,46 @@ class Schedule:
     def __init__(self, config: Mapping[str, Any], device: torch.device) -> None:
         where = "model.path: scheduler/scheduler_config.json"
         if "beta_schedule" not in config and config.get("trained_betas") is None:
-            raise UserError(f"{where} is a {config.get('_class_name')}, not one of a diffusion; correct model.family.")
+            raise UserError(
+                f"{where} is a {config.get('_class_name')}, not one of a diffusion; correct "
+                "model.family."
+            )
         for key in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
             if config.get(key):
-                raise UserError(f"{where} has {key}=true, which is not for latents; set it to false there.")
+                raise UserError(
+                    f"{where} has {key}=true, which is not for latents; set it to false there."
+                )
         prediction = config.get("prediction_type", PREDICTIONS[0])
         if prediction not in PREDICTIONS:
-            raise UserError(f"{where} has prediction_type={prediction}; this family knows {' and '.join(PREDICTIONS)}.")
+            raise UserError(
+                f"{where} has prediction_type={prediction}; this family knows "
+                f"{' and '.join(PREDICTIONS)}."
+            )
         self.predicts_v = prediction == "v_prediction"
         self.scheduler = DDIMScheduler.from_config({**config, "clip_sample": False})
         self.timesteps: int = self.scheduler.config.num_train_timesteps
         final = self.scheduler.final_alpha_cumprod.reshape(1)
-        self.alphas = torch.cat([self.scheduler.alphas_cumprod, final]).to(device)  # [timesteps + 1], the last at t = 0
+        self.alphas = torch.cat([self.scheduler.alphas_cumprod, final]).to(
+            device
+        )  # [timesteps + 1], the last at t = 0
 
     def timestep(self, t: Tensor) -> Tensor:
         """The network's timestep, a whole number in float32.  t: any shape"""
         return (t * self.timesteps).round()
 
     def alpha(self, t: Tensor) -> Tensor:
-        """Cumulative product at t, the final one at t = 0.  t: scalar or [B];  returns the same shape, float32"""
+        """Cumulative product at t, the final one at t = 0.
+
+        t: scalar or [B];  returns the same shape, float32
+        """
         index = torch.where(t > 0, self.timestep(t), self.timesteps)
         return self.alphas.take(index.long())  # indexing by a scalar would wait for the device
 
     def grid(self, steps: int) -> Tensor:
         """Times of DDIM's timesteps, and 0.  returns float32 [steps + 1]
 
-        Raises UserError for numbers of steps whose timesteps are not those that DDIM itself steps to.
+        Raises UserError for numbers of steps whose timesteps are not those that DDIM itself steps
+        to.
         """
         self._check(steps)
         self.scheduler.set_timesteps(steps)
@@ -98,8 +116,14 @@ class Schedule:
         return torch.cat([timesteps, torch.zeros(1)]).div(self.timesteps).float()
 
     def _check(self, steps: int) -> None:
-        """DDIM goes from a timestep to the one timesteps // steps below it: that must be the grid's next one."""
-        spacing, last, problem = self.scheduler.config.timestep_spacing, self.scheduler.config.steps_offset, None
+        """DDIM goes from a timestep to the one timesteps // steps below it: that must be the grid's
+        next one.
+        """
+        spacing, last, problem = (
+            self.scheduler.config.timestep_spacing,
+            self.scheduler.config.steps_offset,
+            None,
+        )
         most = self.timesteps // (last + 1) if spacing == "leading" else self.timesteps
         if spacing == "linspace":
             problem = "DDIM leaves linspace timesteps; set timestep_spacing to leading in scheduler_config.json"
@@ -111,7 +135,9 @@ class Schedule:
                 below -= 1
             while self.timesteps % above:
                 above += 1
-            problem = f"trailing timesteps need a divisor of {self.timesteps}; use {below} or {above}"
+            problem = (
+                f"trailing timesteps need a divisor of {self.timesteps}; use {below} or {above}"
+            )
         if problem:
             raise UserError(f"rollout.steps or evaluate.steps={steps}: {problem}.")
 
@@ -121,7 +147,9 @@ class StableDiffusion:
 
     share_sequence: ShareSequence
 
-    def __init__(self, network: nn.Module, vae: nn.Module, schedule: Schedule, settings: Model) -> None:
+    def __init__(
+        self, network: nn.Module, vae: nn.Module, schedule: Schedule, settings: Model
+    ) -> None:
         self.network = network
         self.blocks: Sequence[nn.Module] = blocks(network)
         self.vae = vae
@@ -140,13 +168,16 @@ class StableDiffusion:
     def time_grid(self, steps: int, shift: float | None, shape: tuple[int, ...]) -> Tensor:
         if shift is not None:
             raise UserError(
-                f"rollout.shift={shift}: Stable Diffusion's times are its scheduler's timesteps, which have no shift; "
+                f"rollout.shift={shift}: Stable Diffusion's times are its scheduler's timesteps, "
+                "which have no shift; "
                 "leave it out."
             )
         return self.schedule.grid(steps)
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Not a velocity but what the network predicts, noise or v: `transition` and `clean_estimate` know which."""
+        """Not a velocity but what the network predicts, noise or v: `transition` and
+        `clean_estimate` know which.
+        """
         text = condition["text"]
         if self.cfg == 1:
             return self._predict(x, t, text)
@@ -159,21 +190,33 @@ class StableDiffusion:
         """One forward of the network.  text: [B, L, D]"""
         timestep = self.schedule.timestep(t)
         (prediction,) = self.network(
-            x.squeeze(2).to(self.dtype), timestep, encoder_hidden_states=text.to(self.dtype), return_dict=False
+            x.squeeze(2).to(self.dtype),
+            timestep,
+            encoder_hidden_states=text.to(self.dtype),
+            return_dict=False,
         )
         return prediction.float().unsqueeze(2)
 
-    def transition(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-        """One step of DDIM, see `flow.ddim_transition`. At eta <= 1 the noise's share of x_next is never negative."""
+    def transition(
+        self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float
+    ) -> tuple[Tensor, Tensor]:
+        """One step of DDIM, see `flow.ddim_transition`.
+
+        At eta <= 1 the noise's share of x_next is never negative.
+        """
         if not 0 <= eta <= 1:
             raise UserError(
-                f"rollout.eta={eta}: DDIM's noise is a share of what ancestral sampling adds; use at most 1."
+                f"rollout.eta={eta}: DDIM's noise is a share of what ancestral sampling adds; use "
+                "at most 1."
             )
         alpha, alpha_next = self.schedule.alpha(t), self.schedule.alpha(t_next)
         return transitions.ddim_transition(x, self._noise(x, v, alpha), alpha, alpha_next, eta)
 
     def _noise(self, x: Tensor, v: Tensor, alpha: Tensor) -> Tensor:
-        """The noise in x that the prediction implies (v: Salimans and Ho 2022, arXiv 2202.00512).  [B, C, 1, H, W]"""
+        """The noise in x that the prediction implies (v: Salimans and Ho 2022, arXiv 2202.00512).
+
+        [B, C, 1, H, W]
+        """
         if not self.schedule.predicts_v:
             return v
         alpha = alpha.reshape(-1, *(1,) * (x.ndim - 1))
@@ -187,7 +230,9 @@ class StableDiffusion:
         vae: Any = self.vae
         latents = (x / vae.config.scaling_factor).squeeze(2).to(vae.dtype)
         parts = latents.split(self.decode_batch or len(x))
-        return torch.cat([diffusers_folder.to_pixels(vae.decode(part).sample.unsqueeze(2)) for part in parts])
+        return torch.cat(
+            [diffusers_folder.to_pixels(vae.decode(part).sample.unsqueeze(2)) for part in parts]
+        )
 
 
 class TextEncoder:
@@ -195,14 +240,21 @@ class TextEncoder:
 
     def __init__(self, where: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.device = device
-        self.tokenizer, self.clip = diffusers_folder.text_model(where, "tokenizer", "text_encoder", dtype, device)
+        self.tokenizer, self.clip = diffusers_folder.text_model(
+            where, "tokenizer", "text_encoder", dtype, device
+        )
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
         texts = [prompt.text for prompt in prompts]
         for text in texts:
             if not self.tokenizer(text, add_special_tokens=False).input_ids:
-                raise UserError(f"prompts: '{text}' has no tokens for the text encoder; leave it out.")
-        parts = [self._states(texts[start : start + TEXT_BATCH]) for start in range(0, len(texts), TEXT_BATCH)]
+                raise UserError(
+                    f"prompts: '{text}' has no tokens for the text encoder; leave it out."
+                )
+        parts = [
+            self._states(texts[start : start + TEXT_BATCH])
+            for start in range(0, len(texts), TEXT_BATCH)
+        ]
         return [{"text": states} for part in parts for states in part]
 
     def negative(self, text: str) -> Condition:
@@ -215,7 +267,11 @@ class TextEncoder:
         tokens = self.tokenizer(
             texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
         ).to(self.device)
-        mask = tokens.attention_mask if getattr(self.clip.config, "use_attention_mask", False) else None
+        mask = (
+            tokens.attention_mask
+            if getattr(self.clip.config, "use_attention_mask", False)
+            else None
+        )
         states: Tensor = self.clip(tokens.input_ids, attention_mask=mask).last_hidden_state
         return states.float().cpu()
 
@@ -234,36 +290,53 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def load(settings: Model, device: torch.device) -> StableDiffusion:
-    """The policy of a folder in the diffusers layout, or of a hub id; its network has no weights yet."""
+    """The policy of a folder in the diffusers layout, or of a hub id; its network has no weights
+    yet.
+    """
     if settings.guidance is not None:
         raise UserError(
-            f"model.guidance={settings.guidance}: Stable Diffusion has no embedded guidance; set model.cfg instead."
+            f"model.guidance={settings.guidance}: Stable Diffusion has no embedded guidance; set "
+            "model.cfg instead."
         )
     where = diffusers_folder.pipeline_folder(settings, PARTS)
     schedule = Schedule(diffusers_folder.scheduler_config(where), device)
-    network = streaming.outline(UNet2DConditionModel, diffusers_folder.network_folder(settings, NETWORK), device)
+    network = streaming.outline(
+        UNet2DConditionModel, diffusers_folder.network_folder(settings, NETWORK), device
+    )
     vae = diffusers_folder.read(AutoencoderKL, where / "vae", settings.torch_dtype)
-    check_parts(network.config, vae.config, diffusers_folder.read_json(where / "text_encoder" / "config.json"))
+    check_parts(
+        network.config,
+        vae.config,
+        diffusers_folder.read_json(where / "text_encoder" / "config.json"),
+    )
     return StableDiffusion(network, vae.requires_grad_(False).eval().to(device), schedule, settings)
 
 
 def check_parts(network: Any, vae: Any, text: Mapping[str, Any]) -> None:
-    """The configs of UNet, VAE and text encoder fit together, and the UNet wants nothing else. Raises UserError."""
+    """The configs of UNet, VAE and text encoder fit together, and the UNet wants nothing else.
+
+    Raises UserError.
+    """
     for key in NOT_SUPPORTED:
         if network.get(key) is not None:
             raise UserError(
-                f"model.path: unet/config.json has {key}={network[key]}; this family trains UNets of Stable Diffusion "
+                f"model.path: unet/config.json has {key}={network[key]}; this family trains UNets "
+                "of Stable Diffusion "
                 "1.x and 2.x, which have none."
             )
     if network.in_channels != network.out_channels:
         raise UserError(
-            f"model.path: unet/config.json has in_channels={network.in_channels}, for inpainting or editing; "
+            f"model.path: unet/config.json has in_channels={network.in_channels}, for inpainting "
+            "or editing; "
             "use a text-to-image model."
         )
-    if network.in_channels != vae.latent_channels or network.cross_attention_dim != text.get("hidden_size"):
+    if network.in_channels != vae.latent_channels or network.cross_attention_dim != text.get(
+        "hidden_size"
+    ):
         raise UserError(
             f"model.path: the UNet takes {network.in_channels} latent channels and text of width "
-            f"{network.cross_attention_dim}, the VAE makes {vae.latent_channels} and the text encoder "
+            f"{network.cross_attention_dim}, the VAE makes {vae.latent_channels} and the text "
+            "encoder "
             f"{text.get('hidden_size')}; the parts are of different models."
         )
 

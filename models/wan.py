@@ -1,13 +1,15 @@
 """Wan 2.1, text-to-video (Wan Team 2025, arXiv 2503.20314), 1.3 B and 14 B.
 
-diffusers' unmodified classes. Text is UMT5's states of the prompt's own tokens, followed by zeros up to the network's
-512 places, without a mask: a condition holds the former, `velocity` adds the latter. Classifier-free guidance runs both
-branches as one batch. Times are the sigmas of the folder's scheduler, and the network is told 1000 t.
+diffusers' unmodified classes. Text is UMT5's states of the prompt's own tokens, followed by zeros
+up to the network's 512 places, without a mask: a condition holds the former, `velocity` adds the
+latter. Classifier-free guidance runs both branches as one batch. Times are the sigmas of the
+folder's scheduler, and the network is told 1000 t.
 
-The official pipeline samples with UniPC, a multistep solver; this one takes UniPC's times and Euler steps, which are
-UniPC's of first order, since a policy's transition depends on the last state alone. So its ODE equals diffusers'
-WanPipeline with FlowMatchEulerDiscreteScheduler of the same shift, where the folder names that scheduler, and with
-UniPC of first order, where it names UniPC; but for UniPC's rounding the network's times down to whole numbers.
+The official pipeline samples with UniPC, a multistep solver; this one takes UniPC's times and Euler
+steps, which are UniPC's of first order, since a policy's transition depends on the last state
+alone. So its ODE equals diffusers' WanPipeline with FlowMatchEulerDiscreteScheduler of the same
+shift, where the folder names that scheduler, and with UniPC of first order, where it names UniPC;
+but for UniPC's rounding the network's times down to whole numbers.
 """
 
 import math
@@ -24,20 +26,23 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanTransformer3DModel,
 )
-from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.policy import Condition, Prompt
+from fastgrpo.core.policy import Condition
+from fastgrpo.models.attention.pairwise_rotary import SharedAttention
 from fastgrpo.models.loading import diffusers_folder, streaming
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
 from fastgrpo.models.sizes.transformer_blocks import Kept, TokenBlock
 from fastgrpo.models.sizes.units import ATTENDING, SAMPLE, TEXT, VIDEO, Attention, Network, Unit
-from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence, heads_to_tokens, tokens_to_heads
+from fastgrpo.models.text_encoders.umt5 import TextEncoder
+from fastgrpo.parallel.sequence_parallel import (
+    Layout,
+    ShareSequence,
+)
 
 NETWORK = "transformer"
 PARTS = ("vae", "text_encoder", "scheduler", "tokenizer")
@@ -60,7 +65,10 @@ LARGE: dict[str, Any] = {  # 14 B
     "num_layers": 40,
     "cross_attn_norm": True,
 }
-PUBLISHED = (("1.3b", LARGE | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}), ("", LARGE))
+PUBLISHED = (
+    ("1.3b", LARGE | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
+    ("", LARGE),
+)
 """Parts of a hub id, in lower case, and the network's config; a plan takes the first that fits."""
 KEPT = {  # bytes per token and channel, by the bytes of a number, feed-forward left out
     2: Kept((27.1, 0.0), (70.1, 12.0), (86.1, 12.0), 2.0),
@@ -79,8 +87,8 @@ AUXILIARY = AuxiliaryModels(
     tile=(4, 1288, 1288),
     stride=(4, 1024, 1024),
 )
-TEXT_BATCH = 16  # prompts per forward pass of the text encoder
-TILED_ABOVE = 160  # latent height or width (1280 pixels) from which the VAE decodes in tiles, to bound its memory
+# latent height or width (1280 pixels) from which the VAE decodes in tiles, to bound its memory
+TILED_ABOVE = 160
 
 
 class Schedule:
@@ -88,66 +96,38 @@ class Schedule:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         where = "model.path: scheduler/scheduler_config.json"
-        kinds = {kind.__name__: kind for kind in (UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler)}
+        kinds = {
+            kind.__name__: kind
+            for kind in (UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler)
+        }
         name = config.get("_class_name")
         if name not in kinds:
-            raise UserError(f"{where} is a {name}, not one of {', '.join(kinds)}; correct model.family.")
+            raise UserError(
+                f"{where} is a {name}, not one of {', '.join(kinds)}; correct model.family."
+            )
         self.kind: Any = kinds[name]
         self.shift_key = "flow_shift" if self.kind is UniPCMultistepScheduler else "shift"
         fixed: dict[str, Any] = {"use_dynamic_shifting": False}  # the pipeline does not say by what
-        fixed |= UNIPC_SETTINGS if self.kind is UniPCMultistepScheduler else {"invert_sigmas": False}
+        fixed |= (
+            UNIPC_SETTINGS if self.kind is UniPCMultistepScheduler else {"invert_sigmas": False}
+        )
         known = self.kind.from_config(config).config
         for key, value in fixed.items():
             if known[key] != value:
-                raise UserError(f"{where} has {key}={known[key]}; Wan 2.1 wants {value}, set it there.")
+                raise UserError(
+                    f"{where} has {key}={known[key]}; Wan 2.1 wants {value}, set it there."
+                )
         self.config = dict(config)
         self.timesteps: int = known.num_train_timesteps  # the network's time at t = 1
 
     def grid(self, steps: int, shift: float | None) -> Tensor:
         """returns float32 [steps + 1], falling to 0.  shift: in place of the folder's"""
-        scheduler = self.kind.from_config(self.config if shift is None else self.config | {self.shift_key: shift})
+        scheduler = self.kind.from_config(
+            self.config if shift is None else self.config | {self.shift_key: shift}
+        )
         scheduler.set_timesteps(steps)
         times: Tensor = scheduler.sigmas
         return times
-
-
-class SharedAttention:
-    """Self-attention over ranks; cross-attention to the replicated text keeps its local queries."""
-
-    def __init__(self, layout: Layout, plain: Any) -> None:
-        self.layout = layout
-        self.plain = plain  # the processor of one rank, which knows the attention backend
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """This rank's video tokens after attention.  hidden_states: [B, n, C];  returns likewise
-
-        rotary_emb: cosines and sines of this rank's tokens, [1, n, 1, D] each
-        """
-        q, k = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
-        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, attn.to_v(hidden_states)))
-        if rotary_emb is not None:
-            q, k = rotated_pairs(q, *rotary_emb), rotated_pairs(k, *rotary_emb)
-        tokens, sp = self.layout.video, self.layout.sp
-        q, k, v = (tokens_to_heads(x, tokens, sp) for x in (q, k, v))
-        out = heads_to_tokens(dispatch_attention_fn(q, k, v, backend=self.plain._attention_backend), tokens, sp)
-        return attn.to_out[1](attn.to_out[0](out.flatten(2).type_as(hidden_states)))
-
-
-def rotated_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Neighbouring channels as the two parts of a complex number, turned.
-
-    x: [B, n, H, D];  cos, sin: [1, n, 1, D];  returns [B, n, H, D]
-    """
-    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2).type_as(x)
 
 
 def share_sequence(network: Any, layout: Layout) -> None:
@@ -178,7 +158,13 @@ class Wan:
     share_sequence: ShareSequence
 
     def __init__(
-        self, network: nn.Module, vae: Any, schedule: Schedule, text_tokens: int, settings: Model, device: torch.device
+        self,
+        network: nn.Module,
+        vae: Any,
+        schedule: Schedule,
+        text_tokens: int,
+        settings: Model,
+        device: torch.device,
     ) -> None:
         self.network = network
         self.blocks: Sequence[nn.Module] = blocks(network)
@@ -190,7 +176,8 @@ class Wan:
         self.dtype = settings.torch_dtype
         self.decode_batch = settings.decode_batch
         mean, std = (
-            torch.tensor(values, device=device) for values in (vae.config.latents_mean, vae.config.latents_std)
+            torch.tensor(values, device=device)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         self.latent_mean, self.latent_std = mean.reshape(-1, 1, 1, 1), std.reshape(-1, 1, 1, 1)
 
@@ -198,7 +185,9 @@ class Wan:
         config: Any = self.vae.config
         net: Any = self.network.config
         patch = net.patch_size[-1]
-        size = diffusers_folder.latent_size(video, config.scale_factor_spatial, config.scale_factor_temporal, patch)
+        size = diffusers_folder.latent_size(
+            video, config.scale_factor_spatial, config.scale_factor_temporal, patch
+        )
         return config.z_dim, *size
 
     def time_grid(self, steps: int, shift: float | None, shape: tuple[int, ...]) -> Tensor:
@@ -214,7 +203,10 @@ class Wan:
         return without + self.cfg * (with_text - without)
 
     def _padded(self, text: Tensor) -> Tensor:
-        """Zeros after the prompt's own tokens, which the network attends to.  [..., L, D] to [..., text_tokens, D]"""
+        """Zeros after the prompt's own tokens, which the network attends to.
+
+        [..., L, D] to [..., text_tokens, D]
+        """
         return pad(text, (0, 0, 0, self.text_tokens - text.shape[-2]))
 
     def _predict(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
@@ -235,40 +227,9 @@ class Wan:
         self.vae.use_tiling = max(x.shape[-2:]) > TILED_ABOVE
         latents = (x * self.latent_std + self.latent_mean).to(self.vae.dtype)
         parts = latents.split(self.decode_batch or len(x))
-        return torch.cat([diffusers_folder.to_pixels(self.vae.decode(part).sample) for part in parts])
-
-
-class TextEncoder:
-    """This family's `Encoder`: UMT5's states of the prompt's own tokens and the closing one."""
-
-    def __init__(self, where: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self.device = device
-        self.longest = text_tokens(where)
-        self.tokenizer, self.umt5 = diffusers_folder.text_model(where, "tokenizer", "text_encoder", dtype, device)
-
-    def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
-        texts = [prompt.text for prompt in prompts]
-        for text in texts:
-            if not self.tokenizer(prompt_clean(text), add_special_tokens=False).input_ids:
-                raise UserError(f"prompts: '{text}' has no tokens for the text encoder; leave it out.")
-        parts = [self._states(texts[start : start + TEXT_BATCH]) for start in range(0, len(texts), TEXT_BATCH)]
-        return [{"text": states} for part in parts for states in part]
-
-    def negative(self, text: str) -> Condition:
-        return {"text": self._states([text])[0]}
-
-    @torch.no_grad()
-    def _states(self, texts: list[str]) -> list[Tensor]:
-        """returns float32 [L, D] each on the CPU, L = its tokens. HTML and broken Unicode are mended first."""
-        tokens = self.tokenizer(
-            [prompt_clean(text) for text in texts],
-            padding="max_length",
-            max_length=self.longest,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.device)
-        states = self.umt5(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state.float().cpu()
-        return [row[:length] for row, length in zip(states, tokens.attention_mask.sum(1).tolist(), strict=True)]
+        return torch.cat(
+            [diffusers_folder.to_pixels(self.vae.decode(part).sample) for part in parts]
+        )
 
 
 def text_tokens(where: Path) -> int:
@@ -281,7 +242,8 @@ def text_tokens(where: Path) -> int:
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
     """The text encoder of model.path; freed when the context ends."""
     where = diffusers_folder.pipeline_folder(settings, PARTS)
-    with diffusers_folder.freed(TextEncoder(where, settings.torch_dtype, device)) as texts:
+    texts = TextEncoder(where, settings.torch_dtype, device, text_tokens(where))
+    with diffusers_folder.freed(texts):
         yield texts
 
 
@@ -291,12 +253,16 @@ def blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def load(settings: Model, device: torch.device) -> Wan:
-    """The policy of a folder in the diffusers layout, or of a hub id; its network has no weights yet.
+    """The policy of a folder in the diffusers layout, or of a hub id; its network has no weights
+    yet.
 
     The VAE is loaded in float32, as the model's authors have it.
     """
     if settings.guidance is not None:
-        raise UserError(f"model.guidance={settings.guidance}: Wan has no embedded guidance; set model.cfg instead.")
+        raise UserError(
+            f"model.guidance={settings.guidance}: Wan has no embedded guidance; set model.cfg "
+            "instead."
+        )
     where = diffusers_folder.pipeline_folder(settings, PARTS)
     check_pipeline(diffusers_folder.read_json(where / "model_index.json"), settings)
     schedule = Schedule(diffusers_folder.scheduler_config(where))
@@ -311,30 +277,45 @@ def load(settings: Model, device: torch.device) -> Wan:
 def check_pipeline(index: Mapping[str, Any], settings: Model) -> None:
     """Raise UserError for Wan 2.2, whose pipelines have two networks or a time for each token."""
     two = any(index.get("transformer_2") or ())
-    for key, told in (("transformer_2", two), *((k, index.get(k)) for k in ("boundary_ratio", "expand_timesteps"))):
+    for key, told in (
+        ("transformer_2", two),
+        *((k, index.get(k)) for k in ("boundary_ratio", "expand_timesteps")),
+    ):
         if told:
             raise UserError(
-                f"model.path={settings.path}: model_index.json has {key}, as Wan 2.2 does; use a text-to-video "
+                f"model.path={settings.path}: model_index.json has {key}, as Wan 2.2 does; use a "
+                "text-to-video "
                 "model of Wan 2.1."
             )
 
 
 def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Model) -> None:
-    """The network's config, read before its weights, which are large. Raises UserError where it is of another kind."""
-    named = f"model.path={settings.path}" if settings.network is None else f"model.network={settings.network}"
+    """The network's config, read before its weights, which are large.
+
+    Raises UserError where it is of another kind.
+    """
+    named = (
+        f"model.path={settings.path}"
+        if settings.network is None
+        else f"model.network={settings.network}"
+    )
     taken, given, patch = (config.get(key) for key in ("in_channels", "out_channels", "patch_size"))
     images = config.get("image_dim") is not None or config.get("added_kv_proj_dim") is not None
     if images or not taken == given == vae.z_dim:
         raise UserError(
-            f"{named}: the network has {taken} channels in and {given} out{' and sees images' if images else ''}, the "
+            f"{named}: the network has {taken} channels in and {given} "
+            f"out{' and sees images' if images else ''}, the "
             f"VAE {vae.z_dim}; use a text-to-video model of Wan 2.1."
         )
     if not isinstance(patch, list) or len(patch) != 3 or patch[0] != 1 or patch[1] != patch[2]:
-        raise UserError(f"{named}: the network's patch_size is {patch}, not [1, n, n]; use a model of Wan 2.1.")
+        raise UserError(
+            f"{named}: the network's patch_size is {patch}, not [1, n, n]; use a model of Wan 2.1."
+        )
     made = diffusers_folder.read_json(where / "text_encoder" / "config.json").get("d_model")
     if config.get("text_dim") != made:
         raise UserError(
-            f"{named}: the network takes text of width {config.get('text_dim')}, the text encoder makes {made}; the "
+            f"{named}: the network takes text of width {config.get('text_dim')}, the text encoder "
+            f"makes {made}; the "
             "parts are of different models."
         )
 
@@ -342,7 +323,9 @@ def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Mo
 def plan(config: Mapping[str, Any]) -> FamilyPlan:
     """Sizes of this family with a network of this config."""
     sides, network = config["patch_size"], _sizes(config)
-    return FamilyPlan(network=network, patch=sides[-1], auxiliary=AUXILIARY, text_width=config["text_dim"])
+    return FamilyPlan(
+        network=network, patch=sides[-1], auxiliary=AUXILIARY, text_width=config["text_dim"]
+    )
 
 
 def _sizes(config: Mapping[str, Any]) -> Network:

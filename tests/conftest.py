@@ -10,7 +10,9 @@ import pytest
 if TYPE_CHECKING:
     from fastgrpo.parallel.world import World
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested is the CPU's path, whatever the machine has
+os.environ["CUDA_VISIBLE_DEVICES"] = (
+    ""  # what is tested is the CPU's path, whatever the machine has
+)
 for variable, value in {
     "OMP_NUM_THREADS": "1",  # read when torch is first imported
     "HF_HUB_OFFLINE": "1",
@@ -39,8 +41,14 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest go first: one that came last would keep a single process busy alone."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    """The files that take longest go first: one that came last would keep a single process busy
+    alone.
+    """
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+        )
+    )
 
 
 @pytest.fixture(scope="module")

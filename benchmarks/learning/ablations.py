@@ -1,16 +1,18 @@
-"""The paper's ablations on the tiny world: every switch, each run in a folder of its own, one picture per question.
+"""The paper's ablations on the tiny world: every switch, each run in a folder of its own, one
+picture per question.
 
-    python -m benchmarks.learning.ablations                                    fifteen runs
-    python -m benchmarks.learning.ablations --iterations 76 --seeds 3          longer runs, three of each
+    python -m benchmarks.learning.ablations                                    fifteen runs python
+    -m benchmarks.learning.ablations --iterations 76 --seeds 3          longer runs, three of each
     python -m benchmarks.learning.ablations --only eta noise                   some of the questions
-    python -m benchmarks.learning.ablations --without-seconds                  on a machine that does other work as well
+    python -m benchmarks.learning.ablations --without-seconds                  on a machine that
+    does other work as well
 
-A finished run is not run again, so that the command can be stopped and started, and only draws where all is done. It
-writes docs/pictures/ablations/NAME.png and figures.json, and the tables of docs/guides/algorithms/ablations.md between
-their markers; the text around them is written by hand.
+A finished run is not run again, so that the command can be stopped and started, and only draws
+where all is done. It writes docs/pictures/ablations/NAME.png and figures.json, and the tables of
+docs/guides/algorithms/ablations.md between their markers; the text around them is written by hand.
 
-Variants are compared by the sum of all three parts, whatever they were trained on: held-out prompts, ODE sampler, the
-same noise before and after, mean of the seeds.
+Variants are compared by the sum of all three parts, whatever they were trained on: held-out
+prompts, ODE sampler, the same noise before and after, mean of the seeds.
 """
 
 import argparse
@@ -45,7 +47,9 @@ COMMON = (
     "evaluate.seeds=4",
     "evaluate.clips=0",
 )
-"""The demo's recipe, smaller and without Best-of-N; iterations and the rate's decay come from the command line."""
+"""The demo's recipe, smaller and without Best-of-N; iterations and the rate's decay come from the
+command line.
+"""
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,16 @@ QUESTIONS = (
             Variant("base", "random 0.6"),
             Variant("tau-0.3", "random 0.3", ("objective.timestep_fraction=0.3",)),
             Variant("tau-1.0", "all", ("objective.timestep_fraction=1.0",)),
-            Variant("first", "first 0.3", ("objective.timestep_fraction=0.3", "objective.timestep_choice=first")),
-            Variant("last", "last 0.4", ("objective.timestep_fraction=0.4", "objective.timestep_choice=last")),
+            Variant(
+                "first",
+                "first 0.3",
+                ("objective.timestep_fraction=0.3", "objective.timestep_choice=first"),
+            ),
+            Variant(
+                "last",
+                "last 0.4",
+                ("objective.timestep_fraction=0.4", "objective.timestep_choice=last"),
+            ),
         ),
     ),
     Question(
@@ -118,7 +130,8 @@ QUESTIONS = (
                 "scores at least 0.6",
                 (
                     rewards(
-                        "{VQ=0.0, MQ=0.0, TA=0.0, VQ_above=1.0, MQ_above=1.0, TA_above=1.0}", "{VQ=0.6, MQ=0.6, TA=0.6}"
+                        "{VQ=0.0, MQ=0.0, TA=0.0, VQ_above=1.0, MQ_above=1.0, TA_above=1.0}",
+                        "{VQ=0.6, MQ=0.6, TA=0.6}",
                     ),
                 ),
             ),
@@ -153,14 +166,22 @@ def answer(question: Question, arguments: argparse.Namespace) -> list[Trained]:
         *arguments.overrides,
     ]
     trained = train_all(
-        RECIPE, common=common, variants=question.variants, seeds=arguments.seeds, folder=arguments.folder
+        RECIPE,
+        common=common,
+        variants=question.variants,
+        seeds=arguments.seeds,
+        folder=arguments.folder,
     )
-    pictures.compare(trained, PARTS, PICTURES / f"{question.name}.png", not arguments.without_seconds)
+    pictures.compare(
+        trained, PARTS, PICTURES / f"{question.name}.png", not arguments.without_seconds
+    )
     return trained
 
 
 def table(trained: Sequence[Trained], with_seconds: bool) -> str:
-    """Markdown: one row per variant, with what it gained, and how it ended against the recipe on the same clips."""
+    """Markdown: one row per variant, with what it gained, and how it ended against the recipe on
+    the same clips.
+    """
     recipe = next((one for one in trained if one.variant.name == "base"), None)
     head = ["variant", "after", "gain", "95 % interval", *PARTS, "less recipe's", "95 % interval"]
     head += ["seconds per iteration"] if with_seconds else []
@@ -170,10 +191,18 @@ def table(trained: Sequence[Trained], with_seconds: bool) -> str:
         if gain is None:
             cells = [f"ended: {one.failures[0] if one.failures else 'unfinished'}"]
         else:
-            cells = [f"{gain.after:.3f}", f"{gain.difference:+.3f}", f"{gain.low:+.3f} .. {gain.high:+.3f}"]
-            cells += [f"{of.difference:+.3f}" for part in PARTS if (of := one.gain([part])) is not None]
+            cells = [
+                f"{gain.after:.3f}",
+                f"{gain.difference:+.3f}",
+                f"{gain.low:+.3f} .. {gain.high:+.3f}",
+            ]
+            cells += [
+                f"{of.difference:+.3f}" for part in PARTS if (of := one.gain([part])) is not None
+            ]
             other = one.against(recipe, PARTS) if recipe and recipe is not one else None
-        cells += [f"{other.difference:+.3f}", f"{other.low:+.3f} .. {other.high:+.3f}"] if other else []
+        cells += (
+            [f"{other.difference:+.3f}", f"{other.low:+.3f} .. {other.high:+.3f}"] if other else []
+        )
         cells += [""] * (8 - len(cells))
         cells += [f"{one.metric('seconds/total'):.2f}"] if with_seconds else []
         rows.append([one.variant.label, *cells])
@@ -181,10 +210,15 @@ def table(trained: Sequence[Trained], with_seconds: bool) -> str:
 
 
 def put(page: str, name: str, content: str) -> str:
-    """The page with what stands between the markers of `name` replaced. Raises UserError where it has none."""
+    """The page with what stands between the markers of `name` replaced.
+
+    Raises UserError where it has none.
+    """
     start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     if start not in page or end not in page:
-        raise UserError(f"{PAGE}: lacks the markers '{start}' and '{end}'; put them where the table belongs.")
+        raise UserError(
+            f"{PAGE}: lacks the markers '{start}' and '{end}'; put them where the table belongs."
+        )
     before, rest = page.split(start, 1)
     return f"{before}{start}\n{content}\n{end}{rest.split(end, 1)[1]}"
 
@@ -193,13 +227,18 @@ def figures(trained: Sequence[Trained], with_seconds: bool) -> dict[str, object]
     """All that the pictures and tables show, by variant."""
     told: dict[str, object] = {}
     for one in trained:
-        gains = {name: one.gain(parts) for name, parts in (("sum", PARTS), *((part, (part,)) for part in PARTS))}
+        gains = {
+            name: one.gain(parts)
+            for name, parts in (("sum", PARTS), *((part, (part,)) for part in PARTS))
+        }
         told[one.variant.name] = {
             "overrides": one.variant.overrides,
             "heldout": {name: gain and asdict(gain) for name, gain in gains.items()},
             "training_reward": [round(float(value), 4) for value in one.curve(PARTS)],
             "failures": one.failures,
-        } | ({"seconds": [round(float(value), 2) for value in one.seconds()]} if with_seconds else {})
+        } | (
+            {"seconds": [round(float(value), 2) for value in one.seconds()]} if with_seconds else {}
+        )
     return told
 
 
@@ -207,7 +246,8 @@ def setting(arguments: argparse.Namespace) -> str:
     """Under which circumstances a question was answered."""
     of = " ".join(arguments.overrides)
     return (
-        f"{date.today()}, {os.cpu_count()} cores of {platform.machine()}: {arguments.iterations} iterations, "
+        f"{date.today()}, {os.cpu_count()} cores of {platform.machine()}: {arguments.iterations} "
+        "iterations, "
         f"{arguments.seeds} seeds{of and ', '}{of}"
     )
 
@@ -224,13 +264,25 @@ def write(question: Question, trained: Sequence[Trained], timed: bool, how: str)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for every run")
-    parser.add_argument("--iterations", type=int, default=20, help="of each run (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each variant (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=[question.name for question in QUESTIONS], metavar="QUESTION")
-    parser.add_argument("--folder", type=Path, default=Path("runs/ablations"), help="of the runs (%(default)s)")
-    parser.add_argument("--without-seconds", action="store_true", help="do not show what the runs took")
+    parser.add_argument(
+        "--iterations", type=int, default=20, help="of each run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="runs of each variant (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=[question.name for question in QUESTIONS], metavar="QUESTION"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/ablations"), help="of the runs (%(default)s)"
+    )
+    parser.add_argument(
+        "--without-seconds", action="store_true", help="do not show what the runs took"
+    )
     arguments = parser.parse_args()
     cli.quiet_libraries()
     timed = not arguments.without_seconds

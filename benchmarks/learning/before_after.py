@@ -1,10 +1,11 @@
-"""A strip of frames of held-out prompts, before training and after it, from a run's own evaluation clips.
+"""A strip of frames of held-out prompts, before training and after it, from a run's own evaluation
+clips.
 
     python -m benchmarks.learning.before_after runs/t2v_tiny docs/pictures/before_after.png
     python -m benchmarks.learning.before_after runs/t2v_tiny strip.png --prompts 0 4 --frames 6
 
-Left the base model, right the last evaluation; a prompt's two clips are of the same seed. By default it shows the first
-three prompts that the run kept clips of: none is chosen for its looks.
+Left the base model, right the last evaluation; a prompt's two clips are of the same seed. By
+default it shows the first three prompts that the run kept clips of: none is chosen for its looks.
 """
 
 import argparse
@@ -21,7 +22,12 @@ from PIL import Image, ImageDraw, ImageFont
 from fastgrpo.core.errors import UserError
 from fastgrpo.data.video import read_mp4
 
-SIDE, GAP, MARGIN, LINE = 88, 2, 16, 22  # pixels: a frame's longer side, between frames, around blocks, a line of text
+SIDE, GAP, MARGIN, LINE = (
+    88,
+    2,
+    16,
+    22,
+)  # pixels: a frame's longer side, between frames, around blocks, a line of text
 PAPER, INK, FAINT = (255, 255, 255), (32, 32, 36), (110, 110, 118)
 
 Frames = NDArray[np.uint8]
@@ -29,7 +35,9 @@ Frames = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Step:
-    """One evaluation of a run: its prompts, and the clip of each prompt's first seed as far as clips were kept."""
+    """One evaluation of a run: its prompts, and the clip of each prompt's first seed as far as
+    clips were kept.
+    """
 
     iteration: int
     prompts: list[str]
@@ -37,21 +45,32 @@ class Step:
 
 
 def read_steps(run: Path) -> tuple[Step, Step]:
-    """The evaluation before training and the last one. Raises UserError where the run has not both."""
+    """The evaluation before training and the last one.
+
+    Raises UserError where the run has not both.
+    """
     folder = run / "evaluation"
     numbers = sorted(int(file.stem.removeprefix("step-")) for file in folder.glob("step-*.json"))
     if len(numbers) < 2 or numbers[0] != 0:
-        raise UserError(f"run={run}: no evaluation before and after training there; give a finished run's folder.")
+        raise UserError(
+            f"run={run}: no evaluation before and after training there; give a finished run's "
+            "folder."
+        )
     return _read(folder, numbers[0]), _read(folder, numbers[-1])
 
 
 def _read(folder: Path, iteration: int) -> Step:
     told = json.loads((folder / f"step-{iteration}.json").read_text(encoding="utf-8"))
-    return Step(iteration, list(dict.fromkeys(told["prompts"])), [folder / name for name in told["clips"]])
+    return Step(
+        iteration, list(dict.fromkeys(told["prompts"])), [folder / name for name in told["clips"]]
+    )
 
 
 def shown(clip: Path, count: int) -> Frames:
-    """Evenly spaced frames of a clip, with the longer side of SIDE pixels.  returns uint8 [count, h, w, 3]"""
+    """Evenly spaced frames of a clip, with the longer side of SIDE pixels.
+
+    returns uint8 [count, h, w, 3]
+    """
     frames = read_mp4(clip)[0].numpy()
     scale = SIDE / max(frames.shape[1:3])
     size = round(frames.shape[2] * scale), round(frames.shape[1] * scale)
@@ -61,15 +80,24 @@ def shown(clip: Path, count: int) -> Frames:
 
 
 def strip(before: Step, after: Step, numbers: Sequence[int], count: int) -> Image.Image:
-    """The picture: a line with the caption, and under it the frames of both clips side by side, for each prompt."""
+    """The picture: a line with the caption, and under it the frames of both clips side by side, for
+    each prompt.
+    """
     kept = min(len(before.clips), len(after.clips))
     if missing := [number for number in numbers if not 0 <= number < kept]:
-        raise UserError(f"--prompts={missing[0]}: clips of {kept} prompts were kept; use 0 to {kept - 1}.")
-    pairs = [(shown(before.clips[number], count), shown(after.clips[number], count)) for number in numbers]
+        raise UserError(
+            f"--prompts={missing[0]}: clips of {kept} prompts were kept; use 0 to {kept - 1}."
+        )
+    pairs = [
+        (shown(before.clips[number], count), shown(after.clips[number], count))
+        for number in numbers
+    ]
     height, width = pairs[0][0].shape[1:3]
     block = len(pairs[0][0]) * (width + GAP) - GAP
     row = LINE + height + MARGIN
-    picture = Image.new("RGB", (2 * block + 3 * MARGIN, 2 * MARGIN + LINE + len(pairs) * row), PAPER)
+    picture = Image.new(
+        "RGB", (2 * block + 3 * MARGIN, 2 * MARGIN + LINE + len(pairs) * row), PAPER
+    )
     draw = ImageDraw.Draw(picture)
     large, small = ImageFont.load_default(15), ImageFont.load_default(13)
     titles = ("before training", f"after {after.iteration} iterations")
@@ -85,10 +113,14 @@ def strip(before: Step, after: Step, numbers: Sequence[int], count: int) -> Imag
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="a finished run's folder")
     parser.add_argument("picture", type=Path, help="the .png to write")
-    parser.add_argument("--prompts", type=int, nargs="+", metavar="N", help="which held-out prompts; default: 0 1 2")
+    parser.add_argument(
+        "--prompts", type=int, nargs="+", metavar="N", help="which held-out prompts; default: 0 1 2"
+    )
     parser.add_argument("--frames", type=int, default=5, help="of each clip (default: %(default)s)")
     arguments = parser.parse_args()
     try:

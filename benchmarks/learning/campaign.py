@@ -1,8 +1,8 @@
 """Runs of one recipe with different switches, one after the other: started, resumed, and read back.
 
-A finished run is not run again; one that was interrupted goes on from its newest checkpoint. A run that a UserError
-ended, such as one whose gradients stay infinite, leaves `failed.txt` and is not tried again either: that it ended is a
-result. Remove its folder to repeat a run.
+A finished run is not run again; one that was interrupted goes on from its newest checkpoint. A run
+that a UserError ended, such as one whose gradients stay infinite, leaves `failed.txt` and is not
+tried again either: that it ended is a result. Remove its folder to repeat a run.
 """
 
 import io
@@ -58,24 +58,40 @@ class Trained:
     variant: Variant
     runs: list[Run]
     failures: list[str]  # why runs ended early, one line each
-    pace: Array | None = None  # seconds of each iteration, measured in turn with other variants'; none = as they ran
+    pace: Array | None = (
+        None  # seconds of each iteration, measured in turn with other variants'; none = as they ran
+    )
 
     def curve(self, parts: Sequence[str]) -> Array:
-        """The sum of these parts' mean training rewards, mean of the runs.  returns [iterations that all runs have]"""
-        curves = [np.array([sum(row[f"reward/{p}"] for p in parts) for row in run.rows]) for run in self.runs]
+        """The sum of these parts' mean training rewards, mean of the runs.
+
+        returns [iterations that all runs have]
+        """
+        curves = [
+            np.array([sum(row[f"reward/{p}"] for p in parts) for row in run.rows])
+            for run in self.runs
+        ]
         return np.mean([curve[: min(map(len, curves))] for curve in curves], axis=0)
 
     def seconds(self) -> Array:
-        """Seconds of training up to the end of each iteration, mean of the runs.  returns as long as `curve`"""
+        """Seconds of training up to the end of each iteration, mean of the runs.
+
+        returns as long as `curve`
+        """
         if self.pace is not None:
             return np.cumsum(self.pace)[: min(len(run.rows) for run in self.runs)]
         spent = [np.cumsum([row["seconds/total"] for row in run.rows]) for run in self.runs]
         return np.mean([one[: min(map(len, spent))] for one in spent], axis=0)
 
     def heldout_curve(self, parts: Sequence[str]) -> tuple[Array, Array]:
-        """Held-out reward over seconds of training, means of the runs.  returns [evaluations] each"""
+        """Held-out reward over seconds of training, means of the runs.
+
+        returns [evaluations] each
+        """
         common = min(len(run.evaluations) for run in self.runs)
-        reward = [[np.nanmean(_sum(one, parts)) for one in run.evaluations[:common]] for run in self.runs]
+        reward = [
+            [np.nanmean(_sum(one, parts)) for one in run.evaluations[:common]] for run in self.runs
+        ]
         spent = np.concatenate([[0.0], self.seconds()])
         iterations = [one.iteration for one in self.runs[0].evaluations[:common]]
         return spent[iterations], np.mean(reward, axis=0)
@@ -86,16 +102,24 @@ class Trained:
         return float(np.mean(found)) if found else float("nan")
 
     def gain(self, parts: Sequence[str]) -> Gain | None:
-        """From the first held-out evaluation to the last, on the sum of these parts; none where a run ended early."""
+        """From the first held-out evaluation to the last, on the sum of these parts; none where a
+        run ended early.
+        """
         if not self.finished:
             return None
-        return paired(self.runs[0].evaluations[0].prompts, self.heldout(parts, 0), self.heldout(parts))
+        return paired(
+            self.runs[0].evaluations[0].prompts, self.heldout(parts, 0), self.heldout(parts)
+        )
 
     def against(self, other: "Trained", parts: Sequence[str]) -> Gain | None:
-        """From another variant's held-out clips after training to this one's, of the same prompts and noise."""
+        """From another variant's held-out clips after training to this one's, of the same prompts
+        and noise.
+        """
         if not (self.finished and other.finished):
             return None
-        return paired(self.runs[0].evaluations[0].prompts, other.heldout(parts), self.heldout(parts))
+        return paired(
+            self.runs[0].evaluations[0].prompts, other.heldout(parts), self.heldout(parts)
+        )
 
     @property
     def finished(self) -> bool:
@@ -103,7 +127,10 @@ class Trained:
         return not self.failures and all(len(run.evaluations) > 1 for run in self.runs)
 
     def heldout(self, parts: Sequence[str], evaluation: int = -1) -> Array:
-        """The sum of these parts in an evaluation, by default the last, mean of the runs.  returns [clips]"""
+        """The sum of these parts in an evaluation, by default the last, mean of the runs.
+
+        returns [clips]
+        """
         return np.mean([_sum(run.evaluations[evaluation], parts) for run in self.runs], axis=0)
 
 
@@ -113,7 +140,8 @@ def _sum(evaluation: Evaluation, parts: Sequence[str]) -> Array:
 
 
 def paired(prompts: Sequence[str], before: Array, after: Array) -> Gain:
-    """Clips' scores before and after, as one gain: prompts are resampled with all their clips (bootstrap, 10,000).
+    """Clips' scores before and after, as one gain: prompts are resampled with all their clips
+    (bootstrap, 10,000).
 
     prompts: one per clip;  before, after: [clips], NaN where a clip has no score
     """
@@ -138,10 +166,14 @@ def train_all(
     every: int = 0,
     tell: Callable[[str], None] = print,
 ) -> list[Trained]:
-    """Every variant of a recipe with seeds 0 .. seeds - 1, each run in a folder of its own below `folder`.
+    """Every variant of a recipe with seeds 0 ..
 
-    every: evaluate the held-out prompts also after each so many iterations; 0 = only before and after
-    Raises UserError where a folder holds another recipe's run, and KeyboardInterrupt where a run was asked to stop.
+    seeds - 1, each run in a folder of its own below `folder`.
+
+    every: evaluate the held-out prompts also after each so many iterations; 0 = only before and
+    after
+    Raises UserError where a folder holds another recipe's run, and KeyboardInterrupt where a run
+    was asked to stop.
     """
     trained = []
     for variant in variants:
@@ -149,7 +181,9 @@ def train_all(
         for seed in range(seeds):
             place = folder / f"{variant.name}-{seed}"
             cache = f"prompts.cache={folder / 'embeddings'}"
-            recipe = config.load(file, [*common, *variant.overrides, cache, f"run.seed={seed}", f"run.dir={place}"])
+            recipe = config.load(
+                file, [*common, *variant.overrides, cache, f"run.seed={seed}", f"run.dir={place}"]
+            )
             failure = ensure(recipe, every, tell)
             runs.append(read_run(place))
             failures += [failure] if failure else []
@@ -158,14 +192,20 @@ def train_all(
 
 
 def ensure(recipe: Recipe, every: int, tell: Callable[[str], None]) -> str:
-    """Run a recipe unless its folder holds its end.  returns why it failed, in one line; empty where it did not"""
+    """Run a recipe unless its folder holds its end.
+
+    returns why it failed, in one line; empty where it did not
+    """
     folder = recipe.run.dir
     failed = folder / "failed.txt"
     if failed.exists() or (folder / "summary.json").exists():
         found = config.load(folder / "recipe.toml")
         other = [name for name in COMPARED if getattr(found, name) != getattr(recipe, name)]
         if other or found.run.iterations != recipe.run.iterations:
-            raise UserError(f"{folder}: a run of another recipe ({', '.join(other) or 'run'}); choose another folder.")
+            raise UserError(
+                f"{folder}: a run of another recipe ({', '.join(other) or 'run'}); choose another "
+                "folder."
+            )
         return failed.read_text(encoding="utf-8").strip() if failed.exists() else ""
     tell(f"{folder.name}: training")
     try:
@@ -182,7 +222,10 @@ def ensure(recipe: Recipe, every: int, tell: Callable[[str], None]) -> str:
 
 
 def _train(recipe: Recipe, every: int) -> float:
-    """As fastgrpo.train.train, with held-out evaluations on the way.  returns seconds of all iterations"""
+    """As fastgrpo.train.train, with held-out evaluations on the way.
+
+    returns seconds of all iterations
+    """
     with open_world(recipe.distributed) as world, ExitStack() as stack:
         session = open_session(recipe, world, stack, *claim(recipe, world, stack))
         save = session.checkpoints.save_if_due

@@ -2,8 +2,8 @@
 
     python -m benchmarks.learning.headroom runs/t2v_tiny
 
-Draws a clip of each held-out caption of the run, scores it with the run's reward, and sets the held-out reward before
-and after training against that.
+Draws a clip of each held-out caption of the run, scores it with the run's reward, and sets the
+held-out reward before and after training against that.
 """
 
 import json
@@ -19,7 +19,9 @@ from fastgrpo.training.evaluation import Evaluation
 
 
 def drawn(evaluation: Evaluation) -> dict[str, float]:
-    """Mean scores of perfectly drawn clips of the evaluation's captions, each part and the weighted sum."""
+    """Mean scores of perfectly drawn clips of the evaluation's captions, each part and the weighted
+    sum.
+    """
     captions = list(dict.fromkeys(evaluation.prompts))
     meanings = [shapes.parse(caption) for caption in captions]
     clips = np.stack([shapes.draw(meaning) for meaning in meanings if meaning is not None])
@@ -35,7 +37,9 @@ def main() -> None:
     print(f"{'part':<6}{'before':>8}{'after':>8}{'drawn':>8}{'gap closed':>12}")
     for part, score in perfect.items():
         before, after = summary["before"][part], summary["after"][part]
-        print(f"{part:<6}{before:>8.3f}{after:>8.3f}{score:>8.3f}{(after - before) / (score - before):>12.1%}")
+        print(
+            f"{part:<6}{before:>8.3f}{after:>8.3f}{score:>8.3f}{(after - before) / (score - before):>12.1%}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Reward against seconds of training: every step noisy, a window of noisy steps, and no trajectories at all (NFT).
+"""Reward against seconds of training: every step noisy, a window of noisy steps, and no
+trajectories at all (NFT).
 
-    python -m benchmarks.learning.learning_curves                          the demo's length, three seeds each
-    python -m benchmarks.learning.learning_curves --iterations 20 --seeds 1 --only full window
-    python -m benchmarks.learning.learning_curves --window rollout.window=2 rollout.window_schedule=first
+    python -m benchmarks.learning.learning_curves                          the demo's length, three
+    seeds each python -m benchmarks.learning.learning_curves --iterations 20 --seeds 1 --only full
+    window python -m benchmarks.learning.learning_curves --window rollout.window=2
+    rollout.window_schedule=first
 
-Held-out prompts are evaluated on the way, outside the seconds that are counted. It prints how long each recipe took
-to reach the held-out reward at which the full one ended, and draws docs/pictures/learning_curves.png. Finished runs
-are not run again. What is learned does not depend on what else the machine does, but the seconds do: so they are not
-the runs' own but those of iterations that all recipes run in turn, at the end, spread over the length of a run.
+Held-out prompts are evaluated on the way, outside the seconds that are counted. It prints how long
+each recipe took to reach the held-out reward at which the full one ended, and draws
+docs/pictures/learning_curves.png. Finished runs are not run again. What is learned does not depend
+on what else the machine does, but the seconds do: so they are not the runs' own but those of
+iterations that all recipes run in turn, at the end, spread over the length of a run.
 """
 
 import argparse
@@ -34,16 +37,23 @@ from fastgrpo.parallel.world import open_world
 RECIPE = Path("launch/t2v_tiny.toml")
 PICTURE = Path("docs/pictures/learning_curves.png")
 PARTS = ("VQ", "MQ", "TA")
-COMMON = ("run.preflight=false", "checkpoint.keep_best=false", "evaluate.seeds=4", "evaluate.clips=0")
+COMMON = (
+    "run.preflight=false",
+    "checkpoint.keep_best=false",
+    "evaluate.seeds=4",
+    "evaluate.clips=0",
+)
 WINDOW = ("rollout.window=2", "rollout.window_every=19", "rollout.tail_steps=2")
 NFT = ("objective.kind=nft", "rollout.shared_noise=false", "optimizer.ema_decay=0.5")
 
 
-def paces(common: Sequence[str], variants: Sequence[Variant], cache: str, rounds: int) -> list[Array]:
+def paces(
+    common: Sequence[str], variants: Sequence[Variant], cache: str, rounds: int
+) -> list[Array]:
     """Seconds of every iteration of each variant, between `rounds` that are measured.
 
-    A round is one iteration of each variant, one after the other, at the same place of the run, since what a window
-    costs depends on where it lies.  returns [iterations] each
+    A round is one iteration of each variant, one after the other, at the same place of the run,
+    since what a window costs depends on where it lies.  returns [iterations] each
     """
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         world = stack.enter_context(open_world())
@@ -62,7 +72,9 @@ def paces(common: Sequence[str], variants: Sequence[Variant], cache: str, rounds
 
 
 def reached(trained: Trained, goal: float) -> float:
-    """Seconds of training after which the held-out reward first reached the goal, between evaluations; NaN if never."""
+    """Seconds of training after which the held-out reward first reached the goal, between
+    evaluations; NaN if never.
+    """
     seconds, reward = trained.heldout_curve(PARTS)
     above = np.flatnonzero(reward >= goal)
     if not len(above):
@@ -79,7 +91,15 @@ def table(trained: Sequence[Trained]) -> str:
     """Markdown: one row per recipe; the first one's end is everyone's goal."""
     seconds, reward = trained[0].heldout_curve(PARTS)
     goal, time = float(reward[-1]), float(seconds[-1])
-    head = ["recipe", "seconds", "per iteration", "held-out gain", "95 % interval", f"seconds to {goal:.3f}", "share"]
+    head = [
+        "recipe",
+        "seconds",
+        "per iteration",
+        "held-out gain",
+        "95 % interval",
+        f"seconds to {goal:.3f}",
+        "share",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for one in trained:
         gain, spent = one.gain(PARTS), reached(one, goal)
@@ -89,22 +109,43 @@ def table(trained: Sequence[Trained]) -> str:
             cells += [f"ended: {one.failures[0] if one.failures else 'unfinished'}"]
         else:
             cells += [f"{gain.difference:+.3f}", f"{gain.low:+.3f} .. {gain.high:+.3f}"]
-            cells += [f"{spent:.0f}", f"{spent / time:.0%}"] if np.isfinite(spent) else ["never", ""]
+            cells += (
+                [f"{spent:.0f}", f"{spent / time:.0%}"] if np.isfinite(spent) else ["never", ""]
+            )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--iterations", type=int, default=76)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--every", type=int, default=8, help="iterations between evaluations (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=16, help="iterations that are timed (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", choices=("full", "window", "nft"), default=("full", "window", "nft"))
-    parser.add_argument("--window", nargs="+", default=WINDOW, metavar="KEY=VALUE", help="overrides of that recipe")
-    parser.add_argument("--nft", nargs="+", default=NFT, metavar="KEY=VALUE", help="overrides of that recipe")
-    parser.add_argument("--common", nargs="+", default=(), metavar="KEY=VALUE", help="overrides of all recipes")
-    parser.add_argument("--folder", type=Path, default=Path("runs/learning_curves"), help="of the runs (%(default)s)")
+    parser.add_argument(
+        "--every", type=int, default=8, help="iterations between evaluations (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=16, help="iterations that are timed (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=("full", "window", "nft"), default=("full", "window", "nft")
+    )
+    parser.add_argument(
+        "--window", nargs="+", default=WINDOW, metavar="KEY=VALUE", help="overrides of that recipe"
+    )
+    parser.add_argument(
+        "--nft", nargs="+", default=NFT, metavar="KEY=VALUE", help="overrides of that recipe"
+    )
+    parser.add_argument(
+        "--common", nargs="+", default=(), metavar="KEY=VALUE", help="overrides of all recipes"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/learning_curves"),
+        help="of the runs (%(default)s)",
+    )
     parser.add_argument("--picture", type=Path, default=PICTURE, help="default: %(default)s")
     arguments = parser.parse_args()
     cli.quiet_libraries()
@@ -113,10 +154,21 @@ def main() -> None:
         Variant("window", "a window of noisy steps", tuple(arguments.window)),
         Variant("nft", "DiffusionNFT", tuple(arguments.nft)),
     )
-    length = (f"run.iterations={arguments.iterations}", f"optimizer.decay_updates={arguments.iterations}")
-    common, chosen = [*COMMON, *length, *arguments.common], [v for v in variants if v.name in arguments.only]
+    length = (
+        f"run.iterations={arguments.iterations}",
+        f"optimizer.decay_updates={arguments.iterations}",
+    )
+    common, chosen = (
+        [*COMMON, *length, *arguments.common],
+        [v for v in variants if v.name in arguments.only],
+    )
     trained = train_all(
-        RECIPE, common=common, variants=chosen, seeds=arguments.seeds, folder=arguments.folder, every=arguments.every
+        RECIPE,
+        common=common,
+        variants=chosen,
+        seeds=arguments.seeds,
+        folder=arguments.folder,
+        every=arguments.every,
     )
     cache = f"prompts.cache={arguments.folder / 'embeddings'}"
     load = os.getloadavg()[0]

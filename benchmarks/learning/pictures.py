@@ -11,14 +11,24 @@ from matplotlib.ticker import MaxNLocator
 from benchmarks.learning.campaign import Trained
 from fastgrpo.tools.report.charts import smoothed
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")  # Okabe and Ito's
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#444444",
+)  # Okabe and Ito's
 DPI = 80
 
 
 def compare(trained: Sequence[Trained], parts: Sequence[str], file: Path, by_seconds: bool) -> None:
-    """The variants' training reward over iterations, over seconds where wanted, and what the held-out prompts gained.
+    """The variants' training reward over iterations, over seconds where wanted, and what the
+    held-out prompts gained.
 
-    Curves are Gaussian means, see `charts.smoothed`; bars are 95 % intervals of the paired difference.
+    Curves are Gaussian means, see `charts.smoothed`; bars are 95 % intervals of the paired
+    difference.
     """
     panels = 2 + by_seconds
     figure = Figure(figsize=(3.4 * panels + 1.0, 2.9), layout="constrained")
@@ -44,7 +54,9 @@ def gains(axis: Axes, trained: Sequence[Trained], parts: Sequence[str]) -> None:
         if gain is None:
             axis.text(0.0, -row, "ended early", color=colour, fontsize=8, va="center")
             continue
-        axis.plot([gain.low, gain.high], [-row, -row], color=colour, linewidth=3, solid_capstyle="butt")
+        axis.plot(
+            [gain.low, gain.high], [-row, -row], color=colour, linewidth=3, solid_capstyle="butt"
+        )
         axis.plot([gain.difference], [-row], "o", color=colour)
     axis.axvline(0.0, color="0.6", linewidth=1)
     axis.set_ylim(0.6 - len(trained), 0.6)
@@ -75,6 +87,8 @@ def label(axis: Axes, x: str, y: str) -> None:
 
 
 def save(figure: Figure, file: Path) -> None:
-    """With a white ground, so that black text stays readable on a dark page, and without a date inside."""
+    """With a white ground, so that black text stays readable on a dark page, and without a date
+    inside.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=DPI, facecolor="white", metadata={"Software": None})

@@ -1,7 +1,7 @@
 """What a block keeps per token and channel, by running one of each kind without contents.
 
-FakeTensorMode on the CPU, diffusers' eager kernels, no sharding. The bytes are linear in the numbers of tokens, so that
-three runs with different numbers give the coefficients.
+FakeTensorMode on the CPU, diffusers' eager kernels, no sharding. The bytes are linear in the
+numbers of tokens, so that three runs with different numbers give the coefficients.
 """
 
 from collections.abc import Mapping
@@ -23,37 +23,95 @@ from fastgrpo.tools.plan.simulation.rank import Sizes
 from fastgrpo.tools.plan.subject import published
 
 HEADS, WIDTH = 8, 1024
-HUNYUAN, FLUX_DEV, SD_1, WAN_14B = (published(name) for name in ("hunyuan_video", "flux", "stable_diffusion", "wan"))
-ONE = {"num_attention_heads": HEADS, "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}
-VIDEO, TEXT = ((16, 16, 64, 64), 256), 4096  # the smallest latent and text; what is added to the text
+HUNYUAN, FLUX_DEV, SD_1, WAN_14B = (
+    published(name) for name in ("hunyuan_video", "flux", "stable_diffusion", "wan")
+)
+ONE = {
+    "num_attention_heads": HEADS,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+}
+VIDEO, TEXT = (
+    ((16, 16, 64, 64), 256),
+    4096,
+)  # the smallest latent and text; what is added to the text
 IMAGE = ((16, 1, 128, 128), 512)
-KINDS: tuple[tuple[str, Mapping[str, Any], int, str, tuple[tuple[int, int, int, int], int]], ...] = (
+KINDS: tuple[
+    tuple[str, Mapping[str, Any], int, str, tuple[tuple[int, int, int, int], int]], ...
+] = (
     ("hunyuan_video", HUNYUAN | ONE, 0, "dual", VIDEO),
     ("hunyuan_video", HUNYUAN | ONE, 1, "single", VIDEO),
-    ("flux", FLUX_DEV | {k: v for k, v in ONE.items() if k != "num_refiner_layers"}, 0, "dual", IMAGE),
-    ("flux", FLUX_DEV | {k: v for k, v in ONE.items() if k != "num_refiner_layers"}, 1, "single", IMAGE),
-    ("wan", WAN_14B | {"num_attention_heads": HEADS, "num_layers": 1, "ffn_dim": 5 * WIDTH}, 0, "block", VIDEO),
+    (
+        "flux",
+        FLUX_DEV | {k: v for k, v in ONE.items() if k != "num_refiner_layers"},
+        0,
+        "dual",
+        IMAGE,
+    ),
+    (
+        "flux",
+        FLUX_DEV | {k: v for k, v in ONE.items() if k != "num_refiner_layers"},
+        1,
+        "single",
+        IMAGE,
+    ),
+    (
+        "wan",
+        WAN_14B | {"num_attention_heads": HEADS, "num_layers": 1, "ffn_dim": 5 * WIDTH},
+        0,
+        "block",
+        VIDEO,
+    ),
 )
 COSTS = ("forward", "saved", "working")
 
 
 def calibrate() -> None:
-    """Print the coefficients of each kind, in both precisions, on one rank and with sequence parallelism."""
+    """Print the coefficients of each kind, in both precisions, on one rank and with sequence
+    parallelism.
+    """
     for dtype in ("bfloat16", "float32"):
         for sp in (1, 4):
             for family, settings, place, name, (latent, text) in KINDS:
                 found = coefficients(
-                    family, settings=settings, place=place, dtype=dtype, sp=sp, latent=latent, text=text
+                    family,
+                    settings=settings,
+                    place=place,
+                    dtype=dtype,
+                    sp=sp,
+                    latent=latent,
+                    text=text,
                 )
-                columns = ", ".join(f"{cost} {video:.1f} {words:.1f}" for cost, (video, words) in found.items())
-                print(f"{dtype:<9} sp {sp} {family:<14}{name:<7} bytes per video and text token: {columns}", flush=True)
+                columns = ", ".join(
+                    f"{cost} {video:.1f} {words:.1f}" for cost, (video, words) in found.items()
+                )
+                print(
+                    f"{dtype:<9} sp {sp} {family:<14}{name:<7} bytes per video and text token: "
+                    f"{columns}",
+                    flush=True,
+                )
         for place in range(8):
             small, large = (
-                costs("stable_diffusion", settings=SD_1, place=place, dtype=dtype, sp=1, latent=(4, 1, h, 64), text=77)
+                costs(
+                    "stable_diffusion",
+                    settings=SD_1,
+                    place=place,
+                    dtype=dtype,
+                    sp=1,
+                    latent=(4, 1, h, 64),
+                    text=77,
+                )
                 for h in (64, 128)
             )
-            columns = ", ".join(f"{cost} {(large[cost] - small[cost]) / 64 / 64 / 320:.2f}" for cost in COSTS)
-            print(f"{dtype:<9} stable_diffusion level {place}: bytes per place and channel: {columns}", flush=True)
+            columns = ", ".join(
+                f"{cost} {(large[cost] - small[cost]) / 64 / 64 / 320:.2f}" for cost in COSTS
+            )
+            print(
+                f"{dtype:<9} stable_diffusion level {place}: bytes per place and channel: "
+                f"{columns}",
+                flush=True,
+            )
 
 
 def coefficients(
@@ -65,19 +123,36 @@ def coefficients(
     latent: tuple[int, int, int, int],
     text: int,
 ) -> dict[str, tuple[float, float]]:
-    """Bytes per channel of a video token of this rank, and of a text token (Wan's are always 512: 0)."""
+    """Bytes per channel of a video token of this rank, and of a text token (Wan's are always 512:
+    0).
+    """
     channels, frames, height, width = latent
     longer = (channels, frames, 2 * height, width)
-    first = costs(family, settings=settings, place=place, dtype=dtype, sp=sp, latent=latent, text=text)
-    video = costs(family, settings=settings, place=place, dtype=dtype, sp=sp, latent=longer, text=text)
+    first = costs(
+        family, settings=settings, place=place, dtype=dtype, sp=sp, latent=latent, text=text
+    )
+    video = costs(
+        family, settings=settings, place=place, dtype=dtype, sp=sp, latent=longer, text=text
+    )
     words = (
         first
         if family == "wan"
-        else costs(family, settings=settings, place=place, dtype=dtype, sp=sp, latent=latent, text=text + TEXT)
+        else costs(
+            family,
+            settings=settings,
+            place=place,
+            dtype=dtype,
+            sp=sp,
+            latent=latent,
+            text=text + TEXT,
+        )
     )
     tokens = frames * height * width / 4 / sp
     return {
-        cost: ((video[cost] - first[cost]) / tokens / WIDTH, (words[cost] - first[cost]) / TEXT / WIDTH)
+        cost: (
+            (video[cost] - first[cost]) / tokens / WIDTH,
+            (words[cost] - first[cost]) / TEXT / WIDTH,
+        )
         for cost in COSTS
     }
 
@@ -97,7 +172,12 @@ def costs(
     try:
         with FakeTensorMode(), torch.device("cpu"):
             block, arguments, keywords = _block(
-                family, settings=settings, place=place, dtype=dtype, sp=sp, sizes=Sizes(latent, text)
+                family,
+                settings=settings,
+                place=place,
+                dtype=dtype,
+                sp=sp,
+                sizes=Sizes(latent, text),
             )
             return _measured(block, arguments, keywords)
     finally:
@@ -123,17 +203,25 @@ def _block(
         parameter.data = parameter.data.to(precision)
     if sp > 1:
         assert dist.group.WORLD is not None
-        sequence_parallel.install(policy.network, world.Group(dist.group.WORLD, 0, sp), policy.share_sequence)
+        sequence_parallel.install(
+            policy.network, world.Group(dist.group.WORLD, 0, sp), policy.share_sequence
+        )
     seen: list[tuple[Any, Any]] = []
     block = policy.blocks[place]
-    hook = block.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    hook = block.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+    )
     x, t, condition = rank.inputs(recipe, policy, sizes, 1)
     with torch.no_grad():
         policy.velocity(x, t, condition)
     hook.remove()
 
     def leaf(tensor: Tensor) -> Tensor:
-        return tensor.detach().requires_grad_() if tensor.dtype == precision and tensor.ndim >= 2 else tensor
+        return (
+            tensor.detach().requires_grad_()
+            if tensor.dtype == precision and tensor.ndim >= 2
+            else tensor
+        )
 
     arguments, keywords = tree_map_only(torch.Tensor, leaf, seen[0])
     return block, arguments, keywords
@@ -148,7 +236,9 @@ def _measured(block: nn.Module, arguments: Any, keywords: Any) -> dict[str, floa
     found["forward"] = _total(tracker, "peak") - held
     tracker = _tracker(block, inputs)
     with tracker:
-        outputs = [leaf for leaf in tree_leaves(block(*arguments, **keywords)) if isinstance(leaf, Tensor)]
+        outputs = [
+            leaf for leaf in tree_leaves(block(*arguments, **keywords)) if isinstance(leaf, Tensor)
+        ]
         found["saved"] = _total(tracker, "current") - held
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
     found["working"] = _total(tracker, "peak") - held

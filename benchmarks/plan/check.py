@@ -1,9 +1,11 @@
-"""Is `fastgrpo plan` right: against real memory and bytes on this machine, and against the simulation.
+"""Is `fastgrpo plan` right: against real memory and bytes on this machine, and against the
+simulation.
 
-python -m benchmarks.plan.check                 two networks that run here: memory by RSS, bytes on the wire
-python -m benchmarks.plan.check --families      each family's published width, a few blocks: simulated, closed form
-python -m benchmarks.plan.check --table 1 8     HunyuanVideo whole on 64 ranks at these sp: minutes to an hour each
-python -m benchmarks.plan.check --calibrate     what a block keeps per token and channel, a decoder per pixel: the
+python -m benchmarks.plan.check                 two networks that run here: memory by RSS, bytes on
+the wire python -m benchmarks.plan.check --families      each family's published width, a few
+blocks: simulated, closed form python -m benchmarks.plan.check --table 1 8     HunyuanVideo whole on
+64 ranks at these sp: minutes to an hour each python -m benchmarks.plan.check --calibrate     what a
+block keeps per token and channel, a decoder per pixel: the
                                                 numbers of a family's plan
 """
 
@@ -31,18 +33,39 @@ if TYPE_CHECKING:
     from fastgrpo.parallel.world import World
 
 GIB, MIB = 2**30, 2**20
-TINY = json.loads((ROOT / "data" / "tiny_hunyuan_video" / "transformer" / "config.json").read_text())
-HUNYUAN, FLUX_DEV, SD_1 = published("hunyuan_video"), published("flux"), published("stable_diffusion")
+TINY = json.loads(
+    (ROOT / "data" / "tiny_hunyuan_video" / "transformer" / "config.json").read_text()
+)
+HUNYUAN, FLUX_DEV, SD_1 = (
+    published("hunyuan_video"),
+    published("flux"),
+    published("stable_diffusion"),
+)
 WAN_14B, WAN_1_3B = published("wan"), published("wan", "1.3b")
-MIDDLE = HUNYUAN | {"num_attention_heads": 8, "num_layers": 4, "num_single_layers": 8, "num_refiner_layers": 1}
-REAL: dict[str, tuple[Mapping[str, Any], tuple[int, int, int, int], int, int]] = {  # latent, text tokens, batch
+MIDDLE = HUNYUAN | {
+    "num_attention_heads": 8,
+    "num_layers": 4,
+    "num_single_layers": 8,
+    "num_refiner_layers": 1,
+}
+REAL: dict[
+    str, tuple[Mapping[str, Any], tuple[int, int, int, int], int, int]
+] = {  # latent, text tokens, batch
     "tiny": (TINY, (8, 3, 16, 16), 16, 32),
     "middle": (MIDDLE, (16, 3, 16, 16), 32, 1),
 }
 FEW = {"num_layers": 2, "num_single_layers": 3}
-FAMILIES: dict[str, tuple[str, Mapping[str, Any], tuple[int, int, int, int], int, Sequence[str]]] = {
+FAMILIES: dict[
+    str, tuple[str, Mapping[str, Any], tuple[int, int, int, int], int, Sequence[str]]
+] = {
     "hunyuan_video": ("t2v_hunyuan", HUNYUAN | FEW, (16, 14, 60, 60), 256, ()),
-    "hunyuan_video, sp 4": ("t2v_hunyuan", HUNYUAN | FEW, (16, 14, 60, 60), 256, ("distributed.sp=4",)),
+    "hunyuan_video, sp 4": (
+        "t2v_hunyuan",
+        HUNYUAN | FEW,
+        (16, 14, 60, 60),
+        256,
+        ("distributed.sp=4",),
+    ),
     "hunyuan_video, all kept": (
         "t2v_hunyuan",
         HUNYUAN | FEW,
@@ -50,16 +73,40 @@ FAMILIES: dict[str, tuple[str, Mapping[str, Any], tuple[int, int, int, int], int
         256,
         ("model.gradient_checkpointing=false",),
     ),
-    "skyreels_i2v, guided": ("i2v_skyreels", HUNYUAN | FEW | {"in_channels": 32}, (16, 14, 50, 80), 256, ()),
+    "skyreels_i2v, guided": (
+        "i2v_skyreels",
+        HUNYUAN | FEW | {"in_channels": 32},
+        (16, 14, 50, 80),
+        256,
+        (),
+    ),
     "flux": ("t2i_flux", FLUX_DEV | FEW, (16, 1, 90, 90), 512, ()),
     "wan 14 B": ("t2v_wan", WAN_14B | {"num_layers": 3}, (16, 9, 60, 104), 512, ()),
-    "wan 1.3 B, sp 4": ("t2v_wan", WAN_1_3B | {"num_layers": 4}, (16, 9, 60, 104), 512, ("distributed.sp=4",)),
+    "wan 1.3 B, sp 4": (
+        "t2v_wan",
+        WAN_1_3B | {"num_layers": 4},
+        (16, 9, 60, 104),
+        512,
+        ("distributed.sp=4",),
+    ),
     "stable_diffusion": ("t2i_sd", SD_1, (4, 1, 64, 64), 77, ()),
-    "stable_diffusion, recomputed": ("t2i_sd", SD_1, (4, 1, 64, 64), 77, ("model.gradient_checkpointing=true",)),
+    "stable_diffusion, recomputed": (
+        "t2i_sd",
+        SD_1,
+        (4, 1, 64, 64),
+        77,
+        ("model.gradient_checkpointing=true",),
+    ),
 }
 
 
-def job(recipe: Recipe, settings: Mapping[str, Any], latent: tuple[int, int, int, int], text: int, gpus: int) -> Job:
+def job(
+    recipe: Recipe,
+    settings: Mapping[str, Any],
+    latent: tuple[int, int, int, int],
+    text: int,
+    gpus: int,
+) -> Job:
     """A job for a network that is in no folder."""
     planned, shards = family_plan(recipe.model.family, settings), recipe.distributed.shard or gpus
     return Job(
@@ -77,7 +124,11 @@ def job(recipe: Recipe, settings: Mapping[str, Any], latent: tuple[int, int, int
 
 def real_recipe(batch: int) -> Recipe:
     recipe = ROOT / "launch" / "t2v_tiny.toml"
-    overrides = ["model.gradient_checkpointing=true", "optimizer.ema_decay=0.0", f"optimizer.batch_size={batch}"]
+    overrides = [
+        "model.gradient_checkpointing=true",
+        "optimizer.ema_decay=0.0",
+        f"optimizer.batch_size={batch}",
+    ]
     return config.load(recipe, overrides)
 
 
@@ -88,14 +139,22 @@ def measure_memory(name: str) -> dict[str, float]:
     settings, latent, text, batch = REAL[name]
     with open_world() as world:
         _train(
-            world, settings=TINY | {"num_layers": 1, "num_single_layers": 1}, latent=(8, 1, 4, 4), text=4, batch=1
+            world,
+            settings=TINY | {"num_layers": 1, "num_single_layers": 1},
+            latent=(8, 1, 4, 4),
+            text=4,
+            batch=1,
         )  # pages in the libraries
         gc.collect()
         return _train(world, settings=settings, latent=latent, text=text, batch=batch)
 
 
 def _train(
-    world: "World", settings: Mapping[str, Any], latent: tuple[int, int, int, int], text: int, batch: int
+    world: "World",
+    settings: Mapping[str, Any],
+    latent: tuple[int, int, int, int],
+    text: int,
+    batch: int,
 ) -> dict[str, float]:
     """Two micro-batches and optimizer steps, the first of which makes the optimizer's state."""
     import torch
@@ -126,7 +185,9 @@ def _status(key: str) -> float:
 
 
 def measure_bytes(name: str) -> dict[str, float] | None:
-    """Bytes that one of two ranks sends in a micro-batch, counted at the collectives; of the first rank."""
+    """Bytes that one of two ranks sends in a micro-batch, counted at the collectives; of the first
+    rank.
+    """
     import torch
 
     from fastgrpo.parallel import sharding
@@ -154,7 +215,10 @@ def against_reality(names: Sequence[str]) -> None:
         settings, latent, text, batch = REAL[name]
         memory = _itself("--memory", name, ranks=0)
         alone = job(real_recipe(batch), settings, latent, text, 1)
-        held, peak = memory_costs.states(alone), memory_costs.update(alone, batch, accumulated=False)
+        held, peak = (
+            memory_costs.states(alone),
+            memory_costs.update(alone, batch, accumulated=False),
+        )
         _row(name, "states MiB", memory["states"] / MIB, sum(held.values()) / MIB)
         _row(name, "update's peak MiB", memory["peak"] / MIB, sum(peak.values()) / MIB)
         counted = _itself("--bytes", name, ranks=2)
@@ -166,7 +230,10 @@ def against_reality(names: Sequence[str]) -> None:
 
 def _row(name: str, what: str, measured: float, planned: float) -> None:
     difference = (planned - measured) / measured if measured else math.nan
-    print(f"{name:<8} {what:<22} {measured:>12,.0f} {planned:>12,.0f} {difference:>+11.2%}", flush=True)
+    print(
+        f"{name:<8} {what:<22} {measured:>12,.0f} {planned:>12,.0f} {difference:>+11.2%}",
+        flush=True,
+    )
 
 
 def _itself(mode: str, name: str, ranks: int) -> dict[str, float]:
@@ -174,9 +241,17 @@ def _itself(mode: str, name: str, ranks: int) -> dict[str, float]:
     start = [sys.executable, "-m"]
     if ranks:
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TOP_PAD_": "0",
+    }
     done = subprocess.run(
-        [*start, "benchmarks.plan.check", mode, name], env=environment, cwd=ROOT, stdout=subprocess.PIPE, check=True
+        [*start, "benchmarks.plan.check", mode, name],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        check=True,
     )
     found: dict[str, float] = json.loads(done.stdout.decode().strip().splitlines()[-1])
     return found
@@ -187,18 +262,30 @@ def against_simulation(names: Sequence[str]) -> None:
     from fastgrpo.tools.plan.simulation.rank import Sizes, simulate
 
     head = ("update GiB", "forward TF", "update TF", "rollout GiB")
-    print(f"{'':<30}" + "".join(f"{h:>26}" for h in head) + "   (simulated, closed form, difference)")
+    print(
+        f"{'':<30}" + "".join(f"{h:>26}" for h in head) + "   (simulated, closed form, difference)"
+    )
     for name in names:
         recipe_name, settings, latent, text, overrides = FAMILIES[name]
-        recipe = config.load(ROOT / "launch" / f"{recipe_name}.toml", [*overrides, "distributed.prefetch=0"])
-        exact = simulate(recipe, config=settings, sizes=Sizes(latent, text), gpus=8, ranks_per_node=8)
+        recipe = config.load(
+            ROOT / "launch" / f"{recipe_name}.toml", [*overrides, "distributed.prefetch=0"]
+        )
+        exact = simulate(
+            recipe, config=settings, sizes=Sizes(latent, text), gpus=8, ranks_per_node=8
+        )
         closed = job(recipe, settings, latent, text, 8)
         batch, drawn = recipe.optimizer.batch_size, recipe.rollout.at_once
         pairs = (
-            (exact.update_peak / GIB, sum(memory_costs.update(closed, batch, False).values()) / GIB),
+            (
+                exact.update_peak / GIB,
+                sum(memory_costs.update(closed, batch, False).values()) / GIB,
+            ),
             (exact.forward_flops / 1e12, compute.forward(closed, batch).total / 1e12),
             (exact.update_flops / 1e12, compute.update(closed, batch).total / 1e12),
-            (exact.rollout_peak / GIB, sum(memory_costs.rollout(closed, drawn, True).values()) / GIB),
+            (
+                exact.rollout_peak / GIB,
+                sum(memory_costs.rollout(closed, drawn, True).values()) / GIB,
+            ),
         )
         cells = "".join(f"{a:>10,.2f}{b:>9,.2f}{(b - a) / a:>+7.1%}" for a, b in pairs)
         print(f"{name:<30}{cells}", flush=True)
@@ -238,12 +325,19 @@ def table(sizes: Sequence[int]) -> None:
             ("gather of tokens GiB", gib.get("gather of tokens", 0.0), sent.collect / GIB),
         )
         for what, simulated, planned in rows:
-            print(f"sp {sp}  {what:<36} simulated {simulated:>10,.3f}  closed form {planned:>10,.3f}", flush=True)
+            print(
+                f"sp {sp}  {what:<36} simulated {simulated:>10,.3f}  closed form {planned:>10,.3f}",
+                flush=True,
+            )
 
 
 def main() -> None:
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # none is changed
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    warnings.filterwarnings(
+        "ignore", message="FSDP2-wrapped module .* returned a view tensor"
+    )  # none is changed
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help="networks, families, or sizes of sp; default: all")
     for mode in ("families", "table", "calibrate", "memory", "bytes"):
         parser.add_argument(f"--{mode}", action="store_true")

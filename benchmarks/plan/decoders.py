@@ -1,7 +1,8 @@
 """What a VAE's decoder computes and holds per pixel, by running it without contents.
 
-FakeTensorMode on the CPU, diffusers' classes of the published sizes, bfloat16, PyTorch's own kernels: a GPU's
-convolutions take a workspace besides. FLOPs are those of convolutions, matrix products and attention.
+FakeTensorMode on the CPU, diffusers' classes of the published sizes, bfloat16, PyTorch's own
+kernels: a GPU's convolutions take a workspace besides. FLOPs are those of convolutions, matrix
+products and attention.
 """
 
 import math
@@ -42,7 +43,9 @@ def _hunyuan() -> Any:
 
 
 Pixels = tuple[int, int, int]
-DECODERS: dict[str, tuple[Callable[[], Any], Pixels]] = {  # (frames, height, width) of the clip that is decoded
+DECODERS: dict[
+    str, tuple[Callable[[], Any], Pixels]
+] = {  # (frames, height, width) of the clip that is decoded
     "hunyuan_video": (_hunyuan, (17, 256, 256)),
     "flux": (lambda: _image(16, quantised=False), (1, 720, 720)),
     "wan": (AutoencoderKLWan, (9, 480, 832)),
@@ -51,7 +54,10 @@ DECODERS: dict[str, tuple[Callable[[], Any], Pixels]] = {  # (frames, height, wi
 
 
 class Held(TorchDispatchMode):
-    """The most bytes that tensors made inside have at once. MemTracker takes no module that is called twice."""
+    """The most bytes that tensors made inside have at once.
+
+    MemTracker takes no module that is called twice.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -60,7 +66,10 @@ class Held(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.known:
+            if (
+                isinstance(tensor, Tensor)
+                and (storage := tensor.untyped_storage()) not in self.known
+            ):
                 self.known[storage] = True
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self._freed, storage.nbytes())
@@ -72,9 +81,17 @@ class Held(TorchDispatchMode):
 
 
 def costs(family: str, size: Pixels) -> tuple[float, float]:
-    """(FLOPs, bytes at the peak beyond weights and latent) of decoding one clip.  size: frames, height, width"""
+    """(FLOPs, bytes at the peak beyond weights and latent) of decoding one clip.
+
+    size: frames, height, width
+    """
     facts, (frames, height, width) = planned(family), size
-    latent = [facts.channels, (frames - 1) // facts.time + 1, height // facts.space, width // facts.space]
+    latent = [
+        facts.channels,
+        (frames - 1) // facts.time + 1,
+        height // facts.space,
+        width // facts.space,
+    ]
     with FakeTensorMode(), torch.device("cpu"), torch.no_grad():
         vae = DECODERS[family][0]()
         for parameter in vae.parameters():
@@ -94,7 +111,9 @@ def planned(family: str) -> AuxiliaryModels:
 
 
 def per_pixel(family: str) -> tuple[float, float]:
-    """(FLOPs, bytes) per pixel of what is decoded at once: a tile, an image, of Wan the frames of one latent frame."""
+    """(FLOPs, bytes) per pixel of what is decoded at once: a tile, an image, of Wan the frames of
+    one latent frame.
+    """
     facts, (_, size) = planned(family), DECODERS[family]
     flops, held = costs(family, size)
     if family != "wan":
@@ -110,7 +129,8 @@ def calibrate() -> None:
     for family in DECODERS:
         (flops, held), facts = per_pixel(family), planned(family)
         print(
-            f"bfloat16  {family:<17} decoding, per pixel: {flops / 1e6:.1f} MFLOP (plan {facts.decode_flops / 1e6:.1f})"
+            f"bfloat16  {family:<17} decoding, per pixel: {flops / 1e6:.1f} MFLOP (plan "
+            f"{facts.decode_flops / 1e6:.1f})"
             f", {held:,.0f} bytes (plan {facts.decode_bytes:,.0f})",
             flush=True,
         )

@@ -1,9 +1,11 @@
-"""How much of the scoring an iteration hides: a pretended rollout, and a reward made to take as long.
+"""How much of the scoring an iteration hides: a pretended rollout, and a reward made to take as
+long.
 
     python -m benchmarks.rewards.overlap [batches]
 
-Rollout and reward only sleep, the reward behind a real server over loopback, so the figure is the machinery's own.
-With n rollout batches nothing can hide the last batch's reward: at best the iteration takes 1 + 1/n of the longer.
+Rollout and reward only sleep, the reward behind a real server over loopback, so the figure is the
+machinery's own. With n rollout batches nothing can hide the last batch's reward: at best the
+iteration takes 1 + 1/n of the longer.
 """
 
 import contextlib
@@ -50,7 +52,9 @@ def running(spec: RewardSpec) -> Iterator[str]:
     """A server of the reward in a thread of this process; gives its url."""
     limits = Limits()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(serving(make_app([Served(Sleeping(), spec)], TOKEN, limits), limits))
+        server = uvicorn.Server(
+            serving(make_app([Served(Sleeping(), spec)], TOKEN, limits), limits)
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -66,7 +70,11 @@ def main() -> None:
     spec = RewardSpec(name="sleeping", weights={"sum": 1.0}, batch_size=BATCH)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (total, 9, 64, 64, 3), dtype=torch.uint8, generator=generator)
-    with open_world() as world, running(spec) as url, RewardClient([url], TOKEN, ["sleeping"]) as client:
+    with (
+        open_world() as world,
+        running(spec) as url,
+        RewardClient([url], TOKEN, ["sleeping"]) as client,
+    ):
         client.wait_ready(10.0)
         scorer = Scorer([client], [spec], 8.0, world)
         start = time.perf_counter()
@@ -81,8 +89,14 @@ def main() -> None:
     assert torch.equal(scored.values["sum"], sums(pixels))
     longer = max(rolled, scored.seconds)
     print(f"{batches} batches of {BATCH}: rollout {rolled:.2f} s, scoring {scored.seconds:.2f} s")
-    print(f"iteration {whole:.2f} s = {whole / longer:.3f} of the longer; at best {1 + 1 / batches:.3f}")
-    print(f"scoring/hidden_share {scored.hidden_share:.3f}; scores equal to those made without overlap")
+    print(
+        f"iteration {whole:.2f} s = {whole / longer:.3f} of the longer; at best "
+        f"{1 + 1 / batches:.3f}"
+    )
+    print(
+        f"scoring/hidden_share {scored.hidden_share:.3f}; scores equal to those made without "
+        "overlap"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""How many raw clips go through the reward server, with a reward that does nothing, against reading their bytes alone.
+"""How many raw clips go through the reward server, with a reward that does nothing, against reading
+their bytes alone.
 
     python -m benchmarks.rewards.server                      1, 16 and 64 clients
     python -m benchmarks.rewards.server --clients 1 4 --seconds 3 --frames 9 --size 64
 
-Clients and server share the machine. A clip is 53 x 480 x 480 pixels, 37 MB, one per request. "bare" is the same POST
-to a server that reads the body and answers "ok": what no reward server can beat. A clip that is turned away (429) is
-sent again; a request that gets no scores would be counted as lost.
+Clients and server share the machine. A clip is 53 x 480 x 480 pixels, 37 MB, one per request.
+"bare" is the same POST to a server that reads the body and answers "ok": what no reward server can
+beat. A clip that is turned away (429) is sent again; a request that gets no scores would be counted
+as lost.
 """
 
 import argparse
@@ -42,7 +44,9 @@ class Nothing(Reward):
     names = ("first",)
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
-        return Scores({"first": pixels[:, 0, 0, 0, 0].float()}, torch.ones(len(pixels), dtype=torch.bool))
+        return Scores(
+            {"first": pixels[:, 0, 0, 0, 0].float()}, torch.ones(len(pixels), dtype=torch.bool)
+        )
 
 
 async def bare(scope: dict[str, object], receive: object, send: object) -> None:
@@ -97,7 +101,10 @@ def measure(url: str, kind: str, clients: int, duration: float, clip: Tensor) ->
                 good = http.post(url, content=body).is_success
             else:
                 scores = client.score(clip[None], ["p"], 8.0)["nothing"]
-                good = bool(scores.valid.all()) and scores.values["first"].item() == clip[0, 0, 0, 0].item()
+                good = (
+                    bool(scores.valid.all())
+                    and scores.values["first"].item() == clip[0, 0, 0, 0].item()
+                )
             with lock:
                 result.seconds.append(time.monotonic() - start)
                 result.lost += not good
@@ -122,7 +129,9 @@ def peak_memory(pid: int) -> float:
 
 
 class Watch(threading.Thread):
-    """Asks the server's metrics now and then; the largest values of the queue and of the bytes in flight."""
+    """Asks the server's metrics now and then; the largest values of the queue and of the bytes in
+    flight.
+    """
 
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
@@ -131,7 +140,9 @@ class Watch(threading.Thread):
         self.largest = {"reward_clips_waiting": 0.0, "reward_bytes_in_flight": 0.0}
 
     def run(self) -> None:
-        with httpx.Client(headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False, timeout=60.0) as http:
+        with httpx.Client(
+            headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False, timeout=60.0
+        ) as http:
             while not self.done.wait(0.1):
                 for line in http.get(f"{self.url}/metrics").text.splitlines():
                     name, _, value = line.partition(" ")
@@ -167,7 +178,9 @@ def round_of(kind: str, clients: int, duration: float, clip: Tensor) -> None:
         p50, p99 = np.percentile(result.seconds, [50, 99])
         speed = len(result.seconds) / result.wall
         queue = f"{watch.largest['reward_clips_waiting']:.0f} clips" if kind == "server" else "-"
-        flight = f"{watch.largest['reward_bytes_in_flight'] / 2**20:.0f}" if kind == "server" else "-"
+        flight = (
+            f"{watch.largest['reward_bytes_in_flight'] / 2**20:.0f}" if kind == "server" else "-"
+        )
         print(
             f"{kind:<7}{clients:>8}{len(result.seconds):>7}{speed:>9.2f}{p50:>8.2f}{p99:>8.2f}"
             f"{queue:>11}{flight:>8}{result.turned_away:>6}{result.lost:>6}{before:>8.0f}{peak:>8.0f}",
@@ -179,9 +192,13 @@ def round_of(kind: str, clients: int, duration: float, clip: Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--seconds", type=float, default=15.0, help="how long clients start new requests")
+    parser.add_argument(
+        "--seconds", type=float, default=15.0, help="how long clients start new requests"
+    )
     parser.add_argument("--frames", type=int, default=53)
     parser.add_argument("--size", type=int, default=480)
     parser.add_argument("--serve", choices=["bare", "server"], help=argparse.SUPPRESS)
@@ -189,8 +206,13 @@ def main() -> None:
     if arguments.serve:
         serve(arguments.serve)
         return
-    clip = torch.randint(0, 256, (arguments.frames, arguments.size, arguments.size, 3), dtype=torch.uint8)
-    print(f"clips of {list(clip.shape)}, {clip.numel() / 1e6:.1f} MB; {os.cpu_count()} CPUs for clients and server")
+    clip = torch.randint(
+        0, 256, (arguments.frames, arguments.size, arguments.size, 3), dtype=torch.uint8
+    )
+    print(
+        f"clips of {list(clip.shape)}, {clip.numel() / 1e6:.1f} MB; {os.cpu_count()} CPUs for "
+        "clients and server"
+    )
     print(
         f"{'':<7}{'clients':>8}{'clips':>7}{'clips/s':>9}{'p50 s':>8}{'p99 s':>8}{'queue':>11}{'flight':>8}{'429s':>6}"
         f"{'lost':>6}{'RSS 0':>8}{'peak':>8}   (flight, RSS, peak: MiB of the server)"

@@ -2,8 +2,9 @@
 
     python -m benchmarks.speed.breakdown launch/t2v_tiny.toml [section.key=value ...]
 
-Runs a recipe in this process for a warm-up and five iterations in a temporary folder, and prints the median seconds of
-each part. The parts are timed at their calls; `other` is what is left of the iteration.
+Runs a recipe in this process for a warm-up and five iterations in a temporary folder, and prints
+the median seconds of each part. The parts are timed at their calls; `other` is what is left of the
+iteration.
 """
 
 import argparse
@@ -57,7 +58,9 @@ def instrument(session: Session, timers: Timers) -> None:
     """Put timers around the parts of this session's iterations."""
     policy: Any = session.policy
     network = policy.velocity
-    drawing, training = (timers.around(f"{phase}: network", network) for phase in ("rollout", "update"))
+    drawing, training = (
+        timers.around(f"{phase}: network", network) for phase in ("rollout", "update")
+    )
 
     def velocity(*args: Any) -> Any:
         return (training if torch.is_grad_enabled() else drawing)(*args)
@@ -87,7 +90,9 @@ def measure(recipe: config.Recipe) -> tuple[list[float], list[dict[str, float]]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
@@ -99,9 +104,13 @@ def main() -> None:
     medians = {name: statistics.median(part.get(name, 0.0) for part in parts) for name in parts[0]}
     medians["other"] = total - sum(medians.values())
     samples = recipe.prompts.per_iteration * recipe.rollout.samples_per_prompt
-    print(f"\n{date.today()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.machine()}")
     print(
-        f"{samples} samples x {recipe.rollout.steps} steps, {recipe.steps_trained} trained; median of {ITERATIONS} "
+        f"\n{date.today()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{platform.machine()}"
+    )
+    print(
+        f"{samples} samples x {recipe.rollout.steps} steps, {recipe.steps_trained} trained; median "
+        f"of {ITERATIONS} "
         f"iterations {total:.2f} s (from {min(totals):.2f} to {max(totals):.2f})"
     )
     for name, seconds in sorted(medians.items(), key=lambda item: -item[1]):

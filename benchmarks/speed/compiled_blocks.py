@@ -1,10 +1,12 @@
 """What torch.compile, block by block, does to the ratio, the gradients and the number of graphs.
 
-    python -m benchmarks.speed.compiled_blocks FOLDER [--backend inductor] [--dtype float32] [--static]
+    python -m benchmarks.speed.compiled_blocks FOLDER [--backend inductor] [--dtype float32]
+    [--static]
 
-The rollout runs without gradients and the update with them, so a block is compiled to two different graphs. The ratio
-of an unchanged policy must be 1 all the same: the log-probability under no_grad, in half batches, is compared with the
-one that the update sees, for texts of several lengths. FOLDER: a HunyuanVideo one, such as data/tiny_hunyuan_video.
+The rollout runs without gradients and the update with them, so a block is compiled to two different
+graphs. The ratio of an unchanged policy must be 1 all the same: the log-probability under no_grad,
+in half batches, is compared with the one that the update sees, for texts of several lengths.
+FOLDER: a HunyuanVideo one, such as data/tiny_hunyuan_video.
 """
 
 import argparse
@@ -38,7 +40,9 @@ def condition(policy: Policy, length: int, draws: torch.Generator) -> Condition:
 
 
 def measure(policy: Policy, length: int) -> tuple[float, float, float]:
-    """max |log ratio|, seconds of the rollout's forwards, seconds of forward and backward; adds to the gradients"""
+    """max |log ratio|, seconds of the rollout's forwards, seconds of forward and backward; adds to
+    the gradients
+    """
     draws = torch.Generator().manual_seed(length)
     shape = policy.latent_shape(VIDEO)
     x, noise = (torch.randn(SAMPLES, *shape, generator=draws) for _ in range(2))
@@ -49,7 +53,9 @@ def measure(policy: Policy, length: int) -> tuple[float, float, float]:
     begun = time.perf_counter()
     with torch.no_grad():
         halves = [slice(0, SAMPLES // 2), slice(SAMPLES // 2, SAMPLES)]
-        v = torch.cat([policy.velocity(x[h], t[h], {key: of[h] for key, of in texts.items()}) for h in halves])
+        v = torch.cat(
+            [policy.velocity(x[h], t[h], {key: of[h] for key, of in texts.items()}) for h in halves]
+        )
         mean, std = policy.transition(x, v=v, t=t, t_next=t_next, eta=ETA)
         x_next = mean + std * noise
         old = gaussian_log_prob(x_next, mean, std)
@@ -62,17 +68,26 @@ def measure(policy: Policy, length: int) -> tuple[float, float, float]:
 
 def gradients(policy: Policy) -> dict[str, Tensor]:
     """Of every parameter that has one, by name, in float32."""
-    return {name: p.grad.float() for name, p in policy.network.named_parameters() if p.grad is not None}
+    return {
+        name: p.grad.float() for name, p in policy.network.named_parameters() if p.grad is not None
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--static", action="store_true", help="a graph for each size, instead of one for all")
+    parser.add_argument(
+        "--static", action="store_true", help="a graph for each size, instead of one for all"
+    )
     arguments = parser.parse_args()
-    print(f"{date.today()}, {platform.machine()}, torch {torch.__version__}, {arguments.backend}, {arguments.dtype}")
+    print(
+        f"{date.today()}, {platform.machine()}, torch {torch.__version__}, {arguments.backend}, "
+        f"{arguments.dtype}"
+    )
     settings = Model(family="hunyuan_video", path=str(arguments.folder), dtype=arguments.dtype)
     found = {}
     for name in ("eager", "compiled"):
@@ -85,13 +100,18 @@ def main() -> None:
         for length in TEXT_LENGTHS:
             ratio, rollout, update = measure(policy, length)
             print(
-                f"  {name:<9} {length:>2} text tokens: max |log ratio| {ratio:.1e}, {rollout:.1f} + {update:.1f} s",
+                f"  {name:<9} {length:>2} text tokens: max |log ratio| {ratio:.1e}, {rollout:.1f} "
+                f"+ {update:.1f} s",
                 end="",
             )
-            print(f", {counter.frame_count} graphs so far" if name == "compiled" else "", flush=True)
+            print(
+                f", {counter.frame_count} graphs so far" if name == "compiled" else "", flush=True
+            )
         found[name] = gradients(policy)
     norm = torch.stack([grad.norm() for grad in found["eager"].values()]).norm()
-    worst = max((found["compiled"][name] - grad).norm() / norm for name, grad in found["eager"].items())
+    worst = max(
+        (found["compiled"][name] - grad).norm() / norm for name, grad in found["eager"].items()
+    )
     print(f"  gradients, compiled against eager: {worst.item():.1e} of the whole norm")
 
 

@@ -1,11 +1,13 @@
-"""AdamW on the CPU, as `distributed.offload` steps it: which implementation is fastest, and whether all agree.
+"""AdamW on the CPU, as `distributed.offload` steps it: which implementation is fastest, and whether
+all agree.
 
     python -m benchmarks.speed.cpu_adam [--parameters 100] [--rounds 7] [--threads 1 2]
 
-Every round takes one step of each in turn, so that a machine's noise falls on all of them alike. Prints the medians of
-the seconds on the clock and of the CPU's, which others on the machine disturb less, and the largest difference of a
-weight from torch's plain loop over the tensors. DeepSpeed's CPUAdam is measured where `deepspeed` is installed (the
-extra of that name); its first use compiles it.
+Every round takes one step of each in turn, so that a machine's noise falls on all of them alike.
+Prints the medians of the seconds on the clock and of the CPU's, which others on the machine disturb
+less, and the largest difference of a weight from torch's plain loop over the tensors. DeepSpeed's
+CPUAdam is measured where `deepspeed` is installed (the extra of that name); its first use compiles
+it.
 """
 
 import argparse
@@ -32,20 +34,30 @@ def choices() -> dict[str, Callable[[list[nn.Parameter]], Any]]:
     """Name to a function that makes the optimizer of some parameters."""
     found: dict[str, Callable[[list[nn.Parameter]], Any]] = {
         PLAIN: lambda parameters: torch.optim.AdamW(parameters, foreach=False, **SETTINGS),
-        "torch, foreach": lambda parameters: torch.optim.AdamW(parameters, foreach=True, **SETTINGS),
+        "torch, foreach": lambda parameters: torch.optim.AdamW(
+            parameters, foreach=True, **SETTINGS
+        ),
         "torch, fused": lambda parameters: torch.optim.AdamW(parameters, fused=True, **SETTINGS),
     }
     try:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
     except ImportError:
         return found
-    return found | {"DeepSpeed CPUAdam": lambda parameters: DeepSpeedCPUAdam(parameters, adamw_mode=True, **SETTINGS)}
+    return found | {
+        "DeepSpeed CPUAdam": lambda parameters: DeepSpeedCPUAdam(
+            parameters, adamw_mode=True, **SETTINGS
+        )
+    }
 
 
 def weights(millions: int) -> list[nn.Parameter]:
     """Matrices and vectors of about this many million float32 elements, always the same."""
     draws = torch.Generator().manual_seed(0)
-    shapes = [shape for _ in range(round(millions * 1e6 / WIDTH**2)) for shape in ((WIDTH, WIDTH), (WIDTH,))]
+    shapes = [
+        shape
+        for _ in range(round(millions * 1e6 / WIDTH**2))
+        for shape in ((WIDTH, WIDTH), (WIDTH,))
+    ]
     return [nn.Parameter(0.02 * torch.randn(shape, generator=draws)) for shape in shapes]
 
 
@@ -69,11 +81,17 @@ def measure(millions: int, rounds: int) -> dict[str, Any]:
         name: max((p - q).abs().max().item() for p, q in zip(parameters, held[PLAIN], strict=True))
         for name, parameters in held.items()
     }
-    return {"elements": sum(p.numel() for p in held[PLAIN]), "seconds": seconds, "differences": differences}
+    return {
+        "elements": sum(p.numel() for p in held[PLAIN]),
+        "seconds": seconds,
+        "differences": differences,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parameters", type=int, default=100, help="millions of float32 elements")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -82,21 +100,36 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments.parameters, arguments.rounds)))
         return
-    print(f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}")
+    print(
+        f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
+    )
     for threads in arguments.threads:
         command = [sys.executable, "-m", "benchmarks.speed.cpu_adam", "--measure"]
         command += ["--parameters", str(arguments.parameters), "--rounds", str(arguments.rounds)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}  # two OpenMP runtimes: both read this one
-        output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(threads)
+        }  # two OpenMP runtimes: both read this one
+        output = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+        ).stdout
         found = json.loads(output.splitlines()[-1])  # DeepSpeed's compilation prints before
         millions = found["elements"] / 1e6
-        print(f"{millions:.1f} million parameters, {threads} threads, median of {arguments.rounds} rounds")
+        print(
+            f"{millions:.1f} million parameters, {threads} threads, median of {arguments.rounds} "
+            "rounds"
+        )
         for name, rounds in found["seconds"].items():
             clock, cpu = zip(*rounds, strict=True)
             median = statistics.median(clock)
-            spread, speed = f"({min(clock):.3f} to {max(clock):.3f})", f"{millions / median:5.0f} million/s"
+            spread, speed = (
+                f"({min(clock):.3f} to {max(clock):.3f})",
+                f"{millions / median:5.0f} million/s",
+            )
             difference = f"largest difference {found['differences'][name]:.1e}"
-            print(f"  {name:<18} {median:6.3f} s {spread}, {speed}; {statistics.median(cpu):.3f} CPU s; {difference}")
+            print(
+                f"  {name:<18} {median:6.3f} s {spread}, {speed}; {statistics.median(cpu):.3f} CPU "
+                f"s; {difference}"
+            )
 
 
 if __name__ == "__main__":

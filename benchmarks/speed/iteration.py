@@ -1,18 +1,22 @@
-"""One iteration against the public trainer's way of working, and against ours with every saving off.
+"""One iteration against the public trainer's way of working, and against ours with every saving
+off.
 
-    python -m benchmarks.speed.iteration                                        the tiny HunyuanVideo
-    python -m benchmarks.speed.iteration launch/t2v_tiny.toml rollout.steps=8   any flow model's recipe, with overrides
-    python -m benchmarks.speed.iteration --runs 1 --window rollout.window=2
-    torchrun --nproc-per-node 2 -m benchmarks.speed.iteration                   with bytes that really travel
+    python -m benchmarks.speed.iteration                                        the tiny
+    HunyuanVideo python -m benchmarks.speed.iteration launch/t2v_tiny.toml rollout.steps=8   any
+    flow model's recipe, with overrides python -m benchmarks.speed.iteration --runs 1 --window
+    rollout.window=2
+    torchrun --nproc-per-node 2 -m benchmarks.speed.iteration                   with bytes that
+    really travel
 
 Contenders, in turn in each run, on the same prompts, noise and steps:
 
-  public   public_way.py: batch 1, every state kept, weights gathered for each forward, rewards through files
-  plain    our trainer with every saving off
+  public   public_way.py: batch 1, every state kept, weights gathered for each forward, rewards
+  through files plain    our trainer with every saving off
   ours     our trainer as the recipe says
   window   the same with few noisy steps: another algorithm, so its rewards are others
 
-A warm-up, in which bytes and evaluations are counted, is followed by the runs. A ratio is of two times of one run.
+A warm-up, in which bytes and evaluations are counted, is followed by the runs. A ratio is of two
+times of one run.
 """
 
 import argparse
@@ -58,7 +62,9 @@ class Result:
 
     counts: Counts
     kept: int
-    rewards: dict[str, Tensor]  # of the first rollout, [samples, parts]: as we score it, and as read from files
+    rewards: dict[
+        str, Tensor
+    ]  # of the first rollout, [samples, parts]: as we score it, and as read from files
     seconds: list[dict[str, float]] = field(default_factory=list)  # of each run
 
     def median(self, phase: str) -> float:
@@ -69,7 +75,9 @@ class Result:
 
 
 def measure(ways: dict[str, Way], runs: int, world: World) -> dict[str, Result]:
-    """A counted warm-up of each, then `runs` timed iterations of each in turn, forwards and backwards."""
+    """A counted warm-up of each, then `runs` timed iterations of each in turn, forwards and
+    backwards.
+    """
     results = {}
     for name, way in ways.items():
         with counted(way.network) as counts:
@@ -83,7 +91,11 @@ def measure(ways: dict[str, Way], runs: int, world: World) -> dict[str, Result]:
         for name in list(ways)[:: 1 if run % 2 == 0 else -1]:
             world.barrier()
             results[name].seconds.append(ways[name].iterate())
-        tell(world, f"run {run + 1}: " + ", ".join(f"{n} {r.seconds[-1]['total']:.2f} s" for n, r in results.items()))
+        tell(
+            world,
+            f"run {run + 1}: "
+            + ", ".join(f"{n} {r.seconds[-1]['total']:.2f} s" for n, r in results.items()),
+        )
     return results
 
 
@@ -100,9 +112,12 @@ def ratios(results: dict[str, Result], slower: str, faster: str) -> list[float]:
 
 def machine(world: World) -> str:
     """What it ran on; the load of others, asked beforehand, makes times doubtful."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, CPU"
+    name = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, CPU"
+    )
     return (
-        f"{date.today()}, {name}, {os.cpu_count()} cores; {world.size} ranks of {torch.get_num_threads()} threads; "
+        f"{date.today()}, {name}, {os.cpu_count()} cores; {world.size} ranks of "
+        f"{torch.get_num_threads()} threads; "
         f"load before {os.getloadavg()[0]:.1f}"
     )
 
@@ -111,8 +126,16 @@ def timing(results: dict[str, Result]) -> list[str]:
     """Median seconds, and the ratios of each run."""
     lines = [f"{'seconds':<10}" + "".join(f"{name:>10}" for name in (*PHASES, "total"))]
     for name, result in results.items():
-        lines.append(f"{name:<10}" + "".join(f"{result.median(column):>10.3f}" for column in (*PHASES, "total")))
-    for slower, faster in (("public", "ours"), ("public", "window"), ("plain", "ours"), ("public", "plain")):
+        lines.append(
+            f"{name:<10}"
+            + "".join(f"{result.median(column):>10.3f}" for column in (*PHASES, "total"))
+        )
+    for slower, faster in (
+        ("public", "ours"),
+        ("public", "window"),
+        ("plain", "ours"),
+        ("public", "plain"),
+    ):
         times = ratios(results, slower, faster)
         lines.append(
             f"{slower} takes {statistics.median(times):.2f} times as long as {faster} "
@@ -123,12 +146,21 @@ def timing(results: dict[str, Result]) -> list[str]:
 
 def counting(results: dict[str, Result]) -> list[str]:
     """What the first iteration moved, kept and evaluated."""
-    head = ("MB moved", *(f"in {phase}" for phase in PHASES), "MB kept", "forwards", "samples", "trained")
+    head = (
+        "MB moved",
+        *(f"in {phase}" for phase in PHASES),
+        "MB kept",
+        "forwards",
+        "samples",
+        "trained",
+    )
     lines = [f"{'rank 0':<10}" + "".join(f"{name:>11}" for name in head)]
     for name, result in results.items():
         moved = [result.counts.get(phase, Counter())["bytes"] / 1e6 for phase in PHASES]
         megabytes = "".join(f"{value:>11.2f}" for value in (sum(moved), *moved, result.kept / 1e6))
-        lines.append(f"{name:<10}" + megabytes + "".join(f"{result.total(kind):>11}" for kind in KINDS[1:]))
+        lines.append(
+            f"{name:<10}" + megabytes + "".join(f"{result.total(kind):>11}" for kind in KINDS[1:])
+        )
     return lines
 
 
@@ -143,11 +175,21 @@ def comparing(results: dict[str, Result]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", type=Path, help="a TOML file; none = the setting named above")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "recipe", nargs="?", type=Path, help="a TOML file; none = the setting named above"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--runs", type=int, default=5, help="paired runs (default: %(default)s)")
-    parser.add_argument("--window", nargs="+", metavar="KEY=VALUE", default=WINDOW, help="overrides of that contender")
+    parser.add_argument(
+        "--window",
+        nargs="+",
+        metavar="KEY=VALUE",
+        default=WINDOW,
+        help="overrides of that contender",
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     cli.quiet_libraries()
@@ -160,14 +202,23 @@ def main() -> None:
         folder = Path(world.on_main(tempfile.mkdtemp))
         stack.callback(lambda: world.on_main(lambda: shutil.rmtree(folder, ignore_errors=True)))
         where = machine(world)
-        ways = open_ways(file, overrides=overrides, window=arguments.window, world=world, folder=folder, stack=stack)
+        ways = open_ways(
+            file,
+            overrides=overrides,
+            window=arguments.window,
+            world=world,
+            folder=folder,
+            stack=stack,
+        )
         results = measure(ways, arguments.runs, world)
         rollout = recipe.rollout
         lines = [
             "",
             where,
-            f"{recipe.prompts.per_iteration} prompts x {rollout.samples_per_prompt} samples x {rollout.steps} steps, "
-            f"{recipe.steps_trained} trained, {recipe.optimizer.updates_per_iteration} optimizer steps; medians of "
+            f"{recipe.prompts.per_iteration} prompts x {rollout.samples_per_prompt} samples x "
+            f"{rollout.steps} steps, "
+            f"{recipe.steps_trained} trained, {recipe.optimizer.updates_per_iteration} optimizer "
+            "steps; medians of "
             f"{arguments.runs} paired runs",
             "",
             *timing(results),
@@ -178,8 +229,13 @@ def main() -> None:
         ]
         tell(world, "\n".join(lines))
         if arguments.json and world.main:
-            told = {name: {"seconds": r.seconds, "counts": r.counts, "kept": r.kept} for name, r in results.items()}
-            arguments.json.write_text(json.dumps({"where": where, **told}, indent=1) + "\n", encoding="utf-8")
+            told = {
+                name: {"seconds": r.seconds, "counts": r.counts, "kept": r.kept}
+                for name, r in results.items()
+            }
+            arguments.json.write_text(
+                json.dumps({"where": where, **told}, indent=1) + "\n", encoding="utf-8"
+            )
     leave(0)
 
 

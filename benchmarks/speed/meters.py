@@ -21,7 +21,9 @@ Counts = dict[str, Counter[str]]  # phase -> KINDS
 
 
 class Collectives(TorchDispatchMode):
-    """Bytes of the whole tensor of each collective: what a gather gives, what a scatter or a reduction takes."""
+    """Bytes of the whole tensor of each collective: what a gather gives, what a scatter or a
+    reduction takes.
+    """
 
     def __init__(self, counts: Counter[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -38,7 +40,8 @@ class Collectives(TorchDispatchMode):
 def counted(network: nn.Module, with_bytes: bool = True) -> Iterator[Counts]:
     """Counts of what runs inside, by the phase whose lap of a `Stopwatch` follows.
 
-    bytes: communicated, 0 unless with_bytes, which makes every operation slower;  forwards: passes of the network;
+    bytes: communicated, 0 unless with_bytes, which makes every operation slower;  forwards: passes
+    of the network;
     evaluations: samples in them;  trained: those with gradient
     """
     phases: Counts = {}
@@ -55,7 +58,10 @@ def counted(network: nn.Module, with_bytes: bool = True) -> Iterator[Counts]:
         now.clear()
 
     hook = network.register_forward_pre_hook(count, with_kwargs=True)
-    with Collectives(now) if with_bytes else nullcontext(), patch.object(Stopwatch, "lap", counting_lap):
+    with (
+        Collectives(now) if with_bytes else nullcontext(),
+        patch.object(Stopwatch, "lap", counting_lap),
+    ):
         yield phases
     hook.remove()
 
@@ -73,4 +79,8 @@ def tensors(value: Any) -> list[Tensor]:
 
 def held_bytes(value: Any) -> int:
     """Bytes that the tensors in a value keep alive; storage that several share counts once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(value)}.values())
+    return sum(
+        {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(value)
+        }.values()
+    )

@@ -1,17 +1,22 @@
-"""The public DanceGRPO trainer's way of working, the baseline of benchmarks.speed.iteration; nothing else uses it.
+"""The public DanceGRPO trainer's way of working, the baseline of benchmarks.speed.iteration;
+nothing else uses it.
 
-Written for that purpose from a description of the public trainer, on our models and as plainly as possible. Its ways:
+Written for that purpose from a description of the public trainer, on our models and as plainly as
+possible. Its ways:
 
-  rollout   one sample at a time; every step is drawn from the SDE, and every state and log-prob is kept; the weights
+  rollout   one sample at a time; every step is drawn from the SDE, and every state and log-prob is
+  kept; the weights
             are resharded after each forward, so that each forward gathers them again, in float32
   decode    one sample at a time
-  reward    each clip is written to an MP4 file, read back and scored alone, before the next sample is drawn
-  update    one sample x one step per micro-batch, each followed by an all-reduce of its loss and `.item()`; gradients
+  reward    each clip is written to an MP4 file, read back and scored alone, before the next sample
+  is drawn update    one sample x one step per micro-batch, each followed by an all-reduce of its
+  loss and `.item()`; gradients
             are reduced in each micro-batch
 
-What it does as our trainer does, so that both run one algorithm and their rewards can be compared: keyed noise, prompts
-and steps; ceil(tau T) trained steps; times that are not rounded; minibatches balanced over prompts (the public trainer
-takes samples as they come); advantages summed over a reward's parts before they are clamped (it sums losses).
+What it does as our trainer does, so that both run one algorithm and their rewards can be compared:
+keyed noise, prompts and steps; ceil(tau T) trained steps; times that are not rounded; minibatches
+balanced over prompts (the public trainer takes samples as they come); advantages summed over a
+reward's parts before they are clamped (it sums losses).
 """
 
 import math
@@ -37,8 +42,13 @@ from fastgrpo.parallel.world import World
 from fastgrpo.run.stopwatch import Stopwatch
 
 
-def mean_and_std(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tensor, float]:
-    """The public trainer's SDE step.  x, v: [1, C, F, H, W] float32;  returns mean [1, C, F, H, W] and std"""
+def mean_and_std(
+    x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float
+) -> tuple[Tensor, float]:
+    """The public trainer's SDE step.
+
+    x, v: [1, C, F, H, W] float32;  returns mean [1, C, F, H, W] and std
+    """
     delta = sigma_next - sigma
     clean = x - sigma * v
     score = -(x - (1 - sigma) * clean) / sigma**2
@@ -47,11 +57,16 @@ def mean_and_std(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, eta: f
 
 def log_prob(x_next: Tensor, mean: Tensor, std: float) -> Tensor:
     """Mean over all dimensions of log N(x_next; mean, std^2).  returns 0-dim"""
-    return (-((x_next - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)).mean()
+    return (
+        -((x_next - mean) ** 2) / (2 * std**2) - math.log(std) - 0.5 * math.log(2 * math.pi)
+    ).mean()
 
 
 def advantages(scores: Tensor, weights: Sequence[float], limit: float) -> Tensor:
-    """Weighted sum of (r - mean) / (std + 1e-8) over parts.  scores: [G, parts] of one prompt;  returns [G]"""
+    """Weighted sum of (r - mean) / (std + 1e-8) over parts.
+
+    scores: [G, parts] of one prompt;  returns [G]
+    """
     normalised = (scores - scores.mean(0)) / (scores.std(0) + 1e-8)
     return (normalised @ torch.tensor(weights)).clamp(-limit, limit)
 
@@ -86,22 +101,31 @@ class Public:
     shape: tuple[int, ...]
 
     @classmethod
-    def open(cls, recipe: Recipe, world: World, folder: Path, negative: Condition | None) -> "Public":
-        """Load and shard the model.  negative: the unconditional branch's condition, where model.cfg > 1
+    def open(
+        cls, recipe: Recipe, world: World, folder: Path, negative: Condition | None
+    ) -> "Public":
+        """Load and shard the model.
+
+        negative: the unconditional branch's condition, where model.cfg > 1
 
         Raises UserError for a recipe that the public trainer has no way of running.
         """
         refuse(recipe, world)
         policy = policies.load(recipe.model, world.device, recipe.lora)
         if policy.transition is not transitions.sde_transition:
-            raise UserError(f"model.family={recipe.model.family}: the public way is written for flow models only.")
+            raise UserError(
+                f"model.family={recipe.model.family}: the public way is written for flow models "
+                "only."
+            )
         policy.negative = None if negative is None else move(negative, world.device)
         shape = policy.latent_shape(recipe.video)
         sharding.shard(policy, world, torch.float32)
         policy.network.set_reshard_after_forward(True)  # type: ignore[operator]  # the root as well
         trainable = [p for p in policy.network.parameters() if p.requires_grad]
         chosen = recipe.optimizer
-        optimizer = torch.optim.AdamW(trainable, chosen.lr, chosen.betas, chosen.eps, chosen.weight_decay)
+        optimizer = torch.optim.AdamW(
+            trainable, chosen.lr, chosen.betas, chosen.eps, chosen.weight_decay
+        )
         grid = policy.time_grid(recipe.rollout.steps, recipe.rollout.shift, shape)
         folder.mkdir(parents=True, exist_ok=True)
         return cls(
@@ -118,7 +142,10 @@ class Public:
     def iterate(
         self, iteration: int, texts: Sequence[str], conditions: Sequence[Condition]
     ) -> tuple[list[Sample], dict[str, float]]:
-        """One iteration.  texts, conditions: of all ranks' prompts;  returns this rank's samples, seconds by phase"""
+        """One iteration.
+
+        texts, conditions: of all ranks' prompts;  returns this rank's samples, seconds by phase
+        """
         watch = Stopwatch()
         group = self.recipe.rollout.samples_per_prompt
         samples = []
@@ -130,14 +157,23 @@ class Public:
             watch.lap("decode")
             scores = self.score_file(pixels, slot, texts[prompt])
             watch.lap("reward")
-            samples.append(Sample(slot, states=states, log_probs=log_probs, pixels=pixels, scores=scores))
+            samples.append(
+                Sample(slot, states=states, log_probs=log_probs, pixels=pixels, scores=scores)
+            )
         self.update(iteration, samples, conditions)
         watch.lap("update")
-        return samples, {name.removeprefix("seconds/"): value for name, value in watch.metrics().items()}
+        return samples, {
+            name.removeprefix("seconds/"): value for name, value in watch.metrics().items()
+        }
 
     @torch.no_grad()
-    def draw(self, iteration: int, slot: int, condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
-        """One sample.  returns states [T + 1, ...], log-probs [T], and x_0 [1, ...]: the last step's estimate"""
+    def draw(
+        self, iteration: int, slot: int, condition: Condition
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One sample.
+
+        returns states [T + 1, ...], log-probs [T], and x_0 [1, ...]: the last step's estimate
+        """
         prompt, sample = divmod(slot, self.recipe.rollout.samples_per_prompt)
         seed, device = self.recipe.run.seed, self.world.device
         start = 0 if self.recipe.rollout.shared_noise else sample
@@ -147,14 +183,20 @@ class Public:
             sigma, sigma_next = self.grid[step], self.grid[step + 1]
             v = self.velocity(x, sigma, condition)
             clean = x - sigma * v
-            mean, std = mean_and_std(x, v=v, sigma=sigma, sigma_next=sigma_next, eta=self.recipe.rollout.eta)
-            x = mean + std * noise.normal([("step", seed, iteration, prompt, sample, step)], self.shape, device)
+            mean, std = mean_and_std(
+                x, v=v, sigma=sigma, sigma_next=sigma_next, eta=self.recipe.rollout.eta
+            )
+            x = mean + std * noise.normal(
+                [("step", seed, iteration, prompt, sample, step)], self.shape, device
+            )
             states.append(x[0])
             log_probs.append(log_prob(x, mean, std))
         return torch.stack(states), torch.stack(log_probs), clean
 
     def velocity(self, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        """The network's prediction for one sample: float32 weights, under autocast where the recipe says bfloat16."""
+        """The network's prediction for one sample: float32 weights, under autocast where the recipe
+        says bfloat16.
+        """
         half = self.recipe.model.dtype == "bfloat16"
         with torch.autocast(self.world.device.type, torch.bfloat16, enabled=half):
             return self.policy.velocity(x, sigma[None], stack([condition]))
@@ -166,7 +208,10 @@ class Public:
         return self.score(video.read_mp4(file)[0], text)
 
     def score(self, pixels: Tensor, text: str) -> Tensor:
-        """The weighted parts of one clip, in the order of `recipe.weights`.  returns float32 [parts]"""
+        """The weighted parts of one clip, in the order of `recipe.weights`.
+
+        returns float32 [parts]
+        """
         found: dict[str, Tensor] = {}
         for reward in self.rewards:
             scores = reward(pixels[None], [text], self.recipe.video.fps)
@@ -174,19 +219,28 @@ class Public:
             found |= scores.values
         return torch.stack([found[part][0].float().cpu() for part in self.recipe.weights])
 
-    def update(self, iteration: int, samples: list[Sample], conditions: Sequence[Condition]) -> None:
+    def update(
+        self, iteration: int, samples: list[Sample], conditions: Sequence[Condition]
+    ) -> None:
         """Optimizer steps, each after its minibatch's samples x steps, one by one."""
         recipe, group = self.recipe, self.recipe.rollout.samples_per_prompt
         of_slot = {sample.slot: sample for sample in samples}
         table = torch.stack([sample.scores for sample in samples])
         weights = list(recipe.weights.values())
-        own = torch.cat([advantages(part, weights, recipe.objective.advantage_clip) for part in table.split(group)])
+        own = torch.cat(
+            [
+                advantages(part, weights, recipe.objective.advantage_clip)
+                for part in table.split(group)
+            ]
+        )
         everyone = self.world.combine(own, list(of_slot), len(conditions) * group)
         kept = torch.ones(len(everyone), dtype=torch.bool)
         if recipe.objective.best_of_n:
             kept = selection.best_of_n(everyone, kept, group, recipe.objective.best_of_n)
         key = ("minibatches", recipe.run.seed, iteration)
-        for members in selection.minibatches(kept, group, recipe.optimizer.updates_per_iteration, key):
+        for members in selection.minibatches(
+            kept, group, recipe.optimizer.updates_per_iteration, key
+        ):
             mine = [of_slot[slot] for slot in members if slot in of_slot]
             for sample in mine:
                 condition = conditions[sample.slot // group]
@@ -197,24 +251,40 @@ class Public:
                     advantage=float(everyone[sample.slot]),
                     count=len(mine),
                 )
-            nn.utils.clip_grad_norm_(self.policy.network.parameters(), recipe.optimizer.max_grad_norm)
+            nn.utils.clip_grad_norm_(
+                self.policy.network.parameters(), recipe.optimizer.max_grad_norm
+            )
             self.optimizer.step()
             self.optimizer.zero_grad()
 
     def steps(self, iteration: int, slot: int) -> list[int]:
         """The trained steps of a sample: a permutation of its own of all but the last, cut off."""
-        key = ("timesteps", self.recipe.run.seed, iteration, *divmod(slot, self.recipe.rollout.samples_per_prompt))
+        key = (
+            "timesteps",
+            self.recipe.run.seed,
+            iteration,
+            *divmod(slot, self.recipe.rollout.samples_per_prompt),
+        )
         return noise.permutation(self.recipe.rollout.steps - 1, key)[: self.recipe.steps_trained]
 
-    def learn(self, sample: Sample, steps: list[int], condition: Condition, advantage: float, count: int) -> None:
-        """Forward and backward of one sample's steps, one by one.  count: samples of this optimizer step"""
+    def learn(
+        self, sample: Sample, steps: list[int], condition: Condition, advantage: float, count: int
+    ) -> None:
+        """Forward and backward of one sample's steps, one by one.
+
+        count: samples of this optimizer step
+        """
         for step in steps:
             x, x_next = sample.states[step][None], sample.states[step + 1][None]
             sigma, sigma_next = self.grid[step], self.grid[step + 1]
             v = self.velocity(x, sigma, condition)
-            mean, std = mean_and_std(x, v=v, sigma=sigma, sigma_next=sigma_next, eta=self.recipe.rollout.eta)
+            mean, std = mean_and_std(
+                x, v=v, sigma=sigma, sigma_next=sigma_next, eta=self.recipe.rollout.eta
+            )
             ratio = torch.exp(log_prob(x_next, mean, std) - sample.log_probs[step])
-            loss = clipped(ratio, advantage, self.recipe.objective.clip_range) / (count * len(steps))
+            loss = clipped(ratio, advantage, self.recipe.objective.clip_range) / (
+                count * len(steps)
+            )
             loss.backward()
             shown = loss.detach().clone()
             dist.all_reduce(shown)
@@ -235,16 +305,22 @@ def refuse(recipe: Recipe, world: World) -> None:
         ("objective.kl_weight", objective.kl_weight, 0.0),
     ):
         if value != only:
-            raise UserError(f"{key}={value}: the public way has no such thing; leave it out of the recipe.")
+            raise UserError(
+                f"{key}={value}: the public way has no such thing; leave it out of the recipe."
+            )
     if recipe.distributed.sp > 1 or recipe.prompts.per_iteration % world.size:
         raise UserError(
-            f"prompts.per_iteration={recipe.prompts.per_iteration}: the public way gives each rank whole prompts, "
-            f"equally many, and shares no sequence; use a multiple of the {world.size} ranks, and sp = 1."
+            f"prompts.per_iteration={recipe.prompts.per_iteration}: the public way gives each rank "
+            "whole prompts, "
+            f"equally many, and shares no sequence; use a multiple of the {world.size} ranks, and "
+            "sp = 1."
         )
 
 
 def write_plain_mp4(file: Path, pixels: Tensor, fps: float) -> None:
-    """A clip, uint8 [F, H, W, 3] of even sides, as H.264 in its own size and the encoder's usual settings."""
+    """A clip, uint8 [F, H, W, 3] of even sides, as H.264 in its own size and the encoder's usual
+    settings.
+    """
     with av.open(str(file), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=round(fps))
         stream.height, stream.width, stream.pix_fmt = pixels.shape[1], pixels.shape[2], "yuv420p"

@@ -1,4 +1,6 @@
-"""The ways of working that benchmarks.speed.iteration sets against each other, ready to run iteration by iteration."""
+"""The ways of working that benchmarks.speed.iteration sets against each other, ready to run
+iteration by iteration.
+"""
 
 import io
 import time
@@ -88,7 +90,10 @@ class Apart(Plan):
 
     @classmethod
     def of(cls, plan: Plan) -> "Apart":
-        return cls(**{each.name: getattr(plan, each.name) for each in fields(plan)} | {"shared_noise": False})
+        return cls(
+            **{each.name: getattr(plan, each.name) for each in fields(plan)}
+            | {"shared_noise": False}
+        )
 
     def initial_noise(self, slots: Sequence[int], device: torch.device) -> Tensor:
         return super().initial_noise([slot - slot % self.group_size for slot in slots], device)
@@ -128,7 +133,10 @@ class Theirs:
     def rewards(self) -> Tensor:
         """Of the samples' pixels, which are what our trainer scores."""
         group = self.public.recipe.rollout.samples_per_prompt
-        rows = [self.public.score(sample.pixels, self.texts[sample.slot // group]) for sample in self.samples]
+        rows = [
+            self.public.score(sample.pixels, self.texts[sample.slot // group])
+            for sample in self.samples
+        ]
         return self._of_all_ranks(rows)
 
     def rewards_of_files(self) -> Tensor:
@@ -137,13 +145,19 @@ class Theirs:
 
     def _of_all_ranks(self, rows: list[Tensor]) -> Tensor:
         total = len(self.texts) * self.public.recipe.rollout.samples_per_prompt
-        return self.session.world.combine(torch.stack(rows), [sample.slot for sample in self.samples], total)
+        return self.session.world.combine(
+            torch.stack(rows), [sample.slot for sample in self.samples], total
+        )
 
 
 def plain(recipe: Recipe) -> list[str]:
     """Overrides that turn every saving off."""
     each = range(len(recipe.rewards))
-    return [*PLAIN, *(f"rewards.{n}.where=process" for n in each), *(f"rewards.{n}.batch_size=1" for n in each)]
+    return [
+        *PLAIN,
+        *(f"rewards.{n}.where=process" for n in each),
+        *(f"rewards.{n}.batch_size=1" for n in each),
+    ]
 
 
 def open_session(recipe: Recipe, world: World, stack: ExitStack) -> Session:
@@ -153,7 +167,12 @@ def open_session(recipe: Recipe, world: World, stack: ExitStack) -> Session:
 
 
 def open_ways(
-    file: Path, overrides: Sequence[str], window: Sequence[str], world: World, folder: Path, stack: ExitStack
+    file: Path,
+    overrides: Sequence[str],
+    window: Sequence[str],
+    world: World,
+    folder: Path,
+    stack: ExitStack,
 ) -> dict[str, Way]:
     """All contenders, each with a model of its own in the same state."""
     common = [*overrides, f"prompts.cache={folder / 'embeddings'}"]

@@ -180,7 +180,10 @@ class Checkpoints:
         return self.finish() or problem
 
     def save_if_due(self, trainer: Trainer, progress: Progress, iterations: int) -> str | None:
-        """Save where the settings want it and after the last of `iterations`.  returns what went wrong, as `save`"""
+        """Save where the settings want it and after the last of `iterations`.
+
+        returns what went wrong, as `save`
+        """
         done = progress.iteration
         problem = self.poll()
         if done % self.settings.every == 0 or done == iterations:
@@ -188,7 +191,10 @@ class Checkpoints:
         return problem
 
     def end_saving(self, trainer: Trainer, progress: Progress) -> None:
-        """Wait for the save that is under way. Raises UserError where the last iteration's checkpoint is not there."""
+        """Wait for the save that is under way.
+
+        Raises UserError where the last iteration's checkpoint is not there.
+        """
         problem = self.finish()
         published = self.world.on_main(self.newest)
         if progress.iteration and (published is None or number(published) < progress.iteration):

@@ -44,7 +44,8 @@ def main(recipe: Path, arguments: list[str]) -> int:
         if error.name is None or error.name.partition(".")[0] == "fastgrpo":
             raise
         return _complain(
-            f"fastgrpo: python={sys.executable}: no module {error.name} there; run `make venv` in the checkout."
+            f"fastgrpo: python={sys.executable}: no module {error.name} there; run `make venv` in "
+            "the checkout."
         )
     if SETTLED not in os.environ:
         if mistake := _check(command, recipe, arguments):

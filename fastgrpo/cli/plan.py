@@ -139,7 +139,8 @@ def _simulate(plan: "Plan") -> dict[str, Any]:
     job, left_out = _alone(plan.subject.job)
     if job.lora:
         raise UserError(
-            "--simulate: peft cannot make adapters of tensors without contents; leave --simulate out."
+            "--simulate: peft cannot make adapters of tensors without contents; leave --simulate "
+            "out."
         )
     if job.recipe.distributed.offload:
         raise UserError(

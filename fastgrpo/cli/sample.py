@@ -11,8 +11,6 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.units import GIB, MIB
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": MIB, "GIB": GIB}
-
-
 SETTINGS: dict[str, tuple[Callable[[str], object], str]] = {
     "frames": (int, "frames of a clip; 1 = image"),
     "height": (int, "pixels"),

@@ -159,7 +159,8 @@ def served_specs(arguments: argparse.Namespace) -> "list[RewardSpec]":
     if missing:
         has = ", ".join(spec.name for spec in specs)
         raise UserError(
-            f"--only={missing[0]}: {arguments.recipe} has no such reward with where='server', only {has}."
+            f"--only={missing[0]}: {arguments.recipe} has no such reward with where='server', only "
+            f"{has}."
         )
     return [spec for spec in specs if not arguments.only or spec.name in arguments.only]
 

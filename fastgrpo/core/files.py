@@ -106,7 +106,8 @@ def only_run_in(folder: Path) -> Iterator[None]:
     while (lock := take_lock(folder, "run.dir")) is None:
         if time.monotonic() > deadline:
             raise UserError(
-                f"run.dir={folder}: another process is training there; wait for it, stop it, or choose another folder."
+                f"run.dir={folder}: another process is training there; wait for it, stop it, or "
+                "choose another folder."
             )
         time.sleep(0.1)
     with lock:
@@ -194,5 +195,6 @@ def refused(folder: Path, option: str, error: OSError) -> UserError:
             f"{option}={folder}: no space left on the disk; free some and start again."
         )
     return UserError(
-        f"{option}={folder}: {error.filename}: {error.strerror}; choose another folder or correct that."
+        f"{option}={folder}: {error.filename}: {error.strerror}; choose another folder or correct "
+        "that."
     )

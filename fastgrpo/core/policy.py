@@ -1,4 +1,6 @@
-"""What every family of models must offer: the protocols of a policy and of its text encoder, and their conditions."""
+"""What every family of models must offer: the protocols of a policy and of its text encoder, and
+their conditions.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +19,8 @@ class Prompt:
 
     text: str
     image: Path | None = (
-        None  # the reference image of image-to-video: a picture, or a video whose first frame is meant
+        # the reference image of image-to-video: a picture, or a video whose first frame is meant
+        None
     )
     place: str = field(default="", compare=False)  # recipe key, file and row, for messages
 
@@ -28,13 +31,15 @@ Condition = Mapping[
 
 
 class Encoder(Protocol):
-    """Prompts to conditions, with the family's own text encoders (and image encoder), loaded while it is open."""
+    """Prompts to conditions, with the family's own text encoders (and image encoder), loaded while
+    it is open.
+    """
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
         """One condition per prompt, float32 on the CPU, without a batch dimension.
 
-        A prompt's condition depends on that prompt alone. Raises UserError for a prompt without tokens or, where the
-        network needs a reference image, without one.
+        A prompt's condition depends on that prompt alone. Raises UserError for a prompt without
+        tokens or, where the network needs a reference image, without one.
         """
 
     def negative(self, text: str) -> Condition:
@@ -42,36 +47,52 @@ class Encoder(Protocol):
 
 
 class Policy(Protocol):
-    """A generator that can be sampled and trained. Everything outside it speaks t in [0, 1], float32 and uint8."""
+    """A generator that can be sampled and trained.
+
+    Everything outside it speaks t in [0, 1], float32 and uint8.
+    """
 
     network: nn.Module
     """The trainable network."""
     vae: nn.Module
     """The decoder, frozen."""
     negative: Condition | None
-    """The unconditional branch's condition, on the network's device; set before sampling where model.cfg > 1."""
+    """The unconditional branch's condition, on the network's device; set before sampling where
+    model.cfg > 1.
+    """
 
     share_sequence: Callable[[Any, Any], None]
-    """Function (network, layout) that lets the ranks of a group share each sequence; set on loading.
+    """Function (network, layout) that lets the ranks of a group share each sequence; set on
+    loading.
 
     The family file's, or one that refuses where it has none; layout: of parallel/sequence_parallel.
     """
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The network's repeated blocks, in the order in which they run: the units of sharding and recomputation."""
+        """The network's repeated blocks, in the order in which they run: the units of sharding and
+        recomputation.
+        """
 
     def latent_shape(self, video: Video) -> tuple[int, ...]:
-        """(C, F, H, W) of one sample's latent. Raises UserError for a size that the networks cannot take."""
+        """(C, F, H, W) of one sample's latent.
+
+        Raises UserError for a size that the networks cannot take.
+        """
 
     def time_grid(self, steps: int, shift: float | None, shape: tuple[int, ...]) -> Tensor:
-        """Times of a sampler with `steps` steps for latents of `shape`, as the folder's scheduler has them.
+        """Times of a sampler with `steps` steps for latents of `shape`, as the folder's scheduler
+        has them.
 
-        shift: in place of the scheduler's, where the family has one;  returns float32 [steps + 1], falling to 0
+        shift: in place of the scheduler's, where the family has one;  returns float32 [steps + 1],
+        falling to 0
         """
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The network's prediction, guidance included. x: [B, C, F, H, W] float32;  t: [B];  returns like x."""
+        """The network's prediction, guidance included.
+
+        x: [B, C, F, H, W] float32;  t: [B];  returns like x.
+        """
 
     def transition(
         self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float

@@ -1,7 +1,9 @@
-"""A folder as a registry: adding a file adds its entry, and what a file declares is read without importing all of it.
+"""A folder as a registry: adding a file adds its entry, and what a file declares is read without
+importing all of it.
 
-A family of models or a reward imports torch and its libraries, which takes seconds; a plan, `check` and every `--help`
-want some constants or one function of it. `declared` runs only the top-level statements that those need.
+A family of models or a reward imports torch and its libraries, which takes seconds; a plan, `check`
+and every `--help` want some constants or one function of it. `declared` runs only the top-level
+statements that those need.
 """
 
 import ast
@@ -28,8 +30,9 @@ def top_level(file: Path) -> tuple[str, ...]:
 def declared(file: Path, name: str, default: Any = NOTHING) -> Any:
     """The value of a file's top-level `name`, without importing the file.
 
-    Only the statements are run that define the name and what that uses, imports among them. So a function that needs
-    no torch comes without torch. Raises KeyError where the file has no such name and there is no default.
+    Only the statements are run that define the name and what that uses, imports among them. So a
+    function that needs no torch comes without torch. Raises KeyError where the file has no such
+    name and there is no default.
     """
     if name not in _definitions(file):
         if default is NOTHING:

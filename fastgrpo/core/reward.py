@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Scores:
     """What a reward says about B clips.
 
-    A score that could not be made is NaN in every part and False in `valid`; no constant ever stands in for it.
+    A score that could not be made is NaN in every part and False in `valid`; no constant ever
+    stands in for it.
     """
 
     values: dict[str, Tensor]  # part -> float32 [B]
@@ -30,25 +31,38 @@ class Scores:
 
 @dataclass(frozen=True)
 class RewardSize:
-    """What a plan takes a reward's network for: `SIZE` at the top of the reward's file, where it has a network."""
+    """What a plan takes a reward's network for: `SIZE` at the top of the reward's file, where it
+    has a network.
+    """
 
     parameters: float
     tokens: float  # that the network reads per scored frame
     frames_scored: Callable[[RewardSpec, int, float], int]
-    """(spec, frames of a clip, its frames per second) -> frames that the network reads, as `Reward.frames_used`."""
+    """(spec, frames of a clip, its frames per second) -> frames that the network reads, as
+    `Reward.frames_used`.
+    """
 
 
 class Reward(ABC):
-    """A scorer of clips. A reward sets `names` and defines `__call__`; everything else has a default."""
+    """A scorer of clips.
+
+    A reward sets `names` and defines `__call__`; everything else has a default.
+    """
 
     fingerprint: str = ""
-    """Hash of the weights and of what else changes scores: replicas must agree in it. Empty: no weights."""
+    """Hash of the weights and of what else changes scores: replicas must agree in it.
+
+    Empty: no weights.
+    """
 
     reads_prompts: bool = True
     """False where prompts change no score; `fastgrpo score` then asks for none."""
 
     golden: tuple[Tensor, str, float] | None = None
-    """The clip that a server scores at its start: uint8 [F, H, W, 3], prompt, frames per second. None: a drawn clip."""
+    """The clip that a server scores at its start: uint8 [F, H, W, 3], prompt, frames per second.
+
+    None: a drawn clip.
+    """
 
     golden_scores: Mapping[str, float] | None = None
     """What the golden clip must score, by part, where that is written down; preflight compares."""
@@ -69,9 +83,12 @@ class Reward(ABC):
         """
 
     def frames_used(self, frames: int, fps: float) -> list[int] | None:
-        """Indices of the frames that change the scores of a clip of `frames` frames. None: all of them.
+        """Indices of the frames that change the scores of a clip of `frames` frames.
 
-        fps: frames per second. Only these frames travel to a server, where the others of `pixels` are black.
+        None: all of them.
+
+        fps: frames per second. Only these frames travel to a server, where the others of `pixels`
+        are black.
         """
         return None
 

@@ -1,7 +1,8 @@
-"""Reading the diffusers folder layout, for every family: what is missing or damaged is one clear line.
+"""Reading the diffusers folder layout, for every family: what is missing or damaged is one clear
+line.
 
-Constants that matter (channels, scaling factors, shifts, patch sizes) are read from the folder's configs by the
-families; nothing of a checkpoint is assumed here but its layout.
+Constants that matter (channels, scaling factors, shifts, patch sizes) are read from the folder's
+configs by the families; nothing of a checkpoint is assumed here but its layout.
 """
 
 import gc
@@ -20,7 +21,9 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.models.loading.weight_files import check_class, check_shards
 from fastgrpo.models.loading.weight_files import read_json as read_json
 
-FETCHED = (  # of a hub repository: all folders, and of its top what a family or an export reads, no whole-model files
+# of a hub repository: all folders, and of its top what a family or an export reads, no whole-model
+# files
+FETCHED = (
     "*/*", "*.json", "*.md", "*.txt", "*.toml", "LICENSE*", "NOTICE*", "diffusion_pytorch_model*",
     "pytorch_lora_weights*",
 )  # fmt: skip
@@ -38,42 +41,63 @@ def locate(path: str, key: str = "model.path") -> Path:
     if Path(path).is_dir():
         return Path(path)
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(f"{key}={path}: no such folder; give a folder in the diffusers layout or a hub id.")
+        raise UserError(
+            f"{key}={path}: no such folder; give a folder in the diffusers layout or a hub id."
+        )
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return fetch(path)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         problem = str(error).splitlines()[0]
-        raise UserError(f"{key}={path}: neither a folder nor on the hub ({problem}); correct the path.") from None
+        raise UserError(
+            f"{key}={path}: neither a folder nor on the hub ({problem}); correct the path."
+        ) from None
 
 
 def fetch(repository: str) -> Path:
-    """The local copy of a hub repository, without what no family reads; .bin files only where they are the weights."""
+    """The local copy of a hub repository, without what no family reads; .bin files only where they
+    are the weights.
+    """
     from huggingface_hub import snapshot_download
 
     allowed = list(FETCHED)
-    folder = Path(snapshot_download(repository, allow_patterns=allowed, ignore_patterns=[*NOT_FETCHED, "*.bin"]))
-    parts = [config.parent for config in (*folder.glob("config.json"), *folder.glob("*/config.json"))]
+    folder = Path(
+        snapshot_download(
+            repository, allow_patterns=allowed, ignore_patterns=[*NOT_FETCHED, "*.bin"]
+        )
+    )
+    parts = [
+        config.parent for config in (*folder.glob("config.json"), *folder.glob("*/config.json"))
+    ]
     if all(any(part.glob("*.safetensors")) for part in parts):
         return folder
-    return Path(snapshot_download(repository, allow_patterns=allowed, ignore_patterns=list(NOT_FETCHED)))
+    return Path(
+        snapshot_download(repository, allow_patterns=allowed, ignore_patterns=list(NOT_FETCHED))
+    )
 
 
 def pipeline_folder(settings: Model, parts: Sequence[str]) -> Path:
     """The folder of model.path, whose `parts` (such as "vae", "tokenizer") are all there."""
     folder = locate(settings.path)
     config_of = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
-    for file in ("model_index.json", *(f"{part}/{config_of.get(part.split('_')[0], 'config.json')}" for part in parts)):
+    for file in (
+        "model_index.json",
+        *(f"{part}/{config_of.get(part.split('_')[0], 'config.json')}" for part in parts),
+    ):
         if not (folder / file).is_file():
             raise UserError(
-                f"model.path={settings.path}: {file} is missing; give a whole folder in the diffusers layout."
+                f"model.path={settings.path}: {file} is missing; give a whole folder in the "
+                "diffusers layout."
             )
     return folder
 
 
-def check_pipeline(settings: Model, wanted: Sequence[str], families: Mapping[str, Sequence[str]]) -> None:
-    """Raise UserError where the model_index.json of model.path names none of the `wanted` pipelines.
+def check_pipeline(
+    settings: Model, wanted: Sequence[str], families: Mapping[str, Sequence[str]]
+) -> None:
+    """Raise UserError where the model_index.json of model.path names none of the `wanted`
+    pipelines.
 
     families: each family's pipelines, its own first, to suggest the one that the folder is for
     """
@@ -83,7 +107,8 @@ def check_pipeline(settings: Model, wanted: Sequence[str], families: Mapping[str
     fitting = next((name for name, pipelines in families.items() if pipelines[0] == named), None)
     family = f"set model.family={fitting}, or correct" if fitting else "correct model.family or"
     raise UserError(
-        f"model.path={settings.path}: model_index.json names a {named}, not a {' or a '.join(wanted)}; "
+        f"model.path={settings.path}: model_index.json names a {named}, not a "
+        f"{' or a '.join(wanted)}; "
         f"{family} the path."
     )
 
@@ -95,7 +120,10 @@ def network_folder(settings: Model, part: str) -> Path:
     folder = locate(settings.network, "model.network")
     folder = folder if (folder / "config.json").is_file() else folder / part
     if not (folder / "config.json").is_file():
-        raise UserError(f"model.network={settings.network}: has no config.json, and no {part}/config.json either.")
+        raise UserError(
+            f"model.network={settings.network}: has no config.json, and no {part}/config.json "
+            "either."
+        )
     return folder
 
 
@@ -105,12 +133,22 @@ def scheduler_config(folder: Path) -> dict[str, Any]:
 
 
 def check_flow_scheduler(config: Mapping[str, Any]) -> None:
-    """Raise UserError for settings of a scheduler that is not FlowMatchEulerDiscreteScheduler, or of other times."""
+    """Raise UserError for settings of a scheduler that is not FlowMatchEulerDiscreteScheduler, or
+    of other times.
+    """
     where = "model.path: scheduler/scheduler_config.json"
     if config.get("_class_name") != FLOW_SCHEDULER:
-        raise UserError(f"{where} is a {config.get('_class_name')}, not a {FLOW_SCHEDULER}; correct model.family.")
-    if config.get("num_train_timesteps", TRAIN_TIMESTEPS) != TRAIN_TIMESTEPS or config.get("invert_sigmas"):
-        raise UserError(f"{where} must have num_train_timesteps={TRAIN_TIMESTEPS} and invert_sigmas=false; correct it.")
+        raise UserError(
+            f"{where} is a {config.get('_class_name')}, not a {FLOW_SCHEDULER}; correct "
+            "model.family."
+        )
+    if config.get("num_train_timesteps", TRAIN_TIMESTEPS) != TRAIN_TIMESTEPS or config.get(
+        "invert_sigmas"
+    ):
+        raise UserError(
+            f"{where} must have num_train_timesteps={TRAIN_TIMESTEPS} and invert_sigmas=false; "
+            "correct it."
+        )
 
 
 def constant_shift(folder: Path) -> float:
@@ -120,47 +158,73 @@ def constant_shift(folder: Path) -> float:
     """
     config, where = scheduler_config(folder), "model.path: scheduler/scheduler_config.json"
     check_flow_scheduler(config)
-    for key in ("use_dynamic_shifting", *(f"use_{kind}_sigmas" for kind in ("karras", "exponential", "beta"))):
+    for key in (
+        "use_dynamic_shifting",
+        *(f"use_{kind}_sigmas" for kind in ("karras", "exponential", "beta")),
+    ):
         if config.get(key):
-            raise UserError(f"{where} has {key}=true, which this family's times have not; set it to false there.")
+            raise UserError(
+                f"{where} has {key}=true, which this family's times have not; set it to false "
+                "there."
+            )
     if config.get("shift_terminal") is not None:
-        raise UserError(f"{where} has a shift_terminal, which this family's times have not; set it to null there.")
+        raise UserError(
+            f"{where} has a shift_terminal, which this family's times have not; set it to null "
+            "there."
+        )
     shift = config.get("shift")
     if isinstance(shift, bool) or not isinstance(shift, int | float) or not shift > 0:
-        raise UserError(f"{where} has shift={shift}, not a number above 0; correct it or download that file again.")
+        raise UserError(
+            f"{where} has shift={shift}, not a number above 0; correct it or download that file "
+            "again."
+        )
     return float(shift)
 
 
 def read(network: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A frozen network, of a diffusers or transformers class, from its folder, in `dtype`, on the CPU.
+    """A frozen network, of a diffusers or transformers class, from its folder, in `dtype`, on the
+    CPU.
 
-    Raises UserError for another class's folder, a missing shard, a tensor that is missing or of another shape, or
-    damaged weights.
+    Raises UserError for another class's folder, a missing shard, a tensor that is missing or of
+    another shape, or damaged weights.
     """
     check_class(network, folder)
     check_shards(folder)
     # transformers' own error for another shape names no tensor: what it leaves out is named below
     options = {"ignore_mismatched_sizes": True} if hasattr(network, "config_class") else {}
     try:
-        model, found = network.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True, **options)
+        model, found = network.from_pretrained(
+            folder, torch_dtype=dtype, output_loading_info=True, **options
+        )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        problem = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        problem = next(
+            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         problem = problem.split(". ")[0]  # what follows is advice to programmers
-        raise UserError(f"model.path: {folder} cannot be read ({problem}); download that folder again.") from None
-    # transformers draws what is missing at random, on each rank anew, and says so in a warning alone
+        raise UserError(
+            f"model.path: {folder} cannot be read ({problem}); download that folder again."
+        ) from None
+    # transformers draws what is missing at random, on each rank anew, and says so in a warning
+    # alone
     others = [key for key, *_ in found["mismatched_keys"]]
     for keys, problem in ((found["missing_keys"], "lacks {}"), (others, "has another shape of {}")):
         if keys:
-            named = f"{problem.format(min(keys))} (and {len(keys) - 1} more) of a {network.__name__}"
-            raise UserError(f"model.path: {folder} {named}; correct model_index.json or download that folder again.")
+            named = (
+                f"{problem.format(min(keys))} (and {len(keys) - 1} more) of a {network.__name__}"
+            )
+            raise UserError(
+                f"model.path: {folder} {named}; correct model_index.json or download that folder "
+                "again."
+            )
     return model
 
 
 def check_text_class(kind: Any, folder: Path) -> None:
-    """Raise UserError where the weights of the folder are of another architecture than the transformers class `kind`.
+    """Raise UserError where the weights of the folder are of another architecture than the
+    transformers class `kind`.
 
-    The encoder of a whole model is no other one: T5EncoderModel reads T5ForConditionalGeneration, CLIPTextModel reads
-    CLIPModel.
+    The encoder of a whole model is no other one: T5EncoderModel reads T5ForConditionalGeneration,
+    CLIPTextModel reads CLIPModel.
     """
     from transformers import CONFIG_MAPPING
 
@@ -171,33 +235,47 @@ def check_text_class(kind: Any, folder: Path) -> None:
     parts = CONFIG_MAPPING[told].sub_configs.values() if told in CONFIG_MAPPING else ()
     if wanted is None or wanted not in parts:
         raise UserError(
-            f"model.path: {folder} holds a {(config.get('architectures') or [told])[0]}, and model_index.json names a "
+            f"model.path: {folder} holds a {(config.get('architectures') or [told])[0]}, and "
+            "model_index.json names a "
             f"{kind.__name__} for it; correct model_index.json or download that folder again."
         )
 
 
-def text_model(folder: Path, tokenizer: str, encoder: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
-    """A tokenizer and its encoder on `device`, of the classes that model_index.json names for these two parts."""
+def text_model(
+    folder: Path, tokenizer: str, encoder: str, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, Any]:
+    """A tokenizer and its encoder on `device`, of the classes that model_index.json names for these
+    two parts.
+    """
     import transformers
 
     index = read_json(folder / "model_index.json")
     classes = []
     for part in (tokenizer, encoder):
         entry = index.get(part)
-        found = getattr(transformers, str(entry[1]), None) if isinstance(entry, list) and len(entry) == 2 else None
+        found = (
+            getattr(transformers, str(entry[1]), None)
+            if isinstance(entry, list) and len(entry) == 2
+            else None
+        )
         if found is None:
             raise UserError(
-                f"model.path: {folder}/model_index.json names no transformers class for '{part}' ({entry}); correct it "
+                f"model.path: {folder}/model_index.json names no transformers class for '{part}' "
+                f"({entry}); correct it "
                 "or download that folder again."
             )
         classes.append(found)
     check_text_class(classes[1], folder / encoder)
     model = read(classes[1], folder / encoder, dtype)
     try:
-        return classes[0].from_pretrained(folder / tokenizer), model.requires_grad_(False).to(device).eval()
+        return classes[0].from_pretrained(folder / tokenizer), model.requires_grad_(False).to(
+            device
+        ).eval()
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = str(error).splitlines()[0]
-        raise UserError(f"model.path: {folder / tokenizer} cannot be read ({problem}); download it again.") from None
+        raise UserError(
+            f"model.path: {folder / tokenizer} cannot be read ({problem}); download it again."
+        ) from None
 
 
 @contextmanager
@@ -221,13 +299,15 @@ def latent_size(video: Video, space: int, time: int, patch: int) -> tuple[int, i
         if size % unit:
             nearest = [str(count * unit) for count in (size // unit, size // unit + 1) if count]
             raise UserError(
-                f"video.{name}={size}: not a multiple of {unit} (VAE factor {space} x patch {patch}); "
+                f"video.{name}={size}: not a multiple of {unit} (VAE factor {space} x patch "
+                f"{patch}); "
                 f"use {' or '.join(nearest)}."
             )
     if (video.frames - 1) % time:
         below = (video.frames - 1) // time * time + 1
         raise UserError(
-            f"video.frames={video.frames}: must be a multiple of {time}, plus 1; use {below} or {below + time}."
+            f"video.frames={video.frames}: must be a multiple of {time}, plus 1; use {below} or "
+            f"{below + time}."
         )
     return (video.frames - 1) // time + 1, video.height // space, video.width // space
 

@@ -1,9 +1,12 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) for any family's network, by peft; and what becomes of them.
+"""Low-rank adapters for any family's network, by peft; and what becomes of them.
 
-A linear layer W gets alpha / rank * B A beside it. W is frozen; A and B alone are in the optimizer, in the moving
-average and in checkpoints, under the names `LAYER.lora_A.default.weight` [rank, in] and `LAYER.lora_B.default.weight`
-[out, rank], LAYER being the name of the layer in the network without adapters. Such a mapping is a `state` below: the
-"model" or the "ema" part of a checkpoint. Only `add_adapters` needs peft.
+Hu et al. 2021, arXiv 2106.09685.
+
+A linear layer W gets alpha / rank * B A beside it. W is frozen; A and B alone are in the optimizer,
+in the moving average and in checkpoints, under the names `LAYER.lora_A.default.weight` [rank, in]
+and `LAYER.lora_B.default.weight` [out, rank], LAYER being the name of the layer in the network
+without adapters. Such a mapping is a `state` below: the "model" or the "ema" part of a checkpoint.
+Only `add_adapters` needs peft.
 """
 
 import re
@@ -28,21 +31,32 @@ ADAPTER = "default"
 DOWN, UP = f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight"
 
 
-def add_adapters(network: nn.Module, settings: Lora, frozen_dtype: torch.dtype = torch.float32) -> None:
-    """Freeze a diffusers network and put float32 adapters beside its linear layers, in place; before it is sharded.
+def add_adapters(
+    network: nn.Module, settings: Lora, frozen_dtype: torch.dtype = torch.float32
+) -> None:
+    """Freeze a diffusers network and put float32 adapters beside its linear layers, in place;
+    before it is sharded.
 
-    They start as `initial` says; those of a network without weights get their values with these, from `streaming`.
+    They start as `initial` says; those of a network without weights get their values with these,
+    from `streaming`.
 
-    frozen_dtype: what to keep the frozen weights in; the compute precision loses nothing, as they are cast to it anyway
+    frozen_dtype: what to keep the frozen weights in; the compute precision loses nothing, as they
+    are cast to it anyway
     Raises UserError where peft is missing or a target of the recipe is no linear layer.
     """
     try:
         from peft import LoraConfig
     except ImportError:
-        raise UserError(f"lora.rank={settings.rank}: needs peft; pip install 'fastgrpo[lora]'.") from None
+        raise UserError(
+            f"lora.rank={settings.rank}: needs peft; pip install 'fastgrpo[lora]'."
+        ) from None
     layers = target_layers(network, settings)
-    config = LoraConfig(r=settings.rank, lora_alpha=_alpha(settings), target_modules=layers, init_lora_weights=False)
-    for parameter in network.parameters():  # not network.to(), which would round buffers such as rotary tables too
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=_alpha(settings), target_modules=layers, init_lora_weights=False
+    )
+    for parameter in (
+        network.parameters()
+    ):  # not network.to(), which would round buffers such as rotary tables too
         parameter.data = parameter.data.to(frozen_dtype)
     network.add_adapter(config, ADAPTER)  # type: ignore[operator]
     for name, parameter in network.named_parameters():
@@ -65,8 +79,9 @@ def unadapted(name: str) -> str:
 def initial(name: str, shape: Sequence[int]) -> Tensor:
     """What an adapter's parameter starts with, the whole of it, float32 on the CPU.
 
-    B starts at 0, so the network's output does not change; A is uniform within +- 1 / sqrt(in), as peft has it, but a
-    function of the layer's name alone: every rank and every attempt of a run starts from the same adapters.
+    B starts at 0, so the network's output does not change; A is uniform within +- 1 / sqrt(in), as
+    peft has it, but a function of the layer's name alone: every rank and every attempt of a run
+    starts from the same adapters.
     """
     if name.endswith(UP):
         return torch.zeros(*shape)
@@ -75,7 +90,10 @@ def initial(name: str, shape: Sequence[int]) -> Tensor:
 
 
 def target_layers(network: nn.Module, settings: Lora) -> list[str]:
-    """Names of the linear layers that get an adapter. Raises UserError for a target that names none."""
+    """Names of the linear layers that get an adapter.
+
+    Raises UserError for a target that names none.
+    """
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     layers: dict[str, None] = {}
     for target in settings.targets or ATTENTION:
@@ -105,8 +123,13 @@ def _alpha(settings: Lora) -> float:
 
 @contextmanager
 def at_rest(network: nn.Module) -> Iterator[None]:
-    """The adapters' outputs scaled to exactly 0 inside. (peft's own switch also changes what requires gradients.)"""
-    layers: list[Any] = [module for module in network.modules() if ADAPTER in getattr(module, "scaling", {})]
+    """The adapters' outputs scaled to exactly 0 inside.
+
+    (peft's own switch also changes what requires gradients.)
+    """
+    layers: list[Any] = [
+        module for module in network.modules() if ADAPTER in getattr(module, "scaling", {})
+    ]
     for layer in layers:
         layer.set_scale(ADAPTER, 0.0)
     try:
@@ -117,35 +140,51 @@ def at_rest(network: nn.Module) -> Iterator[None]:
 
 
 def save_adapters(
-    state: Mapping[str, Tensor], file: Path, part: str, settings: Lora, dtype: torch.dtype = torch.float32
+    state: Mapping[str, Tensor],
+    file: Path,
+    part: str,
+    settings: Lora,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a .safetensors file that the family's diffusers pipeline loads by `load_lora_weights(file)`.
+    """Write a .safetensors file that the family's diffusers pipeline loads by
+    `load_lora_weights(file)`.
 
-    The names are PART.LAYER.lora_A.weight and PART.LAYER.lora_B.weight. The scale alpha / rank is multiplied into B,
-    so that every program that knows this layout, with or without a notion of alpha, applies the adapters as trained.
+    The names are PART.LAYER.lora_A.weight and PART.LAYER.lora_B.weight. The scale alpha / rank is
+    multiplied into B, so that every program that knows this layout, with or without a notion of
+    alpha, applies the adapters as trained.
 
-    state: plain tensors on any device, see above;  part: the family's NETWORK, "transformer" or "unet"
+    state: plain tensors on any device, see above;  part: the family's NETWORK, "transformer" or
+    "unet"
     """
     adapters = {}
     for name, value in state.items():
         if name.endswith(DOWN):
-            adapters[f"{part}.{name.removesuffix(DOWN)}.lora_A.weight"] = value.float().to("cpu", dtype).contiguous()
+            adapters[f"{part}.{name.removesuffix(DOWN)}.lora_A.weight"] = (
+                value.float().to("cpu", dtype).contiguous()
+            )
         elif name.endswith(UP):
             scaled = value.float() * (_alpha(settings) / settings.rank)
-            adapters[f"{part}.{name.removesuffix(UP)}.lora_B.weight"] = scaled.to("cpu", dtype).contiguous()
+            adapters[f"{part}.{name.removesuffix(UP)}.lora_B.weight"] = scaled.to(
+                "cpu", dtype
+            ).contiguous()
     if not adapters:
-        raise UserError(f"{file}: the checkpoint has no adapters (lora.rank was 0); export the whole network.")
+        raise UserError(
+            f"{file}: the checkpoint has no adapters (lora.rank was 0); export the whole network."
+        )
     with replacing(file) as partial:
         save_file(adapters, partial, metadata={"format": "pt"})
 
 
 def merged(name: str, base: Tensor, state: Mapping[str, Tensor], settings: Lora) -> Tensor:
-    """A parameter of the network without adapters, with its layer's adapter folded in: W + alpha / rank * B A.
+    """A parameter of the network without adapters, with its layer's adapter folded in: W + alpha /
+    rank * B A.
 
-    Computed in float32 and returned in the dtype of `base`: give base.float() to lose nothing to rounding. A parameter
-    without an adapter is returned as it is. Needs this one tensor in memory, not the network.
+    Computed in float32 and returned in the dtype of `base`: give base.float() to lose nothing to
+    rounding. A parameter without an adapter is returned as it is. Needs this one tensor in memory,
+    not the network.
 
-    name: in the network without adapters, e.g. "mid_block.attentions.0.proj_in.weight";  state: see above
+    name: in the network without adapters, e.g. "mid_block.attentions.0.proj_in.weight";  state: see
+    above
     """
     down = state.get(name.removesuffix(".weight") + DOWN)
     if down is None:

@@ -1,7 +1,7 @@
 """A recipe's policy and its text encoders, whatever its family.
 
-The one file of this folder that asks the registry. The class that model_index.json names is compared
-here with the family's PIPELINES, so that the families' files need not know of each other.
+The one file of this folder that asks the registry. The class that model_index.json names is
+compared here with the family's PIPELINES, so that the families' files need not know of each other.
 """
 
 from collections.abc import Iterator
@@ -63,22 +63,29 @@ def configure(policy: Policy, settings: Model) -> None:
     network: Any = policy.network
     policy.share_sequence = share_sequence(settings.family)
     if settings.gradient_checkpointing:
-        left_out = {id(b) for n, b in enumerate(policy.blocks) if n % int(settings.gradient_checkpointing)}
+        left_out = {
+            id(b) for n, b in enumerate(policy.blocks) if n % int(settings.gradient_checkpointing)
+        }
 
         def run(module: nn.Module, *inputs: object) -> object:
             if id(module) in left_out:
                 return module(*inputs)
-            return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)  # no block draws
+            return checkpoint(
+                module, *inputs, use_reentrant=False, preserve_rng_state=False
+            )  # no block draws
 
         network.enable_gradient_checkpointing(run)
     if settings.attention is not None:
         try:
             network.set_attention_backend(settings.attention)
-            if not any(getattr(p, "_attention_backend", None) for p in network.attn_processors.values()):
+            if not any(
+                getattr(p, "_attention_backend", None) for p in network.attn_processors.values()
+            ):
                 raise ValueError(f"a {type(network).__name__} has no choice of kernels")
         except (ValueError, RuntimeError, ImportError) as error:
             raise UserError(
-                f"model.attention={settings.attention}: {str(error).splitlines()[0]}; leave it out for torch's own."
+                f"model.attention={settings.attention}: {str(error).splitlines()[0]}; leave it out "
+                "for torch's own."
             ) from None
 
 
@@ -90,7 +97,8 @@ def share_sequence(family: str) -> ShareSequence:
 
     def refuse(network: nn.Module, layout: Layout) -> None:
         raise UserError(
-            f"distributed.sp={layout.sp.size}: a {type(network).__name__} has no sequence parallelism; use 1. Those "
+            f"distributed.sp={layout.sp.size}: a {type(network).__name__} has no sequence "
+            "parallelism; use 1. Those "
             f"with it: {', '.join(models.with_function('share_sequence'))}."
         )
 

@@ -1,9 +1,11 @@
-"""Networks whose weights come last: built without memory, sharded, then read from their files, each rank its own rows.
+"""Networks whose weights come last: built without memory, sharded, then read from their files, each
+rank its own rows.
 
-`outline` gives a network of a diffusers class with parameters on the meta device, which have a shape and no memory.
-Adapters, hooks and FSDP2 are put on that. `fill` then gives each parameter memory, of this rank's shard alone, and
-reads into it the rows of the files that belong there. So no rank ever holds the whole network: at its peak a rank has
-its shard, and of the one file that it reads the mapped pages, which the system takes back where memory is short.
+`outline` gives a network of a diffusers class with parameters on the meta device, which have a
+shape and no memory. Adapters, hooks and FSDP2 are put on that. `fill` then gives each parameter
+memory, of this rank's shard alone, and reads into it the rows of the files that belong there. So no
+rank ever holds the whole network: at its peak a rank has its shard, and of the one file that it
+reads the mapped pages, which the system takes back where memory is short.
 """
 
 import re
@@ -37,23 +39,37 @@ Show = Callable[[Bytes], None]
 
 
 def outline(kind: Any, folder: Path, device: torch.device) -> Any:
-    """A network of the diffusers class `kind` as its folder has it, without weights: its parameters are on "meta".
+    """A network of the diffusers class `kind` as its folder has it, without weights: its parameters
+    are on "meta".
 
-    Its buffers, such as rotary tables, are real, on `device`. What lies in the files is compared with it.
-    Raises UserError for another class's folder, a damaged config or file, a missing part, and a tensor that is
-    missing, unknown, of another shape or quantised.
+    Its buffers, such as rotary tables, are real, on `device`. What lies in the files is compared
+    with it.
+    Raises UserError for another class's folder, a damaged config or file, a missing part, and a
+    tensor that is missing, unknown, of another shape or quantised.
     """
     weight_files.check_class(kind, folder)
     config = weight_files.read_json(folder / "config.json")
     try:
         with _parameters_without_memory():
             network = kind.from_config(config)
-    except (ValueError, KeyError, TypeError, RuntimeError, ZeroDivisionError, AttributeError) as error:
-        problem = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        ZeroDivisionError,
+        AttributeError,
+    ) as error:
+        problem = next(
+            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         raise UserError(
-            f"model.path: {folder}/config.json makes no {kind.__name__} ({problem}); download that folder again."
+            f"model.path: {folder}/config.json makes no {kind.__name__} ({problem}); download that "
+            "folder again."
         ) from None
-    network.register_to_config(_name_or_path=str(folder))  # as diffusers does; `fill` reads from there
+    network.register_to_config(
+        _name_or_path=str(folder)
+    )  # as diffusers does; `fill` reads from there
     network._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
     _places(network)
     return network
@@ -63,8 +79,14 @@ def outline(kind: Any, folder: Path, device: torch.device) -> Any:
 def _parameters_without_memory() -> Iterator[None]:
     """Every parameter that a module gets inside is put on the meta device; buffers are not."""
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        return None if parameter is None else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+    def on_meta(
+        module: nn.Module, name: str, parameter: nn.Parameter | None
+    ) -> nn.Parameter | None:
+        return (
+            None
+            if parameter is None
+            else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        )
 
     hook = register_module_parameter_registration_hook(on_meta)  # type: ignore[arg-type]  # may return one, see its docs
     try:
@@ -75,13 +97,16 @@ def _parameters_without_memory() -> Iterator[None]:
 
 @torch.no_grad()
 def fill(network: Any, device: torch.device, show: Show = lambda _: None) -> Bytes:
-    """Give an outlined network's parameters memory on `device`, and their values; sharded or not, adapters too.
+    """Give an outlined network's parameters memory on `device`, and their values; sharded or not,
+    adapters too.
 
     show: is told after each tensor how far it is;  returns what was read. Talks to no other rank.
     Raises UserError for what `outline` does: the files may have changed since.
     """
     places = _places(network)
-    network._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    network._apply(
+        lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
+    )
     parts: dict[Path, list[tuple[Place, Tensor, slice | EllipsisType]]] = {}
     for name, tensor in network.state_dict().items():
         local, rows = _own_rows(tensor)
@@ -90,10 +115,18 @@ def fill(network: Any, device: torch.device, show: Show = lambda _: None) -> Byt
         else:
             place = places[lora.unadapted(name)]
             parts.setdefault(place.file, []).append((place, local, rows))
-    own = sum(local.numel() * place.dtype.itemsize for part in parts.values() for place, local, _ in part)
-    whole = sum(place.shape.numel() * place.dtype.itemsize for part in parts.values() for place, _, _ in part)
+    own = sum(
+        local.numel() * place.dtype.itemsize for part in parts.values() for place, local, _ in part
+    )
+    whole = sum(
+        place.shape.numel() * place.dtype.itemsize
+        for part in parts.values()
+        for place, _, _ in part
+    )
     done = 0
-    for file in sorted(parts):  # mapped one after the other: what was read of one leaves the memory with it
+    for file in sorted(
+        parts
+    ):  # mapped one after the other: what was read of one leaves the memory with it
         values = weight_files.mapped(file)
         for place, local, rows in parts[file]:
             value = values[place.key][rows]
@@ -105,7 +138,9 @@ def fill(network: Any, device: torch.device, show: Show = lambda _: None) -> Byt
 
 
 def _own_rows(tensor: Tensor) -> tuple[Tensor, slice | EllipsisType]:
-    """This rank's part of a tensor, and which rows of the whole it is: FSDP2 deals them out as torch.chunk does."""
+    """This rank's part of a tensor, and which rows of the whole it is: FSDP2 deals them out as
+    torch.chunk does.
+    """
     if not isinstance(tensor, DTensor):
         return tensor, ...
     local, first, mesh = tensor.to_local(), 0, tensor.device_mesh
@@ -119,37 +154,69 @@ def _own_rows(tensor: Tensor) -> tuple[Tensor, slice | EllipsisType]:
 
 
 def _places(network: Any) -> dict[str, Place]:
-    """Where each tensor of the network without adapters lies. Raises UserError where the files do not fit it."""
+    """Where each tensor of the network without adapters lies.
+
+    Raises UserError where the files do not fit it.
+    """
     folder = Path(network.config._name_or_path)
     found = weight_files.tensors(folder)
-    network._fix_state_dict_keys_on_load(found)  # diffusers' own renaming of what its older versions wrote
-    wanted = {lora.unadapted(name): t for name, t in network.state_dict().items() if not lora.is_adapter(name)}
+    network._fix_state_dict_keys_on_load(
+        found
+    )  # diffusers' own renaming of what its older versions wrote
+    wanted = {
+        lora.unadapted(name): t
+        for name, t in network.state_dict().items()
+        if not lora.is_adapter(name)
+    }
     kind = type(network).__name__.removeprefix("FSDP")
-    where, remedy = f"model.path: {folder}", "correct model_index.json or download that folder again"
+    where, remedy = (
+        f"model.path: {folder}",
+        "correct model_index.json or download that folder again",
+    )
     ignored = network._keys_to_ignore_on_load_unexpected or ()
     if missing := sorted(set(wanted) - set(found)):
-        raise UserError(f"{where} lacks {missing[0]} (and {len(missing) - 1} more) of a {kind}; {remedy}.")
-    unknown = (name for name in set(found) - set(wanted) if not any(re.search(pattern, name) for pattern in ignored))
+        raise UserError(
+            f"{where} lacks {missing[0]} (and {len(missing) - 1} more) of a {kind}; {remedy}."
+        )
+    unknown = (
+        name
+        for name in set(found) - set(wanted)
+        if not any(re.search(pattern, name) for pattern in ignored)
+    )
     if more := sorted(unknown):
         raise UserError(
-            f"{where} has {more[0]} (and {len(more) - 1} more), in {found[more[0]].file.name}, which a {kind} of its "
+            f"{where} has {more[0]} (and {len(more) - 1} more), in {found[more[0]].file.name}, "
+            f"which a {kind} of its "
             f"config.json has not; {remedy}."
         )
-    if others := sorted(name for name, tensor in wanted.items() if found[name].shape != tensor.shape):
+    if others := sorted(
+        name for name, tensor in wanted.items() if found[name].shape != tensor.shape
+    ):
         place, shape = found[others[0]], list(wanted[others[0]].shape)
         raise UserError(
-            f"{where} has another shape of {others[0]} (and {len(others) - 1} more) of a {kind}, {list(place.shape)} "
+            f"{where} has another shape of {others[0]} (and {len(others) - 1} more) of a {kind}, "
+            f"{list(place.shape)} "
             f"in {place.file.name} instead of {shape}; {remedy}."
         )
-    if coarse := sorted(name for name, tensor in wanted.items() if not _readable(found[name].dtype, tensor.dtype)):
+    if coarse := sorted(
+        name for name, tensor in wanted.items() if not _readable(found[name].dtype, tensor.dtype)
+    ):
         place = found[coarse[0]]
         raise UserError(
-            f"{where} has {coarse[0]} (and {len(coarse) - 1} more) in {str(place.dtype).removeprefix('torch.')}, in "
-            f"{place.file.name}; quantised weights are not trained: use the model's float32, bfloat16 or float16 ones."
+            f"{where} has {coarse[0]} (and {len(coarse) - 1} more) in "
+            f"{str(place.dtype).removeprefix('torch.')}, in "
+            f"{place.file.name}; quantised weights are not trained: use the model's float32, "
+            "bfloat16 or float16 ones."
         )
     return found
 
 
 def _readable(stored: torch.dtype, wanted: torch.dtype) -> bool:
-    """Whether a stored tensor's numbers are those of the model: not quantised ones, which want scales."""
-    return (stored.is_floating_point and stored.itemsize > 1) if wanted.is_floating_point else stored == wanted
+    """Whether a stored tensor's numbers are those of the model: not quantised ones, which want
+    scales.
+    """
+    return (
+        (stored.is_floating_point and stored.itemsize > 1)
+        if wanted.is_floating_point
+        else stored == wanted
+    )

@@ -1,7 +1,9 @@
-"""The folder of one network in the diffusers layout: its configuration, and which of its files holds which tensor.
+"""The folder of one network in the diffusers layout: its configuration, and which of its files
+holds which tensor.
 
-The weights are one .safetensors file, several with an index, or one .bin file where there is no other. They are mapped
-into memory and not read: what is taken of a tensor comes from the disk, and nothing else does.
+The weights are one .safetensors file, several with an index, or one .bin file where there is no
+other. They are mapped into memory and not read: what is taken of a tensor comes from the disk, and
+nothing else does.
 """
 
 import pickle
@@ -42,7 +44,8 @@ def check_class(kind: Any, folder: Path) -> None:
     named = read_json(folder / "config.json").get("_class_name", kind.__name__)
     if named != kind.__name__:
         raise UserError(
-            f"model.path: {folder} holds a {named}, not a {kind.__name__}; correct model.family or the path."
+            f"model.path: {folder} holds a {named}, not a {kind.__name__}; correct model.family or "
+            "the path."
         )
 
 
@@ -53,7 +56,8 @@ def check_shards(folder: Path) -> None:
             for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
                 if not (folder / shard).is_file():
                     raise UserError(
-                        f"model.path: {folder / shard} is missing, a part of the weights; download it again."
+                        f"model.path: {folder / shard} is missing, a part of the weights; download "
+                        "it again."
                     )
 
 
@@ -72,26 +76,46 @@ def tensors(folder: Path) -> dict[str, Place]:
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        return [folder / part for part in sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))]
+        return [
+            folder / part
+            for part in sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+        ]
     for file in (folder / f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.bin"):
         if file.is_file():
             return [file]
-    raise UserError(f"model.path: {folder} has no {WEIGHTS}.safetensors; download that folder again.")
+    raise UserError(
+        f"model.path: {folder} has no {WEIGHTS}.safetensors; download that folder again."
+    )
 
 
 def mapped(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file of weights, on the CPU, mapped into memory; they go when the last of them does.
+    """The tensors of a file of weights, on the CPU, mapped into memory; they go when the last of
+    them does.
 
-    Raises UserError for a damaged file, and for a .bin in torch's format of before 2020, which cannot be mapped.
+    Raises UserError for a damaged file, and for a .bin in torch's format of before 2020, which
+    cannot be mapped.
     """
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        if not isinstance(content, dict) or not all(
+            isinstance(value, Tensor) for value in content.values()
+        ):
             raise ValueError("not a mapping of tensors")
         return content
-    except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError, SafetensorError) as error:
-        problem = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        SafetensorError,
+    ) as error:
+        problem = next(
+            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         problem = problem.split(". ")[0]  # what follows is advice to programmers
-        raise UserError(f"model.path: {file} cannot be read ({problem}); download that folder again.") from None
+        raise UserError(
+            f"model.path: {file} cannot be read ({problem}); download that folder again."
+        ) from None

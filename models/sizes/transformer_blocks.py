@@ -37,7 +37,10 @@ class Kept:
 
     def with_more(self, video: float) -> "Kept":
         """With so many bytes more per video token, saved and in the backward."""
-        saved, working = (self.saved[0] + video, self.saved[1]), (self.working[0] + video, self.working[1])
+        saved, working = (
+            (self.saved[0] + video, self.saved[1]),
+            (self.working[0] + video, self.working[1]),
+        )
         return replace(self, saved=saved, working=working)
 
 
@@ -55,7 +58,11 @@ class TokenBlock(Block):
         return self._bytes(batch, self.kept[batch.element].forward)
 
     def stored(self, batch: Batch) -> float:
-        return self.inputs(batch) if batch.recomputed else self._bytes(batch, self.kept[batch.element].saved)
+        return (
+            self.inputs(batch)
+            if batch.recomputed
+            else self._bytes(batch, self.kept[batch.element].saved)
+        )
 
     def working(self, batch: Batch) -> float:
         inputs = self.inputs(batch) if batch.recomputed else 0.0
@@ -106,15 +113,27 @@ def single_block(name: str, heads: int, head: int, hidden: int, kept: KeptBy) ->
     return unit
 
 
-def joint_blocks(config: Mapping[str, Any], hidden: int, dual: KeptBy, single: KeptBy) -> tuple[Block, ...]:
+def joint_blocks(
+    config: Mapping[str, Any], hidden: int, dual: KeptBy, single: KeptBy
+) -> tuple[Block, ...]:
     """The dual-stream blocks of a config, then the single-stream ones.
 
     hidden: channels inside the feed-forward;  dual, single: bytes that the blocks keep
     """
-    sizes = {"heads": config["num_attention_heads"], "head": config["attention_head_dim"], "hidden": hidden}
-    first = [dual_block(f"transformer_blocks.{n}", **sizes, kept=dual) for n in range(config["num_layers"])]
+    sizes = {
+        "heads": config["num_attention_heads"],
+        "head": config["attention_head_dim"],
+        "hidden": hidden,
+    }
+    first = [
+        dual_block(f"transformer_blocks.{n}", **sizes, kept=dual)
+        for n in range(config["num_layers"])
+    ]
     singles = range(config["num_single_layers"])
-    return (*first, *(single_block(f"single_transformer_blocks.{n}", **sizes, kept=single) for n in singles))
+    return (
+        *first,
+        *(single_block(f"single_transformer_blocks.{n}", **sizes, kept=single) for n in singles),
+    )
 
 
 def token_refiner(rest: Unit, name: str, config: Mapping[str, Any], width: int) -> None:

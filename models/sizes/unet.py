@@ -9,7 +9,8 @@ from fastgrpo.models.sizes.units import SAMPLE, TEXT, VIDEO, Attention, Batch, B
 OF_RESNET, OF_OUTPUT, OF_TRANSFORMER = 8.7, 3.3, 62.2
 """Bytes kept per place and channel of a resnet's input, its output, and a transformer; bfloat16.
 
-Measured, level by level, by `python -m benchmarks.plan.check --calibrate`; so are the numbers below.
+Measured, level by level, by `python -m benchmarks.plan.check --calibrate`; so are the numbers
+below.
 """
 AGAIN = 0.74  # share of a UNet's forward that diffusers recomputes: resnets and inner transformers
 WORKING = 1.16  # a level at work, over what it keeps
@@ -59,7 +60,9 @@ def unet(config: Mapping[str, Any]) -> Network:
     builder.resnet(middle, "resnets.0", last, last)
     builder.transformer(middle, "attentions.0", last)
     builder.resnet(middle, "resnets.1", last, last)
-    return Network(blocks=(*levels, middle, *_up(config, builder, skips)), rest=rest, width=first, heads=1)
+    return Network(
+        blocks=(*levels, middle, *_up(config, builder, skips)), rest=rest, width=first, heads=1
+    )
 
 
 def _down(config: Mapping[str, Any], builder: "Levels") -> tuple[list[Level], list[int]]:
@@ -133,10 +136,17 @@ class Levels:
         block = f"{name}.transformer_blocks.0"
         for number in (1, 2, 3):
             level.norm(f"{block}.norm{number}", width, bias=True)
-        for attention, keys, inputs, keys_area in (("attn1", VIDEO, width, area), ("attn2", TEXT, self.text, 1.0)):
+        for attention, keys, inputs, keys_area in (
+            ("attn1", VIDEO, width, area),
+            ("attn2", TEXT, self.text, 1.0),
+        ):
             level.linear(f"{block}.{attention}.to_q", width, width, VIDEO, bias=False, area=area)
-            level.linear(f"{block}.{attention}.to_k", inputs, width, keys, bias=False, area=keys_area)
-            level.linear(f"{block}.{attention}.to_v", inputs, width, keys, bias=False, area=keys_area)
+            level.linear(
+                f"{block}.{attention}.to_k", inputs, width, keys, bias=False, area=keys_area
+            )
+            level.linear(
+                f"{block}.{attention}.to_v", inputs, width, keys, bias=False, area=keys_area
+            )
             level.linear(f"{block}.{attention}.to_out.0", width, width, VIDEO, area=area)
             level.attentions.append(Attention(width=width, queries=VIDEO, keys=keys, area=area))
         level.saved += OF_TRANSFORMER * width * area

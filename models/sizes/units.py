@@ -13,7 +13,9 @@ from fractions import Fraction
 
 Shape = tuple[int, ...]
 VIDEO, TEXT, BOTH, SAMPLE = "video", "text", "both", "sample"
-"""What a matrix is applied to: image or video tokens, text tokens, both as one sequence, or one vector per sample."""
+"""What a matrix is applied to: image or video tokens, text tokens, both as one sequence, or one
+vector per sample.
+"""
 ATTENDING = ("to_q", "to_k", "to_v", "to_out.0")
 ATTENDING_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 ADAPTED = (*ATTENDING, *ATTENDING_TEXT)
@@ -28,7 +30,9 @@ class Product:
     inputs: int  # of a convolution: times its kernel
     outputs: int
     where: str
-    area: float = 1.0  # positions per token of `where`; a UNet's levels have 1, 1/4, 1/16 ... of the latent's
+    area: float = (
+        1.0  # positions per token of `where`; a UNet's levels have 1, 1/4, 1/16 ... of the latent's
+    )
     linear: bool = True  # nn.Linear, which may get an adapter
 
     @property
@@ -44,29 +48,40 @@ class Attention:
     width: int  # heads x dimensions of each
     queries: str
     keys: str
-    area: float = 1.0  # of the queries, as in Product; and of the keys where they are of the same kind
-    shared: bool = True  # with sequence parallelism, each rank computes its share of the heads or of the queries
+    area: float = (
+        1.0  # of the queries, as in Product; and of the keys where they are of the same kind
+    )
+    # with sequence parallelism, each rank computes its share of the heads or of the queries
+    shared: bool = True
 
 
 @dataclass
 class Unit:
-    """Parameters that are gathered, reduced and recomputed together: a block, or what lies outside all blocks."""
+    """Parameters that are gathered, reduced and recomputed together: a block, or what lies outside
+    all blocks.
+    """
 
     name: str
     weights: dict[str, Shape] = field(default_factory=dict)
     products: list[Product] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
-    _padded: dict[int, int] = field(default_factory=dict, repr=False)  # counted once: a search asks a thousand times
+    _padded: dict[int, int] = field(
+        default_factory=dict, repr=False
+    )  # counted once: a search asks a thousand times
 
     @property
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.weights.values())
 
     def padded(self, shards: int) -> int:
-        """Elements when each parameter's first dimension is padded to divide over the shards, as FSDP2 does."""
+        """Elements when each parameter's first dimension is padded to divide over the shards, as
+        FSDP2 does.
+        """
         if shards not in self._padded:
             shapes = self.weights.values()
-            self._padded[shards] = sum(shards * math.ceil(s[0] / shards) * math.prod(s[1:]) for s in shapes)
+            self._padded[shards] = sum(
+                shards * math.ceil(s[0] / shards) * math.prod(s[1:]) for s in shapes
+            )
         return self._padded[shards]
 
     def repeated(self, every: int, number: int) -> float:
@@ -76,17 +91,30 @@ class Unit:
         """
         return 1.0 if every and number % every == 0 else 0.0
 
-    def linear(self, name: str, inputs: int, outputs: int, where: str, bias: bool = True, area: float = 1.0) -> None:
+    def linear(
+        self, name: str, inputs: int, outputs: int, where: str, bias: bool = True, area: float = 1.0
+    ) -> None:
         """Add an nn.Linear.  where, area: as in Product"""
         self._weight(name, (outputs, inputs), bias)
-        self.products.append(Product(name=self._full(name), inputs=inputs, outputs=outputs, where=where, area=area))
+        self.products.append(
+            Product(name=self._full(name), inputs=inputs, outputs=outputs, where=where, area=area)
+        )
 
-    def conv(self, name: str, inputs: int, outputs: int, kernel: Sequence[int], area: float = 1.0) -> None:
+    def conv(
+        self, name: str, inputs: int, outputs: int, kernel: Sequence[int], area: float = 1.0
+    ) -> None:
         """Add a convolution over the latent's places, with its bias."""
         self._weight(name, (outputs, inputs, *kernel), True)
         inputs *= math.prod(kernel)
         self.products.append(
-            Product(name=self._full(name), inputs=inputs, outputs=outputs, where=VIDEO, area=area, linear=False)
+            Product(
+                name=self._full(name),
+                inputs=inputs,
+                outputs=outputs,
+                where=VIDEO,
+                area=area,
+                linear=False,
+            )
         )
 
     def norm(self, name: str, size: int, bias: bool = False) -> None:
@@ -156,14 +184,18 @@ class Network:
     width: int  # channels of a token between blocks (a UNet: of its first level)
     heads: int  # that ranks may share; 1 where they cannot
     rotary: int = 0  # channels of the rotary tables
-    apart: tuple[Unit, ...] = ()  # parts outside the blocks that are sharded on their own; they run before the blocks
+    apart: tuple[
+        Unit, ...
+    ] = ()  # parts outside the blocks that are sharded on their own; they run before the blocks
 
     @property
     def units(self) -> tuple[Unit, ...]:
         return (*self.apart, *self.blocks, self.rest)
 
     def set_apart(self, name: str) -> "Network":
-        """The network with a module outside the blocks, such as "context_embedder", sharded on its own."""
+        """The network with a module outside the blocks, such as "context_embedder", sharded on its
+        own.
+        """
         rest, part = Unit(""), Unit(name)
         for key, shape in self.rest.weights.items():
             (part if key.startswith(f"{name}.") else rest).weights[key] = shape
@@ -178,11 +210,29 @@ class Network:
 
 
 def adapters(unit: Unit, rank: int, targets: Sequence[str]) -> Unit:
-    """The adapters of a unit's linear layers: A [rank, in] and B [out, rank] beside each that is a target."""
+    """The adapters of a unit's linear layers: A [rank, in] and B [out, rank] beside each that is a
+    target.
+    """
     found = Unit(unit.name)
     for product in unit.products:
-        if product.linear and any(f".{product.name}".endswith(f".{target}") for target in targets or ADAPTED):
+        if product.linear and any(
+            f".{product.name}".endswith(f".{target}") for target in targets or ADAPTED
+        ):
             name = product.name.removeprefix(f"{unit.name}." if unit.name else "")
-            found.linear(f"{name}.lora_A.default", product.inputs, rank, product.where, bias=False, area=product.area)
-            found.linear(f"{name}.lora_B.default", rank, product.outputs, product.where, bias=False, area=product.area)
+            found.linear(
+                f"{name}.lora_A.default",
+                product.inputs,
+                rank,
+                product.where,
+                bias=False,
+                area=product.area,
+            )
+            found.linear(
+                f"{name}.lora_B.default",
+                rank,
+                product.outputs,
+                product.where,
+                bias=False,
+                area=product.area,
+            )
     return found

@@ -30,7 +30,8 @@ def parse(spec: RewardSpec, schema: type[Options]) -> Options:
         key = ".".join(str(key) for key in problem["loc"])
         said = problem["msg"].removeprefix("Value error, ")
         raise UserError(
-            f"rewards.options.{key}={problem['input']!r}: {said}; see docs/guides/rewards/rewards.md."
+            f"rewards.options.{key}={problem['input']!r}: {said}; see "
+            "docs/guides/rewards/rewards.md."
         ) from None
 
 

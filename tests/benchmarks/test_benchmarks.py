@@ -1,4 +1,6 @@
-"""The benchmarks measure what they say: the public way computes what ours computes, and runs are compared rightly."""
+"""The benchmarks measure what they say: the public way computes what ours computes, and runs are
+compared rightly.
+"""
 
 import json
 from contextlib import ExitStack
@@ -77,7 +79,11 @@ def test_public_step_log_prob_loss_and_advantages_are_ours() -> None:
     scores = torch.rand(2, 6, generator=torch.Generator().manual_seed(1))
     weights = {"a": 1.0, "b": 0.5}
     ours = combined_advantages(
-        {"a": scores[0], "b": scores[1]}, torch.ones(6, dtype=torch.bool), weights, 6, Objective(advantage_clip=1.0)
+        {"a": scores[0], "b": scores[1]},
+        torch.ones(6, dtype=torch.bool),
+        weights,
+        6,
+        Objective(advantage_clip=1.0),
     )
     torch.testing.assert_close(public_way.advantages(scores.T, [1.0, 0.5], 1.0), ours)
 
@@ -87,7 +93,12 @@ def test_public_way_plain_and_ours_draw_the_same_clips_and_descend_the_same_grad
 ) -> None:
     with ExitStack() as stack:
         ways = open_ways(
-            RECIPE, overrides=TINY, window=("rollout.window=2",), world=world, folder=tmp_path, stack=stack
+            RECIPE,
+            overrides=TINY,
+            window=("rollout.window=2",),
+            world=world,
+            folder=tmp_path,
+            stack=stack,
         )
         score_by_pixels(ways["public"])
         gradients = {name: record(way) for name, way in ways.items()}
@@ -98,7 +109,8 @@ def test_public_way_plain_and_ours_draw_the_same_clips_and_descend_the_same_grad
 
         scores = {name: way.rewards() for name, way in ways.items()}
         for name in ("public", "plain"):
-            # float32 matmuls of other batch sizes round otherwise, and a pixel may fall on the other side of a half
+            # float32 matmuls of other batch sizes round otherwise, and a pixel may fall on the
+            # other side of a half
             torch.testing.assert_close(scores[name], scores["ours"], atol=2e-3, rtol=0.0)
             assert (scores[name] - scores["ours"]).abs().mean() < 1e-4
         assert (scores["window"] - scores["ours"]).abs().mean() > 1e-3
@@ -107,11 +119,15 @@ def test_public_way_plain_and_ours_draw_the_same_clips_and_descend_the_same_grad
         assert len(gradients["ours"]) == 2
         for name in ("public", "plain"):
             for found, expected in zip(gradients[name], gradients["ours"], strict=True):
-                assert (found - expected).norm() <= 1e-5 * expected.norm() and expected.norm() > 0, name
+                assert (
+                    found - expected
+                ).norm() <= 1e-5 * expected.norm() and expected.norm() > 0, name
 
         def evaluations(name: str) -> tuple[int, int]:
             counts = seen[name].values()
-            return sum(c["evaluations"] - c["trained"] for c in counts), sum(c["trained"] for c in counts)
+            return sum(c["evaluations"] - c["trained"] for c in counts), sum(
+                c["trained"] for c in counts
+            )
 
         assert evaluations("public") == evaluations("plain") == (TOTAL * STEPS, TOTAL * TRAINED)
         assert evaluations("ours")[0] == PROMPTS + TOTAL * (STEPS - 1)
@@ -133,7 +149,9 @@ def test_the_public_way_refuses_what_it_lacks(tmp_path: Path, world: World) -> N
 
 
 def score_by_pixels(way: Way) -> None:
-    """The advantages from the pixels themselves; the file is still written, read back, and much the same."""
+    """The advantages from the pixels themselves; the file is still written, read back, and much the
+    same.
+    """
     assert isinstance(way, Theirs)
     public, from_file = way.public, way.public.score_file
 
@@ -156,7 +174,9 @@ def record(way: Way) -> list[Tensor]:
     def keep(*_: Any) -> None:
         grads = [p.grad for p in way.network.parameters()]
         assert all(isinstance(grad, DTensor) for grad in grads)
-        found.append(torch.cat([grad.full_tensor().flatten() for grad in grads if isinstance(grad, DTensor)]))
+        found.append(
+            torch.cat([grad.full_tensor().flatten() for grad in grads if isinstance(grad, DTensor)])
+        )
 
     optimizer.register_step_pre_hook(keep)
     return found
@@ -168,7 +188,14 @@ def test_the_gain_and_its_interval_are_the_evaluations() -> None:
     before, after = generator.normal(size=(2, 18))
     after[4] = np.nan
     one, other = (
-        Evaluation(n, prompts=prompts, seeds=[0] * 18, scores={"VQ": list(v)}, weights={"VQ": 1.0}, clips=[])
+        Evaluation(
+            n,
+            prompts=prompts,
+            seeds=[0] * 18,
+            scores={"VQ": list(v)},
+            weights={"VQ": 1.0},
+            clips=[],
+        )
         for n, v in enumerate((before, after))
     )
     expected: Any = compare(one, other)
@@ -182,9 +209,15 @@ def test_every_switch_of_the_ablations_is_a_recipe() -> None:
     for question in ablations.QUESTIONS:
         for variant in question.variants:
             recipe = config.load(RECIPE, [*ablations.COMMON, *variant.overrides])
-            assert set(ablations.PARTS) <= set(recipe.weights), "every part is scored, so that variants compare"
-            assert all(set(spec.weights) <= set(rewards.load(spec).names) for spec in recipe.rewards)
-            assert seen.setdefault(variant.name, variant.overrides) == variant.overrides, "one folder, one recipe"
+            assert set(ablations.PARTS) <= set(recipe.weights), (
+                "every part is scored, so that variants compare"
+            )
+            assert all(
+                set(spec.weights) <= set(rewards.load(spec).names) for spec in recipe.rewards
+            )
+            assert seen.setdefault(variant.name, variant.overrides) == variant.overrides, (
+                "one folder, one recipe"
+            )
     for variant_overrides in (learning_curves.WINDOW, learning_curves.NFT):
         config.load(RECIPE, [*learning_curves.COMMON, *variant_overrides])
 
@@ -203,11 +236,19 @@ def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(tmp_path:
     recipe = config.load(RECIPE, [f"run.dir={tmp_path}", "run.iterations=3"])
     (tmp_path / "recipe.toml").write_text(recipe.to_toml())
     (tmp_path / "failed.txt").write_text("optimizer.max_skipped=3: too many\n")
-    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0, "reward/VQ": 0.5, "seconds/total": 2.0}\n')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"iteration": 0, "reward/VQ": 0.5, "seconds/total": 2.0}\n'
+    )
     told: list[str] = []
-    assert campaign.ensure(recipe, 0, told.append) == "optimizer.max_skipped=3: too many" and not told
-    failed = Trained(Variant("v", "label"), [read_run(tmp_path)], ["optimizer.max_skipped=3: too many"])
-    assert "ended: optimizer.max_skipped=3: too many" in ablations.table([failed], with_seconds=True)
+    assert (
+        campaign.ensure(recipe, 0, told.append) == "optimizer.max_skipped=3: too many" and not told
+    )
+    failed = Trained(
+        Variant("v", "label"), [read_run(tmp_path)], ["optimizer.max_skipped=3: too many"]
+    )
+    assert "ended: optimizer.max_skipped=3: too many" in ablations.table(
+        [failed], with_seconds=True
+    )
     other = config.load(RECIPE, [f"run.dir={tmp_path}", "run.iterations=3", "rollout.eta=0.1"])
     with pytest.raises(UserError, match=r"a run of another recipe \(rollout\)"):
         campaign.ensure(other, 0, told.append)
@@ -223,11 +264,15 @@ def test_the_time_to_a_reward_lies_between_two_evaluations(monkeypatch: pytest.M
 
 
 def test_before_and_after_stand_side_by_side(tmp_path: Path) -> None:
-    """Two clips of one colour each: the left half of the strip has the first's, the right half the last's."""
+    """Two clips of one colour each: the left half of the strip has the first's, the right half the
+    last's.
+    """
     for iteration, level in ((0, 40), (3, 90), (7, 200)):
         folder = tmp_path / "evaluation" / f"step-{iteration}"
         for number in range(2):
-            video.write_mp4(folder / f"{number:03d}.mp4", np.full((5, 32, 48, 3), level, dtype=np.uint8), 8.0)
+            video.write_mp4(
+                folder / f"{number:03d}.mp4", np.full((5, 32, 48, 3), level, dtype=np.uint8), 8.0
+            )
         clips = [f"{folder.name}/{number:03d}.mp4" for number in range(2)]
         told = {"prompts": ["a cat", "a cat", "a dog", "a dog"], "clips": clips}
         folder.with_suffix(".json").write_text(json.dumps(told))

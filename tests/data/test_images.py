@@ -1,4 +1,6 @@
-"""Reference images: what comes out of a file, the resize and crop rule, and what is said of damaged files."""
+"""Reference images: what comes out of a file, the resize and crop rule, and what is said of damaged
+files.
+"""
 
 from pathlib import Path
 
@@ -17,12 +19,18 @@ RED, GREEN, BLUE = (220, 30, 40), (20, 200, 60), (30, 60, 210)
 
 def bands(height: int, widths: tuple[int, int, int]) -> Tensor:
     """Red, green and blue columns.  returns uint8 [H, sum(widths), 3]"""
-    row = [colour for colour, width in zip((RED, GREEN, BLUE), widths, strict=True) for _ in range(width)]
+    row = [
+        colour
+        for colour, width in zip((RED, GREEN, BLUE), widths, strict=True)
+        for _ in range(width)
+    ]
     return torch.tensor(row, dtype=torch.uint8).expand(height, -1, -1)
 
 
 def noisy(height: int, width: int) -> Tensor:
-    return torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    return torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
 
 
 @pytest.mark.parametrize("ending", ["png", "bmp", "tiff", "webp", "ppm"])
@@ -35,7 +43,9 @@ def test_a_picture_comes_back_as_it_was_written(tmp_path: Path, ending: str) -> 
 
 def test_pictures_are_read_as_they_are_meant_to_be_seen(tmp_path: Path) -> None:
     pixels = noisy(4, 6)
-    turned, clear, grey, palette = (tmp_path / f"{name}.png" for name in ("turned", "clear", "grey", "palette"))
+    turned, clear, grey, palette = (
+        tmp_path / f"{name}.png" for name in ("turned", "clear", "grey", "palette")
+    )
 
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
@@ -45,7 +55,9 @@ def test_pictures_are_read_as_they_are_meant_to_be_seen(tmp_path: Path) -> None:
     alpha = torch.full((4, 6, 1), 255, dtype=torch.uint8)
     alpha[0] = 0
     Image.fromarray(torch.cat([pixels, alpha], 2).numpy()).save(clear)
-    assert bool((read_image(clear)[0] == 255).all()) and torch.equal(read_image(clear)[1:], pixels[1:])
+    assert bool((read_image(clear)[0] == 255).all()) and torch.equal(
+        read_image(clear)[1:], pixels[1:]
+    )
 
     ramp = torch.arange(256)
     Image.fromarray((ramp * 257).to(torch.uint16).reshape(16, 16).numpy()).save(grey)
@@ -74,23 +86,31 @@ def test_the_middle_is_kept(height: int, width: int) -> None:
     for image in (wide, wide.transpose(0, 1)):
         found = cover(image, height, width)
         assert found.shape == (height, width, 3)
-        inner = found[height // 8 : -height // 8, width // 8 : -width // 8]  # the filter sees some columns that are cut
+        inner = found[
+            height // 8 : -height // 8, width // 8 : -width // 8
+        ]  # the filter sees some columns that are cut
         assert (inner.int() - torch.tensor(GREEN)).abs().max() <= 12
 
 
 @pytest.mark.parametrize("size", [(48, 64), (64, 48), (20, 100), (33, 47)])
 @pytest.mark.parametrize("wanted", [(32, 32), (40, 24), (80, 144)])
-def test_scale_to_cover_then_crop_the_centre(size: tuple[int, int], wanted: tuple[int, int]) -> None:
+def test_scale_to_cover_then_crop_the_centre(
+    size: tuple[int, int], wanted: tuple[int, int]
+) -> None:
     image = noisy(*size)
     picture = Image.fromarray(image.numpy())
-    fitted = ImageOps.fit(picture, wanted[::-1], Image.Resampling.LANCZOS)  # Pillow's own arithmetic of the same rule
+    fitted = ImageOps.fit(
+        picture, wanted[::-1], Image.Resampling.LANCZOS
+    )  # Pillow's own arithmetic of the same rule
     assert (cover(image, *wanted).int() - torch.from_numpy(np.array(fitted)).int()).abs().max() <= 1
     mirrored = cover(image.flip(0, 1), *wanted).flip(0, 1)
     assert (mirrored.int() - cover(image, *wanted).int()).abs().max() <= 1
 
 
 def test_a_ramp_keeps_its_slope() -> None:
-    """Closed form: of a ramp of slope 2 whose 64 middle columns are halved, pixel i is 2 (16 + 2 i + 1/2)."""
+    """Closed form: of a ramp of slope 2 whose 64 middle columns are halved, pixel i is 2 (16 + 2 i
+    + 1/2).
+    """
     ramp = (2 * torch.arange(96)).to(torch.uint8)[None, :, None].expand(64, 96, 3)
     expected = 2 * (16 + 2 * torch.arange(32) + 0.5)
     assert (cover(ramp, 32, 32)[16, :, 0] - expected).abs().max() <= 1
@@ -118,7 +138,11 @@ def broken(tmp_path: Path, kind: str) -> Path:
     elif kind == "float.tiff":
         Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)).save(file)
     elif kind != "missing.png":
-        contents = {"empty.jpg": b"", "text.jpg": b"<html>not found</html>\n", "noise.mp4": bytes(range(256)) * 9}
+        contents = {
+            "empty.jpg": b"",
+            "text.jpg": b"<html>not found</html>\n",
+            "noise.mp4": bytes(range(256)) * 9,
+        }
         file.write_bytes(contents[kind])
     return file
 
@@ -144,14 +168,20 @@ def test_a_file_that_cannot_be_read_is_named_in_one_line(
     with pytest.raises(UserError, match="cannot be read") as caught:
         read_image(file)
     line = str(caught.value)
-    assert line.startswith(f"reference image {file}: cannot be read (") and line.endswith("replace it.")
+    assert line.startswith(f"reference image {file}: cannot be read (") and line.endswith(
+        "replace it."
+    )
     assert told in line and "\n" not in line and line.count(str(file)) == 1
-    assert len(capfd.readouterr().err.splitlines()) <= 1  # decord's native code says one line that nothing turns off
+    assert (
+        len(capfd.readouterr().err.splitlines()) <= 1
+    )  # decord's native code says one line that nothing turns off
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_no_damage_to_a_file_is_anything_but_a_users_mistake(tmp_path: Path) -> None:
-    """Bytes anywhere overwritten, or the end missing: an image or a UserError, never another exception."""
+    """Bytes anywhere overwritten, or the end missing: an image or a UserError, never another
+    exception.
+    """
     generator = np.random.default_rng(0)
     sources = []
     for ending in ("png", "jpg", "webp", "gif", "bmp", "tiff", "avif"):

@@ -22,9 +22,35 @@ from tests import ROOT
 from tests.harness import runs
 
 # texts that a reader may break: quotes, commas, line ends, other scripts, an emoji
-HARD = ['a "red" fox, running', "two\nlines", "  wide   spaces ", "ein grüner Kreis", "一只猫", "🦊 fox", "plain"]
-EXPECTED = ['a "red" fox, running', "two lines", "wide spaces", "ein grüner Kreis", "一只猫", "🦊 fox", "plain"]
-VIDPROM = ["uuid", "prompt", "time", "toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit"]
+HARD = [
+    'a "red" fox, running',
+    "two\nlines",
+    "  wide   spaces ",
+    "ein grüner Kreis",
+    "一只猫",
+    "🦊 fox",
+    "plain",
+]
+EXPECTED = [
+    'a "red" fox, running',
+    "two lines",
+    "wide spaces",
+    "ein grüner Kreis",
+    "一只猫",
+    "🦊 fox",
+    "plain",
+]
+VIDPROM = [
+    "uuid",
+    "prompt",
+    "time",
+    "toxicity",
+    "obscene",
+    "identity_attack",
+    "insult",
+    "threat",
+    "sexual_explicit",
+]
 
 
 def write(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
@@ -43,7 +69,12 @@ def write(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def texts(settings: Prompts) -> list[str]:
-    return [prompt.text for prompt in prompts.read(settings, settings.train, "prompts.train", settings.limit).prompts]
+    return [
+        prompt.text
+        for prompt in prompts.read(
+            settings, settings.train, "prompts.train", settings.limit
+        ).prompts
+    ]
 
 
 def complaint(settings: Prompts) -> str:
@@ -55,7 +86,9 @@ def complaint(settings: Prompts) -> str:
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_every_kind_gives_the_same_texts(kind: str, tmp_path: Path) -> None:
-    file = write(tmp_path / f"prompts.{kind}", [{"id": n, "caption": text} for n, text in enumerate(HARD)])
+    file = write(
+        tmp_path / f"prompts.{kind}", [{"id": n, "caption": text} for n, text in enumerate(HARD)]
+    )
     assert texts(Prompts(train=str(file), column="caption")) == EXPECTED
     assert texts(Prompts(train=str(file), column="caption", limit=3)) == EXPECTED[:3]
 
@@ -69,7 +102,10 @@ def test_text_has_a_prompt_per_line_with_any_line_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_filters_leave_out_and_count(kind: str, tmp_path: Path) -> None:
     """Rows with the columns that VidProM publishes, and a column of languages."""
-    rows = [dict.fromkeys(VIDPROM, 0.001) | {"prompt": f"a cat of colour {n}", "language": "en"} for n in range(6)]
+    rows = [
+        dict.fromkeys(VIDPROM, 0.001) | {"prompt": f"a cat of colour {n}", "language": "en"}
+        for n in range(6)
+    ]
     rows[1]["sexual_explicit"] = 0.9
     rows[2]["prompt"] = "cat"
     rows[3]["prompt"] = "long " * 50
@@ -92,12 +128,17 @@ def test_filters_leave_out_and_count(kind: str, tmp_path: Path) -> None:
     left_out = {"unsafe": 1, "too short": 1, "too long": 1, "in another language": 1, "repeated": 1}
     assert found.left_out == left_out
     line = complaint(settings.model_copy(update={"min_chars": 200}))
-    assert "no prompt is left; left out: 5 too short, 1 too long; " in line and "loosen the filters" in line
+    assert (
+        "no prompt is left; left out: 5 too short, 1 too long; " in line
+        and "loosen the filters" in line
+    )
 
 
 @pytest.mark.parametrize("flag", [True, "true", "True", 1, 1.0])
 def test_flags_are_unsafe_too(flag: object, tmp_path: Path) -> None:
-    file = write(tmp_path / "p.jsonl", [{"prompt": "a", "nsfw": flag}, {"prompt": "b", "nsfw": False}])
+    file = write(
+        tmp_path / "p.jsonl", [{"prompt": "a", "nsfw": flag}, {"prompt": "b", "nsfw": False}]
+    )
     assert texts(Prompts(train=str(file), nsfw_columns=("nsfw",))) == ["b"]
 
 
@@ -119,7 +160,9 @@ def test_images_stand_beside_the_prompt_file(tmp_path: Path) -> None:
         settings = Prompts(train=str(file), column="caption", image_column="image")
         assert message in complaint(settings)
         assert complaint(settings).endswith("correct it, or set prompts.bad_rows=skip.")
-        found = prompts.read(settings.model_copy(update={"bad_rows": "skip"}), str(file), "prompts.train", None)
+        found = prompts.read(
+            settings.model_copy(update={"bad_rows": "skip"}), str(file), "prompts.train", None
+        )
         image = tmp_path / "pictures" / "one.png"
         assert found.prompts == [Prompt("a boat", image), Prompt("a ship", image)]
         assert found.left_out == {prompts.UNUSABLE: 1} and message in str(found.first_problem)
@@ -130,7 +173,10 @@ def test_bad_rows_are_named_or_skipped(tmp_path: Path) -> None:
     cases = {
         "a.jsonl": (b'{"prompt": "a"}\n{"prompt": \n{"prompt": "b"}\n', "line 2 is not JSON"),
         "b.jsonl": (b'{"prompt": "a"}\n["b"]\n{"prompt": "b"}\n', "line 2 is not a JSON object"),
-        "c.jsonl": (b'{"prompt": "a"}\n{"prompt": "\\ud83d"}\n{"prompt": "b"}\n', "line 2 has half a character"),
+        "c.jsonl": (
+            b'{"prompt": "a"}\n{"prompt": "\\ud83d"}\n{"prompt": "b"}\n',
+            "line 2 has half a character",
+        ),
         "d.csv": (b'n,prompt\n1,"a\nb"\n2,c,d\n3,e\n', "line 4 has more cells than the header"),
         "e.csv": (b"n,prompt\n1,a\n2\n3,b\n", "line 3 has no text in 'prompt'"),
         "f.csv": (b"prompt,n\na,0\nb,high\nc,1\n", "line 3 has 'high' in 'n', which is neither"),
@@ -145,7 +191,9 @@ def test_bad_rows_are_named_or_skipped(tmp_path: Path) -> None:
         assert line.startswith(f"prompts.train={tmp_path / name}: {message}"), line
         skipping = settings.model_copy(update={"bad_rows": "skip"})
         skipped = 2 if name == "h.csv" else 1
-        assert prompts.read(skipping, settings.train, "prompts.train", None).left_out == {prompts.UNUSABLE: skipped}
+        assert prompts.read(skipping, settings.train, "prompts.train", None).left_out == {
+            prompts.UNUSABLE: skipped
+        }
 
 
 def test_wrong_files_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,16 +212,23 @@ def test_wrong_files_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "broken.parquet": ({}, "not a Parquet file"),
         "quote.csv": ({}, "line 3 is not CSV"),
         "columns.csv": ({}, "prompts.column=prompt: no such column in"),
-        "columns.parquet": ({"column": "text", "nsfw_columns": ("toxicity",)}, "prompts.nsfw_columns.0=toxicity: "),
+        "columns.parquet": (
+            {"column": "text", "nsfw_columns": ("toxicity",)},
+            "prompts.nsfw_columns.0=toxicity: ",
+        ),
         "prompts.xlsx": ({}, "give one of .txt, .jsonl, .csv, .parquet"),
         "folder.csv": ({}, "Is a directory"),
     }
     (tmp_path / "folder.csv").mkdir()
     for name, (fields, message) in cases.items():
         assert message in complaint(Prompts(train=str(tmp_path / name), **fields)), name
-    assert "prompts.languages" in complaint(Prompts(train=str(tmp_path / "columns.csv"), languages=("en",)))
+    assert "prompts.languages" in complaint(
+        Prompts(train=str(tmp_path / "columns.csv"), languages=("en",))
+    )
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    assert "pip install 'fastgrpo[data]'" in complaint(Prompts(train=str(tmp_path / "columns.parquet"), column="text"))
+    assert "pip install 'fastgrpo[data]'" in complaint(
+        Prompts(train=str(tmp_path / "columns.parquet"), column="text")
+    )
 
 
 def test_adding_prompts_moves_none_between_the_splits(tmp_path: Path) -> None:
@@ -185,12 +240,18 @@ def test_adding_prompts_moves_none_between_the_splits(tmp_path: Path) -> None:
     for size in [20, 60, 150, 400]:
         lines = chance.sample(pool, size)
         (tmp_path / "p.txt").write_text("\n".join(lines))
-        found = prompts.split(Prompts(train=str(tmp_path / "p.txt"), heldout_share=0.3, per_iteration=1))
+        found = prompts.split(
+            Prompts(train=str(tmp_path / "p.txt"), heldout_share=0.3, per_iteration=1)
+        )
         assert {p.text for p in found.train} | {p.text for p in found.heldout} == set(lines)
         for prompt in (*found.train, *found.heldout):
-            assert sides.setdefault(prompt.text, prompt in found.heldout) == (prompt in found.heldout)
+            assert sides.setdefault(prompt.text, prompt in found.heldout) == (
+                prompt in found.heldout
+            )
             assert prompts.is_heldout(prompt.text.upper(), 0.3) == sides[prompt.text]
-            assert prompts.is_heldout(prompt.text, 0.5) or not sides[prompt.text], "a larger share holds out more"
+            assert prompts.is_heldout(prompt.text, 0.5) or not sides[prompt.text], (
+                "a larger share holds out more"
+            )
 
 
 def test_the_held_out_share_is_as_large_as_asked_for() -> None:
@@ -207,29 +268,58 @@ def test_splits_that_cannot_be_trained_on_are_refused(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("\n".join(lines))
     (tmp_path / "h.txt").write_text("\n".join(lines[:2]))
     train = str(tmp_path / "p.txt")
-    assert "no held-out prompt is left of 12; raise it" in complaint(Prompts(train=train, heldout_share=1e-6))
-    assert "no training prompt is left of 12; lower it" in complaint(Prompts(train=train, heldout_share=1.0))
-    assert "2 prompts are also trained on" in complaint(Prompts(train=train, heldout=str(tmp_path / "h.txt")))
-    assert "prompts.per_iteration=32: there are" in complaint(Prompts(train=train, heldout_share=0.3))
+    assert "no held-out prompt is left of 12; raise it" in complaint(
+        Prompts(train=train, heldout_share=1e-6)
+    )
+    assert "no training prompt is left of 12; lower it" in complaint(
+        Prompts(train=train, heldout_share=1.0)
+    )
+    assert "2 prompts are also trained on" in complaint(
+        Prompts(train=train, heldout=str(tmp_path / "h.txt"))
+    )
+    assert "prompts.per_iteration=32: there are" in complaint(
+        Prompts(train=train, heldout_share=0.3)
+    )
 
 
 def test_a_text_with_two_images_is_held_out_once_and_never_split(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
     Image.new("RGB", (8, 8), "red").save(tmp_path / "two.png")
-    rows = [{"prompt": f"boat {n}", "image": image} for n in range(40) for image in ("one.png", "two.png")]
+    rows = [
+        {"prompt": f"boat {n}", "image": image}
+        for n in range(40)
+        for image in ("one.png", "two.png")
+    ]
     file = write(tmp_path / "p.csv", rows)
-    found = prompts.split(Prompts(train=str(file), image_column="image", heldout_share=0.4, per_iteration=1))
+    found = prompts.split(
+        Prompts(train=str(file), image_column="image", heldout_share=0.4, per_iteration=1)
+    )
     held = [prompt.text for prompt in found.heldout]
     assert len(held) == len(set(held)) and not set(held) & {prompt.text for prompt in found.train}
     assert len(found.train) == 2 * (40 - len(held))
     assert f"{len(held)} held out for another image" in found.summary
 
 
-def test_check_reads_the_prompts_and_says_how_many(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert cli.main(["check", str(runs.RECIPE), "prompts.heldout=none", "prompts.heldout_share=0.1"]) == 0
+def test_check_reads_the_prompts_and_says_how_many(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert (
+        cli.main(["check", str(runs.RECIPE), "prompts.heldout=none", "prompts.heldout_share=0.1"])
+        == 0
+    )
     first = capsys.readouterr().out.splitlines()[0]
     assert re.fullmatch(r"# prompts: [\d,]+ to train on, [\d,]+ held out", first)
-    assert cli.main(["check", str(runs.RECIPE), "prompts.column=text", f"prompts.train={tmp_path / 'no.csv'}"]) == 2
+    assert (
+        cli.main(
+            [
+                "check",
+                str(runs.RECIPE),
+                "prompts.column=text",
+                f"prompts.train={tmp_path / 'no.csv'}",
+            ]
+        )
+        == 2
+    )
 
 
 @pytest.mark.parametrize("name", ["video", "image"])

@@ -1,4 +1,6 @@
-"""The tiny world's command: what it writes is a HunyuanVideo that diffusers loads, the same each time."""
+"""The tiny world's command: what it writes is a HunyuanVideo that diffusers loads, the same each
+time.
+"""
 
 import re
 from itertools import chain, pairwise
@@ -12,11 +14,25 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from transformers import AutoTokenizer
 
 from fastgrpo.data.tiny_world import make, shapes
-from fastgrpo.data.tiny_world.text import caption_words, crop_start, encode, encode_pooled, llama_tokenizer
+from fastgrpo.data.tiny_world.text import (
+    caption_words,
+    crop_start,
+    encode,
+    encode_pooled,
+    llama_tokenizer,
+)
 from fastgrpo.data.tiny_world.vae import latents_of
 
 FEW = ("--vae-steps", "2", "--clips", "16")
-PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+PARTS = (
+    "transformer",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "scheduler",
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +60,9 @@ def test_folder_has_the_diffusers_layout_and_names_no_other_folder(folder: Path)
 def test_shipped_folder_is_complete_and_small(folder: Path) -> None:
     shipped = Path(make.__file__).parents[1].joinpath("tiny_hunyuan_video")
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    assert sorted(files) == sorted(path.relative_to(shipped) for path in shipped.rglob("*") if path.is_file())
+    assert sorted(files) == sorted(
+        path.relative_to(shipped) for path in shipped.rglob("*") if path.is_file()
+    )
     assert sum((shipped / file).stat().st_size for file in files) < 12e6
     for part in ("transformer/config.json", "text_encoder/config.json", "tokenizer/tokenizer.json"):
         assert (shipped / part).read_bytes() == (folder / part).read_bytes()
@@ -53,26 +71,42 @@ def test_shipped_folder_is_complete_and_small(folder: Path) -> None:
 
 def test_pipeline_samples_a_clip(pipeline: HunyuanVideoPipeline) -> None:
     prompt = "a red circle moves left slowly"
-    clip = pipeline(prompt, height=32, width=32, num_frames=shapes.FRAMES, num_inference_steps=2, output_type="np")
+    clip = pipeline(
+        prompt,
+        height=32,
+        width=32,
+        num_frames=shapes.FRAMES,
+        num_inference_steps=2,
+        output_type="np",
+    )
     assert clip.frames.shape == (1, shapes.FRAMES, 32, 32, 3)
     assert np.isfinite(clip.frames).all()
 
 
-def test_same_seed_gives_the_same_bytes_whatever_the_number_of_steps(folder: Path, tmp_path: Path) -> None:
+def test_same_seed_gives_the_same_bytes_whatever_the_number_of_steps(
+    folder: Path, tmp_path: Path
+) -> None:
     again = tmp_path / "model"
     state = torch.get_rng_state()
     assert make.main([str(again), *FEW, "--steps", "2"]) == 0
-    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers go on as if nothing had happened
+    assert torch.equal(
+        torch.get_rng_state(), state
+    )  # the caller's random numbers go on as if nothing had happened
     files = sorted(path.relative_to(again) for path in again.rglob("*.safetensors"))
     assert len(files) == 4
     for file in files:
-        assert (again / file).read_bytes() == (folder.with_name("model-2") / file).read_bytes(), file
+        assert (again / file).read_bytes() == (folder.with_name("model-2") / file).read_bytes(), (
+            file
+        )
     changed = folder / "transformer" / files[2].name
     assert changed.read_bytes() != (again / "transformer" / files[2].name).read_bytes()
 
 
 def test_another_seed_gives_other_weights(folder: Path, tmp_path: Path) -> None:
-    assert make.main([str(tmp_path / "model"), "--only", "vae", "--vae-steps", "2", "--seed", "1"]) == 0
+    assert (
+        make.main([str(tmp_path / "model"), "--only", "vae", "--vae-steps", "2", "--seed", "1"])
+        == 0
+    )
     file = Path("vae") / "diffusion_pytorch_model.safetensors"
     assert (tmp_path / "model" / file).read_bytes() != (folder / file).read_bytes()
 
@@ -102,7 +136,9 @@ def assert_words_are_tokens(folder: Path) -> None:
     assert tokenizer.padding_side == "right"
     for word in caption_words():
         assert tokenizer.convert_ids_to_tokens(tokenizer(word).input_ids) == [word]
-        assert tokenizer_2.convert_ids_to_tokens(tokenizer_2(word).input_ids)[1:-1] == [f"{word}</w>"]
+        assert tokenizer_2.convert_ids_to_tokens(tokenizer_2(word).input_ids)[1:-1] == [
+            f"{word}</w>"
+        ]
 
 
 def test_every_caption_word_is_one_token(folder: Path) -> None:
@@ -110,7 +146,9 @@ def test_every_caption_word_is_one_token(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     every = list(shapes.captions(list(chain(*shapes.meanings()))))
     lengths = {text: len(tokenizer(text).input_ids) for text in every}
-    assert {n for text, n in lengths.items() if text.split()[0] in ("a", "the", *caption_speeds())} == {6}
+    assert {
+        n for text, n in lengths.items() if text.split()[0] in ("a", "the", *caption_speeds())
+    } == {6}
     assert {n for text, n in lengths.items() if text.split()[0] in ("there", "watch", "we")} == {8}
 
 
@@ -141,18 +179,32 @@ def test_latents_have_unit_spread(folder: Path) -> None:
 
 def test_training_and_held_out_prompts_are_disjoint_and_varied(folder: Path) -> None:
     training, held_out = (
-        (folder.parent / f"tiny_world_{name}.txt").read_text().splitlines() for name in ("train", "heldout")
+        (folder.parent / f"tiny_world_{name}.txt").read_text().splitlines()
+        for name in ("train", "heldout")
     )
-    seen, kept = {shapes.parse(text) for text in training}, {shapes.parse(text) for text in held_out}
+    seen, kept = (
+        {shapes.parse(text) for text in training},
+        {shapes.parse(text) for text in held_out},
+    )
     assert None not in seen | kept
     assert not seen & kept
     assert (len(training), len(set(training)), len(seen)) == (1440, 1440, 120)
     assert (len(held_out), len(kept)) == (24, 24)
-    sentences = {re.sub("|".join([*shapes.COLOURS, *shapes.SHAPES, *shapes.DIRECTIONS]), "_", t) for t in held_out}
+    sentences = {
+        re.sub("|".join([*shapes.COLOURS, *shapes.SHAPES, *shapes.DIRECTIONS]), "_", t)
+        for t in held_out
+    }
     assert {sentence.split()[0] for sentence in sentences} >= {"a", "the", "there", "watch", "we"}
     assert all(a != b for a, b in pairwise(training))
-    for part in ("colour", "shape", "direction", "speed"):  # any short prefix has some of everything
-        assert {getattr(shapes.parse(text), part) for text in training[:60]} == {getattr(m, part) for m in seen if m}
+    for part in (
+        "colour",
+        "shape",
+        "direction",
+        "speed",
+    ):  # any short prefix has some of everything
+        assert {getattr(shapes.parse(text), part) for text in training[:60]} == {
+            getattr(m, part) for m in seen if m
+        }
 
 
 def test_shipped_prompts_are_what_the_command_writes() -> None:
@@ -169,7 +221,9 @@ def test_batches_mix_no_lengths() -> None:
     lengths = set()
     for _ in range(8):
         x_0, said = next(batches)
-        assert [shapes.parse(text) for text in said] == [training[int(i) % 120] for i in x_0.flatten()]
+        assert [shapes.parse(text) for text in said] == [
+            training[int(i) % 120] for i in x_0.flatten()
+        ]
         (length,) = {len(tokenizer(text).input_ids) for text in said}
         lengths.add(length)
     assert lengths == {6, 8}
@@ -178,7 +232,10 @@ def test_batches_mix_no_lengths() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "vea"], "--only=vea: no stage 'vea'; use some of prompts,tokenizers,vae,transformer"),
+        (
+            ["--only", "vea"],
+            "--only=vea: no stage 'vea'; use some of prompts,tokenizers,vae,transformer",
+        ),
         (["--only", "transformer"], "no tokenizer/ in it; run the stages tokenizers and vae first"),
         (["--steps", "0"], "--steps=0: too small; use 1 or more"),
         (["--keep", "6e2"], "--keep=6e2: not a list of steps; write it as 600,1200"),

@@ -38,7 +38,9 @@ def test_browsers_get_the_format_that_they_play(tmp_path: Path) -> None:
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
         assert float(stream.average_rate or 0) == pytest.approx(24000 / 1001)
         assert stream.frames == len(CLIP)
-        assert [int(x) for x in (stream.codec_context.colorspace, stream.codec_context.color_range)] == [1, 1]
+        assert [
+            int(x) for x in (stream.codec_context.colorspace, stream.codec_context.color_range)
+        ] == [1, 1]
 
 
 def test_the_same_clip_gives_the_same_bytes() -> None:
@@ -83,7 +85,9 @@ def test_wrong_input_is_named(tmp_path: Path) -> None:
 
 def test_a_contact_sheet_shows_every_frame_of_every_clip() -> None:
     clips = np.stack([CLIP, 255 - CLIP])
-    sheet = np.asarray(video.contact_sheet(clips, ["first", "a text far too long for its row " * 9]))
+    sheet = np.asarray(
+        video.contact_sheet(clips, ["first", "a text far too long for its row " * 9])
+    )
     top, side, gap = 4 + 20, 64, 4
     for n in range(2):
         for f in range(len(CLIP)):

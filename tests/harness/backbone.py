@@ -1,4 +1,6 @@
-"""What the tests of single families share: edited folders, one GRPO iteration without reward, the plain objective."""
+"""What the tests of single families share: edited folders, one GRPO iteration without reward, the
+plain objective.
+"""
 
 import json
 import shutil
@@ -24,7 +26,11 @@ CPU = torch.device("cpu")
 GROUP = 3
 STEPS = 3
 ETA = 0.4
-CONFIGS = {"": "model_index.json", "scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+CONFIGS = {
+    "": "model_index.json",
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "tokenizer_config.json",
+}
 
 
 def changed(folder: Path, copy: Path, part: str, **entries: object) -> Path:
@@ -58,8 +64,12 @@ def draw(policy: Policy, plan: Plan, conditions: list[Condition], size: int) -> 
         return rollout.draw(policy, plan, conditions, slots, size)
 
 
-def largest_log_ratio(policy: Policy, video: Video, conditions: list[Condition], world: World) -> float:
-    """Before the first optimizer step, over every trainable step, for rollout and update batches of 1, 2 and 3."""
+def largest_log_ratio(
+    policy: Policy, video: Video, conditions: list[Condition], world: World
+) -> float:
+    """Before the first optimizer step, over every trainable step, for rollout and update batches of
+    1, 2 and 3.
+    """
     sharding.shard(policy, world, torch.float32)
     plan, kept = plan_of(policy, video), torch.ones(len(conditions) * GROUP, dtype=torch.bool)
     largest = 0.0
@@ -93,9 +103,11 @@ def assert_gradient_is_the_objectives(
     network: nn.Module,
     predict: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    """An update's gradient on one sample is plain autograd's of the objective written out, as functions of `network`.
+    """An update's gradient on one sample is plain autograd's of the objective written out, as
+    functions of `network`.
 
-    network: another copy of the policy's, unsharded;  predict: x [1, C, F, H, W] and t [1] to the velocity, by it
+    network: another copy of the policy's, unsharded;  predict: x [1, C, F, H, W] and t [1] to the
+    velocity, by it
     """
     sharding.shard(policy, world, torch.float32)
     plan = plan_of(policy, video)
@@ -107,7 +119,11 @@ def assert_gradient_is_the_objectives(
         trainer,
         Objective(),
         Experience(
-            plan=plan, trajectories=drawn.trajectories, conditions=[condition], advantages=0.7 * kept, selected=kept
+            plan=plan,
+            trajectories=drawn.trajectories,
+            conditions=[condition],
+            advantages=0.7 * kept,
+            selected=kept,
         ),
         world,
     )
@@ -115,7 +131,10 @@ def assert_gradient_is_the_objectives(
     loss = torch.zeros(())
     for step in range(STEPS - 1):
         t, dt = plan.grid[step], plan.grid[step] - plan.grid[step + 1]
-        x, x_next = drawn.trajectories[0].states[step][None], drawn.trajectories[0].states[step + 1][None]
+        x, x_next = (
+            drawn.trajectories[0].states[step][None],
+            drawn.trajectories[0].states[step + 1][None],
+        )
         v = predict(x, t[None])
         mean = x - dt * (v + ETA**2 / (2 * t) * (x + (1 - t) * v))
         log_prob = torch.distributions.Normal(mean, ETA * dt.sqrt()).log_prob(x_next).mean()
@@ -129,8 +148,13 @@ def assert_gradient_is_the_objectives(
         assert (trainer.gradients[0][name] - grad).norm() <= 1e-5 * whole, name
 
 
-def assert_checkpointing_changes_memory_alone(plain: Policy, recomputing: Policy, x: Tensor, about: Condition) -> None:
-    """Gradients equal bit for bit, and every block ran a second time.  about: the conditions of the batch"""
+def assert_checkpointing_changes_memory_alone(
+    plain: Policy, recomputing: Policy, x: Tensor, about: Condition
+) -> None:
+    """Gradients equal bit for bit, and every block ran a second time.
+
+    about: the conditions of the batch
+    """
     runs = dict.fromkeys(recomputing.blocks, 0)
 
     def count(block: nn.Module, inputs: object) -> None:
@@ -141,11 +165,15 @@ def assert_checkpointing_changes_memory_alone(plain: Policy, recomputing: Policy
     for policy in (plain, recomputing):
         policy.velocity(x, torch.full((len(x),), 0.6), about).square().mean().backward()
     assert set(runs.values()) == {2}
-    for one, other in zip(plain.network.parameters(), recomputing.network.parameters(), strict=True):
+    for one, other in zip(
+        plain.network.parameters(), recomputing.network.parameters(), strict=True
+    ):
         assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad)
 
 
-def assert_nothing_waits_for_the_device(policy: Policy, video: Video, conditions: list[Condition]) -> None:
+def assert_nothing_waits_for_the_device(
+    policy: Policy, video: Video, conditions: list[Condition]
+) -> None:
     """A fake tensor has no values, so that reading one, which would wait for a GPU, is an error."""
     plan = plan_of(policy, video)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
@@ -157,4 +185,6 @@ def assert_nothing_waits_for_the_device(policy: Policy, video: Video, conditions
 def outside_blocks(network: nn.Module, blocks: list[nn.Module]) -> set[str]:
     """Modules with parameters of their own that are in no block, and so in the root's FSDP group."""
     inside = {id(p) for block in blocks for p in block.parameters()}
-    return {name.rpartition(".")[0] for name, p in network.named_parameters() if id(p) not in inside}
+    return {
+        name.rpartition(".")[0] for name, p in network.named_parameters() if id(p) not in inside
+    }

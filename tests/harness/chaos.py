@@ -22,7 +22,8 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 class InFile:
     """The n-th time that a rank is about to do something with the files of the checkpoints."""
 
-    operation: str  # regular expression of "mkdir PATH", "write PATH", "read PATH", "rename FROM TO", "remove NAME"
+    # regular expression of "mkdir PATH", "write PATH", "read PATH", "rename FROM TO", "remove NAME"
+    operation: str
     count: int = 1
 
 
@@ -98,7 +99,9 @@ def _wrap(moment: InCall) -> None:
 
 
 def published(folder: Path) -> dict[int, dict[str, str]]:
-    """SHA-256 of each part of each published checkpoint, all of which must be whole, as must what `latest` names."""
+    """SHA-256 of each part of each published checkpoint, all of which must be whole, as must what
+    `latest` names.
+    """
     found = {}
     for path in sorted(folder.glob("checkpoints/step-*")):
         if path.suffix == ".partial":
@@ -106,9 +109,13 @@ def published(folder: Path) -> dict[int, dict[str, str]]:
         assert path.name[5:].isdecimal(), f"{path.name}: a kill has damaged it"
         assert reader.wrong_size(path) is None
         entries = reader.manifest(path)
-        hashes = {file.name: sha256(file) for file in path.iterdir() if file.name != "manifest.json"}
+        hashes = {
+            file.name: sha256(file) for file in path.iterdir() if file.name != "manifest.json"
+        }
         assert hashes == {name: entry["sha256"] for name, entry in entries.items()}, path
-        found[checkpoints.number(path)] = {name: told for name, told in hashes.items() if name.endswith(".distcp")}
+        found[checkpoints.number(path)] = {
+            name: told for name, told in hashes.items() if name.endswith(".distcp")
+        }
     latest = folder / "checkpoints" / "latest"
     if latest.exists():
         assert checkpoints.number(Path(latest.read_text().rstrip("\n"))) in found

@@ -1,7 +1,9 @@
-"""`python -m MODULE`, alone or as torchrun's ranks, in processes forked from one that has imported everything.
+"""`python -m MODULE`, alone or as torchrun's ranks, in processes forked from one that has imported
+everything.
 
-A run then costs its own work and not seconds of imports in each rank. What torchrun does is done here in small: the
-ranks' environment, their death with their parent, and the end of all where one fails. A few tests start the real ones.
+A run then costs its own work and not seconds of imports in each rank. What torchrun does is done
+here in small: the ranks' environment, their death with their parent, and the end of all where one
+fails. A few tests start the real ones.
 """
 
 import multiprocessing
@@ -88,7 +90,8 @@ def start(
 
     module: or the path of a file, with a slash
     ranks: as many processes as torchrun would start; 0 = one, without torchrun
-    first: called in each process with its rank, before all else; a function of a module, or a partial of one
+    first: called in each process with its rank, before all else; a function of a module, or a
+    partial of one
     """
     order = Order(
         module,
@@ -108,8 +111,12 @@ def run(module: str, arguments: Sequence[str], ranks: int = 0, limit_s: float = 
     """Run to the end, whatever that is, with all that was said.  Raises TimeoutError"""
     with TemporaryDirectory(prefix="fork-") as folder:
         output, errors = Path(folder) / "out", Path(folder) / "err"
-        code = start(module, arguments=arguments, ranks=ranks, output=output, errors=errors).wait(limit_s)
-        return subprocess.CompletedProcess([module, *arguments], code, output.read_text(), errors.read_text())
+        code = start(module, arguments=arguments, ranks=ranks, output=output, errors=errors).wait(
+            limit_s
+        )
+        return subprocess.CompletedProcess(
+            [module, *arguments], code, output.read_text(), errors.read_text()
+        )
 
 
 def _server() -> ForkServerContext:

@@ -1,4 +1,6 @@
-"""What the fork server of tests/harness/forks.py imports: all that runs of the tiny recipe import, and no thread."""
+"""What the fork server of tests/harness/forks.py imports: all that runs of the tiny recipe import,
+and no thread.
+"""
 
 import os
 import warnings
@@ -17,5 +19,9 @@ import fastgrpo.rewards.tiny_world  # noqa: E402
 import fastgrpo.train  # noqa: E402, F401
 
 torch.set_num_threads(1)
-warnings.filterwarnings("ignore", message=".* found in sys.modules", category=RuntimeWarning, module="runpy")
-assert len(os.listdir("/proc/self/task")) == 1, "a fork has one thread only: another's locks would never be released"
+warnings.filterwarnings(
+    "ignore", message=".* found in sys.modules", category=RuntimeWarning, module="runpy"
+)
+assert len(os.listdir("/proc/self/task")) == 1, (
+    "a fork has one thread only: another's locks would never be released"
+)

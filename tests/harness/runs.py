@@ -19,7 +19,8 @@ Run = Callable[[Path, Sequence[str], int], forks.Completed]
 RECIPE = ROOT / "launch" / "t2v_tiny.toml"
 SMALL = (
     "run.iterations=3",
-    "run.preflight=false",  # which test_preflight covers, and which would take its second in every run here
+    # which test_preflight covers, and which would take its second in every run here
+    "run.preflight=false",
     "prompts.limit=20",
     "prompts.per_iteration=2",
     "rollout.samples_per_prompt=4",
@@ -58,10 +59,17 @@ def command(folder: Path, overrides: Sequence[str] = (), ranks: int = 1) -> list
 
 
 def started(folder: Path, overrides: Sequence[str] = (), ranks: int = 1) -> forks.Completed:
-    """Run to the end, whatever that is, as a person starts it: by Python, or by torchrun where there are ranks."""
+    """Run to the end, whatever that is, as a person starts it: by Python, or by torchrun where
+    there are ranks.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command(folder, overrides, ranks), cwd=ROOT, env=environment, timeout=LIMIT, capture_output=True, text=True
+        command(folder, overrides, ranks),
+        cwd=ROOT,
+        env=environment,
+        timeout=LIMIT,
+        capture_output=True,
+        text=True,
     )
 
 

@@ -37,7 +37,8 @@ def same(a: dict[str, Scores], b: dict[str, Scores]) -> bool:
         torch.equal(a[name].valid, b[name].valid)
         and a[name].values.keys() == b[name].values.keys()
         and all(
-            torch.equal(v.view(torch.int32), b[name].values[p].view(torch.int32)) for p, v in a[name].values.items()
+            torch.equal(v.view(torch.int32), b[name].values[p].view(torch.int32))
+            for p, v in a[name].values.items()
         )
         for name in a
     )
@@ -63,7 +64,9 @@ def running(
         batch_wait_s=wait_s,
     )
     spec = plain("any").model_copy(update={"batch_size": batch_size})
-    served = [Served(reward, spec.model_copy(update={"name": name})) for name, reward in rewards.items()]
+    served = [
+        Served(reward, spec.model_copy(update={"name": name})) for name, reward in rewards.items()
+    ]
     app = make_app(served, TOKEN, limits)
     with socket.create_server(("127.0.0.1", port)) as listener:
         server = uvicorn.Server(serving(app, limits))

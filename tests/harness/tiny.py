@@ -1,4 +1,6 @@
-"""One GRPO iteration of the shipped tiny model without reward or files: what several tests start from."""
+"""One GRPO iteration of the shipped tiny model without reward or files: what several tests start
+from.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +22,9 @@ from fastgrpo.training.update import update
 from tests import ROOT
 
 FOLDER = ROOT / "data" / "tiny_hunyuan_video"
-VIDEO = Video(frames=9, height=24, width=40)  # 45 video tokens: an odd number, which sequence parallelism must split
+VIDEO = Video(
+    frames=9, height=24, width=40
+)  # 45 video tokens: an odd number, which sequence parallelism must split
 PROMPTS = [  # two text lengths
     "a red circle moves left slowly",
     "watch as one blue square glides upwards quickly",
@@ -74,7 +78,9 @@ def encode() -> list[Condition]:
         return encoder([Prompt(text) for text in PROMPTS])
 
 
-def draw(policy: Policy, the_plan: Plan, conditions: list[Condition], world: World, batch_size: int) -> Drawn:
+def draw(
+    policy: Policy, the_plan: Plan, conditions: list[Condition], world: World, batch_size: int
+) -> Drawn:
     """This rank's samples."""
     share = world.share(len(PROMPTS) * GROUP)
     with sharding.gathered(policy.network):
@@ -82,15 +88,25 @@ def draw(policy: Policy, the_plan: Plan, conditions: list[Condition], world: Wor
 
 
 def states(drawn: Drawn, the_plan: Plan) -> Tensor:
-    """[B, T, C, F, H, W]: each sample's state before each step, of a plan that trains every noisy step."""
+    """[B, T, C, F, H, W]: each sample's state before each step, of a plan that trains every noisy
+    step.
+    """
     return torch.stack(
-        [torch.stack([drawn.trajectories[s].states[n] for n in range(the_plan.steps)]) for s in drawn.slots]
+        [
+            torch.stack([drawn.trajectories[s].states[n] for n in range(the_plan.steps)])
+            for s in drawn.slots
+        ]
     )
 
 
 def log_probs(drawn: Drawn, the_plan: Plan) -> Tensor:
     """[B, T - 1], likewise."""
-    return torch.stack([torch.stack([drawn.trajectories[s].log_probs[n] for n in the_plan.noisy]) for s in drawn.slots])
+    return torch.stack(
+        [
+            torch.stack([drawn.trajectories[s].log_probs[n] for n in the_plan.noisy])
+            for s in drawn.slots
+        ]
+    )
 
 
 def advantages() -> Tensor:
@@ -111,7 +127,11 @@ def run_update(
         trainer,
         Objective(clip_range=1e-4),
         Experience(
-            plan=the_plan, trajectories=trajectories, conditions=conditions, advantages=advantages(), selected=kept
+            plan=the_plan,
+            trajectories=trajectories,
+            conditions=conditions,
+            advantages=advantages(),
+            selected=kept,
         ),
         world,
     )

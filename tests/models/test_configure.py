@@ -34,12 +34,16 @@ def test_another_kernel_is_used_and_agrees() -> None:
 
 @pytest.mark.parametrize("kernel", ["flash", "no_such_kernel"])
 def test_a_kernel_that_is_not_there_is_one_line(kernel: str) -> None:
-    with pytest.raises(UserError, match=rf"model.attention={kernel}: .*leave it out for torch's own") as caught:
+    with pytest.raises(
+        UserError, match=rf"model.attention={kernel}: .*leave it out for torch's own"
+    ) as caught:
         policies.load(settings(kernel), CPU)
     assert "\n" not in str(caught.value)
 
 
 def test_a_network_without_a_choice_says_so(tmp_path: Path) -> None:
     stable_diffusion.write(tmp_path)
-    with pytest.raises(UserError, match=r"model.attention=native: a UNet2DConditionModel has no choice of kernels"):
+    with pytest.raises(
+        UserError, match=r"model.attention=native: a UNet2DConditionModel has no choice of kernels"
+    ):
         policies.load(Model(family="stable_diffusion", path=str(tmp_path), attention="native"), CPU)

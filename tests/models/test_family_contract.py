@@ -46,7 +46,8 @@ CONSTANT = re.compile("NETWORK|PIPELINES|PIPELINE|PUBLISHED|MAX_[A-Z_]+_TOKENS")
 SETTINGS = Model(family="any", path="any")
 
 
-# --- the contract -------------------------------------------------------------------------------------------------
+# --- the contract
+# -------------------------------------------------------------------------------------------------
 
 
 def contract(module: ModuleType) -> list[str]:
@@ -70,7 +71,11 @@ def members(module: ModuleType) -> Iterator[str]:
     if getattr(module, "NETWORK", None) not in ("transformer", "unet"):
         yield 'NETWORK: neither "transformer" nor "unet"'
     pipelines = getattr(module, "PIPELINES", None)
-    if not isinstance(pipelines, tuple) or not pipelines or not all(isinstance(name, str) for name in pipelines):
+    if (
+        not isinstance(pipelines, tuple)
+        or not pipelines
+        or not all(isinstance(name, str) for name in pipelines)
+    ):
         yield "PIPELINES: not a tuple of at least one name"
     for name, wanted in (REQUIRED | OPTIONAL).items():
         function = getattr(module, name, None)
@@ -88,7 +93,9 @@ def members(module: ModuleType) -> Iterator[str]:
 
 
 def declarations(module: ModuleType) -> Iterator[str]:
-    """Constants that read otherwise without an import, which runs the top-level statements alone that bind them."""
+    """Constants that read otherwise without an import, which runs the top-level statements alone
+    that bind them.
+    """
     for name in filter(CONSTANT.fullmatch, vars(module)):
         if registry.declared(file_of(module), name, None) != vars(module)[name]:
             yield f"{name}: declared is not what an import gives"
@@ -116,8 +123,13 @@ def torch_in_declarations(file: Path) -> list[str]:
 
 
 def shortened(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with at most two layers of each kind, and only a few heads: shapes follow the same rules."""
-    return {key: min(value, 2) if re.fullmatch(r"num_(\w+_)?layers", key) else value for key, value in settings.items()}
+    """A config with at most two layers of each kind, and only a few heads: shapes follow the same
+    rules.
+    """
+    return {
+        key: min(value, 2) if re.fullmatch(r"num_(\w+_)?layers", key) else value
+        for key, value in settings.items()
+    }
 
 
 def without_weights(module: ModuleType, settings: Mapping[str, Any]) -> Policy:
@@ -132,8 +144,12 @@ def shapes(module: ModuleType, settings: Mapping[str, Any]) -> Iterator[str]:
     policy, planned = without_weights(module, settings), module.plan(settings)
     assert isinstance(planned, FamilyPlan)
     real = {name: tuple(parameter.shape) for name, parameter in policy.network.named_parameters()}
-    written = {name: shape for unit in planned.network.units for name, shape in unit.weights.items()}
-    others = sorted(name for name in real.keys() | written.keys() if real.get(name) != written.get(name))
+    written = {
+        name: shape for unit in planned.network.units for name, shape in unit.weights.items()
+    }
+    others = sorted(
+        name for name in real.keys() | written.keys() if real.get(name) != written.get(name)
+    )
     if others:
         yield f"plan: {others[0]} is {written.get(others[0])} and not {real.get(others[0])}"
         return
@@ -141,7 +157,9 @@ def shapes(module: ModuleType, settings: Mapping[str, Any]) -> Iterator[str]:
     blocks = [{names[id(p)] for p in block.parameters()} for block in module.blocks(policy.network)]
     if blocks != [set(unit.weights) for unit in planned.network.blocks]:
         yield "blocks: not the plan's blocks, all of them in the same order"
-    missing = [name for name in (*Policy.__annotations__, *vars(Policy)) if not name.startswith("_")]
+    missing = [
+        name for name in (*Policy.__annotations__, *vars(Policy)) if not name.startswith("_")
+    ]
     missing = [name for name in missing if name != "share_sequence" and not hasattr(policy, name)]
     if missing:
         yield f"load: its policy has no {missing[0]}"  # share_sequence is set on loading
@@ -155,7 +173,7 @@ def sharing(module: ModuleType, settings: Mapping[str, Any]) -> Iterator[str]:
     if module.plan(settings).network.heads != network.config.num_attention_heads:  # type: ignore[union-attr]
         yield "plan: not the network's number of heads"
     before = processors(network)
-    layout = Layout(group(2))
+    layout = Layout(sp=group(2))
     module.share_sequence(network, layout)
     shared = processors(network)
     hooked = any(part._forward_hooks for part in network.modules())
@@ -177,7 +195,8 @@ def group(size: int) -> Group:
     return Group(None, 0, size)  # type: ignore[arg-type]
 
 
-# --- the families -------------------------------------------------------------------------------------------------
+# --- the families
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", models.known())
@@ -216,7 +235,8 @@ def test_sequences_are_shared_or_refused(name: str) -> None:
         install(policy.network, group(2), policy.share_sequence)
         return
     message = (
-        f"distributed.sp=2: a {type(policy.network).__name__} has no sequence parallelism; use 1. Those with it: "
+        f"distributed.sp=2: a {type(policy.network).__name__} has no sequence parallelism; use 1. "
+        "Those with it: "
         f"{', '.join(sharing_families)}."
     )
     with pytest.raises(UserError, match=re.escape(message)):
@@ -227,11 +247,15 @@ def test_the_registry_needs_no_torch() -> None:
     script = (
         "import sys; from fastgrpo import models\n"
         "for name in models.known():\n"
-        "    models.declared(name, 'NETWORK'), models.declared(name, 'PIPELINE', None), models.length_limits(name)\n"
+        "    models.declared(name, 'NETWORK'), models.declared(name, 'PIPELINE', None), "
+        "models.length_limits(name)\n"
         "models.pipelines(), models.with_function('share_sequence')\n"
-        "sys.exit([m for m in ('torch', 'diffusers', 'transformers', 'numpy') if m in sys.modules] or 0)\n"
+        "sys.exit([m for m in ('torch', 'diffusers', 'transformers', 'numpy') if m in sys.modules] "
+        "or 0)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -240,22 +264,33 @@ def test_no_other_file_knows_a_family_by_name() -> None:
     known = set(models.known())
     found = []
     for file in files(".py"):
-        if file.parts[0] not in ("fastgrpo", "models", "rewards", "data") or file.parent == Path("models"):
+        if file.parts[0] not in ("fastgrpo", "models", "rewards", "data") or file.parent == Path(
+            "models"
+        ):
             continue
         for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
             told = isinstance(node, ast.Constant) and node.value in known
             module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
-            taken = {name.name for name in node.names} if isinstance(node, ast.ImportFrom) else set()
-            asked = module.removeprefix("fastgrpo.models.") in known or (module == "fastgrpo.models" and taken & known)
+            taken = (
+                {name.name for name in node.names} if isinstance(node, ast.ImportFrom) else set()
+            )
+            asked = module.removeprefix("fastgrpo.models.") in known or (
+                module == "fastgrpo.models" and taken & known
+            )
             if told or asked:
                 found.append(f"{file}:{node.lineno}")  # type: ignore[attr-defined]
     assert not found
 
 
-# --- faulty and new files -----------------------------------------------------------------------------------------
+# --- faulty and new files
+# -----------------------------------------------------------------------------------------
 
 FAULTS = {
-    "no pipelines": ('PIPELINES = ("WanPipeline",)', "PIPELINES = ()", "PIPELINES: not a tuple of at least one"),
+    "no pipelines": (
+        'PIPELINES = ("WanPipeline",)',
+        "PIPELINES = ()",
+        "PIPELINES: not a tuple of at least one",
+    ),
     "no encoder": ("def encoder(", "def text_encoder(", "encoder: missing"),
     "another parameter": (
         "def load(settings: Model, device: torch.device) -> Wan:",
@@ -263,8 +298,8 @@ FAULTS = {
         r"load: its parameters are not \(settings, device\)",
     ),
     "a constant out of sight": (
-        "TEXT_BATCH = 16",
-        "if PARTS:\n    MAX_TEXT_TOKENS = 226\nTEXT_BATCH = 16",
+        "TILED_ABOVE = 160",
+        "if PARTS:\n    MAX_TEXT_TOKENS = 226\nTILED_ABOVE = 160",
         "MAX_TEXT_TOKENS: declared is not what an import gives",
     ),
     "a plan with torch": (
@@ -272,13 +307,21 @@ FAULTS = {
         'config["out_channels"] * torch.Size(kernel).numel()',
         "plan: reading it imports ",
     ),
-    "no published network for any name": ('("", LARGE))', '("14b", LARGE))', 'PUBLISHED: its last part .* is not ""'),
+    "no published network for any name": (
+        '("", LARGE),',
+        '("14b", LARGE))',
+        'PUBLISHED: its last part .* is not ""',
+    ),
     "a forgotten weight": (
         '        unit.norm(f"{attention}.norm_k", width)\n',
         "",
         r"plan: blocks.0.attn1.norm_k.weight is None and not \(\d+,\)",
     ),
-    "a forgotten block": ("[*network.blocks]", "[*network.blocks][1:]", "blocks: not the plan's blocks"),
+    "a forgotten block": (
+        "[*network.blocks]",
+        "[*network.blocks][1:]",
+        "blocks: not the plan's blocks",
+    ),
     "processors that are not noted": (
         "layout.process(block.attn1, SharedAttention)",
         "block.attn1.set_processor(SharedAttention(layout, block.attn1.processor))",
@@ -290,7 +333,9 @@ FAULTS = {
         "plan: not the network's number of heads",
     ),
 }
-"""In models/wan.py: what is written, what is planted in its place, and what the contract says of that."""
+"""In models/wan.py: what is written, what is planted in its place, and what the contract says of
+that.
+"""
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -314,16 +359,24 @@ def imported(file: Path) -> ModuleType:
 
 
 def test_a_new_file_is_a_new_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy under another name has a plan, and may share sequences, without a change to any other file."""
+    """A copy under another name has a plan, and may share sequences, without a change to any other
+    file.
+    """
     for file in models.FOLDER.glob("*.py"):
         (tmp_path / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
-    (tmp_path / "flux_9.py").write_text((models.FOLDER / "flux.py").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "flux_9.py").write_text(
+        (models.FOLDER / "flux.py").read_text(encoding="utf-8"), encoding="utf-8"
+    )
     recipe = ROOT / "launch" / "t2i_flux.toml"
     machine = Machine(gpu("h800"), Achieved())
     expected = planner.plan(config.load(recipe, ["distributed.sp=2"]), 8, machine)
     monkeypatch.setattr(models, "FOLDER", tmp_path)
     assert "flux_9" in models.known() and "flux_9" in models.pipelines()
-    found = planner.plan(config.load(recipe, ["model.family=flux_9", "distributed.sp=2"]), 8, machine)
+    found = planner.plan(
+        config.load(recipe, ["model.family=flux_9", "distributed.sp=2"]), 8, machine
+    )
     assert [vars(phase) for phase in found.phases] == [vars(phase) for phase in expected.phases]
-    with pytest.raises(UserError, match=r"model.family='flux_10': no file models/flux_10.py. Use one of .*flux_9"):
+    with pytest.raises(
+        UserError, match=r"model.family='flux_10': no file models/flux_10.py. Use one of .*flux_9"
+    ):
         models.family("flux_10")

@@ -1,4 +1,6 @@
-"""FLUX against diffusers' own pipeline, which is the oracle: text features, times, ODE latents, pixels, gradients."""
+"""FLUX against diffusers' own pipeline, which is the oracle: text features, times, ODE latents,
+pixels, gradients.
+"""
 
 import math
 from pathlib import Path
@@ -78,7 +80,9 @@ def noise_of(policy: Flux, video: Video = VIDEO) -> Tensor:
     return torch.randn(len(PROMPTS), *policy.latent_shape(video), generator=generator)
 
 
-def assert_equals_the_pipeline(path: Path, steps: int, guidance: float | None, video: Video = VIDEO) -> None:
+def assert_equals_the_pipeline(
+    path: Path, steps: int, guidance: float | None, video: Video = VIDEO
+) -> None:
     """Times, ODE latents, from the texts on, and pixels."""
     policy, pipeline = load(path, guidance), official(path)
     x = noise_of(policy, video)
@@ -109,7 +113,9 @@ def assert_equals_the_pipeline(path: Path, steps: int, guidance: float | None, v
 
 
 @pytest.mark.parametrize(("steps", "guidance", "width"), [(5, None, 48), (12, 1.5, 64)])
-def test_ode_equals_the_pipeline(folder: Path, steps: int, guidance: float | None, width: int) -> None:
+def test_ode_equals_the_pipeline(
+    folder: Path, steps: int, guidance: float | None, width: int
+) -> None:
     assert_equals_the_pipeline(folder, steps, guidance, VIDEO.model_copy(update={"width": width}))
 
 
@@ -130,7 +136,9 @@ def test_schnells_ode_equals_the_pipeline(schnell: Path) -> None:
         ("vae", {"shift_factor": 0.6}),
     ],
 )
-def test_the_folders_configs_are_followed(folder: Path, tmp_path: Path, part: str, entries: dict[str, object]) -> None:
+def test_the_folders_configs_are_followed(
+    folder: Path, tmp_path: Path, part: str, entries: dict[str, object]
+) -> None:
     edited = changed(folder, tmp_path / "edited", part, **entries)
     assert_equals_the_pipeline(edited, 3, None)
     usual, policy = load(folder), load(edited)
@@ -138,16 +146,24 @@ def test_the_folders_configs_are_followed(folder: Path, tmp_path: Path, part: st
     same_times = torch.equal(usual.time_grid(3, None, shape), policy.time_grid(3, None, shape))
     x = noise_of(policy)
     same_pixels = torch.equal(usual.decode(x), policy.decode(x))
-    assert (same_times, same_pixels) == (part == "vae", part == "scheduler"), "the change makes a difference"
+    assert (same_times, same_pixels) == (part == "vae", part == "scheduler"), (
+        "the change makes a difference"
+    )
 
 
 def test_times_are_those_of_the_closed_form(folder: Path) -> None:
-    """The shift is exp(mu), mu linear in the number of tokens: 0.5 at 256, 1.15 at 4096; the recipe's goes before."""
+    """The shift is exp(mu), mu linear in the number of tokens: 0.5 at 256, 1.15 at 4096; the
+    recipe's goes before.
+    """
     policy = load(folder)
     for height, width, mu in ((32, 32, 0.5), (128, 128, 1.15)):
         expected = transitions.time_grid(7, math.exp(mu))
-        torch.testing.assert_close(policy.time_grid(7, None, (4, 1, height, width)), expected, atol=1e-6, rtol=0)
-        torch.testing.assert_close(policy.time_grid(7, 3.0, (4, 1, height, width)), transitions.time_grid(7, 3.0))
+        torch.testing.assert_close(
+            policy.time_grid(7, None, (4, 1, height, width)), expected, atol=1e-6, rtol=0
+        )
+        torch.testing.assert_close(
+            policy.time_grid(7, 3.0, (4, 1, height, width)), transitions.time_grid(7, 3.0)
+        )
 
 
 def test_text_features_equal_the_pipelines(folder: Path, tmp_path: Path) -> None:
@@ -156,7 +172,9 @@ def test_text_features_equal_the_pipelines(folder: Path, tmp_path: Path) -> None
     for path, longest in ((folder, files.LONGEST), (endless, 512)):
         conditions = stack(encode(path))
         with torch.no_grad():
-            text, pooled, _ = official(path).encode_prompt(PROMPTS, None, max_sequence_length=longest)
+            text, pooled, _ = official(path).encode_prompt(
+                PROMPTS, None, max_sequence_length=longest
+            )
         assert conditions["text"].shape == (2, longest, t5.WIDTH)
         torch.testing.assert_close(conditions["text"], text, atol=1e-6, rtol=0)
         torch.testing.assert_close(conditions["pooled"], pooled, atol=1e-6, rtol=0)
@@ -179,22 +197,36 @@ def test_prediction_depends_on_all_that_it_is_given(folder: Path) -> None:
 
 
 def test_bfloat16_is_the_networks_alone(folder: Path) -> None:
-    """Positions, too, stay float32: a wide image's would not survive bfloat16. Times are rounded within the network."""
+    """Positions, too, stay float32: a wide image's would not survive bfloat16.
+
+    Times are rounded within the network.
+    """
     exact, policy = load(folder, 2.0), load(folder, 2.0, dtype="bfloat16")
     policy.network.to(torch.bfloat16)
     seen: dict[str, Tensor] = {}
-    policy.network.register_forward_pre_hook(lambda module, args, given: seen.update(given), with_kwargs=True)
-    x, conditions = torch.randn(2, 4, 1, 2, 1200, generator=torch.Generator().manual_seed(1)), stack(encode(folder))
+    policy.network.register_forward_pre_hook(
+        lambda module, args, given: seen.update(given), with_kwargs=True
+    )
+    x, conditions = (
+        torch.randn(2, 4, 1, 2, 1200, generator=torch.Generator().manual_seed(1)),
+        stack(encode(folder)),
+    )
 
     def at(policy: Flux, *times: float) -> Tensor:
         with torch.no_grad():
             return policy.velocity(x, torch.tensor(times), conditions)
 
-    v, expected = at(policy, 0.5, 0.125), at(exact, 0.5, 0.125)  # times and guidance that bfloat16 has, 1000-fold, too
+    v, expected = (
+        at(policy, 0.5, 0.125),
+        at(exact, 0.5, 0.125),
+    )  # times and guidance that bfloat16 has, 1000-fold, too
     assert v.dtype == torch.float32 and (v - expected).norm() < 0.03 * expected.norm()
     assert seen["hidden_states"].dtype == seen["encoder_hidden_states"].dtype == torch.bfloat16
     assert seen["timestep"].tolist() == [0.5, 0.125] and seen["guidance"].tolist() == [2.0, 2.0]
-    assert seen["img_ids"][:, 2].tolist() == list(range(600)) and seen["img_ids"][:, :2].abs().max() == 0
+    assert (
+        seen["img_ids"][:, 2].tolist() == list(range(600))
+        and seen["img_ids"][:, :2].abs().max() == 0
+    )
     assert torch.equal(at(policy, 0.9873, 0.5), at(policy, 0.98828125, 0.5))
 
 
@@ -204,7 +236,9 @@ def test_ratio_is_one_for_any_batch_size(folder: Path, world: World) -> None:
 
 def test_gradient_equals_plain_autograd_of_the_objective(folder: Path, world: World) -> None:
     pipeline = official(folder)
-    text, pooled, text_ids = pipeline.encode_prompt(PROMPTS[:1], None, max_sequence_length=files.LONGEST)
+    text, pooled, text_ids = pipeline.encode_prompt(
+        PROMPTS[:1], None, max_sequence_length=files.LONGEST
+    )
     _, _, _, height, width = noise_of(load(folder)).shape
     image_ids = pipeline._prepare_latent_image_ids(1, height // 2, width // 2, CPU, torch.float32)
 
@@ -219,7 +253,9 @@ def test_gradient_equals_plain_autograd_of_the_objective(folder: Path, world: Wo
             txt_ids=text_ids,
             img_ids=image_ids,
         ).sample
-        whole: Tensor = pipeline._unpack_latents(v, VIDEO.height, VIDEO.width, pipeline.vae_scale_factor)[:, :, None]
+        whole: Tensor = pipeline._unpack_latents(
+            v, VIDEO.height, VIDEO.width, pipeline.vae_scale_factor
+        )[:, :, None]
         return whole
 
     backbone.assert_gradient_is_the_objectives(
@@ -234,7 +270,9 @@ def test_gradient_equals_plain_autograd_of_the_objective(folder: Path, world: Wo
 
 def test_checkpointing_changes_memory_alone(folder: Path) -> None:
     pair = load(folder), load(folder, gradient_checkpointing=True)
-    backbone.assert_checkpointing_changes_memory_alone(*pair, noise_of(pair[0]), stack(encode(folder)))
+    backbone.assert_checkpointing_changes_memory_alone(
+        *pair, noise_of(pair[0]), stack(encode(folder))
+    )
 
 
 def test_nothing_waits_for_the_device(folder: Path) -> None:
@@ -248,7 +286,9 @@ def test_decoding_in_parts_and_in_tiles(folder: Path, monkeypatch: pytest.Monkey
     policy.decode_batch = 1
     assert (whole.int() - policy.decode(x).int()).abs().max() <= 1
     policy.vae.tile_latent_min_size, policy.vae.tile_sample_min_size = 12, 24  # type: ignore[assignment]
-    assert (whole.int() - policy.decode(x).int()).abs().max() <= 1, "a small latent is decoded whole"
+    assert (whole.int() - policy.decode(x).int()).abs().max() <= 1, (
+        "a small latent is decoded whole"
+    )
     monkeypatch.setattr(flux, "TILED_ABOVE", 16)
     tiled = policy.decode(x)
     assert 0 < (tiled.float() - whole.float()).abs().mean() < 0.2 * whole.float().std()
@@ -256,7 +296,9 @@ def test_decoding_in_parts_and_in_tiles(folder: Path, monkeypatch: pytest.Monkey
     assert (whole.int() - policy.decode(x).int()).abs().max() <= 1, "whatever was decoded before"
 
 
-@pytest.mark.parametrize(("guidance_embeds", "count"), [(True, 11_901_408_320), (False, 11_891_178_560)])
+@pytest.mark.parametrize(
+    ("guidance_embeds", "count"), [(True, 11_901_408_320), (False, 11_891_178_560)]
+)
 def test_the_full_size_network_is_wrapped_block_by_block(guidance_embeds: bool, count: int) -> None:
     with torch.device("meta"):
         network = FluxTransformer2DModel.from_config(REAL | {"guidance_embeds": guidance_embeds})
@@ -264,8 +306,14 @@ def test_the_full_size_network_is_wrapped_block_by_block(guidance_embeds: bool, 
     blocks = flux.blocks(network)
     assert len(blocks) == 19 + 38
     assert {type(block).__name__ for block in blocks} == set(network._repeated_blocks)
-    assert sum(type(m).__name__ in network._repeated_blocks for m in network.modules()) == len(blocks)
-    embedders = ["timestep_embedder", "text_embedder", *(["guidance_embedder"] if guidance_embeds else [])]
+    assert sum(type(m).__name__ in network._repeated_blocks for m in network.modules()) == len(
+        blocks
+    )
+    embedders = [
+        "timestep_embedder",
+        "text_embedder",
+        *(["guidance_embedder"] if guidance_embeds else []),
+    ]
     assert backbone.outside_blocks(network, blocks) == {
         "x_embedder",
         "context_embedder",
@@ -283,18 +331,34 @@ def test_the_full_size_network_is_wrapped_block_by_block(guidance_embeds: bool, 
             {"_class_name": "HunyuanVideoPipeline"},
             "not a FluxPipeline; set model.family=hunyuan_video, or correct the",
         ),
-        ("scheduler", {"_class_name": "DDIMScheduler"}, "is a DDIMScheduler, not a FlowMatchEulerDiscreteScheduler"),
+        (
+            "scheduler",
+            {"_class_name": "DDIMScheduler"},
+            "is a DDIMScheduler, not a FlowMatchEulerDiscreteScheduler",
+        ),
         ("scheduler", {"num_train_timesteps": 500}, "must have num_train_timesteps=1000"),
         ("scheduler", {"invert_sigmas": True}, "invert_sigmas=false"),
-        ("transformer", {"in_channels": 96}, "96 channels in and 96 out, and the VAE's 4 make 16; use a text-to-image"),
+        (
+            "transformer",
+            {"in_channels": 96},
+            "96 channels in and 96 out, and the VAE's 4 make 16; use a text-to-image",
+        ),
         ("transformer", {"out_channels": 8}, "16 channels in and 8 out"),
-        ("transformer", {"joint_attention_dim": 64}, "text of widths 64 and 24, the text encoders make 32 and 24"),
+        (
+            "transformer",
+            {"joint_attention_dim": 64},
+            "text of widths 64 and 24, the text encoders make 32 and 24",
+        ),
         (
             "transformer",
             {"_class_name": "WanTransformer3DModel"},
             "holds a WanTransformer3DModel, not a FluxTransformer2D",
         ),
-        ("vae", {"_class_name": "AutoencoderKLWan"}, "holds a AutoencoderKLWan, not a AutoencoderKL"),
+        (
+            "vae",
+            {"_class_name": "AutoencoderKLWan"},
+            "holds a AutoencoderKLWan, not a AutoencoderKL",
+        ),
         ("vae", {"shift_factor": None}, "no shift_factor, which FLUX's has; correct model.family"),
     ],
 )
@@ -307,7 +371,9 @@ def test_a_folder_that_does_not_fit_is_one_clear_line(
     assert "\n" not in str(caught.value)
 
 
-def test_mistakes_of_the_recipe_are_one_clear_line(folder: Path, schnell: Path, tmp_path: Path) -> None:
+def test_mistakes_of_the_recipe_are_one_clear_line(
+    folder: Path, schnell: Path, tmp_path: Path
+) -> None:
     policy = load(folder)
     with pytest.raises(UserError, match=r"video.frames=5: FLUX draws images; use 1"):
         policy.latent_shape(VIDEO.model_copy(update={"frames": 5}))
@@ -315,7 +381,9 @@ def test_mistakes_of_the_recipe_are_one_clear_line(folder: Path, schnell: Path, 
         policy.latent_shape(VIDEO.model_copy(update={"height": 34}))
     with pytest.raises(UserError, match=r"model.cfg=4.0: .*leave it out and set model.guidance"):
         load(folder, cfg=4.0)
-    with pytest.raises(UserError, match=r"model.guidance=3.5: .*schnell.* has no guidance; leave it out"):
+    with pytest.raises(
+        UserError, match=r"model.guidance=3.5: .*schnell.* has no guidance; leave it out"
+    ):
         load(schnell, 3.5)
     other = tmp_path / "other"
     AutoencoderKL().save_pretrained(other)

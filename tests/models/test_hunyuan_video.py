@@ -1,4 +1,6 @@
-"""HunyuanVideo against diffusers' own pipeline, which is the oracle: text features, ODE latents, pixels, gradients."""
+"""HunyuanVideo against diffusers' own pipeline, which is the oracle: text features, ODE latents,
+pixels, gradients.
+"""
 
 import json
 import re
@@ -17,13 +19,21 @@ from huggingface_hub.utils._paths import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, LlamaForCausalLM, LlamaModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    LlamaForCausalLM,
+    LlamaModel,
+)
 
 from fastgrpo.algorithm.transitions import gaussian_log_prob, sde_transition
 from fastgrpo.core.config import Model, Objective, Optimizer, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, Prompt, stack
-from fastgrpo.models.hunyuan_video import TrimmedAttention, blocks, both_texts
+from fastgrpo.models.attention.trimmed import TrimmedAttention
+from fastgrpo.models.hunyuan_video import blocks, both_texts
 from fastgrpo.models.loading import diffusers_folder, policies
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
@@ -39,7 +49,10 @@ FOLDER = ROOT / "data" / "tiny_hunyuan_video"
 PROMPTS = ["a red circle moves left slowly", "watch as one blue square glides upwards quickly"]
 VIDEO = Video(frames=9, height=32, width=32)
 SHORT = VIDEO.model_copy(update={"frames": 5})
-NEGATIVES = {"shorter": "still", "longer": "a red circle moves down slowly and one blue square glides upwards"}
+NEGATIVES = {
+    "shorter": "still",
+    "longer": "a red circle moves down slowly and one blue square glides upwards",
+}
 CFG = 4.0
 GROUP = 3
 STEPS = 4
@@ -51,7 +64,9 @@ def policy() -> Policy:
 
 
 def encode(texts: list[str], path: Path = FOLDER) -> list[Condition]:
-    with policies.encoder(Model(family="hunyuan_video", path=str(path)), VIDEO, torch.device("cpu")) as encoder:
+    with policies.encoder(
+        Model(family="hunyuan_video", path=str(path)), VIDEO, torch.device("cpu")
+    ) as encoder:
         return encoder([Prompt(text) for text in texts])
 
 
@@ -62,7 +77,10 @@ def pipeline() -> HunyuanVideoPipeline:
 
 def template(pipeline: HunyuanVideoPipeline) -> dict[str, object]:
     text = DEFAULT_PROMPT_TEMPLATE["template"]
-    return {"template": text, "crop_start": len(pipeline.tokenizer(text.split("{}")[0])["input_ids"])}
+    return {
+        "template": text,
+        "crop_start": len(pipeline.tokenizer(text.split("{}")[0])["input_ids"]),
+    }
 
 
 def test_text_features_equal_the_pipelines(pipeline: HunyuanVideoPipeline) -> None:
@@ -75,7 +93,9 @@ def test_text_features_equal_the_pipelines(pipeline: HunyuanVideoPipeline) -> No
 
 
 @pytest.mark.parametrize(("steps", "frames"), [(12, 9), (5, 1)])
-def test_ode_equals_the_pipeline(policy: Policy, pipeline: HunyuanVideoPipeline, steps: int, frames: int) -> None:
+def test_ode_equals_the_pipeline(
+    policy: Policy, pipeline: HunyuanVideoPipeline, steps: int, frames: int
+) -> None:
     video = VIDEO.model_copy(update={"frames": frames})
     shape = policy.latent_shape(video)
     noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(steps))
@@ -98,7 +118,9 @@ def test_ode_equals_the_pipeline(policy: Policy, pipeline: HunyuanVideoPipeline,
     torch.testing.assert_close(latents, expected, atol=1e-4, rtol=0)
     assert latents.std() > 0.1
 
-    frames_out = torch.from_numpy(pipeline(**common, output_type="np").frames)  # [B, F, H, W, 3] in [0, 1]
+    frames_out = torch.from_numpy(
+        pipeline(**common, output_type="np").frames
+    )  # [B, F, H, W, 3] in [0, 1]
     pixels = policy.decode(latents)
     assert pixels.dtype == torch.uint8 and tuple(pixels.shape) == (1, frames, 32, 32, 3)
     assert (pixels.float() - frames_out * 255).abs().max() <= 0.51
@@ -106,7 +128,9 @@ def test_ode_equals_the_pipeline(policy: Policy, pipeline: HunyuanVideoPipeline,
 
 @pytest.fixture(scope="module")
 def negatives() -> dict[str, Condition]:
-    """Conditions of unconditional branches whose texts are shorter and longer than PROMPTS[0]'s, and as long."""
+    """Conditions of unconditional branches whose texts are shorter and longer than PROMPTS[0]'s,
+    and as long.
+    """
     conditions = encode([*NEGATIVES.values(), PROMPTS[0].replace("left", "right")])
     return dict(zip([*NEGATIVES, "as long"], conditions, strict=True))
 
@@ -138,7 +162,9 @@ def test_guided_ode_equals_the_pipeline(
     steps: int,
     frames: int,
 ) -> None:
-    """Prompts' texts are padded to the negative one's length or it to theirs; the pipeline runs branch by branch."""
+    """Prompts' texts are padded to the negative one's length or it to theirs; the pipeline runs
+    branch by branch.
+    """
     policy, video = guided(negatives[name]), VIDEO.model_copy(update={"frames": frames})
     shape = policy.latent_shape(video)
     pipeline.set_progress_bar_config(disable=True)
@@ -157,9 +183,13 @@ def test_guided_ode_equals_the_pipeline(
             output_type="latent",
             prompt_template=template(pipeline),
         ).frames
-        latents = sample_ode(policy, noise, policy.time_grid(steps, None, shape), stack([conditions[number]]))
+        latents = sample_ode(
+            policy, noise, policy.time_grid(steps, None, shape), stack([conditions[number]])
+        )
         torch.testing.assert_close(latents, expected, atol=1e-4, rtol=0)
-        plain = sample_ode(guided(None), noise, policy.time_grid(steps, None, shape), stack([conditions[number]]))
+        plain = sample_ode(
+            guided(None), noise, policy.time_grid(steps, None, shape), stack([conditions[number]])
+        )
         assert (plain - latents).abs().max() > 0.1
 
 
@@ -171,7 +201,9 @@ def test_only_texts_of_different_lengths_are_padded(
         text, told = both_texts(negative["text"], batch)
         lengths = (len(negative["text"]), batch.shape[1])
         assert text.shape[:2] == (4, max(lengths))
-        assert torch.equal(text[1, : lengths[0]], negative["text"]) and torch.equal(text[3, : lengths[1]], batch[1])
+        assert torch.equal(text[1, : lengths[0]], negative["text"]) and torch.equal(
+            text[3, : lengths[1]], batch[1]
+        )
         assert told == (() if name == "as long" else lengths)
 
 
@@ -212,10 +244,15 @@ def gradients(policy: Policy, condition: Condition) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", ["shorter", "longer", "as long"])
 @pytest.mark.parametrize("checkpointing", [True, 2])
 def test_recomputed_blocks_give_equal_gradients_with_padding(
-    negatives: dict[str, Condition], conditions: list[Condition], name: str, checkpointing: bool | int
+    negatives: dict[str, Condition],
+    conditions: list[Condition],
+    name: str,
+    checkpointing: bool | int,
 ) -> None:
     condition = stack(conditions[:1] * 2)
-    stored, recomputed = (gradients(guided(negatives[name], choice), condition) for choice in (False, checkpointing))
+    stored, recomputed = (
+        gradients(guided(negatives[name], choice), condition) for choice in (False, checkpointing)
+    )
     assert stored.keys() == recomputed.keys()
     for parameter, grad in stored.items():
         assert torch.equal(grad, recomputed[parameter]), parameter
@@ -251,8 +288,13 @@ def test_guided_ratio_is_one_for_any_batch_size(
 def test_guided_gradient_equals_plain_autograd_of_the_objective(
     negatives: dict[str, Condition], conditions: list[Condition], world: World
 ) -> None:
-    """On one sample: two forwards of diffusers' unmodified network, one per branch, in place of the padded batch."""
-    policy, branches = guided(negatives["shorter"], checkpointing=True), (negatives["shorter"], conditions[1])
+    """On one sample: two forwards of diffusers' unmodified network, one per branch, in place of the
+    padded batch.
+    """
+    policy, branches = (
+        guided(negatives["shorter"], checkpointing=True),
+        (negatives["shorter"], conditions[1]),
+    )
     sharding.shard(policy, world, torch.float32)
     plan = plan_of(policy, SHORT, steps=STEPS)
     drawn = draw(policy, plan, conditions[1:], GROUP)
@@ -263,7 +305,11 @@ def test_guided_gradient_equals_plain_autograd_of_the_objective(
         trainer,
         Objective(),
         Experience(
-            plan=plan, trajectories=drawn.trajectories, conditions=conditions[1:], advantages=0.7 * kept, selected=kept
+            plan=plan,
+            trajectories=drawn.trajectories,
+            conditions=conditions[1:],
+            advantages=0.7 * kept,
+            selected=kept,
         ),
         world,
     )
@@ -295,7 +341,9 @@ def test_guided_gradient_equals_plain_autograd_of_the_objective(
         assert (trainer.gradients[0][name] - grad).norm() <= 1e-5 * whole, name
 
 
-def test_nothing_waits_for_the_device(negatives: dict[str, Condition], conditions: list[Condition]) -> None:
+def test_nothing_waits_for_the_device(
+    negatives: dict[str, Condition], conditions: list[Condition]
+) -> None:
     """A fake tensor has no values, so that reading one, which would wait for a GPU, is an error."""
     for negative in (None, negatives["longer"]):
         policy = guided(negative)
@@ -327,11 +375,17 @@ def test_the_full_size_network_is_wrapped_block_by_block() -> None:
 
 
 def test_every_attention_is_trimmed() -> None:
-    """Blocks attend without a mask; the refiner of the text, which sees no video token, keeps diffusers' own."""
+    """Blocks attend without a mask; the refiner of the text, which sees no video token, keeps
+    diffusers' own.
+    """
     network: Any = guided(None).network
-    trimmed = {name for name, p in network.attn_processors.items() if isinstance(p, TrimmedAttention)}
+    trimmed = {
+        name for name, p in network.attn_processors.items() if isinstance(p, TrimmedAttention)
+    }
     assert len(trimmed) == len(blocks(network)) == 6
-    assert all(name.startswith("context_embedder") for name in network.attn_processors.keys() - trimmed)
+    assert all(
+        name.startswith("context_embedder") for name in network.attn_processors.keys() - trimmed
+    )
 
 
 def test_the_folders_constants_are_followed(tmp_path: Path) -> None:
@@ -342,7 +396,9 @@ def test_the_folders_constants_are_followed(tmp_path: Path) -> None:
         ("vae/config.json", {"scaling_factor": 0.4}),
     ):
         (edited / file).write_text(json.dumps(json.loads((edited / file).read_text()) | entry))
-    policy = policies.load(Model(family="hunyuan_video", path=str(edited), decode_batch=1), torch.device("cpu"))
+    policy = policies.load(
+        Model(family="hunyuan_video", path=str(edited), decode_batch=1), torch.device("cpu")
+    )
     pipeline = HunyuanVideoPipeline.from_pretrained(edited)
     pipeline.scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
     torch.testing.assert_close(policy.time_grid(4, None, ()), pipeline.scheduler.sigmas)
@@ -351,14 +407,20 @@ def test_the_folders_constants_are_followed(tmp_path: Path) -> None:
     with torch.no_grad():
         frames = pipeline.vae.decode(x / 0.4).sample
     expected = ((frames.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 4, 1)
-    assert (policy.decode(x).float() - expected).abs().max() <= 0.51  # of one clip at a time: decode_batch is 1
+    assert (
+        policy.decode(x).float() - expected
+    ).abs().max() <= 0.51  # of one clip at a time: decode_batch is 1
 
 
 def test_latent_shape_and_its_errors(policy: Policy) -> None:
     assert policy.latent_shape(VIDEO) == (8, 3, 8, 8)
-    with pytest.raises(UserError, match=r"video.frames=8: must be a multiple of 4, plus 1; use 5 or 9"):
+    with pytest.raises(
+        UserError, match=r"video.frames=8: must be a multiple of 4, plus 1; use 5 or 9"
+    ):
         policy.latent_shape(VIDEO.model_copy(update={"frames": 8}))
-    with pytest.raises(UserError, match=r"video.height=30: not a multiple of 8 .*; use 24 or 32\.$"):
+    with pytest.raises(
+        UserError, match=r"video.height=30: not a multiple of 8 .*; use 24 or 32\.$"
+    ):
         policy.latent_shape(VIDEO.model_copy(update={"height": 30}))
     with pytest.raises(UserError, match=r"video.height=4: not a multiple of 8 .*; use 8\.$"):
         policy.latent_shape(VIDEO.model_copy(update={"height": 4}))
@@ -385,15 +447,35 @@ def test_a_wrong_model_is_one_clear_line(family: str, path: str, message: str) -
             {"_class_name": "WanPipeline"},
             "names a WanPipeline, not a HunyuanVideoPipeline; set model.family=wan, or ",
         ),
-        ("", {"_class_name": "MochiPipeline"}, "names a MochiPipeline, not .*; correct model.family or the path"),
+        (
+            "",
+            {"_class_name": "MochiPipeline"},
+            "names a MochiPipeline, not .*; correct model.family or the path",
+        ),
         ("scheduler", {"shift": None}, "has shift=None, not a number above 0; correct it"),
-        ("scheduler", {"use_dynamic_shifting": True}, "has use_dynamic_shifting=true, .*; set it to false there"),
-        ("scheduler", {"use_karras_sigmas": True}, "has use_karras_sigmas=true, .*; set it to false there"),
+        (
+            "scheduler",
+            {"use_dynamic_shifting": True},
+            "has use_dynamic_shifting=true, .*; set it to false there",
+        ),
+        (
+            "scheduler",
+            {"use_karras_sigmas": True},
+            "has use_karras_sigmas=true, .*; set it to false there",
+        ),
         ("scheduler", {"shift_terminal": 0.02}, "has a shift_terminal, .*; set it to null there"),
-        ("scheduler", {"_class_name": "PNDMScheduler"}, "is a PNDMScheduler, not a FlowMatchEulerDiscreteScheduler"),
+        (
+            "scheduler",
+            {"_class_name": "PNDMScheduler"},
+            "is a PNDMScheduler, not a FlowMatchEulerDiscreteScheduler",
+        ),
         ("scheduler", {"num_train_timesteps": 500}, "must have num_train_timesteps=1000"),
         ("scheduler", {"invert_sigmas": True}, "invert_sigmas=false"),
-        ("transformer", {"patch_size_t": 2}, "patch_size=2 and patch_size_t=2, not a whole number and 1; use"),
+        (
+            "transformer",
+            {"patch_size_t": 2},
+            "patch_size=2 and patch_size_t=2, not a whole number and 1; use",
+        ),
     ],
 )
 def test_a_folder_that_does_not_fit_is_one_line_before_its_weights_are_read(
@@ -416,25 +498,34 @@ def test_a_scheduler_without_shift_is_one_line(tmp_path: Path) -> None:
     config = json.loads(file.read_text())
     assert diffusers_folder.constant_shift(tmp_path) == config.pop("shift")
     file.write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"scheduler_config.json has shift=None, not a number above 0"):
+    with pytest.raises(
+        UserError, match=r"scheduler_config.json has shift=None, not a number above 0"
+    ):
         diffusers_folder.constant_shift(tmp_path)
 
 
 def damaged(copy: Path, part: str, cut: bool) -> tuple[Path, str]:
-    """A copy of the folder with the first tensor of a part left out, or one row shorter.  returns it and the name"""
+    """A copy of the folder with the first tensor of a part left out, or one row shorter.
+
+    returns it and the name
+    """
     shutil.copytree(FOLDER, copy)
     (file,) = (copy / part).glob("*.safetensors")
     tensors = load_file(file)
     name = min(name for name, tensor in tensors.items() if tensor.ndim == 2)
     tensor = tensors.pop(name)
-    save_file(tensors | ({name: tensor[1:].clone()} if cut else {}), file, metadata={"format": "pt"})
+    save_file(
+        tensors | ({name: tensor[1:].clone()} if cut else {}), file, metadata={"format": "pt"}
+    )
     return copy, name
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_2"])
-def test_a_missing_or_misshapen_tensor_is_one_line_and_never_random(tmp_path: Path, part: str, cut: bool) -> None:
+def test_a_missing_or_misshapen_tensor_is_one_line_and_never_random(
+    tmp_path: Path, part: str, cut: bool
+) -> None:
     edited, name = damaged(tmp_path / "edited", part, cut)
     with pytest.raises(UserError) as caught:
         if part.startswith("text"):
@@ -442,8 +533,14 @@ def test_a_missing_or_misshapen_tensor_is_one_line_and_never_random(tmp_path: Pa
         else:
             policies.load(Model(family="hunyuan_video", path=str(edited)), torch.device("cpu"))
     told = str(caught.value)
-    assert name.removeprefix("text_model.") in told and f"{edited / part} " in told and "\n" not in told
-    assert cut or re.search(r"lacks \S+ \(and 0 more\) of a \w+; correct model_index.json or download", told)
+    assert (
+        name.removeprefix("text_model.") in told
+        and f"{edited / part} " in told
+        and "\n" not in told
+    )
+    assert cut or re.search(
+        r"lacks \S+ \(and 0 more\) of a \w+; correct model_index.json or download", told
+    )
 
 
 @pytest.mark.parametrize(
@@ -454,14 +551,28 @@ def test_a_missing_or_misshapen_tensor_is_one_line_and_never_random(tmp_path: Pa
             "MistralModel",
             "text_encoder holds a LlamaModel, and model_index.json names a MistralModel for",
         ),
-        ("text_encoder", "LlamaConfig", "holds a LlamaModel, and model_index.json names a LlamaConfig"),
-        ("text_encoder_2", "CLIPVisionModel", "holds a CLIPTextModel, and model_index.json names a CLIPVisionModel"),
-        ("text_encoder_2", "CLIPTextModelWithProjection", r"lacks text_projection.weight \(and 0 more\) of a CLIPText"),
+        (
+            "text_encoder",
+            "LlamaConfig",
+            "holds a LlamaModel, and model_index.json names a LlamaConfig",
+        ),
+        (
+            "text_encoder_2",
+            "CLIPVisionModel",
+            "holds a CLIPTextModel, and model_index.json names a CLIPVisionModel",
+        ),
+        (
+            "text_encoder_2",
+            "CLIPTextModelWithProjection",
+            r"lacks text_projection.weight \(and 0 more\) of a CLIPText",
+        ),
         ("text_encoder", "NoSuchModel", "names no transformers class for 'text_encoder'"),
         ("text_encoder", None, "names no transformers class for 'text_encoder'"),
     ],
 )
-def test_another_class_in_model_index_is_one_line(tmp_path: Path, part: str, name: str | None, message: str) -> None:
+def test_another_class_in_model_index_is_one_line(
+    tmp_path: Path, part: str, name: str | None, message: str
+) -> None:
     edited = changed(FOLDER, tmp_path / "edited", "", **{part: ["transformers", name]})
     with pytest.raises(UserError, match=message) as caught:
         encode(PROMPTS, edited)
@@ -469,14 +580,21 @@ def test_another_class_in_model_index_is_one_line(tmp_path: Path, part: str, nam
 
 
 def test_the_encoder_of_a_whole_model_is_read(tmp_path: Path) -> None:
-    """As published: a LlamaModel or CLIPTextModel from the weights of LlamaForCausalLM or CLIPModel."""
+    """As published: a LlamaModel or CLIPTextModel from the weights of LlamaForCausalLM or
+    CLIPModel.
+    """
     expected = encode(PROMPTS)
     edited = tmp_path / "edited"
     shutil.copytree(FOLDER, edited)
     llama, clip = LlamaModel.from_pretrained(FOLDER / "text_encoder"), FOLDER / "text_encoder_2"
     causal = LlamaForCausalLM(llama.config)
     causal.model = llama
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     text = CLIPTextConfig.from_pretrained(clip).to_dict()
     whole = CLIPModel(CLIPConfig(text_config=text, vision_config=small | {"patch_size": 16}))
     whole.text_model = CLIPTextModel.from_pretrained(clip)
@@ -488,8 +606,14 @@ def test_the_encoder_of_a_whole_model_is_read(tmp_path: Path) -> None:
 
 
 def test_an_encoder_loses_its_networks_when_it_is_closed() -> None:
-    with policies.encoder(Model(family="hunyuan_video", path=str(FOLDER)), VIDEO, torch.device("cpu")) as encoder:
-        held = [weakref.ref(part) for part in vars(encoder).values() if isinstance(part, torch.nn.Module)]
+    with policies.encoder(
+        Model(family="hunyuan_video", path=str(FOLDER)), VIDEO, torch.device("cpu")
+    ) as encoder:
+        held = [
+            weakref.ref(part)
+            for part in vars(encoder).values()
+            if isinstance(part, torch.nn.Module)
+        ]
     assert len(held) == 2 and not any(reference() for reference in held)
 
 
@@ -522,12 +646,22 @@ HUB = {  # files of repositories, and whether a family reads them
 
 
 @pytest.mark.parametrize("safe", [True, False])
-def test_what_no_family_reads_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, safe: bool) -> None:
-    """The hub's own filter on the names of published repositories; a part without safetensors keeps its .bin files."""
-    files = HUB if safe else {name: read for name, read in HUB.items() if not name.endswith(".safetensors")}
+def test_what_no_family_reads_is_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, safe: bool
+) -> None:
+    """The hub's own filter on the names of published repositories; a part without safetensors keeps
+    its .bin files.
+    """
+    files = (
+        HUB
+        if safe
+        else {name: read for name, read in HUB.items() if not name.endswith(".safetensors")}
+    )
 
     def snapshot(repository: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        for name in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+        for name in filter_repo_objects(
+            files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).touch()
         return str(tmp_path)

@@ -191,14 +191,38 @@ def test_the_start_is_a_function_of_the_layers_names_alone() -> None:
         states.append(state_of(network))
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     downs = [value for name, value in states[0].items() if ".lora_A." in name]
-    assert all(not torch.equal(a, b) for i, a in enumerate(downs) for b in downs[:i] if a.shape == b.shape)
+    assert all(
+        not torch.equal(a, b) for i, a in enumerate(downs) for b in downs[:i] if a.shape == b.shape
+    )
     spread = torch.cat([(value * value.shape[1] ** 0.5).flatten() for value in downs])
-    assert -1 <= spread.min() < -0.99 and 0.99 < spread.max() <= 1 and abs(spread.std().item() - 3**-0.5) < 0.02
+    assert (
+        -1 <= spread.min() < -0.99
+        and 0.99 < spread.max() <= 1
+        and abs(spread.std().item() - 3**-0.5) < 0.02
+    )
 
 
 ENDINGS = {
-    "hunyuan_video": {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"},
-    "flux": {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"},
+    "hunyuan_video": {
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    },
+    "flux": {
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+    },
     "wan": {"to_q", "to_k", "to_v", "to_out.0"},
     "stable_diffusion": {"to_q", "to_k", "to_v", "to_out.0"},
 }
@@ -210,14 +234,20 @@ def test_targets_are_every_attention_projection_by_default(family: str) -> None:
     chosen = target_layers(network, Lora(rank=1))
     ending = {name: name.split(".attn")[-1].split(".", 1)[1] for name in chosen}
     assert set(ending.values()) == ENDINGS[family]
-    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear) and ".attn" in name]
+    linear = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and ".attn" in name
+    ]
     assert set(chosen) == {name for name in linear if name.endswith(tuple(ENDINGS[family]))}
 
 
 def test_targets_of_the_recipe_are_taken_at_their_word() -> None:
     network = unet()
     chosen = target_layers(network, Lora(rank=1, targets=("attn2.to_v", "linear_1")))
-    assert {name.rsplit(".", 2)[-2] for name in chosen} == {"attn2", "time_embedding"} and len(chosen) == 5
+    assert {name.rsplit(".", 2)[-2] for name in chosen} == {"attn2", "time_embedding"} and len(
+        chosen
+    ) == 5
     add_adapters(network, Lora(rank=1, targets=("attn2.to_v", "linear_1")))
     assert len(state_of(network)) == 2 * len(chosen)
 
@@ -225,7 +255,10 @@ def test_targets_of_the_recipe_are_taken_at_their_word() -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("to_qq", r"lora.targets='to_qq': no linear layer .* use some of .*to_k, to_out.0, to_q, to_v"),
+        (
+            "to_qq",
+            r"lora.targets='to_qq': no linear layer .* use some of .*to_k, to_out.0, to_q, to_v",
+        ),
         ("attn1", "no linear layer"),
         ("conv1", "no linear layer"),
         ("o_q", "no linear layer"),
@@ -240,7 +273,10 @@ def test_an_unknown_target_is_one_line_that_names_what_there_is(target: str, mes
 
 
 def test_a_network_without_attention_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"lora.targets: .*no attention projections of a known name; use some of 0, 1"):
+    with pytest.raises(
+        UserError,
+        match=r"lora.targets: .*no attention projections of a known name; use some of 0, 1",
+    ):
         target_layers(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), Lora(rank=1))
 
 
@@ -274,9 +310,15 @@ def test_an_export_in_half_precision_is_that(tmp_path: Path) -> None:
     network = unet()
     add_adapters(network, LORA)
     save_adapters(
-        state_of(network), file=tmp_path / "half.safetensors", part="unet", settings=LORA, dtype=torch.bfloat16
+        state_of(network),
+        file=tmp_path / "half.safetensors",
+        part="unet",
+        settings=LORA,
+        dtype=torch.bfloat16,
     )
-    assert {value.dtype for value in load_file(tmp_path / "half.safetensors").values()} == {torch.bfloat16}
+    assert {value.dtype for value in load_file(tmp_path / "half.safetensors").values()} == {
+        torch.bfloat16
+    }
 
 
 def test_a_checkpoint_without_adapters_is_not_exported(tmp_path: Path) -> None:
@@ -303,11 +345,15 @@ def test_merged_weights_give_what_the_adapters_give(family: str) -> None:
 
 def test_merged_is_rounded_once() -> None:
     generator = torch.Generator().manual_seed(0)
-    down, up, base = (torch.randn(shape, generator=generator) for shape in ((3, 40), (30, 3), (30, 40)))
+    down, up, base = (
+        torch.randn(shape, generator=generator) for shape in ((3, 40), (30, 3), (30, 40))
+    )
     state = {"a.lora_A.default.weight": down, "a.lora_B.default.weight": up}
     half = base.bfloat16()
     exact = half.double() + 1.5 * up.double() @ down.double()
-    torch.testing.assert_close(merged("a.weight", half.float(), state, LORA).double(), exact, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(
+        merged("a.weight", half.float(), state, LORA).double(), exact, atol=1e-5, rtol=1e-6
+    )
     rounded = merged("a.weight", half, state, LORA)
     assert rounded.dtype == torch.bfloat16 and (rounded != exact.bfloat16()).float().mean() < 0.01
     assert merged("a.bias", half, state, LORA) is half
@@ -328,14 +374,17 @@ def test_frozen_weights_in_the_compute_precision_lose_nothing(world: World) -> N
     for frozen in (torch.float32, torch.bfloat16):
         settings = Model(family="hunyuan_video", path=str(tiny.FOLDER), dtype="bfloat16")
         policy = policies.load(settings, torch.device("cpu"))
-        x = torch.randn(1, *policy.latent_shape(tiny.VIDEO), generator=torch.Generator().manual_seed(0))
+        x = torch.randn(
+            1, *policy.latent_shape(tiny.VIDEO), generator=torch.Generator().manual_seed(0)
+        )
         add_adapters(policy.network, LORA, frozen)
         stir(policy.network)
         sharding.shard(policy, world, torch.bfloat16)
         v = policy.velocity(x, torch.tensor([0.5]), stack(conditions))
         v.square().sum().backward()
         gradients = [p.grad for p in policy.network.parameters() if p.grad is not None]
-        outputs.append((v.detach(), torch.cat([grad.full_tensor().flatten() for grad in gradients])))  # type: ignore[attr-defined]
+        whole = [grad.full_tensor().flatten() for grad in gradients]  # type: ignore[attr-defined]
+        outputs.append((v.detach(), torch.cat(whole)))
     assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
     assert outputs[0][1].dtype == torch.float32 and outputs[0][1].norm() > 0
 
@@ -356,7 +405,10 @@ def test_two_ranks_train_and_resume_adapters_as_one_does(tmp_path: Path, world: 
         ours, theirs = one["gradients"][step], two["gradients"][step]
         assert set(ours) == set(theirs) == names and all(grad.any() for grad in ours.values())
         difference = torch.cat([(theirs[name] - grad).flatten() for name, grad in ours.items()])
-        assert difference.norm() <= tolerance * torch.cat([grad.flatten() for grad in ours.values()]).norm()
+        assert (
+            difference.norm()
+            <= tolerance * torch.cat([grad.flatten() for grad in ours.values()]).norm()
+        )
     for result, folder in ((one, tmp_path / "one"), (two, tmp_path / "two")):
         assert result["metrics"]["update/max_log_ratio_first"] <= 1e-6
         assert result["progress"] == 1
@@ -377,7 +429,9 @@ def test_the_reference_without_adapters_is_the_initial_policy(world: World) -> N
     results = []
     for reference in (initial, Unadapted(policy)):
         trainer = lora.create_trainer(policy, reference, lr=1e-30)
-        metrics = lora.train(trainer, plan=plan, trajectories=trajectories, conditions=conditions, world=world)
+        metrics = lora.train(
+            trainer, plan=plan, trajectories=trajectories, conditions=conditions, world=world
+        )
         results.append((metrics["update/kl"], trainer.gradients[0]))
     (kl, expected), (ours, gradients) = results
     assert kl > 1e-4 and ours == pytest.approx(kl, rel=1e-6)

@@ -1,7 +1,9 @@
-"""SkyReels-V1 against diffusers' own pipeline, which is the oracle: latents with guidance and an image, and pixels.
+"""SkyReels-V1 against diffusers' own pipeline, which is the oracle: latents with guidance and an
+image, and pixels.
 
-The pipeline samples the image's latent with the generator it is given before it uses it for anything else. Ours is a
-function of the image: its generator, handed to the pipeline together with the noise, makes both draw the same sample.
+The pipeline samples the image's latent with the generator it is given before it uses it for
+anything else. Ours is a function of the image: its generator, handed to the pipeline together with
+the noise, makes both draw the same sample.
 """
 
 import shutil
@@ -10,7 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLHunyuanVideo, HunyuanSkyreelsImageToVideoPipeline, HunyuanVideoTransformer3DModel
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    HunyuanSkyreelsImageToVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+)
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from PIL import Image
 from torch import Tensor
@@ -38,7 +44,11 @@ from tests.harness.folders import skyreels_i2v as files
 
 CPU = torch.device("cpu")
 VIDEO = Video(frames=5, height=32, width=32)
-TEXTS = ("a boat leaves the shore", "the red sun goes down behind two hills", "two dogs run")  # of different lengths
+TEXTS = (
+    "a boat leaves the shore",
+    "the red sun goes down behind two hills",
+    "two dogs run",
+)  # of different lengths
 NEGATIVE = "blurred, still"
 CFG = 6.0
 GROUP = 3
@@ -56,12 +66,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[Prompt]:
     """With two pictures and a video as reference images, none in the clips' size."""
     path = tmp_path_factory.mktemp("images")
-    pixels = torch.randint(0, 256, (3, 6, 9, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    pixels = torch.randint(0, 256, (3, 6, 9, 3), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
     for number, size in enumerate([(64, 64), (90, 50)]):
-        Image.fromarray(pixels[number].numpy()).resize(size, Image.Resampling.BICUBIC).save(path / f"{number}.png")
+        Image.fromarray(pixels[number].numpy()).resize(size, Image.Resampling.BICUBIC).save(
+            path / f"{number}.png"
+        )
     large = pixels[2].repeat_interleave(8, 0).repeat_interleave(8, 1)
     video.write_mp4(path / "2.mp4", large.expand(3, -1, -1, -1), 8)
-    return [Prompt(text, path / name) for text, name in zip(TEXTS, ("0.png", "1.png", "2.mp4"), strict=True)]
+    return [
+        Prompt(text, path / name)
+        for text, name in zip(TEXTS, ("0.png", "1.png", "2.mp4"), strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +100,9 @@ def settings(path: Path, cfg: float = CFG) -> Model:
     return Model(family="skyreels_i2v", path=str(path), cfg=cfg)
 
 
-def encode(path: Path, prompts: list[Prompt], size: Video = VIDEO) -> tuple[list[Condition], Condition]:
+def encode(
+    path: Path, prompts: list[Prompt], size: Video = VIDEO
+) -> tuple[list[Condition], Condition]:
     with policies.encoder(settings(path), size, CPU) as encoder:
         return encoder(prompts), encoder.negative(NEGATIVE)
 
@@ -119,10 +138,14 @@ def noise_of(policy: SkyReels, size: Video, seed: int = 1) -> Tensor:
 
 def ours(policy: SkyReels, size: Video, steps: int, condition: Condition) -> Tensor:
     shape = policy.latent_shape(size)
-    return sample_ode(policy, noise_of(policy, size), policy.time_grid(steps, None, shape), stack([condition]))
+    return sample_ode(
+        policy, noise_of(policy, size), policy.time_grid(steps, None, shape), stack([condition])
+    )
 
 
-def theirs(pipeline: Any, x: Tensor, size: Video, steps: int, prompt: Prompt, output: str, **others: Any) -> Tensor:
+def theirs(
+    pipeline: Any, x: Tensor, size: Video, steps: int, prompt: Prompt, output: str, **others: Any
+) -> Tensor:
     """The official pipeline's clip from the prompt's text and image and the noise x."""
     template = DEFAULT_PROMPT_TEMPLATE["template"]
     crop = len(pipeline.tokenizer(template.split("{}")[0])["input_ids"])
@@ -167,7 +190,11 @@ def test_ode_equals_the_pipeline(
     policy.guidance = policy.guidance if guidance is None else guidance
     x = noise_of(policy, size)
     latents = ours(policy, size, steps, conditions[number])
-    asked = {"true_cfg_scale": cfg, "guidance_scale": guidance or 1.0, "negative_prompt": NEGATIVE if cfg > 1 else None}
+    asked = {
+        "true_cfg_scale": cfg,
+        "guidance_scale": guidance or 1.0,
+        "negative_prompt": NEGATIVE if cfg > 1 else None,
+    }
     expected = theirs(pipeline, x, size, steps, prompts[number], "latent", **asked)
     torch.testing.assert_close(latents, expected, atol=1e-4, rtol=0)
     assert latents.std() > 0.1
@@ -183,7 +210,9 @@ def test_the_usual_guidance_is_the_pipelines(
 ) -> None:
     """Embedded 1.0, which the pipeline takes when it is not told; the recipe's is followed."""
     policy = load(folder)
-    expected = theirs(pipeline, x=noise_of(policy, VIDEO), size=VIDEO, steps=2, prompt=prompts[0], output="latent")
+    expected = theirs(
+        pipeline, x=noise_of(policy, VIDEO), size=VIDEO, steps=2, prompt=prompts[0], output="latent"
+    )
     torch.testing.assert_close(ours(policy, VIDEO, 2, conditions[0]), expected, atol=1e-4, rtol=0)
     other = policies.load(settings(folder, 1.0).model_copy(update={"guidance": 6.0}), CPU)
     assert isinstance(other, SkyReels)
@@ -202,7 +231,9 @@ def test_prediction_depends_on_all_that_it_is_given(
             "x": policy.velocity(x + 0.1, t, condition),
             "t": policy.velocity(x, t / 2, condition),
             "text": policy.velocity(x, t, condition | {"text": stack(conditions[1:2])["text"]}),
-            "pooled": policy.velocity(x, t, condition | {"pooled": stack(conditions[1:2])["pooled"]}),
+            "pooled": policy.velocity(
+                x, t, condition | {"pooled": stack(conditions[1:2])["pooled"]}
+            ),
             "image": policy.velocity(x, t, condition | {"image": stack(conditions[1:2])["image"]}),
             "guidance scale": load(folder, negative, 3.0).velocity(x, t, condition),
         }
@@ -234,7 +265,9 @@ def test_the_image_is_in_the_first_frame_of_the_last_channels(
 def test_the_images_latent_is_a_reproducible_sample(
     folder: Path, prompts: list[Prompt], conditions: list[Condition]
 ) -> None:
-    again = encode(folder, [prompts[2], prompts[0]])[0]  # whatever its place, its batch and its text
+    again = encode(folder, [prompts[2], prompts[0]])[
+        0
+    ]  # whatever its place, its batch and its text
     for condition, usual in zip(again, (conditions[2], conditions[0]), strict=True):
         assert torch.equal(condition["image"], usual["image"])
     other_text = encode(folder, [Prompt("a cat", prompts[0].image)])[0][0]
@@ -253,7 +286,9 @@ def test_the_images_latent_is_a_reproducible_sample(
     assert abs(torch.corrcoef(draws.flatten(1)) - torch.eye(3)).max() < 0.2
 
 
-def test_the_folders_constants_are_followed(folder: Path, prompts: list[Prompt], tmp_path: Path) -> None:
+def test_the_folders_constants_are_followed(
+    folder: Path, prompts: list[Prompt], tmp_path: Path
+) -> None:
     scaled = changed(folder, tmp_path / "scaled", "vae", scaling_factor=0.9)
     shifted = changed(scaled, tmp_path / "shifted", "scheduler", shift=2.0)
     policy = load(shifted)
@@ -268,11 +303,15 @@ def test_the_folders_constants_are_followed(folder: Path, prompts: list[Prompt],
     torch.testing.assert_close(condition["image"], original["image"] * 0.9 / 0.476986)
 
 
-def test_the_network_may_lie_apart(folder: Path, tmp_path: Path, conditions: list[Condition]) -> None:
+def test_the_network_may_lie_apart(
+    folder: Path, tmp_path: Path, conditions: list[Condition]
+) -> None:
     """As published: HunyuanVideo's folder, and SkyReels' network alone."""
     base_files.write(tmp_path / "hunyuan")
     shutil.copytree(folder / "transformer", tmp_path / "skyreels")
-    recipe = settings(tmp_path / "hunyuan", 1.0).model_copy(update={"network": str(tmp_path / "skyreels")})
+    recipe = settings(tmp_path / "hunyuan", 1.0).model_copy(
+        update={"network": str(tmp_path / "skyreels")}
+    )
     apart = policies.load(recipe, CPU)
     x, t = noise_of(load(folder), VIDEO), torch.tensor([0.5])
     expected = load(folder).velocity(x, t, stack(conditions[:1]))
@@ -294,7 +333,11 @@ def test_ratio_is_one_for_any_batch_size(
             trainer,
             Objective(),
             Experience(
-                plan=plan, trajectories=drawn.trajectories, conditions=two, advantages=kept.float(), selected=kept
+                plan=plan,
+                trajectories=drawn.trajectories,
+                conditions=two,
+                advantages=kept.float(),
+                selected=kept,
             ),
             world,
         )
@@ -305,7 +348,9 @@ def test_ratio_is_one_for_any_batch_size(
 def test_cfg_gradient_equals_plain_autograd_of_the_objective(
     folder: Path, conditions: list[Condition], negative: Condition, world: World
 ) -> None:
-    """On one sample: two forwards of diffusers' unmodified network, one per branch, in place of the padded batch."""
+    """On one sample: two forwards of diffusers' unmodified network, one per branch, in place of the
+    padded batch.
+    """
     policy = load(folder, negative)
     sharding.shard(policy, world, torch.float32)
     plan, condition = plan_of(policy, VIDEO, steps=STEPS), conditions[1]
@@ -317,7 +362,11 @@ def test_cfg_gradient_equals_plain_autograd_of_the_objective(
         trainer,
         Objective(),
         Experience(
-            plan=plan, trajectories=drawn.trajectories, conditions=[condition], advantages=0.7 * kept, selected=kept
+            plan=plan,
+            trajectories=drawn.trajectories,
+            conditions=[condition],
+            advantages=0.7 * kept,
+            selected=kept,
         ),
         world,
     )
@@ -350,7 +399,9 @@ def test_cfg_gradient_equals_plain_autograd_of_the_objective(
         assert (trainer.gradients[0][name] - grad).norm() <= 1e-5 * whole, name
 
 
-def test_nothing_waits_for_the_device(folder: Path, conditions: list[Condition], negative: Condition) -> None:
+def test_nothing_waits_for_the_device(
+    folder: Path, conditions: list[Condition], negative: Condition
+) -> None:
     """A fake tensor has no values, so that reading one, which would wait for a GPU, is an error."""
     policy = load(folder, negative)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
@@ -360,7 +411,9 @@ def test_nothing_waits_for_the_device(folder: Path, conditions: list[Condition],
 
 def test_the_full_size_network_is_wrapped_block_by_block() -> None:
     with torch.device("meta"):
-        network = HunyuanVideoTransformer3DModel(in_channels=32, out_channels=16)  # SkyReels-V1's config
+        network = HunyuanVideoTransformer3DModel(
+            in_channels=32, out_channels=16
+        )  # SkyReels-V1's config
     total = sum(p.numel() for p in network.parameters())
     assert total == 12_821_209_152
     wrapped = blocks(network)
@@ -383,8 +436,16 @@ def test_the_full_size_network_is_wrapped_block_by_block() -> None:
 @pytest.mark.parametrize(
     ("family", "entries", "message"),
     [
-        ("hunyuan_video", {}, r"a network of image-to-video \(32 channels in, 16 out\); set model.family=skyreels_i2v"),
-        ("skyreels_i2v", {"in_channels": 16}, r"a network of text-to-video \(16 channels .*model.family=hunyuan_video"),
+        (
+            "hunyuan_video",
+            {},
+            r"a network of image-to-video \(32 channels in, 16 out\); set model.family=skyreels_i2v",
+        ),
+        (
+            "skyreels_i2v",
+            {"in_channels": 16},
+            r"a network of text-to-video \(16 channels .*model.family=hunyuan_video",
+        ),
         (
             "skyreels_i2v",
             {"in_channels": 33, "image_condition_type": "latent_concat"},
@@ -395,15 +456,31 @@ def test_the_full_size_network_is_wrapped_block_by_block() -> None:
             {"in_channels": 16, "image_condition_type": "token_replace"},
             r"\(token_replace\), which no fam",
         ),
-        ("skyreels_i2v", {"in_channels": 33}, "has in_channels=33 and out_channels=16; correct the path"),
-        ("skyreels_i2v", {"in_channels": 8, "out_channels": 4}, "makes 4 channels and the VAE takes 16"),
-        ("skyreels_i2v", {"patch_size": None}, "has patch_size=None and patch_size_t=1, not a whole number and 1"),
+        (
+            "skyreels_i2v",
+            {"in_channels": 33},
+            "has in_channels=33 and out_channels=16; correct the path",
+        ),
+        (
+            "skyreels_i2v",
+            {"in_channels": 8, "out_channels": 4},
+            "makes 4 channels and the VAE takes 16",
+        ),
+        (
+            "skyreels_i2v",
+            {"patch_size": None},
+            "has patch_size=None and patch_size_t=1, not a whole number and 1",
+        ),
         (
             "skyreels_i2v",
             {"guidance_embeds": False},
             r"model.guidance=2.0: .*no embedded guidance; set model.cfg instead",
         ),
-        ("skyreels_i2v", {"_class_name": "UNet2DConditionModel"}, "holds a UNet2DConditionModel, not a Hunyuan"),
+        (
+            "skyreels_i2v",
+            {"_class_name": "UNet2DConditionModel"},
+            "holds a UNet2DConditionModel, not a Hunyuan",
+        ),
     ],
 )
 def test_a_network_that_does_not_fit_is_one_line_before_its_weights_are_read(
@@ -422,12 +499,22 @@ def test_a_network_that_does_not_fit_is_one_line_before_its_weights_are_read(
             pass
 
 
-def test_another_pipelines_folder_is_one_line_that_names_its_family(folder: Path, tmp_path: Path) -> None:
+def test_another_pipelines_folder_is_one_line_that_names_its_family(
+    folder: Path, tmp_path: Path
+) -> None:
     wan = changed(folder, tmp_path / "wan", "", _class_name="WanPipeline")
     own = r"a HunyuanSkyreelsImageToVideoPipeline or a HunyuanVideoPipeline"
     for path, family, message in (
-        (wan, "skyreels_i2v", f"names a WanPipeline, not {own}; set model.family=wan, or correct the path"),
-        (folder, "hunyuan_video", r"ToVideoPipeline, not a HunyuanVideoPipeline; set model.family=skyreels_i2v, or"),
+        (
+            wan,
+            "skyreels_i2v",
+            f"names a WanPipeline, not {own}; set model.family=wan, or correct the path",
+        ),
+        (
+            folder,
+            "hunyuan_video",
+            r"ToVideoPipeline, not a HunyuanVideoPipeline; set model.family=skyreels_i2v, or",
+        ),
     ):
         recipe = settings(path).model_copy(update={"family": family})
         with pytest.raises(UserError, match=message):
@@ -436,13 +523,22 @@ def test_another_pipelines_folder_is_one_line_that_names_its_family(folder: Path
             pass
 
 
-def test_prompts_without_a_usable_image_are_one_line(folder: Path, prompts: list[Prompt], tmp_path: Path) -> None:
+def test_prompts_without_a_usable_image_are_one_line(
+    folder: Path, prompts: list[Prompt], tmp_path: Path
+) -> None:
     with policies.encoder(settings(folder), VIDEO, CPU) as encoder:
-        with pytest.raises(UserError, match=r"'a cat' has no reference image, .*; set prompts.image_column"):
+        with pytest.raises(
+            UserError, match=r"'a cat' has no reference image, .*; set prompts.image_column"
+        ):
             encoder([prompts[0], Prompt("a cat")])
-        with pytest.raises(UserError, match=r"reference image .*/none.png: cannot be read \(No such file"):
+        with pytest.raises(
+            UserError, match=r"reference image .*/none.png: cannot be read \(No such file"
+        ):
             encoder([Prompt("a cat", tmp_path / "none.png")])
-    for key, value, problem in (("height", 30, "not a multiple of 8"), ("frames", 8, "must be a multiple of 4")):
+    for key, value, problem in (
+        ("height", 30, "not a multiple of 8"),
+        ("frames", 8, "must be a multiple of 4"),
+    ):
         opened = policies.encoder(settings(folder), VIDEO.model_copy(update={key: value}), CPU)
         with pytest.raises(UserError, match=f"video.{key}={value}: {problem}"), opened:
             pass

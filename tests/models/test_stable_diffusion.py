@@ -94,7 +94,9 @@ def official(path: Path) -> StableDiffusionPipeline:
 
 def ddim(path: Path) -> DDIMScheduler:
     """Straight from the folder: a pipeline would set steps_offset to 1 whatever the folder says."""
-    return DDIMScheduler.from_config(json.loads((path / "scheduler/scheduler_config.json").read_text()))
+    return DDIMScheduler.from_config(
+        json.loads((path / "scheduler/scheduler_config.json").read_text())
+    )
 
 
 def noise_of(policy: StableDiffusion, video: Video = VIDEO) -> Tensor:
@@ -103,7 +105,11 @@ def noise_of(policy: StableDiffusion, video: Video = VIDEO) -> Tensor:
 
 
 def assert_equals(
-    policy: StableDiffusion, pipeline: StableDiffusionPipeline, texts: Texts, steps: int, video: Video = VIDEO
+    policy: StableDiffusion,
+    pipeline: StableDiffusionPipeline,
+    texts: Texts,
+    steps: int,
+    video: Video = VIDEO,
 ) -> None:
     """ODE latents, for the pipeline from the texts on, and pixels."""
     policy.negative = texts.negative
@@ -135,10 +141,19 @@ def assert_equals(
 
 @pytest.mark.parametrize(("steps", "cfg", "width"), [(12, 1.0, 48), (5, 5.0, 48), (7, 7.5, 32)])
 def test_ode_equals_the_pipeline(
-    folder: Path, pipeline: StableDiffusionPipeline, texts: Texts, steps: int, cfg: float, width: int
+    folder: Path,
+    pipeline: StableDiffusionPipeline,
+    texts: Texts,
+    steps: int,
+    cfg: float,
+    width: int,
 ) -> None:
     assert_equals(
-        load(folder, cfg), pipeline=pipeline, texts=texts, steps=steps, video=VIDEO.model_copy(update={"width": width})
+        load(folder, cfg),
+        pipeline=pipeline,
+        texts=texts,
+        steps=steps,
+        video=VIDEO.model_copy(update={"width": width}),
     )
 
 
@@ -198,13 +213,21 @@ def test_transitions_equal_the_golden_ones(folder: Path) -> None:
     policy = load(folder)
     policy.schedule = Schedule(json.loads(metadata["scheduler"]) | {"clip_sample": False}, CPU)
     for case in json.loads(metadata["cases"]):
-        x, eps, x_next = (tensors[f"{case['step']}.{key}"][:, :, None] for key in ("x", "eps", "x_next"))
+        x, eps, x_next = (
+            tensors[f"{case['step']}.{key}"][:, :, None] for key in ("x", "eps", "x_next")
+        )
         t = torch.tensor(case["timestep"] / 1000)
-        t_next = torch.tensor(max(case["timestep"] - 1000 // case["num_steps"], 0.25) / 1000)  # its end is timestep 0
+        t_next = torch.tensor(
+            max(case["timestep"] - 1000 // case["num_steps"], 0.25) / 1000
+        )  # its end is timestep 0
         for shape in ((), (len(x),)):
-            mean, std = policy.transition(x, v=eps, t=t.expand(shape), t_next=t_next.expand(shape), eta=case["eta"])
+            mean, std = policy.transition(
+                x, v=eps, t=t.expand(shape), t_next=t_next.expand(shape), eta=case["eta"]
+            )
             log_prob = gaussian_log_prob(x_next, mean, std)
-            torch.testing.assert_close(log_prob, tensors[f"{case['step']}.log_prob"], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                log_prob, tensors[f"{case['step']}.log_prob"], atol=1e-5, rtol=1e-5
+            )
 
 
 @pytest.mark.parametrize("count", [1000, 777])
@@ -220,7 +243,9 @@ def test_times_find_their_timesteps_again(count: int) -> None:
 
 @pytest.mark.parametrize("steps", [2, 50, 500])
 def test_the_noise_never_exceeds_its_share(folder: Path, steps: int) -> None:
-    """1 - alpha_next - std^2 in float64, of which the transition takes the root: positive up to eta = 1, then not."""
+    """1 - alpha_next - std^2 in float64, of which the transition takes the root: positive up to eta
+    = 1, then not.
+    """
     policy = load(folder)
     alphas = policy.schedule.alpha(policy.time_grid(steps, None, ())).double()
     for alpha, alpha_next in pairwise(alphas[:-1]):
@@ -232,7 +257,12 @@ def test_the_noise_never_exceeds_its_share(folder: Path, steps: int) -> None:
 
 
 def first_ratio(
-    policy: StableDiffusion, plan: Plan, drawn: Drawn, conditions: list[Condition], size: int, world: World
+    policy: StableDiffusion,
+    plan: Plan,
+    drawn: Drawn,
+    conditions: list[Condition],
+    size: int,
+    world: World,
 ) -> float:
     """max |log ratio| of an update over every trainable step, before its first optimizer step."""
     trainer = Trainer.create(policy, Optimizer(lr=1e-30, batch_size=size), None)
@@ -241,7 +271,11 @@ def first_ratio(
         trainer,
         Objective(),
         Experience(
-            plan=plan, trajectories=drawn.trajectories, conditions=conditions, advantages=kept.float(), selected=kept
+            plan=plan,
+            trajectories=drawn.trajectories,
+            conditions=conditions,
+            advantages=kept.float(),
+            selected=kept,
         ),
         world,
     )
@@ -250,7 +284,9 @@ def first_ratio(
 
 
 @pytest.mark.parametrize("cfg", [1.0, 5.0])
-def test_ratio_is_one_on_every_step_for_any_batch_size(folder: Path, texts: Texts, world: World, cfg: float) -> None:
+def test_ratio_is_one_on_every_step_for_any_batch_size(
+    folder: Path, texts: Texts, world: World, cfg: float
+) -> None:
     policy, conditions = load(folder, cfg, texts.negative), texts.conditions
     sharding.shard(policy, world, torch.float32)
     plan = plan_of(policy, VIDEO, group_size=GROUP, steps=STEPS, eta=1.0)
@@ -258,18 +294,31 @@ def test_ratio_is_one_on_every_step_for_any_batch_size(folder: Path, texts: Text
         drawn = draw(policy, plan, conditions, rollout_batch)
         for update_batch in update_batches:
             assert (
-                first_ratio(policy, plan=plan, drawn=drawn, conditions=conditions, size=update_batch, world=world)
+                first_ratio(
+                    policy,
+                    plan=plan,
+                    drawn=drawn,
+                    conditions=conditions,
+                    size=update_batch,
+                    world=world,
+                )
                 <= 1e-6
             )
 
-    # the reference scores what it drew and keeps it rounded: its ratio leaves the clip range of 1e-4
+    # the reference scores what it drew and keeps it rounded: its ratio leaves the clip range of
+    # 1e-4
     for trajectory in drawn.trajectories.values():
         trajectory.states = {step: x.bfloat16().float() for step, x in trajectory.states.items()}
-    assert first_ratio(policy, plan=plan, drawn=drawn, conditions=conditions, size=2, world=world) > 1e-4
+    assert (
+        first_ratio(policy, plan=plan, drawn=drawn, conditions=conditions, size=2, world=world)
+        > 1e-4
+    )
 
 
 def test_log_probs_are_those_of_the_stored_samples(folder: Path, texts: Texts) -> None:
-    """By another route, in float64 from diffusers' step; the last trained step, of the least noise, included."""
+    """By another route, in float64 from diffusers' step; the last trained step, of the least noise,
+    included.
+    """
     policy, conditions = load(folder, 5.0, texts.negative), texts.conditions
     plan = plan_of(policy, VIDEO, group_size=GROUP, steps=STEPS, eta=1.0)
     drawn = draw(policy, plan, conditions, 4)
@@ -281,16 +330,24 @@ def test_log_probs_are_those_of_the_stored_samples(folder: Path, texts: Texts) -
             x, x_next = states[step][None], states[step + 1][None].double()
             with torch.no_grad():
                 eps = policy.velocity(x, plan.grid[step][None], stack([conditions[slot // GROUP]]))
-            mean = scheduler.step(eps.double(), timestep, x.double(), 1.0, variance_noise=0 * eps.double()).prev_sample
+            mean = scheduler.step(
+                eps.double(), timestep, x.double(), 1.0, variance_noise=0 * eps.double()
+            ).prev_sample
             std = scheduler._get_variance(timestep, timestep - 1000 // STEPS) ** 0.5
             expected = torch.distributions.Normal(mean, std.double()).log_prob(x_next).mean()
-            assert drawn.trajectories[slot].log_probs[step].item() == pytest.approx(expected.item(), abs=3e-5)
+            assert drawn.trajectories[slot].log_probs[step].item() == pytest.approx(
+                expected.item(), abs=3e-5
+            )
 
 
 def test_cfg_gradient_equals_plain_autograd_of_the_objective(
     folder: Path, pipeline: StableDiffusionPipeline, texts: Texts, world: World
 ) -> None:
-    policy, conditions, negative = load(folder, 5.0, texts.negative), texts.conditions, texts.negative
+    policy, conditions, negative = (
+        load(folder, 5.0, texts.negative),
+        texts.conditions,
+        texts.negative,
+    )
     sharding.shard(policy, world, torch.float32)
     plan = plan_of(policy, VIDEO, group_size=GROUP, steps=STEPS, eta=1.0)
     drawn = draw(policy, plan, conditions[:1], 2)
@@ -301,7 +358,11 @@ def test_cfg_gradient_equals_plain_autograd_of_the_objective(
         trainer,
         Objective(),
         Experience(
-            plan=plan, trajectories=drawn.trajectories, conditions=conditions[:1], advantages=advantages, selected=kept
+            plan=plan,
+            trajectories=drawn.trajectories,
+            conditions=conditions[:1],
+            advantages=advantages,
+            selected=kept,
         ),
         world,
     )
@@ -309,12 +370,18 @@ def test_cfg_gradient_equals_plain_autograd_of_the_objective(
     pipeline.scheduler.set_timesteps(STEPS)
     loss = torch.zeros(())
     for step, timestep in enumerate(pipeline.scheduler.timesteps[:-1]):
-        x, x_next = drawn.trajectories[0].states[step][None, :, 0], drawn.trajectories[0].states[step + 1][None, :, 0]
+        x, x_next = (
+            drawn.trajectories[0].states[step][None, :, 0],
+            drawn.trajectories[0].states[step + 1][None, :, 0],
+        )
         without, with_text = (
-            pipeline.unet(x, timestep, condition["text"][None]).sample for condition in (negative, conditions[0])
+            pipeline.unet(x, timestep, condition["text"][None]).sample
+            for condition in (negative, conditions[0])
         )
         eps = without + 5.0 * (with_text - without)
-        mean = pipeline.scheduler.step(eps, timestep, x, 1.0, variance_noise=torch.zeros_like(x)).prev_sample
+        mean = pipeline.scheduler.step(
+            eps, timestep, x, 1.0, variance_noise=torch.zeros_like(x)
+        ).prev_sample
         std = pipeline.scheduler._get_variance(timestep, timestep - 1000 // STEPS) ** 0.5
         log_prob = torch.distributions.Normal(mean, std).log_prob(x_next).mean()
         loss = loss - 0.7 * (log_prob - log_prob.detach()).exp() / (STEPS - 1)
@@ -366,7 +433,9 @@ def test_nothing_waits_for_the_device(folder: Path, texts: Texts) -> None:
 
 def test_the_full_size_network_is_wrapped_block_by_block() -> None:
     with torch.device("meta"):
-        network = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64)  # v1.4's config
+        network = UNet2DConditionModel(
+            cross_attention_dim=768, attention_head_dim=8, sample_size=64
+        )  # v1.4's config
     assert sum(p.numel() for p in network.parameters()) == 859_520_964
     wrapped = blocks(network)
     assert [type(block).__name__ for block in wrapped] == [
@@ -377,8 +446,16 @@ def test_the_full_size_network_is_wrapped_block_by_block() -> None:
         *["CrossAttnUpBlock2D"] * 3,
     ]
     inside = {id(p) for block in wrapped for p in block.parameters()}
-    outside = {name.rpartition(".")[0] for name, p in network.named_parameters() if id(p) not in inside}
-    assert outside == {"conv_in", "time_embedding.linear_1", "time_embedding.linear_2", "conv_norm_out", "conv_out"}
+    outside = {
+        name.rpartition(".")[0] for name, p in network.named_parameters() if id(p) not in inside
+    }
+    assert outside == {
+        "conv_in",
+        "time_embedding.linear_1",
+        "time_embedding.linear_2",
+        "conv_norm_out",
+        "conv_out",
+    }
     assert sum(p.numel() for p in network.parameters() if id(p) not in inside) < 0.003 * 859_520_964
 
 
@@ -422,7 +499,11 @@ def test_every_block_is_sharded(folder: Path, world: World) -> None:
             {"_class_name": "FluxTransformer2DModel"},
             "holds a FluxTransformer2DModel, not a UNet2DConditionModel",
         ),
-        ("text_encoder", {"hidden_size": 64}, "width 32, .*text encoder 64; the parts are of different models"),
+        (
+            "text_encoder",
+            {"hidden_size": 64},
+            "width 32, .*text encoder 64; the parts are of different models",
+        ),
     ],
 )
 def test_a_folder_that_does_not_fit_is_one_clear_line(

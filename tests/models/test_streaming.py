@@ -1,7 +1,9 @@
-"""Weights read from their files straight into the shards: equal to diffusers' own loading, and never whole on a rank.
+"""Weights read from their files straight into the shards: equal to diffusers' own loading, and
+never whole on a rank.
 
-Memory that nothing was read into holds NaN here (torch's own switch), so that a tensor which is left out shows. Most
-meshes are pretended: reading talks to no other rank, so one process can be each of them in turn.
+Memory that nothing was read into holds NaN here (torch's own switch), so that a tensor which is
+left out shows. Most meshes are pretended: reading talks to no other rank, so one process can be
+each of them in turn.
 """
 
 import hashlib
@@ -58,7 +60,10 @@ LARGE = {  # of HunyuanVideo's class: 517 million parameters, in float32 2.07 GB
     "pooled_projection_dim": 768,
 }
 PRETENDED: dict[bool, dict[tuple[int, ...], int]] = {False: {(5,): 4}, True: {(3,): 1, (2, 3): 5}}
-"""Mesh and rank, without and with adapters. One rank of each: DTensor keeps what it made for a mesh, with its rank."""
+"""Mesh and rank, without and with adapters.
+
+One rank of each: DTensor keeps what it made for a mesh, with its rank.
+"""
 PART = 200_000_000  # bytes of a part of its files
 LIMIT = 240  # seconds for its ranks
 
@@ -89,7 +94,12 @@ def pretended(rank: int, mesh: tuple[int, ...]) -> Iterator[World]:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         names = ("shard",) if len(mesh) == 1 else ("replicate", "shard")
-        yield World(rank=rank, size=size, device=CPU, mesh=init_device_mesh("cpu", mesh, mesh_dim_names=names))
+        yield World(
+            rank=rank,
+            size=size,
+            device=CPU,
+            mesh=init_device_mesh("cpu", mesh, mesh_dim_names=names),
+        )
     finally:
         dist.destroy_process_group()
 
@@ -105,14 +115,19 @@ def outlined(family: str, folder: Path, adapters: Lora | None = None) -> Any:
 
 def by_diffusers(family: str, folder: Path, adapters: Lora | None = None) -> nn.Module:
     """The same network, whole and real from the start."""
-    network: nn.Module = type(NETWORKS[family]()).from_pretrained(folder, torch_dtype=torch.float32).train()
+    network: nn.Module = (
+        type(NETWORKS[family]()).from_pretrained(folder, torch_dtype=torch.float32).train()
+    )
     if adapters is not None:
         lora.add_adapters(network, adapters, torch.bfloat16)
     return network
 
 
 def assert_same(network: nn.Module, expected: nn.Module, shards: int = 1, shard: int = 0) -> int:
-    """Every parameter's shard, every buffer, bit for bit, and how they are used.  returns shards without any row"""
+    """Every parameter's shard, every buffer, bit for bit, and how they are used.
+
+    returns shards without any row
+    """
     empty = 0
     assert network.training and network.state_dict().keys() == expected.state_dict().keys()
     for name, whole in expected.named_parameters():
@@ -126,24 +141,36 @@ def assert_same(network: nn.Module, expected: nn.Module, shards: int = 1, shard:
             own, mine = whole.detach(), found.detach()
         assert mine.dtype == own.dtype and torch.equal(mine, own), name
     for name, buffer in expected.named_buffers():
-        assert torch.equal(network.get_buffer(name), buffer) and network.get_buffer(name).dtype == buffer.dtype, name
+        assert (
+            torch.equal(network.get_buffer(name), buffer)
+            and network.get_buffer(name).dtype == buffer.dtype
+        ), name
     return empty
 
 
 @pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["whole", "lora"])
 @pytest.mark.parametrize("family", NETWORKS)
-def test_equals_diffusers_bit_for_bit_on_any_rank(family: str, adapters: Lora | None, folders: dict[str, Path]) -> None:
+def test_equals_diffusers_bit_for_bit_on_any_rank(
+    family: str, adapters: Lora | None, folders: dict[str, Path]
+) -> None:
     """One process, and ranks of meshes that divide few shapes and leave some ranks without a row."""
     expected = by_diffusers(family, folders[family], adapters)
     alone = outlined(family, folders[family], adapters)
     read = streaming.fill(alone, CPU)
     assert_same(alone, expected)
-    assert read.done == read.own == read.network == sum(t.nbytes for t in load_file(weights(folders[family])).values())
+    assert (
+        read.done
+        == read.own
+        == read.network
+        == sum(t.nbytes for t in load_file(weights(folders[family])).values())
+    )
     empty = 0
     for mesh, rank in PRETENDED[adapters is not None].items():
         with pretended(rank, mesh) as world:
             network = outlined(family, folders[family], adapters)
-            policy: Any = SimpleNamespace(network=network, blocks=models.family(family).blocks(network))
+            policy: Any = SimpleNamespace(
+                network=network, blocks=models.family(family).blocks(network)
+            )
             sharding.shard(policy, world, torch.bfloat16)
             part = streaming.fill(network, CPU)
             empty += assert_same(network, expected, mesh[-1], rank % mesh[-1])
@@ -152,8 +179,12 @@ def test_equals_diffusers_bit_for_bit_on_any_rank(family: str, adapters: Lora | 
 
 
 def test_adapters_start_as_they_always_did() -> None:
-    """The hash was printed by the code before weights were streamed: runs from then go on as they were."""
-    network = policies.load(Model(family="hunyuan_video", path=str(tiny.FOLDER)), CPU, Lora(rank=4)).network
+    """The hash was printed by the code before weights were streamed: runs from then go on as they
+    were.
+    """
+    network = policies.load(
+        Model(family="hunyuan_video", path=str(tiny.FOLDER)), CPU, Lora(rank=4)
+    ).network
     digest = hashlib.sha256()
     for name, parameter in network.named_parameters():
         if name.endswith(lora.DOWN):
@@ -168,7 +199,10 @@ def weights(folder: Path) -> Path:
 
 def as_dtype(dtype: torch.dtype) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        save_file({name: tensor.to(dtype) for name, tensor in load_file(weights(folder)).items()}, weights(folder))
+        save_file(
+            {name: tensor.to(dtype) for name, tensor in load_file(weights(folder)).items()},
+            weights(folder),
+        )
 
     return change
 
@@ -195,7 +229,9 @@ def as_bin(folder: Path) -> None:
     ],
     ids=["bfloat16", "float16", "parts", ".bin"],
 )
-def test_files_of_every_kind(change: Callable[[Path], None], folders: dict[str, Path], tmp_path: Path) -> None:
+def test_files_of_every_kind(
+    change: Callable[[Path], None], folders: dict[str, Path], tmp_path: Path
+) -> None:
     folder = shutil.copytree(folders["hunyuan_video"], tmp_path / "network")
     change(folder)
     network = outlined("hunyuan_video", folder, ADAPTERS)
@@ -219,7 +255,11 @@ def test_names_of_older_versions(tmp_path: Path) -> None:
     renamed = {}
     for name, tensor in load_file(weights(tmp_path)).items():
         for new, before in old.items():
-            name = re.sub(rf"^((?:down|up)_blocks\.\d\.attentions\.\d)\.{re.escape(new)}\.", rf"\1.{before}.", name)
+            name = re.sub(
+                rf"^((?:down|up)_blocks\.\d\.attentions\.\d)\.{re.escape(new)}\.",
+                rf"\1.{before}.",
+                name,
+            )
         renamed[name] = tensor
     assert sum(".query." in name for name in renamed) >= 4
     save_file(renamed, weights(tmp_path))
@@ -247,8 +287,14 @@ def in_bytes(tensors: dict[str, Tensor], name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without, r" lacks proj_out.weight \(and 0 more\) of a HunyuanVideoTransformer3DModel; correct"),
-        (one_more, r" has pos_embed \(and 0 more\), in diffusion_pytorch_model.safetensors, which a .* has not"),
+        (
+            without,
+            r" lacks proj_out.weight \(and 0 more\) of a HunyuanVideoTransformer3DModel; correct",
+        ),
+        (
+            one_more,
+            r" has pos_embed \(and 0 more\), in diffusion_pytorch_model.safetensors, which a .* has not",
+        ),
         (
             shorter,
             r" has another shape of proj_out.weight .*, \[63, 48\] in diffusion_pytorch_model.safetensors instead ",
@@ -260,22 +306,35 @@ def in_bytes(tensors: dict[str, Tensor], name: str) -> None:
     ],
 )
 def test_files_that_do_not_fit_are_one_line(
-    change: Callable[[dict[str, Tensor], str], None], message: str, folders: dict[str, Path], tmp_path: Path
+    change: Callable[[dict[str, Tensor], str], None],
+    message: str,
+    folders: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     folder = shutil.copytree(folders["hunyuan_video"], tmp_path / "network")
     network = outlined("hunyuan_video", folder, ADAPTERS)
     tensors = load_file(weights(folder))
     change(tensors, "proj_out.weight")
     save_file(tensors, weights(folder))
-    for attempt in (lambda: outlined("hunyuan_video", folder), lambda: streaming.fill(network, CPU)):
-        with pytest.raises(UserError, match=f"^model.path: {re.escape(str(folder))}{message}") as caught:
+    for attempt in (
+        lambda: outlined("hunyuan_video", folder),
+        lambda: streaming.fill(network, CPU),
+    ):
+        with pytest.raises(
+            UserError, match=f"^model.path: {re.escape(str(folder))}{message}"
+        ) as caught:
             attempt()
         assert "\n" not in str(caught.value)
 
 
-def test_what_a_class_leaves_in_its_files_is_no_mistake(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_what_a_class_leaves_in_its_files_is_no_mistake(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     folder = shutil.copytree(folders["wan"], tmp_path / "network")
-    save_file(load_file(weights(folder)) | {"blocks.0.attn2.norm_added_q.weight": torch.ones(4)}, weights(folder))
+    save_file(
+        load_file(weights(folder)) | {"blocks.0.attn2.norm_added_q.weight": torch.ones(4)},
+        weights(folder),
+    )
     streaming.fill(outlined("wan", folder), CPU)
 
 
@@ -294,7 +353,9 @@ def no_weights(folder: Path) -> None:
 
 
 def old_bin(folder: Path) -> None:
-    torch.save(load_file(weights(folder)), folder / f"{WEIGHTS}.bin", _use_new_zipfile_serialization=False)
+    torch.save(
+        load_file(weights(folder)), folder / f"{WEIGHTS}.bin", _use_new_zipfile_serialization=False
+    )
     weights(folder).unlink()
 
 
@@ -311,8 +372,14 @@ def no_numbers(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (cut, r"/diffusion_pytorch_model.safetensors cannot be read \(.+\); download that folder again"),
-        (without_a_part, r"/diffusion_pytorch_model-00001-of-\d+.safetensors is missing, a part of the weights"),
+        (
+            cut,
+            r"/diffusion_pytorch_model.safetensors cannot be read \(.+\); download that folder again",
+        ),
+        (
+            without_a_part,
+            r"/diffusion_pytorch_model-00001-of-\d+.safetensors is missing, a part of the weights",
+        ),
         (no_weights, " has no diffusion_pytorch_model.safetensors; download"),
         (old_bin, r"/diffusion_pytorch_model.bin cannot be read \(.+\); download"),
         (no_pickle_of_tensors, r"/diffusion_pytorch_model.bin cannot be read \(.+\); download"),
@@ -324,26 +391,38 @@ def test_a_damaged_folder_is_one_line(
 ) -> None:
     folder = shutil.copytree(folders["hunyuan_video"], tmp_path / "network")
     change(folder)
-    with pytest.raises(UserError, match=f"^model.path: {re.escape(str(folder))}{message}") as caught:
+    with pytest.raises(
+        UserError, match=f"^model.path: {re.escape(str(folder))}{message}"
+    ) as caught:
         outlined("hunyuan_video", folder)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("offload", "terminal"), [(False, True), (True, False)])
 def test_a_recipes_network_is_read_and_told(
-    offload: bool, terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    offload: bool,
+    terminal: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Also with masters in host memory. The velocity is that of the network that was whole from the start."""
+    """Also with masters in host memory.
+
+    The velocity is that of the network that was whole from the start.
+    """
     monkeypatch.setenv("TTY_COMPATIBLE" if terminal else "NO_COLOR", "1")
     recipe = load(runs.RECIPE, [f"distributed.offload={offload}".lower(), "model.dtype=float32"])
     settings = recipe.model.model_copy(update={"path": str(tiny.FOLDER)})
     with open_world() as world:
         policy, expected = policies.outline(settings, CPU), policies.load(settings, CPU)
         training_policies.shard_and_read(policy, recipe, world)
-        x = torch.randn(1, *policy.latent_shape(tiny.VIDEO), generator=torch.Generator().manual_seed(0))
+        x = torch.randn(
+            1, *policy.latent_shape(tiny.VIDEO), generator=torch.Generator().manual_seed(0)
+        )
         condition = stack(tiny.encode()[:1])
         with torch.no_grad():
-            velocities = [one.velocity(x, torch.tensor([0.5]), condition) for one in (policy, expected)]
+            velocities = [
+                one.velocity(x, torch.tensor([0.5]), condition) for one in (policy, expected)
+            ]
     assert torch.equal(*velocities)
     told = capsys.readouterr().out
     assert re.search(r"weights: 6\.1 MB of 6\.1 MB read in \d+ s$", told, re.MULTILINE)
@@ -351,7 +430,9 @@ def test_a_recipes_network_is_read_and_told(
 
 
 def write_large(folder: Path) -> None:
-    """2 GB that take no room on the disk: holes, but for the first number of the rows at which a rank's part ends."""
+    """2 GB that take no room on the disk: holes, but for the first number of the rows at which a
+    rank's part ends.
+    """
     with torch.device("meta"):
         network = HunyuanVideoTransformer3DModel(**LARGE)
     network.save_config(folder)
@@ -365,7 +446,9 @@ def write_large(folder: Path) -> None:
         file = folder / f"{WEIGHTS}-{number:05}-of-{len(parts):05}.safetensors"
         index |= dict.fromkeys(part, file.name)
         write_marked(file, part)
-    (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / f"{WEIGHTS}.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
 
 
 def write_marked(file: Path, part: dict[str, Tensor]) -> None:
@@ -375,7 +458,11 @@ def write_marked(file: Path, part: dict[str, Tensor]) -> None:
         starts[name] = size
         size += tensor.nbytes
     header = {
-        name: {"dtype": "F32", "shape": list(t.shape), "data_offsets": [starts[name], starts[name] + t.nbytes]}
+        name: {
+            "dtype": "F32",
+            "shape": list(t.shape),
+            "data_offsets": [starts[name], starts[name] + t.nbytes],
+        }
         for name, t in part.items()
     }
     head = json.dumps(header).encode()
@@ -391,7 +478,9 @@ def write_marked(file: Path, part: dict[str, Tensor]) -> None:
 
 
 def test_a_rank_never_holds_more_than_its_shard(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Acceptance of the cluster issue: below 1.2 times the shard plus one tensor, two real ranks, 2 GB in 11 parts."""
+    """Acceptance of the cluster issue: below 1.2 times the shard plus one tensor, two real ranks, 2
+    GB in 11 parts.
+    """
     large = tmp_path / "large"
     write_large(large)
     assert sum(file.stat().st_size for file in large.glob("*.safetensors")) > 2e9

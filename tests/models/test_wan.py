@@ -1,6 +1,8 @@
-"""Wan 2.1 against diffusers' own pipeline, which is the oracle: text features, times, ODE latents, pixels, gradients.
+"""Wan 2.1 against diffusers' own pipeline, which is the oracle: text features, times, ODE latents,
+pixels, gradients.
 
-The official pipeline's solver is of second order; it is given an Euler scheduler, or UniPC of first order, to compare.
+The official pipeline's solver is of second order; it is given an Euler scheduler, or UniPC of first
+order, to compare.
 """
 
 import json
@@ -9,7 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from torch import Tensor
 
 from fastgrpo.core.config import Model, Video
@@ -28,8 +35,14 @@ from tests.harness.folders import wan as files
 PROMPTS = ["a red circle", "two dogs\n in the snow &amp; ice"]
 NEGATIVE = "blurred, static"
 VIDEO = Video(frames=5, height=32, width=48)
-EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 5.0, "num_train_timesteps": 1000}
-REAL: dict[str, Any] = {  # transformer/config.json of Wan2.1-T2V-1.3B-Diffusers, and what differs in the 14 B one
+EULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "shift": 5.0,
+    "num_train_timesteps": 1000,
+}
+REAL: dict[
+    str, Any
+] = {  # transformer/config.json of Wan2.1-T2V-1.3B-Diffusers, and what differs in the 14 B one
     "added_kv_proj_dim": None,
     "attention_head_dim": 128,
     "cross_attn_norm": True,
@@ -101,10 +114,20 @@ def official(path: Path, scheduler: Any = None) -> WanPipeline:
 def first_order(path: Path, steps: int) -> UniPCMultistepScheduler:
     """The folder's UniPC, of first order and without its corrector: Euler steps by other formulas."""
     config = json.loads((path / "scheduler" / "scheduler_config.json").read_text())
-    return UniPCWithExactTimes.from_config(config | {"solver_order": 1, "disable_corrector": list(range(steps))})
+    return UniPCWithExactTimes.from_config(
+        config | {"solver_order": 1, "disable_corrector": list(range(steps))}
+    )
 
 
-def run(pipeline: WanPipeline, text: str, x: Tensor, steps: int, cfg: float, video: Video, output_type: str) -> Tensor:
+def run(
+    pipeline: WanPipeline,
+    text: str,
+    x: Tensor,
+    steps: int,
+    cfg: float,
+    video: Video,
+    output_type: str,
+) -> Tensor:
     """Latents [1, C, F, H, W] or pixels [1, F, H, W, 3] in [0, 1] of diffusers' pipeline."""
     frames = pipeline(
         text,
@@ -127,7 +150,12 @@ def noise_of(policy: Wan, video: Video = VIDEO) -> Tensor:
 
 
 def assert_equals_the_pipeline(
-    path: Path, pipeline: WanPipeline, steps: int, cfg: float, video: Video = VIDEO, shift: float | None = None
+    path: Path,
+    pipeline: WanPipeline,
+    steps: int,
+    cfg: float,
+    video: Video = VIDEO,
+    shift: float | None = None,
 ) -> None:
     """Times, ODE latents, from the texts on, and pixels."""
     policy = load(path)
@@ -143,37 +171,60 @@ def assert_equals_the_pipeline(
             atol=1e-4,
             rtol=0,
         )
-        assert torch.equal(grid, pipeline.scheduler.sigmas) and bool((grid[:-1] > grid[1:]).all()) and grid[-1] == 0
+        assert (
+            torch.equal(grid, pipeline.scheduler.sigmas)
+            and bool((grid[:-1] > grid[1:]).all())
+            and grid[-1] == 0
+        )
         results.append(ours)
     assert not torch.allclose(results[0], results[1], atol=0.1)
 
     pixels = policy.decode(results[-1])
-    assert pixels.shape == (1, video.frames, video.height, video.width, 3) and pixels.dtype == torch.uint8
-    images = run(pipeline, text=PROMPTS[-1], x=x, steps=steps, cfg=cfg, video=video, output_type="np")
+    assert (
+        pixels.shape == (1, video.frames, video.height, video.width, 3)
+        and pixels.dtype == torch.uint8
+    )
+    images = run(
+        pipeline, text=PROMPTS[-1], x=x, steps=steps, cfg=cfg, video=video, output_type="np"
+    )
     assert (pixels.float() - images * 255).abs().max() <= 0.51
     assert pixels.float().std() > 10
 
 
 @pytest.mark.parametrize(("steps", "cfg", "frames"), [(5, 1.0, 5), (7, 5.0, 9), (4, 3.0, 1)])
-def test_ode_equals_the_pipeline_with_euler(euler: Path, steps: int, cfg: float, frames: int) -> None:
+def test_ode_equals_the_pipeline_with_euler(
+    euler: Path, steps: int, cfg: float, frames: int
+) -> None:
     assert_equals_the_pipeline(
-        euler, pipeline=official(euler), steps=steps, cfg=cfg, video=VIDEO.model_copy(update={"frames": frames})
+        euler,
+        pipeline=official(euler),
+        steps=steps,
+        cfg=cfg,
+        video=VIDEO.model_copy(update={"frames": frames}),
     )
 
 
 @pytest.mark.parametrize(("steps", "cfg"), [(5, 1.0), (7, 5.0)])
-def test_ode_equals_the_pipeline_with_unipc_of_first_order(folder: Path, steps: int, cfg: float) -> None:
+def test_ode_equals_the_pipeline_with_unipc_of_first_order(
+    folder: Path, steps: int, cfg: float
+) -> None:
     assert_equals_the_pipeline(folder, official(folder, first_order(folder, steps)), steps, cfg)
 
 
 def test_ode_tends_to_the_official_pipelines(folder: Path) -> None:
-    """UniPC of second order, with its rounded times, as the folder has it: two solvers of one equation."""
+    """UniPC of second order, with its rounded times, as the folder has it: two solvers of one
+    equation.
+    """
     policy, pipeline = load(folder), official(folder)
     x, condition = noise_of(policy), stack(encode(folder)[0][:1])
     distances = []
     for steps in (8, 64):
-        ours = sample_ode(policy, x, policy.time_grid(steps, None, policy.latent_shape(VIDEO)), condition)
-        theirs = run(pipeline, text=PROMPTS[0], x=x, steps=steps, cfg=1.0, video=VIDEO, output_type="latent")
+        ours = sample_ode(
+            policy, x, policy.time_grid(steps, None, policy.latent_shape(VIDEO)), condition
+        )
+        theirs = run(
+            pipeline, text=PROMPTS[0], x=x, steps=steps, cfg=1.0, video=VIDEO, output_type="latent"
+        )
         distances.append(((ours - theirs).norm() / theirs.norm()).item())
     assert distances[1] < 0.25 * distances[0] and distances[1] < 0.01
 
@@ -195,29 +246,43 @@ def test_the_recipes_shift_goes_before_the_folders(folder: Path, euler: Path) ->
         ("vae", {"latents_std": [0.7] * files.CHANNELS}),
     ],
 )
-def test_the_folders_configs_are_followed(folder: Path, tmp_path: Path, part: str, entries: dict[str, object]) -> None:
+def test_the_folders_configs_are_followed(
+    folder: Path, tmp_path: Path, part: str, entries: dict[str, object]
+) -> None:
     edited = changed(folder, tmp_path / "edited", part, **entries)
     assert_equals_the_pipeline(edited, official(edited, first_order(edited, 3)), 3, 2.0)
     usual, policy = load(folder), load(edited)
     same_times = torch.equal(usual.time_grid(3, None, ()), policy.time_grid(3, None, ()))
     same_pixels = torch.equal(usual.decode(noise_of(usual)), policy.decode(noise_of(usual)))
-    assert (same_times, same_pixels) == (part == "vae", part == "scheduler"), "the change makes a difference"
+    assert (same_times, same_pixels) == (part == "vae", part == "scheduler"), (
+        "the change makes a difference"
+    )
 
 
 def test_text_features_equal_the_pipelines(folder: Path, tmp_path: Path) -> None:
-    """Of cleaned texts, zeros to the end; 512 places where the tokenizer does not say fewer; long texts are cut."""
+    """Of cleaned texts, zeros to the end; 512 places where the tokenizer does not say fewer; long
+    texts are cut.
+    """
     endless = changed(folder, tmp_path / "endless", "tokenizer", model_max_length=10**30)
     texts = [*PROMPTS, "a long story, " * 50]
     for path, longest in ((folder, files.LONGEST), (endless, 512)):
         policy, pipeline = load(path), official(path)
         conditions, negative = encode(path, texts)
         with torch.no_grad():
-            text, without = pipeline.encode_prompt(texts, [NEGATIVE] * 3, max_sequence_length=longest)
+            text, without = pipeline.encode_prompt(
+                texts, [NEGATIVE] * 3, max_sequence_length=longest
+            )
         ours = torch.stack([policy._padded(condition["text"]) for condition in conditions])
-        assert ours.shape == (3, longest, t5.WIDTH) and conditions[-1]["text"].shape == (longest, t5.WIDTH)
+        assert ours.shape == (3, longest, t5.WIDTH) and conditions[-1]["text"].shape == (
+            longest,
+            t5.WIDTH,
+        )
         torch.testing.assert_close(ours, text, atol=1e-6, rtol=0)
         torch.testing.assert_close(policy._padded(negative["text"]), without[0], atol=1e-6, rtol=0)
-    assert len(conditions[1]["text"]) == len("two") + len("dogs") + len("inthesnow") + len("&ice") + 7 + 1
+    assert (
+        len(conditions[1]["text"])
+        == len("two") + len("dogs") + len("inthesnow") + len("&ice") + 7 + 1
+    )
 
 
 def test_prediction_depends_on_all_that_it_is_given(folder: Path) -> None:
@@ -248,7 +313,9 @@ def test_ratio_is_one_for_any_batch_size(folder: Path, world: World, cfg: float)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 5.0])
-def test_gradient_equals_plain_autograd_of_the_objective(folder: Path, world: World, cfg: float) -> None:
+def test_gradient_equals_plain_autograd_of_the_objective(
+    folder: Path, world: World, cfg: float
+) -> None:
     pipeline = official(folder)
     text, without = pipeline.encode_prompt(PROMPTS[0], NEGATIVE, max_sequence_length=files.LONGEST)
 
@@ -271,7 +338,9 @@ def test_gradient_equals_plain_autograd_of_the_objective(folder: Path, world: Wo
 
 def test_checkpointing_changes_memory_alone(folder: Path) -> None:
     pair = load(folder, 5.0), load(folder, 5.0, gradient_checkpointing=True)
-    backbone.assert_checkpointing_changes_memory_alone(*pair, noise_of(pair[0]), stack(encode(folder)[0][:1]))
+    backbone.assert_checkpointing_changes_memory_alone(
+        *pair, noise_of(pair[0]), stack(encode(folder)[0][:1])
+    )
 
 
 def test_nothing_waits_for_the_device(folder: Path) -> None:
@@ -283,13 +352,17 @@ def test_bfloat16_is_the_networks_alone(folder: Path) -> None:
     for parameter in policy.network.parameters():  # as FSDP does, not the rotary tables
         parameter.data = parameter.data.bfloat16()
     seen: dict[str, Tensor] = {}
-    policy.network.register_forward_pre_hook(lambda module, args, given: seen.update(given), with_kwargs=True)
+    policy.network.register_forward_pre_hook(
+        lambda module, args, given: seen.update(given), with_kwargs=True
+    )
     x, t = noise_of(policy), torch.tensor([0.9873])
     with torch.no_grad():
         v, exact = policy.velocity(x, t, condition), load(folder, 5.0).velocity(x, t, condition)
     assert v.dtype == torch.float32 and (v - exact).norm() < 0.05 * exact.norm()
     assert seen["hidden_states"].dtype == seen["encoder_hidden_states"].dtype == torch.bfloat16
-    assert seen["timestep"].dtype == torch.float32 and seen["timestep"].tolist() == pytest.approx([987.3, 987.3])
+    assert seen["timestep"].dtype == torch.float32 and seen["timestep"].tolist() == pytest.approx(
+        [987.3, 987.3]
+    )
     assert policy.vae.dtype == torch.float32
 
 
@@ -301,7 +374,9 @@ def test_decoding_in_parts_and_in_tiles(folder: Path, monkeypatch: pytest.Monkey
     assert (whole.int() - policy.decode(x).int()).abs().max() <= 1
     policy.vae.tile_sample_min_height = policy.vae.tile_sample_min_width = 24
     policy.vae.tile_sample_stride_height = policy.vae.tile_sample_stride_width = 16
-    assert (whole.int() - policy.decode(x).int()).abs().max() <= 1, "a small latent is decoded whole"
+    assert (whole.int() - policy.decode(x).int()).abs().max() <= 1, (
+        "a small latent is decoded whole"
+    )
     monkeypatch.setattr(wan, "TILED_ABOVE", 11)
     tiled = policy.decode(x)
     assert 0 < (tiled.float() - whole.float()).abs().mean() < 0.3 * whole.float().std()
@@ -310,14 +385,18 @@ def test_decoding_in_parts_and_in_tiles(folder: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("config", "count"), [(REAL, 1_418_996_800), (REAL_14B, 14_288_491_584)])
-def test_the_full_size_network_is_wrapped_block_by_block(config: dict[str, Any], count: int) -> None:
+def test_the_full_size_network_is_wrapped_block_by_block(
+    config: dict[str, Any], count: int
+) -> None:
     with torch.device("meta"):
         network = WanTransformer3DModel.from_config(config)
     assert sum(p.numel() for p in network.parameters()) == count
     blocks = wan.blocks(network)
     assert len(blocks) == config["num_layers"]
     assert {type(block).__name__ for block in blocks} == set(network._repeated_blocks)
-    assert sum(type(m).__name__ in network._repeated_blocks for m in network.modules()) == len(blocks)
+    assert sum(type(m).__name__ in network._repeated_blocks for m in network.modules()) == len(
+        blocks
+    )
     embedder = "condition_embedder"
     assert backbone.outside_blocks(network, blocks) == {
         "",
@@ -331,15 +410,43 @@ def test_the_full_size_network_is_wrapped_block_by_block(config: dict[str, Any],
 @pytest.mark.parametrize(
     ("part", "entries", "message"),
     [
-        ("", {"_class_name": "WanImageToVideoPipeline"}, "not a WanPipeline; correct model.family or the path"),
-        ("", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "has transformer_2, as Wan 2.2 does; use"),
+        (
+            "",
+            {"_class_name": "WanImageToVideoPipeline"},
+            "not a WanPipeline; correct model.family or the path",
+        ),
+        (
+            "",
+            {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
+            "has transformer_2, as Wan 2.2 does; use",
+        ),
         ("", {"boundary_ratio": 0.875}, "has boundary_ratio, as Wan 2.2 does"),
         ("", {"expand_timesteps": True}, "has expand_timesteps, as Wan 2.2 does"),
-        ("scheduler", {"_class_name": "DDIMScheduler"}, "is a DDIMScheduler, not one of UniPCMultistepScheduler, Flow"),
-        ("scheduler", {"use_flow_sigmas": False}, "has use_flow_sigmas=False; Wan 2.1 wants True, set it there"),
-        ("scheduler", {"prediction_type": "epsilon"}, "has prediction_type=epsilon; Wan 2.1 wants flow_prediction"),
-        ("scheduler", {"final_sigmas_type": "sigma_min"}, "has final_sigmas_type=sigma_min; Wan 2.1 wants zero"),
-        ("scheduler", {"use_dynamic_shifting": True}, "has use_dynamic_shifting=True; Wan 2.1 wants False"),
+        (
+            "scheduler",
+            {"_class_name": "DDIMScheduler"},
+            "is a DDIMScheduler, not one of UniPCMultistepScheduler, Flow",
+        ),
+        (
+            "scheduler",
+            {"use_flow_sigmas": False},
+            "has use_flow_sigmas=False; Wan 2.1 wants True, set it there",
+        ),
+        (
+            "scheduler",
+            {"prediction_type": "epsilon"},
+            "has prediction_type=epsilon; Wan 2.1 wants flow_prediction",
+        ),
+        (
+            "scheduler",
+            {"final_sigmas_type": "sigma_min"},
+            "has final_sigmas_type=sigma_min; Wan 2.1 wants zero",
+        ),
+        (
+            "scheduler",
+            {"use_dynamic_shifting": True},
+            "has use_dynamic_shifting=True; Wan 2.1 wants False",
+        ),
         (
             "transformer",
             {"in_channels": 20},
@@ -351,7 +458,11 @@ def test_the_full_size_network_is_wrapped_block_by_block(config: dict[str, Any],
             "and sees images, the VAE 8; use a text-to-video",
         ),
         ("transformer", {"patch_size": [2, 2, 2]}, r"patch_size is \[2, 2, 2\], not \[1, n, n\]"),
-        ("transformer", {"text_dim": 64}, "text of width 64, the text encoder makes 32; the parts are of different"),
+        (
+            "transformer",
+            {"text_dim": 64},
+            "text of width 64, the text encoder makes 32; the parts are of different",
+        ),
         (
             "transformer",
             {"_class_name": "FluxTransformer2DModel"},
@@ -372,7 +483,9 @@ def test_a_folder_that_does_not_fit_is_one_clear_line(
 def test_mistakes_of_the_recipe_are_one_clear_line(folder: Path) -> None:
     policy = load(folder)
     assert policy.latent_shape(VIDEO) == (8, 2, 8, 12)
-    with pytest.raises(UserError, match=r"video.frames=6: must be a multiple of 4, plus 1; use 5 or 9"):
+    with pytest.raises(
+        UserError, match=r"video.frames=6: must be a multiple of 4, plus 1; use 5 or 9"
+    ):
         policy.latent_shape(VIDEO.model_copy(update={"frames": 6}))
     with pytest.raises(UserError, match=r"video.width=36: not a multiple of 8 .*use 32 or 40"):
         policy.latent_shape(VIDEO.model_copy(update={"width": 36}))

@@ -1,4 +1,6 @@
-"""The pages say what is there: links, commands, recipe keys and paths exist, and no page is a wall of text."""
+"""The pages say what is there: links, commands, recipe keys and paths exist, and no page is a wall
+of text.
+"""
 
 import ast
 import contextlib
@@ -25,7 +27,9 @@ GENERATED = {"troubleshooting.md"}
 """Pages that a script writes, from texts that may hold anything."""
 
 CELL, PARAGRAPH, COLUMNS, ENTRIES = 20, 120, 120, 10
-"""The most words of a table cell and of a paragraph, columns of a line, entries of a folder of docs/."""
+"""The most words of a table cell and of a paragraph, columns of a line, entries of a folder of
+docs/.
+"""
 
 NO_KEYS = {"py", "toml", "json", "md", "sh", "pth", "pt", "safetensors", "txt", "jsonl"}
 """Endings of file names that look like a `section.key`."""
@@ -33,16 +37,28 @@ NO_KEYS = {"py", "toml", "json", "md", "sh", "pth", "pt", "safetensors", "txt", 
 ELSEWHERE = re.compile(r"[*<>{}$\s]|\bNAME\b|\bFAMILY\b|\.\.\.")
 """A path with one of these is a pattern."""
 
-TREE = re.compile(r"(?<![\w./-])(?:fastgrpo|models|rewards|data|launch|docs|benchmarks)/[^\s`'\"),;:]*")
-"""A path from the repository's root. Tests are named by their file alone: the folders of tests/ may change."""
+TREE = re.compile(
+    r"(?<![\w./-])(?:fastgrpo|models|rewards|data|launch|docs|benchmarks)/[^\s`'\"),;:]*"
+)
+"""A path from the repository's root.
+
+Tests are named by their file alone: the folders of tests/ may change.
+"""
 
 FOLDERS = ("fastgrpo", "models", "rewards", "data", "benchmarks", "tests", "docs", "launch")
 
-NOT_YET = {"test_family_contract.py", "test_reward_contract.py", "test_method_contract.py", "session.py"}
+NOT_YET = {
+    "test_family_contract.py",
+    "test_reward_contract.py",
+    "test_method_contract.py",
+    "session.py",
+}
 """Files that the pages name and that may come later than the pages."""
 
 AT_THE_TOP = {"setup.py", "prompt_template.py"}
-"""Files outside those folders: the repository's own, and VideoAlign's template, which is not shipped."""
+"""Files outside those folders: the repository's own, and VideoAlign's template, which is not
+shipped.
+"""
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,9 @@ class Page:
     """A Markdown file, taken apart."""
 
     path: Path
-    prose: list[tuple[int, str]]  # number and text of the lines outside code blocks; of code blocks empty lines
+    prose: list[
+        tuple[int, str]
+    ]  # number and text of the lines outside code blocks; of code blocks empty lines
     code: list[tuple[int, str]]  # the lines of code blocks, fenced or indented
 
 
@@ -66,7 +84,9 @@ def page(path: Path) -> Page:
             prose.append((number, ""))
         else:
             prose.append((number, line))
-            in_list = bool(re.match(r"\s*([-*]|\d+\.) ", line)) or (in_list and (not line or line[0] == " "))
+            in_list = bool(re.match(r"\s*([-*]|\d+\.) ", line)) or (
+                in_list and (not line or line[0] == " ")
+            )
             after_blank = not line.strip()
     return Page(path, prose, code)
 
@@ -130,7 +150,9 @@ def test_links_lead_somewhere(path: Path) -> None:
                 continue
             file, _, anchor = target.partition("#")
             aim = (path.parent / file).resolve() if file else path
-            missing_picture = aim == ROOT / "docs" / "pictures" / "before_after.png"  # made by a run of the demo
+            missing_picture = (
+                aim == ROOT / "docs" / "pictures" / "before_after.png"
+            )  # made by a run of the demo
             if not (aim.exists() or missing_picture) or (anchor and anchor not in anchors(aim)):
                 dead.append(f"{where(path, number)}: {target}")
     assert not dead
@@ -158,7 +180,10 @@ def test_no_page_is_a_wall_of_text(path: Path) -> None:
             found.append(f"{where(path, number)}: {len(line)} columns")
         if line.startswith("|"):
             long = [cell for cell in cells(line) if len(plain(cell).split()) > CELL]
-            found += [f"{where(path, number)}: {len(plain(cell).split())} words in the cell {cell!r}" for cell in long]
+            found += [
+                f"{where(path, number)}: {len(plain(cell).split())} words in the cell {cell!r}"
+                for cell in long
+            ]
     for number, text in paragraphs(page(path).prose):
         if (words := len(plain(text).split())) > PARAGRAPH:
             found.append(f"{where(path, number)}: a paragraph of {words} words")
@@ -171,7 +196,10 @@ def test_the_readme_is_read_in_minutes() -> None:
 
 def test_folders_of_pages_can_be_taken_in_at_a_glance() -> None:
     folders = [ROOT / "docs", *(folder for folder in (ROOT / "docs").rglob("*") if folder.is_dir())]
-    sizes = {by_name(folder): len([1 for entry in folder.iterdir() if entry.name[0] not in "._"]) for folder in folders}
+    sizes = {
+        by_name(folder): len([1 for entry in folder.iterdir() if entry.name[0] not in "._"])
+        for folder in folders
+    }
     assert not {folder: size for folder, size in sizes.items() if size > ENTRIES}
 
 
@@ -188,7 +216,9 @@ def commands(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def of_fastgrpo(line: str) -> list[str] | None:
-    """The arguments behind `fastgrpo` in a command line, as the shell gives them; None: it runs another command."""
+    """The arguments behind `fastgrpo` in a command line, as the shell gives them; None: it runs
+    another command.
+    """
     found = re.search(r"(?:^|[\s/(])(?:fastgrpo|-m fastgrpo\.cli) (?=[a-z-])(.*)", line)
     if found is None or re.match(r"(\[|.*\| )", line):
         return None
@@ -209,14 +239,20 @@ def test_commands_are_taken(path: Path) -> None:
             with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
                 parser().parse_args(plan.overrides_first(words))
         except SystemExit:
-            refused.append(f"{where(path, number)}: {line}: {told.getvalue().strip().splitlines()[-1]}")
+            refused.append(
+                f"{where(path, number)}: {line}: {told.getvalue().strip().splitlines()[-1]}"
+            )
         refused += [f"{where(path, number)}: {key}" for key in unknown_keys(words)]
     for number, text in inline(path):
         if found := re.match(r"fastgrpo ([a-z-]+)(.*)", text):
             known = options(found[1])
             refused += [f"{where(path, number)}: {text}" for _ in [0] if known is None]
             asked = re.findall(r"(?<!\S)--[a-z-]+", found[2])
-            refused += [f"{where(path, number)}: {option}" for option in asked if option not in (known or {option})]
+            refused += [
+                f"{where(path, number)}: {option}"
+                for option in asked
+                if option not in (known or {option})
+            ]
     assert not refused, "\n".join(refused)
 
 
@@ -224,7 +260,11 @@ def test_commands_are_taken(path: Path) -> None:
 def options(command: str) -> frozenset[str] | None:
     """The options of a command, from its own help; None: there is no such command."""
     told = io.StringIO()
-    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(told), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        contextlib.suppress(SystemExit),
+        contextlib.redirect_stdout(told),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         parser().parse_args([command, "--help"])
     return frozenset(re.findall(r"--[a-z-]+", told.getvalue())) or None
 
@@ -260,21 +300,32 @@ def test_recipe_keys_exist(path: Path) -> None:
 def test_paths_and_modules_exist(path: Path) -> None:
     if path.name in GENERATED:
         return
-    names = {file.name for folder in FOLDERS for file in (ROOT / folder).rglob("*")} | NOT_YET | AT_THE_TOP
+    names = (
+        {file.name for folder in FOLDERS for file in (ROOT / folder).rglob("*")}
+        | NOT_YET
+        | AT_THE_TOP
+    )
     missing = []
     for number, text in [*inline(path), *commands(path)]:
         for word in re.findall(
-            r"(?<![\w./-])(?:fastgrpo|models|rewards|data|launch|docs|benchmarks)/[^\s`'\"),;:]*", text
+            r"(?<![\w./-])(?:fastgrpo|models|rewards|data|launch|docs|benchmarks)/[^\s`'\"),;:]*",
+            text,
         ):
             if not ELSEWHERE.search(word) and not (ROOT / word.rstrip(".")).exists():
                 missing.append(f"{where(path, number)}: {word}")
-        for word in re.findall(r"(?<![\w./-])(?:tests/[\w/]*/)?(\w+\.py|slurm_cluster\.sh)(?!\w)", text):
-            missing += [f"{where(path, number)}: {word}"] * (word not in names and not ELSEWHERE.search(word))
+        for word in re.findall(
+            r"(?<![\w./-])(?:tests/[\w/]*/)?(\w+\.py|slurm_cluster\.sh)(?!\w)", text
+        ):
+            missing += [f"{where(path, number)}: {word}"] * (
+                word not in names and not ELSEWHERE.search(word)
+            )
         for word in re.findall(r"-m ((?:fastgrpo|benchmarks|tests)\.[\w.]+)", text):
             missing += [f"{where(path, number)}: {word}"] * (importlib.util.find_spec(word) is None)
         for word in re.findall(r"^(?:\S+ && )?make ([a-z][\w-]*)", text):
             targets = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-            missing += [f"{where(path, number)}: make {word}"] * (word not in [*targets, "test-fast"])
+            missing += [f"{where(path, number)}: make {word}"] * (
+                word not in [*targets, "test-fast"]
+            )
     assert not missing, "\n".join(missing)
 
 
@@ -282,15 +333,25 @@ def test_paths_and_modules_exist(path: Path) -> None:
 def test_the_floors_are_those_that_a_test_holds(name: str) -> None:
     (file,) = (ROOT / "tests").rglob("test_repository.py")
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    assigned = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
+    assigned = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    ]
     (floors,) = (ast.literal_eval(n.value) for n in assigned if n.targets[0].id == "FLOORS")  # type: ignore[attr-defined]
-    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
-    told = {int(floor): set(packages.replace(".py", "").strip().split(", ")) for floor, packages in rows}
+    rows = re.findall(
+        r"^\| (\d+) \| ([^|]+) \|", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE
+    )
+    told = {
+        int(floor): set(packages.replace(".py", "").strip().split(", ")) for floor, packages in rows
+    }
     assert told.pop(len(floors) + 1) == {"benchmarks", "launch", "tests"}
     assert told == dict(enumerate(floors, 1))
 
 
 def test_troubleshooting_is_what_the_code_says() -> None:
     script = ROOT / "docs" / "troubleshooting.py"
-    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, script, "--check"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -16,7 +16,8 @@ import pytest
 from tests import ROOT
 
 LINKED = ("models", "rewards", "data")
-"""Folders at the top that are packages of fastgrpo, through a link of the same name in fastgrpo/."""
+"""Folders at the top that are packages of fastgrpo, through a link of the same name in fastgrpo/.
+"""
 
 FLOORS = (
     {"core"},
@@ -31,7 +32,8 @@ FLOORS = (
     {"train"},
     {"cli"},
 )
-"""A package imports only from floors below its own: packages of one floor do not import each other."""
+"""A package imports only from floors below its own: packages of one floor do not import each other.
+"""
 
 NOT_INSTALLED = {".", "tests", "docs", "benchmarks", "launch"}
 BROUGHT = {"huggingface_hub", "tokenizers", "starlette"}
@@ -40,7 +42,9 @@ NOT_OURS = {"__pycache__", "build", "dist", "runs", "wandb", "venv"}
 
 
 def files(*suffixes: str) -> Iterator[Path]:
-    """The repository's files with one of these suffixes, relative to its root; no hidden folders, links or outputs."""
+    """The repository's files with one of these suffixes, relative to its root; no hidden folders,
+    links or outputs.
+    """
     for folder, folders, names in os.walk(ROOT):
         folders[:] = [name for name in folders if name not in NOT_OURS and not name.startswith(".")]
         folders[:] = [name for name in folders if not name.endswith(".egg-info")]
@@ -49,10 +53,14 @@ def files(*suffixes: str) -> Iterator[Path]:
 
 
 def setup_arguments() -> dict[str, Any]:
-    """The keyword arguments of setup() in setup.py that are plain literals, and its table of packages."""
+    """The keyword arguments of setup() in setup.py that are plain literals, and its table of
+    packages.
+    """
     tree = ast.parse((ROOT / "setup.py").read_text())
     calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
-    call = next(call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "setup")
+    call = next(
+        call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "setup"
+    )
     literals = {}
     for keyword in call.keywords:
         try:
@@ -74,19 +82,40 @@ def test_every_folder_with_python_files_is_installed() -> None:
 def test_every_data_file_of_a_package_is_installed() -> None:
     setup = setup_arguments()
     for package, folder in setup["packages"].items():
-        names = (Path(name) for name in glob.glob("**", root_dir=ROOT / folder, recursive=True, include_hidden=True))
-        present = {name for name in names if (ROOT / folder / name).is_file() and name.suffix not in (".py", ".pyc")}
-        present = {name for name in present if not _below_another_package(name, folder, setup["packages"])}
+        names = (
+            Path(name)
+            for name in glob.glob("**", root_dir=ROOT / folder, recursive=True, include_hidden=True)
+        )
+        present = {
+            name
+            for name in names
+            if (ROOT / folder / name).is_file() and name.suffix not in (".py", ".pyc")
+        }
+        present = {
+            name for name in present if not _below_another_package(name, folder, setup["packages"])
+        }
         patterns = setup["package_data"].get(package, [])
-        installed = {Path(name) for p in patterns for name in glob.glob(p, root_dir=ROOT / folder, recursive=True)}
-        assert present <= installed, f"setup.py: package_data[{package!r}] leaves these out; add a pattern"
+        installed = {
+            Path(name)
+            for p in patterns
+            for name in glob.glob(p, root_dir=ROOT / folder, recursive=True)
+        }
+        assert present <= installed, (
+            f"setup.py: package_data[{package!r}] leaves these out; add a pattern"
+        )
 
 
 def _below_another_package(name: Path, folder: str, packages: dict[str, str]) -> bool:
-    """Whether a file of the folder belongs to a package further down, or to one that is linked there."""
+    """Whether a file of the folder belongs to a package further down, or to one that is linked
+    there.
+    """
     if folder == "fastgrpo" and name.parts[0] in LINKED:
         return True
-    return any((Path(folder) / parent).as_posix() in packages.values() for parent in name.parents if parent.name)
+    return any(
+        (Path(folder) / parent).as_posix() in packages.values()
+        for parent in name.parents
+        if parent.name
+    )
 
 
 def test_the_links_name_the_folders() -> None:
@@ -97,15 +126,22 @@ def test_the_links_name_the_folders() -> None:
 
 
 def modules() -> dict[str, Path]:
-    """Every module of fastgrpo by its installed name, such as "fastgrpo.data.video" for data/video.py."""
+    """Every module of fastgrpo by its installed name, such as "fastgrpo.data.video" for
+    data/video.py.
+    """
     folders = {folder: package for package, folder in setup_arguments()["packages"].items()}
     sources = [path for path in files(".py") if path.parent.as_posix() in folders]
-    names = (f"{folders[path.parent.as_posix()]}.{path.stem}".removesuffix(".__init__") for path in sources)
+    names = (
+        f"{folders[path.parent.as_posix()]}.{path.stem}".removesuffix(".__init__")
+        for path in sources
+    )
     return dict(zip(names, sources, strict=True))
 
 
 def imported(source: Path) -> Iterator[str]:
-    """Dotted names that a file imports, anywhere in it: "a.b" for `import a.b`, "a.b.c" for `from a.b import c`."""
+    """Dotted names that a file imports, anywhere in it: "a.b" for `import a.b`, "a.b.c" for `from
+    a.b import c`.
+    """
     for node in ast.walk(ast.parse((ROOT / source).read_text())):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
@@ -117,12 +153,21 @@ def imported(source: Path) -> Iterator[str]:
 def test_every_library_is_declared() -> None:
     """A module that nothing asks for is there by accident, and gone from the next environment."""
     setup, brought_by = setup_arguments(), packages_distributions()
-    asked = [*setup["install_requires"], *(line for extra in setup["extras_require"].values() for line in extra)]
+    asked = [
+        *setup["install_requires"],
+        *(line for extra in setup["extras_require"].values() for line in extra),
+    ]
     declared = {re.split(r"[<>=;\s]", line)[0].lower().replace("_", "-") for line in asked}
     for module, source in modules().items():
-        for library in {name.partition(".")[0] for name in imported(source)} - {"fastgrpo"} - sys.stdlib_module_names:
+        for library in (
+            {name.partition(".")[0] for name in imported(source)}
+            - {"fastgrpo"}
+            - sys.stdlib_module_names
+        ):
             found = {name.lower().replace("_", "-") for name in brought_by[library]}
-            assert found & declared or library in BROUGHT, f"{module} imports {library}: declare it in setup.py"
+            assert found & declared or library in BROUGHT, (
+                f"{module} imports {library}: declare it in setup.py"
+            )
 
 
 def graph() -> dict[str, set[str]]:
@@ -131,7 +176,9 @@ def graph() -> dict[str, set[str]]:
     edges: dict[str, set[str]] = {}
     for module, source in known.items():
         names = {name if name in known else name.rpartition(".")[0] for name in imported(source)}
-        edges[module] = {name for name in names if name in known and name not in (module, "fastgrpo")}
+        edges[module] = {
+            name for name in names if name in known and name not in (module, "fastgrpo")
+        }
     return edges
 
 
@@ -168,15 +215,22 @@ def test_an_import_between_any_two_packages_is_seen_where_it_goes_up() -> None:
             assert upward(planted) == (goes_up if there >= here else []), planted
 
 
-def test_an_upward_import_in_a_file_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_upward_import_in_a_file_is_seen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Also one inside a function, or for types alone."""
-    (tmp_path / "a.py").write_text("def f():\n    from fastgrpo.tools.plan import planner\n    return planner\n")
+    (tmp_path / "a.py").write_text(
+        "def f():\n    from fastgrpo.tools.plan import planner\n    return planner\n"
+    )
     (tmp_path / "b.py").write_text(
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import fastgrpo.cli.main\n"
     )
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     names = ("fastgrpo.core.a", "fastgrpo.tools.b")
-    found = {name: {i for i in imported(Path(f"{name[-1]}.py")) if i.startswith("fastgrpo.")} for name in names}
+    found = {
+        name: {i for i in imported(Path(f"{name[-1]}.py")) if i.startswith("fastgrpo.")}
+        for name in names
+    }
     assert upward(found) == [
         "fastgrpo.core.a imports fastgrpo.tools.plan.planner",
         "fastgrpo.tools.b imports fastgrpo.cli.main",
@@ -188,7 +242,11 @@ def test_every_package_has_a_face() -> None:
     for folder in setup_arguments()["packages"].values():
         face = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text()))
         assert face, f"{folder}/__init__.py: no docstring"
-        choice = [path for path in (ROOT / folder).glob("*.py") if path.stem.strip("_") not in ("init", "main")]
+        choice = [
+            path
+            for path in (ROOT / folder).glob("*.py")
+            if path.stem.strip("_") not in ("init", "main")
+        ]
         if len(choice) > 1:
             assert re.search(r"\w+\.py", face), f"{folder}/__init__.py: name the file to read first"
 
@@ -201,7 +259,12 @@ def test_imports_have_no_cycle() -> None:
 
 
 def test_folders_at_the_top_are_imported_by_their_full_name() -> None:
-    bare = [f"{file}: {name}" for file in files(".py") for name in imported(file) if name.split(".")[0] in LINKED]
+    bare = [
+        f"{file}: {name}"
+        for file in files(".py")
+        for name in imported(file)
+        if name.split(".")[0] in LINKED
+    ]
     assert not bare, "write fastgrpo.models, fastgrpo.rewards, fastgrpo.data"
 
 
@@ -220,7 +283,20 @@ def test_the_make_commands_of_the_readme_exist() -> None:
 
 def test_no_file_names_a_path_of_one_machine() -> None:
     path = re.compile(r"(?<![\w.\-/$}])/(?:work|root|home|Users)/[\w.]+")
-    suffixes = (".py", ".md", ".toml", ".sh", ".txt", ".json", ".lock", ".html", ".yml", ".yaml", ".cfg", "")
+    suffixes = (
+        ".py",
+        ".md",
+        ".toml",
+        ".sh",
+        ".txt",
+        ".json",
+        ".lock",
+        ".html",
+        ".yml",
+        ".yaml",
+        ".cfg",
+        "",
+    )
     found = [f"{file}: {match}" for file in files(*suffixes) for match in path.findall(_text(file))]
     assert not found
 

@@ -1,4 +1,6 @@
-"""CLIP rewards against the references' own numbers (goldens/open_clip_tiny) and transformers' whole pipeline."""
+"""CLIP rewards against the references' own numbers (goldens/open_clip_tiny) and transformers' whole
+pipeline.
+"""
 
 import gzip
 import json
@@ -40,7 +42,11 @@ GOLDEN_CFG: dict[str, Any] = {  # from the golden's own metadata
     "vision_cfg": {"image_size": 224, "layers": 2, "width": 48, "head_width": 12, "patch_size": 28},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
 }
-WRITERS = {"hps": clip.write_hps, "clip_score": clip.write_open_clip, "pick_score": clip.write_transformers}
+WRITERS = {
+    "hps": clip.write_hps,
+    "clip_score": clip.write_open_clip,
+    "pick_score": clip.write_transformers,
+}
 PART = {"hps": "HPS", "clip_score": "CLIP", "pick_score": "PickScore"}
 PROMPTS = ["a red cat", "the car"]
 
@@ -53,7 +59,9 @@ def golden() -> tuple[dict[str, Tensor], Tensor]:
 
 
 def golden_reward(cfg: dict[str, Any], antialias: bool = True) -> ClipReward:
-    """The golden checkpoint behind the golden token ids, whose real vocabulary is not in the repository."""
+    """The golden checkpoint behind the golden token ids, whose real vocabulary is not in the
+    repository.
+    """
     tensors, _ = golden()
     loaded = weights.read(GOLDEN / "open_clip_tiny.pt", cfg, None, torch.float32)
     pixels = preprocess.Preprocess(size=224, resize="letterbox", antialias=antialias)
@@ -62,14 +70,22 @@ def golden_reward(cfg: dict[str, Any], antialias: bool = True) -> ClipReward:
 
 
 def spec(name: str, folder: Path, **settings: Any) -> RewardSpec:
-    return RewardSpec.model_validate({"name": name, "weights": {PART[name]: 1.0}, "path": str(folder)} | settings)
+    return RewardSpec.model_validate(
+        {"name": name, "weights": {PART[name]: 1.0}, "path": str(folder)} | settings
+    )
 
 
 def clips(batch: int, count: int, height: int = 40, width: int = 52, seed: int = 0) -> Tensor:
     """Smooth coloured noise, uint8 [B, F, H, W, 3]."""
     coarse = torch.rand(batch * count, 3, 7, 9, generator=torch.Generator().manual_seed(seed))
     fine = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False).clamp(0, 1)
-    return (255 * fine).round().to(torch.uint8).permute(0, 2, 3, 1).reshape(batch, count, height, width, 3)
+    return (
+        (255 * fine)
+        .round()
+        .to(torch.uint8)
+        .permute(0, 2, 3, 1)
+        .reshape(batch, count, height, width, 3)
+    )
 
 
 def test_golden_pixels_features_and_score() -> None:
@@ -78,8 +94,12 @@ def test_golden_pixels_features_and_score() -> None:
     pixels = reward.preprocess(images)
     assert torch.equal(pixels[..., ::4, ::4], expected["pixel_values"])
     numbers = ["0", "1", "2"]
-    torch.testing.assert_close(reward.image_features(images), expected["image_features"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(reward.text_features(numbers), expected["text_features"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        reward.image_features(images), expected["image_features"], atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(
+        reward.text_features(numbers), expected["text_features"], atol=1e-5, rtol=0
+    )
     scores = reward(images[:, None], numbers, 8.0)
     torch.testing.assert_close(scores.values["HPS"], expected["score"], atol=1e-5, rtol=0)
     assert scores.valid.all()
@@ -95,16 +115,26 @@ def test_the_wrong_gelu_or_filter_is_seen() -> None:
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
 @pytest.mark.parametrize("file", ["weights.pt", "weights.safetensors", "module.bin"])
-def test_open_clip_layout_gives_the_same_network(tmp_path: Path, file: str, quick_gelu: bool) -> None:
+def test_open_clip_layout_gives_the_same_network(
+    tmp_path: Path, file: str, quick_gelu: bool
+) -> None:
     model = clip.network(quick_gelu)
     state = clip.to_open_clip(model.state_dict())
     if file == "weights.safetensors":
         save_file(state, tmp_path / file)
     else:
         prefix = "module." if file == "module.bin" else ""
-        torch.save({"state_dict": {prefix + name: tensor for name, tensor in state.items()}}, tmp_path / file)
-    loaded = weights.read(tmp_path / file, clip.MODEL_CFG | {"quick_gelu": quick_gelu}, None, torch.float32)
-    pixels, ids = torch.randn(2, 3, 32, 32), torch.tensor([[519, 512, 514, 520, 0], [519, 3, 520, 0, 0]])
+        torch.save(
+            {"state_dict": {prefix + name: tensor for name, tensor in state.items()}},
+            tmp_path / file,
+        )
+    loaded = weights.read(
+        tmp_path / file, clip.MODEL_CFG | {"quick_gelu": quick_gelu}, None, torch.float32
+    )
+    pixels, ids = (
+        torch.randn(2, 3, 32, 32),
+        torch.tensor([[519, 512, 514, 520, 0], [519, 3, 520, 0, 0]]),
+    )
     for mine, theirs in (
         (loaded.model.get_image_features(pixels), model.get_image_features(pixels)),
         (loaded.model.get_text_features(ids), model.get_text_features(ids)),
@@ -114,7 +144,9 @@ def test_open_clip_layout_gives_the_same_network(tmp_path: Path, file: str, quic
 
 
 def test_the_published_size_of_vit_h_14() -> None:
-    """Every tensor of a full-size open_clip ViT-H-14 finds its place, and there are 986.11 million values."""
+    """Every tensor of a full-size open_clip ViT-H-14 finds its place, and there are 986.11 million
+    values.
+    """
     with torch.device("meta"):
         wanted = CLIPModel(weights._config(weights.VIT_H_14, *_towers(), 224)).state_dict()
     found = weights.to_transformers(clip.to_open_clip(wanted))
@@ -126,7 +158,9 @@ def _towers() -> tuple[Any, Any]:
     return weights.VIT_H_14["vision_cfg"], weights.VIT_H_14["text_cfg"]
 
 
-@pytest.mark.parametrize(("height", "width"), [(60, 40), (40, 60), (31, 47), (32, 20), (20, 32), (33, 33), (500, 3)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(60, 40), (40, 60), (31, 47), (32, 20), (20, 32), (33, 33), (500, 3)]
+)
 def test_letterbox_keeps_everything_and_adds_black(height: int, width: int) -> None:
     white = torch.full((1, height, width, 3), 255, dtype=torch.uint8)
     boxed = preprocess.letterbox(white, 32, antialias=True)[0]
@@ -140,32 +174,50 @@ def test_letterbox_keeps_everything_and_adds_black(height: int, width: int) -> N
 def test_letterbox_treats_portrait_as_landscape_turned() -> None:
     landscape = clips(1, 2, 24, 60)[0]
     turned = preprocess.letterbox(landscape.transpose(1, 2).contiguous(), 32, antialias=True)
-    torch.testing.assert_close(turned, preprocess.letterbox(landscape, 32, antialias=True).transpose(2, 3))
+    torch.testing.assert_close(
+        turned, preprocess.letterbox(landscape, 32, antialias=True).transpose(2, 3)
+    )
 
 
-@pytest.mark.parametrize(("height", "width"), [(40, 52), (52, 40), (33, 37), (35, 61), (32, 32), (16, 35), (90, 33)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(40, 52), (52, 40), (33, 37), (35, 61), (32, 32), (16, 35), (90, 33)]
+)
 def test_centre_crop_is_that_of_transformers(height: int, width: int) -> None:
     images = clips(1, 2, height, width)[0]
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    expected = processor([Image.fromarray(image.numpy()) for image in images], return_tensors="pt").pixel_values
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+    expected = processor(
+        [Image.fromarray(image.numpy()) for image in images], return_tensors="pt"
+    ).pixel_values
     mine = preprocess.Preprocess(size=32, resize="shortest", crop="down")(images)
     torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_centre_crop_of_open_clip_rounds_half_to_even() -> None:
-    """35 columns cropped to 32 start at round(1.5) = 2 by torchvision's rule and at 1 by transformers'."""
-    columns = torch.arange(35, dtype=torch.uint8).reshape(1, 1, 35, 1).expand(1, 32, 35, 3).contiguous()
+    """35 columns cropped to 32 start at round(1.5) = 2 by torchvision's rule and at 1 by
+    transformers'.
+    """
+    columns = (
+        torch.arange(35, dtype=torch.uint8).reshape(1, 1, 35, 1).expand(1, 32, 35, 3).contiguous()
+    )
     rules: tuple[tuple[Literal["half_even", "down"], int], ...] = (("half_even", 2), ("down", 1))
     for crop, first in rules:
-        pixels = preprocess.Preprocess(size=32, resize="shortest", crop=crop, mean=(0.0,) * 3, std=(1.0,) * 3)(columns)
+        pixels = preprocess.Preprocess(
+            size=32, resize="shortest", crop=crop, mean=(0.0,) * 3, std=(1.0,) * 3
+        )(columns)
         assert (255 * pixels[0, 0, 0, 0]).round() == first
 
 
 def test_squash_keeps_no_ratio() -> None:
     images = clips(1, 2)[0]
     processor = CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
-    expected = processor([Image.fromarray(image.numpy()) for image in images], return_tensors="pt").pixel_values
-    torch.testing.assert_close(preprocess.Preprocess(size=32, resize="squash")(images), expected, atol=1e-6, rtol=1e-6)
+    expected = processor(
+        [Image.fromarray(image.numpy()) for image in images], return_tensors="pt"
+    ).pixel_values
+    torch.testing.assert_close(
+        preprocess.Preprocess(size=32, resize="squash")(images), expected, atol=1e-6, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,21 +244,33 @@ def test_several_frames_are_averaged(tmp_path: Path, name: str) -> None:
     WRITERS[name](tmp_path)
     pixels = clips(2, 6)
     single = rewards.load(spec(name, tmp_path))
-    each = torch.stack([single(pixels[:, [i]], PROMPTS, 8.0).values[PART[name]] for i in range(6)], 1)
+    each = torch.stack(
+        [single(pixels[:, [i]], PROMPTS, 8.0).values[PART[name]] for i in range(6)], 1
+    )
     assert each.std(1).min() > 1e-3
     for rule, chosen in (("all", range(6)), ("first", [0]), ("middle", [3]), (2, [1, 4])):
         found = rewards.load(spec(name, tmp_path, frames=rule))(pixels, PROMPTS, 8.0)
-        torch.testing.assert_close(found.values[PART[name]], each[:, list(chosen)].mean(1), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            found.values[PART[name]], each[:, list(chosen)].mean(1), atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", sorted(WRITERS))
 def test_a_published_folder_end_to_end(tmp_path: Path, name: str) -> None:
-    """The whole chain, from text and uint8 frames, against transformers' model, tokenizer and image processor."""
+    """The whole chain, from text and uint8 frames, against transformers' model, tokenizer and image
+    processor.
+    """
     model = WRITERS[name](tmp_path)
     pixels = clips(2, 1, 40, 40)
     images = [Image.fromarray(image.numpy()) for image in pixels[:, 0]]
-    own = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]} if name == "clip_score" else {}
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, **own)
+    own = (
+        {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+        if name == "clip_score"
+        else {}
+    )
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, **own
+    )
     inputs = processor(images, return_tensors="pt").pixel_values
     ids = clip.tokenizer()(PROMPTS, padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -218,7 +282,9 @@ def test_a_published_folder_end_to_end(tmp_path: Path, name: str) -> None:
     assert scores.values[PART[name]].dtype == torch.float32
     torch.testing.assert_close(scores.values[PART[name]], expected.float(), atol=tolerance, rtol=0)
     swapped = rewards.load(spec(name, tmp_path))(pixels, PROMPTS[::-1], 8.0).values[PART[name]]
-    assert (swapped - scores.values[PART[name]]).abs().min() > 1e-3  # each clip is scored for its own prompt
+    assert (
+        swapped - scores.values[PART[name]]
+    ).abs().min() > 1e-3  # each clip is scored for its own prompt
 
 
 def test_pick_score_scales(tmp_path: Path) -> None:
@@ -226,7 +292,9 @@ def test_pick_score_scales(tmp_path: Path) -> None:
     pixels = clips(2, 1)
     scales = ("cosine", "logits", "logits / 26")
     found = [
-        rewards.load(spec("pick_score", tmp_path, options={"scale": scale}))(pixels, PROMPTS, 8.0).values["PickScore"]
+        rewards.load(spec("pick_score", tmp_path, options={"scale": scale}))(
+            pixels, PROMPTS, 8.0
+        ).values["PickScore"]
         for scale in scales
     ]
     torch.testing.assert_close(found[1], found[0] * float(np.exp(3.0)))
@@ -234,13 +302,17 @@ def test_pick_score_scales(tmp_path: Path) -> None:
 
 
 def test_what_the_config_says_about_pixels(tmp_path: Path) -> None:
-    """resize_mode of the config is followed; the option goes before it; 34 pixels give the 4 x 4 patches of 32."""
+    """resize_mode of the config is followed; the option goes before it; 34 pixels give the 4 x 4
+    patches of 32.
+    """
     clip.write_open_clip(tmp_path / "squash", resize="squash")
     clip.write_open_clip(tmp_path / "silent")
     pixels = clips(2, 1, 40, 80)
 
     def score(folder: str, **chosen: Any) -> Tensor:
-        return rewards.load(spec("clip_score", tmp_path / folder, options=chosen))(pixels, PROMPTS, 8.0).values["CLIP"]
+        return rewards.load(spec("clip_score", tmp_path / folder, options=chosen))(
+            pixels, PROMPTS, 8.0
+        ).values["CLIP"]
 
     torch.testing.assert_close(score("silent", resize="squash"), score("squash"))
     torch.testing.assert_close(score("squash", resize="shortest"), score("silent"))
@@ -252,7 +324,9 @@ def test_batches_change_rounding_only(tmp_path: Path) -> None:
     clip.write_hps(tmp_path)
     pixels, prompts = clips(5, 2), ["a red cat", "the car", "a red cat", "", "an ant"]
     found = [
-        rewards.load(spec("hps", tmp_path, frames="all", batch_size=size))(pixels, prompts, 8.0).values["HPS"]
+        rewards.load(spec("hps", tmp_path, frames="all", batch_size=size))(
+            pixels, prompts, 8.0
+        ).values["HPS"]
         for size in (1, 2, 7)
     ]
     for other in found[1:]:
@@ -269,7 +343,9 @@ def test_bfloat16_is_near_and_a_broken_network_is_invalid(tmp_path: Path) -> Non
     rounded = rewards.load(spec("hps", tmp_path, dtype="bfloat16"))
     torch.testing.assert_close(rounded(pixels, PROMPTS, 8.0).values["HPS"], exact, atol=0.1, rtol=0)
     assert isinstance(rounded, ClipReward)
-    rounded.model.text_model.embeddings.token_embedding.weight[515] = float("nan")  # of "the", the second prompt
+    rounded.model.text_model.embeddings.token_embedding.weight[515] = float(
+        "nan"
+    )  # of "the", the second prompt
     scores = rounded(pixels, PROMPTS, 8.0)
     assert scores.valid.tolist() == [True, False]
     assert scores.values["HPS"].isnan().tolist() == [False, True]
@@ -308,7 +384,9 @@ def test_open_clip_repairs_text(text: str, clean: str) -> None:
 def test_merges_are_read_from_every_published_file(tmp_path: Path) -> None:
     clip.write_merges(tmp_path)
     (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(
-        gzip.compress(('"version\n' + "\n".join([*clip.MERGES, "x y", "z z"]) + "\n").encode())  # longer than CLIP uses
+        gzip.compress(
+            ('"version\n' + "\n".join([*clip.MERGES, "x y", "z z"]) + "\n").encode()
+        )  # longer than CLIP uses
     )
     (tmp_path / "tokenizer.json").write_text(clip.tokenizer().backend_tokenizer.to_str())
     found = [read_merges(tmp_path / name, clip.VOCABULARY) for name in FILES]
@@ -330,7 +408,12 @@ def test_fingerprint_follows_what_changes_scores(tmp_path: Path) -> None:
         return reward.fingerprint
 
     same = {mark(), mark(batch_size=3), mark(device="cpu"), mark(frames="first")}
-    other = {mark("b"), mark(frames="all"), mark(dtype="bfloat16"), mark(options={"antialias": False})}
+    other = {
+        mark("b"),
+        mark(frames="all"),
+        mark(dtype="bfloat16"),
+        mark(options={"antialias": False}),
+    }
     assert len(same) == 1
     assert len(next(iter(same))) == 64
     assert len(other | same) == 5
@@ -358,44 +441,174 @@ class RunsCode:
 
 
 def config(folder: Path, **changes: Any) -> None:
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": clip.MODEL_CFG | changes}))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": clip.MODEL_CFG | changes})
+    )
 
 
 HPS = "HPS_v2.1_compressed.pt"
 MISTAKES: list[tuple[str, str, Callable[[Path], Any], dict[str, Any], tuple[str, ...]]] = [
     ("no path", "hps", lambda f: None, {"path": None}, ("rewards.path: missing", "xswu/HPSv2")),
     ("no folder", "hps", shutil.rmtree, {}, ("no such file", HPS)),
-    ("no file", "pick_score", lambda f: (f / "model.safetensors").unlink(), {}, ("model.safetensors", "PickScore_v1")),
-    ("version 2.0", "hps", lambda f: (f / HPS).rename(f / "HPS_v2_compressed.pt"), {}, ("has no HPS_v2.1_compr",)),
+    (
+        "no file",
+        "pick_score",
+        lambda f: (f / "model.safetensors").unlink(),
+        {},
+        ("model.safetensors", "PickScore_v1"),
+    ),
+    (
+        "version 2.0",
+        "hps",
+        lambda f: (f / HPS).rename(f / "HPS_v2_compressed.pt"),
+        {},
+        ("has no HPS_v2.1_compr",),
+    ),
     ("cut", "hps", lambda f: truncate(f / HPS), {}, (HPS, "damaged", "download it again")),
-    ("cut", "pick_score", lambda f: truncate(f / "model.safetensors"), {}, ("model.safetensors", "damaged")),
+    (
+        "cut",
+        "pick_score",
+        lambda f: truncate(f / "model.safetensors"),
+        {},
+        ("model.safetensors", "damaged"),
+    ),
     ("empty", "hps", lambda f: (f / HPS).write_bytes(b""), {}, (HPS, "damaged")),
     ("code", "hps", lambda f: code(f / HPS), {}, (HPS, "more than tensors")),
     ("list", "hps", lambda f: torch.save([1], f / HPS), {}, (HPS, "no state_dict")),
-    ("other", "hps", lambda f: torch.save({"x": torch.ones(1)}, f / HPS), {}, ("neither open_clip", "'x'")),
-    ("less", "hps", lambda f: without(f / HPS, "visual.proj"), {}, ("visual_projection.weight' is missing", HPS)),
-    ("layers", "hps", lambda f: config(f, text_cfg=clip.MODEL_CFG["text_cfg"] | {"layers": 1}), {}, ("not part of",)),
-    ("shape", "hps", lambda f: config(f, embed_dim=16), {}, ("[24, 48] where the config means [16, 48]", "1 more")),
-    ("tower", "clip_score", lambda f: config(f, vision_cfg={"timm_model_name": "x"}), {}, ("timm_model_name",)),
-    ("half", "clip_score", lambda f: config(f, text_cfg={}), {}, ("open_clip_config.json", "not a model_cfg")),
-    ("no config", "clip_score", lambda f: (f / "open_clip_config.json").unlink(), {}, ("clip_config.json is missing",)),
-    ("no config", "hps", lambda f: (f / "open_clip_config.json").unlink(), {}, ("is missing (and 908 more", HPS)),
-    ("no config", "pick_score", lambda f: (f / "config.json").unlink(), {}, ("config.json is missing",)),
-    ("bad config", "pick_score", lambda f: (f / "config.json").write_text("{"), {}, ("config.json cannot be read",)),
-    ("merges", "hps", lambda f: (f / "merges.txt").write_text("#version\nc a\n"), {}, ("1 merges", "needs 7")),
-    ("tokenizer", "hps", lambda f: (f / "merges.txt").unlink(), {}, ("rewards.options.tokenizer", "merges.txt")),
-    ("hub", "hps", lambda f: None, {"path": "nobody/nothing"}, ("rewards.path=nobody/nothing", "hub", HPS)),
-    ("neighbour", "hps", lambda f: config(f, quick_gelu=True), {}, ("its gelu is not that of", "in its own folder")),
-    ("typo", "hps", lambda f: None, {"options": {"antialais": True}}, ("did you mean 'antialias'?",)),
-    ("value", "hps", lambda f: None, {"options": {"antialias": "blue"}}, ("rewards.options.antialias='blue'",)),
-    ("scale", "pick_score", lambda f: None, {"options": {"scale": "log"}}, ("rewards.options.scale='log'", "cosine")),
-    ("size", "clip_score", lambda f: None, {"options": {"image_size": 48}}, ("position_embedding", "where the config")),
+    (
+        "other",
+        "hps",
+        lambda f: torch.save({"x": torch.ones(1)}, f / HPS),
+        {},
+        ("neither open_clip", "'x'"),
+    ),
+    (
+        "less",
+        "hps",
+        lambda f: without(f / HPS, "visual.proj"),
+        {},
+        ("visual_projection.weight' is missing", HPS),
+    ),
+    (
+        "layers",
+        "hps",
+        lambda f: config(f, text_cfg=clip.MODEL_CFG["text_cfg"] | {"layers": 1}),
+        {},
+        ("not part of",),
+    ),
+    (
+        "shape",
+        "hps",
+        lambda f: config(f, embed_dim=16),
+        {},
+        ("[24, 48] where the config means [16, 48]", "1 more"),
+    ),
+    (
+        "tower",
+        "clip_score",
+        lambda f: config(f, vision_cfg={"timm_model_name": "x"}),
+        {},
+        ("timm_model_name",),
+    ),
+    (
+        "half",
+        "clip_score",
+        lambda f: config(f, text_cfg={}),
+        {},
+        ("open_clip_config.json", "not a model_cfg"),
+    ),
+    (
+        "no config",
+        "clip_score",
+        lambda f: (f / "open_clip_config.json").unlink(),
+        {},
+        ("clip_config.json is missing",),
+    ),
+    (
+        "no config",
+        "hps",
+        lambda f: (f / "open_clip_config.json").unlink(),
+        {},
+        ("is missing (and 908 more", HPS),
+    ),
+    (
+        "no config",
+        "pick_score",
+        lambda f: (f / "config.json").unlink(),
+        {},
+        ("config.json is missing",),
+    ),
+    (
+        "bad config",
+        "pick_score",
+        lambda f: (f / "config.json").write_text("{"),
+        {},
+        ("config.json cannot be read",),
+    ),
+    (
+        "merges",
+        "hps",
+        lambda f: (f / "merges.txt").write_text("#version\nc a\n"),
+        {},
+        ("1 merges", "needs 7"),
+    ),
+    (
+        "tokenizer",
+        "hps",
+        lambda f: (f / "merges.txt").unlink(),
+        {},
+        ("rewards.options.tokenizer", "merges.txt"),
+    ),
+    (
+        "hub",
+        "hps",
+        lambda f: None,
+        {"path": "nobody/nothing"},
+        ("rewards.path=nobody/nothing", "hub", HPS),
+    ),
+    (
+        "neighbour",
+        "hps",
+        lambda f: config(f, quick_gelu=True),
+        {},
+        ("its gelu is not that of", "in its own folder"),
+    ),
+    (
+        "typo",
+        "hps",
+        lambda f: None,
+        {"options": {"antialais": True}},
+        ("did you mean 'antialias'?",),
+    ),
+    (
+        "value",
+        "hps",
+        lambda f: None,
+        {"options": {"antialias": "blue"}},
+        ("rewards.options.antialias='blue'",),
+    ),
+    (
+        "scale",
+        "pick_score",
+        lambda f: None,
+        {"options": {"scale": "log"}},
+        ("rewards.options.scale='log'", "cosine"),
+    ),
+    (
+        "size",
+        "clip_score",
+        lambda f: None,
+        {"options": {"image_size": 48}},
+        ("position_embedding", "where the config"),
+    ),
     ("device", "hps", lambda f: None, {"device": "gpu"}, ("rewards.device=gpu", "cuda")),
     ("device", "hps", lambda f: None, {"device": "cuda:64"}, ("rewards.device=cuda:64", "GPUs")),
 ]
 
 
-@pytest.mark.parametrize(("name", "spoil", "settings", "said"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES])
+@pytest.mark.parametrize(
+    ("name", "spoil", "settings", "said"), [m[1:] for m in MISTAKES], ids=[m[0] for m in MISTAKES]
+)
 def test_a_mistake_is_one_line_with_its_remedy(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -416,7 +629,9 @@ def test_a_mistake_is_one_line_with_its_remedy(
 
 
 def test_a_hub_repository_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weights and what lies beside them are found by the repository's name, as its download left them."""
+    """The weights and what lies beside them are found by the repository's name, as its download
+    left them.
+    """
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     commit = "0" * 40
     clip.write_open_clip(tmp_path / "models--apple--tiny" / "snapshots" / commit)
@@ -441,12 +656,18 @@ def test_only_the_frames_looked_at_matter(tmp_path: Path) -> None:
     assert kept == [1, 3, 5]
     black = torch.zeros_like(pixels)
     black[:, kept] = pixels[:, kept]
-    assert torch.equal(*(reward(each, PROMPTS, 8.0).values["PickScore"] for each in (pixels, black)))
+    assert torch.equal(
+        *(reward(each, PROMPTS, 8.0).values["PickScore"] for each in (pixels, black))
+    )
 
 
 def test_clips_of_another_form_are_refused(tmp_path: Path) -> None:
     clip.write_hps(tmp_path)
     reward = rewards.load(spec("hps", tmp_path))
-    for pixels, prompts in ((clips(2, 1).float(), PROMPTS), (clips(2, 1)[0], PROMPTS), (clips(2, 1), ["one"])):
+    for pixels, prompts in (
+        (clips(2, 1).float(), PROMPTS),
+        (clips(2, 1)[0], PROMPTS),
+        (clips(2, 1), ["one"]),
+    ):
         with pytest.raises(ValueError, match=r"give one prompt|expected torch\.uint8"):
             reward(pixels, prompts, 8.0)

@@ -1,6 +1,8 @@
-"""The contract of every reward in the folder, whatever its name: a reward that breaks it is named with the rule.
+"""The contract of every reward in the folder, whatever its name: a reward that breaks it is named
+with the rule.
 
-`contract` gives the violations of one reward as lines of text. A reward with weights is tried with tiny random ones.
+`contract` gives the violations of one reward as lines of text. A reward with weights is tried with
+tiny random ones.
 """
 
 import subprocess
@@ -83,9 +85,13 @@ def contract(spec: RewardSpec) -> list[str]:
 
 
 def declaration(case: Case) -> Iterator[str]:
-    """SIZE and LEAST_FRAMES are what the planner and the run take them for; a reload is the same reward."""
+    """SIZE and LEAST_FRAMES are what the planner and the run take them for; a reload is the same
+    reward.
+    """
     size = rewards.declared(case.spec.name, "SIZE", None)
-    if size is not None and (not isinstance(size, RewardSize) or min(size.parameters, size.tokens) <= 0):
+    if size is not None and (
+        not isinstance(size, RewardSize) or min(size.parameters, size.tokens) <= 0
+    ):
         yield f"SIZE is {size!r}, no RewardSize with parameters and tokens"
     if case.least < 1:
         yield f"LEAST_FRAMES is {case.least}"
@@ -96,7 +102,11 @@ def declaration(case: Case) -> Iterator[str]:
 def form(case: Case) -> Iterator[str]:
     """Parts have names, and every part has float32 [B] scores."""
     names = case.reward.names
-    if not isinstance(names, tuple) or not names or not all(isinstance(name, str) and name for name in names):
+    if (
+        not isinstance(names, tuple)
+        or not names
+        or not all(isinstance(name, str) and name for name in names)
+    ):
         yield f"names is {names!r}, no tuple of texts"
         return
     before = case.pixels.clone()
@@ -134,7 +144,9 @@ def masked(scores: Scores) -> Iterator[str]:
 def batches(case: Case) -> Iterator[str]:
     """A clip's score is the same alone, in another order and beside other clips."""
     whole = table(case.scores())
-    alone = [table(case.scores(case.pixels[i : i + 1], [case.prompts[i]])) for i in range(len(whole))]
+    alone = [
+        table(case.scores(case.pixels[i : i + 1], [case.prompts[i]])) for i in range(len(whole))
+    ]
     if not close(torch.cat(alone), whole):
         yield "a clip alone has another score than in a batch"
     turned = table(case.scores(case.pixels.flip(0), case.prompts[::-1]))
@@ -169,7 +181,9 @@ def frames(case: Case) -> Iterator[str]:
         if not indices or not set(indices) <= set(range(length)):
             yield f"frames_used({length}, {fps}) is {used}, not in the clip"
             return
-        if isinstance(size, RewardSize) and size.frames_scored(case.spec, length, fps) != len(set(indices)):
+        if isinstance(size, RewardSize) and size.frames_scored(case.spec, length, fps) != len(
+            set(indices)
+        ):
             yield f"a plan counts other frames than the {len(indices)} of frames_used({length}, {fps})"
     used = case.reward.frames_used(case.pixels.shape[1], FPS)
     if used is not None:
@@ -260,22 +274,52 @@ SIZE = "SIZE = RewardSize(parameters=1.0, tokens=1.0, frames_scored=lambda spec,
     [
         ({}, None),
         ({"top": SIZE.format(1)}, None),
-        ({"top": SIZE.format("frames")}, "frames: a plan counts other frames than the 1 of frames_used"),
+        (
+            {"top": SIZE.format("frames")},
+            "frames: a plan counts other frames than the 1 of frames_used",
+        ),
         ({"top": "SIZE = 1.0"}, "declaration: SIZE is 1.0, no RewardSize"),
-        ({"body": "values = values - values.nanmean()"}, "batches: a clip alone has another score than in a batch"),
-        ({"body": "values = values + torch.arange(len(values))"}, "batches: the order of a batch changes scores"),
-        ({"body": "values[~valid] = -1.0"}, "odd_prompts: A is a number, not NaN, in a clip without a score"),
+        (
+            {"body": "values = values - values.nanmean()"},
+            "batches: a clip alone has another score than in a batch",
+        ),
+        (
+            {"body": "values = values + torch.arange(len(values))"},
+            "batches: the order of a batch changes scores",
+        ),
+        (
+            {"body": "values[~valid] = -1.0"},
+            "odd_prompts: A is a number, not NaN, in a clip without a score",
+        ),
         ({"body": "valid[:] = True"}, "odd_prompts: A is not finite in a valid clip"),
-        ({"body": "values = torch.zeros(len(pixels))"}, "values: every clip has the same score in every part"),
+        (
+            {"body": "values = torch.zeros(len(pixels))"},
+            "values: every clip has the same score in every part",
+        ),
         ({"body": "values = values.double()"}, "form: A is torch.float64 [6], not float32 [6]"),
         ({"body": "values = values[:, None]"}, "form: A is torch.float32 [6, 1], not float32 [6]"),
         ({"body": "pixels += 1"}, "form: the pixels are changed in place"),
-        ({"body": "values = values + pixels[:, -1].flatten(1).float().mean(1)"}, "frames: frames outside frames_used"),
-        ({"body": "if len(pixels[0]) < 3: raise ValueError"}, "least_frames: a clip of 1 frames is refused"),
-        ({"top": "LEAST_FRAMES = 3"}, "least_frames: a clip of 1 frames is judged, LEAST_FRAMES is 3"),
+        (
+            {"body": "values = values + pixels[:, -1].flatten(1).float().mean(1)"},
+            "frames: frames outside frames_used",
+        ),
+        (
+            {"body": "if len(pixels[0]) < 3: raise ValueError"},
+            "least_frames: a clip of 1 frames is refused",
+        ),
+        (
+            {"top": "LEAST_FRAMES = 3"},
+            "least_frames: a clip of 1 frames is judged, LEAST_FRAMES is 3",
+        ),
         ({"end": "Planted.names = ()"}, "form: names is (), no tuple of texts"),
-        ({"end": "Planted.frames_used = lambda self, frames, fps: [frames]"}, "frames: frames_used(1, 0.5) is [1]"),
-        ({"end": "Planted.reads_prompts = False"}, "unread_prompts: reads_prompts is False, and prompts change scores"),
+        (
+            {"end": "Planted.frames_used = lambda self, frames, fps: [frames]"},
+            "frames: frames_used(1, 0.5) is [1]",
+        ),
+        (
+            {"end": "Planted.reads_prompts = False"},
+            "unread_prompts: reads_prompts is False, and prompts change scores",
+        ),
         ({"end": "Planted.fingerprint = property(id)"}, "declaration: the fingerprint changes"),
     ],
     ids=lambda value: " ".join(value.values())[:40] if isinstance(value, dict) else "",
@@ -305,7 +349,8 @@ def test_a_reward_without_the_base_class_is_refused_when_loaded(
 def test_the_registry_of_rewards_needs_no_torch() -> None:
     code = (
         "import sys; from fastgrpo import rewards; "
-        "[(rewards.least_frames(name), rewards.declared(name, 'SIZE', None)) for name in rewards.known()]; "
+        "[(rewards.least_frames(name), rewards.declared(name, 'SIZE', None)) for name in "
+        "rewards.known()]; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

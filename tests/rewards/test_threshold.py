@@ -1,4 +1,6 @@
-"""Binary parts of a reward: exact at the value, invalid where the score is, and nothing else changed."""
+"""Binary parts of a reward: exact at the value, invalid where the score is, and nothing else
+changed.
+"""
 
 import math
 from collections.abc import Sequence
@@ -44,14 +46,19 @@ def judged(table: Table, thresholds: dict[str, float]) -> Scores:
 
 
 def test_the_value_itself_counts_as_reached() -> None:
-    below, over = math.nextafter(0.28, 0.0), 0.28000003  # the first is 0.28 in float32, the second its next number
+    below, over = (
+        math.nextafter(0.28, 0.0),
+        0.28000003,
+    )  # the first is 0.28 in float32, the second its next number
     scores = judged(Table({"HPS": [0.27999998, below, 0.28, over, -1.0]}), {"HPS": 0.28})
     assert scores.values["HPS_above"].tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
     assert scores.values["HPS_above"].dtype == torch.float32
 
 
 def test_other_parts_stay_and_several_parts_have_their_own_values() -> None:
-    table = Table({"VQ": [1.0, 2.0, 3.0, 4.0, 5.0], "MQ": [5.0, 4.0, 3.0, 2.0, 1.0], "TA": [0.0] * 5})
+    table = Table(
+        {"VQ": [1.0, 2.0, 3.0, 4.0, 5.0], "MQ": [5.0, 4.0, 3.0, 2.0, 1.0], "TA": [0.0] * 5}
+    )
     wrapped = threshold.wrap(table, {"VQ": 3.0, "MQ": 4.0})
     assert wrapped.names == ("VQ", "MQ", "TA", "VQ_above", "MQ_above")
     scores = wrapped(PIXELS, [""] * 5, 8.0)
@@ -59,15 +66,26 @@ def test_other_parts_stay_and_several_parts_have_their_own_values() -> None:
     assert scores.values["MQ_above"].tolist() == [1, 1, 0, 0, 0]
     for part in table.names:
         assert torch.equal(scores.values[part], table.scores.values[part])
-    assert sorted(table.scores.values) == ["MQ", "TA", "VQ"]  # the wrapped reward's own result is left alone
+    assert sorted(table.scores.values) == [
+        "MQ",
+        "TA",
+        "VQ",
+    ]  # the wrapped reward's own result is left alone
 
 
 def test_an_invalid_score_is_neither_above_nor_below() -> None:
     nan, inf = float("nan"), float("inf")
-    scores = judged(Table({"HPS": [0.9, nan, inf, 0.9, 0.1]}, [True, True, True, False, True]), {"HPS": 0.5})
+    scores = judged(
+        Table({"HPS": [0.9, nan, inf, 0.9, 0.1]}, [True, True, True, False, True]), {"HPS": 0.5}
+    )
     assert scores.values["HPS_above"].isnan().tolist() == [False, True, True, True, False]
     assert scores.valid.tolist() == [True, True, True, False, True]
-    assert threshold.wrap(Table({"HPS": [nan]}), {"HPS": -1e30})(PIXELS, [""], 8.0).values["HPS_above"].isnan().all()
+    assert (
+        threshold.wrap(Table({"HPS": [nan]}), {"HPS": -1e30})(PIXELS, [""], 8.0)
+        .values["HPS_above"]
+        .isnan()
+        .all()
+    )
 
 
 def test_an_invalid_clip_stays_so_through_judge_batch() -> None:
@@ -80,11 +98,21 @@ def test_an_invalid_clip_stays_so_through_judge_batch() -> None:
 @pytest.mark.parametrize(
     ("parts", "thresholds", "said"),
     [
-        (["VQ", "MQ"], {"VO": 1.0}, "rewards.threshold.VO: the reward has no part 'VO'; its parts are VQ, MQ."),
-        (["VQ", "VQ_above"], {"VQ": 1.0}, "rewards.threshold.VQ: the reward has a part 'VQ_above' of its own"),
+        (
+            ["VQ", "MQ"],
+            {"VO": 1.0},
+            "rewards.threshold.VO: the reward has no part 'VO'; its parts are VQ, MQ.",
+        ),
+        (
+            ["VQ", "VQ_above"],
+            {"VQ": 1.0},
+            "rewards.threshold.VQ: the reward has a part 'VQ_above' of its own",
+        ),
     ],
 )
-def test_a_part_that_cannot_be_is_refused(parts: list[str], thresholds: dict[str, float], said: str) -> None:
+def test_a_part_that_cannot_be_is_refused(
+    parts: list[str], thresholds: dict[str, float], said: str
+) -> None:
     with pytest.raises(UserError, match=said.replace(".", r"\.")):
         threshold.wrap(Table({part: [0.0] for part in parts}), thresholds)
 
@@ -104,11 +132,17 @@ def test_weights_move_and_the_fingerprint_knows_the_values() -> None:
 
 
 def test_load_applies_the_spec() -> None:
-    spec = RewardSpec(name="video_stats", weights={"sharpness_above": 1.0}, threshold={"sharpness": 5.0, "motion": 0.0})
+    spec = RewardSpec(
+        name="video_stats",
+        weights={"sharpness_above": 1.0},
+        threshold={"sharpness": 5.0, "motion": 0.0},
+    )
     reward = rewards.load(spec)
     assert reward.names[-2:] == ("sharpness_above", "motion_above")
     flat = torch.full((1, 2, 32, 32, 3), 128, dtype=torch.uint8)
-    noisy = torch.randint(0, 255, (1, 2, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    noisy = torch.randint(
+        0, 255, (1, 2, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     scores = reward(torch.cat([flat, noisy]), ["", ""], 8.0)
     assert scores.values["sharpness_above"].tolist() == [0.0, 1.0]
     assert scores.values["motion_above"].tolist() == [1.0, 1.0]

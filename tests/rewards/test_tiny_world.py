@@ -1,4 +1,6 @@
-"""The tiny world's rewards on clips whose right answer is known: drawn ones, and drawn ones damaged in one way."""
+"""The tiny world's rewards on clips whose right answer is known: drawn ones, and drawn ones damaged
+in one way.
+"""
 
 import time
 from dataclasses import replace
@@ -25,13 +27,22 @@ BACKGROUND = np.array(shapes.BACKGROUND)
 
 def drawn(size: int = shapes.CANVAS) -> Clips:
     rng = np.random.default_rng(0)
-    return np.stack([shapes.draw(m, size=size, start=shapes.random_start(m, shapes.FRAMES, rng)) for m in MEANINGS])
+    return np.stack(
+        [
+            shapes.draw(m, size=size, start=shapes.random_start(m, shapes.FRAMES, rng))
+            for m in MEANINGS
+        ]
+    )
 
 
-def score(clips: NDArray[np.float64] | Clips, captions: list[str] | None = None, fps: float = shapes.FPS) -> Marks:
+def score(
+    clips: NDArray[np.float64] | Clips, captions: list[str] | None = None, fps: float = shapes.FPS
+) -> Marks:
     """Scores [B, 3] in the order of PARTS; all must be valid and in [0, 1]."""
     pixels = torch.from_numpy(np.clip(np.round(clips), 0, 255).astype(np.uint8))
-    result = rewards.load(rewards.plain("tiny_world"))(pixels, CAPTIONS if captions is None else captions, fps)
+    result = rewards.load(rewards.plain("tiny_world"))(
+        pixels, CAPTIONS if captions is None else captions, fps
+    )
     assert result.valid.all()
     table = torch.stack([result.values[part] for part in PARTS], 1)
     assert table.dtype == torch.float32
@@ -48,7 +59,9 @@ def along(meaning: Meaning, velocity: tuple[float, float]) -> Clips:
 
 def paint(meaning: Meaning, path: NDArray[np.float64]) -> Clips:
     mask = shapes.shape_mask(meaning.shape, path, shapes.CANVAS)[..., None]
-    pixels: Clips = np.round(mask * np.array(shapes.COLOURS[meaning.colour]) + (1 - mask) * BACKGROUND).astype(np.uint8)
+    pixels: Clips = np.round(
+        mask * np.array(shapes.COLOURS[meaning.colour]) + (1 - mask) * BACKGROUND
+    ).astype(np.uint8)
     return pixels
 
 
@@ -70,7 +83,10 @@ def next_in(table: dict[str, object] | tuple[str, ...], key: str) -> str:
 
 def recaptioned(field: str, table: dict[str, object] | tuple[str, ...]) -> list[str]:
     """Captions that ask for something else in one field."""
-    return [shapes.caption(replace(m, **{field: next_in(table, getattr(m, field))}), i) for i, m in enumerate(MEANINGS)]
+    return [
+        shapes.caption(replace(m, **{field: next_in(table, getattr(m, field))}), i)
+        for i, m in enumerate(MEANINGS)
+    ]
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -80,9 +96,13 @@ def test_drawn_clips_score_high_on_every_part(size: int) -> None:
 
 def test_blur_lowers_quality_step_by_step_and_leaves_motion() -> None:
     clips = drawn()
-    means = [score(blurred(clips, sigma) if sigma else clips).mean(0) for sigma in (0.0, 0.8, 1.2, 2.0)]
+    means = [
+        score(blurred(clips, sigma) if sigma else clips).mean(0) for sigma in (0.0, 0.8, 1.2, 2.0)
+    ]
     vq, mq, ta = np.array(means).T
-    assert (np.diff(vq) < -0.15).all() and vq[-1] > 0.05  # no plateau: worse is lower, and never nothing
+    assert (np.diff(vq) < -0.15).all() and vq[
+        -1
+    ] > 0.05  # no plateau: worse is lower, and never nothing
     assert (np.diff(ta) < -0.01).all() and ta[-1] > 0.5
     assert abs(np.diff(mq)).max() < 0.02
 
@@ -127,7 +147,9 @@ def test_jitter_lowers_motion_step_by_step() -> None:
     jitter = np.random.default_rng(2).normal(0.0, 1.0, (shapes.FRAMES, 2))
     paths = [shapes.path(m, shapes.FRAMES) for m in MEANINGS]
     means = [
-        score(np.stack([paint(m, path + s * jitter) for m, path in zip(MEANINGS, paths, strict=True)])).mean(0)
+        score(
+            np.stack([paint(m, path + s * jitter) for m, path in zip(MEANINGS, paths, strict=True)])
+        ).mean(0)
         for s in (0.0, 0.2, 0.4, 0.8)
     ]
     assert (np.diff(np.array(means)[:, 1]) < -0.1).all()
@@ -153,7 +175,8 @@ def test_wrong_colour_lowers_alignment_only() -> None:
     assert np.array_equal(before[:, :2], after[:, :2])
     repainted = [
         shapes.draw(
-            replace(m, colour=next_in(dict(shapes.COLOURS), m.colour)), start=tuple(shapes.path(m, shapes.FRAMES)[0])
+            replace(m, colour=next_in(dict(shapes.COLOURS), m.colour)),
+            start=tuple(shapes.path(m, shapes.FRAMES)[0]),
         )
         for m in MEANINGS
     ]
@@ -163,11 +186,18 @@ def test_wrong_colour_lowers_alignment_only() -> None:
 
 def test_colour_alignment_is_graded() -> None:
     clips = np.stack([shapes.draw(m) for m in MEANINGS]).astype(np.float64)
-    other = np.stack([shapes.draw(replace(m, colour=next_in(dict(shapes.COLOURS), m.colour))) for m in MEANINGS])
-    marks = [score((1 - mix) * clips + mix * other).mean(0) for mix in (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0)]
+    other = np.stack(
+        [shapes.draw(replace(m, colour=next_in(dict(shapes.COLOURS), m.colour))) for m in MEANINGS]
+    )
+    marks = [
+        score((1 - mix) * clips + mix * other).mean(0)
+        for mix in (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
+    ]
     vq, mq, ta = np.array(marks).T
     assert (np.diff(ta) < -0.005).all()
-    assert vq[0] - vq[3] > 0.15 and abs(vq[-1] - vq[0]) < 0.02  # halfway is no colour of the palette, the end is one
+    assert (
+        vq[0] - vq[3] > 0.15 and abs(vq[-1] - vq[0]) < 0.02
+    )  # halfway is no colour of the palette, the end is one
     assert abs(np.diff(mq)).max() < 0.01
 
 
@@ -178,7 +208,10 @@ def test_wrong_shape_lowers_alignment_only() -> None:
 
 
 def test_wrong_direction_lowers_alignment_only() -> None:
-    opposite = [shapes.caption(replace(m, direction=OPPOSITE[m.direction]), i) for i, m in enumerate(MEANINGS)]
+    opposite = [
+        shapes.caption(replace(m, direction=OPPOSITE[m.direction]), i)
+        for i, m in enumerate(MEANINGS)
+    ]
     across = recaptioned("direction", tuple(ACROSS))
     right, wrong, worse = score(drawn()), score(drawn(), across), score(drawn(), opposite)
     assert (right - wrong)[:, 2].min() > 0.3 and (wrong - worse)[:, 2].min() > 0.05
@@ -198,7 +231,10 @@ def test_two_objects_are_not_one() -> None:
 def test_empty_clip_scores_nothing() -> None:
     empty = np.broadcast_to(BACKGROUND.astype(np.uint8), drawn().shape)
     assert score(empty).max() == 0.0
-    assert score(np.random.default_rng(3).integers(0, 256, empty.shape, dtype=np.uint8))[:, 0].max() < 0.01
+    assert (
+        score(np.random.default_rng(3).integers(0, 256, empty.shape, dtype=np.uint8))[:, 0].max()
+        < 0.01
+    )
 
 
 def test_shape_overlap_finds_the_shape_that_was_drawn() -> None:
@@ -211,7 +247,9 @@ def test_a_clip_scores_the_same_alone_and_in_any_batch() -> None:
     clips = torch.from_numpy(np.clip(blurred(drawn(), 0.9), 0, 255).astype(np.uint8))
     reward = rewards.load(rewards.plain("tiny_world"))
     together = reward(clips, CAPTIONS, shapes.FPS)
-    odd = torch.empty(clips[0].numel() + 1, dtype=torch.uint8)[1:].view(clips[0].shape)  # at an odd address
+    odd = torch.empty(clips[0].numel() + 1, dtype=torch.uint8)[1:].view(
+        clips[0].shape
+    )  # at an odd address
     for i, caption in enumerate(CAPTIONS):
         alone = reward(odd.copy_(clips[i])[None], [caption], shapes.FPS)
         assert all(torch.equal(alone.values[part][0], together.values[part][i]) for part in PARTS)
@@ -239,8 +277,12 @@ def test_unfit_arguments_are_named() -> None:
 
 
 def test_the_folder_is_the_registry() -> None:
-    assert "tiny_world" in rewards.known() and not {"wire", "server", "client"} & set(rewards.known())
-    with pytest.raises(ValueError, match=r"reward='tiny_word': no such reward; use one of .*tiny_world"):
+    assert "tiny_world" in rewards.known() and not {"wire", "server", "client"} & set(
+        rewards.known()
+    )
+    with pytest.raises(
+        ValueError, match=r"reward='tiny_word': no such reward; use one of .*tiny_world"
+    ):
         rewards.load(rewards.plain("tiny_word"))
 
 

@@ -27,7 +27,10 @@ def texture(height: int, width: int, seed: int = 0) -> Tensor:
     layers = []
     for cell, weight in ((8, 0.65), (24, 0.35)):
         coarse = torch.rand(1, 1, height // cell, width // cell, generator=generator)
-        layers.append(weight * F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False)[0, 0])
+        layers.append(
+            weight
+            * F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False)[0, 0]
+        )
     return sum(layers, torch.zeros(())).clamp(0.1, 0.9)
 
 
@@ -37,14 +40,18 @@ def pan(dx: float, dy: float, count: int = 9, size: int = 96) -> Tensor:
     result = []
     for t in range(count):
         x, y = (torch.arange(size) + 110 + d * t for d in (dx, dy))
-        grid = torch.stack(torch.meshgrid((x + 0.5) / 160 - 1, (y + 0.5) / 160 - 1, indexing="xy"), -1)
+        grid = torch.stack(
+            torch.meshgrid((x + 0.5) / 160 - 1, (y + 0.5) / 160 - 1, indexing="xy"), -1
+        )
         result.append(F.grid_sample(wide, grid[None], align_corners=False)[0, 0])
     return grey(torch.stack(result))
 
 
 def grey(y: Tensor) -> Tensor:
     """[F, H, W] in [0, 1] to uint8 [F, H, W, 3]."""
-    return (255 * y).round().clamp(0, 255).to(torch.uint8)[..., None].expand(*y.shape, 3).contiguous()
+    return (
+        (255 * y).round().clamp(0, 255).to(torch.uint8)[..., None].expand(*y.shape, 3).contiguous()
+    )
 
 
 def still(image: Tensor, count: int = 5) -> Tensor:
@@ -65,13 +72,19 @@ def score(clip: Tensor, fps: float = FPS, **settings: Any) -> dict[str, float]:
     spec = RewardSpec.model_validate({"name": "video_stats", "weights": {}} | settings)
     scores = rewards.load(spec)(clip[None], ["no matter"], fps)
     assert scores.valid.all()
-    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in scores.values.values())
+    assert all(
+        value.dtype == torch.float32 and value.isfinite().all() for value in scores.values.values()
+    )
     return {part: float(value) for part, value in scores.values.items()}
 
 
-@pytest.mark.parametrize(("dx", "dy"), [(1.0, 0.0), (0.0, 2.0), (3.0, -1.0), (0.5, 0.25), (6.0, 0.0)])
+@pytest.mark.parametrize(
+    ("dx", "dy"), [(1.0, 0.0), (0.0, 2.0), (3.0, -1.0), (0.5, 0.25), (6.0, 0.0)]
+)
 def test_flow_of_a_moving_camera(dx: float, dy: float) -> None:
-    """What the camera passes moves against it, by as many pixels; what leaves the picture is not seen."""
+    """What the camera passes moves against it, by as many pixels; what leaves the picture is not
+    seen.
+    """
     clip = video_stats.luma(pan(dx, dy, 3))
     found = optical_flow.flow(clip[:-1], clip[1:])
     error = (found + torch.tensor([dx, dy])[:, None, None]).norm(dim=1)
@@ -82,16 +95,22 @@ def test_flow_of_a_moving_camera(dx: float, dy: float) -> None:
 @pytest.mark.parametrize("fps", [8.0, 24.0])
 def test_speed_is_in_frame_heights_per_second(fps: float) -> None:
     assert score(pan(3.0, 0.0), fps)["speed"] == pytest.approx(3 * fps / 96, rel=0.05)
-    wide = F.interpolate(pan(3.0, 0.0).permute(0, 3, 1, 2).float(), (384, 384), mode="bilinear", align_corners=False)
+    wide = F.interpolate(
+        pan(3.0, 0.0).permute(0, 3, 1, 2).float(), (384, 384), mode="bilinear", align_corners=False
+    )
     enlarged = wide.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    assert score(enlarged, fps)["speed"] == pytest.approx(3 * fps / 96, rel=0.05)  # whatever the resolution
+    assert score(enlarged, fps)["speed"] == pytest.approx(
+        3 * fps / 96, rel=0.05
+    )  # whatever the resolution
 
 
 def test_speed_of_the_tiny_world_is_that_of_its_captions() -> None:
     for speed in shapes.SPEEDS:
         meaning = next(m for m in shapes.meanings()[0] if m.speed == speed)
         found = score(torch.from_numpy(shapes.draw(meaning)), float(shapes.FPS))
-        assert found["speed"] == pytest.approx(shapes.SPEEDS[speed] * shapes.FPS / shapes.CANVAS, rel=0.15)
+        assert found["speed"] == pytest.approx(
+            shapes.SPEEDS[speed] * shapes.FPS / shapes.CANVAS, rel=0.15
+        )
         assert found["smoothness"] > 0.9
 
 
@@ -109,7 +128,13 @@ def test_shuffled_frames_are_faster_and_not_smooth() -> None:
     assert after["smoothness"] < 0.5
     assert after["speed"] > 2 * before["speed"]
     assert after["motion"] < 0.5 * before["motion"]
-    for part in ("sharpness", "clipped", "grid", "jpeg", "colourfulness"):  # what no order of frames can change
+    for part in (
+        "sharpness",
+        "clipped",
+        "grid",
+        "jpeg",
+        "colourfulness",
+    ):  # what no order of frames can change
         assert after[part] == pytest.approx(before[part], rel=1e-5, abs=1e-6)
 
 
@@ -120,7 +145,8 @@ def test_reversal_changes_no_measure_but_rounding() -> None:
 
 
 @pytest.mark.parametrize(
-    ("speed", "share"), [(0.0, 0.0), (0.1, 0.5), (0.2, 1.0), (0.5, 1.0), (1.0, 1.0), (2.0, 0.5), (10.0, 0.1)]
+    ("speed", "share"),
+    [(0.0, 0.0), (0.1, 0.5), (0.2, 1.0), (0.5, 1.0), (1.0, 1.0), (2.0, 0.5), (10.0, 0.1)],
 )
 def test_band(speed: float, share: float) -> None:
     assert video_stats.band(speed, 0.2, 1.0) == pytest.approx(share)
@@ -128,7 +154,9 @@ def test_band(speed: float, share: float) -> None:
 
 def test_motion_is_band_times_smoothness() -> None:
     found = score(pan(2.0, 0.0))
-    assert found["motion"] == pytest.approx(found["smoothness"])  # 0.17 heights per second: in the band
+    assert found["motion"] == pytest.approx(
+        found["smoothness"]
+    )  # 0.17 heights per second: in the band
     slow = score(pan(2.0, 0.0), options={"slowest": 0.5})
     assert slow["motion"] == pytest.approx(slow["speed"] / 0.5 * slow["smoothness"])
     fast = score(pan(2.0, 0.0), options={"slowest": 0.01, "fastest": 0.1})
@@ -140,31 +168,43 @@ def test_flicker() -> None:
     assert score(torch.stack([black, white, black, white, black]))["flicker"] == pytest.approx(1.0)
     fade = torch.stack([colour(v, v, v)[0] for v in range(0, 100, 10)])
     assert score(fade)["flicker"] == pytest.approx(0.0, abs=1e-6)
-    pulse = torch.stack([colour(v, v, v)[0] for v in (100, 100, 110, 100, 100)])  # second differences 10, -20, 10
+    pulse = torch.stack(
+        [colour(v, v, v)[0] for v in (100, 100, 110, 100, 100)]
+    )  # second differences 10, -20, 10
     assert score(pulse)["flicker"] == pytest.approx((10 + 20 + 10) / 3 / 2 / 255, rel=1e-4)
 
 
 def test_sharpness_of_a_ramp_and_under_blur() -> None:
     ramp = torch.arange(32) * 3 / 255
-    assert score(grey(ramp.expand(1, 32, 32)))["sharpness"] == pytest.approx(9.0, rel=1e-4)  # 3 levels per pixel
+    assert score(grey(ramp.expand(1, 32, 32)))["sharpness"] == pytest.approx(
+        9.0, rel=1e-4
+    )  # 3 levels per pixel
     tilted = (torch.arange(32) * 3 + torch.arange(32)[:, None] * 4) / 255
     assert score(grey(tilted[None]))["sharpness"] == pytest.approx(25.0, rel=1e-4)
     assert score(colour(90, 90, 90))["sharpness"] == 0.0
     sharp = pan(0, 0, 1)
     found = [score(sharp)["sharpness"]]
     for side in (3, 7, 15):
-        blurred = optical_flow.local_mean(sharp.float().permute(0, 3, 1, 2), side).permute(0, 2, 3, 1)
+        blurred = optical_flow.local_mean(sharp.float().permute(0, 3, 1, 2), side).permute(
+            0, 2, 3, 1
+        )
         found.append(score(blurred.round().to(torch.uint8))["sharpness"])
     assert all(later < earlier for earlier, later in itertools.pairwise(found))
 
 
 def test_colourfulness() -> None:
     assert score(colour(77, 77, 77))["colourfulness"] == pytest.approx(0.0, abs=1e-4)
-    assert score(colour(255, 0, 0))["colourfulness"] == pytest.approx(0.3 * math.hypot(255, 127.5), rel=1e-5)
-    halves = torch.cat([colour(255, 0, 0)[:, :16], colour(0, 255, 0)[:, :16]], 1)  # rg = +-255, yb = 127.5
+    assert score(colour(255, 0, 0))["colourfulness"] == pytest.approx(
+        0.3 * math.hypot(255, 127.5), rel=1e-5
+    )
+    halves = torch.cat(
+        [colour(255, 0, 0)[:, :16], colour(0, 255, 0)[:, :16]], 1
+    )  # rg = +-255, yb = 127.5
     assert score(halves)["colourfulness"] == pytest.approx(255 + 0.3 * 127.5, rel=1e-5)
     vivid = noise(1, 32, 32, 3)
-    pale = (vivid.float() * 0.5 + vivid.float().mean(-1, keepdim=True) * 0.5).round().to(torch.uint8)
+    pale = (
+        (vivid.float() * 0.5 + vivid.float().mean(-1, keepdim=True) * 0.5).round().to(torch.uint8)
+    )
     assert score(pale)["colourfulness"] < score(vivid)["colourfulness"]
 
 
@@ -208,18 +248,29 @@ def test_jpeg_is_pillows_size() -> None:
     file = io.BytesIO()
     Image.fromarray(image[0].numpy()).save(file, format="JPEG", quality=60)
     assert score(image, options={"jpeg_quality": 60})["jpeg"] == pytest.approx(file.tell() / 1000)
-    assert score(colour(9, 9, 9))["jpeg"] < score(grey(texture(48, 48)[None]))["jpeg"] < score(image)["jpeg"]
+    assert (
+        score(colour(9, 9, 9))["jpeg"]
+        < score(grey(texture(48, 48)[None]))["jpeg"]
+        < score(image)["jpeg"]
+    )
 
 
 def test_an_image_and_a_pair_are_valid() -> None:
     clip = pan(2.0, 0.0, 2)
     image, pair = score(clip[:1]), score(clip)
-    assert (image["motion"], image["speed"], image["smoothness"], image["flicker"]) == (0.0, 0.0, 1.0, 0.0)
+    assert (image["motion"], image["speed"], image["smoothness"], image["flicker"]) == (
+        0.0,
+        0.0,
+        1.0,
+        0.0,
+    )
     assert pair["speed"] > 0.1
     assert (pair["smoothness"], pair["flicker"]) == (1.0, 0.0)
 
 
-@pytest.mark.parametrize(("height", "width"), [(3, 3), (8, 20), (32, 32), (33, 47), (36, 300), (480, 270)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(3, 3), (8, 20), (32, 32), (33, 47), (36, 300), (480, 270)]
+)
 def test_any_size_is_finite(height: int, width: int) -> None:
     for clip in (noise(4, height, width, 3), torch.zeros(3, height, width, 3, dtype=torch.uint8)):
         score(clip)
@@ -258,4 +309,8 @@ def test_what_it_cannot_judge() -> None:
         ({"colour": 1}, "it has slowest, fastest, grid_period, jpeg_quality"),
     ):
         with pytest.raises(UserError, match=said):
-            rewards.load(RewardSpec.model_validate({"name": "video_stats", "weights": {}, "options": options}))
+            rewards.load(
+                RewardSpec.model_validate(
+                    {"name": "video_stats", "weights": {}, "options": options}
+                )
+            )

@@ -1,4 +1,5 @@
-"""VideoAlign: equal to the original class, its processor and its tokenizer; wrong checkpoints are one clear line.
+"""VideoAlign: equal to the original class, its processor and its tokenizer; wrong checkpoints are
+one clear line.
 
 The goldens come from the original code under transformers 4.45.2 and peft 0.10.0.
 """
@@ -56,8 +57,15 @@ def own(folder: Path, tmp_path: Path) -> Path:
 def clips(count: int = 3, frames: int = 12, height: int = 120, width: int = 160) -> Tensor:
     """Smooth random clips, uint8 [B, F, H, W, 3]."""
     random = torch.rand((count * frames, 3, 6, 8), generator=torch.Generator().manual_seed(0))
-    large = torch.nn.functional.interpolate(random, (height, width), mode="bicubic").clamp(0, 1) * 255
-    return large.to(torch.uint8).reshape(count, frames, 3, height, width).permute(0, 1, 3, 4, 2).contiguous()
+    large = (
+        torch.nn.functional.interpolate(random, (height, width), mode="bicubic").clamp(0, 1) * 255
+    )
+    return (
+        large.to(torch.uint8)
+        .reshape(count, frames, 3, height, width)
+        .permute(0, 1, 3, 4, 2)
+        .contiguous()
+    )
 
 
 def table(scores: Scores) -> Tensor:
@@ -72,11 +80,15 @@ def bits(scores: Scores) -> list[list[int]]:
 
 
 def golden_network(coarse: bool = False) -> tuple[networks.Network, tuple[Tensor, ...], Tensor]:
-    """The golden checkpoint's network, the arguments of its forward pass, and the original class's logits."""
+    """The golden checkpoint's network, the arguments of its forward pass, and the original class's
+    logits.
+    """
     checkpoint = checkpoints.find(str(GOLDENS / "videoalign_tiny"), None)
     loaded = checkpoints.read(checkpoint)
     assert (loaded.rank, loaded.scale, len(loaded.tensors)) == (4, 2.0, 70)
-    network = networks.build(loaded.tensors, base=checkpoint.base, dtype=torch.float32, coarse=coarse, source="golden")
+    network = networks.build(
+        loaded.tensors, base=checkpoint.base, dtype=torch.float32, coarse=coarse, source="golden"
+    )
     io = load_file(GOLDENS / "videoalign_tiny" / "io.safetensors")
     ids = io["input_ids"]
     special = checkpoint.content["special_token_ids"]
@@ -90,7 +102,9 @@ def test_logits_equal_the_original_class() -> None:
 
 
 def test_coarse_frequencies_equal_the_original_class_cast_to_bfloat16() -> None:
-    """Its rotary tables in bfloat16 and everything else in float32, so that nothing but the tables can differ."""
+    """Its rotary tables in bfloat16 and everything else in float32, so that nothing but the tables
+    can differ.
+    """
     network, arguments, exact = golden_network(coarse=True)
     wanted = torch.tensor(
         [
@@ -104,7 +118,9 @@ def test_coarse_frequencies_equal_the_original_class_cast_to_bfloat16() -> None:
 
 
 def test_the_positions_of_qwen2_vl_would_give_other_scores() -> None:
-    """Transformers 5 gives video tokens rows and columns (M-RoPE); the released model was trained without."""
+    """Transformers 5 gives video tokens rows and columns (M-RoPE); the released model was trained
+    without.
+    """
     network, (ids, patches, grids, marks), wanted = golden_network()
     kinds = (ids == network.body.config.video_token_id).int() * 2  # as its processor marks video
     mask = load_file(GOLDENS / "videoalign_tiny" / "io.safetensors")["attention_mask"]
@@ -116,7 +132,9 @@ def test_the_positions_of_qwen2_vl_would_give_other_scores() -> None:
             video_grid_thw=grids,
             mm_token_type_ids=kinds,
         ).last_hidden_state
-    native = (hidden.gather(1, marks[..., None].expand(-1, -1, hidden.shape[-1])) @ network.head.T)[..., 0]
+    native = (hidden.gather(1, marks[..., None].expand(-1, -1, hidden.shape[-1])) @ network.head.T)[
+        ..., 0
+    ]
     assert (native - wanted).abs().max() > 0.1
     torch.testing.assert_close(network(ids, patches, grids, marks), wanted, rtol=0, atol=1e-5)
 
@@ -126,7 +144,9 @@ def test_padding_does_not_reach_a_score() -> None:
     scores = network(ids, patches, grids, marks)
     for filler in (0, 7):
         padded = torch.cat([ids, torch.full((2, 9), filler)], 1)
-        torch.testing.assert_close(network(padded, patches, grids, marks), scores, rtol=0, atol=2e-6)
+        torch.testing.assert_close(
+            network(padded, patches, grids, marks), scores, rtol=0, atol=2e-6
+        )
 
 
 def test_three_outputs_are_read_at_their_own_token(own: Path) -> None:
@@ -194,10 +214,12 @@ def test_the_fewest_frames() -> None:
 
 
 def test_scores_equal_the_original_with_its_processor(folder: Path) -> None:
-    """Three prompts of three lengths in one padded batch, two of them with a text that a careless join would split.
+    """Three prompts of three lengths in one padded batch, two of them with a text that a careless
+    join would split.
 
-    What the original class, Qwen2VLProcessor and Qwen2TokenizerFast gave for this folder; its token ids and pixels were
-    equal, too. A change of tests/harness/weights/videoalign.py would ask for new numbers.
+    What the original class, Qwen2VLProcessor and Qwen2TokenizerFast gave for this folder; its token
+    ids and pixels were equal, too. A change of tests/harness/weights/videoalign.py would ask for
+    new numbers.
     """
     exact = [
         [-0.14588117599487305, 2.1242594718933105, 0.6427536606788635],
@@ -220,7 +242,8 @@ def test_token_ids_equal_those_of_the_whole_text(folder: Path, prompt: str) -> N
     reward = videoalign.load(videoalign_folder.spec(folder))
     filled = videoalign_folder.TEMPLATE.replace("{text_prompt}", prompt, 1)
     whole = (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+        "<|im_start|>system\nYou are a helpful "
+        "assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
         + "<|video_pad|>" * 6
         + f"<|vision_end|>{filled}<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -232,20 +255,28 @@ def test_special_tokens_in_a_prompt_are_read_as_letters(folder: Path) -> None:
     reward = videoalign.load(videoalign_folder.spec(folder))
     tokenizer = Tokenizer.from_file(str(folder / "checkpoint-7" / "tokenizer" / "tokenizer.json"))
     ids = reward.reader(INJECTION, 6)
-    assert [i for i in ids if i in reward.reader.mark_ids] == [tokenizer.token_to_id(mark) for mark in MARKS]
+    assert [i for i in ids if i in reward.reader.mark_ids] == [
+        tokenizer.token_to_id(mark) for mark in MARKS
+    ]
     assert ids.count(reward.reader.video_id) == 6
     assert INJECTION in tokenizer.decode(ids, skip_special_tokens=True)  # as letters, not skipped
 
 
 def test_special_tokens_in_a_prompt_change_nothing_but_its_own_score(folder: Path) -> None:
-    """Its neighbours keep every bit, and VQ and MQ, which are read before the user's text, do so for its own clip."""
+    """Its neighbours keep every bit, and VQ and MQ, which are read before the user's text, do so
+    for its own clip.
+    """
     reward = videoalign.load(videoalign_folder.spec(folder))
     harmless = INJECTION.replace("<|", "<:").replace("|>", ":>")
     plain = reward(clips(), (PROMPTS[0], harmless, PROMPTS[2]), 8.0)
     attacked = reward(clips(), (PROMPTS[0], INJECTION, PROMPTS[2]), 8.0)
-    assert len(reward.reader(harmless, 6)) == len(reward.reader(INJECTION, 6))  # the batch has the same form
+    assert len(reward.reader(harmless, 6)) == len(
+        reward.reader(INJECTION, 6)
+    )  # the batch has the same form
     assert attacked.valid.all()
-    assert [row for n, row in enumerate(bits(attacked)) if n != 1] == [r for n, r in enumerate(bits(plain)) if n != 1]
+    assert [row for n, row in enumerate(bits(attacked)) if n != 1] == [
+        r for n, r in enumerate(bits(plain)) if n != 1
+    ]
     assert bits(attacked)[1][:2] == bits(plain)[1][:2]
     assert bits(attacked)[1][2] != bits(plain)[1][2]
 
@@ -255,7 +286,8 @@ def test_the_official_file_is_read_and_not_run(tmp_path: Path) -> None:
     text = "\nScore  \n<|VQ_reward|><|MQ_reward|> {text_prompt} <|TA_reward|>\n"
     marker = tmp_path / "ran"
     file.write_text(
-        f'open({str(marker)!r}, "w")\nSIMPLE_PROMPT = "no"\nDETAILED_PROMPT_WITH_SPECIAL_TOKEN = """{text}"""\n'
+        f'open({str(marker)!r}, "w")\nSIMPLE_PROMPT = "no"\nDETAILED_PROMPT_WITH_SPECIAL_TOKEN = '
+        f'"""{text}"""\n'
     )
     assert read_template(file) == text
     assert not marker.exists()
@@ -270,7 +302,9 @@ def test_it_is_a_reward(folder: Path) -> None:
     reward = videoalign.load(videoalign_folder.spec(folder))
     scores = reward(clips(2, 9, 32, 32), PROMPTS[:2], 8.0)
     assert reward.names == ("VQ", "MQ", "TA") == tuple(scores.values)
-    assert scores.valid.all() and all(value.dtype == torch.float32 for value in scores.values.values())
+    assert scores.valid.all() and all(
+        value.dtype == torch.float32 for value in scores.values.values()
+    )
     reward.to(torch.device("cpu"))
     assert bits(reward(clips(2, 9, 32, 32), PROMPTS[:2], 8.0)) == bits(scores)
 
@@ -300,7 +334,9 @@ def test_batches_of_one_give_bits_that_no_neighbour_changes(folder: Path) -> Non
     together = one(clips(), PROMPTS, 8.0)
     alone = [bits(one(clips()[n : n + 1], PROMPTS[n : n + 1], 8.0))[0] for n in range(3)]
     assert bits(together) == alone
-    torch.testing.assert_close(table(three(clips(), PROMPTS, 8.0)), table(together), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        table(three(clips(), PROMPTS, 8.0)), table(together), rtol=0, atol=1e-5
+    )
 
 
 def test_a_clip_that_cannot_be_judged_has_no_score(folder: Path) -> None:
@@ -325,7 +361,9 @@ def test_a_clip_that_cannot_be_judged_has_no_score(folder: Path) -> None:
         (clips(1), ["a"], 0.0, "fps=0.0"),
     ],
 )
-def test_wrong_clips(folder: Path, pixels: Tensor, prompts: list[str], fps: float, said: str) -> None:
+def test_wrong_clips(
+    folder: Path, pixels: Tensor, prompts: list[str], fps: float, said: str
+) -> None:
     with pytest.raises(ValueError, match=said):
         videoalign.load(videoalign_folder.spec(folder))(pixels, prompts, fps)
 
@@ -398,7 +436,10 @@ def test_the_split_form_gives_the_same_scores(own: Path) -> None:
     (step / "model.pth").unlink()
     adapters = {name.replace(".default.", "."): t for name, t in state.items() if ".lora_" in name}
     frozen = {name: t for name, t in state.items() if ".base_layer." in name}
-    base = {name.removeprefix("base_model.model.").replace(".base_layer.", "."): t for name, t in frozen.items()}
+    base = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): t
+        for name, t in frozen.items()
+    }
     base["visual.merger.ln_q.bias"] = torch.full((32,), 9.0)  # the trained one must win
     trained = {name: t for name, t in state.items() if name not in frozen and ".lora_" not in name}
     save_file(adapters, step / "adapter_model.safetensors")
@@ -410,26 +451,47 @@ def test_the_split_form_gives_the_same_scores(own: Path) -> None:
 
 
 def test_adapters_scale_as_the_config_says(own: Path) -> None:
-    """alpha / r, or alpha / sqrt(r) where it says so: four times alpha with r = 16 is the same as rslora."""
+    """alpha / r, or alpha / sqrt(r) where it says so: four times alpha with r = 16 is the same as
+    rslora.
+    """
     rank = videoalign_folder.RANK
     spec = videoalign_folder.spec(own)
     before = bits(videoalign.load(spec)(clips(1), PROMPTS[:1], 8.0))
     change_json(own / "model_config.json", "peft_lora_config", "use_rslora", value=True)
     assert bits(videoalign.load(spec)(clips(1), PROMPTS[:1], 8.0)) != before
-    change_json(own / "model_config.json", "peft_lora_config", "lora_alpha", value=videoalign_folder.ALPHA / rank**0.5)
+    change_json(
+        own / "model_config.json",
+        "peft_lora_config",
+        "lora_alpha",
+        value=videoalign_folder.ALPHA / rank**0.5,
+    )
     assert bits(videoalign.load(spec)(clips(1), PROMPTS[:1], 8.0)) == before
 
 
 def test_every_weight_is_used(own: Path) -> None:
-    """The names that the network takes are those of the published layout: 1123 keys in the released checkpoint."""
+    """The names that the network takes are those of the published layout: 1123 keys in the released
+    checkpoint.
+    """
     config = json.loads((own / "base" / "config.json").read_text())
-    config |= {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
+    config |= {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+    }
     config |= {"num_key_value_heads": 2, "max_position_embeddings": 32768, "rope_scaling": None}
-    config["vision_config"] |= {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4}
+    config["vision_config"] |= {
+        "depth": 32,
+        "embed_dim": 1280,
+        "hidden_size": 1536,
+        "num_heads": 16,
+        "mlp_ratio": 4,
+    }
     body = networks.empty_body(networks.config_of(config, 151660))
     state = body.state_dict()
     layers = [name for name in state if re.search(r"language_model\.layers.*_proj\.weight", name)]
-    # 729 tensors of the body; in the checkpoint each adapted layer has two more, and there are two heads
+    # 729 tensors of the body; in the checkpoint each adapted layer has two more, and there are two
+    # heads
     assert (len(state), len(layers), len(state) + 2 * len(layers) + 2) == (729, 196, 1123)
     assert sum(tensor.numel() for tensor in state.values()) == 2_208_561_664
 
@@ -440,16 +502,39 @@ Damage = Callable[[Path], None]
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda own: shutil.rmtree(own / "checkpoint-7"), "has no videoalign.safetensors and no checkpoint-N"),
+        (
+            lambda own: shutil.rmtree(own / "checkpoint-7"),
+            "has no videoalign.safetensors and no checkpoint-N",
+        ),
         (lambda own: (own / "model_config.json").unlink(), "no model_config.json"),
         (lambda own: (own / "model_config.json").write_text("{"), "cannot be read"),
-        (lambda own: (own / "checkpoint-7" / "model.pth").write_bytes(b"PK\x03\x04 torn"), "damaged"),
-        (lambda own: (own / "checkpoint-7" / "model.pth").unlink(), "neither model.pth nor adapter_model.safetensors"),
-        (lambda own: (own / "base" / "config.json").write_text('{"hidden_size": "wide"}'), "not Qwen2-VL's"),
+        (
+            lambda own: (own / "checkpoint-7" / "model.pth").write_bytes(b"PK\x03\x04 torn"),
+            "damaged",
+        ),
+        (
+            lambda own: (own / "checkpoint-7" / "model.pth").unlink(),
+            "neither model.pth nor adapter_model.safetensors",
+        ),
+        (
+            lambda own: (own / "base" / "config.json").write_text('{"hidden_size": "wide"}'),
+            "not Qwen2-VL's",
+        ),
         (lambda own: (own / "base" / "config.json").unlink(), "has no config.json"),
-        (lambda own: change_json(own / "base" / "config.json", "num_hidden_layers", value=1), "network has not"),
-        (lambda own: change_json(own / "base" / "config.json", "intermediate_size", value=60), "another size"),
-        (lambda own: change_json(own / "base" / "config.json", "vision_config", "patch_size", value=16), "2 x 16"),
+        (
+            lambda own: change_json(own / "base" / "config.json", "num_hidden_layers", value=1),
+            "network has not",
+        ),
+        (
+            lambda own: change_json(own / "base" / "config.json", "intermediate_size", value=60),
+            "another size",
+        ),
+        (
+            lambda own: change_json(
+                own / "base" / "config.json", "vision_config", "patch_size", value=16
+            ),
+            "2 x 16",
+        ),
         (
             lambda own: change_json(own / "base" / "config.json", "video_token_id", value=3),
             "gives <|video_pad|> the id",
@@ -459,34 +544,57 @@ Damage = Callable[[Path], None]
             "is no tokenizer",
         ),
         (
-            lambda own: change_json(own / "model_config.json", "data_config", "sample_type", value="multi_pts"),
+            lambda own: change_json(
+                own / "model_config.json", "data_config", "sample_type", value="multi_pts"
+            ),
             "data_config.sample_type = 'multi_pts'",
         ),
-        (lambda own: change_json(own / "model_config.json", "data_config", "fps", value=0), "data_config.fps = 0"),
-        (lambda own: change_json(own / "model_config.json", "inference_config", value=None), "no inference_config"),
         (
-            lambda own: change_json(own / "model_config.json", "inference_config", "MQ_std", value="1"),
+            lambda own: change_json(own / "model_config.json", "data_config", "fps", value=0),
+            "data_config.fps = 0",
+        ),
+        (
+            lambda own: change_json(own / "model_config.json", "inference_config", value=None),
+            "no inference_config",
+        ),
+        (
+            lambda own: change_json(
+                own / "model_config.json", "inference_config", "MQ_std", value="1"
+            ),
             "inference_config.MQ_std = '1'",
         ),
-        (lambda own: change_json(own / "model_config.json", "peft_lora_config", value=None), "no peft_lora_config"),
         (
-            lambda own: change_state(own, lambda s: {n: t for n, t in s.items() if not n.endswith("norm1.weight")}),
+            lambda own: change_json(own / "model_config.json", "peft_lora_config", value=None),
+            "no peft_lora_config",
+        ),
+        (
+            lambda own: change_state(
+                own, lambda s: {n: t for n, t in s.items() if not n.endswith("norm1.weight")}
+            ),
             "lacks visual.blocks.0.norm1.weight",
         ),
         (
-            lambda own: change_state(own, lambda s: {n: t for n, t in s.items() if "rm_head" not in n}),
+            lambda own: change_state(
+                own, lambda s: {n: t for n, t in s.items() if "rm_head" not in n}
+            ),
             "lacks rm_head.weight",
         ),
         (
-            lambda own: change_state(own, lambda s: s | {"base_model.model.extra.weight": torch.zeros(1)}),
+            lambda own: change_state(
+                own, lambda s: s | {"base_model.model.extra.weight": torch.zeros(1)}
+            ),
             "holds what the network has not, extra.weight",
         ),
         (
-            lambda own: change_state(own, lambda s: {n: t for n, t in s.items() if "0.mlp.up_proj.lora_B" not in n}),
+            lambda own: change_state(
+                own, lambda s: {n: t for n, t in s.items() if "0.mlp.up_proj.lora_B" not in n}
+            ),
             "adapter of language_model.layers.0.mlp.up_proj",
         ),
         (
-            lambda own: change_state(own, lambda s: s | {"base_model.model.rm_head.weight": torch.zeros(2, 32)}),
+            lambda own: change_state(
+                own, lambda s: s | {"base_model.model.rm_head.weight": torch.zeros(2, 32)}
+            ),
             "rm_head.weight [2, 32] instead of",
         ),
         (lambda own: change_state(own, lambda s: s | {"step": 3}), "holds no state_dict"),
@@ -512,8 +620,12 @@ def test_wrong_checkpoints_are_one_line(own: Path, damage: Damage, said: str) ->
         ({"raw": "maybe"}, "rewards.options.raw="),
     ],
 )
-def test_wrong_options_are_one_line(folder: Path, options: dict[str, str | None], said: str) -> None:
-    merged = {k: v for k, v in (videoalign_folder.options(folder) | options).items() if v is not None}
+def test_wrong_options_are_one_line(
+    folder: Path, options: dict[str, str | None], said: str
+) -> None:
+    merged = {
+        k: v for k, v in (videoalign_folder.options(folder) | options).items() if v is not None
+    }
     with pytest.raises(UserError) as caught:
         videoalign.load(videoalign_folder.spec(folder).model_copy(update={"options": merged}))
     assert said in str(caught.value) and "\n" not in str(caught.value)
@@ -568,8 +680,13 @@ def converted_spec(target: Path, template: Path) -> RewardSpec:
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_conversion_changes_no_bit_of_a_score(own: Path, tmp_path: Path, weights: str, dtype: str) -> None:
-    change_state(own, lambda state: {name: tensor.to(getattr(torch, weights)) for name, tensor in state.items()})
+def test_conversion_changes_no_bit_of_a_score(
+    own: Path, tmp_path: Path, weights: str, dtype: str
+) -> None:
+    change_state(
+        own,
+        lambda state: {name: tensor.to(getattr(torch, weights)) for name, tensor in state.items()},
+    )
     spec = videoalign_folder.spec(own).model_copy(update={"dtype": dtype})
     before = bits(videoalign.load(spec)(clips(), PROMPTS, 8.0))
     small = ["--dtype", dtype] if dtype == "bfloat16" else []
@@ -581,7 +698,9 @@ def test_conversion_changes_no_bit_of_a_score(own: Path, tmp_path: Path, weights
 
 
 def test_where_weights_lie_in_a_file_changes_no_bit(own: Path, tmp_path: Path) -> None:
-    """A mapped file's tensors begin anywhere; a product of such tensors would differ in its last bits."""
+    """A mapped file's tensors begin anywhere; a product of such tensors would differ in its last
+    bits.
+    """
     assert convert(own, tmp_path / "new", "--base", own / "base") == 0
     file = tmp_path / "new" / "videoalign.safetensors"
     told = checkpoints.provenance(file)
@@ -611,7 +730,9 @@ def test_a_converted_file_is_preferred_and_tells_its_origin(
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_wrong_conversions_write_nothing(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_conversions_write_nothing(
+    own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / "new"
     full = tmp_path / "full"
     full.mkdir()

@@ -1,1 +1,4 @@
-"""Whole runs: every launch file, meshes, resuming, kills, slurm. `make test-fast` leaves this folder out."""
+"""Whole runs: every launch file, meshes, resuming, kills, slurm.
+
+`make test-fast` leaves this folder out.
+"""

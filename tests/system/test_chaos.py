@@ -1,4 +1,6 @@
-"""SIGKILL at random moments, and full disks: the weights are at last those of the undisturbed run, bit for bit."""
+"""SIGKILL at random moments, and full disks: the weights are at last those of the undisturbed run,
+bit for bit.
+"""
 
 import contextlib
 import os
@@ -39,24 +41,36 @@ KEPT = 2
 
 
 def moments(chance: random.Random) -> list[tuple[str, InFile | InCall | None, int]]:
-    """Thirty kills in random order: (what for a person, the moment or none for one from outside, the rank)."""
+    """Thirty kills in random order: (what for a person, the moment or none for one from outside,
+    the rank).
+    """
     step = r"/checkpoints/step-\d+"
     files = {
         "save, before the folder": InFile(rf"mkdir .*{step}\.partial"),
-        "save, before a part": InFile(rf"write .*{step}\.partial/__0_0\.distcp", chance.randint(1, 2)),
+        "save, before a part": InFile(
+            rf"write .*{step}\.partial/__0_0\.distcp", chance.randint(1, 2)
+        ),
         "save, before the metadata": InFile(rf"rename .*{step}\.partial/\.metadata"),
-        "publish, parts without manifest": InFile(rf"write .*{step}\.partial/progress\.json", chance.randint(1, 2)),
+        "publish, parts without manifest": InFile(
+            rf"write .*{step}\.partial/progress\.json", chance.randint(1, 2)
+        ),
         "publish, before the manifest": InFile(rf"write .*{step}\.partial/manifest\.json"),
         "publish, before the flush": InFile(rf"read .*{step}\.partial$"),
-        "publish, before the rename": InFile(rf"rename .*{step}\.partial .*{step}$", chance.randint(1, 2)),
+        "publish, before the rename": InFile(
+            rf"rename .*{step}\.partial .*{step}$", chance.randint(1, 2)
+        ),
         "publish, before `latest` is written": InFile(r"write .*/latest\.\w+\.partial"),
         "publish, before `latest` is replaced": InFile(r"rename .*/latest\.\w+\.partial"),
         "prune, before the rename": InFile(rf"rename .*{step} .*{step}\.partial$"),
         "prune, half removed": InFile(r"remove __1_0\.distcp", chance.randint(1, 2)),
     }
-    found: list[tuple[str, InFile | InCall | None, int]] = [(name, moment, 0) for name, moment in files.items()]
+    found: list[tuple[str, InFile | InCall | None, int]] = [
+        (name, moment, 0) for name, moment in files.items()
+    ]
     found.append(("save, second rank's part", InFile(rf"write .*{step}\.partial/__1_0\.distcp"), 1))
-    found.append(("publish, second rank hashes", InFile(rf"read .*{step}\.partial/__1_0\.distcp"), 1))
+    found.append(
+        ("publish, second rank hashes", InFile(rf"read .*{step}\.partial/__1_0\.distcp"), 1)
+    )
     for name, function, times, longest_s in (
         ("rollout", ROLLOUT, 4, 0.2),
         ("update", UPDATE, 4, 0.2),
@@ -71,8 +85,15 @@ def moments(chance: random.Random) -> list[tuple[str, InFile | InCall | None, in
     return found
 
 
-def begin(folder: Path, moment: InFile | InCall | None, rank: int, background: bool) -> forks.Started:
-    settings = [*RUN, "run.iterations=1000", f"checkpoint.keep={KEPT}", f"checkpoint.background={background}"]
+def begin(
+    folder: Path, moment: InFile | InCall | None, rank: int, background: bool
+) -> forks.Started:
+    settings = [
+        *RUN,
+        "run.iterations=1000",
+        f"checkpoint.keep={KEPT}",
+        f"checkpoint.background={background}",
+    ]
     return forks.start(
         "fastgrpo.cli",
         arguments=runs.arguments(folder, settings),
@@ -166,7 +187,9 @@ def test_thirty_kills_end_with_the_weights_of_the_undisturbed_run(tmp_path: Path
     undisturbed = chaos.published(calm)
     for step, parts in seen.items():
         assert parts == undisturbed[step], f"step-{step} is not the undisturbed run's"
-    runs.assert_same_checkpoint(runs.checkpoint(calm, last, tmp_path), runs.checkpoint(stormy, last, tmp_path))
+    runs.assert_same_checkpoint(
+        runs.checkpoint(calm, last, tmp_path), runs.checkpoint(stormy, last, tmp_path)
+    )
     assert [row["iteration"] for row in runs.metrics(stormy)] == list(range(last))
     for one, other in zip(runs.metrics(calm), runs.metrics(stormy), strict=True):
         assert one["reward/sum"] == other["reward/sum"]
@@ -187,7 +210,12 @@ def test_torchrun_or_a_rank_killed_leaves_no_process_and_no_trace(tmp_path: Path
     """The real command lines, with the reward server beside the first rank."""
     calm, stormy = tmp_path / "calm", tmp_path / "stormy"
     served = [entry for entry in RUN if not entry.startswith("rewards")]
-    for whom in ("torchrun, while the ranks import", "torchrun", "all but the reward server", "the first rank"):
+    for whom in (
+        "torchrun, while the ranks import",
+        "torchrun",
+        "all but the reward server",
+        "the first rank",
+    ):
         process = subprocess.Popen(
             runs.command(stormy, [*served, "run.iterations=1000"], ranks=2),
             cwd=ROOT,
@@ -202,15 +230,23 @@ def test_torchrun_or_a_rank_killed_leaves_no_process_and_no_trace(tmp_path: Path
         else:
             until(partial(grown, stormy, already), "no iteration")
         ranks, below = children(process.pid), descendants(process.pid)
-        assert len(ranks) == 2 and len(below) == (2 if whom.endswith("import") else 3), "the ranks and the server"
-        kill({"all but the reward server": [process.pid, *ranks], "the first rank": ranks[:1]}.get(whom, [process.pid]))
+        assert len(ranks) == 2 and len(below) == (2 if whom.endswith("import") else 3), (
+            "the ranks and the server"
+        )
+        kill(
+            {"all but the reward server": [process.pid, *ranks], "the first rank": ranks[:1]}.get(
+                whom, [process.pid]
+            )
+        )
         process.wait(timeout=60)
         until(partial(gone, below), f"{whom}: a process is left", limit_s=20.0)
         chaos.published(stormy)
     last = max(lines(stormy) + 1, 4)
     runs.succeed(stormy, [*served, f"run.iterations={last}"], ranks=2)
     runs.succeed(calm, [*RUN, f"run.iterations={last}"], ranks=2)
-    runs.assert_same_checkpoint(runs.checkpoint(calm, last, tmp_path), runs.checkpoint(stormy, last, tmp_path))
+    runs.assert_same_checkpoint(
+        runs.checkpoint(calm, last, tmp_path), runs.checkpoint(stormy, last, tmp_path)
+    )
 
 
 @pytest.fixture
@@ -218,7 +254,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 20 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     try:
@@ -232,7 +270,13 @@ def test_on_a_full_disk_training_goes_on_and_the_last_checkpoint_stays(
     background: bool, small_disk: Path, tmp_path: Path
 ) -> None:
     """The whole run folder on it: with adapters alone some checkpoints fit, until they fill it."""
-    adapters = [*RUN, "lora.rank=8", "checkpoint.every=1", "checkpoint.keep=100", f"checkpoint.background={background}"]
+    adapters = [
+        *RUN,
+        "lora.rank=8",
+        "checkpoint.every=1",
+        "checkpoint.keep=100",
+        f"checkpoint.background={background}",
+    ]
     result = runs.forked(small_disk, [*adapters, "run.iterations=12"], ranks=2)
     good = chaos.published(small_disk)
     newest = max(good)
@@ -246,7 +290,9 @@ def test_on_a_full_disk_training_goes_on_and_the_last_checkpoint_stays(
     assert not list(small_disk.rglob("*.partial"))
     shutil.rmtree(small_disk / "checkpoints" / "step-1")
     shutil.rmtree(small_disk / "checkpoints" / "step-2")
-    out = runs.succeed(small_disk, [*adapters, "checkpoint.every=10", f"run.iterations={newest + 1}"], ranks=2)
+    out = runs.succeed(
+        small_disk, [*adapters, "checkpoint.every=10", f"run.iterations={newest + 1}"], ranks=2
+    )
     assert f"resumed from checkpoint step-{newest}" in out
     calm = tmp_path / "calm"
     runs.succeed(calm, [*adapters, f"run.iterations={newest + 1}"], ranks=2)
@@ -258,7 +304,10 @@ def test_where_no_checkpoint_fits_training_goes_on_to_its_end(small_disk: Path) 
     result = runs.forked(small_disk, [*RUN, "checkpoint.every=1"])
     assert result.returncode == 2 and "Traceback" not in result.stderr
     for step, told in ((1, result.stdout), (3, result.stderr)):
-        assert f"checkpoint step-{step} could not be written (No space left on device: it takes " in told
+        assert (
+            f"checkpoint step-{step} could not be written (No space left on device: it takes "
+            in told
+        )
     assert [row["iteration"] for row in runs.metrics(small_disk)] == [0, 1, 2]
     assert not chaos.published(small_disk) and not list(small_disk.rglob("*.partial"))
 
@@ -270,7 +319,9 @@ def small_files_only(rank: int) -> None:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_save_that_fails_half_way_on_one_rank_leaves_the_one_before(background: bool, tmp_path: Path) -> None:
+def test_a_save_that_fails_half_way_on_one_rank_leaves_the_one_before(
+    background: bool, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     settings = [*RUN, "checkpoint.every=1", f"checkpoint.background={background}"]
     runs.succeed(folder, [*settings, "run.iterations=1"], ranks=2)
@@ -278,15 +329,25 @@ def test_a_save_that_fails_half_way_on_one_rank_leaves_the_one_before(background
     out, errors = tmp_path / "out", tmp_path / "err"
     command = runs.arguments(folder, [*settings, "run.iterations=3"])
     assert (
-        forks.start("fastgrpo.cli", arguments=command, ranks=2, output=out, errors=errors, first=small_files_only).wait(
-            runs.LIMIT
-        )
+        forks.start(
+            "fastgrpo.cli",
+            arguments=command,
+            ranks=2,
+            output=out,
+            errors=errors,
+            first=small_files_only,
+        ).wait(runs.LIMIT)
         == 1
     )
     for step, told in ((2, out.read_text()), (3, errors.read_text())):
-        assert re.search(rf"checkpoint step-{step} could not be written \((File too large|a file could not)", told)
+        assert re.search(
+            rf"checkpoint step-{step} could not be written \((File too large|a file could not)",
+            told,
+        )
     assert "Traceback" not in errors.read_text() and errors.read_text().count("fastgrpo: ") == 1
     assert chaos.published(folder) == good and not list(folder.rglob("*.partial"))
     assert [row["iteration"] for row in runs.metrics(folder)] == [0, 1, 2]
-    assert "resumed from checkpoint step-1" in runs.succeed(folder, [*settings, "run.iterations=2"], ranks=2)
+    assert "resumed from checkpoint step-1" in runs.succeed(
+        folder, [*settings, "run.iterations=2"], ranks=2
+    )
     assert set(chaos.published(folder)) == {1, 2}

@@ -1,4 +1,5 @@
-"""Every launch file starts and trains on two CPU ranks: text through the encoders to clips, rewards and updates.
+"""Every launch file starts and trains on two CPU ranks: text through the encoders to clips, rewards
+and updates.
 
 The overrides are those that docs/recipes.md lists, read from there.
 """
@@ -41,8 +42,14 @@ def with_images(folder: Path) -> Path:
     """A prompt file of image-to-video, with pictures of another aspect ratio than the clips."""
     rows = []
     for number in range(6):
-        Image.new("RGB", (48 + 8 * number, 40), (40 * number, 90, 160)).save(folder / f"{number}.png")
-        rows.append(json.dumps({"prompt": f"a boat of kind {number} leaves the shore", "image": f"{number}.png"}))
+        Image.new("RGB", (48 + 8 * number, 40), (40 * number, 90, 160)).save(
+            folder / f"{number}.png"
+        )
+        rows.append(
+            json.dumps(
+                {"prompt": f"a boat of kind {number} leaves the shore", "image": f"{number}.png"}
+            )
+        )
     file = folder / "prompts.jsonl"
     file.write_text("\n".join(rows) + "\n")
     return file
@@ -59,13 +66,26 @@ def test_a_launch_file_trains_on_two_ranks(name: str, tmp_path: Path) -> None:
     importlib.import_module(f"tests.harness.folders.{family}").write(model)
     extra = [f"model.path={model}", f"run.dir={tmp_path / 'run'}", f"video.frames={frames}"]
     if family == "skyreels_i2v":
-        extra += [f"model.network={model / 'transformer'}", f"prompts.train={with_images(tmp_path)}"]
+        extra += [
+            f"model.network={model / 'transformer'}",
+            f"prompts.train={with_images(tmp_path)}",
+        ]
     file, arguments = str(ROOT / "launch" / f"{name}.sh"), [*overrides(), *extra]
     if name == "t2v_hunyuan":  # by torchrun itself, for all
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         result = subprocess.run(
-            [*command, file, *arguments], env=environment, capture_output=True, text=True, timeout=runs.LIMIT
+            [*command, file, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=runs.LIMIT,
         )
     else:
         result = forks.run(file, arguments, ranks=2)
@@ -74,5 +94,9 @@ def test_a_launch_file_trains_on_two_ranks(name: str, tmp_path: Path) -> None:
     assert [line["iteration"] for line in lines] == [0, 1]
     for line in lines:
         assert line["update/max_log_ratio_first"] <= 1e-6
-        assert line["update/transitions"] > 0 and line["update/grad_norm"] > 0 and line["reward/invalid"] == 0
+        assert (
+            line["update/transitions"] > 0
+            and line["update/grad_norm"] > 0
+            and line["reward/invalid"] == 0
+        )
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"] == 2

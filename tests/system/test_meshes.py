@@ -1,8 +1,9 @@
-"""Meshes against one process: FSDP2, HSDP and sequence parallelism give its trajectories and its gradients.
+"""Meshes against one process: FSDP2, HSDP and sequence parallelism give its trajectories and its
+gradients.
 
-With batches of one sample every forward is the same on any mesh, so trajectories must be equal bit for bit, and
-gradients differ by the order of sums alone. The clips have 45 video tokens, which neither 2 nor 4 ranks divide, and the
-prompts have two text lengths.
+With batches of one sample every forward is the same on any mesh, so trajectories must be equal bit
+for bit, and gradients differ by the order of sums alone. The clips have 45 video tokens, which
+neither 2 nor 4 ranks divide, and the prompts have two text lengths.
 """
 
 import json
@@ -25,7 +26,9 @@ from tests.fastgrpo.training.test_update import run
 from tests.harness import forks, tiny
 
 ZERO = "refiner_blocks.0.attn.to_k.bias"
-"""Softmax does not see a bias of the keys that all keys share; where they have one, its true gradient is zero."""
+"""Softmax does not see a bias of the keys that all keys share; where they have one, its true
+gradient is zero.
+"""
 
 MESHES = {
     "FSDP2": (2, {}),
@@ -59,18 +62,26 @@ def differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[
     assert actual.keys() == expected.keys()
     keys = [key for key in expected if not key.endswith(ZERO)]
     assert len(keys) == len(expected) - 1
-    return {key: ((actual[key] - expected[key]).norm() / expected[key].norm()).item() for key in keys}
+    return {
+        key: ((actual[key] - expected[key]).norm() / expected[key].norm()).item() for key in keys
+    }
 
 
 def weak(gradients: dict[str, Tensor]) -> set[str]:
-    """Parameters with less than 0.3 % of the whole gradient's norm: float32 rounds sums of ranks' parts no finer."""
+    """Parameters with less than 0.3 % of the whole gradient's norm: float32 rounds sums of ranks'
+    parts no finer.
+    """
     whole = torch.stack([grad.norm() for grad in gradients.values()]).norm()
     return {key for key, grad in gradients.items() if grad.norm() < 3e-3 * whole}
 
 
 def test_every_family_shares_sequences_exactly(tmp_path: Path) -> None:
-    """Guided with texts of two lengths, odd numbers of tokens, with adapters and recomputation and without."""
-    done = forks.run("tests.harness.workers.sequences", [str(tmp_path), str(tmp_path / "found")], ranks=2)
+    """Guided with texts of two lengths, odd numbers of tokens, with adapters and recomputation and
+    without.
+    """
+    done = forks.run(
+        "tests.harness.workers.sequences", [str(tmp_path), str(tmp_path / "found")], ranks=2
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads((tmp_path / "found").read_text())
     assert len(found) == 8
@@ -87,9 +98,15 @@ def test_every_family_shares_sequences_exactly(tmp_path: Path) -> None:
         (4, {"rollout_weights": "sharded", "shard": 2}),
     ],
 )
-def test_bytes_on_the_wire_are_those_of_the_formulas(ranks: int, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_bytes_on_the_wire_are_those_of_the_formulas(
+    ranks: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
     """The formulas of docs/guides/cluster/parallelism.md."""
-    done = forks.run("tests.harness.workers.communication", [str(tmp_path / "bytes"), json.dumps(settings)], ranks)
+    done = forks.run(
+        "tests.harness.workers.communication",
+        [str(tmp_path / "bytes"), json.dumps(settings)],
+        ranks,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     counted = json.loads((tmp_path / "bytes").read_text())
     blocks, root, element = counted["blocks"], counted["root"], 4
@@ -110,7 +127,9 @@ def test_bytes_on_the_wire_are_those_of_the_formulas(ranks: int, settings: dict[
 
 
 def test_bfloat16_under_fsdp_equals_the_plain_network_bit_for_bit() -> None:
-    """With inputs cast by FSDP, as is its default, timesteps and guidance are rounded and this fails."""
+    """With inputs cast by FSDP, as is its default, timesteps and guidance are rounded and this
+    fails.
+    """
     conditions = tiny.encode()[:1]
     plan = tiny.plan(tiny.load_policy())
     x = plan.initial_noise([0], torch.device("cpu"))
@@ -120,7 +139,9 @@ def test_bfloat16_under_fsdp_equals_the_plain_network_bit_for_bit() -> None:
     with open_world() as world:
         shard(sharded, world, torch.bfloat16)
         with torch.no_grad():
-            expected, actual = (policy.velocity(x, t, stack(conditions)) for policy in (plain, sharded))
+            expected, actual = (
+                policy.velocity(x, t, stack(conditions)) for policy in (plain, sharded)
+            )
     assert torch.equal(actual, expected)
 
 
@@ -140,7 +161,9 @@ def bfloat16() -> Any:
         ({"shard": 2}, 4, 4, (2, 2)),
     ],
 )
-def test_the_mesh_follows_the_nodes(settings: dict[str, int], size: int, node: int, expected: tuple[int, int]) -> None:
+def test_the_mesh_follows_the_nodes(
+    settings: dict[str, int], size: int, node: int, expected: tuple[int, int]
+) -> None:
     assert mesh_shape(Distributed(**settings), size, node) == expected
 
 
@@ -161,7 +184,10 @@ def test_heads_that_do_not_divide_are_refused_with_those_that_would() -> None:
     from fastgrpo.parallel.world import Group
 
     group, policy = Group(None, 0, 5), tiny.load_policy()  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"distributed.sp=5: does not divide the network's \d+ heads; use one of 1, 2"):
+    with pytest.raises(
+        UserError,
+        match=r"distributed.sp=5: does not divide the network's \d+ heads; use one of 1, 2",
+    ):
         install(policy.network, group, policy.share_sequence)
 
 
@@ -170,7 +196,11 @@ def test_work_is_divided_over_groups_of_ranks() -> None:
 
     worlds = [
         World(
-            rank=rank, size=4, device=torch.device("cpu"), mesh=cast(Any, None), sp=Group(cast(Any, None), rank % 2, 2)
+            rank=rank,
+            size=4,
+            device=torch.device("cpu"),
+            mesh=cast(Any, None),
+            sp=Group(cast(Any, None), rank % 2, 2),
         )
         for rank in range(4)
     ]

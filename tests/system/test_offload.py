@@ -1,4 +1,6 @@
-"""Offload and prefetching on two ranks: neither changes a result, and gathers are asked for when the recipe says."""
+"""Offload and prefetching on two ranks: neither changes a result, and gathers are asked for when
+the recipe says.
+"""
 
 import subprocess
 import sys
@@ -15,7 +17,9 @@ from tests.system.test_meshes import ZERO
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     file = tmp_path_factory.mktemp("sharding") / "found"
     command = [sys.executable, "-m", "tests.harness.workers.sharding", str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(file)
 
@@ -26,10 +30,14 @@ def test_offload_ends_with_the_weights_of_no_offload(found: Any) -> None:
         if name.endswith(ZERO):  # AdamW makes a step of what rounding left
             continue
         assert (found["plain"][name] - before).abs().max() > 1e-4
-        torch.testing.assert_close(found["offloaded"][name], found["plain"][name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            found["offloaded"][name], found["plain"][name], rtol=0, atol=1e-6
+        )
 
 
-def test_the_optimizer_is_fused_where_it_is_offloaded_whatever_wrote_the_checkpoint(found: Any) -> None:
+def test_the_optimizer_is_fused_where_it_is_offloaded_whatever_wrote_the_checkpoint(
+    found: Any,
+) -> None:
     assert found["fused"] == [False, True]
 
 
@@ -48,7 +56,9 @@ def test_blocks_are_gathered_as_far_ahead_as_asked(found: Any, ahead: int) -> No
         gathered += what == "gather"
         if what == "reduce":
             ended += 1
-            assert gathered == min(ended + max(ahead, 1), blocks)  # without: one ahead, by the engine
+            assert gathered == min(
+                ended + max(ahead, 1), blocks
+            )  # without: one ahead, by the engine
     assert ended == blocks + 1
 
 
@@ -56,7 +66,9 @@ def test_blocks_are_gathered_as_far_ahead_as_asked(found: Any, ahead: int) -> No
 def test_prefetching_changes_no_bytes_and_no_gradient(found: Any, ahead: int) -> None:
     plain, run = found["prefetch"][0], found["prefetch"][ahead]
     for kind in ("gather", "reduce"):
-        assert sorted(e for e in run["events"] if e[0] == kind) == sorted(e for e in plain["events"] if e[0] == kind)
+        assert sorted(e for e in run["events"] if e[0] == kind) == sorted(
+            e for e in plain["events"] if e[0] == kind
+        )
     assert run["gradients"].keys() == plain["gradients"].keys()
     for name, gradient in plain["gradients"].items():
         assert torch.equal(run["gradients"][name], gradient), name

@@ -1,4 +1,6 @@
-"""A whole run on VideoAlign behind two reward servers, one of which is killed and comes back: nothing changes."""
+"""A whole run on VideoAlign behind two reward servers, one of which is killed and comes back:
+nothing changes.
+"""
 
 import json
 import signal
@@ -28,7 +30,9 @@ def free_port() -> int:
 
 
 class Replica:
-    """A `fastgrpo serve-rewards` process for the recipe's rewards, to be killed and started again on its port."""
+    """A `fastgrpo serve-rewards` process for the recipe's rewards, to be killed and started again
+    on its port.
+    """
 
     def __init__(self, recipe: Path, token: Path, folder: Path) -> None:
         self.port = free_port()
@@ -54,13 +58,19 @@ class Replica:
     def wait(self) -> None:
         deadline = time.monotonic() + 120
         while not self.ready.exists():
-            assert self.process.poll() is None and time.monotonic() < deadline, "the replica did not start"
+            assert self.process.poll() is None and time.monotonic() < deadline, (
+                "the replica did not start"
+            )
             time.sleep(0.1)
 
     def clips_scored(self) -> float:
         """By the process that runs now."""
-        answer = httpx.get(f"{self.url}/metrics", headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False)
-        samples = [one for family in text_string_to_metric_families(answer.text) for one in family.samples]
+        answer = httpx.get(
+            f"{self.url}/metrics", headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False
+        )
+        samples = [
+            one for family in text_string_to_metric_families(answer.text) for one in family.samples
+        ]
         return sum(one.value for one in samples if one.name == "reward_clips_total")
 
     def kill(self) -> None:
@@ -86,7 +96,9 @@ def wait_for(run: forks.Started, reached: Callable[[], bool]) -> None:
 
 
 def recipe_with_videoalign(folder: Path) -> Path:
-    """The tiny recipe, its reward a tiny random VideoAlign; a batch of one, so that no bit depends on neighbours."""
+    """The tiny recipe, its reward a tiny random VideoAlign; a batch of one, so that no bit depends
+    on neighbours.
+    """
     import tomllib
 
     videoalign.write(folder / "weights")
@@ -109,7 +121,11 @@ def test_a_replica_killed_and_restarted_in_mid_run_changes_no_bit(tmp_path: Path
     try:
         for replica in replicas:
             replica.wait()
-        servers = [f"server.urls={json.dumps([r.url for r in replicas])}", f"server.token_file={token}", *LONGER]
+        servers = [
+            f"server.urls={json.dumps([r.url for r in replicas])}",
+            f"server.token_file={token}",
+            *LONGER,
+        ]
         calm = runs.arguments(tmp_path / "calm", servers)
         stormy = runs.arguments(tmp_path / "stormy", [*servers, "server.outage_s=100"])
         for command in (calm, stormy):
@@ -118,7 +134,9 @@ def test_a_replica_killed_and_restarted_in_mid_run_changes_no_bit(tmp_path: Path
         assert undisturbed.returncode == 0, undisturbed.stderr
         run = forks.start("fastgrpo.cli", stormy)
         processes.append(run)
-        wait_for(run, lambda: len(rows(tmp_path / "stormy")) > 0)  # the file itself is there before the first iteration
+        wait_for(
+            run, lambda: len(rows(tmp_path / "stormy")) > 0
+        )  # the file itself is there before the first iteration
         replicas[1].kill()
         wait_for(run, lambda: failed(tmp_path / "stormy") > 0)
         run.send(signal.SIGSTOP)  # it is to go on with both replicas, however long the start takes
@@ -134,6 +152,15 @@ def test_a_replica_killed_and_restarted_in_mid_run_changes_no_bit(tmp_path: Path
         for replica in replicas:
             replica.kill()
     assert len(runs.metrics(tmp_path / "calm")) == ITERATIONS and failed(tmp_path / "calm") == 0
-    for one, other in zip(runs.metrics(tmp_path / "calm"), runs.metrics(tmp_path / "stormy"), strict=True):
-        for key in ("reward/VQ", "reward/MQ", "reward/sum", "reward/invalid", "group_std/VQ", "update/grad_norm"):
+    for one, other in zip(
+        runs.metrics(tmp_path / "calm"), runs.metrics(tmp_path / "stormy"), strict=True
+    ):
+        for key in (
+            "reward/VQ",
+            "reward/MQ",
+            "reward/sum",
+            "reward/invalid",
+            "group_std/VQ",
+            "update/grad_norm",
+        ):
             assert one[key] == other[key], key

@@ -1,4 +1,6 @@
-"""Checkpoints that a killed save left are passed over, the newest and best are kept, and any mesh goes on from them."""
+"""Checkpoints that a killed save left are passed over, the newest and best are kept, and any mesh
+goes on from them.
+"""
 
 import shutil
 from pathlib import Path
@@ -37,12 +39,16 @@ def test_newest_and_best_are_kept(tmp_path: Path) -> None:
 
 
 def test_another_number_of_ranks_and_another_mesh_go_on_alike(tmp_path: Path) -> None:
-    """Saved on two ranks, continued on two, on one and on a mesh of four: the next iterations draw the same clips."""
+    """Saved on two ranks, continued on two, on one and on a mesh of four: the next iterations draw
+    the same clips.
+    """
     runs.succeed(tmp_path / "2", [*INSIDE, "run.iterations=1"], ranks=2)
     for name in ("1", "4"):
         shutil.copytree(tmp_path / "2", tmp_path / name)
     for ranks, settings in ((2, []), (1, []), (4, ["distributed.shard=2", "distributed.sp=2"])):
-        out = runs.succeed(tmp_path / str(ranks), [*INSIDE, "run.iterations=3", *settings], ranks=ranks)
+        out = runs.succeed(
+            tmp_path / str(ranks), [*INSIDE, "run.iterations=3", *settings], ranks=ranks
+        )
         assert "resumed from checkpoint step-1" in out
     expected = runs.metrics(tmp_path / "2")
     for name in ("1", "4"):

@@ -1,4 +1,6 @@
-"""A real slurm of two nodes on this machine: a job that is warned, and one that loses a rank, end as if undisturbed."""
+"""A real slurm of two nodes on this machine: a job that is warned, and one that loses a rank, end
+as if undisturbed.
+"""
 
 import contextlib
 import os
@@ -17,8 +19,15 @@ from tests.harness import runs
 CLUSTER = ROOT / "tests" / "system" / "slurm_cluster.sh"
 LAUNCH = ROOT / "launch" / "t2v_tiny.sh"
 ITERATIONS = 4
-# sharded over both nodes, as over the two processes of the undisturbed run: replicas would add in another order
-OVERRIDES = (*runs.SMALL, *runs.SMALLER, f"run.iterations={ITERATIONS}", "checkpoint.every=10", "distributed.shard=2")
+# sharded over both nodes, as over the two processes of the undisturbed run: replicas would add in
+# another order
+OVERRIDES = (
+    *runs.SMALL,
+    *runs.SMALLER,
+    f"run.iterations={ITERATIONS}",
+    "checkpoint.every=10",
+    "distributed.shard=2",
+)
 NO_CLUSTER = 3  # exit code of the script where this machine cannot have one
 
 
@@ -28,20 +37,32 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     folder = tmp_path_factory.mktemp("slurm")
     # not captured through pipes, which the daemons would keep open
     with (folder / "start.log").open("w") as log:
-        started = subprocess.run(["bash", str(CLUSTER), "start", str(folder)], stdout=log, stderr=log, check=False)
+        started = subprocess.run(
+            ["bash", str(CLUSTER), "start", str(folder)], stdout=log, stderr=log, check=False
+        )
     told = (folder / "start.log").read_text()
     if started.returncode == NO_CLUSTER:
         pytest.skip(told.strip().splitlines()[-1])
     assert started.returncode == 0, told
-    mine = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "FASTGRPO_"))}
+    mine = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "FASTGRPO_"))
+    }
     try:
-        yield mine | {"SLURM_CONF": str(folder / "slurm.conf"), "FASTGRPO_PROCESSES": "1", "OMP_NUM_THREADS": "1"}
+        yield mine | {
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "FASTGRPO_PROCESSES": "1",
+            "OMP_NUM_THREADS": "1",
+        }
     finally:
         subprocess.run(["bash", str(CLUSTER), "stop", str(folder)], check=True)
 
 
 def ask(environment: dict[str, str], *command: str) -> str:
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=30, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -64,7 +85,11 @@ def ranks(folder: Path) -> list[int]:
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             arguments = (process / "cmdline").read_text().split("\0")
-            if f"run.dir={folder}" in arguments and any(a == str(LAUNCH) for a in arguments[1:3]) and "-u" in arguments:
+            if (
+                f"run.dir={folder}" in arguments
+                and any(a == str(LAUNCH) for a in arguments[1:3])
+                and "-u" in arguments
+            ):
                 found.append(int(process.name))
     return found
 
@@ -75,7 +100,15 @@ def test_warned_and_crashed_job_goes_on_to_the_weights_of_an_undisturbed_run(
     slurm: dict[str, str], tmp_path: Path
 ) -> None:
     calm, stormy, log = tmp_path / "calm", tmp_path / "stormy", tmp_path / "job.log"
-    submitted = ask(slurm, "sbatch", "--nodes=2", f"--output={log}", str(LAUNCH), *OVERRIDES, f"run.dir={stormy}")
+    submitted = ask(
+        slurm,
+        "sbatch",
+        "--nodes=2",
+        f"--output={log}",
+        str(LAUNCH),
+        *OVERRIDES,
+        f"run.dir={stormy}",
+    )
     job = submitted.split()[-1]
 
     def told(text: str) -> int:
@@ -83,7 +116,9 @@ def test_warned_and_crashed_job_goes_on_to_the_weights_of_an_undisturbed_run(
 
     try:
         until(lambda: iterations(stormy) >= 1, "first iteration")
-        ask(slurm, "scancel", "--batch", "--signal=USR1", job)  # as #SBATCH --signal=B:USR1@300 does
+        ask(
+            slurm, "scancel", "--batch", "--signal=USR1", job
+        )  # as #SBATCH --signal=B:USR1@300 does
         until(lambda: told("stopped in good order, newest checkpoint step-"), "answer to SIGUSR1")
         saved = int((stormy / "checkpoints" / "latest").read_text().removeprefix("step-"))
         assert 1 <= saved < ITERATIONS
@@ -95,7 +130,9 @@ def test_warned_and_crashed_job_goes_on_to_the_weights_of_an_undisturbed_run(
 
         until(lambda: told(f"resumed from checkpoint step-{saved}") == 2, "third start")
         runs.succeed(calm, [*OVERRIDES], ranks=2)
-        until(lambda: job not in ask(slurm, "squeue", "--noheader", "--format=%i"), "end of the job")
+        until(
+            lambda: job not in ask(slurm, "squeue", "--noheader", "--format=%i"), "end of the job"
+        )
         shown = ask(slurm, "scontrol", "show", "job", job)
         assert "JobState=COMPLETED" in shown and "Restarts=2" in shown
     except BaseException:
@@ -114,16 +151,27 @@ def test_warned_and_crashed_job_goes_on_to_the_weights_of_an_undisturbed_run(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_persons_stop_and_a_persons_mistake_are_not_requeued(slurm: dict[str, str], tmp_path: Path) -> None:
+def test_a_persons_stop_and_a_persons_mistake_are_not_requeued(
+    slurm: dict[str, str], tmp_path: Path
+) -> None:
     """The mistake, a mesh that does not divide the ranks, shows only once these have met."""
 
     def submit(name: str, *overrides: str) -> str:
         log = tmp_path / f"{name}.log"
-        command = ["sbatch", "--nodes=1", f"--output={log}", str(LAUNCH), *runs.SMALL, *runs.SMALLER]
+        command = [
+            "sbatch",
+            "--nodes=1",
+            f"--output={log}",
+            str(LAUNCH),
+            *runs.SMALL,
+            *runs.SMALLER,
+        ]
         return ask(slurm, *command, f"run.dir={tmp_path / name}", *overrides).split()[-1]
 
     def ended(job: str) -> str:
-        until(lambda: job not in ask(slurm, "squeue", "--noheader", "--format=%i"), "end of the job")
+        until(
+            lambda: job not in ask(slurm, "squeue", "--noheader", "--format=%i"), "end of the job"
+        )
         return ask(slurm, "scontrol", "show", "job", job)
 
     stopped = submit("stopped", "run.iterations=1000", "checkpoint.every=1000")

@@ -1,7 +1,7 @@
 """A recipe: one TOML file plus `section.key=value` overrides, as frozen, typed models.
 
-Read `sections.py` first: the keys and what they mean. `checks.py` has what does not go together, `loading.py` reads.
-Imports core.errors and core.files.
+Read `sections.py` first: the keys and what they mean. `checks.py` has what does not go together,
+`loading.py` reads. Imports core.errors and core.files.
 """
 
 from fastgrpo.core.config.loading import (

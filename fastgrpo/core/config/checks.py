@@ -21,11 +21,13 @@ def check(recipe: Recipe) -> None:
 def _check_model(recipe: Recipe) -> None:
     if recipe.model.negative_prompt is not None and recipe.model.cfg == 1:
         raise UserError(
-            "model.negative_prompt: has no effect without guidance; set model.cfg above 1 or leave it out."
+            "model.negative_prompt: has no effect without guidance; set model.cfg above 1 or leave "
+            "it out."
         )
     if recipe.prompts.heldout is None and not recipe.prompts.heldout_share:
         raise UserError(
-            "prompts.heldout: none, and prompts.heldout_share is 0; name a file or hold some prompts out."
+            "prompts.heldout: none, and prompts.heldout_share is 0; name a file or hold some "
+            "prompts out."
         )
 
 
@@ -33,11 +35,13 @@ def _check_rollout(recipe: Recipe) -> None:
     rollout = recipe.rollout
     if rollout.window is not None and rollout.window >= rollout.steps:
         raise UserError(
-            f"rollout.window={rollout.window}: must be below rollout.steps={rollout.steps}, whose last is never noisy."
+            f"rollout.window={rollout.window}: must be below rollout.steps={rollout.steps}, whose "
+            "last is never noisy."
         )
     if rollout.tail_steps is not None and rollout.window is None:
         raise UserError(
-            "rollout.tail_steps: has no effect without a window; set rollout.window or leave it out."
+            "rollout.tail_steps: has no effect without a window; set rollout.window or leave it "
+            "out."
         )
     if rollout.sampler == "cps" and rollout.eta > 1:
         raise UserError(
@@ -75,11 +79,13 @@ def _check_rewards(recipe: Recipe) -> None:
     doubled = sorted({part for part in parts if parts.count(part) > 1})
     if doubled:
         raise UserError(
-            f"rewards: the part '{doubled[0]}' is named by two rewards; leave it out of one of them."
+            f"rewards: the part '{doubled[0]}' is named by two rewards; leave it out of one of "
+            "them."
         )
     if not any(weight > 0 for weight in recipe.weights.values()):
         raise UserError(
-            "rewards: every weight is 0, so nothing would be learned; give one part a weight above 0."
+            "rewards: every weight is 0, so nothing would be learned; give one part a weight above "
+            "0."
         )
 
 

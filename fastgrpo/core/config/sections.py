@@ -159,8 +159,8 @@ class Rollout(Section):
     shared_noise: bool = True
     """Every sample of a group starts from the same noise (the paper's choice)."""
     sampler: Literal["dance", "flow", "precise", "cps"] = "dance"
-    """The noisy steps' transition: the paper's constant noise level, Flow-GRPO's, SAGE-GRPO's or Flow-CPS'; see
-    docs/guides/algorithms/algorithms.md."""
+    """The noisy steps' transition: the paper's constant noise level, Flow-GRPO's, SAGE-GRPO's or
+    Flow-CPS'; see docs/guides/algorithms/algorithms.md."""
     window: Positive | None = None
     """Noisy steps; the others follow the ODE and are never trained (MixGRPO). None: all but the
     last."""
@@ -193,8 +193,9 @@ class Rollout(Section):
 
 class Objective(Section):
     kind: str = "grpo"
-    """The training method, a file of fastgrpo/training/methods/: grpo, guard (GRPO-Guard), dppo (Flow-DPPO), ddpo, or
-    nft (DiffusionNFT), which needs no trajectories; see docs/guides/algorithms/algorithms.md."""
+    """The training method, a file of fastgrpo/training/methods/: grpo, guard (GRPO-Guard), dppo
+    (Flow-DPPO), ddpo, or nft (DiffusionNFT), which needs no trajectories; see
+    docs/guides/algorithms/algorithms.md."""
     normalise: Literal["group", "batch", "largest_std", "global"] = "group"
     """Advantages: by each group's mean and std (the paper), then over the batch (GDPO), by the
     largest group's std (LongCat), or of the summed rewards over all samples (DDPO)."""

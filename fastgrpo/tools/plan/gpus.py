@@ -1,8 +1,10 @@
-"""What a plan knows of GPUs: a table of published figures, and what share of them a run is assumed to achieve.
+"""What a plan knows of GPUs: a table of published figures, and what share of them a run is assumed
+to achieve.
 
-Peaks are dense, bfloat16 with float32 accumulation. Bandwidths are one GPU's, in one direction: NVLink's 900 GB/s of an
-H100 count both. Where a card has no NVLink, its GPUs exchange over PCIe. The network is what such nodes are usually
-sold with, a card per GPU; yours may differ: every number can be overridden.
+Peaks are dense, bfloat16 with float32 accumulation. Bandwidths are one GPU's, in one direction:
+NVLink's 900 GB/s of an H100 count both. Where a card has no NVLink, its GPUs exchange over PCIe.
+The network is what such nodes are usually sold with, a card per GPU; yours may differ: every number
+can be overridden.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -25,7 +27,10 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Achieved:
-    """Shares of the table's figures. Assumed: no GPU was at hand; measure yours and override them."""
+    """Shares of the table's figures.
+
+    Assumed: no GPU was at hand; measure yours and override them.
+    """
 
     rollout: float = 0.50
     """Of the peak, forwards without gradients."""
@@ -66,21 +71,36 @@ def gpu(name: str) -> Gpu:
     for known in GPUS:
         if wanted in (known.name, known.name.replace("-", "")):
             return known
-    raise UserError(f"--gpu={name}: not in the table; use one of {', '.join(known.name for known in GPUS)}.")
+    raise UserError(
+        f"--gpu={name}: not in the table; use one of {', '.join(known.name for known in GPUS)}."
+    )
 
 
 def changed(card: Gpu, achieved: Achieved, settings: dict[str, float]) -> tuple[Gpu, Achieved]:
-    """Both with numbers replaced: `tflops`, `link_gbs` ... of the card, `rollout`, `update` ... of what is achieved.
+    """Both with numbers replaced: `tflops`, `link_gbs` ... of the card, `rollout`, `update` ...
+
+    of what is achieved.
 
     Raises UserError for a name that neither has, and for a value that cannot be.
     """
     of_card, of_achieved = ({f.name for f in fields(kind)} - {"name"} for kind in (Gpu, Achieved))
     for name, value in settings.items():
         if name not in of_card | of_achieved:
-            raise UserError(f"--set={name}: no such number; use one of {', '.join(sorted(of_card | of_achieved))}.")
+            raise UserError(
+                f"--set={name}: no such number; use one of "
+                f"{', '.join(sorted(of_card | of_achieved))}."
+            )
         share = name in of_achieved and not name.endswith(("_gbs", "_gib"))
-        if value < 0 or (value == 0 and name not in ("reserve_gib", "fragmentation")) or (share and value > 1):
-            raise UserError(f"--set={name}={value:g}: must be {'a share from 0 to 1' if share else 'above 0'}.")
+        if (
+            value < 0
+            or (value == 0 and name not in ("reserve_gib", "fragmentation"))
+            or (share and value > 1)
+        ):
+            raise UserError(
+                f"--set={name}={value:g}: must be {'a share from 0 to 1' if share else 'above 0'}."
+            )
     own = {name: value for name, value in settings.items() if name in of_card}
     card = Gpu(card.name, **{name: own.get(name, getattr(card, name)) for name in of_card})
-    return card, replace(achieved, **{name: value for name, value in settings.items() if name in of_achieved})
+    return card, replace(
+        achieved, **{name: value for name, value in settings.items() if name in of_achieved}
+    )

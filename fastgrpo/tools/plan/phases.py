@@ -1,7 +1,9 @@
-"""One iteration of a run, phase by phase: memory, FLOPs, bytes on the wire and seconds of the busiest rank.
+"""One iteration of a run, phase by phase: memory, FLOPs, bytes on the wire and seconds of the
+busiest rank.
 
-Seconds are the larger of computing and of gathering and scattering weights, which overlap, plus what does not: the
-exchange of tokens inside a sequence group, and the optimizer's step. Shares of the peaks are `gpus.Achieved`.
+Seconds are the larger of computing and of gathering and scattering weights, which overlap, plus
+what does not: the exchange of tokens inside a sequence group, and the optimizer's step. Shares of
+the peaks are `gpus.Achieved`.
 """
 
 import math
@@ -30,8 +32,12 @@ from fastgrpo.tools.plan.subject import Subject
 from fastgrpo.tools.plan.workload import network_calls, stragglers
 from fastgrpo.training import methods
 
-ROOM = 1.5  # the rollout holds the whole weights where this many times their size is free, see fastgrpo.parallel.world
-STEP_BYTES = 44  # per trained parameter: the gradient's norm and clipping, AdamW's reads and writes, float32
+# the rollout holds the whole weights where this many times their size is free, see
+# fastgrpo.parallel.world
+ROOM = 1.5
+STEP_BYTES = (
+    44  # per trained parameter: the gradient's norm and clipping, AdamW's reads and writes, float32
+)
 AVERAGE_BYTES = 12  # and of the moving average
 
 
@@ -59,8 +65,14 @@ class Machine:
     achieved: Achieved
 
     def usable(self) -> float:
-        """Bytes that tensors may take: the rest is the context's, the libraries' and the allocator's."""
-        return (self.card.memory_gib - self.achieved.reserve_gib) * GIB / (1 + self.achieved.fragmentation)
+        """Bytes that tensors may take: the rest is the context's, the libraries' and the
+        allocator's.
+        """
+        return (
+            (self.card.memory_gib - self.achieved.reserve_gib)
+            * GIB
+            / (1 + self.achieved.fragmentation)
+        )
 
     def compute(self, flops: float, share: float) -> float:
         return flops / (self.card.tflops * 1e12 * share)
@@ -68,7 +80,13 @@ class Machine:
     def send(self, link: float, network: float) -> float:
         """Seconds of a transfer whose parts run beside each other."""
         card, achieved = self.card, self.achieved
-        return max(link / (card.link_gbs * achieved.link), network / (card.network_gbs * achieved.network)) / 1e9
+        return (
+            max(
+                link / (card.link_gbs * achieved.link),
+                network / (card.network_gbs * achieved.network),
+            )
+            / 1e9
+        )
 
 
 def iteration_phases(subject: Subject, machine: Machine) -> list[Phase]:
@@ -87,13 +105,17 @@ def holds_whole(subject: Subject, machine: Machine) -> bool:
         return choice == "gathered"
     needed = sum(gathered_bytes(job, unit) for unit in job.network.units)
     held = memory_costs.states(job) | memory_costs.raw_weights(job)
-    return ROOM * needed < machine.usable() - sum(held.values()) - _vae(subject) - reward_costs.of_node(job).staying
+    return (
+        ROOM * needed
+        < machine.usable() - sum(held.values()) - _vae(subject) - reward_costs.of_node(job).staying
+    )
 
 
 def route(job: Job, sent: Sent) -> tuple[float, float]:
     """(bytes to GPUs of the node, bytes to other nodes) of a rank.
 
-    A ring over shards on several nodes leaves a node once per byte: that part is shared by the cards of its ranks.
+    A ring over shards on several nodes leaves a node once per byte: that part is shared by the
+    cards of its ranks.
     """
     weights, tokens = sent.gather + sent.scatter, sent.exchange + sent.collect
     ranks = min(job.ranks_per_node, job.gpus)
@@ -114,9 +136,15 @@ def _vae(subject: Subject) -> float:
 
 
 def _others(subject: Subject, scoring: bool) -> dict[str, float]:
-    """Bytes that lie beside the network.  scoring: between the first score of an iteration and the last"""
+    """Bytes that lie beside the network.
+
+    scoring: between the first score of an iteration and the last
+    """
     rewards = reward_costs.of_node(subject.job)
-    return {"VAE": _vae(subject), "rewards": rewards.staying + (rewards.passing if scoring else 0.0)}
+    return {
+        "VAE": _vae(subject),
+        "rewards": rewards.staying + (rewards.passing if scoring else 0.0),
+    }
 
 
 def _kept(subject: Subject) -> dict[str, float]:
@@ -127,10 +155,14 @@ def _kept(subject: Subject) -> dict[str, float]:
 
 
 def _load(subject: Subject, machine: Machine) -> Phase:
-    """The text encoders, whole, on each rank that encodes prompts; then this rank's shards, read from files."""
+    """The text encoders, whole, on each rank that encodes prompts; then this rank's shards, read
+    from files.
+    """
     job, states = subject.job, memory_costs.states(subject.job)
     encoders = {"text encoders": subject.auxiliary.encoders * job.element}
-    memory = max(encoders, {"weights": states.get("weights", 0.0)}, key=lambda parts: sum(parts.values()))
+    memory = max(
+        encoders, {"weights": states.get("weights", 0.0)}, key=lambda parts: sum(parts.values())
+    )
     of_node = min(job.ranks_per_node, job.gpus) / job.shards
     read = 2.0 * job.network.parameters * of_node  # files of bfloat16
     seconds = (read + 2 * subject.auxiliary.encoders) / (machine.achieved.disk_gbs * 1e9)
@@ -144,23 +176,31 @@ def _rollout(subject: Subject, machine: Machine, whole: bool) -> Phase:
     flops = forward(job, 1).total * states
     weights = gather_whole(job) if whole else gather_blocks(job, math.ceil(forwards))
     sent = weights + exchanged(job, 1).times(states)
-    memory = memory_costs.rollout(job, batch, whole) | _kept(subject) | _others(subject, scoring=True)
+    memory = (
+        memory_costs.rollout(job, batch, whole) | _kept(subject) | _others(subject, scoring=True)
+    )
     compute = machine.compute(flops, machine.achieved.rollout)
     return Phase("rollout", memory, flops, *route(job, sent), _seconds(job, machine, compute, sent))
 
 
 def _rollout_work(job: Job) -> tuple[float, float]:
-    """(states evaluated, forwards) of the busiest rank in an iteration, the mean over the run's windows."""
+    """(states evaluated, forwards) of the busiest rank in an iteration, the mean over the run's
+    windows.
+    """
     recipe, states, forwards = job.recipe, 0.0, 0.0
     samples, prompts = network_calls.busiest(recipe, job.groups)
     batch = recipe.rollout.at_once
     for first, share in network_calls.first_steps(recipe).items():
         steps = network_calls.grid_steps(recipe, first)
-        shared, single = (first + 1, steps - first - 1) if recipe.rollout.shared_noise else (0, steps)
+        shared, single = (
+            (first + 1, steps - first - 1) if recipe.rollout.shared_noise else (0, steps)
+        )
         if methods.traits(recipe).old_velocities:
             single += recipe.steps_trained
         states += share * (prompts * shared + samples * single)
-        forwards += share * (math.ceil(prompts / batch) * shared + math.ceil(samples / batch) * single)
+        forwards += share * (
+            math.ceil(prompts / batch) * shared + math.ceil(samples / batch) * single
+        )
     return states, forwards
 
 
@@ -182,13 +222,19 @@ def _decode(subject: Subject, machine: Machine, whole: bool) -> Phase:
     rollout.pop("activations")
     if not whole:
         rollout["gathered"] = gathered_bytes(job, job.network.rest)
-    memory = rollout | {"activations": working + clips} | _kept(subject) | _others(subject, scoring=True)
+    memory = (
+        rollout | {"activations": working + clips} | _kept(subject) | _others(subject, scoring=True)
+    )
     return Phase("decode", memory, flops, seconds=machine.compute(flops, machine.achieved.decode))
 
 
 def _tiled(length: int, tile: int, stride: int) -> int:
     """Places that tiles of an axis cover, overlaps counted twice."""
-    return length if length <= tile else sum(min(tile, length - start) for start in range(0, length, stride))
+    return (
+        length
+        if length <= tile
+        else sum(min(tile, length - start) for start in range(0, length, stride))
+    )
 
 
 def _reward(subject: Subject, machine: Machine) -> Phase:
@@ -200,7 +246,9 @@ def _reward(subject: Subject, machine: Machine) -> Phase:
 def _update(subject: Subject, machine: Machine) -> Phase:
     job, recipe = subject.job, subject.job.recipe
     states, batches = _update_work(job)
-    batch = min(recipe.optimizer.batch_size, math.ceil(states / recipe.optimizer.updates_per_iteration))
+    batch = min(
+        recipe.optimizer.batch_size, math.ceil(states / recipe.optimizer.updates_per_iteration)
+    )
     flops = update(job, 1).total * states
     if job.reference:
         flops += forward(job, 1).total * states
@@ -208,7 +256,9 @@ def _update(subject: Subject, machine: Machine) -> Phase:
     sent = sent + tokens_of_update(job, 1).times(states)
     sent = sent + between_replicas(job).times(recipe.optimizer.updates_per_iteration)
     several = batches > recipe.optimizer.updates_per_iteration
-    memory = memory_costs.update(job, batch, several) | _kept(subject) | _others(subject, scoring=False)
+    memory = (
+        memory_costs.update(job, batch, several) | _kept(subject) | _others(subject, scoring=False)
+    )
     compute = machine.compute(flops, machine.achieved.update)
     seconds = _seconds(job, machine, compute, sent)
     seconds += recipe.optimizer.updates_per_iteration * _step_seconds(job, machine, batches)
@@ -216,9 +266,15 @@ def _update(subject: Subject, machine: Machine) -> Phase:
 
 
 def _update_work(job: Job) -> tuple[float, int]:
-    """(states evaluated, micro-batches) in an iteration, of the busiest rank of each optimizer step."""
+    """(states evaluated, micro-batches) in an iteration, of the busiest rank of each optimizer
+    step.
+    """
     recipe, updates = job.recipe, job.recipe.optimizer.updates_per_iteration
-    prompts, size, kept = recipe.prompts.per_iteration, recipe.rollout.samples_per_prompt, recipe.samples_trained
+    prompts, size, kept = (
+        recipe.prompts.per_iteration,
+        recipe.rollout.samples_per_prompt,
+        recipe.samples_trained,
+    )
     total = network_calls.of_iteration(recipe, 0, job.groups)
     samples = stragglers.widest(prompts, size, kept, updates, job.groups)
     states = total.update * samples / (prompts * kept)
@@ -226,12 +282,16 @@ def _update_work(job: Job) -> tuple[float, int]:
 
 
 def _step_seconds(job: Job, machine: Machine, batches: int) -> float:
-    """Of clipping and AdamW, which wait for memory; with offloading also of the way to the host and back."""
+    """Of clipping and AdamW, which wait for memory; with offloading also of the way to the host and
+    back.
+    """
     trained = sum(reduced_bytes(job, unit) for unit in job.network.units) / 4 / job.shards
     count = STEP_BYTES + (AVERAGE_BYTES if job.recipe.optimizer.ema_decay else 0)
     if not job.recipe.distributed.offload:
         return trained * count / (machine.card.memory_gbs * machine.achieved.memory * 1e9)
-    per_batch = 3 * 4 * trained * batches / job.recipe.optimizer.updates_per_iteration  # two gathers and the gradient
+    per_batch = (
+        3 * 4 * trained * batches / job.recipe.optimizer.updates_per_iteration
+    )  # two gathers and the gradient
     return (trained * count + per_batch) / (machine.card.host_gbs * 1e9)
 
 

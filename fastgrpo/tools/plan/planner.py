@@ -1,4 +1,5 @@
-"""Does a recipe fit on so many GPUs, how long will it take, and what to change: the answer of `fastgrpo plan`.
+"""Does a recipe fit on so many GPUs, how long will it take, and what to change: the answer of
+`fastgrpo plan`.
 
 In closed form by default, in about a second and without torch; `--simulate` runs one rank with the
 full-size network and no memory behind it (simulation/rank.py) and puts its figures beside.
@@ -25,9 +26,15 @@ from fastgrpo.tools.plan.workload import batch_size, network_calls, stragglers
 from fastgrpo.training import methods
 
 CURVE = (8, 16, 32, 64, 128, 256, 512)
-LARGE_REST, LARGE_REST_GIB = 0.02, 0.25  # share of the parameters outside the blocks, from which a plan warns
+LARGE_REST, LARGE_REST_GIB = (
+    0.02,
+    0.25,
+)  # share of the parameters outside the blocks, from which a plan warns
 ADVICE = 5  # recipes that are named
-USUAL_CHANGES, MOST_CHANGES = 3, 6  # more than the usual number are tried only where fewer do not do
+USUAL_CHANGES, MOST_CHANGES = (
+    3,
+    6,
+)  # more than the usual number are tried only where fewer do not do
 LORA_RANK = 32
 LARGE_IDLE = 0.15  # of the update, from which a plan warns
 
@@ -70,15 +77,20 @@ class Change:
     plan: Plan
 
 
-def plan(recipe: Recipe, gpus: int, machine: Machine, ranks_per_node: int = 8, text: int | None = None) -> Plan:
-    """The closed form; rollout.batch_size = "auto" comes to the largest that fits, and a note says so.
+def plan(
+    recipe: Recipe, gpus: int, machine: Machine, ranks_per_node: int = 8, text: int | None = None
+) -> Plan:
+    """The closed form; rollout.batch_size = "auto" comes to the largest that fits, and a note says
+    so.
 
     text: tokens of the longest text, in place of the family's limit
     Raises UserError for what a run would refuse, and for GPUs that are no whole nodes.
     """
     methods.check(recipe)
     if gpus > ranks_per_node and gpus % ranks_per_node:
-        raise UserError(f"--gpus={gpus}: not a multiple of the {ranks_per_node} of a node (--ranks-per-node).")
+        raise UserError(
+            f"--gpus={gpus}: not a multiple of the {ranks_per_node} of a node (--ranks-per-node)."
+        )
     if recipe.rollout.batch_size != "auto":
         return _plan(recipe, gpus, machine, ranks_per_node, text)
 
@@ -94,16 +106,26 @@ def plan(recipe: Recipe, gpus: int, machine: Machine, ranks_per_node: int = 8, t
     return replace(found, subject=replace(found.subject, notes=(*found.subject.notes, note)))
 
 
-def _plan(recipe: Recipe, gpus: int, machine: Machine, ranks_per_node: int, text: int | None) -> Plan:
+def _plan(
+    recipe: Recipe, gpus: int, machine: Machine, ranks_per_node: int, text: int | None
+) -> Plan:
     found = subject(recipe, gpus, ranks_per_node, text)
-    return Plan(found, machine, iteration_phases(found, machine), recipe.run.iterations, recipe.checkpoint.every)
+    return Plan(
+        found,
+        machine,
+        iteration_phases(found, machine),
+        recipe.run.iterations,
+        recipe.checkpoint.every,
+    )
 
 
 def _has_room(found: Plan) -> bool:
     """Whether the rollout's batch is one that a run with rollout.batch_size = "auto" would take."""
     gaps = 1 / batch_size.SHARE - 1
     drawing = (phase for phase in found.phases if phase.name in ("rollout", "decode"))
-    return all(one.peak + gaps * one.memory["activations"] <= found.machine.usable() for one in drawing)
+    return all(
+        one.peak + gaps * one.memory["activations"] <= found.machine.usable() for one in drawing
+    )
 
 
 def curve(recipe: Recipe, machine: Machine, ranks_per_node: int, text: int | None) -> list[Plan]:
@@ -118,7 +140,8 @@ def curve(recipe: Recipe, machine: Machine, ranks_per_node: int, text: int | Non
 
 
 def advice(given: Plan, file: Path, overrides: Sequence[str], text: int | None) -> list[Change]:
-    """Recipes near the given one that fit, the quickest first, those that train something else last.
+    """Recipes near the given one that fit, the quickest first, those that train something else
+    last.
 
     file, overrides: where the given recipe comes from; the changes are more overrides of it
     """
@@ -129,12 +152,20 @@ def advice(given: Plan, file: Path, overrides: Sequence[str], text: int | None) 
         for changes in _nearby(given.subject.job, count):
             try:
                 recipe = config.load(file, [*overrides, *changes])
-                tried = plan(recipe, given.subject.job.gpus, given.machine, given.subject.job.ranks_per_node, text)
+                tried = plan(
+                    recipe,
+                    given.subject.job.gpus,
+                    given.machine,
+                    given.subject.job.ranks_per_node,
+                    text,
+                )
             except UserError:
                 continue
             if tried.fits:
                 found.append(Change(changes, tried))
-    found.sort(key=lambda change: (_learns_otherwise(change), change.plan.seconds, len(change.overrides)))
+    found.sort(
+        key=lambda change: (_learns_otherwise(change), change.plan.seconds, len(change.overrides))
+    )
     return _distinct(found)
 
 
@@ -142,7 +173,9 @@ def _distinct(found: Sequence[Change]) -> list[Change]:
     """The first few, leaving out those that only add changes to a quicker one."""
     chosen: list[Change] = []
     for change in found:
-        if len(chosen) < ADVICE and not any(set(c.overrides) < set(change.overrides) for c in chosen):
+        if len(chosen) < ADVICE and not any(
+            set(c.overrides) < set(change.overrides) for c in chosen
+        ):
             chosen.append(change)
     return chosen
 
@@ -155,20 +188,32 @@ def _nearby(job: compute.Job, count: int) -> Iterator[tuple[str, ...]]:
     """Overrides that change so many keys of a recipe."""
     for keys in combinations(_choices(job), count):
         for values in product(*(alternatives for _, alternatives in keys)):
-            yield tuple(f"{key}={_toml(value)}" for (key, _), value in zip(keys, values, strict=True))
+            yield tuple(
+                f"{key}={_toml(value)}" for (key, _), value in zip(keys, values, strict=True)
+            )
 
 
 def _choices(job: compute.Job) -> list[tuple[str, list[Any]]]:
     """What may be changed, and to which other values."""
     recipe, heads = job.recipe, job.network.heads
     shares = recipe.model.family in models.with_function("share_sequence")
-    sizes = [n for n in (1, 2, 4, 8) if heads % n == 0 and job.gpus % n == 0 and job.ranks_per_node % n == 0]
-    mesh = sorted({min(job.ranks_per_node, job.gpus), 2 * job.ranks_per_node, job.gpus} - {job.shards})
+    sizes = [
+        n
+        for n in (1, 2, 4, 8)
+        if heads % n == 0 and job.gpus % n == 0 and job.ranks_per_node % n == 0
+    ]
+    mesh = sorted(
+        {min(job.ranks_per_node, job.gpus), 2 * job.ranks_per_node, job.gpus} - {job.shards}
+    )
     wanted: list[tuple[str, Any, list[Any]]] = [
         ("distributed.sp", job.sp, sizes if shares else []),
         ("distributed.shard", job.shards, mesh),
         ("model.gradient_checkpointing", int(recipe.model.gradient_checkpointing), [True]),
-        ("optimizer.batch_size", recipe.optimizer.batch_size, [1, recipe.optimizer.batch_size // 2]),
+        (
+            "optimizer.batch_size",
+            recipe.optimizer.batch_size,
+            [1, recipe.optimizer.batch_size // 2],
+        ),
         ("rollout.batch_size", recipe.rollout.at_once, [1]),
         ("rollout.store", recipe.rollout.store, ["host"]),
         ("distributed.rollout_weights", recipe.distributed.rollout_weights, ["sharded"]),
@@ -176,7 +221,9 @@ def _choices(job: compute.Job) -> list[tuple[str, list[Any]]]:
         ("distributed.offload", recipe.distributed.offload, [True]),
         ("lora.rank", recipe.lora.rank, [] if job.lora else [LORA_RANK]),
     ]
-    others = [(key, sorted({v for v in values if v != old and v}, key=str)) for key, old, values in wanted]
+    others = [
+        (key, sorted({v for v in values if v != old and v}, key=str)) for key, old, values in wanted
+    ]
     return [(key, values) for key, values in others if values]
 
 
@@ -193,14 +240,17 @@ def warnings(found: Plan) -> list[str]:
         modules = {name.split(".")[0] for name in job.network.rest.weights}
         largest = max(sorted(modules), key=lambda module: _module_size(job, module))
         lines.append(
-            f"{rest / 1e6:,.1f} M parameters ({rest / job.network.parameters:.1%}) lie outside the sharded blocks, "
+            f"{rest / 1e6:,.1f} M parameters ({rest / job.network.parameters:.1%}) lie outside the "
+            "sharded blocks, "
             f"most in {largest}: {whole:.2f} GiB are whole on each GPU during the update"
         )
     idle = stragglers.idle(job.recipe, job.groups)
     if idle > LARGE_IDLE:
         lines.append(
-            f"the update's ranks wait {idle:.0%} of its time for those with more samples of an optimizer step; more "
-            "samples per group of ranks make it less (distributed.sp, optimizer.updates_per_iteration)"
+            f"the update's ranks wait {idle:.0%} of its time for those with more samples of an "
+            "optimizer step; more "
+            "samples per group of ranks make it less (distributed.sp, "
+            "optimizer.updates_per_iteration)"
         )
     return lines
 

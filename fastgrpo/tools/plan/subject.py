@@ -1,7 +1,7 @@
 """What a plan has to know of a model beside the network's blocks, and where that comes from.
 
-Configs are read from the folder that a recipe names, or from the hub's local cache; where neither is there, the
-published network of that name is assumed, and the plan says so. Nothing is fetched.
+Configs are read from the folder that a recipe names, or from the hub's local cache; where neither
+is there, the published network of that name is assumed, and the plan says so. Nothing is fetched.
 """
 
 import math
@@ -35,8 +35,8 @@ class Subject:
 def subject(recipe: Recipe, gpus: int, ranks_per_node: int, text: int | None = None) -> Subject:
     """A recipe on so many GPUs.  text: tokens of the longest text, in place of the family's limit
 
-    Raises UserError for what a run would refuse: a mesh that does not divide, fewer samples than groups of ranks, a
-    size that the model cannot take, a reward server that not all nodes reach.
+    Raises UserError for what a run would refuse: a mesh that does not divide, fewer samples than
+    groups of ranks, a size that the model cannot take, a reward server that not all nodes reach.
     """
     check_family(recipe.model.family)
     replicas, shards = mesh_shape(recipe.distributed, gpus, min(ranks_per_node, gpus))
@@ -80,7 +80,9 @@ def family_plan(name: str, config: Mapping[str, Any]) -> FamilyPlan:
     try:
         found: FamilyPlan = models.declared(name, "plan")(config)
     except KeyError as error:
-        raise UserError(f"model.path: the network's config has no {error}; correct model.family or the path.") from None
+        raise UserError(
+            f"model.path: the network's config has no {error}; correct model.family or the path."
+        ) from None
     return found
 
 
@@ -95,33 +97,45 @@ def _check_sharing(recipe: Recipe, heads: int) -> None:
     sp, sharing = recipe.distributed.sp, models.with_function("share_sequence")
     if sp > 1 and recipe.model.family not in sharing:
         raise UserError(
-            f"distributed.sp={sp}: {recipe.model.family} has no sequence parallelism; use 1. Those with it: "
+            f"distributed.sp={sp}: {recipe.model.family} has no sequence parallelism; use 1. Those "
+            "with it: "
             f"{', '.join(sharing)}."
         )
     if heads % sp:
         sizes = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        raise UserError(f"distributed.sp={sp}: does not divide the network's {heads} heads; use one of {sizes}.")
+        raise UserError(
+            f"distributed.sp={sp}: does not divide the network's {heads} heads; use one of {sizes}."
+        )
 
 
 def _check_samples(recipe: Recipe, gpus: int) -> None:
     """Raise UserError where a group of ranks would have nothing to do."""
-    groups, total = gpus // recipe.distributed.sp, recipe.prompts.per_iteration * recipe.rollout.samples_per_prompt
+    groups, total = (
+        gpus // recipe.distributed.sp,
+        recipe.prompts.per_iteration * recipe.rollout.samples_per_prompt,
+    )
     if total < groups:
         raise UserError(
-            f"prompts.per_iteration={recipe.prompts.per_iteration}: {total} samples per iteration for {groups} groups "
+            f"prompts.per_iteration={recipe.prompts.per_iteration}: {total} samples per iteration "
+            f"for {groups} groups "
             "of ranks; raise it, rollout.samples_per_prompt or distributed.sp, or use fewer GPUs."
         )
 
 
 def network_config(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     """The network's config, and a note where it is not the recipe's own folder's."""
-    part, named = models.declared(recipe.model.family, "NETWORK"), recipe.model.network or recipe.model.path
+    part, named = (
+        models.declared(recipe.model.family, "NETWORK"),
+        recipe.model.network or recipe.model.path,
+    )
     for folder in _folders(named):
         for file in (folder / part / "config.json", folder / "config.json"):
             if file.is_file():
                 return read_json(file, "model.path", "download that folder again"), []
     if named.startswith((".", "/", "~")):
-        raise UserError(f"model.path={named}: has no {part}/config.json; correct the path, or name a hub id.")
+        raise UserError(
+            f"model.path={named}: has no {part}/config.json; correct the path, or name a hub id."
+        )
     return published(recipe.model.family, named), [
         f"{named} is not here: assumed the published network of {recipe.model.family}"
     ]
@@ -145,11 +159,18 @@ def _auxiliary(recipe: Recipe, published: AuxiliaryModels, notes: list[str]) -> 
     config = read_json(found, "model.path", "download that folder again")
     widths = config.get("block_out_channels") or [config.get("base_dim", 96) * VAE_CHANNELS / 96]
     space = config.get("spatial_compression_ratio") or config.get("scale_factor_spatial")
-    time = config.get("temporal_compression_ratio") or config.get("scale_factor_temporal") or published.time
+    time = (
+        config.get("temporal_compression_ratio")
+        or config.get("scale_factor_temporal")
+        or published.time
+    )
     channels = config.get("latent_channels") or config.get("z_dim", published.channels)
     scale = widths[0] / VAE_CHANNELS
     if scale != 1:
-        notes.append("decoding and text encoders of another size than the published: scaled by the VAE's width")
+        notes.append(
+            "decoding and text encoders of another size than the published: scaled by the VAE's "
+            "width"
+        )
     return replace(
         published,
         space=space or (2 ** (len(widths) - 1) if published.time == 1 else published.space),

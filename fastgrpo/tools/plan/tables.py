@@ -17,13 +17,18 @@ KINDS = (  # of memory, in the order in which the picture stacks them
 )  # fmt: skip
 
 
-def show(found: Plan, plans: Sequence[Plan], changes: Sequence[Change], simulated: dict[str, Any] | None) -> None:
+def show(
+    found: Plan, plans: Sequence[Plan], changes: Sequence[Change], simulated: dict[str, Any] | None
+) -> None:
     """Print all of it."""
     console = Console()
     job = found.subject.job
-    mesh = f"{job.replicas} replicas x {job.shards} shards" + (f", sp {job.sp}" if job.sp > 1 else "")
+    mesh = f"{job.replicas} replicas x {job.shards} shards" + (
+        f", sp {job.sp}" if job.sp > 1 else ""
+    )
     title = (
-        f"{job.network.parameters / 1e9:,.2f} B parameters, {job.video:,} video and {job.text} text tokens on "
+        f"{job.network.parameters / 1e9:,.2f} B parameters, {job.video:,} video and {job.text} "
+        "text tokens on "
         f"{job.gpus} x {found.machine.card.name} ({mesh})"
     )
     console.print(title, highlight=False, soft_wrap=True)
@@ -51,7 +56,8 @@ def verdict(found: Plan) -> str:
         return f"does not fit: {room}"
     hours = found.seconds * found.iterations / 3600
     return (
-        f"fits: {room}; {found.seconds:,.0f} s per iteration, {found.iterations} iterations in {hours:,.1f} h, "
+        f"fits: {room}; {found.seconds:,.0f} s per iteration, {found.iterations} iterations in "
+        f"{hours:,.1f} h, "
         f"{found.gpu_hours:,.0f} GPU-hours"
     )
 
@@ -84,9 +90,14 @@ def _memory(found: Plan) -> Table:
 
 def _changes(console: Console, changes: Sequence[Change]) -> None:
     if not changes:
-        console.print("no neighbouring recipe fits on these GPUs: use more of them, or larger ones", highlight=False)
+        console.print(
+            "no neighbouring recipe fits on these GPUs: use more of them, or larger ones",
+            highlight=False,
+        )
         return
-    console.print("these fit, the quickest first; add the line to the command (lora: trains adapters alone):")
+    console.print(
+        "these fit, the quickest first; add the line to the command (lora: trains adapters alone):"
+    )
     for change in changes:
         peak = change.plan.worst.peak / GIB
         line = f"  {' '.join(change.overrides)}    # {change.plan.seconds:,.0f} s per iteration, {peak:.1f} GiB"
@@ -95,7 +106,14 @@ def _changes(console: Console, changes: Sequence[Change]) -> None:
 
 def _curve(plans: Sequence[Plan]) -> Table:
     table = Table(title="the same recipe on other numbers of GPUs")
-    for column in ("GPUs", "s per iteration", "hours per run", "GPU-hours per run", "peak GiB", "fits"):
+    for column in (
+        "GPUs",
+        "s per iteration",
+        "hours per run",
+        "GPU-hours per run",
+        "peak GiB",
+        "fits",
+    ):
         table.add_column(column, justify="right")
     for plan in plans:
         hours = plan.gpu_hours / plan.subject.job.gpus
@@ -107,7 +125,9 @@ def _curve(plans: Sequence[Plan]) -> Table:
 
 
 def _simulated(simulated: dict[str, Any]) -> Table:
-    table = Table(title="one micro-batch of the update and one forward of the rollout, simulated and in closed form")
+    table = Table(
+        title="one micro-batch of the update and one forward of the rollout, simulated and in closed form"
+    )
     for column in ("", "simulated", "closed form", "difference"):
         table.add_column(column, justify="right" if column else "left")
     for name, (exact, closed) in simulated["compared"].items():
@@ -140,11 +160,20 @@ def as_json(
         "gpu_hours": found.gpu_hours,
         "notes": warnings(found),
         "changes": [
-            {"overrides": list(c.overrides), "seconds_per_iteration": c.plan.seconds, "peak": c.plan.worst.peak}
+            {
+                "overrides": list(c.overrides),
+                "seconds_per_iteration": c.plan.seconds,
+                "peak": c.plan.worst.peak,
+            }
             for c in changes
         ],
         "curve": [
-            {"gpus": p.subject.job.gpus, "seconds_per_iteration": p.seconds, "gpu_hours": p.gpu_hours, "fits": p.fits}
+            {
+                "gpus": p.subject.job.gpus,
+                "seconds_per_iteration": p.seconds,
+                "gpu_hours": p.gpu_hours,
+                "fits": p.fits,
+            }
             for p in plans
         ],
         "simulated": simulated,
@@ -152,7 +181,9 @@ def as_json(
 
 
 def picture(found: Plan, file: Path) -> None:
-    """Memory of each phase, stacked by kind, beside the phases' seconds, as a PNG, PDF or SVG by the file's name."""
+    """Memory of each phase, stacked by kind, beside the phases' seconds, as a PNG, PDF or SVG by
+    the file's name.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -172,12 +203,16 @@ def picture(found: Plan, file: Path) -> None:
     memory.axhline(card.memory_gib, color="red", linewidth=1, label=f"{card.name}'s memory")
     memory.set(ylabel="GiB per GPU", title="peak memory")
     memory.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    shares = [phase.seconds / (found.every if phase.name == "save" else 1) for phase in found.phases[1:]]
+    shares = [
+        phase.seconds / (found.every if phase.name == "save" else 1) for phase in found.phases[1:]
+    ]
     bars = seconds.barh(names[1:][::-1], shares[::-1], color="tab:blue")
     seconds.bar_label(bars, labels=[f"{value:,.1f} s" for value in shares[::-1]], padding=3)
     seconds.set(xlabel="seconds per iteration", title=f"{found.seconds:,.0f} s per iteration")
     seconds.margins(x=0.18)
     fits = "fits" if found.fits else "does not fit"
-    figure.suptitle(f"{job.recipe.model.family}, {job.video:,} video tokens, {job.gpus} x {card.name}: {fits}")
+    figure.suptitle(
+        f"{job.recipe.model.family}, {job.video:,} video tokens, {job.gpus} x {card.name}: {fits}"
+    )
     figure.savefig(file, dpi=120)
     pyplot.close(figure)

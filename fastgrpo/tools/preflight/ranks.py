@@ -7,7 +7,14 @@ from torch import Tensor
 
 from fastgrpo.core.policy import stack
 from fastgrpo.parallel import sequence_parallel, sharding
-from fastgrpo.tools.preflight.finding import Finding, Parts, fingerprints, gathered, largest, replicas_differ
+from fastgrpo.tools.preflight.finding import (
+    Finding,
+    Parts,
+    fingerprints,
+    gathered,
+    largest,
+    replicas_differ,
+)
 
 SHARED_BOUND = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Norm of the difference over norm, of one forward: float32 rounds at 6e-8 and a GPU's TF32 convolutions at 5e-4 of a

@@ -16,14 +16,8 @@ from fastgrpo.models.loading import diffusers_folder
 from fastgrpo.run.file_hashes import hashes
 
 TEXT_PARTS = ("tokenizer", "text_encoder")  # beginnings of the names in model_index.json
-
-
 IMAGE_PARTS = ("vae", "image_encoder", "image_processor", "feature_extractor")
-
-
 OTHER_FORMATS = {".msgpack", ".h5", ".onnx", ".ot", ".md"}  # never read
-
-
 SAMPLE = 1 << 16  # bytes at either end of a reference image that stand for it
 
 

@@ -1,4 +1,6 @@
-"""Advantages, Best-of-N, the choice of timesteps, the objective: against plain loops and closed forms."""
+"""Advantages, Best-of-N, the choice of timesteps, the objective: against plain loops and closed
+forms.
+"""
 
 import math
 import statistics
@@ -7,7 +9,11 @@ import pytest
 import torch
 
 from fastgrpo.algorithm import noise, selection
-from fastgrpo.algorithm.advantages import combined_advantages, group_advantages, largest_std_advantages
+from fastgrpo.algorithm.advantages import (
+    combined_advantages,
+    group_advantages,
+    largest_std_advantages,
+)
 from fastgrpo.core.config import Objective
 
 NAN = float("nan")
@@ -19,7 +25,9 @@ def test_group_advantages_equal_statistics_of_each_group() -> None:
     for start in (0, 3):
         group = rewards[start : start + 3].tolist()
         mean, std = statistics.mean(group), statistics.stdev(group)
-        assert advantages[start : start + 3] == pytest.approx([(r - mean) / std for r in group], rel=1e-5)
+        assert advantages[start : start + 3] == pytest.approx(
+            [(r - mean) / std for r in group], rel=1e-5
+        )
 
 
 def test_invalid_samples_are_left_out_of_the_statistics() -> None:
@@ -45,7 +53,9 @@ def test_advantages_are_summed_not_rewards() -> None:
     valid = torch.ones(3, dtype=torch.bool)
     total = combined_advantages(scores, valid, {"large": 1.0, "small": 2.0}, 3, Objective())
     torch.testing.assert_close(total, torch.tensor([-1.0 + 2.0, 0.0 - 2.0, 1.0 + 0.0]))
-    clamped = combined_advantages(scores, valid, {"large": 1.0, "small": 2.0}, 3, Objective(advantage_clip=0.5))
+    clamped = combined_advantages(
+        scores, valid, {"large": 1.0, "small": 2.0}, 3, Objective(advantage_clip=0.5)
+    )
     assert clamped.abs().max() == 0.5
 
 
@@ -59,7 +69,9 @@ def test_weight_zero_is_a_monitor() -> None:
 def batch() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Two rewards of four groups of three: one group has no spread, one sample is invalid."""
     scores = {
-        "large": torch.tensor([0.0, 100.0, 400.0, 7.0, 7.0, 7.0, 10.0, NAN, 30.0, -50.0, 0.0, 90.0]),
+        "large": torch.tensor(
+            [0.0, 100.0, 400.0, 7.0, 7.0, 7.0, 10.0, NAN, 30.0, -50.0, 0.0, 90.0]
+        ),
         "small": torch.tensor([0.3, 0.1, 0.2, 0.5, 0.5, 0.5, 0.0, 0.9, 0.4, 0.2, 0.1, 0.6]),
     }
     return scores, torch.isfinite(scores["large"])
@@ -77,14 +89,20 @@ def combined(normalise: str, min_spread: float = 1e-6) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("normalise", ["group", "batch", "largest_std", "global"])
-def test_invalid_samples_and_rewards_without_spread_teach_nothing_in_any_normalisation(normalise: str) -> None:
+def test_invalid_samples_and_rewards_without_spread_teach_nothing_in_any_normalisation(
+    normalise: str,
+) -> None:
     advantages = combined(normalise)
     assert advantages[7] == 0.0 and torch.isfinite(advantages).all()
-    if normalise != "global":  # which has no groups: a prompt that is always as good as its samples are alike
+    if (
+        normalise != "global"
+    ):  # which has no groups: a prompt that is always as good as its samples are alike
         assert advantages[3:6].tolist() == [0.0] * 3
     assert not combined(normalise, min_spread=1e6).any()
     scores, valid = {"r": torch.ones(4)}, torch.ones(4, dtype=torch.bool)
-    assert not combined_advantages(scores, valid, {"r": 1.0}, 2, Objective(normalise=normalise)).any()
+    assert not combined_advantages(
+        scores, valid, {"r": 1.0}, 2, Objective(normalise=normalise)
+    ).any()
 
 
 def test_batch_normalisation_has_mean_0_and_std_1_whatever_the_number_of_rewards() -> None:
@@ -92,14 +110,18 @@ def test_batch_normalisation_has_mean_0_and_std_1_whatever_the_number_of_rewards
     taught = [0, 1, 2, 6, 8, 9, 10, 11]
     assert advantages[taught].mean().item() == pytest.approx(0.0, abs=1e-6)
     assert advantages[taught].std().item() == pytest.approx(1.0)
-    ratio = advantages[taught] / combined("group")[taught]  # GDPO: of the sum of each reward's own advantages
+    ratio = (
+        advantages[taught] / combined("group")[taught]
+    )  # GDPO: of the sum of each reward's own advantages
     torch.testing.assert_close(ratio, ratio[:1].expand(8))
 
 
 def test_the_largest_groups_std_divides_all_groups() -> None:
     rewards = torch.tensor([1.0, 2.0, 3.0, 0.0, 10.0, 20.0, 5.0, 5.0, NAN])
     advantages = largest_std_advantages(rewards, 3)
-    torch.testing.assert_close(advantages, torch.tensor([-0.1, 0.0, 0.1, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0]))
+    torch.testing.assert_close(
+        advantages, torch.tensor([-0.1, 0.0, 0.1, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0])
+    )
     alone = largest_std_advantages(rewards[3:6], 3)
     torch.testing.assert_close(alone, group_advantages(rewards[3:6], 3))
     summed = combined("largest_std")
@@ -120,7 +142,12 @@ def test_best_of_n_keeps_the_extremes_of_each_prompt() -> None:
     kept = selection.best_of_n(advantages, valid, 6, 4)
     assert kept.nonzero().flatten().tolist() == [1, 2, 4, 5, 6, 7, 10, 11]
     valid[1] = False
-    assert selection.best_of_n(advantages, valid, 6, 4)[:6].nonzero().flatten().tolist() == [0, 2, 4, 5]
+    assert selection.best_of_n(advantages, valid, 6, 4)[:6].nonzero().flatten().tolist() == [
+        0,
+        2,
+        4,
+        5,
+    ]
 
 
 @pytest.mark.parametrize(("choice", "expected"), [("first", [0, 1, 2]), ("last", [6, 7, 8])])
@@ -147,7 +174,9 @@ def test_minibatches_are_balanced_over_prompts_and_disjoint() -> None:
     assert sorted(index for batch in batches for index in batch) == list(range(24))
     for batch in batches:
         assert [sum(index // 8 == prompt for index in batch) for prompt in range(3)] == [2, 2, 2]
-        assert all(sum(start <= index < start + 4 for index in batch) == 1 for start in range(0, 24, 4))
+        assert all(
+            sum(start <= index < start + 4 for index in batch) == 1 for start in range(0, 24, 4)
+        )
     assert selection.minibatches(kept, 8, 4, ("minibatches", 0, 0)) == batches
     assert selection.minibatches(kept, 8, 4, ("minibatches", 0, 1)) != batches
 

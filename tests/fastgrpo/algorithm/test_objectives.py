@@ -1,4 +1,6 @@
-"""Objectives: gradients against the policy gradient, what each of them stops, and the formulas as plain arithmetic."""
+"""Objectives: gradients against the policy gradient, what each of them stops, and the formulas as
+plain arithmetic.
+"""
 
 import math
 from dataclasses import replace
@@ -23,7 +25,9 @@ from tests.harness import tiny
 ADVANTAGES = [2.0, -1.5, 0.5]
 
 
-def terms(mean: Tensor, old_mean: Tensor, x_next: Tensor, std: Tensor, advantage: Tensor, dt: Tensor) -> Terms:
+def terms(
+    mean: Tensor, old_mean: Tensor, x_next: Tensor, std: Tensor, advantage: Tensor, dt: Tensor
+) -> Terms:
     log_prob, old_log_prob = (gaussian_log_prob(x_next, of, std) for of in (mean, old_mean))
     return Terms(
         log_prob=log_prob,
@@ -57,7 +61,9 @@ def test_the_gradient_at_the_old_policy_is_the_policy_gradient(kind: str) -> Non
     assert isinstance(method, PolicyGradient)
     method.loss(given, Objective(kind=kind)).sum().backward()
     assert mean.grad is not None
-    slope = (x_next - old_mean) / (std**2 * old_mean[0].numel())  # of log_prob with respect to the mean
+    slope = (x_next - old_mean) / (
+        std**2 * old_mean[0].numel()
+    )  # of log_prob with respect to the mean
     scale = std.flatten() / dt if kind == "guard" else torch.ones(3)
     torch.testing.assert_close(mean.grad, -(advantage * scale).reshape(3, 1, 1) * slope)
 
@@ -83,24 +89,41 @@ def test_clipping_is_the_formula_and_stops_what_went_far_enough() -> None:
         loss.sum().backward()
         assert log_prob.grad is not None
         assert log_prob.grad.tolist() == pytest.approx([-2.0, 0.0, 2.0 * up, 0.0, -2.0 * down])
-    assert objectives.outside_clip_range(given, settings).tolist() == [False, True, True, True, True]
+    assert objectives.outside_clip_range(given, settings).tolist() == [
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("std", [0.01, 0.1, 1.0])
 def test_the_normalised_ratio_is_centred_at_every_noise_level(std: float) -> None:
-    """Of GRPO's log-ratio the mean is -KL; the normalised one's is 0, and its spread does not depend on std."""
+    """Of GRPO's log-ratio the mean is -KL; the normalised one's is 0, and its spread does not
+    depend on std.
+    """
     generator = torch.Generator().manual_seed(0)
     shift, dimensions, draws = 0.02, 16, 50_000
     old_mean = torch.zeros(draws, dimensions)
     x_next = std * torch.randn(draws, dimensions, generator=generator)
     one = torch.ones(draws)
-    given = terms(old_mean + shift, old_mean=old_mean, x_next=x_next, std=torch.tensor(std), advantage=one, dt=one)
+    given = terms(
+        old_mean + shift,
+        old_mean=old_mean,
+        x_next=x_next,
+        std=torch.tensor(std),
+        advantage=one,
+        dt=one,
+    )
     log_ratio = objectives.normalised_ratio(given).log()
     spread = shift / math.sqrt(dimensions)  # of the mean of e shift
     assert log_ratio.std().item() == pytest.approx(spread, rel=0.02)
     error = 5 * spread / math.sqrt(draws)
     assert log_ratio.mean().item() == pytest.approx(0.0, abs=error)
-    assert objectives.normalised_ratio(given).mean().item() == pytest.approx(math.exp(spread**2 / 2), abs=error)
+    assert objectives.normalised_ratio(given).mean().item() == pytest.approx(
+        math.exp(spread**2 / 2), abs=error
+    )
     plain = objectives.ratio(given).log()
     divergence = shift**2 / (2 * std**2)
     assert plain.mean().item() == pytest.approx(-divergence, abs=error / std)
@@ -108,7 +131,9 @@ def test_the_normalised_ratio_is_centred_at_every_noise_level(std: float) -> Non
 
 def test_guard_clips_the_normalised_ratio() -> None:
     old_mean, x_next, std, advantage, dt = drawn()
-    mean = (old_mean + 0.05 * std * (x_next - old_mean)).requires_grad_()  # towards what was drawn: ratios above 1
+    mean = (
+        old_mean + 0.05 * std * (x_next - old_mean)
+    ).requires_grad_()  # towards what was drawn: ratios above 1
     given = terms(mean, old_mean=old_mean, x_next=x_next, std=std, advantage=advantage, dt=dt)
     settings = Objective(kind="guard", clip_range=2e-6)
     r = ((x_next - old_mean) / std * (mean - old_mean)).detach().flatten(1).mean(1).exp()
@@ -133,7 +158,14 @@ def test_dppo_stops_exactly_what_is_too_far_and_goes_further() -> None:
     x_next = (std * e).expand(len(cases), 30)
     mean = torch.cat([direction * size * std * e for _, direction, size in cases]).requires_grad_()
     advantage = torch.tensor([case[0] for case in cases])
-    given = terms(mean, old_mean=old_mean, x_next=x_next, std=std, advantage=advantage, dt=torch.ones(len(cases)))
+    given = terms(
+        mean,
+        old_mean=old_mean,
+        x_next=x_next,
+        std=std,
+        advantage=advantage,
+        dt=torch.ones(len(cases)),
+    )
     settings = Objective(kind="dppo", max_kl=1e-5)
     loss = objectives.dppo(given, settings)
     torch.testing.assert_close(loss, -objectives.ratio(given) * advantage)
@@ -180,9 +212,15 @@ def noised(advantage: float, v: Tensor, seed: int = 0) -> Noised:
     )
 
 
-@pytest.mark.parametrize(("advantage", "sign"), [(5.0, 1.0), (0.0, 0.0), (-5.0, -1.0), (2.5, 0.5), (50.0, 1.0)])
-def test_nft_pulls_towards_good_samples_and_pushes_away_from_bad_ones(advantage: float, sign: float) -> None:
-    """At v = v_old the gradient is (2 q - 1) times that of a good sample; the step against it lowers its error."""
+@pytest.mark.parametrize(
+    ("advantage", "sign"), [(5.0, 1.0), (0.0, 0.0), (-5.0, -1.0), (2.5, 0.5), (50.0, 1.0)]
+)
+def test_nft_pulls_towards_good_samples_and_pushes_away_from_bad_ones(
+    advantage: float, sign: float
+) -> None:
+    """At v = v_old the gradient is (2 q - 1) times that of a good sample; the step against it
+    lowers its error.
+    """
     v = torch.zeros(2, 3, 4, requires_grad=True)
     given = noised(advantage, v)
     (gradient,) = torch.autograd.grad(objectives.nft(given, Objective()).sum(), v)
@@ -210,11 +248,20 @@ def test_nft_equals_its_formula() -> None:
 
 
 def test_nft_is_least_at_the_better_of_two_policies() -> None:
-    """Two samples share x, one good and one bad: descending the loss brings v to the good one's, and beyond."""
+    """Two samples share x, one good and one bad: descending the loss brings v to the good one's,
+    and beyond.
+    """
     x, t = torch.zeros(2, 1), torch.full((2,), 0.5)
     x_0 = torch.tensor([[1.0], [-1.0]])
     v = torch.zeros(1, 1, requires_grad=True)
-    given = Noised(x=x, x_0=x_0, t=t, v=v.expand(2, 1), v_old=torch.zeros(2, 1), advantage=torch.tensor([5.0, -5.0]))
+    given = Noised(
+        x=x,
+        x_0=x_0,
+        t=t,
+        v=v.expand(2, 1),
+        v_old=torch.zeros(2, 1),
+        advantage=torch.tensor([5.0, -5.0]),
+    )
     optimizer = torch.optim.SGD([v], lr=0.05)
     for _ in range(200):
         loss = objectives.nft(replace(given, v=v.expand(2, 1)), Objective()).mean()
@@ -239,14 +286,26 @@ def conditions() -> list[Condition]:
     ],
 )
 def test_a_real_update_begins_at_the_policy_that_drew(
-    world: World, conditions: list[Condition], sampler: str, kind: str, step_weights: str, clip_range: float
+    world: World,
+    conditions: list[Condition],
+    sampler: str,
+    kind: str,
+    step_weights: str,
+    clip_range: float,
 ) -> None:
-    """Ratio 1 and nothing outside the trust region, with the old mean from the noise's key, for every objective."""
+    """Ratio 1 and nothing outside the trust region, with the old mean from the noise's key, for
+    every objective.
+    """
     policy = tiny.load_policy(world)
     plan = replace(tiny.plan(policy), sampler=sampler, trained=4)
     drawn = tiny.draw(policy, plan, conditions, world, 12)
-    objective = Objective.model_validate({"kind": kind, "step_weights": step_weights, "clip_range": clip_range})
-    trainer, kept = Trainer.create(policy, tiny.settings(48, lr=1e-3), None), torch.ones(12, dtype=torch.bool)
+    objective = Objective.model_validate(
+        {"kind": kind, "step_weights": step_weights, "clip_range": clip_range}
+    )
+    trainer, kept = (
+        Trainer.create(policy, tiny.settings(48, lr=1e-3), None),
+        torch.ones(12, dtype=torch.bool),
+    )
     first, second = (
         update(
             trainer,

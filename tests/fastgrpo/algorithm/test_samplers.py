@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from fastgrpo.algorithm import samplers
-from fastgrpo.algorithm.transitions import clean_estimate, ddim_transition, gaussian_log_prob, sde_transition, time_grid
+from fastgrpo.algorithm.transitions import (
+    clean_estimate,
+    ddim_transition,
+    gaussian_log_prob,
+    sde_transition,
+    time_grid,
+)
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from tests.harness import runs
@@ -29,7 +35,9 @@ def drawn(name: str, eta: float, steps: int, std: float) -> list[tuple[Tensor, T
     x = torch.randn(20_000, 1, generator=generator)
     grid, states = time_grid(steps, 1.0), []
     for t, t_next in pairwise(grid[:-1]):
-        mean, spread = samplers.known[name].transition(x, v=exact_velocity(x, t, std), t=t, t_next=t_next, eta=eta)
+        mean, spread = samplers.known[name].transition(
+            x, v=exact_velocity(x, t, std), t=t, t_next=t_next, eta=eta
+        )
         x = mean + spread * torch.randn(x.shape, generator=generator)
         states.append((t_next, x))
     return [*states, (grid[-1], clean_estimate(x, exact_velocity(x, grid[-2], std), grid[-2]))]
@@ -44,7 +52,9 @@ def test_the_stochastic_differential_equations_keep_the_marginal(name: str) -> N
 
 @pytest.mark.parametrize("name", ["flow", "precise"])
 def test_a_grid_that_begins_a_rounding_below_one_is_one_that_begins_at_one(name: str) -> None:
-    """UniPC's, and so Wan's, begins at 1 - 1e-6, where the noise level is a million in place of infinite."""
+    """UniPC's, and so Wan's, begins at 1 - 1e-6, where the noise level is a million in place of
+    infinite.
+    """
     generator = torch.Generator().manual_seed(0)
     x, v = torch.randn(2, 3, 4, generator=generator), torch.randn(2, 3, 4, generator=generator)
     t_next = time_grid(20, 3.0)[1]
@@ -58,7 +68,9 @@ def test_a_grid_that_begins_a_rounding_below_one_is_one_that_begins_at_one(name:
 
 
 def test_cps_keeps_the_coefficients_and_narrows_what_is_not_a_point() -> None:
-    for t, x in drawn("cps", ETA["cps"], 8, 1e-6):  # even in few steps: where the data is one point, noise is exact
+    for t, x in drawn(
+        "cps", ETA["cps"], 8, 1e-6
+    ):  # even in few steps: where the data is one point, noise is exact
         assert x.mean().item() == pytest.approx((1 - t.item()) * MEAN, abs=0.02)
         assert x.std().item() == pytest.approx(t.item(), abs=0.02)
     x = drawn("cps", ETA["cps"], 200, STD)[-1][1]
@@ -85,7 +97,9 @@ def test_one_time_per_row_equals_one_time_for_all(name: str) -> None:
     mean, std = sampler.transition(x, v=v, t=t, t_next=t_next, eta=0.5)
     log_prob = sampler.log_prob(x, mean, std)
     for row in range(3):
-        single = sampler.transition(x[row : row + 1], v=v[row : row + 1], t=t[row], t_next=t_next[row], eta=0.5)
+        single = sampler.transition(
+            x[row : row + 1], v=v[row : row + 1], t=t[row], t_next=t_next[row], eta=0.5
+        )
         torch.testing.assert_close(mean[row : row + 1], single[0])
         torch.testing.assert_close(std[row].flatten()[0], single[1])
         torch.testing.assert_close(log_prob[row], sampler.log_prob(x[row : row + 1], *single)[0])
@@ -102,8 +116,13 @@ def test_the_noise_levels_are_those_of_the_papers() -> None:
     torch.testing.assert_close(precise, 0.7 * area.sqrt())
     assert precise < flow
     one = torch.tensor(1.0)
-    for transition in (samplers.flow_transition, samplers.precise_transition):  # capped where the level is infinite
-        torch.testing.assert_close(transition(x, v=x, t=one, t_next=b, eta=0.7)[1], torch.tensor(0.7))
+    for transition in (
+        samplers.flow_transition,
+        samplers.precise_transition,
+    ):  # capped where the level is infinite
+        torch.testing.assert_close(
+            transition(x, v=x, t=one, t_next=b, eta=0.7)[1], torch.tensor(0.7)
+        )
     torch.testing.assert_close(samplers.cps_transition(x, v=x, t=a, t_next=b, eta=1.0)[1], b)
 
 
@@ -113,7 +132,8 @@ def test_cps_leaves_out_the_variance() -> None:
     std = torch.tensor(0.3)
     cps, gaussian = samplers.known["cps"].log_prob, samplers.known["flow"].log_prob
     torch.testing.assert_close(
-        cps(x, mean, std) - cps(x, other, std), (gaussian(x, mean, std) - gaussian(x, other, std)) * 2 * std**2
+        cps(x, mean, std) - cps(x, other, std),
+        (gaussian(x, mean, std) - gaussian(x, other, std)) * 2 * std**2,
     )
 
 
@@ -123,7 +143,9 @@ class Plain:
     def __init__(self, alphas: bool) -> None:
         self.alphas = alphas
 
-    def transition(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    def transition(
+        self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float
+    ) -> tuple[Tensor, Tensor]:
         return (
             (ddim_transition(x, epsilon=v, alpha=1 - t, alpha_next=1 - t_next, eta=eta))
             if self.alphas
@@ -136,10 +158,12 @@ def test_a_diffusion_model_has_its_own_step_alone() -> None:
     for name in samplers.known:
         samplers.check(flow, name, cpu)  # type: ignore[arg-type]
     samplers.check(diffusion, "dance", cpu)  # type: ignore[arg-type]
-    assert samplers.of(diffusion, "dance") == samplers.Sampler(diffusion.transition, gaussian_log_prob)  # type: ignore[arg-type]
+    own = samplers.Sampler(diffusion.transition, gaussian_log_prob)
+    assert samplers.of(diffusion, "dance") == own  # type: ignore[arg-type]
     assert samplers.of(flow, "cps") is samplers.known["cps"]  # type: ignore[arg-type]
     with pytest.raises(
-        UserError, match=r"rollout\.sampler=cps: a step of rectified flows, which this model is not; use"
+        UserError,
+        match=r"rollout\.sampler=cps: a step of rectified flows, which this model is not; use",
     ):
         samplers.check(diffusion, "cps", cpu)  # type: ignore[arg-type]
 

@@ -1,4 +1,6 @@
-"""The transition: goldens of the reference, the marginal in closed form, the ODE as its limit, DDIM's goldens."""
+"""The transition: goldens of the reference, the marginal in closed form, the ODE as its limit,
+DDIM's goldens.
+"""
 
 import json
 from itertools import pairwise
@@ -42,7 +44,9 @@ def test_sde_step_equals_the_reference() -> None:
         torch.testing.assert_close(
             gaussian_log_prob(x_next, mean, std), tensors[f"{name}.log_prob"], atol=1e-5, rtol=1e-5
         )
-        torch.testing.assert_close(clean_estimate(x, v, grid[step]), tensors[f"{name}.x0"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            clean_estimate(x, v, grid[step]), tensors[f"{name}.x0"], atol=1e-5, rtol=0
+        )
 
 
 def test_ddim_equals_the_reference() -> None:
@@ -53,9 +57,13 @@ def test_ddim_equals_the_reference() -> None:
         t = case["timestep"]
         alphas = scheduler.alphas_cumprod
         alpha_next = alphas[max(t - 1000 // case["num_steps"], 0)]
-        mean, std = ddim_transition(x, epsilon=eps, alpha=alphas[t], alpha_next=alpha_next, eta=case["eta"])
+        mean, std = ddim_transition(
+            x, epsilon=eps, alpha=alphas[t], alpha_next=alpha_next, eta=case["eta"]
+        )
         log_prob = gaussian_log_prob(x_next, mean, std)
-        torch.testing.assert_close(log_prob, tensors[f"{case['step']}.log_prob"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            log_prob, tensors[f"{case['step']}.log_prob"], atol=1e-5, rtol=1e-5
+        )
 
 
 def exact_velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -103,17 +111,26 @@ def test_one_time_per_row_equals_one_time_for_all() -> None:
     mean, std = sde_transition(x, v=v, t=t, t_next=t_next, eta=0.3)
     log_prob = gaussian_log_prob(x, mean, std)
     for row in range(3):
-        single, single_std = sde_transition(x[row : row + 1], v=v[row : row + 1], t=t[row], t_next=t_next[row], eta=0.3)
+        single, single_std = sde_transition(
+            x[row : row + 1], v=v[row : row + 1], t=t[row], t_next=t_next[row], eta=0.3
+        )
         torch.testing.assert_close(mean[row : row + 1], single)
-        torch.testing.assert_close(log_prob[row], gaussian_log_prob(x[row : row + 1], single, single_std)[0])
+        torch.testing.assert_close(
+            log_prob[row], gaussian_log_prob(x[row : row + 1], single, single_std)[0]
+        )
 
 
 def test_log_prob_and_kl_equal_torch_distributions() -> None:
     generator = torch.Generator().manual_seed(0)
     x, mean, other = (torch.randn(2, 3, 4, 5, generator=generator) for _ in range(3))
     std = torch.tensor(0.3)
-    normal, reference = torch.distributions.Normal(mean, std), torch.distributions.Normal(other, std)
-    torch.testing.assert_close(gaussian_log_prob(x, mean, std), normal.log_prob(x).flatten(1).mean(1))
+    normal, reference = (
+        torch.distributions.Normal(mean, std),
+        torch.distributions.Normal(other, std),
+    )
+    torch.testing.assert_close(
+        gaussian_log_prob(x, mean, std), normal.log_prob(x).flatten(1).mean(1)
+    )
     kl = torch.distributions.kl_divergence(normal, reference)
     torch.testing.assert_close(gaussian_kl(mean, other, std), kl.flatten(1).mean(1))
 
@@ -121,4 +138,6 @@ def test_log_prob_and_kl_equal_torch_distributions() -> None:
 def test_time_grid_ends_and_shift() -> None:
     grid = time_grid(5, 7.0)
     assert grid[0] == 1.0 and grid[-1] == 0.0 and grid.dtype == torch.float32
-    torch.testing.assert_close(grid[1:5], torch.tensor([0.9655, 0.9130, 0.8235, 0.6364]), atol=5e-5, rtol=0)
+    torch.testing.assert_close(
+        grid[1:5], torch.tensor([0.9655, 0.9130, 0.8235, 0.6364]), atol=5e-5, rtol=0
+    )

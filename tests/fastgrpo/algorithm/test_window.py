@@ -1,4 +1,6 @@
-"""Windows of noisy steps, and what a group has in common computed once: nothing but the work changes."""
+"""Windows of noisy steps, and what a group has in common computed once: nothing but the work
+changes.
+"""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -43,7 +45,9 @@ def test_a_window_lies_where_its_schedule_says() -> None:
     first = Rollout(steps=10, window=3, window_schedule="first")
     assert {noisy_steps(first, iteration, 0) for iteration in range(20)} == {range(3)}
 
-    moving = Rollout(steps=10, window=3, window_every=2, window_stride=2)  # starts 0 .. 6 are possible
+    moving = Rollout(
+        steps=10, window=3, window_every=2, window_stride=2
+    )  # starts 0 .. 6 are possible
     starts = [noisy_steps(moving, iteration, 0).start for iteration in range(10)]
     assert starts == [0, 0, 2, 2, 4, 4, 6, 6, 1, 1]
 
@@ -106,7 +110,12 @@ def test_equal_states_computed_once_change_nothing_but_the_work(
         kept[[1, 2]] = False  # as Best-of-N leaves samples out
         with counted(policy) as update_rows:
             metrics = tiny.run_update(
-                trainer, the_plan=plan, trajectories=drawn.trajectories, conditions=conditions, world=world, kept=kept
+                trainer,
+                the_plan=plan,
+                trajectories=drawn.trajectories,
+                conditions=conditions,
+                world=world,
+                kept=kept,
             )
         assert metrics["update/max_log_ratio_first"] <= 1e-6
         results.append((drawn, trainer.gradients, sum(rollout_rows), sum(update_rows)))
@@ -149,8 +158,12 @@ def counted(policy: Policy) -> Iterator[list[int]]:
         handle.remove()
 
 
-def test_steps_outside_the_window_follow_the_ode(policy: Policy, conditions: list[Condition], world: World) -> None:
-    """Until the window a sample is its group's ODE; after it, the ODE from where the window left it."""
+def test_steps_outside_the_window_follow_the_ode(
+    policy: Policy, conditions: list[Condition], world: World
+) -> None:
+    """Until the window a sample is its group's ODE; after it, the ODE from where the window left
+    it.
+    """
     plan = replace(tiny.plan(policy), window=range(1, 2), trained=None)
     drawn = tiny.draw(policy, plan, conditions, world, 4)
     slots = [4, 5]  # of the second prompt
@@ -162,7 +175,9 @@ def test_steps_outside_the_window_follow_the_ode(policy: Policy, conditions: lis
         end = rollout.sample_ode(policy, after, plan.grid[2:], condition)
     for row, slot in enumerate(slots):
         assert set(drawn.trajectories[slot].states) == {1, 2}
-        torch.testing.assert_close(drawn.trajectories[slot].states[1], before[row], rtol=0, atol=2e-6)
+        torch.testing.assert_close(
+            drawn.trajectories[slot].states[1], before[row], rtol=0, atol=2e-6
+        )
         torch.testing.assert_close(drawn.final[slot], end[row], rtol=0, atol=5e-6)
     assert not torch.equal(drawn.final[4], drawn.final[5])
 
@@ -173,7 +188,9 @@ def ode(policy: Policy, x: Tensor, grid: Tensor, condition: Condition) -> Tensor
 
 
 class Waits(TorchDispatchMode):
-    """Counts the operations that a GPU's host would wait for: reading a value, and shapes that depend on values."""
+    """Counts the operations that a GPU's host would wait for: reading a value, and shapes that
+    depend on values.
+    """
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
 
@@ -186,7 +203,9 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_wait_inside_the_loops(policy: Policy, conditions: list[Condition], world: World) -> None:
+def test_no_wait_inside_the_loops(
+    policy: Policy, conditions: list[Condition], world: World
+) -> None:
     """None per denoising step, none per micro-batch: only per optimizer step and for the metrics."""
     plan = replace(tiny.plan(policy), window=range(1, 3), trained=None)
     with Waits() as waits:
@@ -196,6 +215,12 @@ def test_no_wait_inside_the_loops(policy: Policy, conditions: list[Condition], w
     for size in (2, 24):
         trainer = tiny.Recorder.create(policy, tiny.settings(size, updates=2, lr=1e-30), None)
         with Waits() as waits:
-            tiny.run_update(trainer, the_plan=plan, trajectories=drawn.trajectories, conditions=conditions, world=world)
+            tiny.run_update(
+                trainer,
+                the_plan=plan,
+                trajectories=drawn.trajectories,
+                conditions=conditions,
+                world=world,
+            )
         counts.append(waits.count)
     assert counts[0] == counts[1]  # AdamW reads its step counters, which lie in host memory

@@ -31,7 +31,13 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 def recipe(folder: Path, *overrides: str) -> Recipe:
     """Adapters on a copy of the tiny model beside the run's folder."""
-    small = [*runs.SMALL, *runs.SMALLER, "lora.rank=2", f"run.dir={folder / 'run'}", f"model.path={folder / 'model'}"]
+    small = [
+        *runs.SMALL,
+        *runs.SMALLER,
+        "lora.rank=2",
+        f"run.dir={folder / 'run'}",
+        f"model.path={folder / 'model'}",
+    ]
     return config.load(runs.RECIPE, [*small, *overrides])
 
 
@@ -47,7 +53,9 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_notes_its_network_and_its_rewards(begun: Path) -> None:
     noted = json.loads((begun / "run" / "provenance.json").read_text())
     transformer = begun / "model" / "transformer"
-    assert noted["network"] == {name: sha256(transformer / name) for name in ("config.json", WEIGHTS)}
+    assert noted["network"] == {
+        name: sha256(transformer / name) for name in ("config.json", WEIGHTS)
+    }
     assert list(noted["rewards"]) == ["tiny_world"] and noted["rewards"]["tiny_world"]["identity"]
 
 
@@ -58,7 +66,9 @@ def test_another_network_beneath_the_adapters_is_refused_and_the_same_read_once(
     content = weights.read_bytes()
     try:
         weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
-        with pytest.raises(UserError, match=f"model.path={begun / 'model'}: the network's {WEIGHTS} is not the one"):
+        with pytest.raises(
+            UserError, match=f"model.path={begun / 'model'}: the network's {WEIGHTS} is not the one"
+        ):
             train(recipe(begun))
         assert (begun / "run" / "requeue").read_text() == "no\n"
     finally:
@@ -82,7 +92,9 @@ def test_a_reward_of_other_weights_is_refused_and_of_other_code_told(
     shutil.copytree(begun / "run", tmp_path / "run")
     (tmp_path / "model").symlink_to(begun / "model")
     recipe_file = tmp_path / "run" / "recipe.toml"
-    recipe_file.write_text(recipe_file.read_text().replace(str(begun / "model"), str(tmp_path / "model")))
+    recipe_file.write_text(
+        recipe_file.read_text().replace(str(begun / "model"), str(tmp_path / "model"))
+    )
     noted = json.loads((tmp_path / "run" / "provenance.json").read_text())
 
     def begin_with(**changed: str) -> None:
@@ -90,16 +102,23 @@ def test_a_reward_of_other_weights_is_refused_and_of_other_code_told(
         (tmp_path / "run" / "provenance.json").write_text(json.dumps(noted | {"rewards": rewards}))
 
     begin_with(fingerprint="of other weights")
-    with pytest.raises(UserError, match=r"rewards\.name=tiny_world: its weights or settings are not those that"):
+    with pytest.raises(
+        UserError, match=r"rewards\.name=tiny_world: its weights or settings are not those that"
+    ):
         train(recipe(tmp_path))
     assert (tmp_path / "run" / "requeue").read_text() == "no\n"
     begin_with(identity="of an older torch")
     capsys.readouterr()
     assert train(recipe(tmp_path)) is not None
     out = capsys.readouterr().out
-    assert "reward tiny_world: its code or a library (torch, transformers, pillow) is another than when the run" in out
+    assert (
+        "reward tiny_world: its code or a library (torch, transformers, pillow) is another than "
+        "when the run" in out
+    )
     assert "resumed from checkpoint step-1" in out
-    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["rewards"]["tiny_world"]["identity"] == (
+    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["rewards"]["tiny_world"][
+        "identity"
+    ] == (
         "of an older torch"  # the first iteration's
     )
 
@@ -120,7 +139,9 @@ class Bare(Weighed):
     fingerprint = ""
 
 
-def test_a_reward_is_told_the_same_in_the_process_and_behind_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reward_is_told_the_same_in_the_process_and_behind_a_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     held: dict[str, Reward] = {"weighed": Weighed(), "bare": Bare()}
     monkeypatch.setattr(in_process, "load_served", lambda spec: Served(held[spec.name], spec))
     inside = provenance.rewards([ScorerInProcess([plain(name)]) for name in held])
@@ -132,7 +153,10 @@ def test_a_reward_is_told_the_same_in_the_process_and_behind_a_server(monkeypatc
         for client in clients:
             client.close()
     assert inside == outside
-    assert {name: one["fingerprint"] for name, one in inside.items()} == {"weighed": "of its weights", "bare": ""}
+    assert {name: one["fingerprint"] for name, one in inside.items()} == {
+        "weighed": "of its weights",
+        "bare": "",
+    }
     assert inside["weighed"]["identity"] != inside["bare"]["identity"]
 
 

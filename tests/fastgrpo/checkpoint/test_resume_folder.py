@@ -1,4 +1,6 @@
-"""Which starts a run folder takes: one that trained nothing binds nobody, and what changes no result may change."""
+"""Which starts a run folder takes: one that trained nothing binds nobody, and what changes no
+result may change.
+"""
 
 import shutil
 from pathlib import Path
@@ -12,9 +14,19 @@ from fastgrpo.train import train
 from tests.harness import runs
 
 
-def test_a_red_preflight_binds_nobody_to_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its remedy, another value of some key, is taken in the same folder, also with run.resume=never."""
-    small = [*runs.SMALL, *runs.SMALLER, "run.iterations=1", "run.preflight=true", f"run.dir={tmp_path / 'run'}"]
+def test_a_red_preflight_binds_nobody_to_its_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its remedy, another value of some key, is taken in the same folder, also with
+    run.resume=never.
+    """
+    small = [
+        *runs.SMALL,
+        *runs.SMALLER,
+        "run.iterations=1",
+        "run.preflight=true",
+        f"run.dir={tmp_path / 'run'}",
+    ]
     usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda folder: usage)
@@ -24,7 +36,10 @@ def test_a_red_preflight_binds_nobody_to_its_recipe(tmp_path: Path, monkeypatch:
     remedy = config.load(runs.RECIPE, [*small, "rollout.samples_per_prompt=2", "run.resume=never"])
     assert train(remedy) is not None
     assert config.load(tmp_path / "run" / "recipe.toml") == remedy
-    for changed, message in (("run.resume=never", "holds a run already"), ("run.seed=1", "of another recipe")):
+    for changed, message in (
+        ("run.resume=never", "holds a run already"),
+        ("run.seed=1", "of another recipe"),
+    ):
         with pytest.raises(UserError, match=message):
             train(config.load(runs.RECIPE, [*small, "rollout.samples_per_prompt=2", changed]))
 
@@ -57,7 +72,9 @@ def test_one_finished_iteration_or_checkpoint_binds(tmp_path: Path) -> None:
     ],
 )
 def test_a_run_goes_on_with_what_changes_no_result(override: str) -> None:
-    check_same_recipe(config.load(runs.RECIPE, REWARDS), config.load(runs.RECIPE, [*REWARDS, override]))
+    check_same_recipe(
+        config.load(runs.RECIPE, REWARDS), config.load(runs.RECIPE, [*REWARDS, override])
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,7 +83,10 @@ def test_a_run_goes_on_with_what_changes_no_result(override: str) -> None:
         ("model.dtype=bfloat16", "model.dtype: float32 -> bfloat16"),
         ("lora.rank=4", "lora.rank: 0 -> 4"),
         ("rollout.eta=0.5", "rollout.eta: 0.7 -> 0.5"),
-        ("rewards.0.weights.VQ=0.5", "rewards.0.weights: {'VQ': 1.0, 'MQ': 1.0, 'TA': 1.0} -> {'VQ': 0.5, "),
+        (
+            "rewards.0.weights.VQ=0.5",
+            "rewards.0.weights: {'VQ': 1.0, 'MQ': 1.0, 'TA': 1.0} -> {'VQ': 0.5, ",
+        ),
         ("rewards.1.path=other", "rewards.1.path: None -> other"),
         ("rewards.1.fps=8.0", "rewards.1.fps: None -> 8.0"),
         ("rewards.1.name=other", "rewards.1.name: video_stats -> other"),
@@ -74,16 +94,24 @@ def test_a_run_goes_on_with_what_changes_no_result(override: str) -> None:
 )
 def test_a_run_does_not_go_on_with_what_changes_its_result(override: str, told: str) -> None:
     with pytest.raises(UserError, match="holds a run of another recipe") as caught:
-        check_same_recipe(config.load(runs.RECIPE, REWARDS), config.load(runs.RECIPE, [*REWARDS, override]))
-    assert f"({told}" in str(caught.value) and "; " not in str(caught.value).partition("(")[2].partition(")")[0]
+        check_same_recipe(
+            config.load(runs.RECIPE, REWARDS), config.load(runs.RECIPE, [*REWARDS, override])
+        )
+    assert (
+        f"({told}" in str(caught.value)
+        and "; " not in str(caught.value).partition("(")[2].partition(")")[0]
+    )
 
 
 def test_another_number_of_rewards_is_another_recipe() -> None:
     with pytest.raises(UserError, match=r"rewards\.1\.name: video_stats -> None; "):
-        check_same_recipe(config.load(runs.RECIPE, REWARDS), config.load(runs.RECIPE, ["server.token_file=token"]))
+        check_same_recipe(
+            config.load(runs.RECIPE, REWARDS), config.load(runs.RECIPE, ["server.token_file=token"])
+        )
 
 
 REWARDS = [
-    "rewards=[{name='tiny_world', weights={VQ=1.0, MQ=1.0, TA=1.0}}, {name='video_stats', weights={sharp=0.0}}]",
+    "rewards=[{name='tiny_world', weights={VQ=1.0, MQ=1.0, TA=1.0}}, {name='video_stats', "
+    "weights={sharp=0.0}}]",
     "server.token_file=token",
 ]

@@ -39,15 +39,20 @@ assert "torch" not in sys.modules, "a help text imports torch"
 
 def test_faces_and_help_texts_import_nothing_heavy() -> None:
     code = CODE.format(faces=FACES, heavy=HEAVY)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_recipe_is_checked_without_torch() -> None:
     code = (
         "import sys; from fastgrpo.cli import main as cli; "
-        "code = cli.main(['plan', 'launch/t2v_tiny.toml', '--gpus', '1', '--gpu', 'h800', '--json']); "
+        "code = cli.main(['plan', 'launch/t2v_tiny.toml', '--gpus', '1', '--gpu', 'h800', "
+        "'--json']); "
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,7 +1,8 @@
 """The launch files start the same job in every way a user may call them.
 
-Each test copies the real launch files and fastgrpo/cli/launch.py into a small tree whose command only prints what it
-was given. So what is tested is how processes start and what reaches them, in seconds, and from an uninstalled checkout.
+Each test copies the real launch files and fastgrpo/cli/launch.py into a small tree whose command
+only prints what it was given. So what is tested is how processes start and what reaches them, in
+seconds, and from an uninstalled checkout.
 """
 
 import json
@@ -68,13 +69,29 @@ def tree(tmp_path: Path) -> Path:
 
 
 def start(command: list[str], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run `command` for at most two minutes: this Python first on PATH, no GPU, no settings of an outer launcher."""
-    outer = ("TORCHELASTIC_", "FASTGRPO_", "SLURM_", "PYTHONPATH", "OMP_NUM_THREADS", "RANK", "WORLD_SIZE")
+    """Run `command` for at most two minutes: this Python first on PATH, no GPU, no settings of an
+    outer launcher.
+    """
+    outer = (
+        "TORCHELASTIC_",
+        "FASTGRPO_",
+        "SLURM_",
+        "PYTHONPATH",
+        "OMP_NUM_THREADS",
+        "RANK",
+        "WORLD_SIZE",
+    )
     environment = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment["CUDA_VISIBLE_DEVICES"] = ""
     return subprocess.run(
-        command, cwd=cwd, env=environment | variables, capture_output=True, text=True, timeout=120, check=False
+        command,
+        cwd=cwd,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
@@ -130,23 +147,34 @@ def test_every_way_to_start_gives_each_rank_the_recipe_and_the_arguments(
 def test_a_relative_path_and_a_link_find_the_recipe(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "job.sh").symlink_to(tree / "launch/t2v_tiny.sh")
     expected = ["train", str(tree / "launch/t2v_tiny.toml")]
-    for command, cwd in ((["bash", "t2v_tiny.sh"], tree / "launch"), (["bash", "job.sh"], tmp_path)):
+    for command, cwd in (
+        (["bash", "t2v_tiny.sh"], tree / "launch"),
+        (["bash", "job.sh"], tmp_path),
+    ):
         (line,) = told(start(command, cwd=cwd, FASTGRPO_PROCESSES="1"))
         assert line["argv"] == expected
 
 
 @pytest.mark.timeout(150)
-def test_a_lone_torchrun_process_becomes_as_many_as_asked_for_once(tree: Path, tmp_path: Path) -> None:
-    ranks = told(start([*TORCHRUN, str(tree / "launch/t2v_tiny.sh")], cwd=tmp_path, FASTGRPO_PROCESSES="3"))
+def test_a_lone_torchrun_process_becomes_as_many_as_asked_for_once(
+    tree: Path, tmp_path: Path
+) -> None:
+    ranks = told(
+        start([*TORCHRUN, str(tree / "launch/t2v_tiny.sh")], cwd=tmp_path, FASTGRPO_PROCESSES="3")
+    )
     assert [line["RANK"] for line in ranks] == ["0", "1", "2"]
     assert {line["WORLD_SIZE"] for line in ranks} == {"3"}
     assert len({line["MASTER_PORT"] for line in ranks}) == 1
-    assert {line["OMP_NUM_THREADS"] for line in ranks} == {str(max(1, min(8, (os.cpu_count() or 1) // 3)))}
+    assert {line["OMP_NUM_THREADS"] for line in ranks} == {
+        str(max(1, min(8, (os.cpu_count() or 1) // 3)))
+    }
 
 
 @pytest.mark.parametrize("command", [["bash"], [sys.executable]])
 @pytest.mark.timeout(150)
-def test_a_mistake_is_one_line_and_exit_code_2(tree: Path, tmp_path: Path, command: list[str]) -> None:
+def test_a_mistake_is_one_line_and_exit_code_2(
+    tree: Path, tmp_path: Path, command: list[str]
+) -> None:
     result = start([*command, str(tree / "launch/t2v_tiny.sh"), "typo=1"], cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "Unknown key 'typo'; did you mean 'type'?\n"
@@ -154,47 +182,69 @@ def test_a_mistake_is_one_line_and_exit_code_2(tree: Path, tmp_path: Path, comma
 
 @pytest.mark.timeout(150)
 def test_rank_0_tells_a_mistake_before_torchrun_ends_the_ranks(tree: Path, tmp_path: Path) -> None:
-    result = start([*TORCHRUN, "--nproc-per-node=2", str(tree / "launch/t2v_tiny.sh"), "typo=1"], cwd=tmp_path)
+    result = start(
+        [*TORCHRUN, "--nproc-per-node=2", str(tree / "launch/t2v_tiny.sh"), "typo=1"], cwd=tmp_path
+    )
     assert result.returncode != 0
     lines = result.stderr.splitlines()
     assert lines.count("Unknown key 'typo'; did you mean 'type'?") == 1
-    assert lines[-2].endswith("Unknown key 'typo'; did you mean 'type'?")  # where a reader of torchrun's report looks
+    assert lines[-2].endswith(
+        "Unknown key 'typo'; did you mean 'type'?"
+    )  # where a reader of torchrun's report looks
 
 
 @pytest.mark.parametrize("command", [["bash"], [sys.executable]])
 @pytest.mark.timeout(60)
-def test_a_bad_number_of_processes_is_one_line(tree: Path, tmp_path: Path, command: list[str]) -> None:
-    result = start([*command, str(tree / "launch/t2v_tiny.sh")], cwd=tmp_path, FASTGRPO_PROCESSES="many")
+def test_a_bad_number_of_processes_is_one_line(
+    tree: Path, tmp_path: Path, command: list[str]
+) -> None:
+    result = start(
+        [*command, str(tree / "launch/t2v_tiny.sh")], cwd=tmp_path, FASTGRPO_PROCESSES="many"
+    )
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("fastgrpo: FASTGRPO_PROCESSES=many: not a number")
 
 
 @pytest.mark.timeout(150)
-def test_slurm_finds_the_file_behind_its_copy_and_starts_every_node(tree: Path, tmp_path: Path) -> None:
-    """slurm's own commands replaced by scripts that answer as slurm 22.05 does; two nodes, both on this machine."""
+def test_slurm_finds_the_file_behind_its_copy_and_starts_every_node(
+    tree: Path, tmp_path: Path
+) -> None:
+    """slurm's own commands replaced by scripts that answer as slurm 22.05 does; two nodes, both on
+    this machine.
+    """
     file = tree / "launch/t2v_tiny.sh"
     (tmp_path / "spool").mkdir()
     shutil.copy(file, tmp_path / "spool/slurm_script")
     task = 'SLURM_NODEID=$i SLURMD_NODENAME=n$i "$@"'
     commands = {
         "scontrol": f'case "$1 $2" in "show job") echo "   Command={file} run.note=two words" ;; '
-        '"show node") echo "   NodeAddr=127.0.0.1 NodeHostName=$3" ;; *) printf "%s\\n" n1 n2 ;; esac',
+        '"show node") echo "   NodeAddr=127.0.0.1 NodeHostName=$3" ;; *) printf "%s\\n" n1 n2 ;; '
+        "esac",
         "srun": f"while [[ $1 == --* ]]; do shift; done; for i in 0 1; do {task} & done; wait -n && wait -n",
     }
     path = programs(tmp_path, commands)
     command = ["bash", str(tmp_path / "spool/slurm_script"), "run.note=two words"]
     result = start(command, cwd=tmp_path, FASTGRPO_PROCESSES="1", PATH=path, **SLURM)
-    result.stdout = re.sub(r"^\[[01]\] ", "", result.stdout, flags=re.MULTILINE)  # which rank says it
+    result.stdout = re.sub(
+        r"^\[[01]\] ", "", result.stdout, flags=re.MULTILINE
+    )  # which rank says it
     ranks = told(result)
     assert [line["RANK"] for line in ranks] == ["0", "1"]
-    assert all(line["argv"] == ["train", str(file.with_suffix(".toml")), "run.note=two words"] for line in ranks)
+    assert all(
+        line["argv"] == ["train", str(file.with_suffix(".toml")), "run.note=two words"]
+        for line in ranks
+    )
     for node in (0, 1):
-        (output,) = tmp_path.glob(f"the run/logs/job-{os.getpid()}-0/n{node}/*/attempt_0/0/stdout.log")
+        (output,) = tmp_path.glob(
+            f"the run/logs/job-{os.getpid()}-0/n{node}/*/attempt_0/0/stdout.log"
+        )
         assert json.loads(output.read_text())["RANK"] == str(node)
 
 
-WARN = "kill -USR1 $(cut -d' ' -f4 /proc/$PPID/stat)"  # the batch script: srun is a child of its child
+WARN = (
+    "kill -USR1 $(cut -d' ' -f4 /proc/$PPID/stat)"  # the batch script: srun is a child of its child
+)
 JOB = """
 case "$1 $2" in
     "show job") echo "   JobState=$STATE Dependency=(null)" ;;
@@ -209,16 +259,55 @@ esac
     ("srun", "attempts", "state", "code", "requeued"),
     [
         pytest.param("true", None, "RUNNING Reason=None", 0, False, id="finished"),
-        pytest.param("echo yes >'the run/requeue'", None, "RUNNING Reason=None", 0, True, id="saved-in-time"),
-        pytest.param("echo yes >'the run/requeue'", None, "COMPLETING Reason=None", 0, False, id="cancelled"),
-        pytest.param("echo yes >'the run/requeue'", None, "COMPLETING Reason=TimeLimit", 0, True, id="time-limit"),
-        pytest.param("echo no >'the run/requeue'; exit 1", None, "RUNNING Reason=None", 1, False, id="mistake"),
-        pytest.param("echo no >'the run/requeue'", None, "RUNNING Reason=None", 0, False, id="stopped-by-a-person"),
+        pytest.param(
+            "echo yes >'the run/requeue'", None, "RUNNING Reason=None", 0, True, id="saved-in-time"
+        ),
+        pytest.param(
+            "echo yes >'the run/requeue'", None, "COMPLETING Reason=None", 0, False, id="cancelled"
+        ),
+        pytest.param(
+            "echo yes >'the run/requeue'",
+            None,
+            "COMPLETING Reason=TimeLimit",
+            0,
+            True,
+            id="time-limit",
+        ),
+        pytest.param(
+            "echo no >'the run/requeue'; exit 1",
+            None,
+            "RUNNING Reason=None",
+            1,
+            False,
+            id="mistake",
+        ),
+        pytest.param(
+            "echo no >'the run/requeue'",
+            None,
+            "RUNNING Reason=None",
+            0,
+            False,
+            id="stopped-by-a-person",
+        ),
         pytest.param("exit 137", None, "RUNNING Reason=None", 137, True, id="first-crash"),
         pytest.param("exit 1", "step-3 1", "RUNNING Reason=None", 1, True, id="second-crash"),
         pytest.param("exit 1", "step-3 2", "RUNNING Reason=None", 2, False, id="third-crash"),
-        pytest.param("exit 1", "step-2 2", "RUNNING Reason=None", 1, True, id="first-crash-since-a-checkpoint"),
-        pytest.param("echo yes >'the run/requeue'", "step-3 2", "RUNNING Reason=None", 2, False, id="no-progress"),
+        pytest.param(
+            "exit 1",
+            "step-2 2",
+            "RUNNING Reason=None",
+            1,
+            True,
+            id="first-crash-since-a-checkpoint",
+        ),
+        pytest.param(
+            "echo yes >'the run/requeue'",
+            "step-3 2",
+            "RUNNING Reason=None",
+            2,
+            False,
+            id="no-progress",
+        ),
         pytest.param(
             f"{WARN}; for _ in {{1..50}}; do [[ ! -f 'the run/stop' ]] || break; sleep 0.1; done;"
             " [[ $(<'the run/stop') == slurm ]] && echo yes >'the run/requeue'; exit 0",
@@ -228,14 +317,24 @@ esac
             True,
             id="warned",
         ),
-        pytest.param(f"{WARN}; exit 3", None, "RUNNING Reason=None", 3, True, id="warned-as-it-ends"),
+        pytest.param(
+            f"{WARN}; exit 3", None, "RUNNING Reason=None", 3, True, id="warned-as-it-ends"
+        ),
     ],
 )
 @pytest.mark.timeout(60)
 def test_a_job_goes_back_into_the_queue_where_there_is_more_to_do(
-    tree: Path, tmp_path: Path, srun: str, attempts: str | None, state: str, code: int, requeued: bool
+    tree: Path,
+    tmp_path: Path,
+    srun: str,
+    attempts: str | None,
+    state: str,
+    code: int,
+    requeued: bool,
 ) -> None:
-    """The batch script with slurm's commands replaced; the run's newest checkpoint is step-3, its limit 2."""
+    """The batch script with slurm's commands replaced; the run's newest checkpoint is step-3, its
+    limit 2.
+    """
     folder = tmp_path / "the run"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints/latest").write_text("step-3\n")
@@ -243,13 +342,18 @@ def test_a_job_goes_back_into_the_queue_where_there_is_more_to_do(
         (folder / left).write_text("yes\n")
     if attempts is not None:
         (folder / "attempts").write_text(attempts + "\n")
-    path = programs(tmp_path, {"scontrol": JOB, "srun": "[[ ! -f 'the run/stop' ]] || exit 99\n" + srun})
+    path = programs(
+        tmp_path, {"scontrol": JOB, "srun": "[[ ! -f 'the run/stop' ]] || exit 99\n" + srun}
+    )
     command = ["bash", str(tree / "launch/t2v_tiny.sh")]
     result = start(command, cwd=tmp_path, PATH=path, STATE=state, ENVIRONMENT="BATCH", **SLURM)
     assert result.returncode == code, result.stderr
     assert (f"requeued {SLURM['SLURM_JOB_ID']}" in result.stdout) == requeued
     if attempts == "step-3 2":
-        assert "fastgrpo: run.max_requeues=2: attempt 3 that ends at checkpoint step-3, " in result.stderr
+        assert (
+            "fastgrpo: run.max_requeues=2: attempt 3 that ends at checkpoint step-3, "
+            in result.stderr
+        )
     if requeued:
         assert (folder / "attempts").read_text() == f"step-3 {2 if attempts == 'step-3 1' else 1}\n"
 
@@ -276,16 +380,28 @@ esac
     [
         pytest.param("RUNNING", {}, 3, True, "", id="answers-at-length"),
         pytest.param("RUNNING", {"DEAF_STATE": "2"}, 3, True, "1 2", id="answers-late"),
-        pytest.param("COMPLETING", {"DEAF_STATE": "2"}, 3, False, "1 2", id="cancelled-and-answers-late"),
+        pytest.param(
+            "COMPLETING", {"DEAF_STATE": "2"}, 3, False, "1 2", id="cancelled-and-answers-late"
+        ),
         pytest.param("RUNNING", {"DEAF_STATE": "99"}, 3, True, "1 2 4 0", id="never-answers"),
         pytest.param("RUNNING", {"DEAF_REQUEUE": "3"}, 3, True, "1 2 4", id="takes-it-back-late"),
-        pytest.param("RUNNING", {"DEAF_REQUEUE": "99"}, 3, False, "1 2 4 0", id="never-takes-it-back"),
-        pytest.param("RUNNING", {"DEAF_NODE": "99"}, 3, True, "1 2 4 0", id="does-not-know-the-node"),
+        pytest.param(
+            "RUNNING", {"DEAF_REQUEUE": "99"}, 3, False, "1 2 4 0", id="never-takes-it-back"
+        ),
+        pytest.param(
+            "RUNNING", {"DEAF_NODE": "99"}, 3, True, "1 2 4 0", id="does-not-know-the-node"
+        ),
     ],
 )
 @pytest.mark.timeout(60)
 def test_a_slurm_that_does_not_answer_is_no_cancelled_job(
-    tree: Path, tmp_path: Path, state: str, deaf: dict[str, str], code: int, requeued: bool, pauses: str
+    tree: Path,
+    tmp_path: Path,
+    state: str,
+    deaf: dict[str, str],
+    code: int,
+    requeued: bool,
+    pauses: str,
 ) -> None:
     """A crashed job whose scontrol fails some times; its pauses are counted, not slept."""
     srun = "echo $FASTGRPO_MASTER >master; exit 3"
@@ -313,8 +429,12 @@ def test_a_slurm_that_does_not_answer_is_no_cancelled_job(
     assert (tmp_path / "master").read_text().startswith(f"{address}:")
 
 
-@pytest.mark.parametrize(("person", "left"), [(None, "slurm\n"), ("", ""), ("enough\n", "enough\n")])
-def test_slurms_word_leaves_a_persons_stop_file_as_it_is(tmp_path: Path, person: str | None, left: str) -> None:
+@pytest.mark.parametrize(
+    ("person", "left"), [(None, "slurm\n"), ("", ""), ("enough\n", "enough\n")]
+)
+def test_slurms_word_leaves_a_persons_stop_file_as_it_is(
+    tmp_path: Path, person: str | None, left: str
+) -> None:
     if person is not None:
         (tmp_path / "stop").write_text(person)
     script = f"set -euo pipefail; source '{ROOT}/launch/_job.sh'; folder='{tmp_path}'; hear_slurm; kill -USR1 $$"
@@ -339,15 +459,23 @@ def test_nothing_of_the_outer_torchrun_reaches_the_inner_one() -> None:
         "HOME": "h",
         "OMP_NUM_THREADS": "3",
     }
-    assert torchrun_environment(outer, processes=2) == {"HOME": "h", "OMP_NUM_THREADS": "3", SETTLED: "1"}
+    assert torchrun_environment(outer, processes=2) == {
+        "HOME": "h",
+        "OMP_NUM_THREADS": "3",
+        SETTLED: "1",
+    }
 
 
-LAUNCH_FILES = sorted(file for file in (ROOT / "launch").glob("*.sh") if not file.name.startswith("_"))
+LAUNCH_FILES = sorted(
+    file for file in (ROOT / "launch").glob("*.sh") if not file.name.startswith("_")
+)
 
 
 @pytest.mark.parametrize("file", LAUNCH_FILES, ids=lambda file: str(file.name))
 def test_a_launch_file_is_clean_bash_and_clean_python(file: Path, tmp_path: Path) -> None:
-    bash = subprocess.run(["bash", "-n", str(file)], capture_output=True, text=True, check=False, timeout=20)
+    bash = subprocess.run(
+        ["bash", "-n", str(file)], capture_output=True, text=True, check=False, timeout=20
+    )
     assert (bash.returncode, bash.stderr) == (0, "")
     copy = shutil.copy(file, tmp_path)
     python = [sys.executable, "-W", "error", "-m", "py_compile", str(copy)]

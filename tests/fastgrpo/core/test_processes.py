@@ -1,4 +1,6 @@
-"""Folders that only one run may use, on file systems with and without locks, and a rank that fails alone."""
+"""Folders that only one run may use, on file systems with and without locks, and a rank that fails
+alone.
+"""
 
 import errno
 import fcntl
@@ -14,11 +16,15 @@ from fastgrpo.core.files import only_run_in, take_lock
 from fastgrpo.core.processes import OneRankError, fail_alone
 
 
-def test_a_folder_is_one_processs_until_that_gives_it_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_one_processs_until_that_gives_it_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "PATIENCE_S", 0.0)
     with only_run_in(tmp_path / "run"):
         assert take_lock(tmp_path / "run", "run.dir") is None
-        with pytest.raises(UserError, match=r"run\.dir=.*/run: another process is training there; wait for it"):
+        with pytest.raises(
+            UserError, match=r"run\.dir=.*/run: another process is training there; wait for it"
+        ):
             only_run_in(tmp_path / "run").__enter__()
     with only_run_in(tmp_path / "run"):
         pass
@@ -34,11 +40,15 @@ def test_without_file_locks_a_run_goes_on_with_one_line(
     monkeypatch.setattr(fcntl, "flock", flock)
     with only_run_in(tmp_path / "run"):
         told = capsys.readouterr().err
-    assert told.startswith(f"fastgrpo: run.dir={tmp_path / 'run'}: its file system has no file locks (Function not")
+    assert told.startswith(
+        f"fastgrpo: run.dir={tmp_path / 'run'}: its file system has no file locks (Function not"
+    )
     assert told.count("\n") == 1 and "Lustre: flock; NFS: lockd" in told
 
 
-def test_a_lock_that_fails_otherwise_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_fails_otherwise_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def flock(*_: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
@@ -55,7 +65,9 @@ def test_a_rank_that_fails_alone_tells_it_itself_and_ends_at_once(
         try:
             fail_alone("rollout.batch_size=8: no room; lower it.")
         except OneRankError:
-            assert "no room" in capsys.readouterr().err, "told before anything is closed, which may wait for others"
+            assert "no room" in capsys.readouterr().err, (
+                "told before anything is closed, which may wait for others"
+            )
             raise
 
     monkeypatch.setenv("RANK", rank)

@@ -33,7 +33,9 @@ LIMIT_S = 4
 
 def status(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fastgrpo.cli", "status", str(folder), *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 @dataclass
@@ -50,7 +52,14 @@ class Stalled:
 @pytest.fixture(scope="module")
 def stalled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stalled]:
     folder = tmp_path_factory.mktemp("stalled") / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+    ]
     with (folder.parent / "out").open("w") as out:
         process = subprocess.Popen(
             [*command, "tests.harness.workers.observability", str(folder)],
@@ -74,10 +83,17 @@ def stalled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stalled]:
         told = (folder.parent / "out").read_text()
         assert pid, told
         yield Stalled(
-            folder, out=told, told=status(folder, "--limit", str(LIMIT_S)), rows=runs.metrics(folder), pid=pid
+            folder,
+            out=told,
+            told=status(folder, "--limit", str(LIMIT_S)),
+            rows=runs.metrics(folder),
+            pid=pid,
         )
     finally:
-        for number in (pid, process.pid):  # the ranks die with torchrun, but one that is stopped does not hear SIGTERM
+        for number in (
+            pid,
+            process.pid,
+        ):  # the ranks die with torchrun, but one that is stopped does not hear SIGTERM
             with suppress(ProcessLookupError):
                 os.kill(number or process.pid, signal.SIGKILL)
         process.wait(timeout=30)
@@ -87,11 +103,15 @@ def stalled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stalled]:
 def test_the_slowest_rank_and_its_phase_are_named(stalled: Stalled) -> None:
     calm, slow = stalled.rows
     assert (slow["slowest/rollout"], slow["slowest/rank"]) == (1.0, 1.0)
-    fastest, middle, longest = (slow[f"seconds_{kind}/rollout"] for kind in ("min", "median", "max"))
+    fastest, middle, longest = (
+        slow[f"seconds_{kind}/rollout"] for kind in ("min", "median", "max")
+    )
     assert PIECES * WORK_S <= fastest < SLOW <= longest
     assert middle == pytest.approx((fastest + longest) / 2)
     assert slow["seconds/rollout"] == fastest  # rank 0's
-    assert slow["seconds_max/wait"] == slow["seconds/wait"] >= 0.5 * (longest - fastest)  # it waited for the other
+    assert (
+        slow["seconds_max/wait"] == slow["seconds/wait"] >= 0.5 * (longest - fastest)
+    )  # it waited for the other
     assert slow["seconds/total"] >= SLOW
     assert slow["seconds_min/update"] >= 3 * WORK_S <= calm["seconds_min/update"]
     assert calm["seconds_max/rollout"] < SLOW
@@ -108,22 +128,39 @@ def test_a_stopped_rank_is_named_with_its_phase(stalled: Stalled) -> None:
     head, first, second, said = stalled.told.stdout.splitlines()
     assert head.split()[:4] == ["rank", "node", "pid", "iteration"]
     assert first.split()[:5] == ["1", NODE, str(stalled.pid), "3", "decode"]
-    assert "tests.harness.workers.observability" not in first  # what is ours: the worker runs as __main__
+    assert (
+        "tests.harness.workers.observability" not in first
+    )  # what is ours: the worker runs as __main__
     assert "__main__" in first and "iterate" in first
-    assert second.split()[0] == "0" and second.split()[3:5] == ["3", "wait"] and "fastgrpo.run.stopping:" in second
+    assert (
+        second.split()[0] == "0"
+        and second.split()[3:5] == ["3", "wait"]
+        and "fastgrpo.run.stopping:" in second
+    )
     assert said.startswith(f"rank 1 (node {NODE}, pid {stalled.pid}) seems dead: silent for ")
     assert "last in decode, iteration 3" in said
 
 
 def test_each_rank_has_a_log_of_its_own(stalled: Stalled) -> None:
     for rank in (0, 1):
-        rows = [json.loads(line) for line in (stalled.folder / "logs" / f"rank-{rank}.jsonl").open()]
+        rows = [
+            json.loads(line) for line in (stalled.folder / "logs" / f"rank-{rank}.jsonl").open()
+        ]
         assert [row["iteration"] for row in rows] == [0, 1]
         for row, logged in zip(rows, stalled.rows, strict=True):
             assert (row["rank"], row["host"], row["device"]) == (rank, NODE, "cpu")
-            assert set(row["seconds"]) == set(row["cpu_seconds"]) == set(row["resident_gib"]) == set(PHASES)
+            assert (
+                set(row["seconds"])
+                == set(row["cpu_seconds"])
+                == set(row["resident_gib"])
+                == set(PHASES)
+            )
             for phase, seconds in row["seconds"].items():
-                assert logged[f"seconds_min/{phase}"] - 1e-3 <= seconds <= logged[f"seconds_max/{phase}"] + 1e-3
+                assert (
+                    logged[f"seconds_min/{phase}"] - 1e-3
+                    <= seconds
+                    <= logged[f"seconds_max/{phase}"] + 1e-3
+                )
         assert rows[1]["cpu_seconds"]["rollout"] < 0.5 * SLOW  # asleep
 
 
@@ -137,13 +174,17 @@ def test_memory_has_its_peak_in_the_phase_that_took_it(stalled: Stalled) -> None
     assert not any("allocated_gib" in name for name in slow) or torch.cuda.is_available()
 
 
-def test_peaks_of_the_gpu_are_read_before_they_are_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peaks_of_the_gpu_are_read_before_they_are_set_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Without a GPU at hand: an allocator of three numbers in its place."""
     now, peak = 1 * 2**30, {"allocated": 3 * 2**30, "reserved": 4 * 2**30}
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: peak["allocated"])
     monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda: peak["reserved"])
-    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda: peak.update(allocated=now, reserved=2 * now))
+    monkeypatch.setattr(
+        "torch.cuda.reset_peak_memory_stats", lambda: peak.update(allocated=now, reserved=2 * now)
+    )
     peaks = Peaks()
     assert peaks.read()[:2] == (1.0, 2.0)  # what came before does not count
     peak |= {"allocated": 5 * 2**30, "reserved": 6 * 2**30}
@@ -155,10 +196,17 @@ def test_a_real_run_has_every_phase_of_every_rank(two_rank_run: Path) -> None:
     rows = runs.metrics(two_rank_run)
     for row in rows:
         for phase in PHASES:
-            assert 0 <= row[f"seconds_min/{phase}"] <= row[f"seconds_median/{phase}"] <= row[f"seconds_max/{phase}"]
+            assert (
+                0
+                <= row[f"seconds_min/{phase}"]
+                <= row[f"seconds_median/{phase}"]
+                <= row[f"seconds_max/{phase}"]
+            )
             assert 0.1 < row[f"resident_gib/{phase}"] < 8
         assert min(row[f"seconds_min/{phase}"] for phase in ("rollout", "decode", "update")) > 0
-        assert row["seconds/total"] == pytest.approx(sum(row[f"seconds/{phase}"] for phase in PHASES))
+        assert row["seconds/total"] == pytest.approx(
+            sum(row[f"seconds/{phase}"] for phase in PHASES)
+        )
         assert row["slowest/rank"] in (0, 1)
     assert "How far apart the ranks are" in (two_rank_run / "report.html").read_text()
     assert [(beat.rank, beat.end, beat.iteration) for beat in heartbeat.read(two_rank_run)] == [
@@ -166,7 +214,9 @@ def test_a_real_run_has_every_phase_of_every_rank(two_rank_run: Path) -> None:
         (1, "done", len(rows) - 1),
     ]
     told = status(two_rank_run)
-    assert told.returncode == 0 and told.stdout.endswith("the run has ended in good order, 2 ranks\n")
+    assert told.returncode == 0 and told.stdout.endswith(
+        "the run has ended in good order, 2 ranks\n"
+    )
 
 
 class Clock:
@@ -210,16 +260,23 @@ def test_laps_go_to_the_phase_that_they_end(monkeypatch: pytest.MonkeyPatch) -> 
     assert metrics == {f"seconds/{phase}": value for phase, value in expected.items()} | {
         "seconds/total": sum(expected.values())
     }
-    assert {name: phase.cpu for name, phase in watch.phases.items()} == {n: v / 4 for n, v in expected.items()}
+    assert {name: phase.cpu for name, phase in watch.phases.items()} == {
+        n: v / 4 for n, v in expected.items()
+    }
 
 
 def watched(**seconds: float) -> Stopwatch:
-    phases = {name: Phase(value, 0.0, (value, 2 * value, 3 * value)) for name, value in seconds.items()}
+    phases = {
+        name: Phase(value, 0.0, (value, 2 * value, 3 * value)) for name, value in seconds.items()
+    }
     return Stopwatch(phases=phases)
 
 
 def gathered(*watches: Stopwatch) -> Spread:
-    return spread([f"n{rank // 2}" for rank in range(len(watches))], torch.stack([table(watch) for watch in watches]))
+    return spread(
+        [f"n{rank // 2}" for rank in range(len(watches))],
+        torch.stack([table(watch) for watch in watches]),
+    )
 
 
 def test_the_spread_is_that_of_the_ranks() -> None:
@@ -230,19 +287,37 @@ def test_the_spread_is_that_of_the_ranks() -> None:
         watched(rollout=4.0, update=5.0, wait=0.0),
     )
     metrics = found.metrics()
-    assert [metrics[f"seconds_{kind}/rollout"] for kind in ("min", "median", "max")] == [0.0, 1.1, 4.0]
+    assert [metrics[f"seconds_{kind}/rollout"] for kind in ("min", "median", "max")] == [
+        0.0,
+        1.1,
+        4.0,
+    ]
     assert [metrics[f"slowest/{name}"] for name in ("rollout", "update", "rank")] == [3.0, 2.0, 3.0]
-    assert [metrics[f"{kind}_gib/rollout"] for kind in ("allocated", "reserved", "resident")] == [4.0, 8.0, 12.0]
+    assert [metrics[f"{kind}_gib/rollout"] for kind in ("allocated", "reserved", "resident")] == [
+        4.0,
+        8.0,
+        12.0,
+    ]
     assert "slowest/wait" not in metrics and "seconds_max/decode" not in metrics
     assert found.note() == "slow: rank 3 (node n1) took 3.6x the median in rollout"
     alone = gathered(watched(rollout=1.0)).metrics()
-    assert alone == {"allocated_gib/rollout": 1.0, "reserved_gib/rollout": 2.0, "resident_gib/rollout": 3.0}
+    assert alone == {
+        "allocated_gib/rollout": 1.0,
+        "reserved_gib/rollout": 2.0,
+        "resident_gib/rollout": 3.0,
+    }
 
 
 def test_small_differences_are_not_worth_a_word() -> None:
     assert gathered(watched(rollout=1.0), watched(rollout=1.2), watched(rollout=1.4)).note() == ""
-    assert gathered(watched(rollout=0.01), watched(rollout=0.01), watched(rollout=0.15)).note() == ""
-    tiny = (watched(decode=0.1, update=50.0), watched(decode=0.1, update=50.0), watched(decode=0.9, update=50.0))
+    assert (
+        gathered(watched(rollout=0.01), watched(rollout=0.01), watched(rollout=0.15)).note() == ""
+    )
+    tiny = (
+        watched(decode=0.1, update=50.0),
+        watched(decode=0.1, update=50.0),
+        watched(decode=0.9, update=50.0),
+    )
     assert gathered(*tiny).note() == ""
 
 
@@ -271,19 +346,31 @@ def test_the_rank_that_all_others_wait_for_is_hung() -> None:
     (said,) = judged([*CROWD, LONE])
     name, trouble = said.split(" seems hung in ")
     assert name == "rank 2 (node n1, pid 11)"
-    assert trouble == "rollout, iteration 7 (for 2 min, longest before 20 s); the others are in wait"
+    assert (
+        trouble == "rollout, iteration 7 (for 2 min, longest before 20 s); the others are in wait"
+    )
     assert lines([*CROWD, LONE], 1001.0, 60.0)[1].split()[0] == "2"
-    assert judged([*CROWD, replace(LONE, longest_s=40.0)]) == []  # three times as long is not out of the ordinary
-    assert judged([*CROWD, replace(LONE, longest_s=0.0)]) == []  # nobody knows how long its first takes
+    assert (
+        judged([*CROWD, replace(LONE, longest_s=40.0)]) == []
+    )  # three times as long is not out of the ordinary
+    assert (
+        judged([*CROWD, replace(LONE, longest_s=0.0)]) == []
+    )  # nobody knows how long its first takes
     assert judged([*CROWD, replace(LONE, longest_s=0.0, phase_s=2000.0)]) != []
 
 
 def test_ranks_that_hang_together_or_are_gone_are_told_apart() -> None:
     together = [replace(beat, phase="update", laps=12, longest_s=20.0) for beat in (*CROWD, LONE)]
-    assert judged(together)[0].startswith("all 4 ranks seem hung in update, iteration 7 (for 2 min, longest before 20")
-    assert judged([*CROWD, LONE], now=1100.0)[0].startswith("all 4 ranks are silent, for 2 min at least")
+    assert judged(together)[0].startswith(
+        "all 4 ranks seem hung in update, iteration 7 (for 2 min, longest before 20"
+    )
+    assert judged([*CROWD, LONE], now=1100.0)[0].startswith(
+        "all 4 ranks are silent, for 2 min at least"
+    )
     (said,) = judged([*CROWD, replace(LONE, time=900.0)])
-    assert said.startswith("rank 2 (node n1, pid 11) seems dead: silent for 2 min, last in rollout, iteration 7")
+    assert said.startswith(
+        "rank 2 (node n1, pid 11) seems dead: silent for 2 min, last in rollout, iteration 7"
+    )
     assert judged(CROWD)[0] == "no heartbeat of rank 2: not started yet, or its node is lost"
     failed = judged([*CROWD, replace(LONE, end="ValueError: no")])
     assert failed[0] == "rank 2 (node n1, pid 11) ended in rollout, iteration 7: ValueError: no"
@@ -306,7 +393,10 @@ def test_a_heartbeat_tells_phase_place_and_end(tmp_path: Path) -> None:
         assert 3 <= heart.written <= 14  # on entering, then every 0.05 s
         raise RuntimeError("long " * 1000)
     (left,) = heartbeat.read(tmp_path)
-    assert left.end.startswith("RuntimeError: long long") and (left.phase, left.ranks) == ("decode", 2)
+    assert left.end.startswith("RuntimeError: long long") and (left.phase, left.ranks) == (
+        "decode",
+        2,
+    )
     assert (tmp_path / "heartbeats" / "rank-0").stat().st_size == heartbeat.SIZE
 
 
@@ -321,7 +411,10 @@ def test_no_disk_no_folder_no_matter(tmp_path: Path, capsys: pytest.CaptureFixtu
     log = RankLog(tmp_path, 0)
     log.append({"iteration": 0})
     log.append({"iteration": 1})
-    assert capsys.readouterr().err.count("No space left on device; training goes on without that log") == 1
+    assert (
+        capsys.readouterr().err.count("No space left on device; training goes on without that log")
+        == 1
+    )
 
 
 def test_a_log_cut_off_by_a_kill_goes_on_in_a_line_of_its_own(tmp_path: Path) -> None:
@@ -341,13 +434,19 @@ def test_a_log_cut_off_by_a_kill_goes_on_in_a_line_of_its_own(tmp_path: Path) ->
 
 def test_status_needs_no_torch_and_refuses_what_is_no_run(tmp_path: Path) -> None:
     code = (
-        "import sys; from fastgrpo.cli import main as cli; n = cli.main(sys.argv[1:]); print(sorted(sys.modules)); "
+        "import sys; from fastgrpo.cli import main as cli; n = cli.main(sys.argv[1:]); "
+        "print(sorted(sys.modules)); "
         "sys.exit(n)"
     )
     command = [sys.executable, "-c", code, "status", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 2
     assert done.stderr == (
-        f"fastgrpo: {tmp_path / 'heartbeats'}: no heartbeats; give the run.dir of a run that has begun training.\n"
+        f"fastgrpo: {tmp_path / 'heartbeats'}: no heartbeats; give the run.dir of a run that has "
+        "begun training.\n"
     )
-    assert not {"'torch'", "'numpy'", "'pydantic'", "'rich'"} & set(done.stdout.strip("[]\n").split(", "))
+    assert not {"'torch'", "'numpy'", "'pydantic'", "'rich'"} & set(
+        done.stdout.strip("[]\n").split(", ")
+    )

@@ -1,4 +1,6 @@
-"""A run that is asked to stop saves what lies between two iterations, and goes on from there bit for bit."""
+"""A run that is asked to stop saves what lies between two iterations, and goes on from there bit
+for bit.
+"""
 
 import fcntl
 import json
@@ -31,8 +33,15 @@ ITERATIONS = 3
 
 
 def recipe(folder: Path) -> Recipe:
-    """Eight samples, so two batches of a rollout; two optimizer steps of at least two micro-batches each."""
-    small = ["checkpoint.every=10", "optimizer.batch_size=4", f"run.iterations={ITERATIONS}", f"run.dir={folder}"]
+    """Eight samples, so two batches of a rollout; two optimizer steps of at least two micro-batches
+    each.
+    """
+    small = [
+        "checkpoint.every=10",
+        "optimizer.batch_size=4",
+        f"run.iterations={ITERATIONS}",
+        f"run.dir={folder}",
+    ]
     return config.load(runs.RECIPE, [*runs.SMALL, *runs.SMALLER, *small])
 
 
@@ -69,8 +78,12 @@ def test_stopped_at_each_kind_of_moment_and_resumed_is_bit_for_bit_the_undisturb
 
     assert train(recipe(calm)) is not None
     assert moments.count("optimizer step") == 2 * ITERATIONS
-    first = moments[: [n for n, moment in enumerate(moments) if moment == "optimizer step"][1]].count("boundary")
-    assert first >= 10  # a batch of evaluation, of starts, two of samples, two micro-batches, and each one's end
+    first = moments[
+        : [n for n, moment in enumerate(moments) if moment == "optimizer step"][1]
+    ].count("boundary")
+    assert (
+        first >= 10
+    )  # a batch of evaluation, of starts, two of samples, two micro-batches, and each one's end
 
     def attempt(**at: int) -> list[str]:
         """Run until a signal at the n-th of these moments stops it.  returns the checkpoints"""
@@ -82,7 +95,8 @@ def test_stopped_at_each_kind_of_moment_and_resumed_is_bit_for_bit_the_undisturb
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         return checkpoints(stormy)
 
-    # at the end of the evaluation before training, and before the second batch of the first rollout: nothing to save
+    # at the end of the evaluation before training, and before the second batch of the first
+    # rollout: nothing to save
     assert attempt(boundary=2) == []
     assert attempt(boundary=6) == []
     # before the second micro-batch of the second iteration: the first is saved
@@ -106,7 +120,9 @@ def test_stopped_at_each_kind_of_moment_and_resumed_is_bit_for_bit_the_undisturb
 
 
 @pytest.mark.timeout(120)
-def test_all_ranks_stop_at_the_same_boundary_whatever_their_number_of_pieces(tmp_path: Path) -> None:
+def test_all_ranks_stop_at_the_same_boundary_whatever_their_number_of_pieces(
+    tmp_path: Path,
+) -> None:
     expected = {
         "nobody": ["3 all done", "1 all done"],
         "second rank": ["2 stopped", "1 stopped"],  # the answer is read a piece later
@@ -143,7 +159,12 @@ launch.main(Path("x.toml"), [])
 """
     environment = os.environ | {"FASTGRPO_SETTLED": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, timeout=60, check=False
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) is True
@@ -225,7 +246,9 @@ def test_one_ranks_mistake_is_answered_before_it_waits_for_the_others(
     assert there == [True] and (tmp_path / "requeue").read_text() == "no\n"
 
 
-def test_the_folder_of_another_run_gets_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_of_another_run_gets_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither where the lock itself is missed, nor after another mistake."""
     monkeypatch.setattr(files, "PATIENCE_S", 0.0)
     with (tmp_path / "lock").open("a") as lock:
@@ -233,7 +256,11 @@ def test_the_folder_of_another_run_gets_no_answer(tmp_path: Path, monkeypatch: p
         with pytest.raises(UserError, match="another process is training there"):
             train(recipe(tmp_path))
         with pytest.raises(UserError, match="no such file"):
-            train(config.load(runs.RECIPE, [f"run.dir={tmp_path}", "prompts.train=/nowhere/prompts.txt"]))
+            train(
+                config.load(
+                    runs.RECIPE, [f"run.dir={tmp_path}", "prompts.train=/nowhere/prompts.txt"]
+                )
+            )
         assert not (tmp_path / "requeue").exists()
     answer_mistake(tmp_path)
     assert (tmp_path / "requeue").read_text() == "no\n"

@@ -1,4 +1,6 @@
-"""Tracking: one JSON line per iteration that survives kills and resumes, what a person sees, and wandb's own file."""
+"""Tracking: one JSON line per iteration that survives kills and resumes, what a person sees, and
+wandb's own file.
+"""
 
 import io
 import json
@@ -37,7 +39,9 @@ METRICS = {
 }
 
 
-def tracker(folder: Path, total: int = 90, start: int = 0, terminal: bool = False) -> tuple[Tracker, io.StringIO]:
+def tracker(
+    folder: Path, total: int = 90, start: int = 0, terminal: bool = False
+) -> tuple[Tracker, io.StringIO]:
     """A tracker whose output can be read."""
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal, width=100)
@@ -107,7 +111,8 @@ def test_the_plain_line_says_it_all(tmp_path: Path) -> None:
         "  8.1 s (rollout 2.0 decode 0.6 reward 0.1 update 5.2)  eta 11 min",
         "iteration 12/90  heldout sum 2.2 VQ 0.8",
         "iteration 13/90  reward 2.113 (VQ 0.71 MQ 0.66 TA 0.74)"
-        "  8.1 s (rollout 2.0 decode 0.6 reward 0.1 update 5.2)  eta 10 min  invalid scores: 3  slow: rank 5",
+        "  8.1 s (rollout 2.0 decode 0.6 reward 0.1 update 5.2)  eta 10 min  invalid scores: 3  "
+        "slow: rank 5",
     ]
 
 
@@ -131,17 +136,32 @@ def test_a_terminal_gets_a_live_display(tmp_path: Path) -> None:
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Tracker(tmp_path / "run", main=False, total_iterations=10, start_iteration=0, wandb=Wandb("p")) as tracked:
+    with Tracker(
+        tmp_path / "run", main=False, total_iterations=10, start_iteration=0, wandb=Wandb("p")
+    ) as tracked:
         tracked.log(0, METRICS)
         tracked.message("no")
-        tracked.videos(0, name="heldout", clips=torch.zeros(1, 2, 8, 8, 3, dtype=torch.uint8), captions=["a"], fps=8.0)
+        tracked.videos(
+            0,
+            name="heldout",
+            clips=torch.zeros(1, 2, 8, 8, 3, dtype=torch.uint8),
+            captions=["a"],
+            fps=8.0,
+        )
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0 s"), (45, "45 s"), (540, "9 min"), (7500, "2 h 05 min"), (276_000, "3 d 5 h"), (math.nan, "?")],
+    [
+        (0.4, "0 s"),
+        (45, "45 s"),
+        (540, "9 min"),
+        (7500, "2 h 05 min"),
+        (276_000, "3 d 5 h"),
+        (math.nan, "?"),
+    ],
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
     assert duration(seconds) == text
@@ -153,7 +173,9 @@ def test_the_trend_rises_with_the_values() -> None:
     assert trend([float(i // 10) for i in range(80)], 8) == BLOCKS
 
 
-def test_a_key_for_wandb_is_looked_for_where_wandb_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_for_wandb_is_looked_for_where_wandb_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.example:8080")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -177,12 +199,24 @@ with Tracker(Path(sys.argv[1]), True, 1, 0, Wandb(project="p")) as tracked:
 
 
 def test_a_key_without_a_way_out_is_a_run_kept_offline(tmp_path: Path) -> None:
-    """Compute nodes of many clusters have the user's netrc and no internet: that must not end a run."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "XDG", "NETRC"))}
-    nobody = {"WANDB_API_KEY": 40 * "a", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "3"}
+    """Compute nodes of many clusters have the user's netrc and no internet: that must not end a
+    run.
+    """
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("WANDB", "XDG", "NETRC"))
+    }
+    nobody = {
+        "WANDB_API_KEY": 40 * "a",
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_INIT_TIMEOUT": "3",
+    }
     environment = kept | nobody | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", UNREACHABLE_RUN, str(tmp_path / "run")]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=150
+    )
     assert done.returncode == 0, done.stderr
     assert "wandb: offline; upload later with: wandb sync" in done.stdout
     (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
@@ -224,7 +258,8 @@ def offline_history(folder: Path) -> dict[int, dict[str, object]]:
             record = b""
             if message.HasField("history"):
                 items = {
-                    item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in message.history.item
+                    item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                    for item in message.history.item
                 }
                 history[message.history.step.num] = items
     return history
@@ -233,22 +268,33 @@ def offline_history(folder: Path) -> dict[int, dict[str, object]]:
 def test_wandb_offline_holds_the_same_numbers_and_continues_its_run(tmp_path: Path) -> None:
     run, home = tmp_path / "run", tmp_path / "home"
     home.mkdir()
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "XDG", "NETRC"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("WANDB", "XDG", "NETRC"))
+    }
     environment = kept | {"HOME": str(home), "PYTHONPATH": str(ROOT)}
     for start, end in ((0, 4), (2, 6)):
         command = [sys.executable, "-c", WANDB_RUN, str(run), str(start), str(end)]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr
         assert "wandb: offline; upload later with: wandb sync" in done.stdout
     assert list(home.rglob("*")) == []  # nothing outside the run's folder
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "run"]
-    first, second = sorted((run / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime)
+    first, second = sorted(
+        (run / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime
+    )
     run_id = (run / "wandb_id.txt").read_text().strip()
     assert {first.name.rpartition("-")[2], second.name.rpartition("-")[2]} == {run_id}
     history = offline_history(first) | offline_history(second)
     assert len(lines(run)) == 6
     for row in lines(run):
         logged = history[int(row["iteration"])]
-        assert (logged["reward/sum"], logged["seconds/total"]) == (row["reward/sum"], row["seconds/total"])
+        assert (logged["reward/sum"], logged["seconds/total"]) == (
+            row["reward/sum"],
+            row["seconds/total"],
+        )
     assert history[5]["videos/heldout/captions"] == ["a red circle", "a blue square"]
     assert len(list((second / "files" / "media").rglob("*.mp4"))) >= 1

@@ -1,4 +1,6 @@
-"""`fastgrpo evaluate`: the base model against the trained one, by the paired difference of what several rewards say."""
+"""`fastgrpo evaluate`: the base model against the trained one, by the paired difference of what
+several rewards say.
+"""
 
 import json
 import shutil
@@ -41,7 +43,9 @@ PARTS = ("VQ", "MQ", "TA")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has undone what was done to its base model: noise on the weights of the shipped tiny one."""
+    """A run that has undone what was done to its base model: noise on the weights of the shipped
+    tiny one.
+    """
     folder = tmp_path_factory.mktemp("judged")
     base = folder / "base"
     shutil.copytree(FOLDER, base)
@@ -50,16 +54,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = load_file(file)
     for name, tensor in weights.items():
         if tensor.ndim > 1 and tensor.is_floating_point():
-            weights[name] = tensor + 0.5 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+            weights[name] = tensor + 0.5 * tensor.std() * torch.randn(
+                tensor.shape, generator=generator
+            )
     file.chmod(0o644)
     save_file(weights, file, {"format": "pt"})
-    recipe = config.load(runs.RECIPE, [f"model.path={base}", f"run.dir={folder / 'run'}", "rewards.0.where=process"])
+    recipe = config.load(
+        runs.RECIPE, [f"model.path={base}", f"run.dir={folder / 'run'}", "rewards.0.where=process"]
+    )
     recipe.run.dir.mkdir()
     (recipe.run.dir / "recipe.toml").write_text(recipe.to_toml())
     with open_world() as world:
-        policy = policies.load(recipe.model.model_copy(update={"path": str(FOLDER)}), CPU, recipe.lora)
+        policy = policies.load(
+            recipe.model.model_copy(update={"path": str(FOLDER)}), CPU, recipe.lora
+        )
         sharding.shard(policy, world, torch.float32)
-        trainer = Trainer.create(policy, recipe.optimizer.model_copy(update={"ema_decay": 0.0}), None)
+        trainer = Trainer.create(
+            policy, recipe.optimizer.model_copy(update={"ema_decay": 0.0}), None
+        )
         checkpoints = Checkpoints(recipe.run.dir / "checkpoints", Checkpoint(), world)
         checkpoints.save(trainer, Progress(iteration=7))
         checkpoints.finish()
@@ -96,19 +108,30 @@ def test_means_and_intervals_are_those_of_the_clips(improved: tuple[dict[str, An
     content = improved[0]
     assert [(clip["seed"]) for clip in content["clips"]] == [0, 1] * 5
     for key in ("tiny_world.VQ", "tiny_world.TA", "video_stats.speed"):
-        base, trained = (np.array([clip[side][key] for clip in content["clips"]]) for side in ("base", "trained"))
+        base, trained = (
+            np.array([clip[side][key] for clip in content["clips"]]) for side in ("base", "trained")
+        )
         column, difference = content["table"][key], trained - base
-        assert column["base"] == pytest.approx(base.mean()) and column["trained"] == pytest.approx(trained.mean())
+        assert column["base"] == pytest.approx(base.mean()) and column["trained"] == pytest.approx(
+            trained.mean()
+        )
         assert column["difference"] == pytest.approx(difference.mean())
         of_prompts = difference.reshape(5, 2).mean(1)
-        expected = of_prompts.mean() + np.array([-1.96, 1.96]) * of_prompts.std() / np.sqrt(5)  # what it tends to
+        expected = of_prompts.mean() + np.array([-1.96, 1.96]) * of_prompts.std() / np.sqrt(
+            5
+        )  # what it tends to
         width = expected[1] - expected[0]
         assert [column["low"], column["high"]] == pytest.approx(expected, abs=0.2 * width)
-    total = sum(np.array([clip["trained"][f"tiny_world.{part}"] for clip in content["clips"]]) for part in PARTS)
+    total = sum(
+        np.array([clip["trained"][f"tiny_world.{part}"] for clip in content["clips"]])
+        for part in PARTS
+    )
     assert content["table"]["sum"]["trained"] == pytest.approx(np.mean(total)), "every weight is 1"
 
 
-def test_a_clips_score_is_the_rewards_of_the_samplers_pixels(run: Path, improved: tuple[dict[str, Any], str]) -> None:
+def test_a_clips_score_is_the_rewards_of_the_samplers_pixels(
+    run: Path, improved: tuple[dict[str, Any], str]
+) -> None:
     """Put together here from the parts: noise of the seed, ODE, decode, reward."""
     clip = improved[0]["clips"][3]
     source = find(Asked(str(run)))
@@ -120,7 +143,9 @@ def test_a_clips_score_is_the_rewards_of_the_samplers_pixels(run: Path, improved
         shape = policy.latent_shape(source.video)
         grid = policy.time_grid(4, source.shift, shape)
         x = rollout.sample_ode(policy, noise.normal([sample.noise_key(1)], shape), grid, condition)
-        scores = rewards.load(rewards.plain("tiny_world"))(policy.decode(x), [clip["prompt"]], source.video.fps)
+        scores = rewards.load(rewards.plain("tiny_world"))(
+            policy.decode(x), [clip["prompt"]], source.video.fps
+        )
         for part in PARTS:
             assert clip[side][f"tiny_world.{part}"] == float(scores.values[part][0])
 
@@ -134,20 +159,31 @@ def test_the_markdown_is_the_papers_form(improved: tuple[dict[str, Any], str]) -
     interval = f"{vq['low']:+.4f} .. {vq['high']:+.4f}"
     means = [f"{vq['base']:.4f}", f"{vq['trained']:.4f}", f"{vq['difference']:+.4f}"]
     assert [row[1] for row in cells[2:]] == [*means, interval]
-    assert lines[-1].startswith("5 prompts with 2 seeds each, the same noise on both sides, 4 ODE steps")
+    assert lines[-1].startswith(
+        "5 prompts with 2 seeds each, the same noise on both sides, 4 ODE steps"
+    )
 
 
-def test_the_base_against_itself_differs_in_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_base_against_itself_differs_in_nothing(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     content = evaluated(capsys, run, "--step", "0", "--limit", "2", "--seeds", "1", "--steps", "2")
-    assert content["weights"] == {"base": "base", "trained": "step 0"} and content["checkpoint"] is None
+    assert (
+        content["weights"] == {"base": "base", "trained": "step 0"}
+        and content["checkpoint"] is None
+    )
     assert list(content["table"]) == [*(f"tiny_world.{part}" for part in PARTS), "sum"]
     for column in content["table"].values():
-        assert column["difference"] == column["low"] == column["high"] == 0.0 and column["pairs"] == 2
+        assert (
+            column["difference"] == column["low"] == column["high"] == 0.0 and column["pairs"] == 2
+        )
         assert column["base"] == column["trained"] > 0
     assert all(clip["base"] == clip["trained"] for clip in content["clips"])
 
 
-def test_two_ranks_give_the_figures_of_one(run: Path, improved: tuple[dict[str, Any], str], tmp_path: Path) -> None:
+def test_two_ranks_give_the_figures_of_one(
+    run: Path, improved: tuple[dict[str, Any], str], tmp_path: Path
+) -> None:
     command = ["evaluate", str(run), *SHORT, *BOTH, "--json", str(tmp_path / "two")]
     result = forks.run("fastgrpo.cli", command, ranks=2)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -160,7 +196,22 @@ def test_samples_of_a_run_are_scored_with_their_prompts(
 ) -> None:
     """By the manifest: prompts and size; pictures of two clips are no clips."""
     out = tmp_path / "samples"
-    assert cli.main(["sample", str(run), "--out", str(out), "--limit", "1", "--steps", "2", "--against-base"]) == 0
+    assert (
+        cli.main(
+            [
+                "sample",
+                str(run),
+                "--out",
+                str(out),
+                "--limit",
+                "1",
+                "--steps",
+                "2",
+                "--against-base",
+            ]
+        )
+        == 0
+    )
     manifest = json.loads((out / sample.MANIFEST).read_text())
     (entry,) = manifest["samples"]
     capsys.readouterr()
@@ -168,7 +219,11 @@ def test_samples_of_a_run_are_scored_with_their_prompts(
     rows = json.loads(capsys.readouterr().out)["files"]
     assert [Path(row["file"]).name for row in rows] == [entry["base"], entry["file"]]
     for row in rows:
-        assert row["prompt"] == entry["prompt"] and row["shape"] == [9, 32, 32, 3] and row["invalid"] == {}
+        assert (
+            row["prompt"] == entry["prompt"]
+            and row["shape"] == [9, 32, 32, 3]
+            and row["invalid"] == {}
+        )
     named = [str(out / entry[key]) for key in ("file", "beside")]
     assert cli.main(["score", *named, "--reward", "tiny_world", "--json", "-"]) == 0
     clip, beside = json.loads(capsys.readouterr().out)["files"]
@@ -188,21 +243,33 @@ def test_pairs_without_a_score_are_left_out_and_counted(run: Path) -> None:
         config.RewardSpec(name="other", weights={"A": 0.0, "C": 0.0}),
     ]
     scores = {
-        "one.A": torch.tensor([[1.0, 2.0], [nan, 9.0], [1.0, 2.0], [1.0, 2.0]], dtype=torch.float64),
-        "one.B": torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, nan], [0.0, 1.0]], dtype=torch.float64),
+        "one.A": torch.tensor(
+            [[1.0, 2.0], [nan, 9.0], [1.0, 2.0], [1.0, 2.0]], dtype=torch.float64
+        ),
+        "one.B": torch.tensor(
+            [[0.0, 1.0], [0.0, 1.0], [0.0, nan], [0.0, 1.0]], dtype=torch.float64
+        ),
         "other.A": torch.full((4, 2), nan, dtype=torch.float64),
-        "other.C": torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, nan], [nan, 2.0]], dtype=torch.float64),
+        "other.C": torch.tensor(
+            [[1.0, 2.0], [1.0, 2.0], [1.0, nan], [nan, 2.0]], dtype=torch.float64
+        ),
     }
     result = Result(plan(run, specs), evaluate.columns(plan(run, specs), scores), scores)
-    assert result.columns["one.A"] == Column(1.0, trained=2.0, difference=1.0, low=1.0, high=1.0, pairs=3)
-    assert result.columns["sum"] == Column(2.0, trained=5.0, difference=3.0, low=3.0, high=3.0, pairs=2), (
-        "a monitor without a score spoils no sum"
+    assert result.columns["one.A"] == Column(
+        1.0, trained=2.0, difference=1.0, low=1.0, high=1.0, pairs=3
     )
+    assert result.columns["sum"] == Column(
+        2.0, trained=5.0, difference=3.0, low=3.0, high=3.0, pairs=2
+    ), "a monitor without a score spoils no sum"
     heading, base, _, difference, interval = results_table.rows(result)
-    assert heading == ["", "one.A", "B", "other.A", "C", "sum"], "a part of two rewards is told apart"
+    assert heading == ["", "one.A", "B", "other.A", "C", "sum"], (
+        "a part of two rewards is told apart"
+    )
     assert base == ["base", "1.000", "0.000", "-", "1.000", "2.000"] and interval[3] == "-"
     assert difference[4] == "+1.000" and interval[4] == "-", "one prompt says nothing of others"
-    assert result.caption().endswith("left out: 1 for one.A, 1 for B, 4 for other.A, 2 for C, 2 for sum")
+    assert result.caption().endswith(
+        "left out: 1 for one.A, 1 for B, 4 for other.A, 2 for C, 2 for sum"
+    )
     assert json.loads(result.to_json())["table"]["other.A"]["base"] is None
 
 
@@ -210,7 +277,9 @@ def test_mistakes_are_one_line_before_anything_is_sampled(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sample, "generate", None)
-    (tmp_path / "judges.toml").write_text('[[rewards]]\nname = "tiny_world"\nweights = { VG = 0.0 }\n')
+    (tmp_path / "judges.toml").write_text(
+        '[[rewards]]\nname = "tiny_world"\nweights = { VG = 0.0 }\n'
+    )
     cases = {
         (str(runs.RECIPE),): "a base model, or a folder without a recipe that names its own",
         (str(tmp_path),): "neither a run folder nor one in the diffusers layout",
@@ -229,11 +298,15 @@ def test_mistakes_are_one_line_before_anything_is_sampled(
     for options, message in cases.items():
         capsys.readouterr()
         assert cli.main(["evaluate", *options]) == 2
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fastgrpo: ")]
+        lines = [
+            line for line in capsys.readouterr().err.splitlines() if line.startswith("fastgrpo: ")
+        ]
         assert len(lines) == 1 and message in lines[0], lines
 
 
-def test_a_clip_of_latents_that_are_not_finite_has_no_score(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clip_of_latents_that_are_not_finite_has_no_score(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever its pixels look like."""
     real = sample.generate
 

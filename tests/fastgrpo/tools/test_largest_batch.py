@@ -1,4 +1,6 @@
-"""rollout.batch_size = "auto": what fits, measured on this machine's memory, planned, and kept over a resumption."""
+"""rollout.batch_size = "auto": what fits, measured on this machine's memory, planned, and kept over
+a resumption.
+"""
 
 import json
 from collections.abc import Callable, Iterator
@@ -26,8 +28,17 @@ MIB = 2**20
 
 
 def test_what_fits_is_the_largest_that_does() -> None:
-    for free, first, further in ((100.0, 10.0, 7.0), (100.0, 79.0, 2.0), (100.0, 80.0, 1.0), (10.0, 99.0, 1.0)):
-        fits = [size for size in range(1, 200) if first + (size - 1) * further <= batch_size.SHARE * free]
+    for free, first, further in (
+        (100.0, 10.0, 7.0),
+        (100.0, 79.0, 2.0),
+        (100.0, 80.0, 1.0),
+        (10.0, 99.0, 1.0),
+    ):
+        fits = [
+            size
+            for size in range(1, 200)
+            if first + (size - 1) * further <= batch_size.SHARE * free
+        ]
         assert batch_size.fitting(free, first, further) == max(fits, default=1)
     assert batch_size.fitting(10.0, 9.0, 0.0) == 1 and batch_size.fitting(10.0, 7.0, 0.0) > 10**6
 
@@ -42,7 +53,9 @@ def test_batches_are_as_few_and_then_as_small_as_can_be() -> None:
 
 
 class Hungry:
-    """A policy that takes 96 MiB for a forward, and 64 MiB more for each sample; its decoder 150 MiB for each."""
+    """A policy that takes 96 MiB for a forward, and 64 MiB more for each sample; its decoder 150
+    MiB for each.
+    """
 
     negative = None
 
@@ -50,7 +63,9 @@ class Hungry:
         self.network = torch.nn.Linear(4, 4)
         self.lengths: list[int] = []
 
-    def velocity(self, x: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+    def velocity(
+        self, x: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         assert len(x) == len(t) == len(condition["text"])
         self.lengths.append(condition["text"].shape[1])
         torch.ones((96 + 64 * len(x)) * MIB // 4)
@@ -69,8 +84,13 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[int, st
         asked: Any = parts_of(policy, decode_batch, world)
         return largest_batch.rollout_batch(asked)
 
-    monkeypatch.setattr("fastgrpo.tools.preflight.largest_batch.sharding.rollout_weights", lambda *_: nullcontext(True))
-    monkeypatch.setattr("fastgrpo.tools.preflight.largest_batch.free_memory", lambda device: 820.0 * MIB)
+    monkeypatch.setattr(
+        "fastgrpo.tools.preflight.largest_batch.sharding.rollout_weights",
+        lambda *_: nullcontext(True),
+    )
+    monkeypatch.setattr(
+        "fastgrpo.tools.preflight.largest_batch.free_memory", lambda device: 820.0 * MIB
+    )
     with open_world() as world:
         yield asking
 
@@ -100,7 +120,9 @@ def parts_of(policy: Hungry, decode_batch: int | None, world: World) -> SimpleNa
 def test_forwards_of_one_and_two_tell_what_fits(
     ask: Callable[..., tuple[int, str]], decode_batch: int | None, fit: int
 ) -> None:
-    """820 MiB: (96 + 64 n) / 0.8 fit to n = 8.75 of the network, 150 n / 0.8 to n = 4.4 of the decoder."""
+    """820 MiB: (96 + 64 n) / 0.8 fit to n = 8.75 of the network, 150 n / 0.8 to n = 4.4 of the
+    decoder.
+    """
     policy = Hungry()
     size, told = ask(policy, decode_batch)
     assert set(policy.lengths) == {9}  # the longest text
@@ -115,7 +137,9 @@ class Full(Hungry):
         super().__init__()
         self.most = most
 
-    def velocity(self, x: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+    def velocity(
+        self, x: torch.Tensor, t: torch.Tensor, condition: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         if len(x) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return super().velocity(x, t, condition)
@@ -136,7 +160,9 @@ def test_a_rank_without_room_says_so_itself(
     with pytest.raises(OneRankError):
         ask(Full(0), 1)
     line = capsys.readouterr().err
-    assert line.startswith("fastgrpo: rank 0: rollout.batch_size=auto: the GPU has no room for 1 of a rank's samples")
+    assert line.startswith(
+        "fastgrpo: rank 0: rollout.batch_size=auto: the GPU has no room for 1 of a rank's samples"
+    )
     assert line.count("\n") == 1
 
 
@@ -148,11 +174,21 @@ def test_a_run_takes_what_fits_and_a_resumed_one_keeps_it(
     monkeypatch.setattr("fastgrpo.tools.preflight.largest_batch.batch_size.fitting", lambda *_: 3)
     assert train(config.load(runs.RECIPE, [*overrides, "run.iterations=1"])) is not None
     assert "rollout.batch_size=auto: 3 of a rank's 8 samples at once" in capsys.readouterr().out
-    assert json.loads((folder / "checkpoints" / "step-1" / "progress.json").read_text())["rollout_batch"] == 3
+    assert (
+        json.loads((folder / "checkpoints" / "step-1" / "progress.json").read_text())[
+            "rollout_batch"
+        ]
+        == 3
+    )
     monkeypatch.setattr("fastgrpo.tools.preflight.largest_batch.batch_size.fitting", lambda *_: 8)
     assert train(config.load(runs.RECIPE, overrides)) is not None
     assert "batch_size=auto" not in capsys.readouterr().out
-    assert json.loads((folder / "checkpoints" / "step-2" / "progress.json").read_text())["rollout_batch"] == 3
+    assert (
+        json.loads((folder / "checkpoints" / "step-2" / "progress.json").read_text())[
+            "rollout_batch"
+        ]
+        == 3
+    )
 
 
 def test_the_plan_takes_the_largest_that_fits() -> None:
@@ -166,5 +202,10 @@ def test_the_plan_takes_the_largest_that_fits() -> None:
         phases = [phase for phase in given.phases if phase.name in ("rollout", "decode")]
         if all(p.peak + 0.25 * p.memory["activations"] <= machine.usable() for p in phases):
             room_for.append(size)
-    assert room_for == list(range(1, max(room_for) + 1)) and chosen == batch_size.balanced(samples, max(room_for))
-    assert any(note.startswith(f"rollout.batch_size=auto comes to {chosen} of") for note in auto.subject.notes)
+    assert room_for == list(range(1, max(room_for) + 1)) and chosen == batch_size.balanced(
+        samples, max(room_for)
+    )
+    assert any(
+        note.startswith(f"rollout.batch_size=auto comes to {chosen} of")
+        for note in auto.subject.notes
+    )

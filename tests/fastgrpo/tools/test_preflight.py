@@ -1,4 +1,6 @@
-"""Preflight names each planted fault on two ranks, is green without one, and leaves everything as it was."""
+"""Preflight names each planted fault on two ranks, is green without one, and leaves everything as
+it was.
+"""
 
 import json
 import shutil
@@ -44,7 +46,12 @@ EVERYTHING = (
 
 def told_by(which: str, folder: Path) -> list[dict[str, Any]]:
     """What two ranks were told, by rank."""
-    done = forks.run("tests.harness.workers.preflight", [str(folder / "run"), str(folder / "told"), which], 2, 600)
+    done = forks.run(
+        "tests.harness.workers.preflight",
+        [str(folder / "run"), str(folder / "told"), which],
+        2,
+        600,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert not (folder / "run").exists()
     return [json.loads((folder / f"told.{rank}").read_text()) for rank in (0, 1)]
@@ -62,7 +69,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return told_by("shared", tmp_path_factory.mktemp("shared"))
 
 
-def test_without_a_fault_one_line_says_so(told: list[dict[str, Any]], shared: list[dict[str, Any]]) -> None:
+def test_without_a_fault_one_line_says_so(
+    told: list[dict[str, Any]], shared: list[dict[str, Any]]
+) -> None:
     for rank in (*told, *shared):
         (line,) = rank["faults"]["nothing"]
         assert line.startswith("preflight: green in ")
@@ -74,8 +83,14 @@ def test_without_a_fault_one_line_says_so(told: list[dict[str, Any]], shared: li
     [
         ("a bf16 log-prob", "log-probabilities: off from float64 by "),
         ("a bf16 log-prob in the update", "ratio: max |log ratio| "),
-        ("a seed that depends on the rank", "noise: rank 1 draws other noise than rank 0 for the same samples"),
-        ("a moved golden clip", "reward tiny_world: the golden clip's VQ is 0.988119 on rank 0, and was 0.978119 when"),
+        (
+            "a seed that depends on the rank",
+            "noise: rank 1 draws other noise than rank 0 for the same samples",
+        ),
+        (
+            "a moved golden clip",
+            "reward tiny_world: the golden clip's VQ is 0.988119 on rank 0, and was 0.978119 when",
+        ),
         (
             "a moved golden clip on one rank",
             "reward tiny_world: the golden clip's VQ is 0.988119 on rank 1, and was 0.97",
@@ -86,7 +101,9 @@ def test_without_a_fault_one_line_says_so(told: list[dict[str, Any]], shared: li
         ("a blank decoder", "decode: 4 of 4 clips are one colour"),
     ],
 )
-def test_each_fault_is_named_on_every_rank(told: list[dict[str, Any]], fault: str, red: str) -> None:
+def test_each_fault_is_named_on_every_rank(
+    told: list[dict[str, Any]], fault: str, red: str
+) -> None:
     for rank in told:
         check_red(rank["faults"][fault], red)
 
@@ -98,7 +115,9 @@ def test_each_fault_is_named_on_every_rank(told: list[dict[str, Any]], fault: st
         ("a seed that depends on the rank", "noise: rank 1 draws other noise"),
     ],
 )
-def test_faults_among_ranks_that_share_sequences(shared: list[dict[str, Any]], fault: str, red: str) -> None:
+def test_faults_among_ranks_that_share_sequences(
+    shared: list[dict[str, Any]], fault: str, red: str
+) -> None:
     for rank in shared:
         check_red(rank["faults"][fault], red)
 
@@ -113,21 +132,36 @@ def check_red(lines: list[str], red: str) -> None:
 
 
 def test_faults_that_touch_one_thing_are_red_in_one_line(told: list[dict[str, Any]]) -> None:
-    for fault in ("no room", "replicas that do not reduce", "a moved golden clip", "a bf16 log-prob in the update"):
+    for fault in (
+        "no room",
+        "replicas that do not reduce",
+        "a moved golden clip",
+        "a bf16 log-prob in the update",
+    ):
         assert len(told[0]["faults"][fault]) == 2, told[0]["faults"][fault]
 
 
 def test_the_whole_is_green_and_measures_every_phase(told: list[dict[str, Any]]) -> None:
     for rank in told:
         whole = rank["whole"]
-        assert whole["green"] and all(line.startswith("green  ") for line in whole["lines"]), whole["lines"]
+        assert whole["green"] and all(line.startswith("green  ") for line in whole["lines"]), whole[
+            "lines"
+        ]
         checks = [line.removeprefix("green  ").partition(":")[0] for line in whole["lines"]]
         extra = ["ratio of other steps", "checkpoint", "folder, by that checkpoint"]
         assert checks == [*EVERYTHING, *extra]
-        assert [phase["name"] for phase in whole["phases"]] == ["rollout", "decode", "reward", "update", "save"]
+        assert [phase["name"] for phase in whole["phases"]] == [
+            "rollout",
+            "decode",
+            "reward",
+            "update",
+            "save",
+        ]
         assert all(phase["seconds"] > 0 for phase in whole["phases"])
         assert whole["phases"][0]["times"] == 1  # 8 samples over 2 ranks, 4 at a time
-        assert whole["phases"][3]["times"] == 2  # 12 transitions of each rank over 2 optimizer steps, 8 at a time
+        assert (
+            whole["phases"][3]["times"] == 2
+        )  # 12 transitions of each rank over 2 optimizer steps, 8 at a time
     assert told[0]["whole"] == told[1]["whole"]
 
 
@@ -164,8 +198,13 @@ def test_the_planners_gpu_is_found_by_the_devices_name(device: str, name: str | 
 SMALL = [*runs.SMALL, "run.preflight=true", "prompts.limit=20", "rewards.0.where=process"]
 
 
-def test_the_command_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["preflight", str(runs.RECIPE), *SMALL, f"run.dir={tmp_path / 'new' / 'run'}"]) == 0
+def test_the_command_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        cli.main(["preflight", str(runs.RECIPE), *SMALL, f"run.dir={tmp_path / 'new' / 'run'}"])
+        == 0
+    )
     out = capsys.readouterr().out
     assert out.count("green  ") == 13 and out.rstrip().endswith("preflight: all green")
     assert "seconds and peak memory" in out
@@ -178,14 +217,20 @@ def test_training_ends_before_its_first_evaluation_where_a_line_is_red(
     usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     recipe = config.load(runs.RECIPE, [*SMALL, f"run.dir={tmp_path / 'run'}"])
-    with pytest.raises(UserError, match=r"run\.preflight=true: red before training: folder \(1\.0 MiB free in .*"):
+    with pytest.raises(
+        UserError, match=r"run\.preflight=true: red before training: folder \(1\.0 MiB free in .*"
+    ):
         train(recipe)
     assert "preflight: red    folder: 1.0 MiB free in " in capsys.readouterr().out
     assert not (tmp_path / "run" / "evaluation").exists() and not list(tmp_path.rglob("*.partial"))
 
 
-def test_a_parameter_that_gets_no_gradient_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The embedding of the time is taken as a constant: of its parameters, and of no others, none has a gradient."""
+def test_a_parameter_that_gets_no_gradient_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The embedding of the time is taken as a constant: of its parameters, and of no others, none
+    has a gradient.
+    """
     forward = HunyuanVideoConditionEmbedding.forward
 
     def constant(*arguments: Any, **named: Any) -> Any:
@@ -196,7 +241,10 @@ def test_a_parameter_that_gets_no_gradient_is_named(tmp_path: Path, capsys: pyte
     with mock.patch.object(HunyuanVideoConditionEmbedding, "forward", constant):
         assert not preflight_run.run(recipe)
     (red,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("red  ")]
-    assert red.startswith("red    gradients: none for time_text_embed.") and "models/hunyuan_video.py" in red
+    assert (
+        red.startswith("red    gradients: none for time_text_embed.")
+        and "models/hunyuan_video.py" in red
+    )
 
 
 def no_room_on_the_second(rank: int) -> None:
@@ -251,25 +299,53 @@ def test_the_short_plan_keeps_the_first_and_the_last_noisy_step(
     ("rank_1", "green", "told"),
     [
         (
-            Tried("r", scores={"A": 0.5}, again={"A": 0.5}, expected={"A": 0.5}, of="when it started"),
+            Tried(
+                "r", scores={"A": 0.5}, again={"A": 0.5}, expected={"A": 0.5}, of="when it started"
+            ),
             True,
             "A 0.5: twice the same, as when",
         ),
-        (Tried("r", scores={"A": 0.5005}, again={"A": 0.5005}, expected={"A": 0.5}, of="then"), True, "A 0.5"),
-        (Tried("r", {"A": 0.5}, {"A": 0.5002}, None), False, "A is 0.5 and at once again 0.5002, on rank 1"),
+        (
+            Tried("r", scores={"A": 0.5005}, again={"A": 0.5005}, expected={"A": 0.5}, of="then"),
+            True,
+            "A 0.5",
+        ),
+        (
+            Tried("r", {"A": 0.5}, {"A": 0.5002}, None),
+            False,
+            "A is 0.5 and at once again 0.5002, on rank 1",
+        ),
         (
             Tried("r", scores={"A": 0.51}, again={"A": 0.51}, expected={"A": 0.5}, of="then"),
             False,
             "A is 0.51 on rank 1, and was 0.5 then",
         ),
-        (Tried("r", {"A": 0.51}, {"A": 0.51}, None), False, "A is 0.51 on rank 1, and 0.5 on rank 0"),
-        (Tried("r", {"A": None}, {"A": None}, None), False, "A is none on rank 1, and 0.5 on rank 0"),
+        (
+            Tried("r", {"A": 0.51}, {"A": 0.51}, None),
+            False,
+            "A is 0.51 on rank 1, and 0.5 on rank 0",
+        ),
+        (
+            Tried("r", {"A": None}, {"A": None}, None),
+            False,
+            "A is none on rank 1, and 0.5 on rank 0",
+        ),
         (Tried("r", {"A": 0.5}, {"A": 0.5009}, None, alone=False), True, "A 0.5: twice the same"),
-        (Tried("r", {"A": 0.5}, {"A": 0.502}, None, alone=False), False, "A is 0.5 and at once again 0.502, on rank 1"),
+        (
+            Tried("r", {"A": 0.5}, {"A": 0.502}, None, alone=False),
+            False,
+            "A is 0.5 and at once again 0.502, on rank 1",
+        ),
     ],
 )
 def test_a_golden_clip_is_judged(rank_1: Tried, green: bool, told: str) -> None:
-    rank_0 = Tried("r", scores={"A": 0.5}, again={"A": 0.5}, expected=rank_1.expected and {"A": 0.5}, of=rank_1.of)
+    rank_0 = Tried(
+        "r",
+        scores={"A": 0.5},
+        again={"A": 0.5},
+        expected=rank_1.expected and {"A": 0.5},
+        of=rank_1.of,
+    )
     finding = _judge((rank_0, rank_1), 1e-3)
     assert finding.green == green and told in finding.measured
 

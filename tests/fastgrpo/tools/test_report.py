@@ -1,4 +1,6 @@
-"""The report: well-formed, complete, self-contained, right numbers, and playing clips in a real browser."""
+"""The report: well-formed, complete, self-contained, right numbers, and playing clips in a real
+browser.
+"""
 
 import html
 import json
@@ -24,18 +26,28 @@ PARTS = ("VQ", "MQ", "TA")
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 CLIPS = 4
 RECIPE = '[run]\ndir = "runs/t2v_tiny"\niterations = 60\n\n[model]\npath = "<b>&amp;</b>"  # must be escaped\n'
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 def fake_run(folder: Path, iterations: int = 60, finished: bool = True) -> Path:
-    """A run folder as train.py leaves it: noisy curves that rise, drawn clips, and a summary when finished."""
+    """A run folder as train.py leaves it: noisy curves that rise, drawn clips, and a summary when
+    finished.
+    """
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     rows = []
     for i in range(iterations):
         level = 0.45 + 0.3 * (1 - math.exp(-i / 20))
         values = {part: level + 0.04 * k + 0.03 * rng.normal() for k, part in enumerate(PARTS)}
-        phases = dict(zip(("rollout", "decode", "reward", "update"), rng.normal((2, 0.6, 0.2, 4), 0.1), strict=True))
+        phases = dict(
+            zip(
+                ("rollout", "decode", "reward", "update"),
+                rng.normal((2, 0.6, 0.2, 4), 0.1),
+                strict=True,
+            )
+        )
         rows.append(
             {"iteration": i, "time": 1.7e9 + 7 * i, "reward/sum": sum(values.values())}
             | {f"reward/{part}": value for part, value in values.items()}
@@ -43,7 +55,10 @@ def fake_run(folder: Path, iterations: int = 60, finished: bool = True) -> Path:
             | {f"seconds/{name}": float(value) for name, value in phases.items()}
             | {"seconds/total": float(sum(phases.values())) + 0.3, "reward/invalid": float(i == 7)}
             | fake_ranks({**phases, "wait": 0.4}, i)
-            | {"update/max_log_ratio_first": 1e-6 * rng.random(), "update/clip_fraction": 0.1 * rng.random()}
+            | {
+                "update/max_log_ratio_first": 1e-6 * rng.random(),
+                "update/clip_fraction": 0.1 * rng.random(),
+            }
             | {"update/grad_norm": 0.5 + 0.2 * rng.random(), "lr": 1e-4}
         )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -52,14 +67,18 @@ def fake_run(folder: Path, iterations: int = 60, finished: bool = True) -> Path:
         row = {"iteration": 0, "rank": rank, "host": f"gpu-node-{rank // 4}"}
         (folder / "logs" / f"rank-{rank}.jsonl").write_text(json.dumps(row) + "\n")
     (folder / "recipe.toml").write_text(RECIPE)
-    (folder / "environment.json").write_text(json.dumps({"torch": "2.13.0", "device": "x86_64", "ranks": 2}))
+    (folder / "environment.json").write_text(
+        json.dumps({"torch": "2.13.0", "device": "x86_64", "ranks": 2})
+    )
     before = fake_evaluation(folder, 0, 0.5, rng)
     if finished:
         after = fake_evaluation(folder, iterations, 0.75, rng)
         change = {part: after[part] - before[part] for part in after}
         bounds = {part: [value - 0.1, value + 0.1] for part, value in change.items()}
         summary = {"before": before, "after": after, "difference": change, "ci95": bounds}
-        (folder / "summary.json").write_text(json.dumps(summary | {"iterations": iterations, "wall_seconds": 421.0}))
+        (folder / "summary.json").write_text(
+            json.dumps(summary | {"iterations": iterations, "wall_seconds": 421.0})
+        )
     return folder
 
 
@@ -71,13 +90,18 @@ def fake_ranks(phases: dict[str, float], iteration: int) -> dict[str, float]:
         longest = seconds + (1.5 if slow and phase == "rollout" else 0.1)
         row |= {f"seconds_min/{phase}": seconds - 0.1, f"seconds_median/{phase}": seconds}
         row |= {f"seconds_max/{phase}": longest, f"resident_gib/{phase}": 4.0 + n}
-        row |= {f"allocated_gib/{phase}": 30.0 + n, f"reserved_gib/{phase}": 40.5 + n + iteration / 100}
+        row |= {
+            f"allocated_gib/{phase}": 30.0 + n,
+            f"reserved_gib/{phase}": 40.5 + n + iteration / 100,
+        }
         if phase != "wait":
             row[f"slowest/{phase}"] = 5.0 if slow else 2.0
     return row | {"slowest/rank": 5.0 if slow else 2.0}
 
 
-def fake_evaluation(folder: Path, iteration: int, level: float, rng: np.random.Generator) -> dict[str, float]:
+def fake_evaluation(
+    folder: Path, iteration: int, level: float, rng: np.random.Generator
+) -> dict[str, float]:
     meanings = shapes.meanings()[1][::3][:CLIPS]
     prompts = [shapes.caption(meaning, n) for n, meaning in enumerate(meanings) for _ in range(2)]
     scores = {part: [level + 0.1 * rng.normal() for _ in prompts] for part in PARTS}
@@ -85,7 +109,9 @@ def fake_evaluation(folder: Path, iteration: int, level: float, rng: np.random.G
         clip = shapes.draw(meaning)
         if iteration == 0:  # an untrained policy's clip, as noise
             clip = (0.5 * clip + rng.uniform(0, 120, clip.shape)).astype(np.uint8)
-        video.write_mp4(folder / "evaluation" / f"step-{iteration}" / f"{n:03d}.mp4", clip, shapes.FPS)
+        video.write_mp4(
+            folder / "evaluation" / f"step-{iteration}" / f"{n:03d}.mp4", clip, shapes.FPS
+        )
     content = {
         "iteration": iteration,
         "prompts": prompts,
@@ -145,13 +171,17 @@ def test_a_finished_run_shows_its_numbers(finished: Path) -> None:
     assert "60 iterations raised the held-out reward" in page.words
     assert RECIPE in page.words  # shown as text, character by character
     assert "2.13.0" in page.words
-    seconds = [json.loads(line)["seconds/total"] for line in (finished.parent / "metrics.jsonl").open()]
+    seconds = [
+        json.loads(line)["seconds/total"] for line in (finished.parent / "metrics.jsonl").open()
+    ]
     assert f"{np.mean(seconds):.2f} s" in page.words
 
 
 def test_the_page_needs_nothing_from_elsewhere(finished: Path) -> None:
     text = finished.read_text()
-    assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
+    assert not re.search(
+        r"https?:|//[a-z]|@import|url\(", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
+    )
     for _, attributes in Page(text).tags:
         for name in ("src", "href", "poster"):
             assert (attributes.get(name) or "data:").startswith("data:")
@@ -172,19 +202,38 @@ def test_pictures_and_clips_have_names_and_clips_play(finished: Path) -> None:
 def test_ranks_and_memory_are_shown_by_phase(finished: Path) -> None:
     page = Page(finished.read_text())
     rows = [json.loads(line) for line in (finished.parent / "metrics.jsonl").open()]
-    cells = [" ".join(words.split()) for words in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", finished.read_text())]
-    start = next(n for n, cell in enumerate(cells) if cell.endswith("rollout</span>") and "rank 5" in cells[n + 4])
-    means = [f"{np.mean([row[f'seconds_{kind}/rollout'] for row in rows]):.2f} s" for kind in ("min", "median", "max")]
+    cells = [
+        " ".join(words.split())
+        for words in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", finished.read_text())
+    ]
+    start = next(
+        n
+        for n, cell in enumerate(cells)
+        if cell.endswith("rollout</span>") and "rank 5" in cells[n + 4]
+    )
+    means = [
+        f"{np.mean([row[f'seconds_{kind}/rollout'] for row in rows]):.2f} s"
+        for kind in ("min", "median", "max")
+    ]
     assert cells[start + 1 : start + 5] == [*means, "rank 5 (gpu-node-1), 75%"]
     labels = [svg["aria-label"] or "" for svg in page.all("svg")]
     gpu = next(label for label in labels if label.startswith("GPU memory by phase: "))
     assert "rollout 41.09 GiB" in gpu and "update 44.09 GiB" in gpu  # the largest of all iterations
-    assert any(label.startswith("Host memory by phase: rollout 4.00 GiB, decode 5.00 GiB") for label in labels)
+    assert any(
+        label.startswith("Host memory by phase: rollout 4.00 GiB, decode 5.00 GiB")
+        for label in labels
+    )
     assert "41.09 GiB" in page.words
 
 
 def test_a_run_of_one_rank_has_no_spread(tmp_path: Path) -> None:
-    row = {"iteration": 0, "time": 1.0, "reward/sum": 1.0, "seconds/rollout": 1.0, "resident_gib/rollout": 0.5}
+    row = {
+        "iteration": 0,
+        "time": 1.0,
+        "reward/sum": 1.0,
+        "seconds/rollout": 1.0,
+        "resident_gib/rollout": 0.5,
+    }
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     words = Page(write_report(tmp_path).read_text()).words
     assert "How far apart" not in words and "Host memory" in words and "GPU memory" not in words
@@ -200,7 +249,9 @@ def test_a_run_under_way_says_so(tmp_path: Path) -> None:
 def test_a_run_that_has_only_metrics(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     assert "just begun" in Page(write_report(tmp_path).read_text()).words
-    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0, "time": 1.0, "reward/sum": null, "reward/VQ": 0.5}\n')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"iteration": 0, "time": 1.0, "reward/sum": null, "reward/VQ": 0.5}\n'
+    )
     assert "No values yet" in Page(write_report(tmp_path).read_text()).words
 
 
@@ -225,7 +276,10 @@ def test_the_held_out_sum_is_weighted(tmp_path: Path) -> None:
         "seeds": [0, 1, 0],
         "clips": ["x.mp4", "y.mp4"],
     }
-    content |= {"weights": {"VQ": 2.0, "TA": 0.5}, "scores": {"VQ": [1.0, 2.0, 3.0], "TA": [4.0, None, 6.0]}}
+    content |= {
+        "weights": {"VQ": 2.0, "TA": 0.5},
+        "scores": {"VQ": [1.0, 2.0, 3.0], "TA": [4.0, None, 6.0]},
+    }
     (tmp_path / "step-0.json").write_text(json.dumps(content))
     evaluation = read_evaluation(tmp_path / "step-0.json")
     assert evaluation.means() == {"sum": pytest.approx(6.5), "VQ": 2.0, "TA": 5.0}
@@ -238,7 +292,9 @@ def test_smoothing_keeps_constants_and_lines_in_the_middle() -> None:
     assert charts.smoothed(line)[30:60] == pytest.approx(line[30:60], abs=1e-3)
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.44, 0.61), (-3.0, 250.0), (1e-7, 9e-7), (2.0, 2.0)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (0.44, 0.61), (-3.0, 250.0), (1e-7, 9e-7), (2.0, 2.0)]
+)
 def test_ticks_are_few_even_and_span_the_data(low: float, high: float) -> None:
     marks = charts.ticks(low, high)
     assert 2 <= len(marks) <= 7
@@ -279,9 +335,21 @@ def test_a_browser_plays_the_clips_in_their_colours(finished: Path, tmp_path: Pa
     probed = tmp_path / "probed.html"
     probed.write_text(finished.read_text().replace("</body>", PROBE + "</body>"))
     quiet = ["quic", "background-networking", "component-update", "sync"]
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--hide-scrollbars",
+    ]
     command += [*(f"--disable-{name}" for name in quiet), f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--window-size=600,900", "--virtual-time-budget=6000", "--dump-dom", probed.as_uri()]
+    command += [
+        "--window-size=600,900",
+        "--virtual-time-budget=6000",
+        "--dump-dom",
+        probed.as_uri(),
+    ]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     found = re.search(r'<pre id="probe">(.*?)</pre>', run.stdout)
     assert found is not None
@@ -293,6 +361,8 @@ def test_a_browser_plays_the_clips_in_their_colours(finished: Path, tmp_path: Pa
         assert clip["seconds"] == pytest.approx(shapes.FRAMES / shapes.FPS, abs=0.01)
         assert clip["width"] == 192
     meanings = shapes.meanings()[1][::3]
-    for clip, meaning in zip(result["seen"][1::2], meanings, strict=False):  # after training: drawn clips
+    for clip, meaning in zip(
+        result["seen"][1::2], meanings, strict=False
+    ):  # after training: drawn clips
         assert clip["corner"] == pytest.approx(shapes.BACKGROUND, abs=4)
         assert clip["shape"] == pytest.approx(shapes.COLOURS[meaning.colour], abs=10)

@@ -1,4 +1,6 @@
-"""Sampling: the same prompt and seed give the same clip from any source, on any number of ranks, in any company."""
+"""Sampling: the same prompt and seed give the same clip from any source, on any number of ranks, in
+any company.
+"""
 
 import json
 from collections.abc import Sequence
@@ -29,7 +31,19 @@ from tests.harness.folders import skyreels_i2v
 from tests.harness.tiny import FOLDER, PROMPTS, VIDEO
 
 CPU = torch.device("cpu")
-THREE = ("--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--prompt", PROMPTS[2], "--seeds", "3", "4", "--steps", "4")
+THREE = (
+    "--prompt",
+    PROMPTS[0],
+    "--prompt",
+    PROMPTS[1],
+    "--prompt",
+    PROMPTS[2],
+    "--seeds",
+    "3",
+    "4",
+    "--steps",
+    "4",
+)
 ONE = ("--prompt", PROMPTS[1], "--steps", "3")
 
 
@@ -67,24 +81,33 @@ def test_two_ranks_write_the_files_of_one(run: Path, three: Path, tmp_path: Path
     result = forks.run("fastgrpo.cli", command, ranks=2)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"6 samples, sheet.png and manifest.json in {tmp_path / 'two'}\n" in result.stdout
-    one, two = ({file.name: file.read_bytes() for file in f.iterdir()} for f in (three, tmp_path / "two"))
+    one, two = (
+        {file.name: file.read_bytes() for file in f.iterdir()} for f in (three, tmp_path / "two")
+    )
     assert one == two and len(one) == 6 * 3 + 2
 
 
 def test_the_manifest_names_every_file_with_its_prompt_and_seed(run: Path, three: Path) -> None:
     manifest = json.loads((three / "manifest.json").read_text())
-    assert manifest["weights"] == "step 2, EMA" and manifest["checkpoint"] == str(run / "checkpoints" / "step-2")
+    assert manifest["weights"] == "step 2, EMA" and manifest["checkpoint"] == str(
+        run / "checkpoints" / "step-2"
+    )
     assert manifest["settings"]["steps"] == 4 and manifest["settings"]["guidance"] is None
     assert [(entry["prompt"], entry["seed"]) for entry in manifest["samples"]] == [
         (prompt, seed) for prompt in PROMPTS for seed in (3, 4)
     ]
     named = {entry[key] for entry in manifest["samples"] for key in ("file", "base", "beside")}
-    assert named | {"manifest.json", "sheet.png"} == {file.name for file in three.iterdir()} and len(named) == 18
+    assert (
+        named | {"manifest.json", "sheet.png"} == {file.name for file in three.iterdir()}
+        and len(named) == 18
+    )
     clip, fps = video.read_mp4(three / manifest["samples"][0]["file"])
     assert tuple(clip.shape) == (9, 192, 192, 3) and fps == 8.0
 
 
-def test_a_clip_depends_on_its_prompt_and_seed_alone(three: Path, run: Path, tmp_path: Path) -> None:
+def test_a_clip_depends_on_its_prompt_and_seed_alone(
+    three: Path, run: Path, tmp_path: Path
+) -> None:
     """Not on the other prompts and seeds, nor on their order."""
     alone = draw(run, tmp_path / "alone", "--prompt", PROMPTS[1], "--seeds", "4", "--steps", "4")
     assert only(alone) == (three / f"001-{sample.slug(PROMPTS[1])}-seed4.mp4").read_bytes()
@@ -110,12 +133,22 @@ def test_against_base_has_the_base_models_clips(three: Path, tmp_path: Path) -> 
     left, _ = video.read_mp4(three / f"000-{sample.slug(PROMPTS[0])}-seed3-base.mp4")
     right, _ = video.read_mp4(three / f"000-{sample.slug(PROMPTS[0])}-seed3.mp4")
     assert tuple(beside.shape) == (9, 216, 392, 3)
-    for half, clip in ((beside[:, 24:, :192], left), (beside[:, 24:, 200:], right)):  # but for the encoder's loss
+    for half, clip in (
+        (beside[:, 24:, :192], left),
+        (beside[:, 24:, 200:], right),
+    ):  # but for the encoder's loss
         assert (half.float() - clip.float()).abs().mean() < 2
 
 
-def test_weights_of_the_average_the_optimizer_and_another_step_differ(run: Path, tmp_path: Path) -> None:
-    choices = {"ema": [], "raw": ["--raw-weights"], "first": ["--step", "1"], "best": ["--step", "best"]}
+def test_weights_of_the_average_the_optimizer_and_another_step_differ(
+    run: Path, tmp_path: Path
+) -> None:
+    choices = {
+        "ema": [],
+        "raw": ["--raw-weights"],
+        "first": ["--step", "1"],
+        "best": ["--step", "best"],
+    }
     for name, options in choices.items():
         draw(run, tmp_path / name, *ONE, *options)
     clips = {name: only(tmp_path / name) for name in choices}
@@ -125,7 +158,9 @@ def test_weights_of_the_average_the_optimizer_and_another_step_differ(run: Path,
 
 
 def test_the_weights_are_those_that_the_trainer_samples_with(run: Path) -> None:
-    """Loaded whole and cast, as against DCP into sharded float32 masters that FSDP casts and gathers."""
+    """Loaded whole and cast, as against DCP into sharded float32 masters that FSDP casts and
+    gathers.
+    """
     overrides = ("model.dtype=bfloat16",)
     recipe = config.load(run / "recipe.toml", overrides)
     model = recipe.model
@@ -148,11 +183,23 @@ def test_the_weights_are_those_that_the_trainer_samples_with(run: Path) -> None:
 
 def test_images_and_other_sizes_from_a_folder_without_a_recipe(tmp_path: Path) -> None:
     size = ["--family", "hunyuan_video", "--frames", "1", "--height", "48", "--width", "32"]
-    out = draw(FOLDER, tmp_path / "images", *size, *ONE, "--seeds", "0", "1", "2", "--batch-size", "2")
+    out = draw(
+        FOLDER, tmp_path / "images", *size, *ONE, "--seeds", "0", "1", "2", "--batch-size", "2"
+    )
     images = sorted(out.glob("0*.png"))
     assert [Image.open(file).size for file in images] == [(32, 48)] * 3
     assert len({file.read_bytes() for file in images}) == 3
-    short = draw(FOLDER, tmp_path / "short", "--recipe", str(runs.RECIPE), *ONE, "--frames", "5", "--fps", "4")
+    short = draw(
+        FOLDER,
+        tmp_path / "short",
+        "--recipe",
+        str(runs.RECIPE),
+        *ONE,
+        "--frames",
+        "5",
+        "--fps",
+        "4",
+    )
     (file,) = short.glob("*.mp4")
     clip, fps = video.read_mp4(file)
     assert len(clip) == 5 and fps == 4.0
@@ -162,12 +209,30 @@ def test_image_to_video_with_guidance(tmp_path: Path) -> None:
     skyreels_i2v.write(tmp_path / "model")
     Image.new("RGB", (40, 40), (200, 30, 30)).save(tmp_path / "red.png")
     Image.new("RGB", (40, 40), (30, 30, 200)).save(tmp_path / "blue.png")
-    size = ["--family", "skyreels_i2v", "--frames", "5", "--height", "32", "--width", "32", "--steps", "2"]
+    size = [
+        "--family",
+        "skyreels_i2v",
+        "--frames",
+        "5",
+        "--height",
+        "32",
+        "--width",
+        "32",
+        "--steps",
+        "2",
+    ]
     choices = {
         "red": ["--image", str(tmp_path / "red.png"), "--cfg", "2"],
         "blue": ["--image", str(tmp_path / "blue.png"), "--cfg", "2"],
         "stronger": ["--image", str(tmp_path / "red.png"), "--cfg", "5"],
-        "not": ["--image", str(tmp_path / "red.png"), "--cfg", "2", "--negative-prompt", "a green hill"],
+        "not": [
+            "--image",
+            str(tmp_path / "red.png"),
+            "--cfg",
+            "2",
+            "--negative-prompt",
+            "a green hill",
+        ],
     }
     for name, options in choices.items():
         draw(tmp_path / "model", tmp_path / name, *size, "--prompt", "two birds", *options)
@@ -176,13 +241,24 @@ def test_image_to_video_with_guidance(tmp_path: Path) -> None:
 
 def test_held_out_prompts_and_files_of_prompts(run: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text(f"{PROMPTS[2]}\n{PROMPTS[0]}\n")
-    mine = draw(run, tmp_path / "mine", "--prompts", str(tmp_path / "mine.txt"), "--steps", "2", "--limit", "1")
+    mine = draw(
+        run,
+        tmp_path / "mine",
+        "--prompts",
+        str(tmp_path / "mine.txt"),
+        "--steps",
+        "2",
+        "--limit",
+        "1",
+    )
     manifest = json.loads((mine / "manifest.json").read_text())
     assert [entry["prompt"] for entry in manifest["samples"]] == [PROMPTS[2]]
     assert cli.main(["sample", str(run), "--steps", "2"]) == 0
     manifest = json.loads((run / "samples" / "step-2" / "manifest.json").read_text())
     heldout = (ROOT / "data" / "tiny_world_heldout.txt").read_text().splitlines()
-    assert [entry["prompt"] for entry in manifest["samples"]] == heldout[:1]  # as many as the run evaluates
+    assert [entry["prompt"] for entry in manifest["samples"]] == heldout[
+        :1
+    ]  # as many as the run evaluates
 
 
 def test_only_samples_are_replaced_and_only_when_asked(
@@ -198,7 +274,10 @@ def test_only_samples_are_replaced_and_only_when_asked(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis").touch()
     line = complaint(capsys, [str(run), "--out", str(tmp_path / "mine"), "--overwrite", *ONE])
-    assert "has no manifest.json, so it is not replaced" in line and (tmp_path / "mine" / "thesis").exists()
+    assert (
+        "has no manifest.json, so it is not replaced" in line
+        and (tmp_path / "mine" / "thesis").exists()
+    )
 
 
 def test_what_fails_half_way_leaves_nothing(
@@ -223,7 +302,9 @@ def complaint(capsys: pytest.CaptureFixture[str], options: Sequence[str]) -> str
     return lines[0]
 
 
-def test_mistakes_are_one_line(run: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(
+    run: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = ["--out", str(tmp_path / "x")]
     cases = {
         (str(tmp_path), *out): "neither a run folder nor one in the diffusers layout",
@@ -237,7 +318,12 @@ def test_mistakes_are_one_line(run: Path, exported: Path, tmp_path: Path, capsys
         (str(exported), *out, "--step", "2"): "--step: is for a run folder",
         (str(run), *out, "--step", "9"): "keeps no such checkpoint; use one of 1, 2.",
         (str(run), *out, "--family", "flux"): "a run folder has its own recipe",
-        (str(run), *out, "--frames", "8"): "video.frames=8: must be a multiple of 4, plus 1; use 5 or 9.",
+        (
+            str(run),
+            *out,
+            "--frames",
+            "8",
+        ): "video.frames=8: must be a multiple of 4, plus 1; use 5 or 9.",
         (str(run), *out, "--frames", "0"): "video.frames=0: input should be greater than 0",
         (str(run), *out, "--negative-prompt", "blurry"): "has no effect without guidance",
         (str(run), *out, "--prompt", "a", "--prompts", "b"): "give --prompt or --prompts, not both",
@@ -253,7 +339,9 @@ def test_a_sheet_has_a_cell_for_every_sample(three: Path) -> None:
     """Thumbnails are the clips' own frames: here enlarged by 3, at the places that the layout says."""
     page = np.asarray(Image.open(three / "sheet.png"))
     clip, _ = video.read_mp4(three / f"000-{sample.slug(PROMPTS[0])}-seed3.mp4")
-    first = clip[0, ::6, ::6].numpy().repeat(3, 0).repeat(3, 1).astype(float)  # the mp4 is enlarged by 6
+    first = (
+        clip[0, ::6, ::6].numpy().repeat(3, 0).repeat(3, 1).astype(float)
+    )  # the mp4 is enlarged by 6
     top = 16 + 2 * 8 + 16 + 98  # title, gaps, caption, the base model's row
     assert np.abs(page[top : top + 96, 8 : 8 + 96] - first).mean() < 6  # the encoder's loss
 

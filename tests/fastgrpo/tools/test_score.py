@@ -33,7 +33,9 @@ CAPTIONS = [shapes.caption(meaning, 0) for meaning in MEANINGS]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Drawn clips as mp4 with their captions beside them, a picture as png and jpg, and half an mp4."""
+    """Drawn clips as mp4 with their captions beside them, a picture as png and jpg, and half an
+    mp4.
+    """
     folder = tmp_path_factory.mktemp("clips")
     for number, (meaning, caption) in enumerate(zip(MEANINGS, CAPTIONS, strict=True)):
         video.write_mp4(folder / f"{number}.mp4", shapes.draw(meaning), 8.0)
@@ -65,7 +67,9 @@ def values(scores: Scores) -> dict[str, float]:
     return {part: float(column[0]) for part, column in scores.values.items()}
 
 
-def test_scores_are_the_rewards_of_the_decoded_pixels(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_are_the_rewards_of_the_decoded_pixels(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = [folder / f"{number}.mp4" for number in range(3)]
     result = scored(capsys, *files, "--reward", "tiny_world", "--reward", "video_stats")
     loaded = {name: rewards.load(rewards.plain(name)) for name in ("tiny_world", "video_stats")}
@@ -80,16 +84,25 @@ def test_scores_are_the_rewards_of_the_decoded_pixels(folder: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("name", ["still.png", "still.jpg"])
-def test_pictures_are_clips_of_one_frame(folder: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    (row,) = scored(capsys, folder / name, "--reward", "video_stats")["files"]  # it asks for no prompt
+def test_pictures_are_clips_of_one_frame(
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (row,) = scored(capsys, folder / name, "--reward", "video_stats")[
+        "files"
+    ]  # it asks for no prompt
     pixels = read_image(folder / name)[None]
     assert row["shape"] == [1, 256, 256, 3]
     expected = rewards.load(rewards.plain("video_stats"))(pixels[None], [""], 8.0)
     assert row["scores"]["video_stats"] == values(expected)
 
 
-def test_clips_are_judged_in_the_size_in_which_they_were_made(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Files of small clips are enlarged. Shrunk again they score as drawn but for the encoder's loss."""
+def test_clips_are_judged_in_the_size_in_which_they_were_made(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files of small clips are enlarged.
+
+    Shrunk again they score as drawn but for the encoder's loss.
+    """
     command = (folder / "0.mp4", "--reward", "tiny_world", "--size", "32x32")
     own = scored(capsys, *command)["files"][0]
     drawn = torch.from_numpy(shapes.draw(MEANINGS[0]))
@@ -97,7 +110,9 @@ def test_clips_are_judged_in_the_size_in_which_they_were_made(folder: Path, caps
     assert own["shape"] == [9, 32, 32, 3]
     assert own["scores"]["tiny_world"] == pytest.approx(expected, abs=0.03)
     enlarged = scored(capsys, *command[:-2])["files"][0]["scores"]["tiny_world"]
-    assert enlarged["VQ"] < 0.5 < expected["VQ"], "edges of the enlarged clip are soft in its own pixels"
+    assert enlarged["VQ"] < 0.5 < expected["VQ"], (
+        "edges of the enlarged clip are soft in its own pixels"
+    )
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (25, 31), (480, 270)])
@@ -106,7 +121,9 @@ def test_shrinking_undoes_the_enlarging_of_small_clips(height: int, width: int) 
     shown = torch.from_numpy(video._presentable(clip.numpy()).copy())
     assert torch.equal(clip_files.shrink(shown, (height, width), Path("x.mp4")), clip)
     square = torch.tensor([[0, 2], [4, 7]], dtype=torch.uint8)[None, :, :, None].expand(1, 2, 2, 3)
-    assert clip_files.shrink(square, (1, 1), Path("x.mp4")).flatten().tolist() == [3, 3, 3], "13 / 4"
+    assert clip_files.shrink(square, (1, 1), Path("x.mp4")).flatten().tolist() == [3, 3, 3], (
+        "13 / 4"
+    )
     with pytest.raises(UserError, match="no whole multiple of 33x32"):
         clip_files.shrink(shown, (33, 32), Path("x.mp4"))
 
@@ -115,17 +132,25 @@ def test_what_cannot_be_scored_is_listed_and_the_rest_is_scored(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = (folder / "half.mp4", folder / "0.mp4", folder / "none.mp4", folder / "still.png")
-    result = scored(capsys, *files, "--prompt", CAPTIONS[0], "--reward", "tiny_world", "--reward", "video_stats")
+    result = scored(
+        capsys, *files, "--prompt", CAPTIONS[0], "--reward", "tiny_world", "--reward", "video_stats"
+    )
     half, good, none, still = result["files"]
     assert half["scores"] == none["scores"] == {} and half["shape"] is None
-    assert half["invalid"]["file"]["class"] == "unreadable" and "half.mp4: damaged" in half["invalid"]["file"]["reason"]
+    assert (
+        half["invalid"]["file"]["class"] == "unreadable"
+        and "half.mp4: damaged" in half["invalid"]["file"]["reason"]
+    )
     assert "No such file" in none["invalid"]["file"]["reason"]
     assert good["invalid"] == {} and None not in good["scores"]["tiny_world"].values()
     assert still["invalid"]["tiny_world"]["class"] == "ValueError"
     assert "judges motion" in still["invalid"]["tiny_world"]["reason"]
     assert set(still["scores"]["tiny_world"].values()) == {None}
     assert None not in still["scores"]["video_stats"].values(), "the other reward judges it"
-    assert result["means"]["tiny_world"]["VQ"] == {"mean": good["scores"]["tiny_world"]["VQ"], "clips": 1}
+    assert result["means"]["tiny_world"]["VQ"] == {
+        "mean": good["scores"]["tiny_world"]["VQ"],
+        "clips": 1,
+    }
     assert cli.main(["score", *map(str, files), "--prompt", "a", "--reward", "tiny_world"]) == 0
     printed = capsys.readouterr()
     assert "tiny_world: ValueError: " in printed.out and "mean of the valid" in printed.out
@@ -135,7 +160,9 @@ def test_what_cannot_be_scored_is_listed_and_the_rest_is_scored(
 def test_alone_it_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = {
         ("half.mp4",): "half.mp4: damaged, or no video; write it again.",
-        ("none.mp4",): "none.mp4: cannot be read (No such file or directory); correct the name or the file.",
+        (
+            "none.mp4",
+        ): "none.mp4: cannot be read (No such file or directory); correct the name or the file.",
         ("none.mp4", "half.mp4"): "(none of the 2 files can be scored)",
         ("0.txt",): "0.txt: of an unknown kind; give one of .mp4,",
     }
@@ -158,7 +185,9 @@ def test_a_folder_stands_for_its_clips_and_prompts_come_in_order(
     ]
     message = complaint(capsys, tmp_path / "0.mp4", "--reward", "tiny_world", "--prompts", listed)
     assert "has 2 prompts for 1 files" in message
-    assert "0.mp4 (and 1 more): no prompt; give --prompt" in complaint(capsys, tmp_path, "--reward", "tiny_world")
+    assert "0.mp4 (and 1 more): no prompt; give --prompt" in complaint(
+        capsys, tmp_path, "--reward", "tiny_world"
+    )
 
 
 def test_a_server_gives_the_scores_of_this_process(
@@ -180,7 +209,14 @@ def test_a_server_gives_the_scores_of_this_process(
         there = scored(capsys, *files, "--server", url, "--token-file", tmp_path / "token")
         wrong = complaint(capsys, *files, "--server", url, "--path", "x")
         missing = complaint(
-            capsys, folder / "0.mp4", "--reward", "hps", "--server", url, "--token-file", tmp_path / "token"
+            capsys,
+            folder / "0.mp4",
+            "--reward",
+            "hps",
+            "--server",
+            url,
+            "--token-file",
+            tmp_path / "token",
         )
     assert [row["scores"] for row in there["files"]] == [row["scores"] for row in here["files"]]
     assert there["files"][1]["invalid"]["tiny_world"]["class"] == "server"
@@ -258,13 +294,22 @@ def test_settings_reach_the_reward_that_is_meant(tmp_path: Path) -> None:
     )
     assert stats == RewardSpec(name="video_stats", weights={}, fps=24.0, options={"grid_period": 8})
     file = tmp_path / "judges.toml"
-    file.write_text('[[rewards]]\nname = "hps"\npath = "./a.pt"\n[[rewards]]\nname = "video_stats"\n')
+    file.write_text(
+        '[[rewards]]\nname = "hps"\npath = "./a.pt"\n[[rewards]]\nname = "video_stats"\n'
+    )
     named = judges.specs(Asked(file=file))
-    assert [(spec.name, spec.path) for spec in named] == [("hps", str(tmp_path / "a.pt")), ("video_stats", None)]
-    assert [spec.name for spec in judges.specs(Asked(names=("video_stats",), file=file))] == ["video_stats"]
+    assert [(spec.name, spec.path) for spec in named] == [
+        ("hps", str(tmp_path / "a.pt")),
+        ("video_stats", None),
+    ]
+    assert [spec.name for spec in judges.specs(Asked(names=("video_stats",), file=file))] == [
+        "video_stats"
+    ]
 
 
-def test_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     clip = folder / "0.mp4"
     two = ("--reward", "tiny_world", "--reward", "video_stats")
     cases = {
@@ -278,12 +323,36 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
             "x.pt",
         ): "--path=x.pt: of which reward (tiny_world, video_stats)? Write it as NAME=PATH.",
         (clip, *two, "--option", "grid_period=8"): "of which reward",
-        (clip, "--reward", "video_stats", "--option", "grid=8"): "rewards.options.grid: video_stats has no such option",
-        (clip, "--reward", "video_stats", "--set", "frame=8"): "a reward has no such key; did you mean 'frames'?",
+        (
+            clip,
+            "--reward",
+            "video_stats",
+            "--option",
+            "grid=8",
+        ): "rewards.options.grid: video_stats has no such option",
+        (
+            clip,
+            "--reward",
+            "video_stats",
+            "--set",
+            "frame=8",
+        ): "a reward has no such key; did you mean 'frames'?",
         (clip, "--reward", "video_stats", "--set", "frames"): "not of the form key=value",
         (clip, "--reward", "hps"): "rewards.path: missing",
-        (clip, "--reward", "tiny_world", "--size", "33x32"): "no whole multiple of 33x32; correct --size.",
-        (clip, "--reward", "tiny_world", "--json", tmp_path / "no" / "x"): "cannot be written there",
+        (
+            clip,
+            "--reward",
+            "tiny_world",
+            "--size",
+            "33x32",
+        ): "no whole multiple of 33x32; correct --size.",
+        (
+            clip,
+            "--reward",
+            "tiny_world",
+            "--json",
+            tmp_path / "no" / "x",
+        ): "cannot be written there",
         (clip, "--reward", "tiny_world", "--prompt", "a", "--prompts", "b"): "not both",
         (clip, "--reward", "tiny_world", "--server", "http://127.0.0.1:9"): "--token-file: missing",
         (tmp_path, "--reward", "tiny_world"): "the folder has no clips or pictures",
@@ -293,8 +362,17 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
         assert message in complaint(capsys, *options), options
 
 
-def test_the_json_file_is_whole(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["score", str(folder / "0.mp4"), "--reward", "tiny_world", "--json", str(tmp_path / "x.json")]
+def test_the_json_file_is_whole(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "score",
+        str(folder / "0.mp4"),
+        "--reward",
+        "tiny_world",
+        "--json",
+        str(tmp_path / "x.json"),
+    ]
     assert cli.main(command) == 0
     assert "VQ" in capsys.readouterr().out, "and the table"
     content = json.loads((tmp_path / "x.json").read_text())

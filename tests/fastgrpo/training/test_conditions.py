@@ -1,4 +1,6 @@
-"""The cache of conditions: killed and resumed, shared over ranks, refused when it is of something else."""
+"""The cache of conditions: killed and resumed, shared over ranks, refused when it is of something
+else.
+"""
 
 import errno
 import hashlib
@@ -60,7 +62,10 @@ def complaint(settings: Recipe) -> str:
 
 def files(folder: Path) -> dict[str, bytes]:
     """The cache's tensors by file."""
-    return {file.name: file.read_bytes() for file in sorted((folder / "embeddings").glob("*.safetensors"))}
+    return {
+        file.name: file.read_bytes()
+        for file in sorted((folder / "embeddings").glob("*.safetensors"))
+    }
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
@@ -87,7 +92,9 @@ def small(tmp_path: Path) -> Recipe:
     return settings
 
 
-def test_killed_half_way_it_resumes_and_two_ranks_make_what_one_makes(calm: Path, tmp_path: Path) -> None:
+def test_killed_half_way_it_resumes_and_two_ranks_make_what_one_makes(
+    calm: Path, tmp_path: Path
+) -> None:
     command = ["embed", str(runs.RECIPE), *arguments(tmp_path, calm / f"prompts_{MANY}.txt")]
     process = forks.start("fastgrpo.cli", command, ranks=2)
     deadline = time.monotonic() + runs.LIMIT
@@ -99,7 +106,9 @@ def test_killed_half_way_it_resumes_and_two_ranks_make_what_one_makes(calm: Path
     assert 2 <= len(finished) < len(files(calm)), "killed too early or too late"
     assert forks.start("fastgrpo.cli", command, ranks=2).wait(runs.LIMIT) == 0
     assert files(tmp_path) == files(calm)
-    assert {name: stamps(tmp_path)[name] for name in finished} == finished, "finished parts are kept"
+    assert {name: stamps(tmp_path)[name] for name in finished} == finished, (
+        "finished parts are kept"
+    )
 
 
 def test_conditions_are_those_of_the_encoder_in_order(calm: Path) -> None:
@@ -120,7 +129,10 @@ def test_a_part_is_read_only_when_it_is_asked_for(calm: Path, tmp_path: Path) ->
     conditions = encode(recipe(tmp_path / "run", calm / f"prompts_{MANY}.txt")).conditions
     (tmp_path / "run" / "embeddings" / "part-00001.safetensors").unlink()
     assert conditions[0]["text"].shape[-1] == conditions[2 * PART]["text"].shape[-1]
-    with pytest.raises(UserError, match=r"part-00001\.safetensors cannot be read .*; remove that file and start again"):
+    with pytest.raises(
+        UserError,
+        match=r"part-00001\.safetensors cannot be read .*; remove that file and start again",
+    ):
         conditions[PART]
 
 
@@ -136,7 +148,9 @@ def test_a_damaged_part_alone_is_made_again(calm: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "run") == files(calm)
 
 
-def test_a_full_disk_is_one_line_and_leaves_only_whole_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_line_and_leaves_only_whole_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = recipe(tmp_path / "run", prompt_file(tmp_path, FEW))
     synced: list[list[str]] = []
 
@@ -158,14 +172,21 @@ def test_a_full_disk_is_one_line_and_leaves_only_whole_parts(tmp_path: Path, mon
     assert len(encode(settings).conditions) == FEW
 
 
-def test_a_cache_of_something_else_is_refused_by_name(small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_of_something_else_is_refused_by_name(
+    small: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, folder = Path(small.model.path), small.run.dir
     before = stamps(folder)
 
     def refusal(*overrides: str) -> str:
-        prompts = next((o.partition("=")[2] for o in overrides if o.startswith("prompts.train")), small.prompts.train)
+        prompts = next(
+            (o.partition("=")[2] for o in overrides if o.startswith("prompts.train")),
+            small.prompts.train,
+        )
         line = complaint(recipe(folder, Path(prompts), f"model.path={model}", *overrides))
-        start = f"prompts.cache={folder / 'embeddings'}: its conditions differ from this recipe's in "
+        start = (
+            f"prompts.cache={folder / 'embeddings'}: its conditions differ from this recipe's in "
+        )
         end = "; remove that folder, or set prompts.cache to another."
         assert line.startswith(start) and line.endswith(end), line
         return line.removeprefix(start).removesuffix(end)
@@ -185,7 +206,9 @@ def test_a_cache_of_something_else_is_refused_by_name(small: Recipe, monkeypatch
         file.write_bytes(content)
     manifest = folder / "embeddings" / "manifest.json"
     told = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(told | {"fingerprint": told["fingerprint"] | {"family": "flux"}}))
+    manifest.write_text(
+        json.dumps(told | {"fingerprint": told["fingerprint"] | {"family": "flux"}})
+    )
     assert refusal() == "family"
     manifest.write_text(json.dumps(told | {"format": 0}))
     assert refusal() == "format 0 (of another version of fastgrpo)"
@@ -195,7 +218,10 @@ def test_a_cache_of_something_else_is_refused_by_name(small: Recipe, monkeypatch
 
 
 def test_the_same_model_elsewhere_and_later_is_the_same(small: Recipe, tmp_path: Path) -> None:
-    """Files count by content: neither their place nor their time matters. What encodes nothing does not count."""
+    """Files count by content: neither their place nor their time matters.
+
+    What encodes nothing does not count.
+    """
     shutil.copytree(small.model.path, tmp_path / "elsewhere", copy_function=shutil.copyfile)
     (tmp_path / "elsewhere" / "transformer" / "config.json").write_text("{}")
     (tmp_path / "elsewhere" / "text_encoder" / "README.md").write_text("another")
@@ -205,9 +231,16 @@ def test_the_same_model_elsewhere_and_later_is_the_same(small: Recipe, tmp_path:
 
 
 def test_runs_share_a_cache_and_its_one_negative(tmp_path: Path) -> None:
-    overrides = ["model.cfg=3.0", "model.negative_prompt=blurry", f"prompts.cache={tmp_path / 'shared'}"]
+    overrides = [
+        "model.cfg=3.0",
+        "model.negative_prompt=blurry",
+        f"prompts.cache={tmp_path / 'shared'}",
+    ]
     prompts = prompt_file(tmp_path, 20)
-    one, two = (recipe(tmp_path / name, prompts, *overrides, "model.dtype=bfloat16") for name in ("one", "two"))
+    one, two = (
+        recipe(tmp_path / name, prompts, *overrides, "model.dtype=bfloat16")
+        for name in ("one", "two")
+    )
     first, second = encode(one).conditions, encode(two).conditions
     assert not (tmp_path / "one").exists() and not (tmp_path / "two").exists()
     assert first.negative is not None and second.negative is not None
@@ -219,17 +252,25 @@ def test_runs_share_a_cache_and_its_one_negative(tmp_path: Path) -> None:
     (tmp_path / "shared" / "negative.safetensors").unlink()
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "shared").glob("part-*")}
     assert encode(one).conditions.negative is not None
-    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "shared").glob("part-*")}
+    assert before == {
+        file: file.stat().st_mtime_ns for file in (tmp_path / "shared").glob("part-*")
+    }
 
 
 class Picky:
-    """An encoder that cannot take some prompts. A condition is a function of the text, so that order shows."""
+    """An encoder that cannot take some prompts.
+
+    A condition is a function of the text, so that order shows.
+    """
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
         for prompt in prompts:
             if "corrupt" in prompt.text:
                 raise UserError(f"image={prompt.image}: cannot be decoded; replace it.")
-        return [{"text": self.code(prompt.text), "length": torch.tensor(len(prompt.text))} for prompt in prompts]
+        return [
+            {"text": self.code(prompt.text), "length": torch.tensor(len(prompt.text))}
+            for prompt in prompts
+        ]
 
     @staticmethod
     def code(text: str) -> torch.Tensor:
@@ -254,7 +295,9 @@ def test_prompts_that_cannot_be_encoded_are_named_or_skipped(
     lines = [f"clip {n} {'corrupt' if n % 50 == 7 else 'fine'}" for n in range(FEW)]
     (tmp_path / "p.txt").write_text("\n".join(lines))
     settings = recipe(tmp_path / "run", tmp_path / "p.txt")
-    first = f"prompts.train={tmp_path / 'p.txt'}: line 8: image=None: cannot be decoded; replace it."
+    first = (
+        f"prompts.train={tmp_path / 'p.txt'}: line 8: image=None: cannot be decoded; replace it."
+    )
     assert complaint(settings) == f"{first} Or set prompts.bad_rows=skip."
     encoded = encode(recipe(tmp_path / "run", tmp_path / "p.txt", "prompts.bad_rows=skip"))
     kept = [*encoded.train, *encoded.heldout]
@@ -263,30 +306,51 @@ def test_prompts_that_cannot_be_encoded_are_named_or_skipped(
     for prompt, condition in zip(kept, encoded.conditions, strict=True):
         assert torch.equal(condition["text"], Picky.code(prompt.text))
         assert condition["length"].dtype == torch.int64
-    assert f"prompts: 3 more left out that cannot be encoded (such as {first})" in capsys.readouterr().out
-    assert complaint(settings) == f"{first} Or set prompts.bad_rows=skip.", "from the finished cache, too"
+    assert (
+        f"prompts: 3 more left out that cannot be encoded (such as {first})"
+        in capsys.readouterr().out
+    )
+    assert complaint(settings) == f"{first} Or set prompts.bad_rows=skip.", (
+        "from the finished cache, too"
+    )
     (tmp_path / "q.txt").write_text("\n".join(f"corrupt {n}" for n in range(2 * PART)))
-    assert "cannot be decoded" in complaint(recipe(tmp_path / "q", tmp_path / "q.txt", "prompts.bad_rows=skip"))
+    assert "cannot be decoded" in complaint(
+        recipe(tmp_path / "q", tmp_path / "q.txt", "prompts.bad_rows=skip")
+    )
 
 
-def test_reference_images_and_the_video_size_count_where_there_are_some(picky: None, tmp_path: Path) -> None:
+def test_reference_images_and_the_video_size_count_where_there_are_some(
+    picky: None, tmp_path: Path
+) -> None:
     (tmp_path / "a.png").write_bytes(bytes(200_000))
     rows = [json.dumps({"prompt": f"clip {n}", "image": "a.png"}) for n in range(40)]
     (tmp_path / "p.jsonl").write_text("\n".join(rows))
     column = "prompts.image_column=image"
     encode(recipe(tmp_path / "run", tmp_path / "p.jsonl", column))
-    told = json.loads((tmp_path / "run" / "embeddings" / "manifest.json").read_text())["fingerprint"]
+    told = json.loads((tmp_path / "run" / "embeddings" / "manifest.json").read_text())[
+        "fingerprint"
+    ]
     assert {"vae", "reference images", "video size"} <= told.keys()
-    assert "in video size;" in complaint(recipe(tmp_path / "run", tmp_path / "p.jsonl", column, "video.height=64"))
+    assert "in video size;" in complaint(
+        recipe(tmp_path / "run", tmp_path / "p.jsonl", column, "video.height=64")
+    )
     (tmp_path / "a.png").write_bytes(bytes(199_999) + b"x")
-    assert "in reference images;" in complaint(recipe(tmp_path / "run", tmp_path / "p.jsonl", column))
+    assert "in reference images;" in complaint(
+        recipe(tmp_path / "run", tmp_path / "p.jsonl", column)
+    )
 
 
-def test_the_command_encodes_and_says_how_long(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_encodes_and_says_how_long(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     prompts = prompt_file(tmp_path, FEW)
     assert cli.main(["embed", str(runs.RECIPE), *arguments(tmp_path / "run", prompts)]) == 0
     out = capsys.readouterr().out
-    for part in (f"encoding prompts: 64 of {FEW}, about ", f"{FEW} prompts encoded in ", "held out"):
+    for part in (
+        f"encoding prompts: 64 of {FEW}, about ",
+        f"{FEW} prompts encoded in ",
+        "held out",
+    ):
         assert part in out
     assert f"the conditions of {FEW} prompts are in {tmp_path / 'run' / 'embeddings'}" in out
     other = prompt_file(tmp_path, FEW - 1)
@@ -302,7 +366,10 @@ def looking_often(rank: int) -> None:
 
 def test_what_another_process_is_encoding_is_waited_for(calm: Path, tmp_path: Path) -> None:
     """By two ranks; once the other one is gone, without having made anything, they make it."""
-    command, out = ["embed", str(runs.RECIPE), *arguments(tmp_path, calm / f"prompts_{MANY}.txt")], tmp_path / "out"
+    command, out = (
+        ["embed", str(runs.RECIPE), *arguments(tmp_path, calm / f"prompts_{MANY}.txt")],
+        tmp_path / "out",
+    )
     waits = f"prompts.cache={tmp_path / 'embeddings'}: another process is encoding there; waiting until it ends\n"
     lock = take_lock(tmp_path / "embeddings", "prompts.cache")
     assert lock is not None
@@ -325,14 +392,20 @@ def test_what_another_process_has_completed_is_taken(
     folder = tmp_path / "run" / "embeddings"
 
     def complete(_: float) -> None:
-        assert not folder.joinpath("manifest.json").exists(), "it was complete at the last look already"
-        shutil.copytree(calm / "embeddings", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lock"))
+        assert not folder.joinpath("manifest.json").exists(), (
+            "it was complete at the last look already"
+        )
+        shutil.copytree(
+            calm / "embeddings", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lock")
+        )
 
     monkeypatch.setattr(time, "sleep", complete)
     lock = take_lock(folder, "prompts.cache")
     assert lock is not None
     with lock:
-        assert len(encode(recipe(tmp_path / "run", calm / f"prompts_{MANY}.txt")).conditions) == MANY
+        assert (
+            len(encode(recipe(tmp_path / "run", calm / f"prompts_{MANY}.txt")).conditions) == MANY
+        )
     told = capsys.readouterr().out
     assert "waiting until it ends" in told and "prompts encoded" not in told
     after = take_lock(folder, "prompts.cache")
@@ -340,7 +413,9 @@ def test_what_another_process_has_completed_is_taken(
     after.close()
 
 
-def test_of_two_that_replace_a_file_at_once_both_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_that_replace_a_file_at_once_both_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As two runs with the hashes of one cache, which they keep before either holds its lock."""
     rename, file = os.replace, tmp_path / "hashes.json"
 

@@ -35,7 +35,9 @@ FITTING: dict[str, list[str]] = {
 
 
 def recipe(name: str, *overrides: str) -> Recipe:
-    return config.load(runs.RECIPE, [f"objective.kind={name}", *FITTING.get(name, []), *OVERRIDES, *overrides])
+    return config.load(
+        runs.RECIPE, [f"objective.kind={name}", *FITTING.get(name, []), *OVERRIDES, *overrides]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,9 @@ def contract(method: Any, traits: Traits, policy: Policy, conditions: list[Condi
     return broken + _losses_broken(method, policy, plan, conditions, drawn)
 
 
-def _losses_broken(method: Any, policy: Policy, plan: Plan, conditions: list[Condition], drawn: Drawn) -> list[str]:
+def _losses_broken(
+    method: Any, policy: Policy, plan: Plan, conditions: list[Condition], drawn: Drawn
+) -> list[str]:
     """What is wrong with the losses of two transitions whose advantages are 1 and -1."""
     steps = [(slot, plan.chosen(slot)[0]) for slot in (0, 1)]
     experience = Experience(
@@ -111,7 +115,9 @@ def _losses_broken(method: Any, policy: Policy, plan: Plan, conditions: list[Con
 
 
 @pytest.mark.parametrize("name", methods.known())
-def test_every_method_keeps_the_contract(name: str, policy: Policy, conditions: list[Condition]) -> None:
+def test_every_method_keeps_the_contract(
+    name: str, policy: Policy, conditions: list[Condition]
+) -> None:
     assert not contract(methods.of(name), methods.traits_of(name), policy, conditions)
     methods.check(recipe(name))
 
@@ -128,14 +134,18 @@ def test_what_is_declared_is_what_an_import_gives(name: str) -> None:
 def test_a_name_without_a_file_is_an_error_that_lists_the_others() -> None:
     asked = config.load(runs.RECIPE, ["objective.kind=gpro"])
     for ask in (methods.check, methods.traits, lambda recipe: methods.of(recipe.objective.kind)):
-        with pytest.raises(UserError, match=r"^objective\.kind='gpro': no file training/methods/gpro\.py; use one of"):
+        with pytest.raises(
+            UserError,
+            match=r"^objective\.kind='gpro': no file training/methods/gpro\.py; use one of",
+        ):
             ask(asked)
 
 
 def test_a_new_file_is_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "FOLDER", tmp_path)
     (tmp_path / "mine.py").write_text(
-        "from fastgrpo.core.method import Traits\nTRAITS = Traits(reference_key='nft_kl')\nMETHOD = object()\n"
+        "from fastgrpo.core.method import Traits\nTRAITS = Traits(reference_key='nft_kl')\nMETHOD "
+        "= object()\n"
     )
     assert methods.known() == ("mine",)
     asked = config.load(runs.RECIPE, ["objective.kind=mine", "objective.nft_kl=0.5"])
@@ -154,7 +164,9 @@ class Faulty:
 
 def constant_losses(policy: Policy, experience: Experience, objective: Objective) -> Any:
     zero = torch.zeros(2)
-    return lambda batch: Losses(loss=0.0 * batch.v.flatten(1).sum(1), outside=zero, kl=zero, log_ratio=zero)
+    return lambda batch: Losses(
+        loss=0.0 * batch.v.flatten(1).sum(1), outside=zero, kl=zero, log_ratio=zero
+    )
 
 
 def summed_losses(policy: Policy, experience: Experience, objective: Objective) -> Any:
@@ -162,7 +174,9 @@ def summed_losses(policy: Policy, experience: Experience, objective: Objective) 
     return lambda batch: replace(losses_of(batch), loss=losses_of(batch).loss.sum())
 
 
-def unkeyed(policy: Policy, plan: Plan, conditions: list[Condition], slots: list[int], prefixes: Any) -> Drawn:
+def unkeyed(
+    policy: Policy, plan: Plan, conditions: list[Condition], slots: list[int], prefixes: Any
+) -> Drawn:
     drawn = methods.of("grpo").sample(policy, plan, conditions, slots, prefixes)
     return replace(drawn, final=torch.randn_like(drawn.final))
 
@@ -179,10 +193,15 @@ def unkeyed(policy: Policy, plan: Plan, conditions: list[Condition], slots: list
 def test_a_faulty_method_is_named(
     planted: dict[str, Any], complaint: str, policy: Policy, conditions: list[Condition]
 ) -> None:
-    assert any(one.startswith(complaint) for one in contract(Faulty(**planted), Traits(), policy, conditions))
+    assert any(
+        one.startswith(complaint)
+        for one in contract(Faulty(**planted), Traits(), policy, conditions)
+    )
 
 
-def test_a_method_that_declares_too_little_is_named(policy: Policy, conditions: list[Condition]) -> None:
+def test_a_method_that_declares_too_little_is_named(
+    policy: Policy, conditions: list[Condition]
+) -> None:
     wrong = replace(methods.traits_of("nft"), noisy_steps=True, reference_key="kl_weight")
     plan = methods.of("nft").plan(tiny.plan(policy, shared_noise=False))
     kept = draw(methods.of("nft"), policy, replace(plan, group_size=2), conditions).trajectories[0]
@@ -190,7 +209,8 @@ def test_a_method_that_declares_too_little_is_named(policy: Policy, conditions: 
     assert held == methods.traits_of("nft").latents_kept(3, 5) > wrong.latents_kept(3, 4)
 
 
-# --- bytes of waiting trajectories: one source for the plan and for rollout.batch_size=auto ---------------------------
+# --- bytes of waiting trajectories: one source for the plan and for rollout.batch_size=auto
+# ---------------------------
 
 
 @pytest.mark.parametrize("name", methods.known())
@@ -200,9 +220,13 @@ def test_plan_and_preflight_count_the_same_bytes_and_no_sample_holds_more(
 ) -> None:
     asked = recipe(name, *(more if methods.traits_of(name).noisy_steps else []))
     window = range(asked.rollout.window) if asked.rollout.window else None
-    plan = replace(tiny.plan(policy, shared_noise=False), window=window, trained=asked.steps_trained)
+    plan = replace(
+        tiny.plan(policy, shared_noise=False), window=window, trained=asked.steps_trained
+    )
     plan = methods.of(name).plan(plan)
-    parts: Any = SimpleNamespace(recipe=asked, plan=plan, world=SimpleNamespace(device=torch.device("cpu")))
+    parts: Any = SimpleNamespace(
+        recipe=asked, plan=plan, world=SimpleNamespace(device=torch.device("cpu"))
+    )
     samples = 4
     planned = memory.trajectories(subject(asked, 1, 8).job, samples)
     assert planned == largest_batch._kept(parts, samples)
@@ -221,4 +245,6 @@ def test_a_trainers_weights_are_its_own_again_after_any_drawing(policy: Policy) 
         before = [parameter.detach().clone() for parameter in policy.network.parameters()]
         with methods.of(name).drawing_weights(trainer):
             pass
-        assert all(torch.equal(a, b) for a, b in zip(before, policy.network.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(before, policy.network.parameters(), strict=True)
+        )

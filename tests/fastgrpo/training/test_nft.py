@@ -1,4 +1,6 @@
-"""DiffusionNFT on the tiny model: what is drawn and kept, the update's gradient, that it learns, and a whole run."""
+"""DiffusionNFT on the tiny model: what is drawn and kept, the update's gradient, that it learns,
+and a whole run.
+"""
 
 import re
 from dataclasses import replace
@@ -49,14 +51,23 @@ def draw(policy: Policy, plan: Plan, conditions: list[Condition], size: int) -> 
 
 
 def run(
-    trainer: Trainer, plan: Plan, drawn: Drawn, conditions: list[Condition], world: World, advantages: Tensor
+    trainer: Trainer,
+    plan: Plan,
+    drawn: Drawn,
+    conditions: list[Condition],
+    world: World,
+    advantages: Tensor,
 ) -> float:
     kept = torch.ones(TOTAL, dtype=torch.bool)
     return update(
         trainer,
         SETTINGS,
         Experience(
-            plan=plan, trajectories=drawn.trajectories, conditions=conditions, advantages=advantages, selected=kept
+            plan=plan,
+            trajectories=drawn.trajectories,
+            conditions=conditions,
+            advantages=advantages,
+            selected=kept,
         ),
         world,
     )["update/loss"]
@@ -73,15 +84,22 @@ def test_samples_are_the_odes_and_are_noised_with_their_keys(
     x = plan.initial_noise([slot], torch.device("cpu"))
     assert not torch.equal(x, plan.initial_noise([slot + 1], torch.device("cpu")))
     with torch.no_grad():
-        torch.testing.assert_close(drawn.final[slot], rollout.sample_ode(policy, x, plan.grid, condition)[0])
+        torch.testing.assert_close(
+            drawn.final[slot], rollout.sample_ode(policy, x, plan.grid, condition)[0]
+        )
         trajectory = drawn.trajectories[slot]
         assert sorted(trajectory.velocities) == plan.chosen(slot) and not trajectory.log_probs
         assert torch.equal(trajectory.states[plan.steps], drawn.final[slot])
         for step, v in trajectory.velocities.items():
-            t, key = plan.grid[step], ("noised", plan.seed, plan.iteration, *divmod(slot, tiny.GROUP), step)
+            t, key = (
+                plan.grid[step],
+                ("noised", plan.seed, plan.iteration, *divmod(slot, tiny.GROUP), step),
+            )
             x = (1 - t) * drawn.final[slot] + t * noise.normal([key], plan.latent_shape)
             torch.testing.assert_close(trajectory.states[step], x[0])
-            torch.testing.assert_close(v, policy.velocity(x, t[None], condition)[0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                v, policy.velocity(x, t[None], condition)[0], atol=1e-5, rtol=1e-5
+            )
 
 
 def test_gradient_equals_plain_autograd_of_the_objective(
@@ -98,7 +116,11 @@ def test_gradient_equals_plain_autograd_of_the_objective(
     plain, loss = tiny.load_policy(), torch.zeros(())
     for slot, trajectory in drawn.trajectories.items():
         for step, v_old in trajectory.velocities.items():
-            t, x, x_0 = plan.grid[step][None], trajectory.states[step][None], trajectory.states[plan.steps][None]
+            t, x, x_0 = (
+                plan.grid[step][None],
+                trajectory.states[step][None],
+                trajectory.states[plan.steps][None],
+            )
             v = plain.velocity(x, t, stack([conditions[slot // tiny.GROUP]]))
             advantage = tiny.advantages()[slot][None]
             loss = loss + objectives.nft(
@@ -107,7 +129,9 @@ def test_gradient_equals_plain_autograd_of_the_objective(
     loss.backward()
     expected = {name: p.grad for name, p in plain.network.named_parameters() if p.grad is not None}
     assert trainer.gradients[0].keys() == expected.keys()
-    difference = sum((trainer.gradients[0][name] - grad).square().sum() for name, grad in expected.items())
+    difference = sum(
+        (trainer.gradients[0][name] - grad).square().sum() for name, grad in expected.items()
+    )
     assert difference <= 1e-10 * sum(grad.square().sum() for grad in expected.values())
 
 
@@ -142,9 +166,21 @@ def test_updates_make_rewarded_samples_likelier_and_others_less_likely(
 
 
 def test_a_run_draws_from_the_average(tmp_path: Path) -> None:
-    """Its trained weights are ruined by the first step; the average, which draws the samples, hardly moves."""
-    overrides = [*runs.SMALLER, "objective.kind=nft", "rollout.shared_noise=false", "optimizer.ema_decay=0.999999"]
-    overrides += ["optimizer.lr=0.1", "rollout.eta=0", "optimizer.updates_per_iteration=1", "objective.best_of_n=2"]
+    """Its trained weights are ruined by the first step; the average, which draws the samples,
+    hardly moves.
+    """
+    overrides = [
+        *runs.SMALLER,
+        "objective.kind=nft",
+        "rollout.shared_noise=false",
+        "optimizer.ema_decay=0.999999",
+    ]
+    overrides += [
+        "optimizer.lr=0.1",
+        "rollout.eta=0",
+        "optimizer.updates_per_iteration=1",
+        "objective.best_of_n=2",
+    ]
     runs.succeed(tmp_path / "run", overrides)
     first, second = runs.metrics(tmp_path / "run")
     assert first["update/transitions"] == 2 * 2 * 3
@@ -155,17 +191,36 @@ def test_a_run_draws_from_the_average(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        (["rollout.shared_noise=true"], "rollout.shared_noise=true: objective.kind=nft draws without noise on the way"),
-        (["optimizer.ema_decay=0"], "optimizer.ema_decay=0: with objective.kind=nft the moving average"),
+        (
+            ["rollout.shared_noise=true"],
+            "rollout.shared_noise=true: objective.kind=nft draws without noise on the way",
+        ),
+        (
+            ["optimizer.ema_decay=0"],
+            "optimizer.ema_decay=0: with objective.kind=nft the moving average",
+        ),
         (["rollout.window=2"], "rollout.window: has no effect with objective.kind=nft"),
-        (["objective.step_weights=noise"], "objective.step_weights=noise: has no effect with objective.kind=nft"),
-        (["objective.kl_weight=0.1"], "objective.kl_weight=0.1: is of noisy steps, and objective.kind=nft has none"),
+        (
+            ["objective.step_weights=noise"],
+            "objective.step_weights=noise: has no effect with objective.kind=nft",
+        ),
+        (
+            ["objective.kl_weight=0.1"],
+            "objective.kl_weight=0.1: is of noisy steps, and objective.kind=nft has none",
+        ),
     ],
 )
 def test_settings_that_do_not_go_with_it_are_named(overrides: list[str], complaint: str) -> None:
-    good = ["objective.kind=nft", "rollout.shared_noise=false", "optimizer.ema_decay=0.5", "rollout.eta=0.0"]
+    good = [
+        "objective.kind=nft",
+        "rollout.shared_noise=false",
+        "optimizer.ema_decay=0.5",
+        "rollout.eta=0.0",
+    ]
     assert methods.needs_initial_policy(config.load(runs.RECIPE, good))
-    assert not methods.needs_initial_policy(config.load(runs.RECIPE, [*good, "objective.nft_kl=0.0"]))
+    assert not methods.needs_initial_policy(
+        config.load(runs.RECIPE, [*good, "objective.nft_kl=0.0"])
+    )
     with pytest.raises(UserError, match=f"^{re.escape(complaint)}"):
         methods.check(config.load(runs.RECIPE, [*good, *overrides]))
 
@@ -173,7 +228,9 @@ def test_settings_that_do_not_go_with_it_are_named(overrides: list[str], complai
 class Diffusion:
     """A policy whose steps are DDIM's."""
 
-    def transition(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    def transition(
+        self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float
+    ) -> tuple[Tensor, Tensor]:
         return ddim_transition(x, epsilon=v, alpha=1 - t, alpha_next=1 - t_next, eta=eta)
 
 

@@ -1,4 +1,6 @@
-"""Scores beside the rollout: overlap, failures of every kind, monitors, and what the metrics say of them."""
+"""Scores beside the rollout: overlap, failures of every kind, monitors, and what the metrics say of
+them.
+"""
 
 import threading
 import time
@@ -70,13 +72,20 @@ def specs(weight_b: float = 1.0, name: str = "x") -> list[RewardSpec]:
 
 def pixels() -> Tensor:
     """uint8 [20, 2, 4, 4, 3]; in each group of five one clip is the one that faults hit."""
-    return torch.arange(SAMPLES, dtype=torch.uint8)[:, None, None, None, None].expand(SAMPLES, 2, 4, 4, 3).contiguous()
+    return (
+        torch.arange(SAMPLES, dtype=torch.uint8)[:, None, None, None, None]
+        .expand(SAMPLES, 2, 4, 4, 3)
+        .contiguous()
+    )
 
 
 def submit(
     scorer: Scorer, size: int = 4, rollout_s: float = 0.0, latents: Tensor | None = None
 ) -> list[tuple[float, float]]:
-    """All samples in batches, with a pretended rollout before each.  returns when the rollouts were"""
+    """All samples in batches, with a pretended rollout before each.
+
+    returns when the rollouts were
+    """
     spans = []
     latents = torch.zeros(SAMPLES, 1, 1, 1, 1) if latents is None else latents
     for start in range(0, SAMPLES, size):
@@ -84,12 +93,18 @@ def submit(
         time.sleep(rollout_s)
         spans.append((began, time.perf_counter()))
         slots = list(range(start, start + size))
-        scorer.submit(slots, latents[slots], pixels()[slots], [f"prompt {slot // GROUP}" for slot in slots])
+        scorer.submit(
+            slots, latents[slots], pixels()[slots], [f"prompt {slot // GROUP}" for slot in slots]
+        )
     return spans
 
 
-def in_process(monkeypatch: pytest.MonkeyPatch, reward: Brightness, specs: Sequence[RewardSpec]) -> ScorerInProcess:
-    monkeypatch.setattr("fastgrpo.rewards.serving.in_process.load_served", lambda spec: Served(reward, spec))
+def in_process(
+    monkeypatch: pytest.MonkeyPatch, reward: Brightness, specs: Sequence[RewardSpec]
+) -> ScorerInProcess:
+    monkeypatch.setattr(
+        "fastgrpo.rewards.serving.in_process.load_served", lambda spec: Served(reward, spec)
+    )
     return ScorerInProcess(specs)
 
 
@@ -101,7 +116,9 @@ def hit() -> Tensor:
 def check_statistics(scored: Scored) -> None:
     """Advantages are those that the valid samples alone would have, in each group, by hand."""
     weights = {"A": 1.0, "B": 1.0}
-    advantages = combined_advantages(scored.values, scored.valid, weights, GROUP, Objective(advantage_clip=100.0))
+    advantages = combined_advantages(
+        scored.values, scored.valid, weights, GROUP, Objective(advantage_clip=100.0)
+    )
     truth = {"A": torch.arange(SAMPLES).double(), "B": torch.arange(SAMPLES).double() ** 2}
     for start in range(0, SAMPLES, GROUP):
         members = [i for i in range(start, start + GROUP) if scored.valid[i]]
@@ -119,7 +136,9 @@ def test_one_clip_in_five_fails_and_the_others_are_as_if_it_were_not_there(
     with ExitStack() as stack:
         if where == "server":
             url = stack.enter_context(running({"x": reward}, batch_size=1, wait_s=0.0))
-            source: Any = stack.enter_context(RewardClient([url], TOKEN, ["x"], timeout_s=0.4, outage_s=30.0))
+            source: Any = stack.enter_context(
+                RewardClient([url], TOKEN, ["x"], timeout_s=0.4, outage_s=30.0)
+            )
             source.at_once = 1  # so that a late clip makes no other one late
             source.wait_ready(5.0)
         else:
@@ -131,7 +150,9 @@ def test_one_clip_in_five_fails_and_the_others_are_as_if_it_were_not_there(
         else:
             submit(scorer)
         scored = scorer.collect(SAMPLES)
-    in_time = fault == "late" and where == "process"  # nobody waits in vain there: late is only slow
+    in_time = (
+        fault == "late" and where == "process"
+    )  # nobody waits in vain there: late is only slow
     assert torch.equal(~scored.valid, hit() & (not in_time))
     check_statistics(scored)
     metrics = scored.metrics()
@@ -141,10 +162,14 @@ def test_one_clip_in_five_fails_and_the_others_are_as_if_it_were_not_there(
     recipe: Any = SimpleNamespace(weights={"A": 1.0, "B": 1.0})
     logged = reward_metrics(scored, recipe, GROUP)
     assert logged["reward/invalid"] == metrics["invalid/A"]
-    assert logged["reward/A"] == pytest.approx(torch.arange(SAMPLES)[scored.valid].float().mean().item())
+    assert logged["reward/A"] == pytest.approx(
+        torch.arange(SAMPLES)[scored.valid].float().mean().item()
+    )
 
 
-def test_latents_that_are_not_finite_have_no_score(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latents_that_are_not_finite_have_no_score(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     latents = torch.zeros(SAMPLES, 1, 1, 1, 1)
     latents[7], latents[8] = float("nan"), float("inf")
     scorer = Scorer([in_process(monkeypatch, Brightness(), specs())], specs(), 8.0, world)
@@ -153,7 +178,9 @@ def test_latents_that_are_not_finite_have_no_score(world: World, monkeypatch: py
     scorer.close()
 
 
-def test_a_monitor_without_a_score_costs_no_sample(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_monitor_without_a_score_costs_no_sample(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     main, monitor = Brightness(), Brightness("monitor")
     several = [
         RewardSpec(name="main", weights={"A": 1.0}),
@@ -169,7 +196,8 @@ def test_a_monitor_without_a_score_costs_no_sample(world: World, monkeypatch: py
 
     rewards: dict[str, Any] = {"main": main, "monitor": Renamed()}
     monkeypatch.setattr(
-        "fastgrpo.rewards.serving.in_process.load_served", lambda spec: Served(rewards[spec.name], spec)
+        "fastgrpo.rewards.serving.in_process.load_served",
+        lambda spec: Served(rewards[spec.name], spec),
     )
     scorer = Scorer([ScorerInProcess(several)], several, 8.0, world)
     submit(scorer)
@@ -186,7 +214,9 @@ def test_a_monitor_without_a_score_costs_no_sample(world: World, monkeypatch: py
 # ---- overlap
 
 
-def test_scoring_runs_beside_the_rollout_and_changes_no_score(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scoring_runs_beside_the_rollout_and_changes_no_score(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reward = Brightness(pause_s=0.0)
     source = in_process(monkeypatch, reward, specs())
     one_by_one = []
@@ -198,10 +228,14 @@ def test_scoring_runs_beside_the_rollout_and_changes_no_score(world: World, monk
     scored = scorer.collect(SAMPLES)
     scorer.close()
     assert torch.equal(scored.values["B"], torch.cat(one_by_one))
-    for number, rollout in enumerate(rollouts[1:]):  # while a batch is drawn, clips of an earlier one are scored
+    for number, rollout in enumerate(
+        rollouts[1:]
+    ):  # while a batch is drawn, clips of an earlier one are scored
         assert any(start < rollout[1] and end > rollout[0] for start, end in reward.spans), number
     assert scored.seconds >= SAMPLES * 0.02 and 0.0 < scored.waited < scored.seconds
-    assert scored.hidden_share > 0.5  # 0.9 where nothing else runs: the last of ten batches alone is waited for
+    assert (
+        scored.hidden_share > 0.5
+    )  # 0.9 where nothing else runs: the last of ten batches alone is waited for
 
 
 def test_several_batches_are_scored_at_a_time_where_the_source_allows() -> None:
@@ -229,7 +263,12 @@ class Pool:
             self.inside -= 1
         if self.failure is not None:
             raise self.failure
-        return {"x": Scores({"A": torch.ones(len(pixels)), "B": torch.ones(len(pixels))}, torch.ones(len(pixels)) > 0)}
+        return {
+            "x": Scores(
+                {"A": torch.ones(len(pixels)), "B": torch.ones(len(pixels))},
+                torch.ones(len(pixels)) > 0,
+            )
+        }
 
     def release(self) -> None:
         self.released += 1
@@ -246,7 +285,9 @@ def test_each_source_has_its_own_threads_and_is_released_at_the_end(world: World
     scorer.close()
     assert one.most == 1 and 2 <= four.most <= 4
     assert one.released == four.released == 1
-    assert scored.events["requests_failed"] == 4 and scored.metrics()["scoring/requests_failed"] == 4.0
+    assert (
+        scored.events["requests_failed"] == 4 and scored.metrics()["scoring/requests_failed"] == 4.0
+    )
 
 
 def test_a_source_that_fails_ends_the_iteration_with_its_line(world: World) -> None:
@@ -264,12 +305,16 @@ def test_a_source_that_fails_ends_the_iteration_with_its_line(world: World) -> N
 
 
 def recipe(tmp_path: Path, *rewards: dict[str, object], **server: object) -> config.Recipe:
-    listed = ", ".join("{" + ", ".join(f"{k} = {v}" for k, v in reward.items()) + "}" for reward in rewards)
+    listed = ", ".join(
+        "{" + ", ".join(f"{k} = {v}" for k, v in reward.items()) + "}" for reward in rewards
+    )
     overrides = [f"rewards=[{listed}]", *(f"server.{key}={value}" for key, value in server.items())]
     return config.load(runs.RECIPE, [f"run.dir={tmp_path}", *overrides])
 
 
-def test_rewards_of_several_servers_and_rates_become_sources_of_their_own(world: World, tmp_path: Path) -> None:
+def test_rewards_of_several_servers_and_rates_become_sources_of_their_own(
+    world: World, tmp_path: Path
+) -> None:
     token = tmp_path / "token"
     token.write_text(TOKEN)
     with (
@@ -286,10 +331,19 @@ def test_rewards_of_several_servers_and_rates_become_sources_of_their_own(world:
             token_file=token,
         )
         sources = open_rewards(settings, world, stack)
-        found = [(s.names, s.fps, s.replicas.all[0].url) for s in sources if isinstance(s, RewardClient)]
+        found = [
+            (s.names, s.fps, s.replicas.all[0].url) for s in sources if isinstance(s, RewardClient)
+        ]
         assert found == [(("a",), None, first), (("b",), 3.0, first), (("c",), None, second)]
-        with pytest.raises(UserError, match=r"rewards\.weights: a has no part 'Z'; its parts are A, B"):
-            wrong = recipe(tmp_path, {"name": "'a'", "weights": "{Z = 1.0}"}, urls=f"['{first}']", token_file=token)
+        with pytest.raises(
+            UserError, match=r"rewards\.weights: a has no part 'Z'; its parts are A, B"
+        ):
+            wrong = recipe(
+                tmp_path,
+                {"name": "'a'", "weights": "{Z = 1.0}"},
+                urls=f"['{first}']",
+                token_file=token,
+            )
             open_rewards(wrong, world, stack)
 
 
@@ -303,9 +357,7 @@ def test_serve_rewards_takes_its_rewards_from_a_recipe() -> None:
         return serve.served_specs(cli.parser().parse_args(["serve-rewards", *arguments]))
 
     assert asked("tiny_world") == [plain("tiny_world")]
-    several = (
-        "rewards=[{name='tiny_world', weights={VQ=1.0}, batch_size=3}, {name='b', weights={B=0.0}, where='process'}]"
-    )
+    several = "rewards=[{name='tiny_world', weights={VQ=1.0}, batch_size=3}, {name='b', weights={B=0.0}, where='process'}]"
     (found,) = asked("--recipe", str(runs.RECIPE), several)
     assert (found.name, found.batch_size) == ("tiny_world", 3)
     for arguments, said in (
@@ -315,7 +367,10 @@ def test_serve_rewards_takes_its_rewards_from_a_recipe() -> None:
             ["--recipe", str(runs.RECIPE), several, "--only", "b"],
             "--only=b: .* has no such reward with where='server', only tiny_world",
         ),
-        (["--recipe", str(runs.RECIPE), "rewards.0.where=process"], "with where='server'; it has none. Add"),
+        (
+            ["--recipe", str(runs.RECIPE), "rewards.0.where=process"],
+            "with where='server'; it has none. Add",
+        ),
     ):
         with pytest.raises(UserError, match=said):
             asked(*arguments)
@@ -343,7 +398,9 @@ class Faulty(Reward):
             case 9:
                 raise OSError("of this clip")
             case 14:
-                return Scores({part: values[:0] for part, values in scores.values.items()}, scores.valid[:0])
+                return Scores(
+                    {part: values[:0] for part, values in scores.values.items()}, scores.valid[:0]
+                )
             case 19:
                 scores.valid[:] = False
         return scores
@@ -356,16 +413,21 @@ def test_a_run_goes_on_without_the_samples_that_have_no_score(tmp_path: Path) ->
         server = [f"server.urls=['{url}']", f"server.token_file={token}"]
         runs.succeed(tmp_path / "run", [*server, "run.iterations=2", "server.max_invalid=0.4"])
     rows = runs.metrics(tmp_path / "run")
-    assert len(rows) == 2 and all(1 <= row["reward/invalid"] <= 3 for row in rows)  # of 8, in steps of five
+    assert len(rows) == 2 and all(
+        1 <= row["reward/invalid"] <= 3 for row in rows
+    )  # of 8, in steps of five
     assert all(row["reward/invalid"] == row["invalid/VQ"] for row in rows)
-    assert all(row["update/grad_norm"] > 0 and 0.0 <= row["scoring/hidden_share"] <= 1.0 for row in rows)
+    assert all(
+        row["update/grad_norm"] > 0 and 0.0 <= row["scoring/hidden_share"] <= 1.0 for row in rows
+    )
 
 
 def test_too_many_samples_without_a_score_end_the_run() -> None:
     settings = config.load(runs.RECIPE, ["server.max_invalid=0.2"])
     check_validity(settings, Scored({}, torch.arange(10) >= 2), 7)
     with pytest.raises(
-        UserError, match=r"server\.max_invalid=0\.2: 30% of the samples of iteration 7 have no valid score"
+        UserError,
+        match=r"server\.max_invalid=0\.2: 30% of the samples of iteration 7 have no valid score",
     ):
         check_validity(settings, Scored({}, torch.arange(10) >= 3), 7)
 
@@ -373,7 +435,9 @@ def test_too_many_samples_without_a_score_end_the_run() -> None:
 @pytest.mark.parametrize("where", ["process", "server"])
 def test_a_reward_for_longer_clips_is_refused_before_it_is_loaded(where: str, world: World) -> None:
     """VideoAlign on images: neither its weights nor a server are looked for."""
-    recipe = config.load(runs.RECIPE, ["video.frames=1", "rewards.0.name=videoalign", f"rewards.0.where={where}"])
+    recipe = config.load(
+        runs.RECIPE, ["video.frames=1", "rewards.0.name=videoalign", f"rewards.0.where={where}"]
+    )
     told = "video.frames=1: videoalign judges clips of at least 2; use longer clips, or another reward."
     with ExitStack() as stack, pytest.raises(UserError, match=f"^{told}$"):
         open_rewards(recipe, world, stack)

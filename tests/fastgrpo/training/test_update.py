@@ -1,4 +1,6 @@
-"""Rollout and update: ratio 1 before the first step, and independence of batch sizes and of the number of ranks."""
+"""Rollout and update: ratio 1 before the first step, and independence of batch sizes and of the
+number of ranks.
+"""
 
 import json
 from dataclasses import replace
@@ -33,14 +35,20 @@ def conditions() -> list[Condition]:
     return tiny.encode()
 
 
-def test_ratio_is_one_before_the_first_update(policy: Policy, conditions: list[Condition], world: World) -> None:
+def test_ratio_is_one_before_the_first_update(
+    policy: Policy, conditions: list[Condition], world: World
+) -> None:
     plan = tiny.plan(policy)
     for rollout_batch in (1, 2, 7):
         trajectories = tiny.draw(policy, plan, conditions, world, rollout_batch).trajectories
         for update_batch in (1, 2, 7):
             trainer = Trainer.create(policy, tiny.settings(update_batch, lr=1e-30), None)
             metrics = tiny.run_update(
-                trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world
+                trainer,
+                the_plan=plan,
+                trajectories=trajectories,
+                conditions=conditions,
+                world=world,
             )
             assert metrics["update/transitions"] == TOTAL * 3
             assert metrics["update/max_log_ratio_first"] <= 1e-6, (rollout_batch, update_batch)
@@ -53,7 +61,9 @@ def test_old_log_probs_are_the_rollouts_not_the_updates(
     plan = tiny.plan(policy)
     trajectories = tiny.draw(policy, plan, conditions, world, 4).trajectories
     trainer = Trainer.create(policy, tiny.settings(16, updates=2, lr=1e-3), None)
-    metrics = tiny.run_update(trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world)
+    metrics = tiny.run_update(
+        trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world
+    )
     assert metrics["update/max_log_ratio_first"] <= 1e-6
     assert metrics["update/max_log_ratio"] > 1e-5
 
@@ -65,18 +75,27 @@ def test_gradient_equals_plain_autograd_of_the_objective(
     trajectories = tiny.draw(policy, plan, conditions, world, 4).trajectories
     trainer = tiny.Recorder.create(policy, tiny.settings(8), None)
     assert isinstance(trainer, tiny.Recorder)
-    tiny.run_update(trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world)
+    tiny.run_update(
+        trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world
+    )
 
     plain = tiny.load_policy()
     loss = torch.zeros(())
     for slot in range(TOTAL):
         for step in plan.chosen(slot):
             t, t_next = plan.grid[step], plan.grid[step + 1]
-            x, x_next = trajectories[slot].states[step][None], trajectories[slot].states[step + 1][None]
+            x, x_next = (
+                trajectories[slot].states[step][None],
+                trajectories[slot].states[step + 1][None],
+            )
             v = plain.velocity(x, t[None], stack([conditions[slot // tiny.GROUP]]))
-            log_prob = gaussian_log_prob(x_next, *sde_transition(x, v=v, t=t, t_next=t_next, eta=plan.eta))[0]
+            log_prob = gaussian_log_prob(
+                x_next, *sde_transition(x, v=v, t=t, t_next=t_next, eta=plan.eta)
+            )[0]
             # at ratio 1 the clipped objective's gradient is -A times the ratio's
-            loss = loss - (log_prob - log_prob.detach()).exp() * tiny.advantages()[slot] / (TOTAL * 3)
+            loss = loss - (log_prob - log_prob.detach()).exp() * tiny.advantages()[slot] / (
+                TOTAL * 3
+            )
     loss.backward()
     expected = {name: p.grad for name, p in plain.network.named_parameters() if p.grad is not None}
     assert_gradients_equal(trainer.gradients[0], expected, 1e-5)
@@ -85,24 +104,32 @@ def test_gradient_equals_plain_autograd_of_the_objective(
 def test_one_and_two_ranks_and_any_batch_size_agree(tmp_path: Path) -> None:
     reference = run(tmp_path / "reference", 1, 4, 8)
     for ranks, rollout_batch, update_batch in ((2, 4, 8), (1, 1, 1), (1, 7, 64), (2, 3, 5)):
-        other = run(tmp_path / f"{ranks}-{rollout_batch}-{update_batch}", ranks, rollout_batch, update_batch)
+        other = run(
+            tmp_path / f"{ranks}-{rollout_batch}-{update_batch}", ranks, rollout_batch, update_batch
+        )
         for name in ("states", "final", "log_probs"):
             difference = other[name] - reference[name]
             assert difference.norm() <= 1e-6 * reference[name].norm(), name
-            assert difference.abs().max() <= 1e-5, name  # single values: matmuls of other batch sizes round otherwise
+            assert difference.abs().max() <= 1e-5, (
+                name
+            )  # single values: matmuls of other batch sizes round otherwise
         assert_gradients_equal(other["gradients"][0], reference["gradients"][0], 1e-6)
         assert other["metrics"]["update/max_log_ratio_first"] <= 1e-6
 
 
 def test_one_and_two_ranks_agree_bit_for_bit_where_their_batches_coincide(tmp_path: Path) -> None:
-    """So the division of work changes nothing; other batch sizes change only how float32 matmuls round."""
+    """So the division of work changes nothing; other batch sizes change only how float32 matmuls
+    round.
+    """
     one, two = (run(tmp_path / str(ranks), ranks, 1, 4) for ranks in (1, 2))
     for name in ("states", "final", "log_probs"):
         assert torch.equal(one[name], two[name]), name
     assert_gradients_equal(two["gradients"][0], one["gradients"][0], 1e-6)
 
 
-def run(file: Path, ranks: int, rollout_batch: int, update_batch: int, **distributed: int) -> dict[str, Any]:
+def run(
+    file: Path, ranks: int, rollout_batch: int, update_batch: int, **distributed: int
+) -> dict[str, Any]:
     arguments = [str(file), str(rollout_batch), str(update_batch), json.dumps(distributed)]
     done = forks.run("tests.harness.workers.update", arguments, ranks if ranks > 1 else 0)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -110,11 +137,15 @@ def run(file: Path, ranks: int, rollout_batch: int, update_batch: int, **distrib
     return result
 
 
-def assert_gradients_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Norm of the difference over norm: `tolerance` for the whole gradient, ten times it for each parameter.
+def assert_gradients_equal(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
+) -> None:
+    """Norm of the difference over norm: `tolerance` for the whole gradient, ten times it for each
+    parameter.
 
-    Single parameters may lose a digit, since their gradients are small differences of large terms. The key biases'
-    true gradient is zero (softmax does not see them); they are compared with the whole's norm.
+    Single parameters may lose a digit, since their gradients are small differences of large terms.
+    The key biases' true gradient is zero (softmax does not see them); they are compared with the
+    whole's norm.
     """
     assert actual.keys() == expected.keys()
     whole = torch.stack([grad.norm() for grad in expected.values()]).norm().item()
@@ -157,7 +188,9 @@ def test_stored_log_probs_are_those_of_the_stored_states(
         assert log_prob.item() == pytest.approx(trajectories[slot].log_probs[step].item(), abs=1e-6)
 
 
-def test_invalid_samples_do_not_reach_the_gradient(policy: Policy, conditions: list[Condition], world: World) -> None:
+def test_invalid_samples_do_not_reach_the_gradient(
+    policy: Policy, conditions: list[Condition], world: World
+) -> None:
     plan = tiny.plan(policy)
     trajectories = tiny.draw(policy, plan, conditions, world, 4).trajectories
     kept = torch.ones(TOTAL, dtype=torch.bool)
@@ -169,7 +202,12 @@ def test_invalid_samples_do_not_reach_the_gradient(policy: Policy, conditions: l
         trainer = tiny.Recorder.create(policy, tiny.settings(8, lr=1e-30), None)
         assert isinstance(trainer, tiny.Recorder)
         metrics = tiny.run_update(
-            trainer, the_plan=plan, trajectories=poisoned, conditions=conditions, world=world, kept=kept
+            trainer,
+            the_plan=plan,
+            trajectories=poisoned,
+            conditions=conditions,
+            world=world,
+            kept=kept,
         )
         assert metrics["update/transitions"] == (TOTAL - 2) * 3
         gradients.append(trainer.gradients[0])
@@ -200,7 +238,11 @@ def test_samples_of_advantage_zero_cost_nothing_and_count_in_the_mean(
             trainer,
             Objective(**settings),
             Experience(
-                plan=plan, trajectories=trajectories, conditions=conditions, advantages=advantages, selected=kept
+                plan=plan,
+                trajectories=trajectories,
+                conditions=conditions,
+                advantages=advantages,
+                selected=kept,
             ),
             world,
         )
@@ -212,7 +254,9 @@ def test_samples_of_advantage_zero_cost_nothing_and_count_in_the_mean(
     assert fewer < 0.8 * all_rows
     assert_gradients_equal(skipped.gradients[0], evaluated.gradients[0], 1e-6)
     nothing, forwards = updated(torch.zeros(TOTAL))
-    assert forwards == 1 and nothing.updates == 1  # AdamW's averages go on, as with any gradient of zero
+    assert (
+        forwards == 1 and nothing.updates == 1
+    )  # AdamW's averages go on, as with any gradient of zero
     assert all(not grad.any() for grad in nothing.gradients[0].values())
 
 
@@ -225,12 +269,18 @@ def test_non_finite_gradients_skip_the_step_and_end_the_run_at_the_limit(
     trainer = Trainer.create(policy, tiny.settings(8), None)
     before = [p.detach().clone() for p in policy.network.parameters()]
     for attempt in range(1, 4):
-        metrics = tiny.run_update(trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world)
+        metrics = tiny.run_update(
+            trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world
+        )
         assert metrics["update/skipped"] == attempt
     assert all(torch.equal(a, b) for a, b in zip(before, policy.network.parameters(), strict=True))
     assert trainer.updates == 0
-    with pytest.raises(UserError, match=r"optimizer.max_skipped=3: 4 optimizer steps had non-finite gradients"):
-        tiny.run_update(trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world)
+    with pytest.raises(
+        UserError, match=r"optimizer.max_skipped=3: 4 optimizer steps had non-finite gradients"
+    ):
+        tiny.run_update(
+            trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world
+        )
 
 
 def test_kl_to_the_initial_policy_is_zero_before_the_first_step_and_pulls_back(
@@ -241,18 +291,26 @@ def test_kl_to_the_initial_policy_is_zero_before_the_first_step_and_pulls_back(
     reference = tiny.load_policy(world)
     reference.network.requires_grad_(False)
     trainer = Trainer.create(policy, tiny.settings(16, lr=1e-3), reference)
-    first = tiny.run_update(trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world)
-    second = tiny.run_update(trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world)
+    first = tiny.run_update(
+        trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world
+    )
+    second = tiny.run_update(
+        trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world
+    )
     assert first["update/kl"] < 1e-9 < second["update/kl"]
 
 
-def test_ema_follows_its_recursion(policy: Policy, conditions: list[Condition], world: World) -> None:
+def test_ema_follows_its_recursion(
+    policy: Policy, conditions: list[Condition], world: World
+) -> None:
     plan = tiny.plan(policy)
     trajectories = tiny.draw(policy, plan, conditions, world, 4).trajectories
     settings = tiny.settings(16, lr=1e-3).model_copy(update={"ema_decay": 0.9})
     trainer = Trainer.create(policy, settings, None)
     start = {name: value.clone() for name, value in trainer.ema.items()}
-    tiny.run_update(trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world)
+    tiny.run_update(
+        trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world
+    )
     for name, parameter in policy.network.named_parameters():
         expected = 0.9 * start[name] + 0.1 * parameter.detach()
         torch.testing.assert_close(trainer.ema[name], expected)
@@ -265,4 +323,8 @@ def test_the_rate_warms_up_and_decays(policy: Policy) -> None:
     for trainer.updates in range(20):
         rates.append(trainer.lr)
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
-    assert rates[4] == pytest.approx(0.9) and rates[12] == pytest.approx(0.1) and rates[19] == pytest.approx(0.1)
+    assert (
+        rates[4] == pytest.approx(0.9)
+        and rates[12] == pytest.approx(0.1)
+        and rates[19] == pytest.approx(0.1)
+    )

@@ -1,1 +1,3 @@
-"""Tiny random checkpoints of every family in the real folder layout; a file per family with `write(folder)`."""
+"""Tiny random checkpoints of every family in the real folder layout; a file per family with
+`write(folder)`.
+"""

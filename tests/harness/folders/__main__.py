@@ -1,4 +1,6 @@
-"""python -m tests.harness.folders FAMILY FOLDER: write a tiny random checkpoint, to try a launch file with."""
+"""python -m tests.harness.folders FAMILY FOLDER: write a tiny random checkpoint, to try a launch
+file with.
+"""
 
 import importlib
 import sys

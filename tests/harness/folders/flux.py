@@ -1,13 +1,20 @@
-"""A tiny random FLUX in the layout of FLUX.1-dev: CLIP and T5 by characters, 1 + 1 blocks, a 2x VAE.
+"""A tiny random FLUX in the layout of FLUX.1-dev: CLIP and T5 by characters, 1 + 1 blocks, a 2x
+VAE.
 
-Twice, not eight times: so few pixels give as many latent values as float32 log-probabilities, their means, need.
+Twice, not eight times: so few pixels give as many latent values as float32 log-probabilities, their
+means, need.
 """
 
 import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from tests.harness.folders import stable_diffusion, t5
@@ -56,7 +63,9 @@ def vae() -> AutoencoderKL:
 
 
 def write(folder: Path, guidance_embeds: bool = True) -> None:
-    """Random weights, the same on every call; what text, time and guidance do to the prediction is enlarged."""
+    """Random weights, the same on every call; what text, time and guidance do to the prediction is
+    enlarged.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         words, pieces = stable_diffusion.tokenizer(), t5.tokenizer(LONGEST)
@@ -73,7 +82,9 @@ def write(folder: Path, guidance_embeds: bool = True) -> None:
         network = transformer(guidance_embeds)
         with torch.no_grad():
             for name, parameter in network.named_parameters():
-                if name.startswith(("time_text_embed", "context_embedder")) and name.endswith("weight"):
+                if name.startswith(("time_text_embed", "context_embedder")) and name.endswith(
+                    "weight"
+                ):
                     parameter.mul_(3.0)
                 if "norm" in name and name.endswith("linear.weight"):
                     parameter.mul_(2.0)
@@ -89,4 +100,6 @@ def write(folder: Path, guidance_embeds: bool = True) -> None:
             network,
         )
         pipeline.save_pretrained(folder)
-        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
+        (folder / "scheduler" / "scheduler_config.json").write_text(
+            json.dumps(SCHEDULER, indent=2) + "\n"
+        )

@@ -1,7 +1,9 @@
-"""A tiny random HunyuanVideo in the real layout: Llama by learnt word pieces, CLIP by characters, a 4x VAE.
+"""A tiny random HunyuanVideo in the real layout: Llama by learnt word pieces, CLIP by characters, a
+4x VAE.
 
-The tokenizer begins every text with a token of its own, as Llama 3's does, so the template's length has to count it.
-Four times, not eight: so few pixels give as many latent values as float32 log-probabilities, their means, need.
+The tokenizer begins every text with a token of its own, as Llama 3's does, so the template's length
+has to count it. Four times, not eight: so few pixels give as many latent values as float32
+log-probabilities, their means, need.
 """
 
 from pathlib import Path
@@ -15,7 +17,14 @@ from diffusers import (
 )
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+)
 
 from tests.harness.folders.stable_diffusion import tokenizer as clip_tokenizer
 
@@ -32,20 +41,35 @@ LEARNT_FROM = "a boat leaves the shore slowly while the red sun goes down behind
 
 
 def llama_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte pairs over 300 pieces; line breaks stand alone, so what follows the template never changes its tokens."""
+    """Byte pairs over 300 pieces; line breaks stand alone, so what follows the template never
+    changes its tokens.
+    """
     words = Tokenizer(models.BPE())
     breaks = pre_tokenizers.Split(Regex("\n+"), "isolated")
-    words.pre_tokenizer = pre_tokenizers.Sequence([breaks, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    names = ["<|pad|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [breaks, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    names = [
+        "<|pad|>",
+        "<|begin_of_text|>",
+        "<|eot_id|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+    ]
     trainer = trainers.BpeTrainer(
-        vocab_size=450, special_tokens=names, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=450,
+        special_tokens=names,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     words.train_from_iterator([DEFAULT_PROMPT_TEMPLATE["template"], LEARNT_FROM], trainer)
     begin = "<|begin_of_text|>"
     words.post_processor = processors.TemplateProcessing(
         single=f"{begin} $A", special_tokens=[(begin, words.token_to_id(begin))]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=1024, padding_side="right", **SPECIAL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, model_max_length=1024, padding_side="right", **SPECIAL
+    )
 
 
 def llama(vocabulary: int) -> LlamaModel:
@@ -79,7 +103,10 @@ def clip(words: CLIPTokenizer) -> CLIPTextModel:
 
 
 def vae() -> AutoencoderKLHunyuanVideo:
-    """4 times smaller in space and in time. What an image does to its latent is enlarged: the posterior's std is 1."""
+    """4 times smaller in space and in time.
+
+    What an image does to its latent is enlarged: the posterior's std is 1.
+    """
     built = AutoencoderKLHunyuanVideo(
         latent_channels=CHANNELS,
         block_out_channels=(8, 8, 8),
@@ -113,7 +140,9 @@ def network(in_channels: int = CHANNELS) -> HunyuanVideoTransformer3DModel:
     )
     with torch.no_grad():
         for name, parameter in built.named_parameters():
-            if name.startswith(("time_text_embed", "context_embedder.proj_in")) and name.endswith("weight"):
+            if name.startswith(("time_text_embed", "context_embedder.proj_in")) and name.endswith(
+                "weight"
+            ):
                 parameter.mul_(2.0)
     return built
 
@@ -124,7 +153,9 @@ def pipeline() -> HunyuanVideoPipeline:
         torch.manual_seed(0)
         words, letters = llama_tokenizer(), clip_tokenizer()
         scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
-        return HunyuanVideoPipeline(llama(len(words)), words, network(), vae(), scheduler, clip(letters), letters)
+        return HunyuanVideoPipeline(
+            llama(len(words)), words, network(), vae(), scheduler, clip(letters), letters
+        )
 
 
 def write(folder: Path) -> None:

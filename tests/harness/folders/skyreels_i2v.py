@@ -1,4 +1,6 @@
-"""A tiny random SkyReels-V1 in one folder: HunyuanVideo's other parts and a network of twice the input channels."""
+"""A tiny random SkyReels-V1 in one folder: HunyuanVideo's other parts and a network of twice the
+input channels.
+"""
 
 from pathlib import Path
 
@@ -9,7 +11,10 @@ from tests.harness.folders import hunyuan_video
 
 
 def write(folder: Path) -> None:
-    """Random weights, the same on every call. `folder`/transformer is what Skywork/SkyReels-V1-Hunyuan-I2V holds."""
+    """Random weights, the same on every call.
+
+    `folder`/transformer is what Skywork/SkyReels-V1-Hunyuan-I2V holds.
+    """
     parts = hunyuan_video.pipeline().components
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)

@@ -1,6 +1,8 @@
-"""A tiny random Stable Diffusion in the layout of v1.4: CLIP by characters, a UNet of two levels, a 2x VAE.
+"""A tiny random Stable Diffusion in the layout of v1.4: CLIP by characters, a UNet of two levels, a
+2x VAE.
 
-Twice, not eight times: so few pixels give as many latent values as float32 log-probabilities, their means, need.
+Twice, not eight times: so few pixels give as many latent values as float32 log-probabilities, their
+means, need.
 """
 
 import json
@@ -29,8 +31,15 @@ WIDTH = 32  # of the text
 
 def tokenizer() -> CLIPTokenizer:
     alphabet = sorted(ByteLevel.alphabet())
-    pieces = [*alphabet, *(f"{letter}</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=77)
+    pieces = [
+        *alphabet,
+        *(f"{letter}</w>" for letter in alphabet),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    return CLIPTokenizer(
+        vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=77
+    )
 
 
 def unet() -> UNet2DConditionModel:
@@ -58,7 +67,9 @@ def vae() -> AutoencoderKL:
 
 
 def write(folder: Path) -> None:
-    """Random weights, the same on every call; what text and time do to the prediction is enlarged, to be seen."""
+    """Random weights, the same on every call; what text and time do to the prediction is enlarged,
+    to be seen.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         words = tokenizer()
@@ -75,7 +86,9 @@ def write(folder: Path) -> None:
         network = unet()
         with torch.no_grad():
             for name, parameter in network.named_parameters():
-                if name.endswith(("attn2.to_v.weight", "attn2.to_out.0.weight", "time_emb_proj.weight")):
+                if name.endswith(
+                    ("attn2.to_v.weight", "attn2.to_out.0.weight", "time_emb_proj.weight")
+                ):
                     parameter.mul_(4.0)
                 if name == "conv_out.weight":
                     parameter.mul_(0.25)
@@ -90,4 +103,6 @@ def write(folder: Path) -> None:
             requires_safety_checker=False,
         )
         pipeline.save_pretrained(folder)
-        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
+        (folder / "scheduler" / "scheduler_config.json").write_text(
+            json.dumps(SCHEDULER, indent=2) + "\n"
+        )

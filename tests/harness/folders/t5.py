@@ -10,7 +10,11 @@ SIZES: dict[str, Any] = {"d_model": WIDTH, "d_kv": 8, "d_ff": 64, "num_layers": 
 
 
 def tokenizer(longest: int) -> T5TokenizerFast:
-    """One token per character, a space's mark before each word; at most `longest` tokens with the closing one."""
+    """One token per character, a space's mark before each word; at most `longest` tokens with the
+    closing one.
+    """
     special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>", "▁")]
-    letters = [(letter, -3.0) for letter in string.ascii_letters + string.digits + string.punctuation]
+    letters = [
+        (letter, -3.0) for letter in string.ascii_letters + string.digits + string.punctuation
+    ]
     return T5TokenizerFast(vocab=[*special, *letters], extra_ids=0, model_max_length=longest)

@@ -1,6 +1,8 @@
-"""A tiny random Wan 2.1 in the layout of the 1.3 B model: UMT5 by characters, 2 blocks, a VAE of 4x in time and space.
+"""A tiny random Wan 2.1 in the layout of the 1.3 B model: UMT5 by characters, 2 blocks, a VAE of 4x
+in time and space.
 
-Four times, not eight: so few pixels give as many latent values as float32 log-probabilities, their means, need.
+Four times, not eight: so few pixels give as many latent values as float32 log-probabilities, their
+means, need.
 """
 
 import json
@@ -72,14 +74,18 @@ def vae() -> AutoencoderKLWan:
 
 
 def write(folder: Path) -> None:
-    """Random weights, the same on every call; what text and time do to the prediction is enlarged, to be seen."""
+    """Random weights, the same on every call; what text and time do to the prediction is enlarged,
+    to be seen.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pieces = t5.tokenizer(LONGEST)
         network = transformer()
         with torch.no_grad():
             for name, parameter in network.named_parameters():
-                if name.endswith(("attn2.to_v.weight", "attn2.to_out.0.weight", "time_proj.weight")):
+                if name.endswith(
+                    ("attn2.to_v.weight", "attn2.to_out.0.weight", "time_proj.weight")
+                ):
                     parameter.mul_(4.0)
         pipeline = WanPipeline(
             pieces,
@@ -89,4 +95,6 @@ def write(folder: Path) -> None:
             network,
         )
         pipeline.save_pretrained(folder)
-        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
+        (folder / "scheduler" / "scheduler_config.json").write_text(
+            json.dumps(SCHEDULER, indent=2) + "\n"
+        )

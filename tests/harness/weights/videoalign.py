@@ -1,4 +1,7 @@
-"""A tiny random VideoAlign in the published layout, with a base folder and a template of its own. Seconds to score."""
+"""A tiny random VideoAlign in the published layout, with a base folder and a template of its own.
+
+Seconds to score.
+"""
 
 import hashlib
 import json
@@ -49,7 +52,9 @@ END
 
 
 def write(folder: Path) -> None:
-    """folder/model_config.json, checkpoint-7/ with model.pth and the tokenizer, base/ and template.txt."""
+    """folder/model_config.json, checkpoint-7/ with model.pth and the tokenizer, base/ and
+    template.txt.
+    """
     tokenizer = new_tokenizer()
     step, base = folder / "checkpoint-7", folder / "base"
     (step / "tokenizer").mkdir(parents=True)
@@ -59,7 +64,9 @@ def write(folder: Path) -> None:
     tokenizer.save(str(step / "tokenizer" / "tokenizer.json"))
     config = base_config(tokenizer)
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (folder / "model_config.json").write_text(json.dumps(model_config(), indent=1), encoding="utf-8")
+    (folder / "model_config.json").write_text(
+        json.dumps(model_config(), indent=1), encoding="utf-8"
+    )
     (folder / "template.txt").write_bytes(TEMPLATE.encode())
     torch.save(state(config, tokenizer.get_vocab_size()), step / "model.pth")
 
@@ -98,12 +105,16 @@ def new_tokenizer() -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    )
     return tokenizer
 
 
 def base_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """config.json as the base model's: flat, of transformers 4, with more rows than the tokenizer has entries."""
+    """config.json as the base model's: flat, of transformers 4, with more rows than the tokenizer
+    has entries.
+    """
     return {
         "model_type": "qwen2_vl",
         "architectures": ["Qwen2VLForConditionalGeneration"],
@@ -123,8 +134,14 @@ def base_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "torch_dtype": "bfloat16",
         "bos_token_id": tokenizer.token_to_id("<|endoftext|>"),
         "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
-        **{f"{name}_token_id": tokenizer.token_to_id(f"<|{name}|>") for name in ("vision_start", "vision_end")},
-        **{f"{name}_token_id": tokenizer.token_to_id(f"<|{name}_pad|>") for name in ("image", "video")},
+        **{
+            f"{name}_token_id": tokenizer.token_to_id(f"<|{name}|>")
+            for name in ("vision_start", "vision_end")
+        },
+        **{
+            f"{name}_token_id": tokenizer.token_to_id(f"<|{name}_pad|>")
+            for name in ("image", "video")
+        },
         "vision_config": {
             "depth": 1,
             "embed_dim": 32,
@@ -157,7 +174,12 @@ def model_config() -> dict[str, Any]:
             "use_special_tokens": True,
             "reward_token": "special",
         },
-        "peft_lora_config": {"lora_enable": True, "lora_r": RANK, "lora_alpha": ALPHA, "use_rslora": False},
+        "peft_lora_config": {
+            "lora_enable": True,
+            "lora_r": RANK,
+            "lora_alpha": ALPHA,
+            "use_rslora": False,
+        },
         "inference_config": {
             "VQ_mean": 0.3,
             "VQ_std": 1.2,
@@ -174,7 +196,10 @@ def state(config: Mapping[str, Any], rows: int, output_dim: int = 1) -> dict[str
 
     rows: of the token embedding, as many as the tokenizer has entries
     """
-    shapes = {name: tensor.shape for name, tensor in meta_body({**config, "vocab_size": rows}).state_dict().items()}
+    shapes = {
+        name: tensor.shape
+        for name, tensor in meta_body({**config, "vocab_size": rows}).state_dict().items()
+    }
     random = torch.Generator().manual_seed(7)
     found: dict[str, Tensor] = {}
     for name, shape in shapes.items():
@@ -182,12 +207,19 @@ def state(config: Mapping[str, Any], rows: int, output_dim: int = 1) -> dict[str
         module, kind = place.rsplit(".", 1)
         gain = kind == "weight" and len(shape) == 1
         fan = shape[1:].numel() if len(shape) > 1 and "embed_tokens" not in name else 1
-        tensor = torch.randn(shape, generator=random) * (0.1 if len(shape) == 1 else 1.2 / fan**0.5) + gain
+        tensor = (
+            torch.randn(shape, generator=random) * (0.1 if len(shape) == 1 else 1.2 / fan**0.5)
+            + gain
+        )
         if re.search(r"layers\.\d+\..*_proj$", module):
             found[f"{module}.base_layer.{kind}"] = tensor
             if kind == "weight":
-                found[f"{module}.lora_A.default.weight"] = torch.randn(RANK, shape[1], generator=random) / 6
-                found[f"{module}.lora_B.default.weight"] = torch.randn(shape[0], RANK, generator=random) / 6
+                found[f"{module}.lora_A.default.weight"] = (
+                    torch.randn(RANK, shape[1], generator=random) / 6
+                )
+                found[f"{module}.lora_B.default.weight"] = (
+                    torch.randn(shape[0], RANK, generator=random) / 6
+                )
         else:
             found[place] = tensor
     hidden = int(config["hidden_size"])

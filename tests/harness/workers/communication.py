@@ -1,4 +1,7 @@
-"""One rank: counts the bytes of its collectives in a rollout and an update.  argv: file, distributed settings (JSON)"""
+"""One rank: counts the bytes of its collectives in a rollout and an update.
+
+argv: file, distributed settings (JSON)
+"""
 
 import json
 import math
@@ -28,7 +31,9 @@ KINDS = {
 
 
 class Bytes(TorchDispatchMode):
-    """Bytes of the whole tensor of each collective: what a gather gives, what a scatter or a reduction takes."""
+    """Bytes of the whole tensor of each collective: what a gather gives, what a scatter or a
+    reduction takes.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -52,7 +57,10 @@ def tensors(arguments: Any) -> list[Tensor]:
 def padded(network: torch.nn.Module, shards: int) -> tuple[int, int]:
     """Elements of the blocks' and of the root's parameters, each padded to divide over the shards."""
     blocks = {
-        id(p) for m in network.modules() if isinstance(m, FSDPModule) and m is not network for p in m.parameters()
+        id(p)
+        for m in network.modules()
+        if isinstance(m, FSDPModule) and m is not network
+        for p in m.parameters()
     }
     sizes = {True: 0, False: 0}
     for p in network.parameters():
@@ -73,22 +81,42 @@ if __name__ == "__main__":
             sharding.rollout_weights(policy.network, settings, torch.float32, world) as whole,
         ):
             dealing = rollout.Dealing(
-                conditions=conditions, group_size=tiny.GROUP, batch_size=4, world=world, lockstep=not whole
+                conditions=conditions,
+                group_size=tiny.GROUP,
+                batch_size=4,
+                world=world,
+                lockstep=not whole,
             )
             prefixes: dict[int, rollout.SharedPrefix] = {}
             first_rounds, rounds = list(dealing.prefix_rounds()), list(dealing.rounds())
             for batch, _ in first_rounds:
                 prefixes |= rollout.shared_prefixes(policy, plan, conditions, batch)
             drawn = [
-                (rollout.sample(policy, plan=plan, conditions=conditions, slots=batch, prefixes=prefixes), counts)
+                (
+                    rollout.sample(
+                        policy, plan=plan, conditions=conditions, slots=batch, prefixes=prefixes
+                    ),
+                    counts,
+                )
                 for batch, counts in rounds
             ]
         trainer = tiny.Recorder.create(policy, tiny.settings(8, updates=2), None)
         forwards: list[int] = []
         policy.network.register_forward_pre_hook(lambda module, inputs: forwards.append(1))
-        trajectories = {slot: kept for part, counts in drawn if counts for slot, kept in part.trajectories.items()}
+        trajectories = {
+            slot: kept
+            for part, counts in drawn
+            if counts
+            for slot, kept in part.trajectories.items()
+        }
         with Bytes() as in_update:
-            tiny.run_update(trainer, the_plan=plan, trajectories=trajectories, conditions=conditions, world=world)
+            tiny.run_update(
+                trainer,
+                the_plan=plan,
+                trajectories=trajectories,
+                conditions=conditions,
+                world=world,
+            )
         if world.main:
             told = {
                 "blocks": blocks,

@@ -1,4 +1,5 @@
-"""One rank of tests/models/test_lora.py: two updates of adapters, a checkpoint between them, and resuming from it.
+"""One rank of tests/models/test_lora.py: two updates of adapters, a checkpoint between them, and
+resuming from it.
 
 argv: folder for the checkpoint and for result.pt
 """
@@ -40,7 +41,9 @@ def stir(network: nn.Module) -> None:
 
 def load_policy(world: World, stirred: bool) -> Policy:
     """The tiny HunyuanVideo with adapters, sharded."""
-    policy = policies.load(Model(family="hunyuan_video", path=str(tiny.FOLDER)), torch.device("cpu"), LORA)
+    policy = policies.load(
+        Model(family="hunyuan_video", path=str(tiny.FOLDER)), torch.device("cpu"), LORA
+    )
     if stirred:
         stir(policy.network)
     sharding.shard(policy, world, torch.float32)
@@ -48,7 +51,10 @@ def load_policy(world: World, stirred: bool) -> Policy:
 
 
 def whole(tensors: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for name, t in tensors.items()}
+    return {
+        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+        for name, t in tensors.items()
+    }
 
 
 def adapters(policy: Policy) -> dict[str, Tensor]:
@@ -74,7 +80,11 @@ def train(
         trainer,
         OBJECTIVE,
         Experience(
-            plan=plan, trajectories=trajectories, conditions=conditions, advantages=tiny.advantages(), selected=kept
+            plan=plan,
+            trajectories=trajectories,
+            conditions=conditions,
+            advantages=tiny.advantages(),
+            selected=kept,
         ),
         world,
     )
@@ -87,7 +97,9 @@ def run(folder: Path, world: World) -> dict[str, Any]:
     plan = replace(tiny.plan(policy), trained=1)
     trajectories = tiny.draw(policy, plan, conditions, world, 4).trajectories
     trainer = create_trainer(policy, Unadapted(policy), 1e-3)
-    metrics = train(trainer, plan=plan, trajectories=trajectories, conditions=conditions, world=world)
+    metrics = train(
+        trainer, plan=plan, trajectories=trajectories, conditions=conditions, world=world
+    )
     checkpoints = Checkpoints(folder / "checkpoints", Checkpoint(), world)
     checkpoints.save(trainer, Progress(iteration=1))
     train(trainer, plan=plan, trajectories=trajectories, conditions=conditions, world=world)
@@ -100,8 +112,10 @@ def run(folder: Path, world: World) -> dict[str, Any]:
         "initial": initial,
         "gradients": trainer.gradients,
         "metrics": metrics,
-        "through": adapters(policy) | {f"ema.{name}": value for name, value in whole(trainer.ema).items()},
-        "resumed": adapters(resumed.policy) | {f"ema.{name}": value for name, value in whole(resumed.ema).items()},
+        "through": adapters(policy)
+        | {f"ema.{name}": value for name, value in whole(trainer.ema).items()},
+        "resumed": adapters(resumed.policy)
+        | {f"ema.{name}": value for name, value in whole(resumed.ema).items()},
         "progress": progress.iteration,
     }
 

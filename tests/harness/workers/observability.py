@@ -1,7 +1,8 @@
-"""One rank of two, through the real stopwatch, gather, heartbeat and tracker, with work that only sleeps.  argv: folder
+"""One rank of two, through the real stopwatch, gather, heartbeat and tracker, with work that only
+sleeps.  argv: folder
 
-In the second iteration the second rank is slow in its rollout and its decoding takes MEMORY_MIB more; in the third it
-stops itself (SIGSTOP) in its decoding, and the first waits for it for ever.
+In the second iteration the second rank is slow in its rollout and its decoding takes MEMORY_MIB
+more; in the third it stops itself (SIGSTOP) in its decoding, and the first waits for it for ever.
 """
 
 import os

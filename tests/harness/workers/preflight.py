@@ -1,4 +1,6 @@
-"""One of two ranks: preflight as it is, then with each planted fault.  argv: folder, file, replicas or shared
+"""One of two ranks: preflight as it is, then with each planted fault.
+
+argv: folder, file, replicas or shared
 
 Writes what was said with each fault, by its name, and whether anything but that was changed.
 """
@@ -65,7 +67,12 @@ def state(parts: Parts) -> str:
     trainer = parts.trainer
     tensors = [*parts.policy.network.parameters(), *trainer.ema.values()]
     kept = fingerprints(tensors, parts.world).tolist(), torch.get_rng_state().sum().item()
-    counts = trainer.updates, trainer.skipped, len(trainer.optimizer.state), trainer.optimizer.param_groups[0]["lr"]
+    counts = (
+        trainer.updates,
+        trainer.skipped,
+        len(trainer.optimizer.state),
+        trainer.optimizer.param_groups[0]["lr"],
+    )
     grads = [name for name, p in parts.policy.network.named_parameters() if p.grad is not None]
     folder = parts.recipe.run.dir
     files = parts.world.on_main(
@@ -97,7 +104,9 @@ def moved(rank: int) -> Callable[..., Scores]:
     def call(self: TinyWorld, pixels: Tensor, prompts: list[str], fps: float) -> Scores:
         scores = score(self, pixels, prompts, fps)
         higher = 0.01 * (int(os.environ["RANK"]) >= rank)
-        return Scores({part: values + higher for part, values in scores.values.items()}, scores.valid)
+        return Scores(
+            {part: values + higher for part, values in scores.values.items()}, scores.valid
+        )
 
     return call
 
@@ -121,12 +130,16 @@ def faults(parts: Parts) -> dict[str, Any]:
     return {
         "nothing": mock.patch.object(noise, "generator", generator),
         "a bf16 log-prob": mock.patch.object(samplers, "gaussian_log_prob", rounded),
-        "a bf16 log-prob in the update": mock.patch.object(samplers, "gaussian_log_prob", rounded_in_the_update),
+        "a bf16 log-prob in the update": mock.patch.object(
+            samplers, "gaussian_log_prob", rounded_in_the_update
+        ),
         "a seed that depends on the rank": mock.patch.object(noise, "generator", by_rank),
         "a broken sp gather": mock.patch.object(sequence_parallel, "gather", swapped),
         "a moved golden clip": mock.patch.object(TinyWorld, "__call__", moved(0)),
         "a moved golden clip on one rank": mock.patch.object(TinyWorld, "__call__", moved(1)),
-        "no room": mock.patch.object(shutil, "disk_usage", lambda folder: mock.Mock(free=30 * 2**20)),
+        "no room": mock.patch.object(
+            shutil, "disk_usage", lambda folder: mock.Mock(free=30 * 2**20)
+        ),
         "replicas that do not reduce": mock.patch.object(dist, "all_reduce", only_small),
         "a blank decoder": mock.patch.object(parts.policy, "decode", lambda x: plain(decode(x))),
     }
@@ -154,9 +167,14 @@ def one_weight_moved(parts: Parts) -> Iterator[None]:
 
 def replicas(folder: Path, found: dict[str, Any]) -> None:
     """Two replicas: everything, with the whole of preflight."""
-    with open_world(config.Distributed(shard=1)) as world, opened(world, ["distributed.shard=1"], folder) as parts:
+    with (
+        open_world(config.Distributed(shard=1)) as world,
+        opened(world, ["distributed.shard=1"], folder) as parts,
+    ):
         before = state(parts)
-        found["faults"] = tried(parts, [name for name in faults(parts) if name != "a broken sp gather"])
+        found["faults"] = tried(
+            parts, [name for name in faults(parts) if name != "a broken sp gather"]
+        )
         with one_weight_moved(parts):
             found["faults"]["another weight"] = said(parts)
         place = parts.recipe.run.dir / "whole"
@@ -165,7 +183,11 @@ def replicas(folder: Path, found: dict[str, Any]) -> None:
         world.barrier()
         lines: list[str] = []
         green, phases = checks.thorough(parts, place, lambda finding: lines.append(finding.line))
-        found["whole"] = {"green": green, "lines": lines, "phases": [vars(phase) for phase in phases]}
+        found["whole"] = {
+            "green": green,
+            "lines": lines,
+            "phases": [vars(phase) for phase in phases],
+        }
         with mock.patch("torch.distributed.checkpoint.load"):
             saved = run_folder.save_and_load(parts, Probe.of(parts.trainer, world), place)
             found["a load that reads nothing"] = saved.finding.line
@@ -176,9 +198,14 @@ def replicas(folder: Path, found: dict[str, Any]) -> None:
 
 def shared(folder: Path, found: dict[str, Any]) -> None:
     """Two ranks that share each sequence."""
-    with open_world(config.Distributed(sp=2)) as world, opened(world, ["distributed.sp=2"], folder) as parts:
+    with (
+        open_world(config.Distributed(sp=2)) as world,
+        opened(world, ["distributed.sp=2"], folder) as parts,
+    ):
         before = state(parts)
-        found["faults"] = tried(parts, ["nothing", "a broken sp gather", "a seed that depends on the rank"])
+        found["faults"] = tried(
+            parts, ["nothing", "a broken sp gather", "a seed that depends on the rank"]
+        )
         found["state"] = (before, state(parts))
 
 

@@ -1,4 +1,7 @@
-"""One of two ranks that share each sequence: every family's network against its own on one rank.  argv: folder, file"""
+"""One of two ranks that share each sequence: every family's network against its own on one rank.
+
+argv: folder, file
+"""
 
 import importlib
 import json
@@ -16,7 +19,8 @@ from fastgrpo.models.loading import policies
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World, open_world
 
-SIZES = {  # frames, height, width: numbers of video tokens that two ranks do not divide, or divide unevenly
+# frames, height, width: numbers of video tokens that two ranks do not divide, or divide unevenly
+SIZES = {
     "hunyuan_video": (5, 40, 24),
     "skyreels_i2v": (5, 40, 24),
     "flux": (1, 36, 28),
@@ -26,13 +30,19 @@ CPU = torch.device("cpu")
 
 
 def compare(family: str, folder: Path, lora: Lora, world: World) -> dict[str, float]:
-    """Largest difference of the velocity, and of a parameter's gradient over the whole gradient's norm."""
+    """Largest difference of the velocity, and of a parameter's gradient over the whole gradient's
+    norm.
+    """
     frames, height, width = SIZES[family]
     video = Video(frames=frames, height=height, width=width)
     network = str(folder / family / "transformer") if family == "skyreels_i2v" else None
     cfg = 1.0 if family == "flux" else 3.0  # with texts of two lengths, so that one is padded
     settings = Model(
-        family=family, path=str(folder / family), network=network, cfg=cfg, gradient_checkpointing=bool(lora.rank)
+        family=family,
+        path=str(folder / family),
+        network=network,
+        cfg=cfg,
+        gradient_checkpointing=bool(lora.rank),
     )
     with policies.encoder(settings, video, CPU) as encode:
         condition = stack(encode([Prompt("a red boat sails", folder / "image.png")]) * 2)
@@ -47,8 +57,12 @@ def compare(family: str, folder: Path, lora: Lora, world: World) -> dict[str, fl
         policy.negative = negative
         v = policy.velocity(x, torch.tensor([0.7, 0.4]), condition)
         (v * weight).mean().backward()
-        grads = {name: p.grad for name, p in policy.network.named_parameters() if p.grad is not None}
-        whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grads.items()}
+        grads = {
+            name: p.grad for name, p in policy.network.named_parameters() if p.grad is not None
+        }
+        whole = {
+            name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grads.items()
+        }
         results.append((v.detach(), whole))
     (expected, grads), (actual, others) = results
     assert grads.keys() == others.keys()

@@ -1,4 +1,7 @@
-"""Two ranks: the order of gathers with blocks prefetched, and two optimizer steps with offload.  argv: file"""
+"""Two ranks: the order of gathers with blocks prefetched, and two optimizer steps with offload.
+
+argv: file
+"""
 
 import os
 import socket
@@ -22,17 +25,23 @@ KINDS = {"c10d::_allgather_base_": "gather", "c10d::_reduce_scatter_base_": "red
 
 
 class Order(TorchDispatchMode):
-    """Collectives and blocks' forwards as they come: (what, bytes of the whole tensor or the block's number)."""
+    """Collectives and blocks' forwards as they come: (what, bytes of the whole tensor or the
+    block's number).
+    """
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[tuple[str, int]] = []
         for number, block in enumerate(policy.blocks):
-            block.register_forward_pre_hook(lambda *_, number=number: self.events.append(("forward", number)))
+            block.register_forward_pre_hook(
+                lambda *_, number=number: self.events.append(("forward", number))
+            )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name in KINDS:
-            whole = max((a for a in args if isinstance(a, Tensor)), key=lambda tensor: tensor.numel())
+            whole = max(
+                (a for a in args if isinstance(a, Tensor)), key=lambda tensor: tensor.numel()
+            )
             self.events.append((KINDS[func._schema.name], whole.numel() * whole.itemsize))
         return func(*args, **(kwargs or {}))
 
@@ -41,7 +50,10 @@ def loss(policy: Policy) -> Tensor:
     """A number that depends on every weight."""
     draws = torch.Generator().manual_seed(0)
     x = torch.randn(2, *policy.latent_shape(tiny.VIDEO), generator=draws)
-    condition = {"text": torch.randn(2, 5, 64, generator=draws), "pooled": torch.randn(2, 32, generator=draws)}
+    condition = {
+        "text": torch.randn(2, 5, 64, generator=draws),
+        "pooled": torch.randn(2, 32, generator=draws),
+    }
     return policy.velocity(x, torch.tensor([0.7, 0.4]), condition).square().mean()
 
 
@@ -52,7 +64,10 @@ def sharded(world: World, offload: bool = False) -> Policy:
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.full_tensor() if isinstance(t, DTensor) else t.clone() for name, t in tensors.items()}
+    return {
+        name: t.full_tensor() if isinstance(t, DTensor) else t.clone()
+        for name, t in tensors.items()
+    }
 
 
 def with_prefetch(world: World, blocks: int) -> dict[str, Any]:
@@ -63,7 +78,9 @@ def with_prefetch(world: World, blocks: int) -> dict[str, Any]:
         value = loss(policy)
         order.events.append(("backward", 0))
         value.backward()
-    gradients = whole({name: p.grad for name, p in policy.network.named_parameters() if p.grad is not None})
+    gradients = whole(
+        {name: p.grad for name, p in policy.network.named_parameters() if p.grad is not None}
+    )
     return {"events": order.events, "gradients": gradients, "blocks": len(policy.blocks)}
 
 
@@ -81,11 +98,21 @@ def rank(file: str) -> None:
     """What one rank does; the first writes the file."""
     torch.set_num_threads(1)
     with open_world() as world:
-        found: dict[str, Any] = {"prefetch": {blocks: with_prefetch(world, blocks) for blocks in (0, 1, 2)}}
-        found["initial"] = whole({name: p.detach() for name, p in sharded(world).network.named_parameters()})
-        (plain, found["plain"]), (offloaded, found["offloaded"]) = (with_offload(world, by) for by in (False, True))
-        offloaded.optimizer.load_state_dict(plain.optimizer.state_dict())  # of a run that did not offload
-        found["fused"] = [trainer.optimizer.param_groups[0]["fused"] for trainer in (plain, offloaded)]
+        found: dict[str, Any] = {
+            "prefetch": {blocks: with_prefetch(world, blocks) for blocks in (0, 1, 2)}
+        }
+        found["initial"] = whole(
+            {name: p.detach() for name, p in sharded(world).network.named_parameters()}
+        )
+        (plain, found["plain"]), (offloaded, found["offloaded"]) = (
+            with_offload(world, by) for by in (False, True)
+        )
+        offloaded.optimizer.load_state_dict(
+            plain.optimizer.state_dict()
+        )  # of a run that did not offload
+        found["fused"] = [
+            trainer.optimizer.param_groups[0]["fused"] for trainer in (plain, offloaded)
+        ]
         if world.main:
             torch.save(found, file)
     leave(0)
@@ -95,7 +122,12 @@ if __name__ == "__main__":
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     first = os.getpid()
     for number in (1, 0):  # what is imported is imported once
         os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}

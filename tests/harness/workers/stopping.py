@@ -1,6 +1,9 @@
-"""One rank of two: what it did of its pieces of work until all stopped.  argv: folder, who is asked to stop and how
+"""One rank of two: what it did of its pieces of work until all stopped.
 
-The first rank has three pieces, the second one. Writes FOLDER/HOW/RANK: the pieces begun, and how it ended.
+argv: folder, who is asked to stop and how
+
+The first rank has three pieces, the second one. Writes FOLDER/HOW/RANK: the pieces begun, and how
+it ended.
 """
 
 import os

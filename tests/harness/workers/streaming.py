@@ -1,7 +1,10 @@
-"""One of two ranks that read a network too large for either.  argv: its folder, a small one's, file for the result
+"""One of two ranks that read a network too large for either.
 
-The peak is the kernel's own VmHWM, reset before: it counts the shard and all else that the process has in memory, the
-mapped pages of the file under way included, though these the kernel could take back. So it bounds what is held.
+argv: its folder, a small one's, file for the result
+
+The peak is the kernel's own VmHWM, reset before: it counts the shard and all else that the process
+has in memory, the mapped pages of the file under way included, though these the kernel could take
+back. So it bounds what is held.
 """
 
 import json
@@ -53,16 +56,26 @@ def measured(folder: Path, world: World) -> dict[str, object]:
         if ends != marks or local.sum().item() != sum(set(marks)):
             wrong.append(name)
     shard = sum(tensor.to_local().nbytes for tensor in network.state_dict().values())
-    largest = max(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+    largest = max(
+        tensor.numel() * tensor.element_size() for tensor in network.state_dict().values()
+    )
     return {"seconds": seconds, "peak": peak, "shard": shard, "largest": largest, "wrong": wrong}
 
 
 def differing(folder: Path, world: World) -> list[str]:
     """Tensors of a small network that are not what diffusers reads, put together from both ranks."""
-    expected = HunyuanVideoTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32).state_dict()
+    expected = HunyuanVideoTransformer3DModel.from_pretrained(
+        folder, torch_dtype=torch.float32
+    ).state_dict()
     found = sharded(folder, world).state_dict()
-    assert found.keys() == expected.keys() and all(isinstance(tensor, DTensor) for tensor in found.values())
-    return [name for name, tensor in found.items() if not torch.equal(tensor.full_tensor(), expected[name])]
+    assert found.keys() == expected.keys() and all(
+        isinstance(tensor, DTensor) for tensor in found.values()
+    )
+    return [
+        name
+        for name, tensor in found.items()
+        if not torch.equal(tensor.full_tensor(), expected[name])
+    ]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""One rank: writes trajectories and gradients.  argv: file, rollout batch, update batch, then distributed settings
+"""One rank: writes trajectories and gradients.
+
+argv: file, rollout batch, update batch, then distributed settings
 
 The last argument is the JSON of the recipe's [distributed] section.
 """
@@ -27,10 +29,16 @@ if __name__ == "__main__":
         drawn = tiny.draw(policy, everything, conditions, world, rollout_batch)
         trainer = tiny.Recorder.create(policy, tiny.settings(update_batch, updates=2), None)
         metrics = tiny.run_update(
-            trainer, the_plan=plan, trajectories=drawn.trajectories, conditions=conditions, world=world
+            trainer,
+            the_plan=plan,
+            trajectories=drawn.trajectories,
+            conditions=conditions,
+            world=world,
         )
         total = len(tiny.PROMPTS) * tiny.GROUP
-        share = world.share(total) if world.sp is None or world.sp.rank == 0 else range(0)  # each row from one rank
+        share = (
+            world.share(total) if world.sp is None or world.sp.rank == 0 else range(0)
+        )  # each row from one rank
         rows = len(share)
         result = {
             "states": world.combine(tiny.states(drawn, everything)[:rows], share, total),

@@ -34,7 +34,10 @@ from tests.harness.servers import CAPTIONS, TOKEN, clips, post, running, same
 
 
 class Sums(Reward):
-    """The sum of a clip's pixels and fps: anything that is mixed up shows. Takes a while, so that clips gather."""
+    """The sum of a clip's pixels and fps: anything that is mixed up shows.
+
+    Takes a while, so that clips gather.
+    """
 
     names = ("sum", "fps")
 
@@ -48,7 +51,10 @@ class Sums(Reward):
         self.begun.set()
         time.sleep(self.pause_s)
         total = pixels.flatten(1).sum(1).float()
-        return Scores({"sum": total, "fps": torch.full((len(pixels),), fps)}, torch.ones(len(pixels), dtype=torch.bool))
+        return Scores(
+            {"sum": total, "fps": torch.full((len(pixels),), fps)},
+            torch.ones(len(pixels), dtype=torch.bool),
+        )
 
 
 class Choosy(Sums):
@@ -73,10 +79,17 @@ def picture(number: int, size: int = 4) -> Tensor:
 
 def test_clips_of_many_requests_meet_by_shape_and_get_their_own_scores() -> None:
     sums = Sums(0.1)
-    with running({"sums": sums}, batch_size=4, wait_s=0.02) as url, ThreadPoolExecutor(16) as threads:
+    with (
+        running({"sums": sums}, batch_size=4, wait_s=0.02) as url,
+        ThreadPoolExecutor(16) as threads,
+    ):
         sizes = [4 if number % 3 else 8 for number in range(16)]
-        bodies = [wire.encode_request([picture(n, s)], ["p"], 8.0, ["sums"]) for n, s in enumerate(sizes)]
-        answers = list(threads.map(lambda body: post(url, body).json()["scores"]["sums"]["sum"], bodies))
+        bodies = [
+            wire.encode_request([picture(n, s)], ["p"], 8.0, ["sums"]) for n, s in enumerate(sizes)
+        ]
+        answers = list(
+            threads.map(lambda body: post(url, body).json()["scores"]["sums"]["sum"], bodies)
+        )
     assert answers == [[float(n * 2 * s * s * 3)] for n, s in enumerate(sizes)]
     assert max(len_ for len_, *_ in sums.shapes) == 4  # the reward's own limit, and it was reached
     assert len(sums.shapes) < 16 and sum(shape[0] for shape in sums.shapes) == 16
@@ -90,16 +103,28 @@ def test_a_clip_waits_for_others_no_longer_than_it_may() -> None:
         assert post(url, body).status_code == 200
         assert time.monotonic() - start > 1.9
         start = time.monotonic()
-        assert post(url, full).status_code == 200  # as many as the reward takes: nothing to wait for
+        assert (
+            post(url, full).status_code == 200
+        )  # as many as the reward takes: nothing to wait for
         assert time.monotonic() - start < 1.9
 
 
 def test_different_rates_and_rewards_do_not_meet() -> None:
     sums, other = Sums(0.05), Sums()
-    with running({"sums": sums, "other": other}, wait_s=0.05) as url, ThreadPoolExecutor(8) as threads:
-        bodies = [wire.encode_request([picture(1)], ["p"], 1.0 + n % 2, ["sums", "other"]) for n in range(8)]
+    with (
+        running({"sums": sums, "other": other}, wait_s=0.05) as url,
+        ThreadPoolExecutor(8) as threads,
+    ):
+        bodies = [
+            wire.encode_request([picture(1)], ["p"], 1.0 + n % 2, ["sums", "other"])
+            for n in range(8)
+        ]
         answers = list(threads.map(lambda body: post(url, body).json()["scores"], bodies))
-    assert [a["sums"]["fps"] for a in answers] == [a["other"]["fps"] for a in answers] == [[1.0], [2.0]] * 4
+    assert (
+        [a["sums"]["fps"] for a in answers]
+        == [a["other"]["fps"] for a in answers]
+        == [[1.0], [2.0]] * 4
+    )
 
 
 def test_only_frames_that_are_looked_at_travel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,15 +137,26 @@ def test_only_frames_that_are_looked_at_travel(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(wire, "encode_request", recorded)
     rewards: dict[str, Reward] = {"two": Choosy(4.0), "three": Choosy(8 / 3), "all": Sums()}
-    pixels = torch.randint(1, 256, (3, 9, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels = torch.randint(
+        1, 256, (3, 9, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     whole = {name: judge_batch(reward, pixels, ["p"] * 3, 8.0) for name, reward in rewards.items()}
     with running(rewards) as url:
-        for names, frames in ((["two"], 5), (["two", "three"], 6), (["three"], 3), (["two", "all"], 9)):
+        for names, frames in (
+            (["two"], 5),
+            (["two", "three"], 6),
+            (["three"], 3),
+            (["two", "all"], 9),
+        ):
             with RewardClient([url], TOKEN, names) as client:
-                assert same(client.score(pixels, ["p"] * 3, 8.0), {name: whole[name] for name in names})
+                assert same(
+                    client.score(pixels, ["p"] * 3, 8.0), {name: whole[name] for name in names}
+                )
             assert sent[-1] == [frames] * 3
     two = rewards["two"]
-    assert isinstance(two, Choosy)  # with 6 of 9 frames sent it still sees its own alone, the others black
+    assert isinstance(
+        two, Choosy
+    )  # with 6 of 9 frames sent it still sees its own alone, the others black
     assert two.seen[-2] == [index % 2 == 0 for index in range(9)]
 
 
@@ -129,7 +165,12 @@ def test_a_frame_that_was_not_sent_is_no_black_one() -> None:
     with running(rewards) as url:
         for names, at in ((["two"], [0, 2, 4, 6]), (["all"], [0, 2, 4, 6, 8])):
             body = wire.encode_request(
-                [torch.ones(len(at), 8, 8, 3, dtype=torch.uint8)], prompts=["p"], fps=8.0, rewards=names, at=at, of=9
+                [torch.ones(len(at), 8, 8, 3, dtype=torch.uint8)],
+                prompts=["p"],
+                fps=8.0,
+                rewards=names,
+                at=at,
+                of=9,
             )
             answer = post(url, body)
             assert answer.status_code == 400 and "looks at" in answer.text
@@ -157,7 +198,9 @@ def test_what_its_sender_gave_up_is_not_scored() -> None:
 
 
 def test_what_waits_behind_another_shape_is_given_up_in_time() -> None:
-    """Its sender hears of it while a batch is scored, not after: by then it would have given up on the server."""
+    """Its sender hears of it while a batch is scored, not after: by then it would have given up on
+    the server.
+    """
     sums = Sums(3.0)
     with running({"sums": sums}, wait_s=0.0) as url, ThreadPoolExecutor(2) as threads:
         first = threads.submit(post, url, wire.encode_request([picture(1)], ["p"], 8.0, ["sums"]))
@@ -175,7 +218,9 @@ def test_a_slow_server_loses_no_sample() -> None:
         RewardClient([url], TOKEN, ["sums"], timeout_s=1.2, outage_s=60.0) as client,
         ThreadPoolExecutor(32) as threads,
     ):
-        answers = list(threads.map(lambda _: client.score(pixels, ["p"] * 4, 8.0)["sums"], range(32)))
+        answers = list(
+            threads.map(lambda _: client.score(pixels, ["p"] * 4, 8.0)["sums"], range(32))
+        )
         events = client.take_events()
     assert all(answer.valid.all() for answer in answers)
     assert events["requests_turned_away"] > 0 and "clips_given_up" not in events
@@ -202,7 +247,10 @@ def test_a_batch_that_fails_ends_neither_the_scoring_nor_tells_its_text(
         assert post(url, body).status_code == 500
         assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
         assert post(url, body).json()["scores"]["sums"]["sum"] == [96.0, 96.0]
-    assert "a batch of 2 clips for sums failed: RuntimeError at" in caplog.text and "secret" not in caplog.text
+    assert (
+        "a batch of 2 clips for sums failed: RuntimeError at" in caplog.text
+        and "secret" not in caplog.text
+    )
 
 
 def test_a_server_whose_scoring_has_ended_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,9 +271,13 @@ class Full(Sums):
 def test_no_memory_is_no_invalid_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     with running({"full": Full()}) as url:
         assert post(url, wire.encode_request([picture(1)], ["p"], 8.0, ["full"])).status_code == 500
-    monkeypatch.setattr("fastgrpo.rewards.serving.in_process.load_served", lambda spec: Served(Full(), spec))
+    monkeypatch.setattr(
+        "fastgrpo.rewards.serving.in_process.load_served", lambda spec: Served(Full(), spec)
+    )
     scorer = ScorerInProcess([RewardSpec(name="full", weights={}, batch_size=3)])
-    with pytest.raises(UserError, match=r"rewards.batch_size=3: the GPU has no room for full; lower it, or give it"):
+    with pytest.raises(
+        UserError, match=r"rewards.batch_size=3: the GPU has no room for full; lower it, or give it"
+    ):
         scorer.score(picture(1)[None], ["p"], 8.0)
 
 
@@ -234,7 +286,12 @@ def test_a_request_that_one_reward_refuses_leaves_nothing_waiting() -> None:
     with running({"sums": sums, "two": Choosy(4.0)}) as url:
         at = [0, 1, 3, 5]
         body = wire.encode_request(
-            [torch.ones(4, 8, 8, 3, dtype=torch.uint8)], prompts=["p"], fps=8.0, rewards=["sums", "two"], at=at, of=9
+            [torch.ones(4, 8, 8, 3, dtype=torch.uint8)],
+            prompts=["p"],
+            fps=8.0,
+            rewards=["sums", "two"],
+            at=at,
+            of=9,
         )
         assert post(url, body).status_code == 400
         whole = wire.encode_request([picture(1)], ["p"], 8.0, ["two", "sums"])
@@ -282,17 +339,23 @@ def test_the_log_has_no_text_of_exceptions_of_other_libraries() -> None:
     uvicorn = logging.LogRecord(
         "uvicorn.error", logging.ERROR, "f", 1, "Exception in ASGI application\nsecret", (), told
     )
-    assert json.loads(logs.JsonLines().format(uvicorn))["message"] == "Exception in ASGI application"
+    assert (
+        json.loads(logs.JsonLines().format(uvicorn))["message"] == "Exception in ASGI application"
+    )
 
 
 def test_metrics_count_what_happened() -> None:
     with running({"tiny_world": load(plain("tiny_world"))}) as url:
-        body = wire.encode_request(list(clips()[:4]), [*CAPTIONS[:3], "not of this world"], 8.0, ["tiny_world"])
+        body = wire.encode_request(
+            list(clips()[:4]), [*CAPTIONS[:3], "not of this world"], 8.0, ["tiny_world"]
+        )
         scores = post(url, body).json()["scores"]["tiny_world"]
         assert post(url, body[:-1]).status_code == 400
         assert post(url, body, "wrong").status_code == 401
         assert httpx.get(f"{url}/metrics", trust_env=False).status_code == 401
-        answer = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False)
+        answer = httpx.get(
+            f"{url}/metrics", headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False
+        )
     found = {
         (sample.name, *sorted(sample.labels.values())): sample.value
         for family in text_string_to_metric_families(answer.text)
@@ -318,7 +381,9 @@ def test_identity_covers_all_that_decides_scores() -> None:
         return Served(reward, RewardSpec(name="x", weights={}, **fields)).identity
 
     base = identity()
-    assert base == identity(device="cpu", batch_size=3, path="elsewhere", urls=("http://a",), where="process")
+    assert base == identity(
+        device="cpu", batch_size=3, path="elsewhere", urls=("http://a",), where="process"
+    )
     assert base == identity(options={"tokenizer": "/a/path"})  # its effect is in the fingerprint
     assert identity("") != identity("", options={"k": 1})  # nothing else says what it does
     others = [
@@ -337,16 +402,27 @@ def test_identity_covers_options_of_rewards_without_weights() -> None:
         spec = RewardSpec(name=name, weights={}, **fields)
         return Served(load(spec), spec).identity
 
-    assert identity("video_stats") == identity("video_stats", options={"jpeg_quality": 95})  # its default
+    assert identity("video_stats") == identity(
+        "video_stats", options={"jpeg_quality": 95}
+    )  # its default
     assert identity("video_stats") != identity("video_stats", options={"jpeg_quality": 90})
     binary: dict[str, Any] = {"threshold": {"jpeg": 5.0}}
-    assert identity("video_stats", **binary) != identity("video_stats", options={"jpeg_quality": 90}, **binary)
+    assert identity("video_stats", **binary) != identity(
+        "video_stats", options={"jpeg_quality": 90}, **binary
+    )
 
 
 def test_identity_covers_the_code_of_all_files_and_the_libraries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = ("a.py", "b.py", "common/shared.py", "networks/clip/net.py", "serving/judge.py", "serving/wire.py")
+    files = (
+        "a.py",
+        "b.py",
+        "common/shared.py",
+        "networks/clip/net.py",
+        "serving/judge.py",
+        "serving/wire.py",
+    )
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"# {name}")
@@ -355,7 +431,9 @@ def test_identity_covers_the_code_of_all_files_and_the_libraries(
     for name in files:
         (tmp_path / name).write_text("# changed")
         changed = code_hash(tmp_path, "a") != first
-        assert changed == (name not in ("b.py", "serving/wire.py")), name  # which no score of `a` depends on
+        assert changed == (name not in ("b.py", "serving/wire.py")), (
+            name
+        )  # which no score of `a` depends on
         (tmp_path / name).write_text(f"# {name}")
     (tmp_path / "common" / "shared.py").rename(tmp_path / "common" / "renamed.py")
     assert code_hash(tmp_path, "a") != first
@@ -367,7 +445,9 @@ def test_identity_covers_the_code_of_all_files_and_the_libraries(
 def test_golden_clip_is_scored_at_the_start_and_told() -> None:
     tiny = Served(load(plain("tiny_world")), plain("tiny_world"))
     tiny.warm_up()
-    assert all(score is not None and score > 0.9 for score in tiny.golden.values())  # a clip of this very world
+    assert all(
+        score is not None and score > 0.9 for score in tiny.golden.values()
+    )  # a clip of this very world
 
     class Narrow(Sums):
         def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
@@ -389,7 +469,9 @@ def test_golden_clip_is_scored_at_the_start_and_told() -> None:
 # ---- in the trainer's process
 
 
-def test_in_process_respects_batch_size_and_the_rewards_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_process_respects_batch_size_and_the_rewards_own_rate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made: dict[str, Sums] = {}
 
     def make(spec: RewardSpec) -> Served:
@@ -397,11 +479,19 @@ def test_in_process_respects_batch_size_and_the_rewards_own_rate(monkeypatch: py
         return Served(made[spec.name], spec)
 
     monkeypatch.setattr("fastgrpo.rewards.serving.in_process.load_served", make)
-    specs = [RewardSpec(name="a", weights={}, batch_size=2, fps=3.0), RewardSpec(name="b", weights={})]
+    specs = [
+        RewardSpec(name="a", weights={}, batch_size=2, fps=3.0),
+        RewardSpec(name="b", weights={}),
+    ]
     pixels = torch.stack([picture(n) for n in range(5)])
     scores = ScorerInProcess(specs).score(pixels, ["p"] * 5, 8.0)
-    assert [shape[0] for shape in made["a"].shapes] == [2, 2, 1] and [s[0] for s in made["b"].shapes] == [5]
-    assert scores["a"].values["fps"].tolist() == [3.0] * 5 and scores["b"].values["fps"].tolist() == [8.0] * 5
+    assert [shape[0] for shape in made["a"].shapes] == [2, 2, 1] and [
+        s[0] for s in made["b"].shapes
+    ] == [5]
+    assert (
+        scores["a"].values["fps"].tolist() == [3.0] * 5
+        and scores["b"].values["fps"].tolist() == [8.0] * 5
+    )
     assert scores["a"].values["sum"].tolist() == [n * 96.0 for n in range(5)]
 
 
@@ -412,7 +502,9 @@ def test_a_reward_that_gives_too_few_scores_gives_none() -> None:
         return lambda *_: Scores({"A": torch.ones(count)}, torch.ones(valid, dtype=torch.bool))
 
     for count, valid in ((1, 1), (1, 3), (3, 1), (2, 2), (4, 4), (0, 0)):
-        reward: Any = type("Few", (), {"names": ("A",), "__call__": staticmethod(few(count, valid))})()
+        reward: Any = type(
+            "Few", (), {"names": ("A",), "__call__": staticmethod(few(count, valid))}
+        )()
         scores = judge_batch(reward, torch.zeros(3, 1, 2, 2, 3, dtype=torch.uint8), ["p"] * 3, 8.0)
         assert not scores.valid.any() and scores.values["A"].isnan().all()
 
@@ -427,5 +519,7 @@ def test_scoring_uses_one_thread_whatever_comes() -> None:
 
     with running({"a": Where(), "b": Where()}) as url, ThreadPoolExecutor(4) as threads:
         body = wire.encode_request([picture(1)], ["p"], 8.0, ["a", "b"])
-        assert all(answer.status_code == 200 for answer in threads.map(lambda _: post(url, body), range(8)))
+        assert all(
+            answer.status_code == 200 for answer in threads.map(lambda _: post(url, body), range(8))
+        )
     assert len(seen) == 1

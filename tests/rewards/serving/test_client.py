@@ -1,4 +1,6 @@
-"""The client among several servers: which it asks, what it makes of bad answers, and when it gives up."""
+"""The client among several servers: which it asks, what it makes of bad answers, and when it gives
+up.
+"""
 
 import json
 import math
@@ -40,7 +42,9 @@ class One(Reward):
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
         time.sleep(self.pause_s)
-        return Scores({"A": torch.full((len(pixels),), self.value)}, torch.ones(len(pixels), dtype=torch.bool))
+        return Scores(
+            {"A": torch.full((len(pixels),), self.value)}, torch.ones(len(pixels), dtype=torch.bool)
+        )
 
 
 # ---- which replica
@@ -51,14 +55,17 @@ def test_of_two_the_less_busy_is_taken() -> None:
     taken = [replicas.take() for _ in range(400)]
     counts = Counter(replica.url for replica in taken)
     assert sum(counts.values()) == 400 and max(counts.values()) - min(counts.values()) <= 12
-    # With all of its requests under way a replica is taken only against itself, which two draws never are.
+    # With all of its requests under way a replica is taken only against itself, which two draws
+    # never are.
     for replica in taken:
         if replica.url != "http://r0":
             replicas.release(replica)
     assert all(replicas.take().url != "http://r0" for _ in range(30))
 
 
-def test_one_that_fails_rests_and_is_tried_with_a_single_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_fails_rests_and_is_tried_with_a_single_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock = [100.0]
     monkeypatch.setattr("fastgrpo.rewards.serving.client.replicas.time.monotonic", lambda: clock[0])
     replicas = Replicas(["http://a", "http://b"], 1000.0)
@@ -70,15 +77,20 @@ def test_one_that_fails_rests_and_is_tried_with_a_single_request(monkeypatch: py
         assert all(replicas.take() is b for _ in range(20))
         clock[0] = a.rests_until
     assert all(
-        0.5 * full <= rest <= full for rest, full in zip(rests, [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10], strict=True)
+        0.5 * full <= rest <= full
+        for rest, full in zip(rests, [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10], strict=True)
     )
-    trial = next(replica for replica in iter(replicas.take, None) if replica is a)  # b has 160 under way
+    trial = next(
+        replica for replica in iter(replicas.take, None) if replica is a
+    )  # b has 160 under way
     assert all(replicas.take() is b for _ in range(20))  # while the trial lasts
     replicas.succeeded(trial)
     assert replicas.take() is a
 
 
-def test_an_outage_is_all_replicas_failing_without_a_success_between(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outage_is_all_replicas_failing_without_a_success_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock = [0.0]
     monkeypatch.setattr("fastgrpo.rewards.serving.client.replicas.time.monotonic", lambda: clock[0])
     replicas = Replicas(["http://a", "http://b"], 5.0)
@@ -96,7 +108,8 @@ def test_an_outage_is_all_replicas_failing_without_a_success_between(monkeypatch
     replicas.failed(a, "gone")
     clock[0] = 20.0
     with pytest.raises(
-        UserError, match=r"server.urls=http://a: no scores for 5 s \(gone\).*newest checkpoint is intact"
+        UserError,
+        match=r"server.urls=http://a: no scores for 5 s \(gone\).*newest checkpoint is intact",
     ):
         replicas.take()
 
@@ -109,7 +122,9 @@ def test_replicas_with_other_weights_are_refused() -> None:
         running({"one": One("w")}) as first,
         running({"one": One("v")}) as second,
         RewardClient([first, second], TOKEN, ["one"]) as client,
-        pytest.raises(UserError, match=f"server.urls={second}: its 'one' differs from that of the other"),
+        pytest.raises(
+            UserError, match=f"server.urls={second}: its 'one' differs from that of the other"
+        ),
     ):
         client.wait_ready(5.0)
 
@@ -119,7 +134,9 @@ def test_a_replica_that_comes_back_with_other_weights_gets_no_requests() -> None
         with running({"one": One("w")}) as second:
             port = int(second.rsplit(":", 1)[1])
             first = stack.enter_context(running({"one": One("w")}))
-            client = stack.enter_context(RewardClient([first, second], TOKEN, ["one"], outage_s=20.0))
+            client = stack.enter_context(
+                RewardClient([first, second], TOKEN, ["one"], outage_s=20.0)
+            )
             client.wait_ready(5.0)
         stack.enter_context(running({"one": One("v", value=2.0)}, port=port))
         deadline = time.monotonic() + 10.0
@@ -142,13 +159,21 @@ def test_another_rank_takes_only_what_the_first_one_found() -> None:
 
 @contextmanager
 def pretending(answer: Callable[[int, int], tuple[int, object]]) -> Iterator[str]:
-    """A server that says it is a good one; answer: (requests so far, clips) -> (status, JSON) of /v1/score."""
+    """A server that says it is a good one; answer: (requests so far, clips) -> (status, JSON) of
+    /v1/score.
+    """
     count = [0]
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            one = {"parts": ["A"], "identity": "i", "golden": {"A": 1.0}, "dtype": "float32", "looks_at": None}
+            one = {
+                "parts": ["A"],
+                "identity": "i",
+                "golden": {"A": 1.0},
+                "dtype": "float32",
+                "looks_at": None,
+            }
             self._say(200, {"rewards": {"one": one}})
 
         def do_POST(self) -> None:
@@ -184,7 +209,11 @@ def good(count: int) -> tuple[int, object]:
 
 
 def answered(scores: list[float], valid: list[bool], part: str = "A") -> tuple[int, object]:
-    return 200, {"scores": {"one": {part: scores}}, "valid": {"one": valid}, "identity": {"one": "i"}}
+    return 200, {
+        "scores": {"one": {part: scores}},
+        "valid": {"one": valid},
+        "identity": {"one": "i"},
+    }
 
 
 WRONG: dict[str, tuple[int, Any]] = {
@@ -198,7 +227,10 @@ WRONG: dict[str, tuple[int, Any]] = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_bad_answers_are_tried_again_then_invalid_and_counted(what: str) -> None:
-    with pretending(lambda _, count: WRONG[what]) as url, RewardClient([url], TOKEN, ["one"], outage_s=30.0) as client:
+    with (
+        pretending(lambda _, count: WRONG[what]) as url,
+        RewardClient([url], TOKEN, ["one"], outage_s=30.0) as client,
+    ):
         scores = client.score(clips()[:2], CAPTIONS[:2], 8.0)["one"]
         assert not scores.valid.any() and scores.values["A"].isnan().all()
         assert client.take_events() == {"requests_bad": 2, "clips_given_up": 2}
@@ -207,13 +239,19 @@ def test_bad_answers_are_tried_again_then_invalid_and_counted(what: str) -> None
         pretending(lambda number, count: WRONG[what] if number == 1 else good(count)) as url,
         RewardClient([url], TOKEN, ["one"], outage_s=30.0) as client,
     ):
-        assert client.score(clips()[:2], CAPTIONS[:2], 8.0)["one"].values["A"].tolist() == [1.0, 1.0]
+        assert client.score(clips()[:2], CAPTIONS[:2], 8.0)["one"].values["A"].tolist() == [
+            1.0,
+            1.0,
+        ]
         assert client.take_events() == {"requests_bad": 1}
 
 
 def test_a_late_answer_of_a_living_server_makes_invalid_clips_not_an_outage() -> None:
     slow = One(pause_s=0.8)
-    with running({"one": slow}) as url, RewardClient([url], TOKEN, ["one"], timeout_s=0.3, outage_s=20.0) as client:
+    with (
+        running({"one": slow}) as url,
+        RewardClient([url], TOKEN, ["one"], timeout_s=0.3, outage_s=20.0) as client,
+    ):
         client.wait_ready(5.0)
         scores = client.score(clips()[:1], CAPTIONS[:1], 8.0)["one"]
         assert not scores.valid.any()
@@ -226,7 +264,10 @@ def test_a_late_answer_of_a_living_server_makes_invalid_clips_not_an_outage() ->
 
 
 def test_what_trying_again_would_not_change_is_told_at_once() -> None:
-    with pretending(lambda *_: (413, "too long")) as url, RewardClient([url], TOKEN, ["one"]) as client:
+    with (
+        pretending(lambda *_: (413, "too long")) as url,
+        RewardClient([url], TOKEN, ["one"]) as client,
+    ):
         start = time.monotonic()
         with pytest.raises(UserError, match=f"server.urls={url}: refused with status 413"):
             client.score(clips()[:1], CAPTIONS[:1], 8.0)
@@ -265,7 +306,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     for module in ("client", "replicas"):
         monkeypatch.setattr(f"fastgrpo.rewards.serving.client.{module}.time", clock)
-    monkeypatch.setattr(RewardClient, "_meet", lambda self, replica: setattr(replica, "known", True))
+    monkeypatch.setattr(
+        RewardClient, "_meet", lambda self, replica: setattr(replica, "known", True)
+    )
     return clock
 
 
@@ -282,11 +325,17 @@ def none(client: RewardClient, replica: Replica) -> None:
 
 
 def persist(
-    clock: Clock, takes_s: float, others: Callable[[RewardClient, Replica], None], until_s: float, error: Exception
+    clock: Clock,
+    takes_s: float,
+    others: Callable[[RewardClient, Replica], None],
+    until_s: float,
+    error: Exception,
 ) -> tuple[str | None, float]:
-    """What comes of a request that raises `error` until so long after its start, and the seconds that it took.
+    """What comes of a request that raises `error` until so long after its start, and the seconds
+    that it took.
 
-    takes_s: each attempt;  others: answers that another request gets meanwhile.  Limits: a minute for each, 300 s
+    takes_s: each attempt;  others: answers that another request gets meanwhile.  Limits: a minute
+    for each, 300 s
     """
     start = clock.now
     with RewardClient(["http://a"], TOKEN, ["one"], timeout_s=60.0, outage_s=300.0) as client:
@@ -302,12 +351,16 @@ def persist(
 
 
 def test_a_slow_server_is_waited_for_beyond_the_limit_of_an_outage(clock: Clock) -> None:
-    found, took = persist(clock, takes_s=48.0, others=right, until_s=1300.0, error=Busy("status 504", 0.5))
+    found, took = persist(
+        clock, takes_s=48.0, others=right, until_s=1300.0, error=Busy("status 504", 0.5)
+    )
     assert found == "scores" and 1300.0 <= took < 1360.0
 
 
 def test_nor_is_it_waited_for_until_the_ranks_time_limit(clock: Clock) -> None:
-    found, took = persist(clock, takes_s=60.0, others=right, until_s=math.inf, error=Busy("status 429", 1.0))
+    found, took = persist(
+        clock, takes_s=60.0, others=right, until_s=math.inf, error=Busy("status 429", 1.0)
+    )
     assert found is None and 1300.0 < took <= LONGEST_WAIT_S + 60.0 < TIMEOUT.total_seconds()
 
 
@@ -319,12 +372,18 @@ def test_a_server_that_turns_everything_away_is_an_outage(clock: Clock) -> None:
 
 
 def test_one_that_answers_no_other_well_is_not_waited_for(clock: Clock) -> None:
-    found, took = persist(clock, takes_s=5.0, others=wrong, until_s=math.inf, error=Busy("status 429", 1.0))
+    found, took = persist(
+        clock, takes_s=5.0, others=wrong, until_s=math.inf, error=Busy("status 429", 1.0)
+    )
     assert found is None and 300.0 < took < 330.0
 
 
-def test_a_request_that_breaks_its_connections_is_given_up_while_others_are_answered(clock: Clock) -> None:
-    found, took = persist(clock, takes_s=1.0, others=right, until_s=math.inf, error=httpx.ReadError("reset"))
+def test_a_request_that_breaks_its_connections_is_given_up_while_others_are_answered(
+    clock: Clock,
+) -> None:
+    found, took = persist(
+        clock, takes_s=1.0, others=right, until_s=math.inf, error=httpx.ReadError("reset")
+    )
     assert found is None and 300.0 < took < 320.0
 
 
@@ -350,7 +409,9 @@ def process(folder: Path, port: int) -> Iterator[tuple[forks.Started, str]]:
     try:
         deadline = time.monotonic() + 60.0
         while not ready.exists():
-            assert child.poll() is None and time.monotonic() < deadline, (folder / "server.log").read_text()
+            assert child.poll() is None and time.monotonic() < deadline, (
+                folder / "server.log"
+            ).read_text()
             time.sleep(0.05)
         yield child, json.loads(ready.read_text())["url"]
     finally:
@@ -369,7 +430,9 @@ def test_a_replica_killed_and_restarted_in_mid_run_changes_no_score(tmp_path: Pa
         with RewardClient([first], TOKEN, ["tiny_world"]) as alone:
             undisturbed = alone.score(clips(), CAPTIONS, 8.0)
         with process(tmp_path, 0) as (child, second):
-            client = stack.enter_context(RewardClient([first, second], TOKEN, ["tiny_world"], outage_s=30.0))
+            client = stack.enter_context(
+                RewardClient([first, second], TOKEN, ["tiny_world"], outage_s=30.0)
+            )
             client.wait_ready(10.0)
             jobs = [threads.submit(ask, client) for _ in range(3)]
             time.sleep(0.5)

@@ -1,4 +1,6 @@
-"""10,000 malformed requests to a server of its own process: nothing but 4xx, bounded memory, and it still scores."""
+"""10,000 malformed requests to a server of its own process: nothing but 4xx, bounded memory, and it
+still scores.
+"""
 
 import json
 import os
@@ -95,7 +97,8 @@ def damaged(rng: random.Random) -> bytes:
     """A good small body with something done to it."""
     frames, size = rng.choice(((3, 8), (1, 2), (4, 4)))
     pixels = [
-        torch.full((frames, size, size, 3), rng.randrange(256), dtype=torch.uint8) for _ in range(rng.randint(1, 3))
+        torch.full((frames, size, size, 3), rng.randrange(256), dtype=torch.uint8)
+        for _ in range(rng.randint(1, 3))
     ]
     good = wire.encode_request(pixels, ["a red circle"] * len(pixels), 8.0, ["tiny_world"])
     (length,) = struct.unpack("<Q", good[:8])
@@ -105,7 +108,10 @@ def damaged(rng: random.Random) -> bytes:
             return good[: rng.randrange(len(good))]
         case 1:  # a lying header length
             return (
-                struct.pack("<Q", rng.choice((0, 1, length - 1, length + 1, 2**31, 2**63, rng.getrandbits(64))))
+                struct.pack(
+                    "<Q",
+                    rng.choice((0, 1, length - 1, length + 1, 2**31, 2**63, rng.getrandbits(64))),
+                )
                 + good[8:]
             )
         case 2:  # bytes flipped in the header
@@ -114,18 +120,39 @@ def damaged(rng: random.Random) -> bytes:
                 changed[rng.randrange(8 + length)] = rng.randrange(256)
             return bytes(changed)
         case 3:  # noise, or another format's magic
-            return rng.choice((b"", b"\x80\x04", b"PK\x03\x04", b"\x93NUMPY")) + rng.randbytes(rng.randrange(200))
+            return rng.choice((b"", b"\x80\x04", b"PK\x03\x04", b"\x93NUMPY")) + rng.randbytes(
+                rng.randrange(200)
+            )
         case 4:  # numbers out of all measure
             number = rng.choice(
-                ("1e999", "-1", "9" * rng.choice((18, 19, 400, 5000)), "NaN", "Infinity", "1.5", "true")
+                (
+                    "1e999",
+                    "-1",
+                    "9" * rng.choice((18, 19, 400, 5000)),
+                    "NaN",
+                    "Infinity",
+                    "1.5",
+                    "true",
+                )
             )
-            return header_with(text, data, rng.choice((b"[0,", b'"shape": [', b": [")), number.encode())
+            return header_with(
+                text, data, rng.choice((b"[0,", b'"shape": [', b": [")), number.encode()
+            )
         case 5:  # other types
             dtype = rng.choice(("F32", "I64", "BF16", "u8", "U8 ", "", "BOOL", "F8_E4M3"))
             return framed(text.replace(b'"U8"', json.dumps(dtype).encode(), 1), data)
         case 6:  # metadata full of what JSON has no place for, or very deep
             inside = rng.choice(
-                ("NaN", "-Infinity", "[" * 20_000, '{"a":' * 5_000, "1" * 6000, '"\\ud800"', "null", "[[]]")
+                (
+                    "NaN",
+                    "-Infinity",
+                    "[" * 20_000,
+                    '{"a":' * 5_000,
+                    "1" * 6000,
+                    '"\\ud800"',
+                    "null",
+                    "[[]]",
+                )
             )
             fps = rng.choice(("NaN", "0", "8", inside[:50]))
             request = f'{{"prompts": {inside}, "fps": {fps}, "rewards": ["tiny_world"]}}'
@@ -152,7 +179,9 @@ def header_with(text: bytes, data: bytes, place: bytes, number: bytes) -> bytes:
 
 
 def fitting(body: bytes) -> int:
-    """The status it must get; damage may do no harm, as another letter in a prompt: our reader is the oracle."""
+    """The status it must get; damage may do no harm, as another letter in a prompt: our reader is
+    the oracle.
+    """
     try:
         return 200 if wire.decode_request(bytearray(body)).rewards == ["tiny_world"] else 422
     except wire.WireError:
@@ -161,7 +190,8 @@ def fitting(body: bytes) -> int:
 
 def head(length: int | str, token: str = TOKEN, kind: str = wire.CONTENT_TYPE) -> bytes:
     return (
-        f"POST /v1/score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Type: {kind}\r\n"
+        f"POST /v1/score HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Type: "
+        f"{kind}\r\n"
         f"Content-Length: {length}\r\n\r\n"
     ).encode()
 
@@ -221,13 +251,22 @@ def raw_requests() -> dict[str, tuple[bytes, bytes]]:
         "length no number": (head("ten"), b"HTTP/1.1 400"),
         "negative length": (head("-1"), b"HTTP/1.1 400"),
         "no length": (post + token + b"\r\n", b"HTTP/1.1 411"),
-        "chunked": (post + token + b"Transfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n0\r\n\r\n", b"HTTP/1.1 411"),
-        "both": (post + token + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"HTTP/1.1 400"),
+        "chunked": (
+            post + token + b"Transfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n0\r\n\r\n",
+            b"HTTP/1.1 411",
+        ),
+        "both": (
+            post + token + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            b"HTTP/1.1 400",
+        ),
         "other type": (head(len(good), kind="application/json") + good, b"HTTP/1.1 415"),
         "pickle type": (head(len(good), kind="application/x-pickle") + good, b"HTTP/1.1 415"),
         "longer than it says": (head(len(good) - 7) + good, b"HTTP/1.1 400"),
         "no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 9, b"HTTP/1.1 400"),
-        "many headers": (post + b"X: " + b"a" * 100 + b"\r\n" + b"Y: b\r\n" * 20_000, b"HTTP/1.1 431"),
+        "many headers": (
+            post + b"X: " + b"a" * 100 + b"\r\n" + b"Y: b\r\n" * 20_000,
+            b"HTTP/1.1 431",
+        ),
         "one long header": (post + b"X: " + b"a" * 300_000, b"HTTP/1.1 431"),
         "other method": (b"PUT /v1/score HTTP/1.1\r\nHost: x\r\n\r\n", b"HTTP/1.1 405"),
         "a file": (b"GET /../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n", b"HTTP/1.1 404"),
@@ -246,7 +285,11 @@ def test_ten_thousand_malformed_requests(server: Child) -> None:
 
     start = time.monotonic()
     with ThreadPoolExecutor(2) as threads:
-        halves = list(threads.map(lambda part: send_many(server, part), (bodies[: COUNT // 2], bodies[COUNT // 2 :])))
+        halves = list(
+            threads.map(
+                lambda part: send_many(server, part), (bodies[: COUNT // 2], bodies[COUNT // 2 :])
+            )
+        )
     statuses = halves[0] + halves[1]
     print(f"\n{COUNT} bodies in {time.monotonic() - start:.1f} s: {dict(Counter(statuses))}")
     for body, fit, status in zip(bodies, fits, statuses, strict=True):
@@ -255,7 +298,10 @@ def test_ten_thousand_malformed_requests(server: Child) -> None:
     for what, (data, begins) in raw_requests().items():
         assert answer_to(server, data).startswith(begins), what
 
-    print(f"resident: {before} MiB before, {server.memory()} MiB after, peak {server.memory('VmHWM')} MiB")
+    print(
+        f"resident: {before} MiB before, {server.memory()} MiB after, peak "
+        f"{server.memory('VmHWM')} MiB"
+    )
     assert server.memory("VmHWM") < before + 100
     with RewardClient([server.url], TOKEN, ["tiny_world"]) as client:
         assert same(client.score(clips(), CAPTIONS, 8.0), expected)
@@ -289,14 +335,19 @@ def test_slow_and_silent_senders_do_not_stay_and_others_are_served(server: Child
         for what, some in connections.items():
             for connection in some:
                 said = connection.recv(100)
-                assert said.startswith(b"HTTP/1.1 408") if "body" in what else said == b"", (what, said)
+                assert said.startswith(b"HTTP/1.1 408") if "body" in what else said == b"", (
+                    what,
+                    said,
+                )
     finally:
         for connection in (trickling, *(c for some in connections.values() for c in some)):
             connection.close()
 
 
 def test_memory_is_bounded_by_admission_whatever_is_sent(server: Child) -> None:
-    """64 senders of 16 MiB of rubbish each, 1 GiB in all, into a server that admits 48 MiB at a time."""
+    """64 senders of 16 MiB of rubbish each, 1 GiB in all, into a server that admits 48 MiB at a
+    time.
+    """
     before = server.memory()
     rubbish = struct.pack("<Q", 2**62) + bytes(MAX_BODY - 8)
 
@@ -307,7 +358,9 @@ def test_memory_is_bounded_by_admission_whatever_is_sent(server: Child) -> None:
                 connection.sendall(rubbish)
                 return read_status(stream)
             except (ConnectionResetError, BrokenPipeError):
-                return 408  # where this machine is too busy for the server's 3 s; the answer is lost in the reset
+                # where this machine is too busy for the server's 3 s; the answer is lost in the
+                # reset
+                return 408
 
     with ThreadPoolExecutor(16) as threads:
         statuses = Counter(threads.map(send, range(64)))
@@ -320,10 +373,14 @@ def test_memory_is_bounded_by_admission_whatever_is_sent(server: Child) -> None:
 
 
 def test_without_the_token_nothing_of_a_body_is_read(server: Child) -> None:
-    """The sender of 64 MiB without a token gets its answer, and far less than that was taken from it."""
+    """The sender of 64 MiB without a token gets its answer, and far less than that was taken from
+    it.
+    """
     for token in (None, "wrong"):
         line = b"" if token is None else f"Authorization: Bearer {token}\r\n".encode()
-        request = b"POST /v1/score HTTP/1.1\r\nHost: x\r\n" + line + b"Content-Length: 67108864\r\n\r\n"
+        request = (
+            b"POST /v1/score HTTP/1.1\r\nHost: x\r\n" + line + b"Content-Length: 67108864\r\n\r\n"
+        )
         with server.connect() as connection:
             connection.sendall(request)
             assert connection.recv(100).startswith(b"HTTP/1.1 401")

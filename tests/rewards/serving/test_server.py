@@ -1,4 +1,6 @@
-"""The reward server over loopback: real uvicorn, real bytes, and everything that may go wrong on the way."""
+"""The reward server over loopback: real uvicorn, real bytes, and everything that may go wrong on
+the way.
+"""
 
 import json
 import logging
@@ -95,7 +97,11 @@ def test_server_and_process_agree_bit_for_bit(beside: tuple[str, str, Path]) -> 
         client.wait_ready(10.0)
         whole = client.score(clips(), prompts, 8.0)
         with ThreadPoolExecutor(4) as threads:  # one clip at a time, from several threads at once
-            ones = list(threads.map(lambda i: client.score(clips()[i : i + 1], prompts[i : i + 1], 8.0), range(6)))
+            ones = list(
+                threads.map(
+                    lambda i: client.score(clips()[i : i + 1], prompts[i : i + 1], 8.0), range(6)
+                )
+            )
     assert same(whole, inside)
     assert inside["tiny_world"].valid.tolist() == [True] * 5 + [False]
     for part, values in inside["tiny_world"].values.items():
@@ -104,11 +110,15 @@ def test_server_and_process_agree_bit_for_bit(beside: tuple[str, str, Path]) -> 
 
 
 def test_large_batches_go_as_several_requests(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastgrpo.rewards.serving.client.client.REQUEST_BYTES", 2 * clips()[0].numel() + 1)
+    monkeypatch.setattr(
+        "fastgrpo.rewards.serving.client.client.REQUEST_BYTES", 2 * clips()[0].numel() + 1
+    )
     sent: list[int] = []
     encode = wire.encode_request
 
-    def counted(some: Sequence[Tensor], prompts: Sequence[str], fps: float, names: Sequence[str], **at: Any) -> bytes:
+    def counted(
+        some: Sequence[Tensor], prompts: Sequence[str], fps: float, names: Sequence[str], **at: Any
+    ) -> bytes:
         sent.append(len(some))
         return encode(some, prompts, fps, names, **at)
 
@@ -125,8 +135,14 @@ def test_raising_reward_makes_its_clips_invalid(caplog: pytest.LogCaptureFixture
     rewards = {"raising": Raising(), "tiny_world": load(plain("tiny_world"))}
     with running(rewards) as url, caplog.at_level(logging.WARNING):
         answer = post(url, body).json()
-    assert answer["scores"]["raising"]["A"] == [None, 1.0] and answer["valid"]["raising"] == [False, True]
-    assert answer["valid"]["tiny_world"] == [True, False]  # two frames are too few for it; the first clip is scored
+    assert answer["scores"]["raising"]["A"] == [None, 1.0] and answer["valid"]["raising"] == [
+        False,
+        True,
+    ]
+    assert answer["valid"]["tiny_world"] == [
+        True,
+        False,
+    ]  # two frames are too few for it; the first clip is scored
     assert "Raising raised KeyError" in caplog.text and "secret" not in caplog.text
 
 
@@ -134,7 +150,10 @@ def test_scores_that_are_not_finite_are_invalid_and_others_keep_their_bits() -> 
     with running({"strange": Strange()}) as url, RewardClient([url], TOKEN, ["strange"]) as client:
         result = client.score(clips(), CAPTIONS, 8.0)["strange"]
     assert result.valid.tolist() == [False, False, True, True, True, True]
-    assert result.values["A"][2:].view(torch.int32).tolist() == Strange.given[2:].view(torch.int32).tolist()
+    assert (
+        result.values["A"][2:].view(torch.int32).tolist()
+        == Strange.given[2:].view(torch.int32).tolist()
+    )
     assert result.values["B"].isnan().tolist() == [True, True, False, False, False, False]
 
 
@@ -174,12 +193,19 @@ def test_wrong_token_is_refused_before_the_body_is_read(tiny: str) -> None:
 def test_body_limits(tiny: str) -> None:
     assert post(tiny, bytes(2**20 + 1)).status_code == 413
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": wire.CONTENT_TYPE}
-    chunked = httpx.post(f"{tiny}/v1/score", content=iter([b"abc"]), headers=headers, trust_env=False)
+    chunked = httpx.post(
+        f"{tiny}/v1/score", content=iter([b"abc"]), headers=headers, trust_env=False
+    )
     assert chunked.status_code == 411
     assert post(tiny, b"{}", **{"Content-Type": "application/json"}).status_code == 415
     host, port = tiny.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as connection:  # a body that never comes
-        lines = [f"{name}: {value}" for name, value in ({"Host": host, "Content-Length": "99"} | headers).items()]
+    with socket.create_connection(
+        (host, int(port)), timeout=10
+    ) as connection:  # a body that never comes
+        lines = [
+            f"{name}: {value}"
+            for name, value in ({"Host": host, "Content-Length": "99"} | headers).items()
+        ]
         connection.sendall(("\r\n".join(["POST /v1/score HTTP/1.1", *lines]) + "\r\n\r\n").encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
     with RewardClient([tiny], TOKEN, ["tiny_world"]) as client:
@@ -190,7 +216,10 @@ def test_body_limits(tiny: str) -> None:
 
 def test_too_much_waiting_is_turned_away_and_tried_again() -> None:
     body = wire.encode_request(list(clips()), CAPTIONS, 8.0, ["slow"])
-    with running({"slow": Slow()}, max_waiting=len(body) + 1) as url, ThreadPoolExecutor(4) as threads:
+    with (
+        running({"slow": Slow()}, max_waiting=len(body) + 1) as url,
+        ThreadPoolExecutor(4) as threads,
+    ):
         answers = list(threads.map(lambda _: post(url, body), range(4)))
         assert {a.status_code for a in answers} == {200, 429}
         assert all("retry-after" in a.headers for a in answers if a.status_code == 429)
@@ -202,9 +231,16 @@ def test_too_much_waiting_is_turned_away_and_tried_again() -> None:
 def test_a_request_waits_for_room_with_its_body_unread() -> None:
     body = wire.encode_request(list(clips()), CAPTIONS, 8.0, ["slow"])
     rewards: dict[str, Reward] = {"slow": Slow()}
-    with running(rewards, max_waiting=len(body) + 1, room_wait_s=5.0) as url, ThreadPoolExecutor(6) as threads:
-        assert all(answer.status_code == 200 for answer in threads.map(lambda _: post(url, body), range(6)))
-        metrics = httpx.get(f"{url}/metrics", headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False).text
+    with (
+        running(rewards, max_waiting=len(body) + 1, room_wait_s=5.0) as url,
+        ThreadPoolExecutor(6) as threads,
+    ):
+        assert all(
+            answer.status_code == 200 for answer in threads.map(lambda _: post(url, body), range(6))
+        )
+        metrics = httpx.get(
+            f"{url}/metrics", headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False
+        ).text
         assert "reward_bytes_in_flight 0.0" in metrics  # what was let in was let out
 
 
@@ -256,7 +292,9 @@ def malformed() -> dict[str, bytes]:
         "deep json": with_header(b"[" * 100_000, data),
         "no object": with_header([1], data),
         "a key twice": with_header(('{"clip.0": {},' + text[1:]).encode(), data),
-        "no metadata": with_header({k: v for k, v in header_of(good).items() if k != "__metadata__"}, data),
+        "no metadata": with_header(
+            {k: v for k, v in header_of(good).items() if k != "__metadata__"}, data
+        ),
         "no request": changed("__metadata__", request=3),
         "float tensor": changed("clip.0", dtype="F32"),
         "three dimensions": changed("clip.0", shape=[9, 32, 96]),
@@ -269,7 +307,9 @@ def malformed() -> dict[str, bytes]:
         "gap": changed("clip.1", data_offsets=[size + 1, 2 * size + 1]),
         "gap inside": changed("clip.0", shape=[8, 32, 32, 3], data_offsets=[0, 8 * 32 * 32 * 3]),
         "behind the end": changed("clip.1", data_offsets=[2**40, 2**40 + size]),
-        "other name": with_header({k.replace("clip.1", "clip.7"): v for k, v in header_of(good).items()}, data),
+        "other name": with_header(
+            {k.replace("clip.1", "clip.7"): v for k, v in header_of(good).items()}, data
+        ),
         "too few prompts": asked(prompts=CAPTIONS[:1]),
         "no prompts": asked(prompts=[]),
         "prompt is a number": asked(prompts=[CAPTIONS[0], 3]),
@@ -310,12 +350,18 @@ def test_request_is_plain_safetensors() -> None:
     request = wire.decode_request(bytearray(body))
     assert (request.prompts, request.fps, request.rewards) == (["a", "ü 红"], 7.5, ["x", "y"])
     assert all(torch.equal(tensors[f"clip.{i}"], clip) for i, clip in enumerate(pixels))
-    assert all(torch.equal(a.pixels, b) and a.at is None for a, b in zip(request.clips, pixels, strict=True))
+    assert all(
+        torch.equal(a.pixels, b) and a.at is None
+        for a, b in zip(request.clips, pixels, strict=True)
+    )
 
 
 def test_answers_are_checked() -> None:
     good = {"scores": {"r": {"A": [0.5, None]}}, "valid": {"r": [True, False]}}
-    assert wire.decode_scores(json.dumps(good).encode(), ["r"], 2)["r"].valid.tolist() == [True, False]
+    assert wire.decode_scores(json.dumps(good).encode(), ["r"], 2)["r"].valid.tolist() == [
+        True,
+        False,
+    ]
     for wrong in (
         {},
         {"scores": {"r": {}}, "valid": {"r": [True, False]}},
@@ -336,10 +382,16 @@ def test_answers_are_checked() -> None:
 
 def test_client_survives_a_restart_of_the_server() -> None:
     rewards = {"tiny_world": load(plain("tiny_world"))}
-    with running(rewards) as url, RewardClient([url], TOKEN, ["tiny_world"], outage_s=30.0) as client:
+    with (
+        running(rewards) as url,
+        RewardClient([url], TOKEN, ["tiny_world"], outage_s=30.0) as client,
+    ):
         first = client.score(clips(), CAPTIONS, 8.0)
         port = int(url.rsplit(":", 1)[1])
-    with RewardClient([url], TOKEN, ["tiny_world"], outage_s=30.0) as client, ThreadPoolExecutor(1) as threads:
+    with (
+        RewardClient([url], TOKEN, ["tiny_world"], outage_s=30.0) as client,
+        ThreadPoolExecutor(1) as threads,
+    ):
         job = threads.submit(client.score, clips(), CAPTIONS, 8.0)
         time.sleep(0.7)
         assert not job.done()
@@ -359,9 +411,13 @@ def test_client_goes_to_the_replica_that_lives(tiny: str, caplog: pytest.LogCapt
 def test_unreachable_server_is_named() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     with RewardClient([url], TOKEN, ["tiny_world"], outage_s=0.5) as client:
-        with pytest.raises(UserError, match=rf"server.urls={url}: no scores for 0.5 s \(ConnectError.*raise server"):
+        with pytest.raises(
+            UserError, match=rf"server.urls={url}: no scores for 0.5 s \(ConnectError.*raise server"
+        ):
             client.score(clips(), CAPTIONS, 8.0)
-        with pytest.raises(UserError, match=rf"server.urls={url}: reward server unreachable for 0.3 s"):
+        with pytest.raises(
+            UserError, match=rf"server.urls={url}: reward server unreachable for 0.3 s"
+        ):
             client.wait_ready(0.3)
     for wrong in ("127.0.0.1:80", "ftp://a", "http://", "http://a:b"):
         with pytest.raises(UserError, match=f"server.urls={wrong}: not a server's address"):
@@ -400,7 +456,10 @@ def test_child_ends_with_the_context_also_when_the_body_raises(tmp_path: Path) -
 
 def test_child_that_cannot_start_says_why(tmp_path: Path) -> None:
     with (
-        pytest.raises(UserError, match=r"exited with code 1: reward='tiny_word': no such reward.*reward_server.log"),
+        pytest.raises(
+            UserError,
+            match=r"exited with code 1: reward='tiny_word': no such reward.*reward_server.log",
+        ),
         launch_beside([plain("tiny_word")], tmp_path),
     ):
         pass
@@ -443,7 +502,10 @@ def test_sigterm_drains(tmp_path: Path) -> None:
     with launch_beside([plain("tiny_world")], tmp_path) as (url, token):
         pid = json.loads((tmp_path / "reward_server.json").read_text())["pid"]
         many = clips().repeat(40, 1, 1, 1, 1)
-        with RewardClient([url], token, ["tiny_world"], outage_s=0.0) as client, ThreadPoolExecutor(1) as threads:
+        with (
+            RewardClient([url], token, ["tiny_world"], outage_s=0.0) as client,
+            ThreadPoolExecutor(1) as threads,
+        ):
             job = threads.submit(client.score, many, CAPTIONS * 40, 8.0)
             time.sleep(0.25)
             os.kill(pid, signal.SIGTERM)
@@ -452,15 +514,28 @@ def test_sigterm_drains(tmp_path: Path) -> None:
 
 
 def test_addresses_that_cannot_be_had_are_one_line() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="choose another, or port 0"):
-        serve([plain("tiny_world")], host="127.0.0.1", port=taken.getsockname()[1], token=TOKEN, ready_file=None)
-    with pytest.raises(UserError, match=r"host=0.0.0.0: reachable from other machines; give a token of at least 16"):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(UserError, match="choose another, or port 0"),
+    ):
+        serve(
+            [plain("tiny_world")],
+            host="127.0.0.1",
+            port=taken.getsockname()[1],
+            token=TOKEN,
+            ready_file=None,
+        )
+    with pytest.raises(
+        UserError, match=r"host=0.0.0.0: reachable from other machines; give a token of at least 16"
+    ):
         serve([plain("tiny_world")], host="0.0.0.0", port=0, token="short", ready_file=None)
     with pytest.raises(UserError, match="token=''"):
         serve([plain("tiny_world")], host="127.0.0.1", port=0, token="", ready_file=None)
 
 
-def test_a_token_that_no_header_carries_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_that_no_header_carries_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     token = tmp_path / "token"
     token.write_bytes("gre\u00fc\u00df".encode())
     command = cli.parser().parse_args(["serve-rewards", "tiny_world", "--token-file", str(token)])
@@ -473,5 +548,9 @@ def test_a_token_that_no_header_carries_is_one_line(tmp_path: Path, monkeypatch:
 
 def test_a_missing_file_is_not_looked_for_on_the_hub() -> None:
     for name in ("weights/HPS_v2.1_compressed.pt", "weights/absent.safetensors"):
-        with pytest.raises(UserError, match=f"rewards.path={name}: no such file or folder; fetch it."):
-            weight_files.locate(name, names=["a.pt"], beside=[], where="rewards.path", remedy="fetch it")
+        with pytest.raises(
+            UserError, match=f"rewards.path={name}: no such file or folder; fetch it."
+        ):
+            weight_files.locate(
+                name, names=["a.pt"], beside=[], where="rewards.path", remedy="fetch it"
+            )

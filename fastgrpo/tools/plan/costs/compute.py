@@ -1,8 +1,10 @@
-"""What a rank computes and sends: FLOPs and bytes of a forward and of a micro-batch, in closed form.
+"""What a rank computes and sends: FLOPs and bytes of a forward and of a micro-batch, in closed
+form.
 
-FLOPs are those of the matrix products and of attention, two for each multiplication and addition; what is made of the
-text is made on each rank of a sequence group. Bytes are what one rank sends in a ring, (n - 1) / n of a gathered or
-scattered tensor: docs/guides/cluster/parallelism.md has the same formulas for whole tensors, and the tests count both.
+FLOPs are those of the matrix products and of attention, two for each multiplication and addition;
+what is made of the text is made on each rank of a sequence group. Bytes are what one rank sends in
+a ring, (n - 1) / n of a gathered or scattered tensor: docs/guides/cluster/parallelism.md has the
+same formulas for whole tensors, and the tests count both.
 """
 
 import math
@@ -10,7 +12,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastgrpo.core.config import Recipe
-from fastgrpo.models.sizes.units import BOTH, SAMPLE, TEXT, VIDEO, Attention, Network, Unit, adapters
+from fastgrpo.models.sizes.units import (
+    BOTH,
+    SAMPLE,
+    TEXT,
+    VIDEO,
+    Attention,
+    Network,
+    Unit,
+    adapters,
+)
 from fastgrpo.training import methods
 
 BACKWARD = 2.0  # products per product of the forward: the gradients of inputs and of weights
@@ -83,7 +94,11 @@ class Flops:
         return self.products + self.attention + self.adapters
 
     def __add__(self, other: "Flops") -> "Flops":
-        return Flops(self.products + other.products, self.attention + other.attention, self.adapters + other.adapters)
+        return Flops(
+            self.products + other.products,
+            self.attention + other.attention,
+            self.adapters + other.adapters,
+        )
 
 
 def forward(job: Job, batch: int, units: Iterable[Unit] | None = None) -> Flops:
@@ -95,12 +110,17 @@ def forward(job: Job, batch: int, units: Iterable[Unit] | None = None) -> Flops:
         found = found + Flops(samples * products, samples * attention)
         if job.lora:
             extra = adapters(unit, job.recipe.lora.rank, job.recipe.lora.targets).products
-            found = found + Flops(adapters=samples * sum(p.flops * _positions(job, unit, "", p.where) for p in extra))
+            found = found + Flops(
+                adapters=samples * sum(p.flops * _positions(job, unit, "", p.where) for p in extra)
+            )
     return found
 
 
 def _positions(job: Job, unit: Unit, name: str, where: str) -> int:
-    """How often a matrix is applied for a sample. The patch embedding sees the tokens before they are split."""
+    """How often a matrix is applied for a sample.
+
+    The patch embedding sees the tokens before they are split.
+    """
     whole = unit is job.network.rest and name != "proj_out"
     video = job.video if whole else job.local
     return {VIDEO: video, TEXT: job.text, BOTH: video + job.text, SAMPLE: 1}[where]
@@ -114,7 +134,9 @@ def _attention(job: Job, attention: Attention) -> float:
 
 
 def update(job: Job, batch: int) -> Flops:
-    """Forward, recomputation and backward of a micro-batch; frozen weights have no gradients of their own."""
+    """Forward, recomputation and backward of a micro-batch; frozen weights have no gradients of
+    their own.
+    """
     found = Flops()
     every = int(job.recipe.model.gradient_checkpointing)
     for number, unit in enumerate(job.network.units):
@@ -147,7 +169,11 @@ class Sent:
 
     def times(self, count: float) -> "Sent":
         return Sent(
-            self.gather * count, self.scatter * count, self.reduce * count, self.exchange * count, self.collect * count
+            self.gather * count,
+            self.scatter * count,
+            self.reduce * count,
+            self.exchange * count,
+            self.collect * count,
         )
 
 
@@ -171,17 +197,25 @@ def gather_whole(job: Job) -> Sent:
 
 
 def gather_blocks(job: Job, forwards: int) -> Sent:
-    """The weights gathered block by block in each of several forwards; what is outside stays after the first."""
-    blocks = sum(gathered_bytes(job, unit) for unit in job.network.units if unit is not job.network.rest)
+    """The weights gathered block by block in each of several forwards; what is outside stays after
+    the first.
+    """
+    blocks = sum(
+        gathered_bytes(job, unit) for unit in job.network.units if unit is not job.network.rest
+    )
     return Sent(gather=_ring(job) * (forwards * blocks + gathered_bytes(job, job.network.rest)))
 
 
 def micro_batch(job: Job, batch: int) -> Sent:
-    """One micro-batch of the update: gathers for forward and backward, the scattered gradient, exchanged tokens.
+    """One micro-batch of the update: gathers for forward and backward, the scattered gradient,
+    exchanged tokens.
 
-    The initial policy's forward gathers the blocks once more; the root is whole by then, see `memory.states`.
+    The initial policy's forward gathers the blocks once more; the root is whole by then, see
+    `memory.states`.
     """
-    blocks = sum(gathered_bytes(job, unit) for unit in job.network.units if unit is not job.network.rest)
+    blocks = sum(
+        gathered_bytes(job, unit) for unit in job.network.units if unit is not job.network.rest
+    )
     gradient = sum(reduced_bytes(job, unit) for unit in job.network.units)
     gathered = (2 + job.reference) * blocks + gathered_bytes(job, job.network.rest)
     sent = Sent(gather=_ring(job) * gathered, scatter=_ring(job) * gradient)
@@ -214,14 +248,20 @@ def _ring(job: Job) -> float:
 
 
 def _tokens(job: Job, batch: int, passes: float, ends: int) -> Sent:
-    """q, k, v and the output of each shared attention, `passes` times; the whole velocity, `ends` times."""
+    """q, k, v and the output of each shared attention, `passes` times; the whole velocity, `ends`
+    times.
+    """
     if job.sp == 1:
         return Sent()
     width, share = job.network.width, (job.sp - 1) / job.sp
     samples = batch * job.branches * job.element
-    shared = [a for unit in job.network.blocks for a in unit.attentions if a.shared and a.keys != TEXT]
+    shared = [
+        a for unit in job.network.blocks for a in unit.attentions if a.shared and a.keys != TEXT
+    ]
     video = 4 * width * job.local * share * samples
     text = width * job.text * share * samples if shared and shared[0].keys == BOTH else 0.0
     out = next((p.outputs for p in job.network.rest.products if p.name == "proj_out"), 0)
     velocity = job.local * out * (job.sp - 1) * samples
-    return Sent(exchange=passes * len(shared) * video, collect=passes * len(shared) * text + ends * velocity)
+    return Sent(
+        exchange=passes * len(shared) * video, collect=passes * len(shared) * text + ends * velocity
+    )

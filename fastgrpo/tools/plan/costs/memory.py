@@ -1,8 +1,10 @@
-"""Memory of one rank, in closed form: what lies on a GPU in the update, in the rollout and while decoding.
+"""Memory of one rank, in closed form: what lies on a GPU in the update, in the rollout and while
+decoding.
 
-The update's backward is walked block by block: what FSDP2 holds of weights and gradients at that moment, the inputs of
-the blocks that are still to come, and what the block at work keeps and makes. What a block keeps of
-its activations is its family's to say, see fastgrpo/models/sizes; all else follows from shapes.
+The update's backward is walked block by block: what FSDP2 holds of weights and gradients at that
+moment, the inputs of the blocks that are still to come, and what the block at work keeps and makes.
+What a block keeps of its activations is its family's to say, see fastgrpo/models/sizes; all else
+follows from shapes.
 """
 
 import math
@@ -15,16 +17,21 @@ GRADIENT, MOMENTS, MASTER = 4, 8, 4  # bytes per trained parameter: all float32
 
 
 def states(job: Job) -> dict[str, float]:
-    """Bytes that a rank holds at all times: masters, AdamW's moments, the moving average, the initial policy.
+    """Bytes that a rank holds at all times: masters, AdamW's moments, the moving average, the
+    initial policy.
 
-    Of the initial policy's network what lies outside the blocks is whole, too: FSDP2 keeps the root so after a forward,
-    and it has no backward to give it up.
+    Of the initial policy's network what lies outside the blocks is whole, too: FSDP2 keeps the root
+    so after a forward, and it has no backward to give it up.
     """
     root = gathered_bytes(job, job.network.rest) if job.second_network else 0.0
     if job.recipe.distributed.offload:
         return {"initial policy": root} if root else {}
     trained = _trained(job)
-    frozen = job.element * sum(unit.padded(job.shards) for unit in job.network.units) / job.shards if job.lora else 0.0
+    frozen = (
+        job.element * sum(unit.padded(job.shards) for unit in job.network.units) / job.shards
+        if job.lora
+        else 0.0
+    )
     found = {"weights": MASTER * trained + frozen, "optimizer": MOMENTS * trained}
     if job.recipe.optimizer.ema_decay:
         found["average"] = MASTER * trained
@@ -34,7 +41,9 @@ def states(job: Job) -> dict[str, float]:
 
 
 def raw_weights(job: Job) -> dict[str, float]:
-    """Bytes of the trained weights, which DiffusionNFT sets aside while their moving average draws and decodes."""
+    """Bytes of the trained weights, which DiffusionNFT sets aside while their moving average draws
+    and decodes.
+    """
     recipe = job.recipe
     drawn_by_average = methods.traits(recipe).average_draws and recipe.optimizer.ema_decay
     if not drawn_by_average or recipe.distributed.offload:
@@ -48,18 +57,22 @@ def _trained(job: Job) -> float:
 
 
 def gradients(job: Job) -> float:
-    """Bytes of a rank's whole gradient, which it holds from the first micro-batch of an optimizer step to its end."""
+    """Bytes of a rank's whole gradient, which it holds from the first micro-batch of an optimizer
+    step to its end.
+    """
     return 0.0 if job.recipe.distributed.offload else GRADIENT * _trained(job)
 
 
 def update(job: Job, batch: int, accumulated: bool = True) -> dict[str, float]:
     """Bytes at the peak of an update, by kind.
 
-    batch: states in a micro-batch;  accumulated: several micro-batches per optimizer step, so that the whole gradient
-    is there all the time
+    batch: states in a micro-batch;  accumulated: several micro-batches per optimizer step, so that
+    the whole gradient is there all the time
     """
     network, whole, depth = job.network, gradients(job), max(1, job.recipe.distributed.prefetch)
-    passed = [_passed_back(job, block, number, batch) for number, block in enumerate(network.blocks)]
+    passed = [
+        _passed_back(job, block, number, batch) for number, block in enumerate(network.blocks)
+    ]
     held = [block.stored(of) for block, of in zip(network.blocks, passed, strict=True)]
     in_order = (*network.apart, *network.blocks)
     still, outside, done = sum(held), _outside(job, batch), 0.0
@@ -69,8 +82,12 @@ def update(job: Job, batch: int, accumulated: bool = True) -> dict[str, float]:
         still -= held[number]
         now = {
             "gathered": gathered_bytes(job, unit) + gathered_bytes(job, network.rest),
-            "gathered ahead": sum(gathered_bytes(job, ahead) for ahead in in_order[max(0, place - depth) : place]),
-            "reduced": reduced_bytes(job, in_order[place + 1]) if place + 1 < len(in_order) else 0.0,
+            "gathered ahead": sum(
+                gathered_bytes(job, ahead) for ahead in in_order[max(0, place - depth) : place]
+            ),
+            "reduced": reduced_bytes(job, in_order[place + 1])
+            if place + 1 < len(in_order)
+            else 0.0,
             "gradients": _own_gradient(job, unit) + (whole if accumulated else done / job.shards),
             "activations": still + outside + unit.working(passed[number]),
         }
@@ -83,19 +100,26 @@ def update(job: Job, batch: int, accumulated: bool = True) -> dict[str, float]:
 def rollout(job: Job, batch: int, gathered: bool) -> dict[str, float]:
     """Bytes at the peak of a forward without gradients.  gathered: the rank holds the whole weights
 
-    Else FSDP2 holds a block's weights and, until the next block's are there, the buffer that they were gathered into,
-    beside the buffers of the blocks ahead.
+    Else FSDP2 holds a block's weights and, until the next block's are there, the buffer that they
+    were gathered into, beside the buffers of the blocks ahead.
     """
     network, depth = job.network, max(1, job.recipe.distributed.prefetch)
-    whole, root = sum(gathered_bytes(job, unit) for unit in network.units), gathered_bytes(job, network.rest)
+    whole, root = (
+        sum(gathered_bytes(job, unit) for unit in network.units),
+        gathered_bytes(job, network.rest),
+    )
     passed = _passed(job, batch)
     outside, best = network.blocks[0].inputs(passed) + _outside(job, batch), (0.0, 0.0)
     for place, unit in enumerate(network.blocks):
         buffers = network.blocks[place : place + 1 + depth]
-        weights = root + gathered_bytes(job, unit) + sum(gathered_bytes(job, block) for block in buffers)
+        weights = (
+            root + gathered_bytes(job, unit) + sum(gathered_bytes(job, block) for block in buffers)
+        )
         now = (whole if gathered else weights, unit.forward(passed) + outside)
         best = max(best, now, key=sum)
-    return states(job) | raw_weights(job) | dict(zip(("gathered", "activations"), best, strict=True))
+    return (
+        states(job) | raw_weights(job) | dict(zip(("gathered", "activations"), best, strict=True))
+    )
 
 
 def _passed(job: Job, batch: int, recomputed: bool = False) -> Batch:
@@ -123,16 +147,22 @@ def _own_gradient(job: Job, block: Block) -> float:
 
 
 def _outside(job: Job, batch: int) -> float:
-    """Bytes of what lies outside the blocks: the embedded tokens of all ranks, tables, latents in float32."""
+    """Bytes of what lies outside the blocks: the embedded tokens of all ranks, tables, latents in
+    float32.
+    """
     tokens = batch * job.branches * job.video
     latents = 4 * batch * math.prod(job.latent) * (2 + job.branches)
-    split = job.element * job.network.width * tokens if job.sp > 1 else 0  # a rank's part is a view of all
+    split = (
+        job.element * job.network.width * tokens if job.sp > 1 else 0
+    )  # a rank's part is a view of all
     tables = 8 * job.network.rotary * job.local
     return float(latents + split + tables)
 
 
 def trajectories(job: Job, samples: int) -> float:
-    """Bytes of what waits for the update of this rank's samples, float32: the most that its method may keep."""
+    """Bytes of what waits for the update of this rank's samples, float32: the most that its method
+    may keep.
+    """
     if job.recipe.rollout.store == "host":
         return 0.0
     return float(4 * math.prod(job.latent) * methods.latents_kept(job.recipe) * samples)

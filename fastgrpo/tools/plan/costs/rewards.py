@@ -1,9 +1,10 @@
 """What a recipe's rewards take of the GPUs of a node: bytes of their weights, FLOPs per iteration.
 
-A reward in the trainer's process (`where = "process"`) has a copy on every rank's GPU, which comes with the first score
-of an iteration and leaves with the last; where `device` names a GPU it stays there. Rewards behind a server that the
-recipe gives no address of are in one process beside the first rank: their weights stay on one GPU, by default the first
-rank's, which scores the clips of all ranks. One behind `urls` costs these GPUs nothing.
+A reward in the trainer's process (`where = "process"`) has a copy on every rank's GPU, which comes
+with the first score of an iteration and leaves with the last; where `device` names a GPU it stays
+there. Rewards behind a server that the recipe gives no address of are in one process beside the
+first rank: their weights stay on one GPU, by default the first rank's, which scores the clips of
+all ranks. One behind `urls` costs these GPUs nothing.
 """
 
 import math
@@ -20,9 +21,13 @@ from fastgrpo.tools.plan.workload import network_calls
 
 @dataclass(frozen=True)
 class Load:
-    """Weights and FLOPs on one GPU, each the most that any GPU of a node has: the other ranks wait for it."""
+    """Weights and FLOPs on one GPU, each the most that any GPU of a node has: the other ranks wait
+    for it.
+    """
 
-    passing: float  # bytes of weights that are there from the first score of an iteration to the last
+    passing: (
+        float  # bytes of weights that are there from the first score of an iteration to the last
+    )
     staying: float  # bytes of weights that are always there
     flops: float  # per iteration
 
@@ -32,7 +37,8 @@ def check(recipe: Recipe, gpus: int, ranks_per_node: int) -> None:
     beside = [number for number, spec in enumerate(recipe.rewards) if _beside(spec, recipe)]
     if gpus > ranks_per_node and beside:
         raise UserError(
-            f"server.urls: none, and the run spans {gpus // ranks_per_node} nodes, which a server beside the first "
+            f"server.urls: none, and the run spans {gpus // ranks_per_node} nodes, which a server "
+            "beside the first "
             "rank cannot serve; start servers with `fastgrpo serve-rewards` and name them, or set "
             f"rewards.{beside[0]}.where=process."
         )
@@ -69,5 +75,7 @@ def of_node(job: Job) -> Load:
             staying.update(dict.fromkeys(where, copies * weights))
         else:
             passing += weights
-    busiest = max((count for gpu, count in staying.items() if gpu < ranks), default=0.0)  # others have no rank
+    busiest = max(
+        (count for gpu, count in staying.items() if gpu < ranks), default=0.0
+    )  # others have no rank
     return Load(passing, busiest, max(flops.values(), default=0.0))

@@ -1,1 +1,4 @@
-"""One rank with the full-size network on the meta device: what PyTorch itself counts. Read `rank.py` first."""
+"""One rank with the full-size network on the meta device: what PyTorch itself counts.
+
+Read `rank.py` first.
+"""

@@ -21,7 +21,9 @@ SMALL = 64  # elements: the gradient's norm and other scalars are not counted
 
 
 class Sent(TorchDispatchMode):
-    """Counts what one rank sends: (n - 1) / n of a gathered or scattered tensor, twice that of a reduced one."""
+    """Counts what one rank sends: (n - 1) / n of a gathered or scattered tensor, twice that of a
+    reduced one.
+    """
 
     def __init__(self, batch: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -37,8 +39,11 @@ class Sent(TorchDispatchMode):
 
     def _note(self, kind: str, args: Any) -> None:
         tensors = list(_tensors(args))
-        if kind == "all-to-all" and not (tensors[0].ndim == 4 and tensors[0].shape[1] == self.batch):
-            kind = "gather of tokens"  # of the replicated text's heads, and of the output: see sequence_parallel.gather
+        if kind == "all-to-all" and not (
+            tensors[0].ndim == 4 and tensors[0].shape[1] == self.batch
+        ):
+            # of the replicated text's heads, and of the output: see sequence_parallel.gather
+            kind = "gather of tokens"
         whole, group = max(tensors, key=lambda tensor: tensor.numel()), _group(args)
         if whole.numel() <= SMALL:
             return
@@ -58,18 +63,29 @@ def _tensors(arguments: Any) -> Iterator[Tensor]:
 
 def _group(arguments: Any) -> dist.ProcessGroup:
     """The process group among a collective's arguments, which the dispatcher has boxed."""
-    boxed = next(a for a in arguments if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+    boxed = next(
+        a
+        for a in arguments
+        if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())
+    )
     return dist.ProcessGroup.unbox(boxed)
 
 
-def _attention_flops(q: Any, k: Any, v: Any, *_: object, out_shape: object = None, **__: object) -> int:
-    """Of the CPU's flash attention, which FlopCounterMode leaves out.  q: [B, H, S, D];  k: [B, H, L, D]"""
+def _attention_flops(
+    q: Any, k: Any, v: Any, *_: object, out_shape: object = None, **__: object
+) -> int:
+    """Of the CPU's flash attention, which FlopCounterMode leaves out.
+
+    q: [B, H, S, D];  k: [B, H, L, D]
+    """
     batch, heads, queries, dim = q
     return int(2 * batch * heads * queries * k[2] * (dim + v[3]))
 
 
 def _attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: object, **__: object) -> int:
-    """Five products instead of two: the scores again, and the gradients of v, of the scores, of q and of k."""
+    """Five products instead of two: the scores again, and the gradients of v, of the scores, of q
+    and of k.
+    """
     return math.ceil(2.5 * _attention_flops(q, k, v))
 
 

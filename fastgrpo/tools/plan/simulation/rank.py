@@ -1,11 +1,14 @@
-"""One rank of N with the full-size network, on a machine without a GPU: memory, FLOPs and bytes as they would be.
+"""One rank of N with the full-size network, on a machine without a GPU: memory, FLOPs and bytes as
+they would be.
 
-Nothing is computed and nothing is allocated: tensors have shapes and no contents (FakeTensorMode), and the other ranks
-do not exist (the `fake` process group). All else is what a run does: the family's classes, `distributed.shard`,
-our sequence parallelism, recomputation, AdamW. What is not in it: the CUDA context, NCCL's and cuBLAS' buffers, the
-allocator's fragmentation, and kernels that keep other tensors than PyTorch's CPU ones.
+Nothing is computed and nothing is allocated: tensors have shapes and no contents (FakeTensorMode),
+and the other ranks do not exist (the `fake` process group). All else is what a run does: the
+family's classes, `distributed.shard`, our sequence parallelism, recomputation, AdamW. What is not
+in it: the CUDA context, NCCL's and cuBLAS' buffers, the allocator's fragmentation, and kernels that
+keep other tensors than PyTorch's CPU ones.
 
-Memory, and FLOPs with bytes, are two passes: with both trackers at once each keeps the other's tensors alive.
+Memory, and FLOPs with bytes, are two passes: with both trackers at once each keeps the other's
+tensors alive.
 """
 
 import time
@@ -52,10 +55,15 @@ class Sizes:
 
 @dataclass
 class Simulated:
-    """One rank. Memory in bytes; bytes on the wire are those that one rank sends in a ring, per forward or step."""
+    """One rank.
+
+    Memory in bytes; bytes on the wire are those that one rank sends in a ring, per forward or step.
+    """
 
     update_peak: int = 0  # forward, backward and AdamW's step of one micro-batch
-    update_parts: dict[str, int] = field(default_factory=dict)  # of that peak, by FSDPMemTracker's kinds
+    update_parts: dict[str, int] = field(
+        default_factory=dict
+    )  # of that peak, by FSDPMemTracker's kinds
     held_peak: int = 0  # the same with the tracker's own holding of gradients, see _tracker
     rollout_peak: int = 0  # a forward of a rollout's batch
     rollout_parts: dict[str, int] = field(default_factory=dict)
@@ -84,11 +92,14 @@ def simulate(
     units: Sequence[str] = (),
     whole: bool = True,
 ) -> Simulated:
-    """The first of `gpus` ranks: one forward of the rollout, and one micro-batch and optimizer step of the update.
+    """The first of `gpus` ranks: one forward of the rollout, and one micro-batch and optimizer step
+    of the update.
 
     config: of the network's class;  passes: some of PASSES, minutes each for a network of 60 blocks
-    units: modules outside the family's blocks to shard on their own as well, by their names in the network
-    whole: the rollout's forward has the whole weights, gathered before it; else it gathers them block by block
+    units: modules outside the family's blocks to shard on their own as well, by their names in the
+    network
+    whole: the rollout's forward has the whole weights, gathered before it; else it gathers them
+    block by block
     Raises UserError where sp and shard do not divide the ranks, or sp the network's heads.
     """
     start, found = time.perf_counter(), Simulated()
@@ -114,7 +125,9 @@ def _rank(
         if replicas == 1:
             mesh = init_device_mesh("cpu", (gpus,), mesh_dim_names=("shard",))
         else:
-            mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("replicate", "shard"))
+            mesh = init_device_mesh(
+                "cpu", (replicas, shards), mesh_dim_names=("replicate", "shard")
+            )
         sp = None
         if settings.sp > 1:
             own, _ = dist.new_subgroups(group_size=settings.sp)
@@ -132,24 +145,33 @@ def _rank(
 
 
 def outline(recipe: Recipe, config: Mapping[str, Any]) -> Policy:
-    """The family's policy around a network without weights and without a VAE, which the passes here do not need."""
+    """The family's policy around a network without weights and without a VAE, which the passes here
+    do not need.
+    """
     settings = recipe.model
     offering = models.with_function("simulated")
     if settings.family not in offering:
         raise UserError(
-            f"model.family='{settings.family}': no rank of it can be simulated; leave --simulate out. Those that can: "
+            f"model.family='{settings.family}': no rank of it can be simulated; leave --simulate "
+            "out. Those that can: "
             f"{', '.join(offering)}."
         )
     simulated: Callable[..., Policy] = vars(models.family(settings.family))["simulated"]
-    policy = simulated({key: value for key, value in config.items() if not key.startswith("_")}, settings)
+    policy = simulated(
+        {key: value for key, value in config.items() if not key.startswith("_")}, settings
+    )
     policies.configure(policy, settings.model_copy(update={"attention": None}))
     if recipe.lora.rank:
         add_adapters(policy.network, recipe.lora, settings.torch_dtype)
     return policy
 
 
-def inputs(recipe: Recipe, policy: Policy, sizes: Sizes, batch: int) -> tuple[Tensor, Tensor, Condition]:
-    """A batch as `Policy.velocity` takes it; sets the unconditional branch's condition where there is one."""
+def inputs(
+    recipe: Recipe, policy: Policy, sizes: Sizes, batch: int
+) -> tuple[Tensor, Tensor, Condition]:
+    """A batch as `Policy.velocity` takes it; sets the unconditional branch's condition where there
+    is one.
+    """
     config: Any = policy.network.config
     shapes = family_plan(recipe.model.family, config).condition(sizes.text, sizes.latent)
     condition = {name: torch.zeros(shape) for name, shape in shapes.items()}
@@ -159,7 +181,9 @@ def inputs(recipe: Recipe, policy: Policy, sizes: Sizes, batch: int) -> tuple[Te
 
 
 def _optimizer(recipe: Recipe, policy: Policy) -> torch.optim.Optimizer:
-    """AdamW after a first step, which leaves its state, and DTensor's caches filled: a later step allocates less."""
+    """AdamW after a first step, which leaves its state, and DTensor's caches filled: a later step
+    allocates less.
+    """
     trainable = [p for p in policy.network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=recipe.optimizer.lr)
     for parameter in trainable:
@@ -187,7 +211,9 @@ def _update_memory(recipe: Recipe, policy: Policy, sizes: Sizes, found: Simulate
 
 
 def _held_memory(recipe: Recipe, policy: Policy, sizes: Sizes, found: Simulated) -> None:
-    """The update's peak as FSDPMemTracker reports it untouched, for comparison with figures taken so."""
+    """The update's peak as FSDPMemTracker reports it untouched, for comparison with figures taken
+    so.
+    """
     x, t, condition = inputs(recipe, policy, sizes, recipe.optimizer.batch_size)
     optimizer = _optimizer(recipe, policy)
     tracker = FSDPMemTracker(policy.network, optimizer)
@@ -198,7 +224,9 @@ def _held_memory(recipe: Recipe, policy: Policy, sizes: Sizes, found: Simulated)
     found.held_peak, _ = _peak(tracker)
 
 
-def _rollout_memory(recipe: Recipe, policy: Policy, sizes: Sizes, found: Simulated, whole: bool) -> None:
+def _rollout_memory(
+    recipe: Recipe, policy: Policy, sizes: Sizes, found: Simulated, whole: bool
+) -> None:
     x, t, condition = inputs(recipe, policy, sizes, recipe.rollout.at_once)
     tracker = _tracker(policy, _optimizer(recipe, policy))
     tracker.track_inputs((x, t, condition))
@@ -211,20 +239,25 @@ def _rollout_memory(recipe: Recipe, policy: Policy, sizes: Sizes, found: Simulat
 
 
 def _track_gathered(network: nn.Module, tracker: FSDPMemTracker) -> None:
-    """Tell the tracker of the whole weights, which it would otherwise meet one by one as the forward goes on."""
+    """Tell the tracker of the whole weights, which it would otherwise meet one by one as the
+    forward goes on.
+    """
     for module in network.modules():
         if isinstance(module, FSDPModule):
             group: Any = module._get_fsdp_state()._fsdp_param_group
             for parameter in group.fsdp_params:
-                tracker._update_and_maybe_create_winfos(parameter.unsharded_param, _FSDPRefType.UNSHARDED_PARAM)
+                tracker._update_and_maybe_create_winfos(
+                    parameter.unsharded_param, _FSDPRefType.UNSHARDED_PARAM
+                )
 
 
 def _tracker(policy: Policy, optimizer: torch.optim.Optimizer) -> FSDPMemTracker:
     """FSDPMemTracker without its hook on the gradients of a module's inputs.
 
-    That hook holds them until all are there, and the time embedding's, which every block has among its inputs, comes
-    last of all: so the tracker itself keeps the gradient of every block's tokens until the backward ends, 4.3 GiB for
-    HunyuanVideo at 12,600 tokens, which no run without the tracker does.
+    That hook holds them until all are there, and the time embedding's, which every block has among
+    its inputs, comes last of all: so the tracker itself keeps the gradient of every block's tokens
+    until the backward ends, 4.3 GiB for HunyuanVideo at 12,600 tokens, which no run without the
+    tracker does.
     """
     tracker = FSDPMemTracker(policy.network, optimizer)
     modules: Any = tracker._mod_tracker
@@ -254,10 +287,17 @@ def _update_work(recipe: Recipe, policy: Policy, sizes: Sizes, found: Simulated)
     found.update_sent, found.calls = dict(sent.sent), dict(sent.calls)
 
 
-def _rollout_work(recipe: Recipe, policy: Policy, sizes: Sizes, found: Simulated, whole: bool) -> None:
+def _rollout_work(
+    recipe: Recipe, policy: Policy, sizes: Sizes, found: Simulated, whole: bool
+) -> None:
     x, t, condition = inputs(recipe, policy, sizes, recipe.rollout.at_once)
     sent, flops = Sent(_branches(recipe) * len(x)), counting_flops()
-    with sharding.gathered(policy.network) if whole else nullcontext(), sent, flops, torch.no_grad():
+    with (
+        sharding.gathered(policy.network) if whole else nullcontext(),
+        sent,
+        flops,
+        torch.no_grad(),
+    ):
         policy.velocity(x, t, condition)
     found.rollout_flops, found.rollout_sent = flops.get_total_flops(), dict(sent.sent)
 

@@ -1,6 +1,8 @@
-"""How many samples go through the network at once where a recipe leaves it to the memory: rollout.batch_size = "auto".
+"""How many samples go through the network at once where a recipe leaves it to the memory:
+rollout.batch_size = "auto".
 
-For what a run measures (fastgrpo/tools/preflight/largest_batch.py) and for what the planner computes.
+For what a run measures (fastgrpo/tools/preflight/largest_batch.py) and for what the planner
+computes.
 """
 
 import math

@@ -1,18 +1,20 @@
 """How often the network is evaluated in an iteration: the one formula, of a recipe alone.
 
-An evaluation is one sample's state through the network once; classifier-free guidance makes two forwards of it, and in
-the update a backward follows. With G samples per prompt, S steps on the grid (shortened behind a window by
-`rollout.tail_steps`), the first noisy step f, and P prompts:
+An evaluation is one sample's state through the network once; classifier-free guidance makes two
+forwards of it, and in the update a backward follows. With G samples per prompt, S steps on the grid
+(shortened behind a window by `rollout.tail_steps`), the first noisy step f, and P prompts:
 
     rollout, shared noise         P [(f + 1) + G (S - f - 1)]
     rollout, independent noise    P G S
-    update                        transitions, those from a group's shared state counted once per optimizer step
-    DiffusionNFT, c chosen times  P G (S + c) in the rollout, the old policy's velocities included; P G c in the update
+    update                        transitions, those from a group's shared state counted once per
+    optimizer step DiffusionNFT, c chosen times  P G (S + c) in the rollout, the old policy's
+    velocities included; P G c in the update
 
-States before the first noisy step, and the one at it, are equal for a group, so f + 1 evaluations serve all G samples.
-Where a group's samples lie on several ranks, each of them computes what its own share needs: the sums below run over
-(group of ranks, prompt). The last step's evaluation gives the clean estimate. With `timestep_choice = "random"` it is
-chance how many of a group's samples chose the shared step: an expectation, and the bounds that always hold.
+States before the first noisy step, and the one at it, are equal for a group, so f + 1 evaluations
+serve all G samples. Where a group's samples lie on several ranks, each of them computes what its
+own share needs: the sums below run over (group of ranks, prompt). The last step's evaluation gives
+the clean estimate. With `timestep_choice = "random"` it is chance how many of a group's samples
+chose the shared step: an expectation, and the bounds that always hold.
 """
 
 from collections.abc import Iterator
@@ -70,7 +72,9 @@ def grid_steps(recipe: Recipe, first: int) -> int:
 
 
 def first_steps(recipe: Recipe) -> dict[int, float]:
-    """Where the first noisy step lies, with its share of the run's iterations; an expectation for a random window."""
+    """Where the first noisy step lies, with its share of the run's iterations; an expectation for a
+    random window.
+    """
     rollout = recipe.rollout
     if rollout.window is None or rollout.window_schedule == "first":
         return {0: 1.0}  # exactly, whatever the iterations add up to
@@ -85,7 +89,9 @@ def first_steps(recipe: Recipe) -> dict[int, float]:
 
 
 def _shares(prompts: int, size: int, groups: int) -> Iterator[tuple[int, int]]:
-    """(prompt, samples of it) for each group of ranks that has any, dealt as `World.share` deals them."""
+    """(prompt, samples of it) for each group of ranks that has any, dealt as `World.share` deals
+    them.
+    """
     for group in range(groups):
         share = contiguous_part(prompts * size, groups, group)
         for prompt in range(share.start // size, -(-share.stop // size) if share else 0):
@@ -95,9 +101,9 @@ def _shares(prompts: int, size: int, groups: int) -> Iterator[tuple[int, int]]:
 def _update(recipe: Recipe, groups: int) -> tuple[int, float, int, int]:
     """(transitions, evaluations expected, at least, at most).
 
-    Per optimizer step and (group of ranks, prompt): m samples that choose c of w noisy steps each, m c transitions. A
-    sample's choice has the shared step with probability c / w, so that m c / w transitions become
-    1 - (1 - c / w)^m evaluations.
+    Per optimizer step and (group of ranks, prompt): m samples that choose c of w noisy steps each,
+    m c transitions. A sample's choice has the shared step with probability c / w, so that m c / w
+    transitions become 1 - (1 - c / w)^m evaluations.
     """
     size, kept = recipe.rollout.samples_per_prompt, recipe.samples_trained
     updates, chosen = recipe.optimizer.updates_per_iteration, recipe.steps_trained
@@ -108,7 +114,10 @@ def _update(recipe: Recipe, groups: int) -> tuple[int, float, int, int]:
     expected = 0.0
     for _, here in _shares(recipe.prompts.per_iteration, size, groups):
         members = here * kept / size / updates
-        whole, more = int(members), members % 1  # so many samples, or one more with this probability
+        whole, more = (
+            int(members),
+            members % 1,
+        )  # so many samples, or one more with this probability
         none = (1 - share) ** whole * (1 - more * share)
         expected += updates * (members * (chosen - share) + 1 - none)
     least = recipe.prompts.per_iteration * (kept * (chosen - 1) + updates) if share else transitions
@@ -127,7 +136,9 @@ def _share_of_first(recipe: Recipe) -> float:
 
 
 def busiest(recipe: Recipe, groups: int) -> tuple[int, int]:
-    """(samples, prompts they belong to) of the group of ranks with the most work: the others wait for it."""
+    """(samples, prompts they belong to) of the group of ranks with the most work: the others wait
+    for it.
+    """
     size, prompts = recipe.rollout.samples_per_prompt, recipe.prompts.per_iteration
     shares = [contiguous_part(prompts * size, groups, group) for group in range(groups)]
     visits = [-(-share.stop // size) - share.start // size if share else 0 for share in shares]

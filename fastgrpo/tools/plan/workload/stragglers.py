@@ -1,7 +1,8 @@
 """How unequal an optimizer step's samples lie on the ranks: all wait for the one that has the most.
 
-A minibatch has an equal share of every prompt, whatever the ranks, while a prompt's samples may lie on several groups
-of ranks and Best-of-N keeps those that it keeps. So with few samples per group some have more of a minibatch.
+A minibatch has an equal share of every prompt, whatever the ranks, while a prompt's samples may lie
+on several groups of ranks and Best-of-N keeps those that it keeps. So with few samples per group
+some have more of a minibatch.
 """
 
 import random
@@ -16,9 +17,11 @@ DRAWS = 4  # of which samples are kept, and of how they are dealt
 
 @cache
 def widest(prompts: int, size: int, kept: int, updates: int, groups: int) -> float:
-    """Samples of the group of ranks with the most of a minibatch, summed over an iteration's minibatches, the mean.
+    """Samples of the group of ranks with the most of a minibatch, summed over an iteration's
+    minibatches, the mean.
 
-    size: samples per prompt, of which `kept` are trained;  the dealing is that of `selection.minibatches`
+    size: samples per prompt, of which `kept` are trained;  the dealing is that of
+    `selection.minibatches`
     """
     chance, total = random.Random(0), prompts * size
     starts = [contiguous_part(total, groups, group).start for group in range(groups)]
@@ -38,5 +41,11 @@ def widest(prompts: int, size: int, kept: int, updates: int, groups: int) -> flo
 
 def idle(recipe: Recipe, groups: int) -> float:
     """The share of the update in which a group of ranks waits for the others, on average."""
-    prompts, size, kept = recipe.prompts.per_iteration, recipe.rollout.samples_per_prompt, recipe.samples_trained
-    return 1 - prompts * kept / groups / widest(prompts, size, kept, recipe.optimizer.updates_per_iteration, groups)
+    prompts, size, kept = (
+        recipe.prompts.per_iteration,
+        recipe.rollout.samples_per_prompt,
+        recipe.samples_trained,
+    )
+    return 1 - prompts * kept / groups / widest(
+        prompts, size, kept, recipe.optimizer.updates_per_iteration, groups
+    )

@@ -1,4 +1,6 @@
-"""The plan's FLOPs and bytes per decoded pixel against diffusers' decoders of the published sizes, without contents."""
+"""The plan's FLOPs and bytes per decoded pixel against diffusers' decoders of the published sizes,
+without contents.
+"""
 
 import math
 
@@ -26,12 +28,16 @@ def test_decoding_costs_what_the_published_decoder_does(family: str) -> None:
 
 
 def test_overlapping_tiles_are_counted_once_each() -> None:
-    """HunyuanVideo's clip of 29 frames of 320 x 320, in 3 x 2 x 2 tiles, decoded whole as a run does."""
+    """HunyuanVideo's clip of 29 frames of 320 x 320, in 3 x 2 x 2 tiles, decoded whole as a run
+    does.
+    """
     with FakeTensorMode(), torch.device("cpu"), torch.no_grad(), counting_flops() as flops:
         vae = AutoencoderKLHunyuanVideo()
         vae.enable_tiling()
         vae.decode(torch.zeros(1, 16, 8, 40, 40))
-    asked = config.load(T2V, ["video.frames=29", "video.height=320", "video.width=320", "prompts.per_iteration=1"])
+    asked = config.load(
+        T2V, ["video.frames=29", "video.height=320", "video.width=320", "prompts.per_iteration=1"]
+    )
     found = planner.plan(asked, 8, Machine(gpu("h800"), Achieved()))
     (planned,) = (phase.flops for phase in found.phases if phase.name == "decode")
     assert planned == pytest.approx(math.ceil(12 / 8) * flops.get_total_flops(), rel=0.02)

@@ -1,4 +1,6 @@
-"""The plan of DiffusionNFT and of an initial policy against what runs of the tiny model keep and send."""
+"""The plan of DiffusionNFT and of an initial policy against what runs of the tiny model keep and
+send.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,13 +44,18 @@ def recipe(*overrides: str, name: str = "t2v_tiny") -> Recipe:
     return config.load(LAUNCH / f"{name}.toml", overrides)
 
 
-# --- DiffusionNFT -------------------------------------------------------------------------------------------------
+# --- DiffusionNFT
+# -------------------------------------------------------------------------------------------------
 
 
 def test_trajectories_of_nft_are_what_its_samples_hold() -> None:
-    """c noised states, c velocities and x_0: with 3 of 5 steps more than the steps that GRPO's states stop at."""
+    """c noised states, c velocities and x_0: with 3 of 5 steps more than the steps that GRPO's
+    states stop at.
+    """
     policy, slots = tiny.load_policy(), list(range(tiny.GROUP))
-    drawn = METHOD.sample(policy, METHOD.plan(tiny.plan(policy, shared_noise=False)), tiny.encode(), slots, {})
+    drawn = METHOD.sample(
+        policy, METHOD.plan(tiny.plan(policy, shared_noise=False)), tiny.encode(), slots, {}
+    )
     held = sum(
         tensor.numel() * tensor.itemsize
         for kept in drawn.trajectories.values()
@@ -68,7 +75,9 @@ def test_raw_weights_are_what_the_average_displaces(monkeypatch: pytest.MonkeyPa
         pass
     _, raw = copied  # what is put back
     job = subject(recipe(*NFT), 1, 8).job
-    assert memory.raw_weights(job) == {"raw weights": sum(v.numel() * v.itemsize for v in raw.values())}
+    assert memory.raw_weights(job) == {
+        "raw weights": sum(v.numel() * v.itemsize for v in raw.values())
+    }
 
 
 def test_raw_weights_lie_there_while_samples_are_drawn_and_decoded() -> None:
@@ -95,24 +104,34 @@ def test_raw_weights_count_before_the_rollout_chooses_whole_weights() -> None:
     def machine(room: float) -> Machine:
         card = gpu("h800")
         return Machine(
-            type(card)(**{**vars(card), "memory_gib": room / 2**30}), Achieved(reserve_gib=0.0, fragmentation=0.0)
+            type(card)(**{**vars(card), "memory_gib": room / 2**30}),
+            Achieved(reserve_gib=0.0, fragmentation=0.0),
         )
 
     assert not phases.holds_whole(found, machine(held + 1.5 * whole + 0.9 * raw))
     assert phases.holds_whole(found, machine(held + 1.5 * whole + 1.1 * raw))
 
 
-# --- the initial policy -------------------------------------------------------------------------------------------
+# --- the initial policy
+# -------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def two_ranks(sp: int) -> Iterator[World]:
-    """The first of two ranks of which the other does not exist: collectives are counted and bring nothing."""
+    """The first of two ranks of which the other does not exist: collectives are counted and bring
+    nothing.
+    """
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
         assert dist.group.WORLD is not None
         group = Group(dist.group.WORLD, 0, 2) if sp == 2 else None
-        yield World(rank=0, size=2, device=CPU, mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("shard",)), sp=group)
+        yield World(
+            rank=0,
+            size=2,
+            device=CPU,
+            mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("shard",)),
+            sp=group,
+        )
     finally:
         dist.destroy_process_group()
 
@@ -134,8 +153,12 @@ def sharded(asked: Recipe, world: World) -> Policy:
     ids=" ".join,
 )
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
-def test_micro_batches_with_an_initial_policy_send_what_is_planned(overrides: tuple[str, ...]) -> None:
-    """To the byte, of the update's own micro-batch; the second network's root is gathered in the first, and stays."""
+def test_micro_batches_with_an_initial_policy_send_what_is_planned(
+    overrides: tuple[str, ...],
+) -> None:
+    """To the byte, of the update's own micro-batch; the second network's root is gathered in the
+    first, and stays.
+    """
     asked = recipe("objective.kl_weight=0.1", *overrides)
     condition = tiny.encode()[0]
     job = subject(asked, 2, 8, text=len(condition["text"])).job
@@ -157,7 +180,11 @@ def test_micro_batches_with_an_initial_policy_send_what_is_planned(overrides: tu
             latent_shape=job.latent,
         )
         experience = Experience(
-            plan=plan_, conditions=[condition], trajectories={}, advantages=torch.ones(2), selected=torch.ones(2)
+            plan=plan_,
+            conditions=[condition],
+            trajectories={},
+            advantages=torch.ones(2),
+            selected=torch.ones(2),
         )
         for _ in range(2):
             with Sent(1) as sent:
@@ -190,7 +217,9 @@ def test_the_update_has_the_initial_policys_share_of_the_wire() -> None:
     machine = Machine(gpu("h800"), Achieved())
     link = {}
     for weight in ("0.0", "0.1"):
-        found = planner.plan(recipe(f"objective.kl_weight={weight}", name="t2v_hunyuan"), 8, machine)
+        found = planner.plan(
+            recipe(f"objective.kl_weight={weight}", name="t2v_hunyuan"), 8, machine
+        )
         (link[weight],) = (phase.link for phase in found.phases if phase.name == "update")
     job = found.subject.job
     blocks = sum(compute.gathered_bytes(job, unit) for unit in job.network.blocks)

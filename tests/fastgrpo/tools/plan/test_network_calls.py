@@ -2,6 +2,7 @@
 
 from collections import Counter
 from itertools import product
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +17,12 @@ from fastgrpo.training.rollout import Plan
 from tests import ROOT
 
 TINY = ROOT / "launch" / "t2v_tiny.toml"
-BASE = ("prompts.per_iteration=5", "rollout.samples_per_prompt=6", "rollout.steps=8", "objective.best_of_n=none")
+BASE = (
+    "prompts.per_iteration=5",
+    "rollout.samples_per_prompt=6",
+    "rollout.steps=8",
+    "objective.best_of_n=none",
+)
 
 
 def recipe(*overrides: str) -> Recipe:
@@ -25,7 +31,9 @@ def recipe(*overrides: str) -> Recipe:
 
 def plan_of(asked: Recipe, iteration: int) -> Plan:
     noisy = window.noisy_steps(asked.rollout, iteration, asked.run.seed)
-    grid = window.shortened(torch.linspace(1, 0, asked.rollout.steps + 1), noisy, asked.rollout.tail_steps)
+    grid = window.shortened(
+        torch.linspace(1, 0, asked.rollout.steps + 1), noisy, asked.rollout.tail_steps
+    )
     return Plan(
         seed=asked.run.seed,
         iteration=iteration,
@@ -46,10 +54,15 @@ def states(asked: Recipe, plan: Plan, groups: int) -> int:
     key = ("minibatches", plan.seed, plan.iteration)
     count = 0
     for members in selection.minibatches(
-        torch.ones(total, dtype=torch.bool), plan.group_size, asked.optimizer.updates_per_iteration, key
+        torch.ones(total, dtype=torch.bool),
+        plan.group_size,
+        asked.optimizer.updates_per_iteration,
+        key,
     ):
         for group in range(groups):
-            mine = World(rank=0, size=groups, device=torch.device("cpu"), mesh=None).share(total, group)  # type: ignore[arg-type]
+            cpu, mesh = torch.device("cpu"), cast(Any, None)
+            world = World(rank=0, size=groups, device=cpu, mesh=mesh)
+            mine = world.share(total, group)
             count += len(update._states([slot for slot in members if slot in mine], plan))
     return count
 
@@ -89,7 +102,9 @@ def test_states_of_the_rollout() -> None:
     middle = recipe("rollout.window=2", "rollout.tail_steps=1")
     assert network_calls.grid_steps(middle, 3) == 6
     assert network_calls.of_iteration(middle, 3).rollout == 5 * 4 + 5 * 6 * 2
-    assert network_calls.of_iteration(recipe(), 0, groups=10).shared == 10  # two groups of ranks for each prompt
+    assert (
+        network_calls.of_iteration(recipe(), 0, groups=10).shared == 10
+    )  # two groups of ranks for each prompt
 
 
 def test_windows_that_move_are_averaged() -> None:
@@ -115,7 +130,9 @@ def test_plan_and_rollout_agree_where_the_window_lies(schedule: str) -> None:
     counts = Counter(noisy.start for noisy in drawn)
     assert set(counts) == set(shares) and sum(shares.values()) == pytest.approx(1)
     tolerance = 0.07 if schedule == "random" else 1e-9  # three standard deviations of a draw
-    assert {start: count / 300 for start, count in counts.items()} == pytest.approx(shares, abs=tolerance)
+    assert {start: count / 300 for start, count in counts.items()} == pytest.approx(
+        shares, abs=tolerance
+    )
 
 
 def test_the_busiest_group_of_ranks() -> None:

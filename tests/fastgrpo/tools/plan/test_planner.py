@@ -1,4 +1,6 @@
-"""`fastgrpo plan`: shapes against diffusers' classes, bytes and FLOPs against runs, memory against the simulation."""
+"""`fastgrpo plan`: shapes against diffusers' classes, bytes and FLOPs against runs, memory against
+the simulation.
+"""
 
 import json
 import math
@@ -40,8 +42,17 @@ def recipe(*overrides: str, name: str = "t2v_hunyuan") -> Recipe:
     return config.load(LAUNCH / f"{name}.toml", overrides)
 
 
-def job(settings: dict[str, Any], the_recipe: Recipe, gpus: int, latent: tuple[int, int, int, int], text: int) -> Job:
-    planned, shards = family_plan(the_recipe.model.family, settings), the_recipe.distributed.shard or gpus
+def job(
+    settings: dict[str, Any],
+    the_recipe: Recipe,
+    gpus: int,
+    latent: tuple[int, int, int, int],
+    text: int,
+) -> Job:
+    planned, shards = (
+        family_plan(the_recipe.model.family, settings),
+        the_recipe.distributed.shard or gpus,
+    )
     return Job(
         recipe=the_recipe,
         network=planned.network,
@@ -55,7 +66,8 @@ def job(settings: dict[str, Any], the_recipe: Recipe, gpus: int, latent: tuple[i
     )
 
 
-# --- shapes -------------------------------------------------------------------------------------------------------
+# --- shapes
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -93,7 +105,8 @@ def test_adapters_have_pefts_shapes() -> None:
     assert {n: s for unit in units for n, s in adapters(unit, 4, ()).weights.items()} == expected
 
 
-# --- FLOPs and bytes ----------------------------------------------------------------------------------------------
+# --- FLOPs and bytes
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -105,7 +118,9 @@ def test_adapters_have_pefts_shapes() -> None:
         (8, 40.1, 168, 5.7),
     ],
 )
-def test_work_of_hunyuan_video_on_64_ranks(sp: int, forward: float, train: float, exchanged: float) -> None:
+def test_work_of_hunyuan_video_on_64_ranks(
+    sp: int, forward: float, train: float, exchanged: float
+) -> None:
     """Against a simulation that another program made, of 480 x 480 x 53, FSDP over all ranks."""
     found = job(HUNYUAN, recipe(f"distributed.sp={sp}", "distributed.shard=64"), 64, LATENT, 256)
     found = Job(**{**vars(found), "network": found.network.set_apart("context_embedder")})
@@ -118,7 +133,9 @@ def test_work_of_hunyuan_video_on_64_ranks(sp: int, forward: float, train: float
 
 
 def test_bytes_are_those_that_two_ranks_send(tmp_path: Path) -> None:
-    """Of the tiny model, to the byte; the worker counts whole tensors, of which a ring sends (n - 1) / n."""
+    """Of the tiny model, to the byte; the worker counts whole tensors, of which a ring sends (n -
+    1) / n.
+    """
     arguments = [str(tmp_path / "bytes"), json.dumps({"rollout_weights": "sharded"})]
     done = forks.run("tests.harness.workers.communication", arguments, ranks=2)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -128,12 +145,17 @@ def test_bytes_are_those_that_two_ranks_send(tmp_path: Path) -> None:
     drawn = compute.gather_blocks(found, counted["forwards"])
     update = compute.micro_batch(found, 1).times(counted["micro_batches"])
     assert counted["rollout"] == {"all-gather": 2 * drawn.gather}
-    assert counted["update"] == {"all-gather": 2 * update.gather, "reduce-scatter": 2 * update.scatter}
+    assert counted["update"] == {
+        "all-gather": 2 * update.gather,
+        "reduce-scatter": 2 * update.scatter,
+    }
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 def test_a_simulated_rank_agrees() -> None:
-    """Hybrid sharding 2 x 2 with shared sequences, recomputation, bfloat16: memory within 5 %, FLOPs, bytes exact."""
+    """Hybrid sharding 2 x 2 with shared sequences, recomputation, bfloat16: memory within 5 %,
+    FLOPs, bytes exact.
+    """
     settings = HUNYUAN | {
         "num_attention_heads": 4,
         "attention_head_dim": 128,
@@ -144,10 +166,16 @@ def test_a_simulated_rank_agrees() -> None:
     }
     asked = recipe("distributed.sp=2", "distributed.shard=2", "rollout.batch_size=1")
     latent, text = (16, 5, 60, 60), 64
-    exact = rank.simulate(asked, config=settings, sizes=rank.Sizes(latent, text), gpus=4, ranks_per_node=8)
+    exact = rank.simulate(
+        asked, config=settings, sizes=rank.Sizes(latent, text), gpus=4, ranks_per_node=8
+    )
     closed = job(settings, asked, 4, latent, text)
-    assert exact.update_peak == pytest.approx(sum(memory.update(closed, 1, False).values()), rel=0.05)
-    assert exact.rollout_peak == pytest.approx(sum(memory.rollout(closed, 1, True).values()), rel=0.05)
+    assert exact.update_peak == pytest.approx(
+        sum(memory.update(closed, 1, False).values()), rel=0.05
+    )
+    assert exact.rollout_peak == pytest.approx(
+        sum(memory.rollout(closed, 1, True).values()), rel=0.05
+    )
     assert exact.forward_flops == pytest.approx(compute.forward(closed, 1).total, rel=0.001)
     assert exact.update_flops == pytest.approx(compute.update(closed, 1).total, rel=0.002)
     sent = compute.micro_batch(closed, 1)
@@ -160,7 +188,8 @@ def test_a_simulated_rank_agrees() -> None:
     }
 
 
-# --- plans --------------------------------------------------------------------------------------------------------
+# --- plans
+# --------------------------------------------------------------------------------------------------------
 
 
 def machine(name: str) -> Machine:
@@ -195,8 +224,14 @@ def test_a_recipe_is_followed() -> None:
         return next(p.seconds for p in found.phases if p.name == phase)
 
     update = parts(base, "update")
-    assert parts(other("model.gradient_checkpointing=false"), "update")["activations"] > 10 * update["activations"]
-    assert parts(other("model.gradient_checkpointing=2"), "update")["activations"] > 5 * update["activations"]
+    assert (
+        parts(other("model.gradient_checkpointing=false"), "update")["activations"]
+        > 10 * update["activations"]
+    )
+    assert (
+        parts(other("model.gradient_checkpointing=2"), "update")["activations"]
+        > 5 * update["activations"]
+    )
     assert parts(other("distributed.sp=4"), "update")["activations"] < 0.5 * update["activations"]
     assert parts(other("distributed.shard=64"), "update")["optimizer"] == pytest.approx(
         update["optimizer"] / 8, rel=1e-3
@@ -213,37 +248,64 @@ def test_a_recipe_is_followed() -> None:
     assert parts(other("rollout.store=host"), "update")["trajectories"] == 0
     sharded = parts(other("distributed.rollout_weights=sharded"), "rollout")["gathered"]
     assert sharded < 0.11 * parts(base, "rollout")["gathered"]  # two blocks, a buffer and the root
-    assert seconds(other("model.cfg=2"), "rollout") == pytest.approx(2 * seconds(base, "rollout"), rel=0.01)
-    best, everyone = (planner.plan(recipe(*more), 8, machine("h800")) for more in (["objective.best_of_n=4"], []))
-    assert seconds(best, "update") == pytest.approx(seconds(everyone, "update") / 3, rel=0.05)  # whole groups per rank
+    assert seconds(other("model.cfg=2"), "rollout") == pytest.approx(
+        2 * seconds(base, "rollout"), rel=0.01
+    )
+    best, everyone = (
+        planner.plan(recipe(*more), 8, machine("h800")) for more in (["objective.best_of_n=4"], [])
+    )
+    assert seconds(best, "update") == pytest.approx(
+        seconds(everyone, "update") / 3, rel=0.05
+    )  # whole groups per rank
     assert seconds(other("objective.kl_weight=0.1"), "update") == pytest.approx(
         1.25 * seconds(base, "update"), rel=0.05
     )
     window = other("rollout.window=2", "rollout.window_schedule=first")
-    assert 0.75 < seconds(window, "update") / (seconds(base, "update") * 2 / 15) < 1  # states that a group shares
+    assert (
+        0.75 < seconds(window, "update") / (seconds(base, "update") * 2 / 15) < 1
+    )  # states that a group shares
     assert next(p for p in base.phases if p.name == "update").network > 0
-    assert next(p for p in planner.plan(recipe(), 8, machine("h800")).phases if p.name == "update").network == 0
+    assert (
+        next(
+            p for p in planner.plan(recipe(), 8, machine("h800")).phases if p.name == "update"
+        ).network
+        == 0
+    )
 
 
-@pytest.mark.parametrize("name", ["t2v_hunyuan", "i2v_skyreels", "t2i_flux", "t2i_hunyuan", "t2i_sd", "t2v_wan"])
+@pytest.mark.parametrize(
+    "name", ["t2v_hunyuan", "i2v_skyreels", "t2i_flux", "t2i_hunyuan", "t2i_sd", "t2v_wan"]
+)
 def test_every_recipe_has_a_plan_and_says_what_was_assumed(name: str) -> None:
     found = planner.plan(recipe(name=name), 32, machine("h800"))
     assert found.fits
-    assert [phase.name for phase in found.phases] == ["load", "rollout", "decode", "reward", "update", "save"]
-    assert any("is not here: assumed the published network" in line for line in planner.warnings(found))
+    assert [phase.name for phase in found.phases] == [
+        "load",
+        "rollout",
+        "decode",
+        "reward",
+        "update",
+        "save",
+    ]
+    assert any(
+        "is not here: assumed the published network" in line for line in planner.warnings(found)
+    )
 
 
 def test_parameters_outside_the_blocks_are_warned_of() -> None:
     lines = planner.warnings(planner.plan(recipe(), 64, machine("h800")))
     assert any(
-        line.startswith("360.7 M parameters (2.8%) lie outside") and "context_embedder" in line for line in lines
+        line.startswith("360.7 M parameters (2.8%) lie outside") and "context_embedder" in line
+        for line in lines
     )
 
 
 def test_the_recipes_own_folder_is_read() -> None:
     found = subject(recipe(name="t2v_tiny"), 2, 8)
     assert found.job.latent == (8, 3, 8, 8)
-    assert found.job.network.parameters == sum(p.numel() for p in tiny.load_policy().network.parameters())
+    assert found.job.network.parameters == sum(
+        p.numel() for p in tiny.load_policy().network.parameters()
+    )
     assert not any("assumed the published" in line for line in found.notes)
 
 
@@ -259,19 +321,39 @@ def test_numbers_of_a_gpu_can_be_set() -> None:
     [
         (["--gpus", "64", "--gpu", "h900"], r"--gpu=h900: not in the table; use one of h800, h100"),
         (["--gpus", "12", "--gpu", "h800"], r"--gpus=12: not a multiple of the 8 of a node"),
-        (["distributed.sp=5", "--gpus", "40", "--gpu", "h800"], r"distributed.shard=8: must divide the 40 ranks"),
+        (
+            ["distributed.sp=5", "--gpus", "40", "--gpu", "h800"],
+            r"distributed.shard=8: must divide the 40 ranks",
+        ),
         (
             ["distributed.sp=16", "--gpus", "16", "--gpu", "h800", "--ranks-per-node", "16"],
             r"distributed.sp=16: does not",
         ),
-        (["video.frames=50", "--gpus", "64", "--gpu", "h800"], r"video.frames=50: must be a multiple of 4, plus 1"),
-        (["--gpus", "8", "--gpu", "h800", "--set", "speed=1"], r"--set=speed: no such number; use one of decode"),
-        (["--gpus", "8", "--gpu", "h800", "--set", "update=1.5"], r"--set=update=1.5: must be a share from 0 to 1"),
-        (["--gpus", "8", "--gpu", "h800", "--picture", "x.bmp"], r"--picture=x.bmp: no format of that name"),
-        (["model.path=./nowhere", "--gpus", "8", "--gpu", "h800"], r"nowhere: has no transformer/config.json"),
+        (
+            ["video.frames=50", "--gpus", "64", "--gpu", "h800"],
+            r"video.frames=50: must be a multiple of 4, plus 1",
+        ),
+        (
+            ["--gpus", "8", "--gpu", "h800", "--set", "speed=1"],
+            r"--set=speed: no such number; use one of decode",
+        ),
+        (
+            ["--gpus", "8", "--gpu", "h800", "--set", "update=1.5"],
+            r"--set=update=1.5: must be a share from 0 to 1",
+        ),
+        (
+            ["--gpus", "8", "--gpu", "h800", "--picture", "x.bmp"],
+            r"--picture=x.bmp: no format of that name",
+        ),
+        (
+            ["model.path=./nowhere", "--gpus", "8", "--gpu", "h800"],
+            r"nowhere: has no transformer/config.json",
+        ),
     ],
 )
-def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["plan", str(T2V), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -282,7 +364,12 @@ def test_the_command_prints_json_and_a_picture_and_exits_by_the_answer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "plan.png"
-    assert cli.main(["plan", str(T2V), "--gpus", "64", "--gpu", "h800", "--json", "--picture", str(file)]) == 0
+    assert (
+        cli.main(
+            ["plan", str(T2V), "--gpus", "64", "--gpu", "h800", "--json", "--picture", str(file)]
+        )
+        == 0
+    )
     told = json.loads(capsys.readouterr().out)
     assert told["fits"] and told["parameters"] == 12_821_012_544
     assert [row["gpus"] for row in told["curve"]] == [8, 16, 32, 64, 128, 256]  # 384 samples
@@ -297,9 +384,12 @@ def test_a_plan_needs_neither_torch_nor_diffusers() -> None:
     script = (
         "import sys; from fastgrpo.cli import main as cli;"
         f"cli.main(['plan', {str(T2V)!r}, '--gpus', '64', '--gpu', 'h800', '--json']);"
-        "sys.exit([m for m in ('torch', 'diffusers', 'matplotlib', 'numpy') if m in sys.modules] or 0)"
+        "sys.exit([m for m in ('torch', 'diffusers', 'matplotlib', 'numpy') if m in sys.modules] "
+        "or 0)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -1,4 +1,5 @@
-"""The plan's rewards: frames against the rewards' own files, GPUs against every rank's share, refusals against `train`.
+"""The plan's rewards: frames against the rewards' own files, GPUs against every rank's share,
+refusals against `train`.
 
 No GPU is asked: what a server or a rank holds is enumerated here rank by rank.
 """
@@ -40,7 +41,13 @@ def recipe(*overrides: str) -> Recipe:
 
 def world(gpus: int, sp: int = 1) -> World:
     mesh: Any = None
-    return World(rank=0, size=gpus, device=torch.device("cpu"), mesh=mesh, sp=Group(mesh, 0, sp) if sp > 1 else None)
+    return World(
+        rank=0,
+        size=gpus,
+        device=torch.device("cpu"),
+        mesh=mesh,
+        sp=Group(mesh, 0, sp) if sp > 1 else None,
+    )
 
 
 def scored(spec: RewardSpec, length: int, fps: float) -> int:
@@ -58,7 +65,9 @@ def test_frames_scored_are_those_that_the_reward_chooses(name: str, rule: Any) -
 
 @pytest.mark.parametrize("fps", [0.5, 1.0, 2.0, 7.5, 8.0, 16.0, 24000 / 1001, 24.0, 30.0, 60.0])
 def test_videoalign_looks_at_as_many_frames_as_the_planner_counts(fps: float) -> None:
-    """Against what is cut out of the clip itself: the network's grid is half as deep as the frames are many."""
+    """Against what is cut out of the clip itself: the network's grid is half as deep as the frames
+    are many.
+    """
     spec = RewardSpec(name="videoalign", weights={})
     for length in range(least_frames("videoalign"), 130):
         assert scored(spec, length, fps) == len(frame_indices(length, fps, 2.0)), length
@@ -96,8 +105,12 @@ def test_a_plan_counts_the_flops_of_the_frames_that_are_scored() -> None:
     ],
 )
 @pytest.mark.parametrize("sp", [1, 2])
-def test_every_ranks_clips_are_scored_where_the_recipe_says(where: str, passing: bool, sp: int) -> None:
-    """4 ranks of a node of 8 GPUs: where each one's weights and clips come to lie, then the busiest GPU."""
+def test_every_ranks_clips_are_scored_where_the_recipe_says(
+    where: str, passing: bool, sp: int
+) -> None:
+    """4 ranks of a node of 8 GPUs: where each one's weights and clips come to lie, then the busiest
+    GPU.
+    """
     asked, ranks = recipe(HPS % where, f"distributed.sp={sp}", "prompts.per_iteration=5"), 4
     spec, total = asked.rewards[0], 5 * 12
     weights, clips = dict.fromkeys(range(8), 0.0), Counter[int]()
@@ -130,24 +143,40 @@ def test_a_server_beside_the_trainer_keeps_its_weights_through_the_update() -> N
         return {phase.name: phase.memory["rewards"] for phase in found.phases}
 
     scoring_phases = dict.fromkeys(("rollout", "decode", "reward"), WEIGHTS)
-    assert weights("where='server'") == dict.fromkeys(("load", "update", "save"), WEIGHTS) | scoring_phases
-    assert weights("where='process'") == dict.fromkeys(("load", "update", "save"), 0.0) | scoring_phases
+    assert (
+        weights("where='server'")
+        == dict.fromkeys(("load", "update", "save"), WEIGHTS) | scoring_phases
+    )
+    assert (
+        weights("where='process'")
+        == dict.fromkeys(("load", "update", "save"), 0.0) | scoring_phases
+    )
 
 
-def test_what_cannot_be_scored_is_refused_by_plan_and_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_scored_is_refused_by_plan_and_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A server beside the first rank serves one node."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     asked = recipe(HPS % "where='server'")
-    with ExitStack() as stack, pytest.raises(UserError, match=r"server\.urls: none, and the run spans several nodes"):
+    with (
+        ExitStack() as stack,
+        pytest.raises(UserError, match=r"server\.urls: none, and the run spans several nodes"),
+    ):
         sources._servers(asked, list(asked.rewards), world(16), stack)
-    with pytest.raises(UserError, match=r"server\.urls: none, and the run spans 2 nodes.* rewards\.0\.where=process\."):
+    with pytest.raises(
+        UserError,
+        match=r"server\.urls: none, and the run spans 2 nodes.* rewards\.0\.where=process\.",
+    ):
         planner.plan(asked, 16, Machine(gpu("h800"), Achieved()))
     token = tmp_path / "token"
     elsewhere = recipe(HPS % "where='server', urls=['http://h:1']", f"server.token_file={token}")
     assert rewards.of_node(subject(elsewhere, 16, 8).job) == rewards.Load(0.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize(("gpus", "sp"), [(376, 1), (384, 1), (392, 1), (400, 1), (768, 2), (784, 2), (1024, 2)])
+@pytest.mark.parametrize(
+    ("gpus", "sp"), [(376, 1), (384, 1), (392, 1), (400, 1), (768, 2), (784, 2), (1024, 2)]
+)
 def test_too_few_samples_are_refused_by_plan_and_train(tmp_path: Path, gpus: int, sp: int) -> None:
     asked = recipe(f"distributed.sp={sp}", "distributed.shard=8", f"run.dir={tmp_path}")
 
