@@ -1,6 +1,7 @@
-"""Held-out evaluation: fixed prompts and seeds, the ODE sampler, before and after; and the paired difference.
+"""Held-out evaluation before and after training, and the paired difference.
 
-The seeds do not depend on the run's seed, so that all runs of a recipe are judged on the same noise.
+Prompts and seeds are fixed and the sampler is the ODE's. The seeds do not depend on the run's seed,
+so that all runs of a recipe are judged on the same noise.
 """
 
 import json
@@ -26,7 +27,7 @@ from fastgrpo.training.trainer import Trainer, averaged_weights
 RESAMPLES = 10_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Scores of the held-out clips, prompt by prompt and seed by seed."""
 
@@ -39,15 +40,16 @@ class Evaluation:
 
     @classmethod
     def read(cls, file: Path) -> "Evaluation":
-        """Raises UserError where the file is missing or damaged."""
+        """Read what `write` wrote. Raises UserError where the file is missing or damaged."""
         try:
             return cls(**json.loads(file.read_text()))
         except (OSError, ValueError, TypeError):
             raise UserError(
-                f"{file}: missing or damaged; choose another run.dir, or remove the run's folder."
+                f"{file}: missing or damaged; choose another run.dir, or remove the run's folder.",
             ) from None
 
     def write(self, file: Path) -> None:
+        """Write the evaluation as JSON."""
         replace_text(file, json.dumps(asdict(self)))
 
     def columns(self) -> dict[str, np.ndarray]:
@@ -62,7 +64,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """The held-out prompts and how clips of them are drawn."""
+    """The held-out prompts, and the grid and shape in which clips of them are drawn."""
 
     prompts: Sequence[str]
     conditions: Sequence[Condition]  # one per prompt, from the cache on demand
@@ -84,10 +86,11 @@ def evaluate(
     iteration: int,
     poll_before: Callable[[Iterable[Round]], Iterable[Round]] = iter,
 ) -> Evaluation:
-    """Sample every (prompt, seed) with the averaged weights where there are any, score, keep some clips, write.
+    """Sample and score every (prompt, seed), with the averaged weights where the recipe has them.
 
     poll_before: gives the batches one by one, and may raise in place of one
-    returns the evaluation on every rank; also in run.dir/evaluation/step-N.json
+    returns the evaluation on every rank; written to run.dir/evaluation/step-N.json, beside some
+      clips
     """
     world, seeds = scorer.world, recipe.evaluate.seeds
     folder = recipe.run.dir / "evaluation"
@@ -110,13 +113,14 @@ def evaluate(
             lockstep=not whole,
         )
         for batch, counts in poll_before(dealing.rounds()):
+            latents = _latents(trainer.policy, plan, heldout.conditions, batch)
             own = world.part(len(batch))
-            latents = _latents(trainer.policy, plan, heldout.conditions, batch)[own.start : own.stop]
-            slots = batch[own.start : own.stop]
+            latents, slots = latents[own.start : own.stop], batch[own.start : own.stop]
             if not slots or not counts:
                 continue
             pixels = trainer.policy.decode(latents)
-            scorer.submit(slots, latents, pixels, [heldout.prompts[slot // seeds] for slot in slots])
+            prompts = [heldout.prompts[slot // seeds] for slot in slots]
+            scorer.submit(slots, latents, pixels, prompts)
             for slot, clip in zip(slots, pixels, strict=True):
                 if slot % seeds == 0 and slot // seeds < clips_kept:
                     video.write_mp4(clips / f"{slot // seeds:03d}.mp4", clip, recipe.video.fps)
@@ -134,7 +138,7 @@ def evaluate(
 
 
 def _plan(heldout: HeldOut, seeds: int) -> Plan:
-    """Noise that does not depend on the run, and no noise on the way."""
+    """A plan whose initial noise does not depend on the run, without noisy steps."""
     return Plan(
         seed=0,
         iteration=-1,
@@ -146,23 +150,28 @@ def _plan(heldout: HeldOut, seeds: int) -> Plan:
     )
 
 
-def _latents(policy: Policy, plan: Plan, conditions: Sequence[Condition], slots: list[int]) -> Tensor:
-    """Latents of the slots, [B, C, F, H, W] float32."""
+def _latents(
+    policy: Policy,
+    plan: Plan,
+    conditions: Sequence[Condition],
+    slots: list[int],
+) -> Tensor:
+    """The slots' final latents x_0, by the ODE.  returns [B, C, F, H, W] float32"""
     condition = stack([conditions[slot // plan.group_size] for slot in slots])
     x = plan.initial_noise(slots, plan.grid.device)
     return rollout.sample_ode(policy, x, plan.grid, condition)
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, object]]:
-    """Means before and after, their paired difference and its bootstrap 95 % interval, for the sum and each part.
+    """Means before and after, their paired difference and its bootstrap 95 % interval.
 
-    Prompts are resampled, with all their seeds: clips of one prompt are not independent. Clips that are invalid on
-    either side are left out.
+    For the weighted sum and for each part. Prompts are resampled with all their seeds, since clips
+    of one prompt are not independent. Clips that are invalid on either side are left out.
     """
     if (before.prompts, before.seeds) != (after.prompts, after.seeds):
         raise UserError(
-            "evaluation/step-0.json: was made of other held-out prompts; choose another run.dir, or restore the file "
-            "of prompts.heldout."
+            "evaluation/step-0.json: was made of other held-out prompts; choose another run.dir, "
+            "or restore the file of prompts.heldout."
         )
     result: dict[str, dict[str, object]] = {"before": {}, "after": {}, "difference": {}, "ci95": {}}
     names = list(dict.fromkeys(before.prompts))

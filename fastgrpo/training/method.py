@@ -1,4 +1,4 @@
-"""What a training method is: how samples are drawn for it, and the loss of what was drawn."""
+"""The protocol of a training method: how its samples are drawn, and their loss."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,7 +16,7 @@ from fastgrpo.training.trainer import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class Experience:
-    """What an iteration learns from: its plan, and this rank's samples with all ranks' advantages."""
+    """The data of an iteration's update: this rank's samples, all ranks' advantages."""
 
     plan: Plan
     conditions: Sequence[Condition]  # one per prompt of the iteration
@@ -25,11 +25,11 @@ class Experience:
     selected: Tensor  # bool [N]: the samples that the update trains
 
     def on(self, device: torch.device) -> "Experience":
-        """The same with the advantages on the device."""
+        """The same experience with its advantages on the device."""
         return replace(self, advantages=self.advantages.to(device))
 
     def stacked(self, rows: Sequence[Tensor]) -> Tensor:
-        """Tensors that waited on the device or the host, as one.
+        """Stack tensors that waited on the device or the host.
 
         rows: B tensors [...];  returns [B, ...] on the device
         """
@@ -39,7 +39,7 @@ class Experience:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A micro-batch's B transitions, with the networks' predictions."""
+    """A micro-batch's B transitions with the networks' predictions."""
 
     transitions: list[tuple[int, int]]  # slot, step
     x: Tensor  # [B, C, F, H, W] float32: the states before the steps
@@ -49,19 +49,22 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """One micro-batch's losses and what the metrics say of them, each [B] float32."""
+    """One micro-batch's losses and figures for the metrics, each [B] float32."""
 
     loss: Tensor
     outside: Tensor  # bool [B]: outside the region that the objective trusts
     kl: Tensor  # distance from the initial policy
-    log_ratio: Tensor  # log-probability under the trained policy, less that under the one that drew
+    log_ratio: Tensor  # log-probability under the trained policy, less that under the old policy
 
 
 class Method(Protocol):
-    """How a policy is trained; see `training.methods` for the files that hold one each."""
+    """A training method; each file of `training.methods` holds one."""
 
     def check_policy(self, policy: Policy, device: torch.device) -> None:
-        """Raise UserError where the policy cannot be trained so. Once per run: it may wait for the device."""
+        """Raise UserError where the method cannot train the policy.
+
+        Called once per run, since the check may wait for the device.
+        """
 
     def plan(self, plan: Plan) -> Plan:
         """The iteration's plan as this method draws it."""
@@ -77,13 +80,19 @@ class Method(Protocol):
         slots: list[int],
         prefixes: Mapping[int, SharedPrefix],
     ) -> Drawn:
-        """Draw a batch of samples, with what the update needs of each.
+        """Draw a batch of samples, each with the trajectory that the update needs.
 
-        conditions: one per prompt of the iteration;  prefixes: by prompt, where the plan shares noise
+        conditions: one per prompt of the iteration
+        prefixes: by prompt, where the plan shares noise
         """
 
-    def losses(self, policy: Policy, experience: Experience, objective: Objective) -> Callable[[Batch], Losses]:
-        """The function that gives a micro-batch's losses. Made once per update."""
+    def losses(
+        self,
+        policy: Policy,
+        experience: Experience,
+        objective: Objective,
+    ) -> Callable[[Batch], Losses]:
+        """A function from a micro-batch to its losses, made once per update."""
 
     def zero_advantage_teaches(self, objective: Objective) -> bool:
-        """Whether a sample of advantage 0 has a gradient; else its forwards and backwards are left out."""
+        """Whether a sample of advantage 0 has a gradient; otherwise the update skips it."""

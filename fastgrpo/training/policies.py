@@ -1,4 +1,7 @@
-"""The trained policy and the initial one: sharded without weights, then read from files, by each rank its own part."""
+"""The trained and the initial policy: sharded without weights, then filled from files.
+
+Each rank reads its own part of the weights.
+"""
 
 import time
 from collections.abc import Iterator
@@ -30,9 +33,10 @@ from fastgrpo.run.terminal import duration
 
 
 def shard_and_read(policy: Policy, recipe: Recipe, world: World, what: str = "weights") -> None:
-    """Shard the network of `policies.outline` as the recipe says, read its weights, and say how long that took.
+    """Shard the network of `policies.outline` as the recipe says, read its weights, and report it.
 
-    what: for that line. Raises the UserError of a rank, whose files are not what they were, on every rank.
+    what: the weights' name in the line that says how long reading took
+    Raises UserError on every rank where a rank's files have changed.
     """
     sharding.shard(policy, world, recipe.model.torch_dtype, recipe.distributed.offload)
     sharding.prefetch(policy, recipe.distributed.prefetch)
@@ -41,13 +45,14 @@ def shard_and_read(policy: Policy, recipe: Recipe, world: World, what: str = "we
     with _progress(world, what) as show:
         read = world.run_on_all_ranks(lambda: streaming.fill(policy.network, device, show))
     if world.main:
-        line = f"{what}: {_size(read.own)} of {_size(read.network)} read in {duration(time.perf_counter() - begun)}"
+        took = duration(time.perf_counter() - begun)
+        line = f"{what}: {_size(read.own)} of {_size(read.network)} read in {took}"
         Console().print(line, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def _progress(world: World, what: str) -> Iterator[Show]:
-    """Gives what shows the main rank's reading: a bar on a terminal, nothing elsewhere."""
+    """Give a function that shows the main rank's reading: a bar on a terminal, else no output."""
     console = Console()
     if not (world.main and console.is_terminal):
         yield lambda read: None
@@ -67,15 +72,15 @@ def _size(count: int) -> str:
 
 
 class Reference(Protocol):
-    """What the KL term needs of it; every `fastgrpo.core.policy.Policy` has that."""
+    """The part of a `fastgrpo.core.policy.Policy` that the KL term needs of the initial policy."""
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Predict as `Policy.velocity` does.  x: [B, C, F, H, W] float32;  t: [B];  returns like x"""
+        """The prediction.  x: [B, C, F, H, W] float32;  t: [B];  returns like x"""
 
 
 @dataclass(frozen=True)
 class Unadapted:
-    """A policy with its adapters at rest, which is the initial one, without a second network in memory."""
+    """The initial policy as the trained one with its adapters at rest, without a second network."""
 
     policy: Policy
 
@@ -86,11 +91,12 @@ class Unadapted:
 
 
 def initial_policy(recipe: Recipe, world: World, trained: Policy) -> Reference:
-    """The policy before training, which the KL term measures against: frozen, or without its adapters."""
+    """The policy before training, for the KL term: a frozen network, or one without adapters."""
     if recipe.lora.rank:
         return Unadapted(trained)
     policy = world.run_on_all_ranks(lambda: outline(recipe.model, world.device))
-    for parameter in policy.network.requires_grad_(False).parameters():  # nothing trains it: no masters
+    policy.network.requires_grad_(False)
+    for parameter in policy.network.parameters():  # without float32 masters: it is not trained
         parameter.data = parameter.data.to(recipe.model.torch_dtype)
     policy.negative, policy.vae = trained.negative, trained.vae
     shard_and_read(policy, recipe, world, "weights of the initial policy")

@@ -1,4 +1,4 @@
-"""What GRPO and its relatives share: noisy trajectories, and a loss per transition that scores them again."""
+"""The common part of GRPO and its relatives: noisy trajectories and a loss per transition."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,17 +23,17 @@ PerTransition = Callable[[Terms, Objective], Tensor]
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """A `Method` on noisy trajectories; what differs between methods is the loss of a transition."""
+    """A `Method` on noisy trajectories; methods differ in the loss of a transition."""
 
     loss: PerTransition
     outside: PerTransition  # whether the transition is outside the region that the loss trusts
     needs_old_mean: bool = False  # the loss looks at Terms.old_mean
 
     def check_policy(self, policy: Policy, device: torch.device) -> None:
-        """Nothing to check: every policy has a noisy step of its own."""
+        """Accept every policy, since each has a noisy step of its own."""
 
     def plan(self, plan: Plan) -> Plan:
-        """The plan as it is."""
+        """The plan, unchanged."""
         return plan
 
     def drawing_weights(self, trainer: Trainer) -> AbstractContextManager[None]:
@@ -49,25 +49,42 @@ class PolicyGradient:
         prefixes: Mapping[int, SharedPrefix],
     ) -> Drawn:
         """Draw noisy trajectories; see `rollout.sample`."""
-        return rollout.sample(policy, plan, conditions, slots, prefixes)
+        return rollout.sample(
+            policy,
+            plan=plan,
+            conditions=conditions,
+            slots=slots,
+            prefixes=prefixes,
+        )
 
-    def losses(self, policy: Policy, experience: Experience, objective: Objective) -> "TransitionLosses":
+    def losses(
+        self,
+        policy: Policy,
+        experience: Experience,
+        objective: Objective,
+    ) -> "TransitionLosses":
         """The losses of an update's transitions."""
         plan = experience.plan
         sampler = samplers.of(policy, plan.sampler)
         weights = objectives.step_weights(
             objective.step_weights, grid=plan.grid, steps=plan.noisy, eta=plan.eta, sampler=sampler
         )
-        return TransitionLosses(self, experience, objective, sampler, weights)
+        return TransitionLosses(
+            method=self,
+            experience=experience,
+            objective=objective,
+            sampler=sampler,
+            step_weights=weights,
+        )
 
     def zero_advantage_teaches(self, objective: Objective) -> bool:
         """Only through the KL term."""
         return objective.kl_weight > 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TransitionLosses:
-    """Gives a micro-batch's losses, with the same sampler in all of an update."""
+    """A function from a micro-batch to its losses, with one sampler for the whole update."""
 
     method: PolicyGradient
     experience: Experience
@@ -78,13 +95,20 @@ class TransitionLosses:
     def __call__(self, batch: Batch) -> Losses:
         """Score the batch's transitions."""
         plan, objective = self.experience.plan, self.objective
-        t, t_next = (torch.stack([plan.grid[step + later] for _, step in batch.transitions]) for later in (0, 1))
+        t = torch.stack([plan.grid[step] for _, step in batch.transitions])
+        t_next = torch.stack([plan.grid[step + 1] for _, step in batch.transitions])
         terms = self._terms(batch, t, t_next)
         weights = torch.stack([self.step_weights[step] for _, step in batch.transitions])
         loss = weights * self.method.loss(terms, objective)
         kl = torch.zeros_like(loss)
         if batch.v_reference is not None:
-            reference_mean, _ = self.sampler.transition(batch.x, v=batch.v_reference, t=t, t_next=t_next, eta=plan.eta)
+            reference_mean, _ = self.sampler.transition(
+                batch.x,
+                v=batch.v_reference,
+                t=t,
+                t_next=t_next,
+                eta=plan.eta,
+            )
             kl = gaussian_kl(terms.mean, reference_mean, terms.std)
             loss = loss + objective.kl_weight * kl
         return Losses(
@@ -95,14 +119,16 @@ class TransitionLosses:
         )
 
     def _terms(self, batch: Batch, t: Tensor, t_next: Tensor) -> Terms:
-        """The transitions under the trained policy and the one that drew.  t, t_next: [B]"""
+        """The transitions under the trained and the old policy.  t, t_next: [B]"""
         plan, trajectories = self.experience.plan, self.experience.trajectories
         transitions = batch.transitions
-        x_next = self.experience.stacked([trajectories[slot].states[step + 1] for slot, step in transitions])
-        mean, std = self.sampler.transition(batch.x, batch.v, t, t_next, plan.eta)
+        states = [trajectories[slot].states[step + 1] for slot, step in transitions]
+        x_next = self.experience.stacked(states)
+        mean, std = self.sampler.transition(batch.x, batch.v, t=t, t_next=t_next, eta=plan.eta)
         old_mean = mean.detach()
-        if self.method.needs_old_mean:  # what was drawn, less the noise, which is keyed
-            injected = [plan.step_noise([slot], step, plan.grid.device) for slot, step in transitions]
+        if self.method.needs_old_mean:  # x_next less its noise, which is keyed
+            device = plan.grid.device
+            injected = [plan.step_noise([slot], step, device) for slot, step in transitions]
             old_mean = x_next - std.detach() * torch.cat(injected)
         log_probs = [trajectories[slot].log_probs[step] for slot, step in transitions]
         return Terms(

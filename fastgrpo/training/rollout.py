@@ -1,11 +1,12 @@
 """Prompts' conditions to trajectories: SDE sampling with keyed noise, and the ODE for evaluation.
 
-A sample's slot is prompt * G + sample within its iteration. All of a sample's noise is keyed by (seed, iteration,
-prompt, sample, step), so how slots are dealt over ranks and batches changes nothing but the speed.
+A sample's slot is prompt * G + sample within its iteration. All of a sample's noise is keyed by
+(seed, iteration, prompt, sample, step), so how slots are dealt over ranks and batches changes
+nothing but the speed.
 
-Samples of a group that share their initial noise are equal until the first noisy step: what comes before it, and the
-prediction there, is computed once for the group (`shared_prefixes`). Of each sample only the transitions are kept that
-the update will train, which its key tells beforehand.
+Samples of a group that share their initial noise are equal until the first noisy step: the steps
+before it, and its prediction, are computed once for the group (`shared_prefixes`). Of each sample
+only the transitions that the update will train are kept; its key determines them beforehand.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ Round = tuple[list[int], bool]  # a batch of slots or prompts, and whether its r
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is drawn in an iteration, the same on every rank."""
+    """The samples of an iteration and how they are drawn, the same on every rank."""
 
     seed: int
     iteration: int
@@ -36,12 +37,13 @@ class Plan:
     latent_shape: tuple[int, ...]  # (C, F, H, W)
     window: range | None = None  # the noisy steps; None: all but the last
     trained: int | None = None  # transitions trained per sample; None: all noisy ones
-    choice: str = "random"  # which ones, see grpo.choose_timesteps
+    choice: str = "random"  # which transitions, see selection.choose_timesteps
     sampler: str = "dance"  # the noisy steps' transition, see samplers
-    store: str = "device"  # where the chosen transitions are kept, or host
+    store: str = "device"  # or host: the memory in which the chosen transitions wait
 
     @property
     def steps(self) -> int:
+        """T, the number of the grid's steps."""
         return len(self.grid) - 1
 
     @property
@@ -51,7 +53,7 @@ class Plan:
 
     @property
     def first(self) -> int:
-        """The step at which a group's samples part: with shared noise they are equal up to its prediction."""
+        """The step in which a group's samples part; with shared noise they are equal before it."""
         return self.noisy.start if self.shared_noise else 0
 
     def chosen(self, slot: int) -> list[int]:
@@ -61,49 +63,59 @@ class Plan:
         return selection.choose_timesteps(self.noisy, count, self.choice, key)
 
     def initial_noise(self, slots: Sequence[int], device: torch.device) -> Tensor:
-        """x at t = 1.  returns [len(slots), C, F, H, W]"""
+        """The states x at t = 1.  returns float32 [len(slots), C, F, H, W]"""
         keys: list[noise.Key] = []
         for slot in slots:
             prompt, sample = divmod(slot, self.group_size)
-            keys.append(("initial", self.seed, self.iteration, prompt, 0 if self.shared_noise else sample))
+            sample = 0 if self.shared_noise else sample
+            keys.append(("initial", self.seed, self.iteration, prompt, sample))
         return noise.normal(keys, self.latent_shape, device)
 
     def step_noise(self, slots: Sequence[int], step: int, device: torch.device) -> Tensor:
-        """The noise that step injects.  returns [len(slots), C, F, H, W]"""
-        keys: list[noise.Key] = [
-            ("step", self.seed, self.iteration, *divmod(slot, self.group_size), step) for slot in slots
-        ]
+        """The noise that a step injects.  returns float32 [len(slots), C, F, H, W]"""
+        keys: list[noise.Key] = []
+        for slot in slots:
+            prompt, sample = divmod(slot, self.group_size)
+            keys.append(("step", self.seed, self.iteration, prompt, sample, step))
         return noise.normal(keys, self.latent_shape, device)
 
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """What the samples of a group have in common: the state at `plan.first`, and the network's prediction there."""
+    """The state of a group's samples before step `plan.first`, and the network's prediction."""
 
     x: Tensor  # [C, F, H, W] float32
-    v: Tensor  # likewise
+    v: Tensor  # [C, F, H, W] float32
 
 
 @dataclass
 class Trajectory:
-    """What the update needs of one sample."""
+    """The states of one sample, and their log-probabilities or velocities, for the update."""
 
-    states: dict[int, Tensor] = field(default_factory=dict)  # x [C, F, H, W] float32 before a chosen step and after it
-    log_probs: dict[int, Tensor] = field(default_factory=dict)  # float32 scalar, of each chosen step
-    velocities: dict[int, Tensor] = field(default_factory=dict)  # like x, of the policy that drew it; for nft alone
+    states: dict[int, Tensor] = field(default_factory=dict)
+    """Before and after each chosen step: x [C, F, H, W] float32."""
+    log_probs: dict[int, Tensor] = field(default_factory=dict)
+    """For each chosen step: float32 scalar."""
+    velocities: dict[int, Tensor] = field(default_factory=dict)
+    """For each chosen step, for nft alone: the old policy's, [C, F, H, W] float32."""
 
 
 @dataclass
 class Drawn:
-    """A batch of samples. B samples in the order of `slots`."""
+    """A batch of B samples in the order of `slots`."""
 
     slots: list[int]
     final: Tensor  # [B, C, F, H, W] float32: x_0
     trajectories: dict[int, Trajectory]  # by slot
 
 
-def batches(slots: Sequence[int], conditions: Sequence[Condition], group_size: int, size: int) -> Iterator[list[int]]:
-    """Slots in batches of at most `size` whose conditions have equal shapes, so that nothing is padded.
+def batches(
+    slots: Sequence[int],
+    conditions: Sequence[Condition],
+    group_size: int,
+    size: int,
+) -> Iterator[list[int]]:
+    """Slots in batches of at most `size` with conditions of equal shapes, so without padding.
 
     conditions: one per prompt of the iteration
     """
@@ -117,15 +129,16 @@ def batches(slots: Sequence[int], conditions: Sequence[Condition], group_size: i
 
 @dataclass(frozen=True, kw_only=True)
 class Dealing:
-    """How an iteration's samples are dealt over groups of ranks and batches."""
+    """The distribution of an iteration's samples over groups of ranks and batches."""
 
     conditions: Sequence[Condition]  # one per prompt of the iteration
     group_size: int
     batch_size: int  # samples per forward
     world: World
     lockstep: bool
-    """Every forward is a collective, since the weights are sharded: a group with fewer batches repeats its last one
-    until it has run as many as the others."""
+    """Every forward is a collective, since the weights are sharded: a group with fewer batches
+    repeats its last one until it has run as many as the others.
+    """
 
     @property
     def total(self) -> int:
@@ -134,14 +147,15 @@ class Dealing:
 
     def rounds(self) -> Iterator[Round]:
         """The batches of this rank's group, each with whether its result counts."""
-        return self._in_step(
-            lambda group: list(
-                batches(self.world.share(self.total, group), self.conditions, self.group_size, self.batch_size)
-            )
-        )
+
+        def of_group(group: int) -> list[list[int]]:
+            share = self.world.share(self.total, group)
+            return list(batches(share, self.conditions, self.group_size, self.batch_size))
+
+        return self._in_step(of_group)
 
     def prefix_rounds(self) -> Iterator[Round]:
-        """Batches of the prompts of which this rank's group has samples, likewise: for `shared_prefixes`."""
+        """The batches of this rank's group's prompts for `shared_prefixes`, like `rounds`."""
 
         def of_group(group: int) -> list[list[int]]:
             share = self.world.share(self.total, group)
@@ -182,9 +196,9 @@ def sample(
     slots: list[int],
     prefixes: Mapping[int, SharedPrefix],
 ) -> Drawn:
-    """Draw one batch of trajectories: noisy steps and ODE steps; the last is the deterministic estimate of x_0.
+    """Draw one batch of trajectories; the last step is the deterministic estimate of x_0.
 
-    prefixes: of the slots' prompts, where the plan shares noise
+    prefixes: by prompt, where the plan shares noise
     """
     prompts = [slot // plan.group_size for slot in slots]
     condition = stack([conditions[prompt] for prompt in prompts])
@@ -192,7 +206,8 @@ def sample(
     chosen = {slot: plan.chosen(slot) for slot in slots}
     trajectories = {slot: Trajectory() for slot in slots}
     if plan.shared_noise:
-        x, v = (torch.stack(rows) for rows in zip(*((prefixes[p].x, prefixes[p].v) for p in prompts), strict=True))
+        x = torch.stack([prefixes[prompt].x for prompt in prompts])
+        v = torch.stack([prefixes[prompt].v for prompt in prompts])
     else:
         x = plan.initial_noise(slots, plan.grid.device)
         v = policy.velocity(x, plan.grid[0].expand(len(x)), condition)
@@ -203,7 +218,7 @@ def sample(
         if step not in plan.noisy:
             x, _ = policy.transition(x, v=v, t=t, t_next=t_next, eta=0.0)
             continue
-        mean, std = sampler.transition(x, v, t, t_next, plan.eta)
+        mean, std = sampler.transition(x, v, t=t, t_next=t_next, eta=plan.eta)
         x_next = mean + std * plan.step_noise(slots, step, plan.grid.device)
         log_prob = sampler.log_prob(x_next, mean, std)
         for row, slot in enumerate(slots):
@@ -221,9 +236,9 @@ def sample(
 
 
 def stored(x: Tensor, plan: Plan) -> Tensor:
-    """A sample's state for as long as the update needs it; not a view of the batch, which would keep all of it.
+    """A copy of a sample's state, since a view would keep the whole batch in memory.
 
-    x: [C, F, H, W];  returns a copy like it, on the device or in the host's pinned memory
+    x: [C, F, H, W];  returns a copy like x, on the device or in the host's pinned memory
     """
     return to_host(x) if plan.store == "host" and x.is_cuda else x.clone()
 
@@ -237,19 +252,32 @@ def sample_ode(policy: Policy, x: Tensor, grid: Tensor, condition: Condition) ->
     for t, t_next in pairwise(grid[:-1]):
         v = policy.velocity(x, t.expand(len(x)), condition)
         x, _ = policy.transition(x, v=v, t=t, t_next=t_next, eta=0.0)
-    return policy.clean_estimate(x, policy.velocity(x, grid[-2].expand(len(x)), condition), grid[-2])
+    t = grid[-2]
+    return policy.clean_estimate(x, policy.velocity(x, t.expand(len(x)), condition), t)
 
 
-def draw(policy: Policy, plan: Plan, conditions: Sequence[Condition], slots: Sequence[int], size: int) -> Drawn:
-    """Draw all of the slots in batches of at most `size`, on this rank alone, which must hold the weights whole."""
+def draw(
+    policy: Policy,
+    plan: Plan,
+    conditions: Sequence[Condition],
+    slots: Sequence[int],
+    size: int,
+) -> Drawn:
+    """Draw all of the slots in batches of at most `size`, on this rank alone.
+
+    The rank must hold the weights whole.
+    """
     prefixes: dict[int, SharedPrefix] = {}
     if plan.shared_noise:
-        for prompts in batches(sorted({slot // plan.group_size for slot in slots}), conditions, 1, size):
+        own = sorted({slot // plan.group_size for slot in slots})
+        for prompts in batches(own, conditions, 1, size):
             prefixes |= shared_prefixes(policy, plan, conditions, prompts)
     parts = [
         sample(policy, plan=plan, conditions=conditions, slots=batch, prefixes=prefixes)
         for batch in batches(slots, conditions, plan.group_size, size)
     ]
     final = {slot: x for part in parts for slot, x in zip(part.slots, part.final, strict=True)}
-    trajectories = {slot: trajectory for part in parts for slot, trajectory in part.trajectories.items()}
+    trajectories: dict[int, Trajectory] = {}
+    for part in parts:
+        trajectories |= part.trajectories
     return Drawn(list(slots), torch.stack([final[slot] for slot in slots]), trajectories)

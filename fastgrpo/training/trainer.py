@@ -1,4 +1,4 @@
-"""What an optimizer step changes: the trainable weights, AdamW's state, the moving average, the counters."""
+"""The state of training: trainable weights, AdamW's moments, the moving average, the counters."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,9 +14,9 @@ from fastgrpo.core.policy import Policy
 from fastgrpo.training.policies import Reference
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Trainer:
-    """What an optimizer step changes: the trainable weights, AdamW's state, the moving average, the counters."""
+    """The state that an optimizer step changes."""
 
     policy: Policy
     optimizer: torch.optim.Optimizer
@@ -30,12 +30,13 @@ class Trainer:
     def create(
         cls, policy: Policy, settings: Optimizer, reference: Reference | None, offload: bool = False
     ) -> "Trainer":
-        """For a sharded policy, so that the optimizer holds this rank's shards only; of adapters where it has them.
+        """A trainer of this rank's shards of a sharded policy's trainable weights.
 
         offload: the shards lie in host memory
         """
         trainable = {name: p for name, p in policy.network.named_parameters() if p.requires_grad}
-        fused = offload or next(iter(trainable.values())).device.type == "cuda"  # faster, and rounds otherwise
+        # fused AdamW is faster, and rounds otherwise
+        fused = offload or next(iter(trainable.values())).device.type == "cuda"
         optimizer = torch.optim.AdamW(
             trainable.values(),
             lr=settings.lr,
@@ -45,7 +46,8 @@ class Trainer:
             fused=fused,
         )
 
-        def keep_fused(optimizer: torch.optim.Optimizer) -> None:  # not the choice of the run that wrote a checkpoint
+        def keep_fused(optimizer: torch.optim.Optimizer) -> None:
+            """Undo a checkpoint's choice, which is that of the run that wrote it."""
             for group in optimizer.param_groups:
                 group["fused"] = fused
 
@@ -53,18 +55,27 @@ class Trainer:
         ema = {}
         if settings.ema_decay:
             ema = {name: p.detach().clone() for name, p in trainable.items()}
-        return cls(policy, optimizer, settings, reference, ema)
+        return cls(
+            policy=policy,
+            optimizer=optimizer,
+            settings=settings,
+            reference=reference,
+            ema=ema,
+        )
 
     @property
     def lr(self) -> float:
-        """The rate of the next optimizer step: a linear warm-up, then the decay that the recipe asks for."""
+        """The rate of the next optimizer step: a linear warm-up, then the recipe's decay."""
         warmup, decay = self.settings.warmup_updates, self.settings.decay_updates
         if self.updates < warmup or not decay:
             return self.settings.lr * min(1.0, (self.updates + 1) / (warmup + 1))
         return self.settings.lr * max(0.1, 1.0 - 0.9 * (self.updates - warmup) / decay)
 
     def step(self) -> Tensor:
-        """Clip, step, move the average.  returns the gradient's norm; a non-finite one skips the step on every rank."""
+        """Clip the gradient, take a step, move the average.  returns the norm, a float32 scalar
+
+        A norm that is not finite skips the step on every rank.
+        """
         parameters = [p for p in self.policy.network.parameters() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -79,9 +90,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.skipped > self.settings.max_skipped:
             raise UserError(
-                f"optimizer.max_skipped={self.settings.max_skipped}: {self.skipped} optimizer steps had non-finite "
-                "gradients; lower optimizer.lr or look for the reward or sample that is not finite. "
-                "The newest checkpoint is intact."
+                f"optimizer.max_skipped={self.settings.max_skipped}: {self.skipped} optimizer "
+                "steps had non-finite gradients; lower optimizer.lr or look for the reward or "
+                "sample that is not finite. The newest checkpoint is intact."
             )
         return norm
 
@@ -94,7 +105,7 @@ class Trainer:
 
 @contextmanager
 def averaged_weights(trainer: Trainer) -> Iterator[None]:
-    """The moving average in place of the policy's weights, where the recipe keeps one."""
+    """Put the moving average in place of the policy's weights inside, where the recipe has one."""
     parameters = dict(trainer.policy.network.named_parameters())
     raw = {name: parameters[name].detach().clone() for name in trainer.ema}
     _copy(trainer.ema, parameters)
@@ -106,5 +117,6 @@ def averaged_weights(trainer: Trainer) -> Iterator[None]:
 
 @torch.no_grad()
 def _copy(values: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Copy values into the parameters of their names, each pair of one shape [...]."""
     for name, value in values.items():
         parameters[name].copy_(value)

@@ -1,9 +1,10 @@
 """Trajectories and advantages to optimizer steps.
 
-The unit of work is a state: a sample at a chosen step, or a whole group where its samples have not parted yet, so that
-one forward and backward serves all their transitions. Samples of advantage 0, such as a group's whose rewards are all
-equal, count in the objective's mean and cost nothing. Micro-batches mix samples and steps and never text lengths; every
-rank runs the same number of them, and where it has none left a loss of zero, so that collectives stay in step.
+The unit of work is a state: a sample at a chosen step, or a whole group where its samples are still
+equal, so that one forward and backward serves all their transitions. Samples of advantage 0, such
+as those of a group with equal rewards, count in the objective's mean and are not evaluated.
+Micro-batches mix samples and steps but not text lengths. Every rank runs the same number of
+micro-batches, the missing ones with a loss of zero, so that collectives stay in step.
 """
 
 import math
@@ -29,15 +30,15 @@ MicroBatch = list[State]  # an empty one keeps step with other ranks
 
 @dataclass
 class Totals:
-    """Sums over transitions, on the device and read once per iteration: micro-batches do not wait for them."""
+    """Sums over transitions, kept on the device so that micro-batches do not wait for it."""
 
-    values: Tensor  # [4]: loss, clipped transitions, transitions, KL
+    values: Tensor  # float64 [4]: loss, clipped transitions, transitions, KL
     max_log_ratio: Tensor  # scalar
-    max_log_ratio_first: Tensor  # scalar, before the first optimizer step: the policy is unchanged, so it must be ~0
+    max_log_ratio_first: Tensor  # scalar, of the first optimizer step's unchanged policy: about 0
 
     @classmethod
     def zeros(cls, device: torch.device) -> "Totals":
-        """No transitions yet."""
+        """The sums of no transitions."""
         zero = torch.zeros((), device=device)
         return cls(torch.zeros(4, dtype=torch.float64, device=device), zero, zero)
 
@@ -57,12 +58,14 @@ def update(
     world: World,
     poll_before: Callable[[Iterable[MicroBatch]], Iterable[MicroBatch]] = iter,
 ) -> dict[str, float]:
-    """Take K optimizer steps over the selected samples of all ranks.  returns metrics, equal on every rank
+    """Take K optimizer steps over the selected samples of all ranks.
 
-    poll_before: gives the micro-batches before the first optimizer step one by one, and may raise in place of one
+    poll_before: gives the micro-batches before the first optimizer step one by one, and may raise
+      in place of one
+    returns metrics, equal on every rank
     """
     plan, method = experience.plan, methods.of(objective.kind)
-    totals, norms = Totals.zeros(world.device), list[Tensor]()
+    network, totals, norms = trainer.policy.network, Totals.zeros(world.device), list[Tensor]()
     skipped = [False] * len(experience.advantages)
     if not method.zero_advantage_teaches(objective):
         skipped = (experience.advantages == 0).tolist()
@@ -78,14 +81,15 @@ def update(
         batches = _micro_batches(active, experience, trainer.settings.batch_size, world) or [[]]
         for number, batch in enumerate(batches if norms else poll_before(batches), 1):
             if world.mesh.ndim == 2:  # replicas need to agree before the step only
-                trainer.policy.network.set_requires_all_reduce(number == len(batches))  # type: ignore[operator]
+                network.set_requires_all_reduce(number == len(batches))  # type: ignore[operator]
             if batch:
                 losses = losses_of(_predict(trainer, experience, batch))
                 totals.add(losses)
                 loss = losses.loss.sum()
             else:
                 loss = _dummy_loss(trainer, experience, world)
-            # FSDP averages over groups of ranks, and the objective is the mean over all groups' transitions
+            # FSDP averages over groups of ranks, and the objective is the mean over all groups'
+            # transitions
             (loss * (world.groups / transitions)).backward()
         if not norms:
             totals.max_log_ratio_first = totals.max_log_ratio
@@ -93,8 +97,16 @@ def update(
     return _metrics(totals, norms, trainer, world)
 
 
-def _micro_batches(members: Sequence[int], experience: Experience, size: int, world: World) -> list[MicroBatch]:
-    """This group of ranks' states in batches of one text length, as many as of the group with the most."""
+def _micro_batches(
+    members: Sequence[int],
+    experience: Experience,
+    size: int,
+    world: World,
+) -> list[MicroBatch]:
+    """This group of ranks' states in batches of one text length.
+
+    Empty batches make up the number of the group with the most.
+    """
     shares: list[list[MicroBatch]] = []
     plan, conditions = experience.plan, experience.conditions
     total = len(conditions) * plan.group_size
@@ -115,12 +127,13 @@ def _states(slots: Sequence[int], plan: Plan) -> list[State]:
     for slot in slots:
         for step in plan.chosen(slot):
             equal = plan.shared_noise and step == plan.first
-            slots_of.setdefault((step, slot // plan.group_size, None if equal else slot), []).append(slot)
+            state = (step, slot // plan.group_size, None if equal else slot)
+            slots_of.setdefault(state, []).append(slot)
     return [(step, tuple(members)) for (step, _, _), members in slots_of.items()]
 
 
 def _predict(trainer: Trainer, experience: Experience, states: MicroBatch) -> Batch:
-    """Evaluate each state once, then give a row for each of the transitions that it serves."""
+    """Evaluate each state once, and give a row for each transition from it."""
     plan, trajectories = experience.plan, experience.trajectories
     x = experience.stacked([trajectories[slots[0]].states[step] for step, slots in states])
     t = torch.stack([plan.grid[step] for step, _ in states])
@@ -132,13 +145,14 @@ def _predict(trainer: Trainer, experience: Experience, states: MicroBatch) -> Ba
     transitions = [(slot, step) for step, slots in states for slot in slots]
     if len(transitions) > len(states):
         rows = [row for row, (_, slots) in enumerate(states) for _ in slots]
-        x, v = (torch.stack([of.unbind()[row] for row in rows]) for of in (x, v))
-        v_reference = None if v_reference is None else torch.stack([v_reference[row] for row in rows])
+        x, v = (torch.stack([states_of.unbind()[row] for row in rows]) for states_of in (x, v))
+        if v_reference is not None:
+            v_reference = torch.stack([v_reference[row] for row in rows])
     return Batch(transitions=transitions, x=x, v=v, v_reference=v_reference)
 
 
 def _dummy_loss(trainer: Trainer, experience: Experience, world: World) -> Tensor:
-    """A loss of zero that runs the same forwards: with sharded weights every forward and backward is a collective.
+    """A loss of zero with the forwards and backward of one, which are collectives.
 
     returns a scalar
     """
@@ -153,7 +167,12 @@ def _dummy_loss(trainer: Trainer, experience: Experience, world: World) -> Tenso
     return 0.0 * v.sum()
 
 
-def _metrics(totals: Totals, norms: list[Tensor], trainer: Trainer, world: World) -> dict[str, float]:
+def _metrics(
+    totals: Totals,
+    norms: list[Tensor],
+    trainer: Trainer,
+    world: World,
+) -> dict[str, float]:
     """All groups' totals as numbers.  norms: scalars, one per optimizer step"""
     dist.all_reduce(totals.values)
     totals.values /= world.size // world.groups  # the ranks of a group count the same transitions

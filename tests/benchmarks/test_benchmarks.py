@@ -189,7 +189,7 @@ def test_the_gain_and_its_interval_are_the_evaluations() -> None:
     after[4] = np.nan
     one, other = (
         Evaluation(
-            n,
+            iteration=n,
             prompts=prompts,
             seeds=[0] * 18,
             scores={"VQ": list(v)},

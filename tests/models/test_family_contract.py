@@ -309,7 +309,7 @@ FAULTS = {
     ),
     "no published network for any name": (
         '("", LARGE),',
-        '("14b", LARGE))',
+        '("14b", LARGE),',
         'PUBLISHED: its last part .* is not ""',
     ),
     "a forgotten weight": (

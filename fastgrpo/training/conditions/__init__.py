@@ -1,4 +1,4 @@
-"""Prompts to what the network is conditioned on: encoded once, kept in a cache, known by what they are made of.
+"""Prompts to conditions of the network: encoded once, kept in a cache with a fingerprint.
 
 Read `encode.py` first. Imports data, models and run.
 """

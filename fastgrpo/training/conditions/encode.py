@@ -1,6 +1,7 @@
-"""Prompts to conditions, over all ranks: what `fastgrpo embed` does, and `train` where the cache is not complete.
+"""Prompts to conditions over all ranks: `fastgrpo embed`, and `train` before its first iteration.
 
-Ranks share out the missing parts and go on in step, so that an error of one ends all, and the progress is exact.
+Ranks share the missing parts and go on in step, so that an error of one rank ends all, and the
+progress is exact.
 """
 
 import time
@@ -38,7 +39,7 @@ LOOK_EVERY_S = 2.0  # between looks whether another process has ended with the c
 
 @dataclass(frozen=True)
 class Encoded:
-    """A run's prompts and their conditions, without those that prompts.bad_rows=skip left out."""
+    """A run's prompts and their conditions, without the prompts that bad_rows=skip left out."""
 
     train: list[Prompt]
     heldout: list[Prompt]
@@ -46,35 +47,37 @@ class Encoded:
 
 
 def embed(recipe: Recipe) -> None:
-    """Make a recipe's cache of conditions, or what is missing of it, and say so."""
+    """Complete a recipe's cache of conditions, and say where it is."""
     with open_world() as world:
         encoded = encode(recipe, world, read_prompts(recipe, world))
+        count, folder = len(encoded.conditions), cache_folder(recipe)
         if world.main:
-            _say(f"the conditions of {len(encoded.conditions):,} prompts are in {cache_folder(recipe)}")
+            _say(f"the conditions of {count:,} prompts are in {folder}")
 
 
 def read_prompts(recipe: Recipe, world: World) -> Split:
-    """The recipe's prompts, read by the main rank, which says what it left out."""
+    """The recipe's prompts, read by the main rank, which reports the rows that it left out."""
 
     def read() -> Split:
-        found = prompts.split(recipe.prompts)
-        _say(found.summary)
-        return found
+        split = prompts.split(recipe.prompts)
+        _say(split.summary)
+        return split
 
     return world.on_main(read)
 
 
-def encode(recipe: Recipe, world: World, found: Split) -> Encoded:
-    """Every prompt's condition, from the cache; what it lacks is made first, by all ranks.
+def encode(recipe: Recipe, world: World, split: Split) -> Encoded:
+    """Every prompt's condition from the cache, whose missing parts all ranks make first.
 
-    Where another process is making it, waits until that ends. Raises UserError, on every rank, for a cache of other
-    conditions and for prompts that cannot be encoded.
+    Waits for another process that is making them. Raises UserError, on every rank, for a cache of
+    other conditions and for prompts that cannot be encoded.
     """
-    everything = [*found.train, *found.heldout]
+    everything = [*split.train, *split.heldout]
     folder = cache_folder(recipe)
 
     def describe() -> Cache:
-        return Cache(folder, fingerprint(recipe, everything, folder / "hashes.json"), len(everything))
+        made_of = fingerprint(recipe, everything, folder / "hashes.json")
+        return Cache(folder, made_of, len(everything))
 
     cache = world.on_main(describe)
     with_negative = recipe.model.cfg > 1
@@ -82,8 +85,8 @@ def encode(recipe: Recipe, world: World, found: Split) -> Encoded:
         with ExitStack() as stack:
             if _claim(cache, with_negative, world, stack):
                 missing = world.on_main(cache.open)
-                _make(recipe, world, cache, missing, everything)
-    return _without_skipped(recipe, world, found, Conditions(cache, with_negative))
+                _make(recipe, world=world, cache=cache, missing=missing, everything=everything)
+    return _without_skipped(recipe, world, split, Conditions(cache, with_negative))
 
 
 def cache_folder(recipe: Recipe) -> Path:
@@ -98,7 +101,7 @@ def _claim(cache: Cache, with_negative: bool, world: World, stack: ExitStack) ->
     """
 
     def look() -> bool | None:
-        """Whether something is left to make, none = by the process that is at it. By the main rank."""
+        """Whether parts are missing; None: another process is making them. On the main rank."""
         lock = take_lock(cache.folder, "prompts.cache")
         if lock is not None:
             stack.enter_context(lock)
@@ -106,16 +109,24 @@ def _claim(cache: Cache, with_negative: bool, world: World, stack: ExitStack) ->
             return False
         return None if lock is None else True
 
-    told = False
+    waiting = False
     while (left := world.on_main(look)) is None:
-        if world.main and not told:
-            _say(f"prompts.cache={cache.folder}: another process is encoding there; waiting until it ends")
-        told = True
-        time.sleep(LOOK_EVERY_S)  # not in a collective: it has a time limit, and Ctrl-C would not end it
+        if world.main and not waiting:
+            message = "another process is encoding there; waiting until it ends"
+            _say(f"prompts.cache={cache.folder}: {message}")
+        waiting = True
+        # not in a collective, which has a time limit and which Ctrl-C would not end
+        time.sleep(LOOK_EVERY_S)
     return left
 
 
-def _make(recipe: Recipe, world: World, cache: Cache, missing: list[int], everything: list[Prompt]) -> None:
+def _make(
+    recipe: Recipe,
+    world: World,
+    cache: Cache,
+    missing: list[int],
+    everything: list[Prompt],
+) -> None:
     """Encode the missing parts, one per rank and step."""
     total = sum(len(cache.prompts_of(number)) for number in missing)
     begun = time.perf_counter()
@@ -126,7 +137,13 @@ def _make(recipe: Recipe, world: World, cache: Cache, missing: list[int], everyt
 
         def make(numbers: list[int]) -> None:
             for number in numbers:
-                write_part(cache, number, encoder, everything, recipe)
+                write_part(
+                    cache,
+                    number=number,
+                    encoder=encoder,
+                    prompts=everything,
+                    recipe=recipe,
+                )
 
         def make_negative() -> None:
             if world.main and recipe.model.cfg > 1:
@@ -136,59 +153,67 @@ def _make(recipe: Recipe, world: World, cache: Cache, missing: list[int], everyt
         done = 0
         for start in range(0, len(missing), world.size):
             now = missing[start : start + world.size]
-            world.run_on_all_ranks(
-                partial(make, now[world.rank : world.rank + 1])
-            )  # none where the last step has too few
+            own = now[world.rank : world.rank + 1]  # empty where the last step has too few
+            world.run_on_all_ranks(partial(make, own))
             done += sum(len(cache.prompts_of(number)) for number in now)
             show(done)
     if world.main:
         size = sum(file.stat().st_size for file in cache.folder.glob("*.safetensors")) / 1e6
-        _say(f"{total:,} prompts encoded in {duration(time.perf_counter() - begun)}; the cache has {size:,.1f} MB")
+        took = duration(time.perf_counter() - begun)
+        _say(f"{total:,} prompts encoded in {took}; the cache has {size:,.1f} MB")
 
 
 @contextmanager
 def _progress(world: World, total: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function that is told how many of `total` prompts are done and shows it, on the main rank.
+    """Give a function that shows on the main rank how many of `total` prompts are done.
 
-    A bar with the time left on a terminal; elsewhere a line after the first step and then now and again.
+    On a terminal a bar with the time left; elsewhere a line after the first step and one every
+    LINE_EVERY_S.
     """
     console = Console()
     if not world.main:
         yield lambda done: None
     elif console.is_terminal:
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
         with Progress(TextColumn("encoding prompts"), *columns, console=console) as bar:
             task = bar.add_task("", total=total)
             yield lambda done: bar.update(task, completed=done)
     else:
         begun = time.perf_counter()
-        told = begun - LINE_EVERY_S
+        last = begun - LINE_EVERY_S
 
         def line(done: int) -> None:
-            nonlocal told
+            nonlocal last
             now = time.perf_counter()
-            if now - told >= LINE_EVERY_S and done < total:
+            if now - last >= LINE_EVERY_S and done < total:
                 left = duration((now - begun) / done * (total - done))
                 _say(f"encoding prompts: {done:,} of {total:,}, about {left} left")
-                told = now
+                last = now
 
         yield line
 
 
-def _without_skipped(recipe: Recipe, world: World, found: Split, conditions: Conditions) -> Encoded:
-    """Leave out the prompts that have no condition, and say so."""
+def _without_skipped(recipe: Recipe, world: World, split: Split, conditions: Conditions) -> Encoded:
+    """Leave out the prompts that have no condition, and report their number."""
     if not conditions.skipped:
-        return Encoded(found.train, found.heldout, conditions)
+        return Encoded(split.train, split.heldout, conditions)
     first = next(iter(conditions.skipped.values()))
     if recipe.prompts.bad_rows == "error":  # the cache was made by a run that skips
         raise UserError(f"{first} Or set prompts.bad_rows=skip.")
     if not len(conditions):
         raise UserError(first)
     if world.main:
-        _say(f"prompts: {len(conditions.skipped):,} more left out that cannot be encoded (such as {first})")
-    usable = set(conditions.kept)
-    train = [prompt for index, prompt in enumerate(found.train) if index in usable]
-    heldout = [prompt for index, prompt in enumerate(found.heldout, len(found.train)) if index in usable]
+        count = len(conditions.skipped)
+        _say(f"prompts: {count:,} more left out that cannot be encoded (such as {first})")
+    usable, trained = set(conditions.indices), len(split.train)
+    train = [prompt for index, prompt in enumerate(split.train) if index in usable]
+    heldout = [prompt for index, prompt in enumerate(split.heldout, trained) if index in usable]
     prompts.check_counts(recipe.prompts, train, heldout)
     return Encoded(train, heldout, conditions)
 

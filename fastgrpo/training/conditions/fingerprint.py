@@ -1,6 +1,7 @@
-"""What conditions are made of, as names and values: two caches are the same where all of these are.
+"""The fingerprint of conditions: names and values on which they depend.
 
-Model files stand in by the SHA-256 of their content, which is computed once and remembered with their size and time.
+Two caches are the same where all values are. Model files are represented by the SHA-256 of their
+content, which is computed once and remembered with the file's size and time.
 """
 
 import hashlib
@@ -22,38 +23,41 @@ SAMPLE = 1 << 16  # bytes at either end of a reference image that stand for it
 
 
 def fingerprint(recipe: Recipe, prompts: Sequence[Prompt], remembered: Path) -> dict[str, str]:
-    """Everything that a recipe's conditions depend on, by the names that a user is told.
+    """Everything that a recipe's conditions depend on, by the names that messages use.
 
     remembered: a JSON file with the hashes of model files, read and kept up to date
     """
     with_images = recipe.prompts.image_column is not None
-    told = {"family": recipe.model.family, "dtype": recipe.model.dtype}
-    told |= _model_parts(recipe, TEXT_PARTS + IMAGE_PARTS if with_images else TEXT_PARTS, remembered)
-    told["length limits"] = json.dumps(models.length_limits(recipe.model.family))
+    values = {"family": recipe.model.family, "dtype": recipe.model.dtype}
+    beginnings = TEXT_PARTS + IMAGE_PARTS if with_images else TEXT_PARTS
+    values |= _model_parts(recipe, beginnings, remembered)
+    values["length limits"] = json.dumps(models.length_limits(recipe.model.family))
     if recipe.model.cfg > 1:
-        told["negative prompt"] = recipe.model.negative_prompt or ""
-    told["prompts"] = _digest([prompt.text for prompt in prompts])
+        values["negative prompt"] = recipe.model.negative_prompt or ""
+    values["prompts"] = _digest([prompt.text for prompt in prompts])
     if with_images:
-        told["reference images"] = _digest([_sample(prompt.image) for prompt in prompts])
-        told["video size"] = f"{recipe.video.frames} x {recipe.video.height} x {recipe.video.width}"
-    return told
+        video = recipe.video
+        values["reference images"] = _digest([_sample(prompt.image) for prompt in prompts])
+        values["video size"] = f"{video.frames} x {video.height} x {video.width}"
+    return values
 
 
 def _model_parts(recipe: Recipe, beginnings: tuple[str, ...], remembered: Path) -> dict[str, str]:
     """Part -> a hash over the names and contents of its files."""
-    where = diffusers_folder.pipeline_folder(recipe.model, ())
-    index = diffusers_folder.read_json(where / "model_index.json")
-    parts = sorted(name for name in index if name.startswith(beginnings) and (where / name).is_dir())
-    files = {part: _files(where / part) for part in parts}
-    found = hashes([file for part in parts for file in files[part]], remembered)
-    return {part: _digest([[file.name, found[file]] for file in files[part]]) for part in parts}
+    folder = diffusers_folder.pipeline_folder(recipe.model, ())
+    index = diffusers_folder.read_json(folder / "model_index.json")
+    parts = sorted(name for name in index if name.startswith(beginnings))
+    files = {part: _files(folder / part) for part in parts if (folder / part).is_dir()}
+    digests = hashes([file for own in files.values() for file in own], remembered)
+    named = {part: [[file.name, digests[file]] for file in own] for part, own in files.items()}
+    return {part: _digest(content) for part, content in named.items()}
 
 
 def _files(part: Path) -> list[Path]:
     """The files of a part that a model class may read."""
-    found = [f for f in sorted(part.iterdir()) if f.is_file() and not f.name.startswith(".")]
-    safe = any(file.suffix == ".safetensors" for file in found)
-    return [f for f in found if f.suffix not in OTHER_FORMATS and not (safe and f.suffix == ".bin")]
+    files = [f for f in sorted(part.iterdir()) if f.is_file() and not f.name.startswith(".")]
+    safe = any(file.suffix == ".safetensors" for file in files)
+    return [f for f in files if f.suffix not in OTHER_FORMATS and not (safe and f.suffix == ".bin")]
 
 
 def _digest(content: object) -> str:
@@ -61,7 +65,7 @@ def _digest(content: object) -> str:
 
 
 def _sample(image: Path | None) -> str | None:
-    """A hash of a file's size and its two ends: pictures and videos are too many to be read whole at every start."""
+    """A hash of a file's size and its two ends, since reading all files whole takes too long."""
     if image is None:
         return None
     digest = hashlib.sha256()

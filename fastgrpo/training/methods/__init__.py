@@ -1,7 +1,8 @@
 """Training methods: one file each, and the folder is the registry; `objective.kind` names one.
 
-A file NAME.py has `METHOD`, an object as `training.method.Method` describes it, and, where they differ from GRPO's,
-`TRAITS` and `check(recipe)`, which are read without torch. Adding one edits no other file. Read `grpo.py` first.
+A file NAME.py has `METHOD`, a `training.method.Method`, and, where they differ from GRPO's,
+`TRAITS` and `check(recipe)`, which are read without torch. Adding a method edits no other file.
+Read `grpo.py` first.
 """
 
 import importlib
@@ -12,6 +13,7 @@ from fastgrpo.core import registry
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.method import Traits, check_noise
+from fastgrpo.core.window import noisy_count
 
 if TYPE_CHECKING:
     from fastgrpo.training.method import Method
@@ -20,30 +22,30 @@ FOLDER = Path(__file__).parent
 
 
 def known() -> tuple[str, ...]:
-    """Names of the methods: the files here that define `METHOD`."""
+    """Names of the methods: the files of this folder that define `METHOD`."""
     return registry.names(FOLDER, "METHOD")
 
 
 def of(name: str) -> "Method":
-    """The method of a recipe's objective.kind. Raises UserError where there is none."""
+    """The method of a recipe's objective.kind. Raises UserError for an unknown name."""
     _file(name)
     method: Method = importlib.import_module(f"{__name__}.{name}").METHOD
     return method
 
 
 def traits_of(name: str) -> Traits:
-    """What a method declares, without torch. Raises UserError where there is no such method."""
+    """A method's declared traits, read without torch. Raises UserError for an unknown name."""
     declared: Traits = registry.declared(_file(name), "TRAITS", Traits())
     return declared
 
 
 def traits(recipe: Recipe) -> Traits:
-    """What the recipe's method declares."""
+    """The declared traits of the recipe's method."""
     return traits_of(recipe.objective.kind)
 
 
 def check(recipe: Recipe) -> None:
-    """Raise UserError, with the remedy, for keys that do not go together with the recipe's method."""
+    """Raise UserError, with the remedy, for keys that the recipe's method does not go with."""
     registry.declared(_file(recipe.objective.kind), "check", check_noise)(recipe)
 
 
@@ -55,13 +57,11 @@ def needs_initial_policy(recipe: Recipe) -> bool:
 
 def latents_kept(recipe: Recipe) -> int:
     """The most latents of one sample that wait for the update, [C, F, H, W] in float32 each."""
-    noisy = recipe.rollout.window or recipe.rollout.steps - 1
-    return traits(recipe).latents_kept(recipe.steps_trained, noisy)
+    return traits(recipe).latents_kept(recipe.steps_trained, noisy_count(recipe.rollout))
 
 
 def _file(name: str) -> Path:
     if name not in known():
-        raise UserError(
-            f"objective.kind='{name}': no file training/methods/{name}.py; use one of {', '.join(known())}."
-        )
+        remedy = f"use one of {', '.join(known())}"
+        raise UserError(f"objective.kind='{name}': no file training/methods/{name}.py; {remedy}.")
     return FOLDER / f"{name}.py"

@@ -1,4 +1,7 @@
-"""DDPO with importance sampling (arXiv 2305.13301): GRPO's expression, advantages over all samples of an iteration."""
+"""DDPO with importance sampling (arXiv 2305.13301).
+
+The loss is GRPO's expression, with advantages over all samples of an iteration.
+"""
 
 from fastgrpo.algorithm import objectives
 from fastgrpo.core.config import Recipe
@@ -14,6 +17,6 @@ def check(recipe: Recipe) -> None:
     check_noise(recipe)
     if recipe.objective.normalise != "global":
         raise UserError(
-            f"objective.normalise={recipe.objective.normalise}: DDPO's advantages are over all samples of an "
-            "iteration; set objective.normalise=global."
+            f"objective.normalise={recipe.objective.normalise}: DDPO's advantages are over all "
+            "samples of an iteration; set objective.normalise=global."
         )

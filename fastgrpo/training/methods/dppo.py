@@ -1,4 +1,7 @@
-"""Flow-DPPO (arXiv 2606.11025): no gradient where the KL divergence from the old policy is large and would grow."""
+"""Flow-DPPO (arXiv 2606.11025): no gradient where a large KL divergence would grow.
+
+The divergence is the trained policy's from the old one.
+"""
 
 from fastgrpo.algorithm import objectives
 from fastgrpo.core.method import Traits

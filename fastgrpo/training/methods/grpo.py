@@ -1,4 +1,4 @@
-"""DanceGRPO: the clipped objective of the ratio between the trained policy and the one that drew (arXiv 2505.07818)."""
+"""DanceGRPO (arXiv 2505.07818): the clipped ratio between the trained and the old policy."""
 
 from fastgrpo.algorithm import objectives
 from fastgrpo.training.policy_gradient import PolicyGradient

@@ -1,4 +1,4 @@
-"""GRPO-Guard (arXiv 2510.22319): the clipped objective of a normalised ratio, which clips alike at every step."""
+"""GRPO-Guard (arXiv 2510.22319): a normalised ratio, which clips alike at every step."""
 
 from fastgrpo.algorithm import objectives
 from fastgrpo.core.config import Recipe
@@ -15,6 +15,6 @@ def check(recipe: Recipe) -> None:
     check_noise(recipe)
     if recipe.rollout.sampler == "cps":
         raise UserError(
-            "objective.kind=guard: normalises a Gaussian log-probability, which Flow-CPS does not use; choose "
-            "rollout.sampler=dance or objective.kind=grpo."
+            "objective.kind=guard: normalises a Gaussian log-probability, which Flow-CPS does not "
+            "use; choose rollout.sampler=dance or objective.kind=grpo."
         )

@@ -1,10 +1,12 @@
-"""DiffusionNFT: samples are noised again, and the update learns from how well the two policies undo it.
+"""DiffusionNFT: the update contrasts two policies' predictions for samples noised again.
 
-Zheng et al., arXiv 2509.16117. There are no noisy steps, log-probabilities or trajectories: the old policy draws with
-the ODE, each sample from noise of its own, and of a sample x_0 is kept, and at the chosen times a noised x_t with the
-old policy's velocity there. The update then needs one evaluation of the trained policy for each. The old policy is the
-moving average of the trained one's weights. Departures from the paper: the average moves with every optimizer step by a
-fixed decay, where the paper's decay rises over the run; the times are those of the grid.
+Zheng et al., arXiv 2509.16117. There are no noisy steps, log-probabilities or trajectories. The old
+policy, which is the moving average of the trained one's weights, draws with the ODE, each sample
+from noise of its own. Of a sample are kept x_0 and, at each chosen time, a noised x_t with the old
+policy's velocity; the update evaluates the trained policy once for each x_t.
+
+Departures from the paper: the average moves with every optimizer step by a fixed decay, where the
+paper's decay rises over the run; the times are those of the grid.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +27,13 @@ from fastgrpo.training.method import Batch, Experience, Losses
 from fastgrpo.training.rollout import Drawn, Plan, SharedPrefix, Trajectory, sample_ode, stored
 from fastgrpo.training.trainer import Trainer, averaged_weights
 
-TRAITS = Traits(noisy_steps=False, old_velocities=True, average_draws=True, clips_ratio=False, reference_key="nft_kl")
+TRAITS = Traits(
+    noisy_steps=False,
+    old_velocities=True,
+    average_draws=True,
+    clips_ratio=False,
+    reference_key="nft_kl",
+)
 
 
 def check(recipe: Recipe) -> None:
@@ -33,37 +41,38 @@ def check(recipe: Recipe) -> None:
     rollout, objective = recipe.rollout, recipe.objective
     if rollout.shared_noise:
         raise UserError(
-            "rollout.shared_noise=true: objective.kind=nft draws without noise on the way, so all samples of a group "
-            "would be the same; set rollout.shared_noise=false."
+            "rollout.shared_noise=true: objective.kind=nft draws without noise on the way, so all "
+            "samples of a group would be the same; set rollout.shared_noise=false."
         )
     if not recipe.optimizer.ema_decay:
         raise UserError(
-            "optimizer.ema_decay=0: with objective.kind=nft the moving average of the weights draws the samples; set "
-            "e.g. optimizer.ema_decay=0.5."
+            "optimizer.ema_decay=0: with objective.kind=nft the moving average of the weights "
+            "draws the samples; set e.g. optimizer.ema_decay=0.5."
         )
     if rollout.window is not None:
-        raise UserError("rollout.window: has no effect with objective.kind=nft, where no step is noisy; leave it out.")
+        problem = "has no effect with objective.kind=nft, where no step is noisy"
+        raise UserError(f"rollout.window: {problem}; leave it out.")
     if objective.step_weights != "equal":
-        raise UserError(
-            f"objective.step_weights={objective.step_weights}: has no effect with objective.kind=nft; leave it out."
-        )
+        key = f"objective.step_weights={objective.step_weights}"
+        raise UserError(f"{key}: has no effect with objective.kind=nft; leave it out.")
     if objective.kl_weight:
         raise UserError(
-            f"objective.kl_weight={objective.kl_weight}: is of noisy steps, and objective.kind=nft has none; use "
-            "objective.nft_kl."
+            f"objective.kl_weight={objective.kl_weight}: is of noisy steps, and objective.kind=nft "
+            "has none; use objective.nft_kl."
         )
 
 
 class DiffusionNFT:
-    """The `Method`."""
+    """The `Method` of samples noised again."""
 
     def check_policy(self, policy: Policy, device: torch.device) -> None:
         """Raise UserError where the policy is no rectified flow."""
         if not is_flow(policy, device):
-            raise UserError("objective.kind=nft: is made for rectified flows, which this model is not; use grpo.")
+            problem = "is made for rectified flows, which this model is not"
+            raise UserError(f"objective.kind=nft: {problem}; use grpo.")
 
     def plan(self, plan: Plan) -> Plan:
-        """The plan with every step for the choice of what is trained, the last one too, since none is noisy."""
+        """The plan with every step in its window: any may be trained, since none is noisy."""
         return replace(plan, window=range(plan.steps))
 
     def drawing_weights(self, trainer: Trainer) -> AbstractContextManager[None]:
@@ -79,18 +88,20 @@ class DiffusionNFT:
         slots: list[int],
         prefixes: Mapping[int, SharedPrefix],
     ) -> Drawn:
-        """Draw a batch with the weights as they are, which must be the old policy's.
+        """Draw a batch with the weights of the old policy, which the network must have.
 
         conditions: one per prompt of the iteration;  prefixes: not used
-        returns trajectories with x_0 as the state after the last step, and a noised state and its velocity for each
-        chosen step
+        returns trajectories with x_0 as the state after the last step, and a noised state and its
+          velocity for each chosen step
         """
         condition = stack([conditions[slot // plan.group_size] for slot in slots])
-        final = sample_ode(policy, plan.initial_noise(slots, plan.grid.device), plan.grid, condition)
-        trajectories = {
-            slot: Trajectory({plan.steps: stored(x_0, plan)}) for slot, x_0 in zip(slots, final, strict=True)
-        }
-        for steps in zip(*(plan.chosen(slot) for slot in slots), strict=True):  # as many for each sample
+        noise_at_one = plan.initial_noise(slots, plan.grid.device)
+        final = sample_ode(policy, noise_at_one, plan.grid, condition)
+        trajectories = {}
+        for slot, x_0 in zip(slots, final, strict=True):
+            trajectories[slot] = Trajectory({plan.steps: stored(x_0, plan)})
+        chosen = [plan.chosen(slot) for slot in slots]
+        for steps in zip(*chosen, strict=True):  # as many for each sample
             x, t = noised(plan, slots, steps, final)
             v = policy.velocity(x, t, condition)
             for row, (slot, step) in enumerate(zip(slots, steps, strict=True)):
@@ -98,12 +109,17 @@ class DiffusionNFT:
                 trajectories[slot].velocities[step] = stored(v[row], plan)
         return Drawn(slots, final, trajectories)
 
-    def losses(self, policy: Policy, experience: Experience, objective: Objective) -> "NoisedLosses":
+    def losses(
+        self,
+        policy: Policy,
+        experience: Experience,
+        objective: Objective,
+    ) -> "NoisedLosses":
         """The losses of an update's noised samples."""
         return NoisedLosses(experience, objective)
 
     def zero_advantage_teaches(self, objective: Objective) -> bool:
-        """Always: advantage 0 still asks for both reconstructions."""
+        """True: the loss of advantage 0 still has both reconstructions."""
         return True
 
 
@@ -112,7 +128,7 @@ METHOD = DiffusionNFT()
 
 @dataclass(frozen=True)
 class NoisedLosses:
-    """Gives a micro-batch's losses."""
+    """A function from a micro-batch to its losses."""
 
     experience: Experience
     objective: Objective
@@ -120,19 +136,18 @@ class NoisedLosses:
     def __call__(self, batch: Batch) -> Losses:
         """Contrast the trained and the old policy's velocities at the batch's noised samples."""
         plan, trajectories = self.experience.plan, self.experience.trajectories
-        x_0 = self.experience.stacked([trajectories[slot].states[plan.steps] for slot, _ in batch.transitions])
-        v_old = self.experience.stacked([trajectories[slot].velocities[step] for slot, step in batch.transitions])
-        loss = objectives.nft(
-            Noised(
-                x=batch.x,
-                x_0=x_0,
-                t=torch.stack([plan.grid[step] for _, step in batch.transitions]),
-                v=batch.v,
-                v_old=v_old,
-                advantage=torch.stack([self.experience.advantages[slot] for slot, _ in batch.transitions]),
-            ),
-            self.objective,
+        x_0 = [trajectories[slot].states[plan.steps] for slot, _ in batch.transitions]
+        v_old = [trajectories[slot].velocities[step] for slot, step in batch.transitions]
+        advantages = [self.experience.advantages[slot] for slot, _ in batch.transitions]
+        noised_samples = Noised(
+            x=batch.x,
+            x_0=self.experience.stacked(x_0),
+            t=torch.stack([plan.grid[step] for _, step in batch.transitions]),
+            v=batch.v,
+            v_old=self.experience.stacked(v_old),
+            advantage=torch.stack(advantages),
         )
+        loss = objectives.nft(noised_samples, self.objective)
         distance = torch.zeros_like(loss)
         if batch.v_reference is not None:
             distance = (batch.v - batch.v_reference).square().flatten(1).mean(1)
@@ -144,10 +159,15 @@ class NoisedLosses:
         )
 
 
-def noised(plan: Plan, slots: Sequence[int], steps: Sequence[int], x_0: Tensor) -> tuple[Tensor, Tensor]:
-    """(1 - t) x_0 + t e, each sample at the time before its step, with keyed noise.
+def noised(
+    plan: Plan,
+    slots: Sequence[int],
+    steps: Sequence[int],
+    x_0: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """x = (1 - t) x_0 + t e with keyed noise e, each sample at the time before its step.
 
-    x_0: [B, C, F, H, W];  returns x like it, and t [B]
+    steps: one per slot;  x_0: [B, C, F, H, W] float32;  returns x like x_0, and t [B]
     """
     keys: list[noise.Key] = [
         ("noised", plan.seed, plan.iteration, *divmod(slot, plan.group_size), step)

@@ -1,4 +1,4 @@
-"""Scores of an iteration's clips: from this process or from servers, while the next clips are drawn.
+"""Scores of an iteration's clips, from this process or from servers, behind the rollout.
 
 Imports rewards and every floor below. Read `scorer.py` first, then `sources.py`.
 """

@@ -1,8 +1,8 @@
 """Latents to pixels to rewards, overlapped with the rollout of the next batch.
 
-A score that could not be had is NaN and invalid; nothing stands in for it. Invalid samples are left out of their
-group's statistics and of the loss, and counted. A part of weight 0 is a monitor: it is scored and logged, and a sample
-without it is as good as any.
+A missing score is NaN and invalid; no other value takes its place. Invalid samples are left out of
+their group's statistics and of the loss, and counted. A part of weight 0 is a monitor: its scores
+are logged, and a sample may lack them.
 """
 
 import logging
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,35 +26,37 @@ from fastgrpo.training.scoring.sources import EVENTS, NoScores, Source
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scored:
     """All ranks' scores, in the order of the slots."""
 
     values: dict[str, Tensor]  # part -> float32 [N], NaN where invalid
     valid: Tensor  # bool [N]: every part that has a weight has a score
-    seconds: float = 0.0  # in which something was being scored, mean of the ranks
-    waited: float = 0.0  # of these, seconds in which nothing else was done, mean of the ranks
-    events: dict[str, int] = field(default_factory=dict)  # what went wrong on the way, sums of the ranks
+    seconds: float = 0.0  # spent scoring, mean of the ranks
+    waited: float = 0.0  # seconds of these in which the rank did nothing else, mean of the ranks
+    events: dict[str, int] = field(default_factory=dict)  # by the names of EVENTS, summed
 
     @property
     def hidden_share(self) -> float:
-        """How much of the scoring time passed behind rollout and decoding, 0 to 1."""
+        """The share of the scoring time that passed behind rollout and decoding, 0 to 1."""
         return 1.0 - min(self.waited / self.seconds, 1.0) if self.seconds > 0.0 else 1.0
 
     def weighted_sum(self, weights: dict[str, float]) -> Tensor:
         """Sum of weight x part, for display.  returns float32 [N]"""
-        return torch.stack([weight * self.values[part] for part, weight in weights.items() if weight]).sum(0)
+        weighted = [weight * self.values[part] for part, weight in weights.items() if weight]
+        return torch.stack(weighted).sum(0)
 
     def metrics(self) -> dict[str, float]:
-        """The time that scoring took, and how many samples of each part, and requests, went wrong."""
-        invalid = {f"invalid/{part}": float(values.isnan().sum()) for part, values in self.values.items()}
-        timing = {"scoring/seconds": self.seconds, "scoring/hidden_share": self.hidden_share}
-        return timing | invalid | {f"scoring/{name}": float(count) for name, count in self.events.items()}
+        """Seconds of scoring, the invalid scores of each part, and the events, by metric."""
+        metrics = {"scoring/seconds": self.seconds, "scoring/hidden_share": self.hidden_share}
+        for part, values in self.values.items():
+            metrics[f"invalid/{part}"] = float(values.isnan().sum())
+        return metrics | {f"scoring/{name}": float(count) for name, count in self.events.items()}
 
 
 @dataclass
 class Batch:
-    """Samples that are being scored, by each source on its own."""
+    """B samples that each source scores on its own."""
 
     slots: list[int]
     finite: Tensor  # bool [B], in host memory once `copied`
@@ -61,38 +64,61 @@ class Batch:
 
 
 class Scorer:
-    """Scores batches in background threads; `collect` waits for all and puts the ranks' results together."""
+    """Scoring of batches in background threads; `collect` waits for the scores of all ranks."""
 
-    def __init__(self, sources: Sequence[Source], specs: Sequence[RewardSpec], fps: float, world: World) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        specs: Sequence[RewardSpec],
+        fps: float,
+        world: World,
+    ) -> None:
         self.sources = sources
         self.wanted = {spec.name: list(spec.weights) for spec in specs}
         self.parts = [part for spec in specs for part in spec.weights]
         self.weighed = [column for column, part in enumerate(self.parts) if _weights(specs)[part]]
         self.fps = fps
         self.world = world
+        device = (world.device,)
         self.threads = [
-            ThreadPoolExecutor(source.at_once, "scoring", _take_device, (world.device,)) for source in sources
+            ThreadPoolExecutor(
+                source.at_once,
+                thread_name_prefix="scoring",
+                initializer=_take_device,
+                initargs=device,
+            )
+            for source in self.sources
         ]
         self.pending: list[Batch] = []
-        self.spans: list[tuple[float, float]] = []  # when scores were being made, of time.perf_counter
+        self.spans: list[tuple[float, float]] = []  # (start, end) of scoring, by perf_counter
         self._lock = threading.Lock()
 
-    def submit(self, slots: list[int], latents: Tensor, pixels: Tensor, prompts: Sequence[str]) -> None:
-        """Start scoring a batch; a clip whose latents are not finite has no score, whatever its pixels look like.
+    def submit(
+        self,
+        slots: list[int],
+        latents: Tensor,
+        pixels: Tensor,
+        prompts: Sequence[str],
+    ) -> None:
+        """Start scoring a batch of B slots. A clip whose latents are not finite gets no score.
 
-        latents: [B, C, F, H, W] and their pixels, uint8 [B, F, H, W, 3], for the B slots
+        latents: [B, C, F, H, W];  pixels: the decoded latents, uint8 [B, F, H, W, 3]
         """
         clips, finite = to_host(pixels), to_host(torch.isfinite(latents).flatten(1).all(1))
         copied = _mark(pixels)
-        answers = [
-            threads.submit(self._score, source, clips, list(prompts), copied)
-            for source, threads in zip(self.sources, self.threads, strict=True)
-        ]
+        answers = []
+        for source, threads in zip(self.sources, self.threads, strict=True):
+            score = partial(self._score, source, clips, prompts=list(prompts), copied=copied)
+            answers.append(threads.submit(score))
         self.pending.append(Batch(slots, finite, answers))
 
     def _score(
         self, source: Source, pixels: Tensor, prompts: list[str], copied: torch.cuda.Event | None
     ) -> dict[str, Scores]:
+        """One source's scores by reward, timed.
+
+        pixels: uint8 [B, F, H, W, 3] in host memory;  copied: the moment at which they are there
+        """
         if copied is not None:
             copied.synchronize()
         start = time.perf_counter()
@@ -102,15 +128,16 @@ class Scorer:
             with self._lock:
                 self.spans.append((start, time.perf_counter()))
 
-    def collect(self, total: int, here: Callable[[], None] = lambda: None) -> Scored:
-        """Wait for this rank's batches and gather the ranks'. Raises a rank's UserError on every rank.
+    def collect(self, total: int, when_own: Callable[[], None] = lambda: None) -> Scored:
+        """Wait for this rank's batches and gather all ranks' scores.
 
-        here: called once this rank's own scores are there
+        when_own: called once this rank's own scores are complete
+        Raises a rank's UserError on every rank.
         """
         start = time.perf_counter()
         error, rows = self._wait()
         waited = time.perf_counter() - start
-        here()
+        when_own()
         try:
             self.world.raise_if_any_failed(error)
         except UserError as failure:
@@ -123,10 +150,10 @@ class Scorer:
         seconds, waited, events = self._account(waited)
         values = {part: everything[:, column] for column, part in enumerate(self.parts)}
         valid = torch.isfinite(everything[:, self.weighed]).all(1)
-        return Scored(values, valid, seconds, waited, events)
+        return Scored(values=values, valid=valid, seconds=seconds, waited=waited, events=events)
 
     def _wait(self) -> tuple[UserError | None, Tensor]:
-        """(what ends the run, float32 [this rank's samples, parts] with NaN where a score is invalid)."""
+        """(the error that ends the run; float32 scores [own samples, parts], NaN where invalid)."""
         error, tables = None, [torch.empty(0, len(self.parts))]
         for batch in self.pending:
             table = torch.full((len(batch.slots), len(self.parts)), float("nan"))
@@ -137,22 +164,24 @@ class Scorer:
                     continue
                 except UserError as mistake:
                     error = mistake
-                except Exception as failure:  # a bug of ours; the other ranks must not wait for this one for ever
+                except Exception as failure:  # our bug; other ranks must not wait for ever
                     log.exception("scoring failed")
-                    error = error or UserError(f"rewards: scoring raised {type(failure).__name__}; see the log above.")
+                    problem = f"scoring raised {type(failure).__name__}; see the log above"
+                    error = error or UserError(f"rewards: {problem}.")
                 if error is not None:
                     self.close()
             tables.append(table.masked_fill(~batch.finite[:, None], float("nan")))
         return error, torch.cat(tables)
 
     def _fill(self, table: Tensor, answer: dict[str, Scores]) -> None:
-        """Put one source's scores into their columns."""
+        """Put one source's scores into their columns.  table: float32 [B, parts], in place"""
         for name, scores in answer.items():
             for part in self.wanted[name]:
-                table[:, self.parts.index(part)] = scores.values[part].float().masked_fill(~scores.valid, float("nan"))
+                values = scores.values[part].float().masked_fill(~scores.valid, float("nan"))
+                table[:, self.parts.index(part)] = values
 
     def _account(self, waited: float) -> tuple[float, float, dict[str, int]]:
-        """(seconds of scoring, seconds waited for it: means of the ranks; events: sums of the ranks)."""
+        """(seconds of scoring, seconds waited, events): means of the ranks, and sums of events."""
         with self._lock:
             spans, self.spans = self.spans, []
         taken = [source.take_events() for source in self.sources]
@@ -160,9 +189,11 @@ class Scorer:
         row = torch.tensor([[union_length(spans), waited, *counts]], dtype=torch.float32)
         rows = self.world.combine(row, [self.world.rank], self.world.size)
         seconds, waited = rows[:, :2].mean(0).tolist()
-        return seconds, waited, {name: int(count) for name, count in zip(EVENTS, rows[:, 2:].sum(0), strict=True)}
+        events = {name: int(n) for name, n in zip(EVENTS, rows[:, 2:].sum(0), strict=True)}
+        return seconds, waited, events
 
     def close(self) -> None:
+        """End the threads; what they have not begun is not scored."""
         for threads in self.threads:
             threads.shutdown(wait=False, cancel_futures=True)
 
@@ -172,13 +203,16 @@ def _weights(specs: Sequence[RewardSpec]) -> dict[str, float]:
 
 
 def _take_device(device: torch.device) -> None:
-    """Begin a thread on this rank's GPU: on the first one, where a thread begins, even waiting makes a context."""
+    """Begin a thread on this rank's GPU; otherwise even waiting makes a context on the first."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
 def _mark(tensor: Tensor) -> torch.cuda.Event | None:
-    """The moment at which what was queued so far on the tensor's GPU is done."""
+    """The moment at which the work queued so far on the tensor's GPU is done.
+
+    tensor: [...];  returns None for a tensor in host memory
+    """
     if not tensor.is_cuda:
         return None
     event = torch.cuda.Event()
@@ -187,7 +221,7 @@ def _mark(tensor: Tensor) -> torch.cuda.Event | None:
 
 
 def union_length(spans: Sequence[tuple[float, float]]) -> float:
-    """How long at least one of the spans lasted."""
+    """The seconds in which at least one of the spans lasted."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(end - max(start, reached), 0.0)

@@ -233,7 +233,7 @@ def test_clips_of_a_runs_evaluation_know_their_prompt_and_size(
         (kept / f"00{number}.mp4").write_bytes((folder / f"{number}.mp4").read_bytes())
     clips = ["step-3/000.mp4", "step-3/001.mp4"]
     prompts = [caption for caption in CAPTIONS for _ in range(2)]  # two seeds each
-    Evaluation(3, prompts=prompts, seeds=[0, 1] * 3, scores={}, weights={}, clips=clips).write(
+    Evaluation(iteration=3, prompts=prompts, seeds=[0, 1] * 3, scores={}, weights={}, clips=clips).write(
         kept.with_suffix(".json")
     )
     rows = scored(capsys, kept, "--reward", "tiny_world")["files"]

@@ -241,8 +241,8 @@ def test_scoring_runs_beside_the_rollout_and_changes_no_score(
 def test_several_batches_are_scored_at_a_time_where_the_source_allows() -> None:
     spans = [(0.0, 1.0), (0.5, 2.0), (3.0, 4.0), (3.2, 3.5)]
     assert union_length(spans) == 3.0 and union_length([]) == 0.0
-    assert Scored({}, torch.ones(0), 4.0, 1.0).hidden_share == 0.75
-    assert Scored({}, torch.ones(0)).hidden_share == 1.0
+    assert Scored(values={}, valid=torch.ones(0), seconds=4.0, waited=1.0).hidden_share == 0.75
+    assert Scored(values={}, valid=torch.ones(0)).hidden_share == 1.0
 
 
 class Pool:
@@ -424,12 +424,12 @@ def test_a_run_goes_on_without_the_samples_that_have_no_score(tmp_path: Path) ->
 
 def test_too_many_samples_without_a_score_end_the_run() -> None:
     settings = config.load(runs.RECIPE, ["server.max_invalid=0.2"])
-    check_validity(settings, Scored({}, torch.arange(10) >= 2), 7)
+    check_validity(settings, Scored(values={}, valid=torch.arange(10) >= 2), 7)
     with pytest.raises(
         UserError,
         match=r"server\.max_invalid=0\.2: 30% of the samples of iteration 7 have no valid score",
     ):
-        check_validity(settings, Scored({}, torch.arange(10) >= 3), 7)
+        check_validity(settings, Scored(values={}, valid=torch.arange(10) >= 3), 7)
 
 
 @pytest.mark.parametrize("where", ["process", "server"])
