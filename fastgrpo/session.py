@@ -194,7 +194,6 @@ def _open_tracker(recipe: Recipe, world: World, start: int) -> Tracker:
             total_iterations=recipe.run.iterations,
             start_iteration=start,
             wandb=_wandb(recipe),
-            config=recipe.model_dump(mode="json"),
         )
     except UserError as error:
         mistake = error
@@ -207,4 +206,9 @@ def _wandb(recipe: Recipe) -> Wandb | None:
     """Where the run appears in wandb; None where the recipe does not ask for it."""
     if not recipe.track.wandb:
         return None
-    return Wandb(project=recipe.track.project, name=recipe.run.dir.name, entity=recipe.track.entity)
+    return Wandb(
+        project=recipe.track.project,
+        name=recipe.run.dir.name,
+        entity=recipe.track.entity,
+        config=recipe.model_dump(mode="json"),
+    )

@@ -190,10 +190,15 @@ class Flux:
         return config.latent_channels, *diffusers_folder.latent_size(video, factor, 1, PATCH)
 
     def time_grid(self, steps: int, shift: float | None, shape: tuple[int, ...]) -> Tensor:
+        """Times of the sampler, float32 [steps + 1] from 1 to 0.  shape: (C, F, H, W)"""
         _, _, height, width = shape
         return self.schedule.grid(steps, shift, (height // PATCH) * (width // PATCH))
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Predict the velocity, see `Policy`.
+
+        x: [B, C, F, H, W] float32;  t: [B];  returns like x
+        """
         height, width = x.shape[-2] // PATCH, x.shape[-1] // PATCH
         text = condition["text"].to(self.dtype)
         guidance = None
@@ -216,6 +221,7 @@ class Flux:
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
+        """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
         vae: Any = self.vae
         vae.use_tiling = max(x.shape[-2:]) > TILED_ABOVE
         latents = (x / vae.config.scaling_factor + vae.config.shift_factor).squeeze(2).to(vae.dtype)
@@ -231,7 +237,10 @@ def pack(x: Tensor) -> Tensor:
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`.  height, width: in tokens"""
+    """The inverse of `pack`: tokens [B, H/2 * W/2, 4 C] to [B, C, 1, H, W].
+
+    height, width: in tokens
+    """
     return rearrange(
         tokens, "b (h w) (c p q) -> b c 1 (h p) (w q)", h=height, w=width, p=PATCH, q=PATCH
     )

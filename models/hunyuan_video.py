@@ -142,9 +142,14 @@ class HunyuanVideo:
         return net.out_channels, *size
 
     def time_grid(self, steps: int, shift: float | None, shape: tuple[int, ...]) -> Tensor:
+        """Times of the sampler, float32 [steps + 1] from 1 to 0.  shape: (C, F, H, W)"""
         return transitions.time_grid(steps, shift or self.shift)
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Predict the velocity, see `Policy`.
+
+        x: [B, C, F, H, W] float32;  t: [B];  returns like x
+        """
         if self.cfg == 1:
             return self._predict(x, t, condition["text"], condition["pooled"], ())
         assert self.negative is not None
@@ -188,6 +193,7 @@ class HunyuanVideo:
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
+        """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
         vae: Any = self.vae
         (vae.enable_tiling if max(x.shape[-2:]) > TILED_ABOVE else vae.disable_tiling)()
         parts = x.split(self.decode_batch or len(x))

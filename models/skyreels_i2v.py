@@ -52,6 +52,10 @@ class SkyReels(HunyuanVideo):
     """The `fastgrpo.core.policy.Policy` of this family."""
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Predict the velocity, see `Policy`.
+
+        x: [B, C, F, H, W] float32;  t: [B];  returns like x
+        """
         first = condition["image"].to(x.dtype)  # [B, C, 1, H, W]
         return super().velocity(
             torch.cat([x, pad(first, (0, 0, 0, 0, 0, x.shape[2] - 1))], 1), t, condition

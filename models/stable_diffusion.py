@@ -93,7 +93,7 @@ class Schedule:
         )  # [timesteps + 1], the last at t = 0
 
     def timestep(self, t: Tensor) -> Tensor:
-        """The network's timestep, a whole number in float32.  t: any shape"""
+        """The network's timestep, a whole number in float32.  t: [...];  returns like t"""
         return (t * self.timesteps).round()
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -166,6 +166,7 @@ class StableDiffusion:
         return config.latent_channels, *diffusers_folder.latent_size(video, factor, 1, 1)
 
     def time_grid(self, steps: int, shift: float | None, shape: tuple[int, ...]) -> Tensor:
+        """Times of the sampler, float32 [steps + 1] from 1 to 0.  shape: (C, F, H, W)"""
         if shift is not None:
             raise UserError(
                 f"rollout.shift={shift}: Stable Diffusion's times are its scheduler's timesteps, "
@@ -175,8 +176,9 @@ class StableDiffusion:
         return self.schedule.grid(steps)
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Not a velocity but what the network predicts, noise or v: `transition` and
-        `clean_estimate` know which.
+        """Predict noise or v, as the network does: `transition` and `clean_estimate` know which.
+
+        x: [B, C, 1, H, W] float32;  t: [B];  returns like x
         """
         text = condition["text"]
         if self.cfg == 1:
@@ -200,8 +202,9 @@ class StableDiffusion:
     def transition(
         self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float
     ) -> tuple[Tensor, Tensor]:
-        """One step of DDIM, see `flow.ddim_transition`.
+        """One step of DDIM, see `transitions.ddim_transition`.
 
+        x, v: [B, C, 1, H, W];  t, t_next: scalars or [B];  returns mean like x, and std
         At eta <= 1 the noise's share of x_next is never negative.
         """
         if not 0 <= eta <= 1:
@@ -223,10 +226,12 @@ class StableDiffusion:
         return alpha.sqrt() * v + (1 - alpha).sqrt() * x
 
     def clean_estimate(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        """The x_0 that the prediction implies.  x, v: [B, C, 1, H, W];  t: [B] or a scalar"""
         return self.transition(x, v, t, torch.zeros_like(t), 0.0)[0]
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
+        """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
         vae: Any = self.vae
         latents = (x / vae.config.scaling_factor).squeeze(2).to(vae.dtype)
         parts = latents.split(self.decode_batch or len(x))

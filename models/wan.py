@@ -191,9 +191,14 @@ class Wan:
         return config.z_dim, *size
 
     def time_grid(self, steps: int, shift: float | None, shape: tuple[int, ...]) -> Tensor:
+        """Times of the sampler, float32 [steps + 1] from 1 to 0.  shape: (C, F, H, W)"""
         return self.schedule.grid(steps, shift)
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Predict the velocity, see `Policy`.
+
+        x: [B, C, F, H, W] float32;  t: [B];  returns like x
+        """
         text = self._padded(condition["text"])
         if self.cfg == 1:
             return self._predict(x, t, text)
@@ -224,6 +229,7 @@ class Wan:
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
+        """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
         self.vae.use_tiling = max(x.shape[-2:]) > TILED_ABOVE
         latents = (x * self.latent_std + self.latent_mean).to(self.vae.dtype)
         parts = latents.split(self.decode_batch or len(x))

@@ -259,7 +259,7 @@ def _itself(mode: str, name: str, ranks: int) -> dict[str, float]:
 
 def against_simulation(names: Sequence[str]) -> None:
     """Print simulated and planned memory and FLOPs of each family, on 8 ranks."""
-    from fastgrpo.tools.plan.simulation.rank import Sizes, simulate
+    from fastgrpo.tools.plan.simulation.rank import Ranks, Sizes, simulate
 
     head = ("update GiB", "forward TF", "update TF", "rollout GiB")
     print(
@@ -270,9 +270,7 @@ def against_simulation(names: Sequence[str]) -> None:
         recipe = config.load(
             ROOT / "launch" / f"{recipe_name}.toml", [*overrides, "distributed.prefetch=0"]
         )
-        exact = simulate(
-            recipe, config=settings, sizes=Sizes(latent, text), gpus=8, ranks_per_node=8
-        )
+        exact = simulate(recipe, settings, Sizes(latent, text), Ranks(8, 8))
         closed = job(recipe, settings, latent, text, 8)
         batch, drawn = recipe.optimizer.batch_size, recipe.rollout.at_once
         pairs = (
@@ -293,7 +291,7 @@ def against_simulation(names: Sequence[str]) -> None:
 
 def table(sizes: Sequence[int]) -> None:
     """Print the whole HunyuanVideo at 480 x 480 x 53 on 64 ranks: FSDP over all, and sp as asked."""
-    from fastgrpo.tools.plan.simulation.rank import HELD, PASSES, Sizes, simulate
+    from fastgrpo.tools.plan.simulation.rank import HELD, PASSES, Ranks, Sizes, simulate
 
     latent = (16, 14, 60, 60)
     for sp in sizes:
@@ -304,10 +302,8 @@ def table(sizes: Sequence[int]) -> None:
             recipe,
             config=HUNYUAN,
             sizes=Sizes(latent, 256),
-            gpus=64,
-            ranks_per_node=8,
+            ranks=Ranks(64, 8, units=("context_embedder",)),
             passes=passes,
-            units=("context_embedder",),
         )
         closed = job(recipe, HUNYUAN, latent, 256, 64)
         closed = Job(**{**vars(closed), "network": closed.network.set_apart("context_embedder")})

@@ -150,7 +150,7 @@ def _simulate(plan: "Plan") -> dict[str, Any]:
     # none is changed
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     from fastgrpo.tools.plan import phases
-    from fastgrpo.tools.plan.simulation.rank import Sizes, simulate
+    from fastgrpo.tools.plan.simulation.rank import Ranks, Sizes, simulate
     from fastgrpo.tools.plan.subject import network_config
 
     recipe, network = job.recipe, network_config(job.recipe)[0]
@@ -159,9 +159,7 @@ def _simulate(plan: "Plan") -> dict[str, Any]:
         recipe,
         network,
         Sizes(job.latent, job.text),
-        gpus=job.gpus,
-        ranks_per_node=job.ranks_per_node,
-        whole=whole,
+        Ranks(job.gpus, job.ranks_per_node, whole),
     )
     return {
         "compared": _compared(job, exact, whole),

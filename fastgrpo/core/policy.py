@@ -97,10 +97,17 @@ class Policy(Protocol):
     def transition(
         self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, eta: float
     ) -> tuple[Tensor, Tensor]:
-        """Mean and std of p(x_next | x), see fastgrpo.algorithm.transitions."""
+        """Mean and std of p(x_next | x), see fastgrpo.algorithm.transitions.
+
+        x, v: [B, C, F, H, W] float32;  t, t_next: scalars or [B]
+        returns mean like x, and std, which broadcasts against it
+        """
 
     def clean_estimate(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
-        """The x_0 that the prediction implies: the deterministic last step, from time t to 0."""
+        """The x_0 that the prediction implies: the deterministic last step, from time t to 0.
+
+        x, v: [B, C, F, H, W] float32;  t: a scalar or [B];  returns like x
+        """
 
     def decode(self, x: Tensor) -> Tensor:
         """Latents [B, C, F, H, W] to pixels, uint8 [B, F, H, W, 3]."""

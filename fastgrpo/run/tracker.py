@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 Row = dict[str, float]  # one line of metrics.jsonl; NaN where it says null
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Wandb:
     """A run's address in wandb.
 
@@ -50,6 +50,7 @@ class Wandb:
     name: str | None = None  # None: the name of the run's folder
     entity: str | None = None  # None: the user's default
     mode: Literal["online", "offline"] = "online"
+    config: Mapping[str, object] = field(default_factory=dict)  # the resolved recipe
 
 
 class Tracker:
@@ -61,7 +62,6 @@ class Tracker:
     and a last line cut off by a kill, are dropped, so that a resumed run has each iteration once.
     wandb: None leaves wandb alone (it is not even imported). Without a key the run is kept offline
     in run_dir/wandb.
-    config: what wandb shows as the run's configuration, the resolved recipe.
     console: where to show progress; standard output when None. A live display on a terminal, plain
     lines otherwise. Use it as a context manager, or call close(): a live display leaves the
     terminal without a cursor until then.
@@ -74,7 +74,6 @@ class Tracker:
         total_iterations: int,
         start_iteration: int = 0,
         wandb: Wandb | None = None,
-        config: Mapping[str, object] | None = None,
         console: Console | None = None,
     ) -> None:
         self.run_dir, self.main, self.total = run_dir, main, total_iterations
@@ -89,7 +88,7 @@ class Tracker:
         self._file = path.open("a", encoding="utf-8")
         self._console = console or Console()
         if wandb is not None:
-            self._wandb = start_wandb(run_dir, wandb, config or {})
+            self._wandb = start_wandb(run_dir, wandb)
             if self._wandb.settings.mode == "offline":
                 self.message(
                     f"wandb: offline; upload later with: wandb sync {self._wandb.settings.sync_dir}"
@@ -219,7 +218,7 @@ def _lines(path: Path) -> list[tuple[str, Row]]:
     return rows
 
 
-def start_wandb(run_dir: Path, settings: Wandb, config: Mapping[str, object]) -> "WandbRun":
+def start_wandb(run_dir: Path, settings: Wandb) -> "WandbRun":
     """Start wandb, or continue the run of run_dir/wandb_id.txt; its files are in run_dir/wandb."""
     # wandb's service logs there
     with _environment(WANDB_CACHE_DIR=str(run_dir / "wandb" / "cache")):
@@ -242,7 +241,7 @@ def start_wandb(run_dir: Path, settings: Wandb, config: Mapping[str, object]) ->
                 # offline pieces with one id are joined by wandb sync
                 resume="allow" if online else None,
                 mode="online" if online else "offline",
-                config=dict(config),
+                config=dict(settings.config),
                 settings=quiet,
             )
 

@@ -31,6 +31,10 @@ class TrimmedAttention(HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """Video tokens [B, N, C] and text [B, L, C] after attention.
+
+        image_rotary_emb: cosines and sines of the video tokens, [N, D] each
+        """
         attend = super().__call__
         return self.by_branch(
             lambda video, text: attend(attn, video, text, None, image_rotary_emb),
@@ -83,7 +87,10 @@ class SharedAttention:
     def _attend(
         self, attn: Any, video: Tensor, text: Tensor, table: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
-        """Attention of rows whose texts are of one length, see `__call__`."""
+        """Attention of rows whose texts are of one length.
+
+        video: [B, n, C];  text: [B, L, C];  table: [n, D] each;  returns like video and text
+        """
         own, length = video.shape[1], text.shape[1]
         dual = attn.add_q_proj is not None
         q, k, v = joint.heads(attn, video if dual else torch.cat([video, text], 1))

@@ -77,7 +77,7 @@ def unadapted(name: str) -> str:
 
 
 def initial(name: str, shape: Sequence[int]) -> Tensor:
-    """What an adapter's parameter starts with, the whole of it, float32 on the CPU.
+    """An adapter's parameter as training begins: the whole [out, in], float32 on the CPU.
 
     B starts at 0, so the network's output does not change; A is uniform within +- 1 / sqrt(in), as
     peft has it, but a function of the layer's name alone: every rank and every attempt of a run
@@ -153,7 +153,7 @@ def save_adapters(
     multiplied into B, so that every program that knows this layout, with or without a notion of
     alpha, applies the adapters as trained.
 
-    state: plain tensors on any device, see above;  part: the family's NETWORK, "transformer" or
+    state: plain tensors [rank, in] and [out, rank] on any device, see above;  part: the family's NETWORK, "transformer" or
     "unet"
     """
     adapters = {}
@@ -176,8 +176,9 @@ def save_adapters(
 
 
 def merged(name: str, base: Tensor, state: Mapping[str, Tensor], settings: Lora) -> Tensor:
-    """A parameter of the network without adapters, with its layer's adapter folded in: W + alpha /
-    rank * B A.
+    """A parameter with its layer's adapter folded in: W + alpha / rank * B A.
+
+    base: W [out, in], of the network without adapters
 
     Computed in float32 and returned in the dtype of `base`: give base.float() to lose nothing to
     rounding. A parameter without an adapter is returned as it is. Needs this one tensor in memory,

@@ -138,8 +138,9 @@ def fill(network: Any, device: torch.device, show: Show = lambda _: None) -> Byt
 
 
 def _own_rows(tensor: Tensor) -> tuple[Tensor, slice | EllipsisType]:
-    """This rank's part of a tensor, and which rows of the whole it is: FSDP2 deals them out as
-    torch.chunk does.
+    """This rank's part [n, ...] of a tensor [N, ...], and which rows of the whole it has.
+
+    FSDP2 deals rows out as torch.chunk does.
     """
     if not isinstance(tensor, DTensor):
         return tensor, ...

@@ -89,8 +89,9 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def mapped(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file of weights, on the CPU, mapped into memory; they go when the last of
-    them does.
+    """The tensors of a file of weights, each of its shape [...], on the CPU, mapped into memory.
+
+    The mapping goes with the last of the tensors.
 
     Raises UserError for a damaged file, and for a .bin in torch's format of before 2020, which
     cannot be mapped.

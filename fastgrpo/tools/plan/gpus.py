@@ -33,25 +33,25 @@ class Achieved:
     """
 
     rollout: float = 0.50
-    """Of the peak, forwards without gradients."""
+    """Share of the peak FLOP/s in forwards without gradients."""
     update: float = 0.45
-    """Of the peak, forward and backward, in whose time recomputation counts as work."""
+    """Share of the peak FLOP/s in forward and backward, where recomputation counts as work."""
     decode: float = 0.30
-    """Of the peak, a VAE's convolutions."""
+    """Share of the peak FLOP/s in a VAE's convolutions."""
     reward: float = 0.30
-    """Of the peak, a reward's network."""
+    """Share of the peak FLOP/s in a reward's network."""
     link: float = 0.80
-    """Of the bandwidth to the node's other GPUs."""
+    """Share of the bandwidth to the node's other GPUs."""
     network: float = 0.85
-    """Of the bandwidth to other nodes."""
+    """Share of the bandwidth to other nodes."""
     memory: float = 0.75
-    """Of the memory's bandwidth: the optimizer's step."""
+    """Share of the memory's bandwidth in the optimizer's step."""
     disk_gbs: float = 2.0
     """What a node reads and writes of weights and checkpoints, 10^9 bytes per second; no share."""
     reserve_gib: float = 2.5
     """CUDA context, NCCL's and cuBLAS' buffers; no share."""
     fragmentation: float = 0.05
-    """Of the memory in use: what the allocator holds and cannot give."""
+    """Share of the memory in use that the allocator holds and cannot give."""
 
 
 GPUS = (

@@ -43,7 +43,7 @@ AVERAGE_BYTES = 12  # and of the moving average
 
 @dataclass(frozen=True)
 class Phase:
-    """Of one rank and iteration; loading is once per run, saving once per checkpoint."""
+    """A phase of one rank and iteration; loading is once per run, saving once per checkpoint."""
 
     name: str
     memory: dict[str, float] = field(default_factory=dict)  # bytes on the GPU at the peak, by kind
@@ -282,7 +282,7 @@ def _update_work(job: Job) -> tuple[float, int]:
 
 
 def _step_seconds(job: Job, machine: Machine, batches: int) -> float:
-    """Of clipping and AdamW, which wait for memory; with offloading also of the way to the host and
+    """Seconds of clipping and AdamW, which wait for memory; with offloading also of the way to the host and
     back.
     """
     trained = sum(reduced_bytes(job, unit) for unit in job.network.units) / 4 / job.shards
@@ -308,6 +308,6 @@ def _save(subject: Subject, machine: Machine) -> Phase:
 
 
 def iteration_seconds(found: Iterable[Phase], every: int) -> float:
-    """Of the phases that each iteration has, and its share of a checkpoint."""
+    """Seconds of the phases that each iteration has, and its share of a checkpoint."""
     shares = {"load": 0.0, "save": 1.0 / every}
     return sum(phase.seconds * shares.get(phase.name, 1.0) for phase in found)

@@ -59,12 +59,12 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of an iteration."""
+        """Seconds of an iteration."""
         return iteration_seconds(self.phases, self.every)
 
     @property
     def gpu_hours(self) -> float:
-        """Of the run, loading included; evaluations and the encoding of prompts are not."""
+        """Seconds of the run, loading included; evaluations and the encoding of prompts are not."""
         load = sum(phase.seconds for phase in self.phases if phase.name == "load")
         return (self.seconds * self.iterations + load) * self.subject.job.gpus / 3600
 

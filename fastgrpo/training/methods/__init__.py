@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from fastgrpo.core import registry
 from fastgrpo.core.config import Recipe
+from fastgrpo.core.config.window import noisy_count
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.method import Traits, check_noise
-from fastgrpo.core.window import noisy_count
 
 if TYPE_CHECKING:
     from fastgrpo.training.method import Method

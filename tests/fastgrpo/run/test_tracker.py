@@ -137,7 +137,7 @@ def test_a_terminal_gets_a_live_display(tmp_path: Path) -> None:
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Tracker(
-        tmp_path / "run", main=False, total_iterations=10, start_iteration=0, wandb=Wandb("p")
+        tmp_path / "run", main=False, total_iterations=10, start_iteration=0, wandb=Wandb(project="p")
     ) as tracked:
         tracked.log(0, METRICS)
         tracked.message("no")
@@ -230,7 +230,7 @@ from pathlib import Path
 import torch
 from fastgrpo.run.tracker import Tracker, Wandb
 start, end = int(sys.argv[2]), int(sys.argv[3])
-with Tracker(Path(sys.argv[1]), True, 6, start, Wandb(project="p"), config={"seed": 7}) as tracked:
+with Tracker(Path(sys.argv[1]), True, 6, start, Wandb(project="p", config={"seed": 7})) as tracked:
     for i in range(start, end):
         tracked.log(i, {"reward/sum": i / 3, "seconds/total": 2.0 + i})
     clips = torch.zeros(2, 3, 32, 32, 3, dtype=torch.uint8)

@@ -83,7 +83,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one rank."""
+    """FLOPs of one rank, by what makes them."""
 
     products: float = 0.0
     attention: float = 0.0

@@ -54,6 +54,7 @@ class Sent(TorchDispatchMode):
 
 
 def _tensors(arguments: Any) -> Iterator[Tensor]:
+    """The tensors, of any shape [...], in an operator's nested arguments."""
     if isinstance(arguments, Tensor):
         yield arguments
     elif isinstance(arguments, list | tuple):
@@ -74,7 +75,7 @@ def _group(arguments: Any) -> dist.ProcessGroup:
 def _attention_flops(
     q: Any, k: Any, v: Any, *_: object, out_shape: object = None, **__: object
 ) -> int:
-    """Of the CPU's flash attention, which FlopCounterMode leaves out.
+    """FLOPs of the CPU's flash attention, which FlopCounterMode leaves out.
 
     q: [B, H, S, D];  k: [B, H, L, D]
     """

@@ -53,6 +53,17 @@ class Sizes:
     text: int  # tokens of the longest text
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of which the first is simulated, and how they hold the weights."""
+
+    gpus: int
+    ranks_per_node: int
+    whole: bool = True  # the rollout's forward has the whole weights, gathered before it
+    units: tuple[str, ...] = ()
+    """Modules outside the family's blocks to shard on their own as well, by their names."""
+
+
 @dataclass
 class Simulated:
     """One rank.
@@ -86,40 +97,31 @@ def simulate(
     recipe: Recipe,
     config: Mapping[str, Any],
     sizes: Sizes,
-    gpus: int,
-    ranks_per_node: int,
+    ranks: Ranks,
     passes: Sequence[str] = PASSES,
-    units: Sequence[str] = (),
-    whole: bool = True,
 ) -> Simulated:
-    """The first of `gpus` ranks: one forward of the rollout, and one micro-batch and optimizer step
-    of the update.
+    """Simulate one forward of the rollout, one micro-batch and one optimizer step of the update.
 
     config: of the network's class;  passes: some of PASSES, minutes each for a network of 60 blocks
-    units: modules outside the family's blocks to shard on their own as well, by their names in the
-    network
-    whole: the rollout's forward has the whole weights, gathered before it; else it gathers them
-    block by block
     Raises UserError where sp and shard do not divide the ranks, or sp the network's heads.
     """
     start, found = time.perf_counter(), Simulated()
+    whole = ranks.whole
     rollout = (partial(_rollout_memory, whole=whole), partial(_rollout_work, whole=whole))
     does: tuple[Pass, ...] = (_update_memory, _update_work, *rollout, _held_memory)
     actions = dict(zip((*PASSES, HELD), does, strict=True))
     for name in passes:
-        with _rank(recipe, config, units, gpus, ranks_per_node) as policy:
+        with _rank(recipe, config, ranks) as policy:
             actions[name](recipe, policy, sizes, found)
     found.seconds = time.perf_counter() - start
     return found
 
 
 @contextmanager
-def _rank(
-    recipe: Recipe, config: Mapping[str, Any], units: Sequence[str], gpus: int, ranks_per_node: int
-) -> Iterator[Policy]:
+def _rank(recipe: Recipe, config: Mapping[str, Any], ranks: Ranks) -> Iterator[Policy]:
     """The sharded policy of rank 0, made of fake tensors, in a world of its own."""
-    settings = recipe.distributed
-    replicas, shards = mesh_shape(settings, gpus, min(ranks_per_node, gpus))
+    settings, gpus = recipe.distributed, ranks.gpus
+    replicas, shards = mesh_shape(settings, gpus, min(ranks.ranks_per_node, gpus))
     dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
     try:
         if replicas == 1:
@@ -135,7 +137,7 @@ def _rank(
         world = World(rank=0, size=gpus, device=CPU, mesh=mesh, sp=sp)
         with FakeTensorMode(), CPU:
             policy = outline(recipe, config)
-            more = [policy.network.get_submodule(unit) for unit in units]
+            more = [policy.network.get_submodule(unit) for unit in ranks.units]
             policy.blocks = [*more, *policy.blocks]  # type: ignore[misc]
             sharding.shard(policy, world, recipe.model.torch_dtype)
             sharding.prefetch(policy, recipe.distributed.prefetch)
@@ -169,8 +171,9 @@ def outline(recipe: Recipe, config: Mapping[str, Any]) -> Policy:
 def inputs(
     recipe: Recipe, policy: Policy, sizes: Sizes, batch: int
 ) -> tuple[Tensor, Tensor, Condition]:
-    """A batch as `Policy.velocity` takes it; sets the unconditional branch's condition where there
-    is one.
+    """Make a batch as `Policy.velocity` takes it, and set the unconditional branch's condition.
+
+    returns x [B, C, F, H, W], t [B] and the conditions, zeros all
     """
     config: Any = policy.network.config
     shapes = family_plan(recipe.model.family, config).condition(sizes.text, sizes.latent)
@@ -195,7 +198,10 @@ def _optimizer(recipe: Recipe, policy: Policy) -> torch.optim.Optimizer:
 
 
 def loss(policy: Policy, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """Any mean over the velocity: what stands behind it in the update is small, a few latents."""
+    """A mean over the velocity: what else the update computes is small, a few latents.
+
+    x: [B, C, F, H, W];  t: [B];  returns a scalar
+    """
     return policy.velocity(x, t, condition).square().mean()
 
 

@@ -21,14 +21,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fastgrpo.core.config import Recipe
-from fastgrpo.core.window import noisy_count, window_start, window_starts
+from fastgrpo.core.config.window import noisy_count, window_start, window_starts
 from fastgrpo.parallel.mesh import contiguous_part
 from fastgrpo.training import methods
 
 
 @dataclass(frozen=True)
 class Evaluations:
-    """Of one iteration, summed over all groups of ranks."""
+    """Network calls of one iteration, summed over all groups of ranks."""
 
     shared: int  # rollout: by states that a group has in common
     single: int  # rollout: by states of one sample each

@@ -166,9 +166,7 @@ def test_a_simulated_rank_agrees() -> None:
     }
     asked = recipe("distributed.sp=2", "distributed.shard=2", "rollout.batch_size=1")
     latent, text = (16, 5, 60, 60), 64
-    exact = rank.simulate(
-        asked, config=settings, sizes=rank.Sizes(latent, text), gpus=4, ranks_per_node=8
-    )
+    exact = rank.simulate(asked, settings, rank.Sizes(latent, text), rank.Ranks(4, 8))
     closed = job(settings, asked, 4, latent, text)
     assert exact.update_peak == pytest.approx(
         sum(memory.update(closed, 1, False).values()), rel=0.05

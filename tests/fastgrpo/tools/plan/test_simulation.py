@@ -14,7 +14,7 @@ from fastgrpo.tools.plan.costs import compute, memory
 from fastgrpo.tools.plan.gpus import Achieved, changed, gpu
 from fastgrpo.tools.plan.phases import Machine
 from fastgrpo.tools.plan.simulation import rank
-from fastgrpo.tools.plan.simulation.rank import Simulated, Sizes
+from fastgrpo.tools.plan.simulation.rank import Ranks, Simulated, Sizes
 from tests.fastgrpo.tools.plan.test_planner import HUNYUAN, T2V, job
 
 SETTINGS = HUNYUAN | {
@@ -49,10 +49,8 @@ def test_a_rollouts_forward_has_its_weights_as_the_plan_says(
         asked,
         config=SETTINGS,
         sizes=Sizes(latent, text),
-        gpus=4,
-        ranks_per_node=8,
+        ranks=Ranks(4, 8, whole),
         passes=passes,
-        whole=whole,
     )
     closed = job(SETTINGS, asked, 4, latent, text)
     assert exact.rollout_peak == pytest.approx(
@@ -70,8 +68,8 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What a simulation is asked for, in place of the minutes that it takes."""
     seen: dict[str, Any] = {}
 
-    def simulate(*_: object, whole: bool) -> Simulated:
-        seen["whole"] = whole
+    def simulate(recipe: object, config: object, sizes: object, ranks: Ranks) -> Simulated:
+        seen["whole"] = ranks.whole
         return Simulated()
 
     monkeypatch.setattr(rank, "simulate", simulate)
