@@ -51,7 +51,7 @@ class TrainingSet:
         return [self.texts[index] for index in chosen], conditions
 
     def plan(self, recipe: Recipe, iteration: int) -> Plan:
-        """What the recipe wants drawn in an iteration."""
+        """The plan of an iteration's samples."""
         settings = recipe.rollout
         noisy = window.noisy_steps(settings, iteration, recipe.run.seed)
         return Plan(
@@ -93,7 +93,10 @@ class Session:
 
 
 def claim(recipe: Recipe, world: World, stack: ExitStack) -> tuple[Split, Stop]:
-    """Read the prompts, and take the run's folder, which must hold no other run, for as long as `stack` is open."""
+    """Read the prompts and take the run's folder, which must hold no other run.
+
+    The folder is taken for as long as `stack` is open.
+    """
     methods.check(recipe)
     signals = stack.enter_context(Signals())
     split = encode.read_prompts(recipe, world)
@@ -102,13 +105,24 @@ def claim(recipe: Recipe, world: World, stack: ExitStack) -> tuple[Split, Stop]:
     return split, Stop(recipe.run.dir, signals, world)
 
 
-def open_session(recipe: Recipe, world: World, stack: ExitStack, split: Split, stop: Stop) -> Session:
-    """Load, shard, resume; start the reward server where the recipe asks for one. `stack` closes what is open."""
+def open_session(
+    recipe: Recipe,
+    world: World,
+    stack: ExitStack,
+    split: Split,
+    stop: Stop,
+) -> Session:
+    """Load, shard, resume; start the reward server where the recipe asks for one.
+
+    `stack` closes all of it.
+    """
     heart = stack.enter_context(HeartbeatWriter(recipe.run.dir, world.rank, world.size))
     ranks = Ranks(recipe.run.dir, world, heart)
     sources = open_rewards(recipe, world, stack)
     notices = _check_rewards(recipe, world, sources)
-    policy = world.run_on_all_ranks(lambda: policies.outline(recipe.model, world.device, recipe.lora))
+    policy = world.run_on_all_ranks(
+        lambda: policies.outline(recipe.model, world.device, recipe.lora),
+    )
     shape = policy.latent_shape(recipe.video)
     grid = policy.time_grid(recipe.rollout.steps, recipe.rollout.shift, shape).to(world.device)
     _check_policy(policy, recipe, grid)
@@ -141,13 +155,16 @@ def open_session(recipe: Recipe, world: World, stack: ExitStack, split: Split, s
 
 
 def _check_rewards(recipe: Recipe, world: World, sources: Sequence[Source]) -> list[str]:
-    """Compare the rewards with those that the run began with.  returns what to tell the user"""
+    """Compare the rewards with those that the run began with.  returns notices for the user"""
     folder = recipe.run.dir
     return world.on_main(lambda: check_rewards(folder, sources) if holds_run(folder) else [])
 
 
 def _check_policy(policy: Policy, recipe: Recipe, grid: Tensor) -> None:
-    """Raise UserError where sampler, method or noise level are not made for the policy.  grid: [T + 1]"""
+    """Raise UserError where sampler, method or noise level are not made for the policy.
+
+    grid: float32 [T + 1]
+    """
     device = grid.device
     samplers.check(policy, recipe.rollout.sampler, device)
     methods.of(recipe.objective.kind).check_policy(policy, device)
@@ -173,7 +190,7 @@ def _training_set(encoded: Encoded, grid: Tensor, shape: tuple[int, ...]) -> Tra
 
 
 def _heldout(encoded: Encoded, policy: Policy, recipe: Recipe, shape: tuple[int, ...]) -> HeldOut:
-    """The held-out prompts, of which the cache has the conditions behind those of the training prompts."""
+    """The held-out prompts, whose conditions follow the training prompts' in the cache."""
     steps = recipe.evaluate.steps or recipe.rollout.steps
     device = next(policy.network.parameters()).device
     return HeldOut(
@@ -185,7 +202,7 @@ def _heldout(encoded: Encoded, policy: Policy, recipe: Recipe, shape: tuple[int,
 
 
 def _open_tracker(recipe: Recipe, world: World, start: int) -> Tracker:
-    """Each rank's tracker; a mistake that the main rank's meets is raised on every rank."""
+    """Each rank's tracker. Raises the main rank's UserError on every rank."""
     tracker, mistake = None, None
     try:
         tracker = Tracker(
@@ -203,7 +220,7 @@ def _open_tracker(recipe: Recipe, world: World, start: int) -> Tracker:
 
 
 def _wandb(recipe: Recipe) -> Wandb | None:
-    """Where the run appears in wandb; None where the recipe does not ask for it."""
+    """The run's place in wandb; None where the recipe does not ask for wandb."""
     if not recipe.track.wandb:
         return None
     return Wandb(

@@ -1,7 +1,8 @@
-"""Algorithm 1 of DanceGRPO, from a recipe to a trained policy: the loop reads top to bottom in `run` and `iterate`.
+"""Algorithm 1 of DanceGRPO, from a recipe to a trained policy: read `run`, then `iterate`.
 
-Departures from the paper: advantages are clamped, invalid samples are left out, the optimizer steps of an iteration see
-disjoint minibatches balanced over prompts, and everything random is keyed so that a run resumes exactly.
+Departures from the paper: advantages are clamped, invalid samples are left out, the optimizer steps
+of an iteration see disjoint minibatches balanced over prompts, and all randomness is keyed so that
+a run resumes exactly.
 """
 
 import json
@@ -39,13 +40,14 @@ from fastgrpo.training.update import update
 def train(recipe: Recipe) -> dict[str, object] | None:
     """Run a recipe to its end, resuming where an earlier attempt stopped.
 
-    Returns the summary, on every rank; None where the run was asked to stop, and starting it again goes on with it.
+    Returns the summary, on every rank; None where the run was asked to stop, so that starting the
+    run again goes on with it.
     """
     try:
         with open_world(recipe.distributed) as world, ExitStack() as stack:
             split, stop = claim(recipe, world, stack)
             try:
-                return run(open_session(recipe, world, stack, split, stop))
+                return run(open_session(recipe, world=world, stack=stack, split=split, stop=stop))
             except OneRankError:  # closing the world may wait for the other ranks, for ever
                 answer(recipe.run.dir, requeue=False)
                 raise
@@ -56,7 +58,7 @@ def train(recipe: Recipe) -> dict[str, object] | None:
 
 
 def run(session: Session) -> dict[str, object] | None:
-    """Check, evaluate, iterate, evaluate again.  returns what `train` does"""
+    """Check, evaluate, iterate, evaluate again.  returns the summary; None: asked to stop"""
     progress, checkpoints = session.progress, session.checkpoints
     largest_batch.choose(session)
     try:
@@ -68,16 +70,19 @@ def run(session: Session) -> dict[str, object] | None:
         while progress.iteration < session.recipe.run.iterations:
             iterate(session)
             session.ranks.heart.enter("save")
-            problem = checkpoints.save_if_due(session.trainer, progress, session.recipe.run.iterations)
+            last = session.recipe.run.iterations
+            problem = checkpoints.save_if_due(session.trainer, progress, last)
             if problem is not None:  # a save that fails does not end the run
                 session.tracker.message(f"training goes on without it: {problem}")
         checkpoints.end_saving(session.trainer, progress)
         return finish(session, before)
-    except Stopped:  # of the iteration that was dropped nothing has reached the weights
+    except Stopped:  # the unfinished iteration has not changed the weights
         session.trainer.optimizer.zero_grad(set_to_none=True)
         checkpoints.end_saving(session.trainer, progress)
         session.stop.tell()
-        session.tracker.message(f"asked to stop: saved after {progress.iteration} iterations; start again to go on")
+        session.tracker.message(
+            f"asked to stop: saved after {progress.iteration} iterations; start again to go on",
+        )
         return None
     except NoScores:  # the weights are those of the last finished iteration
         checkpoints.end_saving(session.trainer, progress)
@@ -95,11 +100,23 @@ def iterate(session: Session) -> None:
     plan = methods.of(objective.kind).plan(session.training.plan(recipe, iteration))
 
     # 2. trajectories of the current policy, and their rewards
-    trajectories, scored = draw(session, plan, texts, conditions, watch)
+    trajectories, scored = draw(
+        session,
+        plan=plan,
+        texts=texts,
+        conditions=conditions,
+        watch=watch,
+    )
     check_validity(recipe, scored, iteration)
 
     # 3. advantages within each prompt's group, summed over rewards
-    advantages = combined_advantages(scored.values, scored.valid, recipe.weights, group, objective)
+    advantages = combined_advantages(
+        scored.values,
+        valid=scored.valid,
+        weights=recipe.weights,
+        group_size=group,
+        objective=objective,
+    )
     selected = scored.valid
     if objective.best_of_n:
         selected = selection.best_of_n(advantages, scored.valid, group, objective.best_of_n)
@@ -108,12 +125,18 @@ def iterate(session: Session) -> None:
     experience = Experience(
         plan=plan,
         conditions=conditions,
-        trajectories={slot: trajectory for slot, trajectory in trajectories.items() if selected[slot]},
+        trajectories={slot: own for slot, own in trajectories.items() if selected[slot]},
         advantages=advantages,
         selected=selected,
     )
     del trajectories  # what was not selected goes now
-    metrics = update(session.trainer, objective, experience, session.world, session.stop.poll_before)
+    metrics = update(
+        session.trainer,
+        objective=objective,
+        experience=experience,
+        world=session.world,
+        poll_before=session.stop.poll_before,
+    )
     watch.lap("update")
 
     spread = session.ranks.gather(iteration, watch)
@@ -127,13 +150,17 @@ def iterate(session: Session) -> None:
 def draw(
     session: Session, plan: Plan, texts: list[str], conditions: list[Condition], watch: Stopwatch
 ) -> tuple[dict[int, Trajectory], Scored]:
-    """Roll out in batches; each batch is scored while the next is drawn.  returns this rank's samples, all scores"""
+    """Roll out in batches; each batch is scored while the next is drawn.
+
+    returns this rank's trajectories by slot, and all ranks' scores
+    """
     recipe, world, policy = session.recipe, session.world, session.policy
     method, poll_before = methods.of(recipe.objective.kind), session.stop.poll_before
+    network, dtype = policy.network, recipe.model.torch_dtype
     trajectories: dict[int, Trajectory] = {}
     with (
         method.drawing_weights(session.trainer),
-        sharding.rollout_weights(policy.network, recipe.distributed, recipe.model.torch_dtype, world) as whole,
+        sharding.rollout_weights(network, recipe.distributed, dtype, world) as whole,
     ):
         dealing = Dealing(
             conditions=conditions,
@@ -147,12 +174,18 @@ def draw(
         for prompts, _ in watch.pieces(rounds, "rollout", then="rollout"):
             prefixes |= rollout.shared_prefixes(policy, plan, conditions, prompts)
         for batch, counts in watch.pieces(poll_before(dealing.rounds()), "rollout", then="reward"):
-            drawn = method.sample(policy, plan, conditions, batch, prefixes)
+            drawn = method.sample(
+                policy,
+                plan=plan,
+                conditions=conditions,
+                slots=batch,
+                prefixes=prefixes,
+            )
             watch.lap("rollout", then="decode")
             if not counts:
                 continue
             trajectories |= drawn.trajectories
-            own = world.part(len(batch))  # the ranks that share a sequence divide its decoding and scoring
+            own = world.part(len(batch))  # ranks that share sequences divide decoding and scoring
             if own:
                 final, slots = drawn.final[own.start : own.stop], batch[own.start : own.stop]
                 prompts_of = [texts[slot // plan.group_size] for slot in slots]
@@ -169,14 +202,14 @@ def check_validity(recipe: Recipe, scored: Scored, iteration: int) -> None:
     limit = recipe.server.max_invalid
     if share > limit:
         raise NoScores(
-            f"server.max_invalid={limit}: {share:.0%} of the samples of iteration {iteration} have no valid score; "
-            "look at the rewards' log (reward_server.log in the run folder where a server runs beside the trainer). "
-            "The newest checkpoint is intact."
+            f"server.max_invalid={limit}: {share:.0%} of the samples of iteration {iteration} have "
+            "no valid score; look at the rewards' log (reward_server.log in the run folder where a "
+            "server runs beside the trainer). The newest checkpoint is intact."
         )
 
 
 def baseline(session: Session) -> Evaluation:
-    """The held-out evaluation before training; read back when the run is resumed."""
+    """The held-out evaluation before training, read from its file when the run is resumed."""
     if session.progress.iteration:
         return Evaluation.read(session.recipe.run.dir / "evaluation" / "step-0.json")
     session.tracker.message("evaluating the held-out prompts before training")
@@ -184,7 +217,7 @@ def baseline(session: Session) -> Evaluation:
 
 
 def evaluate_now(session: Session) -> Evaluation:
-    """Evaluate the held-out prompts with the weights as they are now."""
+    """Evaluate the held-out prompts with the present weights."""
     session.ranks.heart.enter("evaluate")
     evaluation = evaluate(
         session.trainer,
@@ -195,7 +228,8 @@ def evaluate_now(session: Session) -> Evaluation:
         poll_before=session.stop.poll_before,
     )
     if not np.isfinite(evaluation.columns()["sum"]).any():
-        raise UserError("rewards: no held-out clip has a valid score; look at reward_server.log in the run folder.")
+        remedy = "look at reward_server.log in the run folder"
+        raise UserError(f"rewards: no held-out clip has a valid score; {remedy}.")
     return evaluation
 
 
@@ -213,9 +247,11 @@ def finish(session: Session, before: Evaluation) -> dict[str, object]:
     }
 
     def write() -> None:
+        """Write the files of the run's end, on the main rank."""
         replace_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         for when in ("before", "after"):
-            tracker.summary({f"heldout_{when}/{part}": value for part, value in compared[when].items()})
+            values = {f"heldout_{when}/{part}": mean for part, mean in compared[when].items()}
+            tracker.summary(values)
         log_clips(session, after)
         write_report(folder)
 
@@ -232,15 +268,21 @@ def log_clips(session: Session, after: Evaluation) -> None:
     clips = torch.stack([video.read_mp4(folder / clip)[0] for clip in after.clips])
     captions = list(dict.fromkeys(after.prompts))[: len(clips)]
     iteration = session.progress.iteration - 1
-    session.tracker.videos(iteration, name="heldout", clips=clips, captions=captions, fps=recipe.video.fps)
+    session.tracker.videos(
+        iteration,
+        name="heldout",
+        clips=clips,
+        captions=captions,
+        fps=recipe.video.fps,
+    )
 
 
 def reward_metrics(scored: Scored, recipe: Recipe, group_size: int) -> dict[str, float]:
-    """Means of the valid samples, the spread within groups, and how many samples had no score."""
+    """Means of the valid samples, the spread within groups, and the number of invalid samples."""
     valid = scored.valid
     metrics = {"reward/sum": scored.weighted_sum(recipe.weights)[valid].mean().item()}
     for part, values in scored.values.items():
-        metrics[f"reward/{part}"] = values[valid].nanmean().item()  # a monitor may lack a valid sample
+        metrics[f"reward/{part}"] = values[valid].nanmean().item()  # a monitor's may be missing
         spread = values.reshape(-1, group_size).std(1)
         metrics[f"group_std/{part}"] = spread.nanmean().item()
     return metrics | {"reward/invalid": float((~valid).sum())} | scored.metrics()
