@@ -32,8 +32,12 @@ NETWORK = "unet"
 PARTS = ("vae", "text_encoder", "scheduler", "tokenizer")
 PIPELINES = ("StableDiffusionPipeline",)  # whose folders this family reads
 NOT_SUPPORTED = (  # configuration of a UNet that wants inputs which this file does not make
-    "time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type",
-)  # fmt: skip
+    "time_cond_proj_dim",
+    "class_embed_type",
+    "num_class_embeds",
+    "addition_embed_type",
+    "encoder_hid_dim_type",
+)
 PREDICTIONS = ("epsilon", "v_prediction")
 TEXT_BATCH = 32  # prompts per forward pass of the text encoder
 VERSION_1: dict[str, Any] = {
@@ -126,7 +130,10 @@ class Schedule:
         )
         most = self.timesteps // (last + 1) if spacing == "leading" else self.timesteps
         if spacing == "linspace":
-            problem = "DDIM leaves linspace timesteps; set timestep_spacing to leading in scheduler_config.json"
+            problem = (
+                "DDIM leaves linspace timesteps; set timestep_spacing to leading in "
+                "scheduler_config.json"
+            )
         elif steps > most:
             problem = f"the schedule has timesteps for at most {most}; use fewer"
         elif spacing == "trailing" and self.timesteps % steps:

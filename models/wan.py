@@ -239,7 +239,9 @@ class Wan:
 
 
 def text_tokens(where: Path) -> int:
-    """Places for text in the network's sequence: what the folder's tokenizer takes at most, or 512."""
+    """Places for text in the network's sequence: what the folder's tokenizer takes at most, or
+    512.
+    """
     config = diffusers_folder.read_json(where / "tokenizer" / "tokenizer_config.json")
     return int(min(config.get("model_max_length") or MAX_TEXT_TOKENS, MAX_TEXT_TOKENS))
 

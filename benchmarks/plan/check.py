@@ -290,7 +290,9 @@ def against_simulation(names: Sequence[str]) -> None:
 
 
 def table(sizes: Sequence[int]) -> None:
-    """Print the whole HunyuanVideo at 480 x 480 x 53 on 64 ranks: FSDP over all, and sp as asked."""
+    """Print the whole HunyuanVideo at 480 x 480 x 53 on 64 ranks: FSDP over all, and sp as
+    asked.
+    """
     from fastgrpo.tools.plan.simulation.rank import HELD, PASSES, Ranks, Sizes, simulate
 
     latent = (16, 14, 60, 60)

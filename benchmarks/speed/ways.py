@@ -86,7 +86,9 @@ class Ours:
 
 
 class Apart(Plan):
-    """A plan whose samples begin alike and are computed one by one: nothing is known to be equal."""
+    """A plan whose samples begin alike and are computed one by one: nothing is known to be
+    equal.
+    """
 
     @classmethod
     def of(cls, plan: Plan) -> "Apart":

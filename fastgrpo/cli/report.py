@@ -11,7 +11,8 @@ def add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command = commands.add_parser(
         "report",
         help="write the HTML report of a run",
-        description="Write run.dir/report.html, one self-contained page, from the files of a finished or running run.",
+        description="Write run.dir/report.html, one self-contained page, from the files of a "
+        "finished or running run.",
     )
     command.set_defaults(action=_run_report)
     command.add_argument("run", type=Path, help="a run folder, such as runs/t2v_tiny")

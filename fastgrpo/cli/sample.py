@@ -44,7 +44,8 @@ def _add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.set_defaults(action=_run_sample)
     command.add_argument(
         "source",
-        help="a recipe (its base model), a run folder, an export or another folder in the diffusers layout",
+        help="a recipe (its base model), a run folder, an export or another folder in the "
+        "diffusers layout",
     )
     _add_what(command)
     add_which_weights(command)

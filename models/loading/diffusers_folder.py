@@ -24,13 +24,30 @@ from fastgrpo.models.loading.weight_files import read_json as read_json
 # of a hub repository: all folders, and of its top what a family or an export reads, no whole-model
 # files
 FETCHED = (
-    "*/*", "*.json", "*.md", "*.txt", "*.toml", "LICENSE*", "NOTICE*", "diffusion_pytorch_model*",
+    "*/*",
+    "*.json",
+    "*.md",
+    "*.txt",
+    "*.toml",
+    "LICENSE*",
+    "NOTICE*",
+    "diffusion_pytorch_model*",
     "pytorch_lora_weights*",
-)  # fmt: skip
+)
 NOT_FETCHED = (  # other formats and variants, which no family reads
-    "*.msgpack", "*.h5", "*.ckpt", "*.pb", "*.gguf", "*.onnx", "*.onnx_data", "*openvino*", "*.fp16.*", "*.fp16-*",
-    "*.non_ema.*", "*.non_ema-*",
-)  # fmt: skip
+    "*.msgpack",
+    "*.h5",
+    "*.ckpt",
+    "*.pb",
+    "*.gguf",
+    "*.onnx",
+    "*.onnx_data",
+    "*openvino*",
+    "*.fp16.*",
+    "*.fp16-*",
+    "*.non_ema.*",
+    "*.non_ema-*",
+)
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 TRAIN_TIMESTEPS = 1000  # by which the networks of flow models count t
 E = TypeVar("E")

@@ -153,8 +153,8 @@ def save_adapters(
     multiplied into B, so that every program that knows this layout, with or without a notion of
     alpha, applies the adapters as trained.
 
-    state: plain tensors [rank, in] and [out, rank] on any device, see above;  part: the family's NETWORK, "transformer" or
-    "unet"
+    state: plain tensors [rank, in] and [out, rank] on any device, see above;  part: the family's
+    NETWORK, "transformer" or "unet"
     """
     adapters = {}
     for name, value in state.items():

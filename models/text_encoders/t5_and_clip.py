@@ -45,7 +45,9 @@ class TextEncoder:
 
     @torch.no_grad()
     def _conditions(self, texts: list[str]) -> list[Condition]:
-        """Features of each text: "text" [L, D], L = T5's longest text, and "pooled" [P], float32 on the CPU."""
+        """Features of each text: "text" [L, D], L = T5's longest text, and "pooled" [P], float32 on
+        the CPU.
+        """
         longest = min(self.tokenizer_2.model_max_length, self.longest)
         states = self.t5(self._tokens(self.tokenizer_2, texts, longest)).last_hidden_state
         pooled = self.clip(

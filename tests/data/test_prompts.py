@@ -232,7 +232,9 @@ def test_wrong_files_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_adding_prompts_moves_none_between_the_splits(tmp_path: Path) -> None:
-    """Over many random sets: what is held out of a set is held out of every set that contains it."""
+    """Over many random sets: what is held out of a set is held out of every set that contains
+    it.
+    """
     chance = random.Random(0)
     words = [f"word{n}" for n in range(200)]
     pool = [" ".join(chance.sample(words, 4)) for _ in range(400)]

@@ -34,7 +34,9 @@ CONFIGS = {
 
 
 def changed(folder: Path, copy: Path, part: str, **entries: object) -> Path:
-    """A copy of the folder with entries of one part's config changed; part "" is model_index.json."""
+    """A copy of the folder with entries of one part's config changed; part "" is
+    model_index.json.
+    """
     shutil.copytree(folder, copy)
     file = copy / part / CONFIGS.get(part.split("_")[0], "config.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | entries))
@@ -183,7 +185,9 @@ def assert_nothing_waits_for_the_device(
 
 
 def outside_blocks(network: nn.Module, blocks: list[nn.Module]) -> set[str]:
-    """Modules with parameters of their own that are in no block, and so in the root's FSDP group."""
+    """Modules with parameters of their own that are in no block, and so in the root's FSDP
+    group.
+    """
     inside = {id(p) for block in blocks for p in block.parameters()}
     return {
         name.rpartition(".")[0] for name, p in network.named_parameters() if id(p) not in inside

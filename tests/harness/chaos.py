@@ -29,7 +29,9 @@ class InFile:
 
 @dataclass(frozen=True)
 class InCall:
-    """So many seconds after the n-th call of a function has begun, whatever the rank is doing then."""
+    """So many seconds after the n-th call of a function has begun, whatever the rank is doing
+    then.
+    """
 
     function: str  # module:Class.name
     count: int = 1

@@ -120,7 +120,9 @@ def run(module: str, arguments: Sequence[str], ranks: int = 0, limit_s: float = 
 
 
 def _server() -> ForkServerContext:
-    """Python's own fork server; one for this process, started when first asked and ended with it."""
+    """Python's own fork server; one for this process, started when first asked and ended with
+    it.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.harness.preload"])
     return context

@@ -140,7 +140,9 @@ def without_weights(module: ModuleType, settings: Mapping[str, Any]) -> Policy:
 
 
 def shapes(module: ModuleType, settings: Mapping[str, Any]) -> Iterator[str]:
-    """Where the plan of a config is not its class's parameters, or `blocks` not the plan's blocks."""
+    """Where the plan of a config is not its class's parameters, or `blocks` not the plan's
+    blocks.
+    """
     policy, planned = without_weights(module, settings), module.plan(settings)
     assert isinstance(planned, FamilyPlan)
     real = {name: tuple(parameter.shape) for name, parameter in policy.network.named_parameters()}

@@ -210,7 +210,9 @@ def test_only_texts_of_different_lengths_are_padded(
 def test_no_block_attends_with_a_mask_and_each_branch_sees_its_own_text(
     negatives: dict[str, Condition], conditions: list[Condition], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mask rules flash attention out, and with it most of what a long clip's attention could be."""
+    """A mask rules flash attention out, and with it most of what a long clip's attention could
+    be.
+    """
     module = sys.modules[HunyuanVideoTransformer3DModel.__module__]
     real, seen = vars(module)["dispatch_attention_fn"], []
 

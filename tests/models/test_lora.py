@@ -1,4 +1,6 @@
-"""Adapters: what they are put on, that only they train, and that diffusers loads what is exported."""
+"""Adapters: what they are put on, that only they train, and that diffusers loads what is
+exported.
+"""
 
 import sys
 from dataclasses import replace

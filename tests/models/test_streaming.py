@@ -153,7 +153,9 @@ def assert_same(network: nn.Module, expected: nn.Module, shards: int = 1, shard:
 def test_equals_diffusers_bit_for_bit_on_any_rank(
     family: str, adapters: Lora | None, folders: dict[str, Path]
 ) -> None:
-    """One process, and ranks of meshes that divide few shapes and leave some ranks without a row."""
+    """One process, and ranks of meshes that divide few shapes and leave some ranks without a
+    row.
+    """
     expected = by_diffusers(family, folders[family], adapters)
     alone = outlined(family, folders[family], adapters)
     read = streaming.fill(alone, CPU)

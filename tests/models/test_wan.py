@@ -64,7 +64,9 @@ REAL_14B = REAL | {"ffn_dim": 13824, "num_attention_heads": 40, "num_layers": 40
 
 
 class UniPCWithExactTimes(UniPCMultistepScheduler):  # type: ignore[misc]
-    """UniPC, which tells the network its times rounded down to whole numbers, without the rounding."""
+    """UniPC, which tells the network its times rounded down to whole numbers, without the
+    rounding.
+    """
 
     def set_timesteps(self, steps: int, device: torch.device) -> None:
         super().set_timesteps(steps, device)
@@ -112,7 +114,9 @@ def official(path: Path, scheduler: Any = None) -> WanPipeline:
 
 
 def first_order(path: Path, steps: int) -> UniPCMultistepScheduler:
-    """The folder's UniPC, of first order and without its corrector: Euler steps by other formulas."""
+    """The folder's UniPC, of first order and without its corrector: Euler steps by other
+    formulas.
+    """
     config = json.loads((path / "scheduler" / "scheduler_config.json").read_text())
     return UniPCWithExactTimes.from_config(
         config | {"solver_order": 1, "disable_corrector": list(range(steps))}

@@ -1,4 +1,6 @@
-"""The repository keeps its own rules: what is installed, who imports whom, and what its files say."""
+"""The repository keeps its own rules: what is installed, who imports whom, and what its files
+say.
+"""
 
 import ast
 import glob

@@ -173,7 +173,9 @@ def unread_prompts(case: Case) -> Iterator[str]:
 
 
 def frames(case: Case) -> Iterator[str]:
-    """The frames used lie in the clip, are as many as a plan counts, and the others change nothing."""
+    """The frames used lie in the clip, are as many as a plan counts, and the others change
+    nothing.
+    """
     size = rewards.declared(case.spec.name, "SIZE", None)
     for length, fps in product((n for n in LENGTHS if n >= case.least), RATES):
         used = case.reward.frames_used(length, fps)

@@ -428,7 +428,9 @@ def test_the_newest_step_counts(own: Path) -> None:
 
 
 def test_the_split_form_gives_the_same_scores(own: Path) -> None:
-    """Adapters and trained weights in two files, what was never trained in the base model's folder."""
+    """Adapters and trained weights in two files, what was never trained in the base model's
+    folder.
+    """
     spec = videoalign_folder.spec(own)
     before = bits(videoalign.load(spec)(clips(1), PROMPTS[:1], 8.0))
     step = own / "checkpoint-7"

@@ -313,7 +313,9 @@ def test_where_no_checkpoint_fits_training_goes_on_to_its_end(small_disk: Path) 
 
 
 def small_files_only(rank: int) -> None:
-    """As a quota does, which no look at the disk foretells: the second rank's writes fail half-way."""
+    """As a quota does, which no look at the disk foretells: the second rank's writes fail
+    half-way.
+    """
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, resource.RLIM_INFINITY))
 

@@ -93,9 +93,13 @@ def iteration_phases(subject: Subject, machine: Machine) -> list[Phase]:
     """All phases in their order."""
     whole = holds_whole(subject, machine)
     return [
-        _load(subject, machine), _rollout(subject, machine, whole), _decode(subject, machine, whole),
-        _reward(subject, machine), _update(subject, machine), _save(subject, machine),
-    ]  # fmt: skip
+        _load(subject, machine),
+        _rollout(subject, machine, whole),
+        _decode(subject, machine, whole),
+        _reward(subject, machine),
+        _update(subject, machine),
+        _save(subject, machine),
+    ]
 
 
 def holds_whole(subject: Subject, machine: Machine) -> bool:
@@ -282,8 +286,8 @@ def _update_work(job: Job) -> tuple[float, int]:
 
 
 def _step_seconds(job: Job, machine: Machine, batches: int) -> float:
-    """Seconds of clipping and AdamW, which wait for memory; with offloading also of the way to the host and
-    back.
+    """Seconds of clipping and AdamW, which wait for memory; with offloading also of the way to the
+    host and back.
     """
     trained = sum(reduced_bytes(job, unit) for unit in job.network.units) / 4 / job.shards
     count = STEP_BYTES + (AVERAGE_BYTES if job.recipe.optimizer.ema_decay else 0)

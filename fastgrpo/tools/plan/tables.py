@@ -12,9 +12,21 @@ from fastgrpo.tools.plan.gpus import Achieved
 from fastgrpo.tools.plan.planner import Change, Plan, warnings
 
 KINDS = (  # of memory, in the order in which the picture stacks them
-    "weights", "optimizer", "average", "raw weights", "initial policy", "gradients", "gathered", "gathered ahead",
-    "reduced", "activations", "trajectories", "VAE", "rewards", "text encoders",
-)  # fmt: skip
+    "weights",
+    "optimizer",
+    "average",
+    "raw weights",
+    "initial policy",
+    "gradients",
+    "gathered",
+    "gathered ahead",
+    "reduced",
+    "activations",
+    "trajectories",
+    "VAE",
+    "rewards",
+    "text encoders",
+)
 
 
 def show(
@@ -39,19 +51,22 @@ def show(
     if simulated:
         console.print(_simulated(simulated))
         if simulated["left_out"]:
-            line = f"both without {' and '.join(simulated['left_out'])}, of which a simulated rank has none"
+            left_out = " and ".join(simulated["left_out"])
+            line = f"both without {left_out}, of which a simulated rank has none"
             console.print(line, highlight=False, soft_wrap=True)
     if not found.fits:
         _changes(console, changes)
     console.print(_curve(plans))
-    lines = f"assumed of the GPUs, to be measured and set with --set: {_assumed(found.machine.achieved)}"
+    assumed = _assumed(found.machine.achieved)
+    lines = f"assumed of the GPUs, to be measured and set with --set: {assumed}"
     console.print(lines, highlight=False, soft_wrap=True, markup=False)
 
 
 def verdict(found: Plan) -> str:
     """Whether it fits, and what a run takes."""
     usable, worst = found.machine.usable() / GIB, found.worst
-    room = f"{worst.peak / GIB:.1f} GiB at the peak ({worst.name}), {usable:.1f} usable of {found.machine.card.name}"
+    room = f"{worst.peak / GIB:.1f} GiB at the peak ({worst.name}), "
+    room += f"{usable:.1f} usable of {found.machine.card.name}"
     if not found.fits:
         return f"does not fit: {room}"
     hours = found.seconds * found.iterations / 3600
@@ -69,9 +84,13 @@ def _phases(found: Plan) -> Table:
     once = {"load": " (once)", "save": f" (every {found.every})"}
     for phase in found.phases:
         table.add_row(
-            phase.name + once.get(phase.name, ""), f"{phase.peak / GIB:.2f}", f"{phase.flops / 1e12:,.0f}",
-            f"{phase.link / 1e9:,.1f}", f"{phase.network / 1e9:,.1f}", f"{phase.seconds:,.1f}",
-        )  # fmt: skip
+            phase.name + once.get(phase.name, ""),
+            f"{phase.peak / GIB:.2f}",
+            f"{phase.flops / 1e12:,.0f}",
+            f"{phase.link / 1e9:,.1f}",
+            f"{phase.network / 1e9:,.1f}",
+            f"{phase.seconds:,.1f}",
+        )
     return table
 
 
@@ -100,7 +119,8 @@ def _changes(console: Console, changes: Sequence[Change]) -> None:
     )
     for change in changes:
         peak = change.plan.worst.peak / GIB
-        line = f"  {' '.join(change.overrides)}    # {change.plan.seconds:,.0f} s per iteration, {peak:.1f} GiB"
+        figures = f"{change.plan.seconds:,.0f} s per iteration, {peak:.1f} GiB"
+        line = f"  {' '.join(change.overrides)}    # {figures}"
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -118,15 +138,20 @@ def _curve(plans: Sequence[Plan]) -> Table:
     for plan in plans:
         hours = plan.gpu_hours / plan.subject.job.gpus
         table.add_row(
-            str(plan.subject.job.gpus), f"{plan.seconds:,.0f}", f"{hours:,.1f}", f"{plan.gpu_hours:,.0f}",
-            f"{plan.worst.peak / GIB:.1f}", "yes" if plan.fits else "no",
-        )  # fmt: skip
+            str(plan.subject.job.gpus),
+            f"{plan.seconds:,.0f}",
+            f"{hours:,.1f}",
+            f"{plan.gpu_hours:,.0f}",
+            f"{plan.worst.peak / GIB:.1f}",
+            "yes" if plan.fits else "no",
+        )
     return table
 
 
 def _simulated(simulated: dict[str, Any]) -> Table:
     table = Table(
-        title="one micro-batch of the update and one forward of the rollout, simulated and in closed form"
+        title="one micro-batch of the update and one forward of the rollout, simulated and in "
+        "closed form"
     )
     for column in ("", "simulated", "closed form", "difference"):
         table.add_column(column, justify="right" if column else "left")

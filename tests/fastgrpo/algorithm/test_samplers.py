@@ -1,4 +1,6 @@
-"""Samplers: the ODE as their limit, marginals in closed form, log-probabilities, one time per row."""
+"""Samplers: the ODE as their limit, marginals in closed form, log-probabilities, one time per
+row.
+"""
 
 from itertools import pairwise
 

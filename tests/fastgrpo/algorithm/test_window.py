@@ -206,7 +206,9 @@ class Waits(TorchDispatchMode):
 def test_no_wait_inside_the_loops(
     policy: Policy, conditions: list[Condition], world: World
 ) -> None:
-    """None per denoising step, none per micro-batch: only per optimizer step and for the metrics."""
+    """None per denoising step, none per micro-batch: only per optimizer step and for the
+    metrics.
+    """
     plan = replace(tiny.plan(policy), window=range(1, 3), trained=None)
     with Waits() as waits:
         drawn = tiny.draw(policy, plan, conditions, world, 4)

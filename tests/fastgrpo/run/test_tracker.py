@@ -137,7 +137,11 @@ def test_a_terminal_gets_a_live_display(tmp_path: Path) -> None:
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Tracker(
-        tmp_path / "run", main=False, total_iterations=10, start_iteration=0, wandb=Wandb(project="p")
+        tmp_path / "run",
+        main=False,
+        total_iterations=10,
+        start_iteration=0,
+        wandb=Wandb(project="p"),
     ) as tracked:
         tracked.log(0, METRICS)
         tracked.message("no")

@@ -83,7 +83,9 @@ def fake_run(folder: Path, iterations: int = 60, finished: bool = True) -> Path:
 
 
 def fake_ranks(phases: dict[str, float], iteration: int) -> dict[str, float]:
-    """What an iteration says of eight ranks: three times in four the sixth is slow in its rollout."""
+    """What an iteration says of eight ranks: three times in four the sixth is slow in its
+    rollout.
+    """
     slow = iteration % 4 > 0
     row: dict[str, float] = {}
     for n, (phase, seconds) in enumerate(phases.items()):

@@ -336,7 +336,9 @@ def test_mistakes_are_one_line(
 
 
 def test_a_sheet_has_a_cell_for_every_sample(three: Path) -> None:
-    """Thumbnails are the clips' own frames: here enlarged by 3, at the places that the layout says."""
+    """Thumbnails are the clips' own frames: here enlarged by 3, at the places that the layout
+    says.
+    """
     page = np.asarray(Image.open(three / "sheet.png"))
     clip, _ = video.read_mp4(three / f"000-{sample.slug(PROMPTS[0])}-seed3.mp4")
     first = (

@@ -233,9 +233,9 @@ def test_clips_of_a_runs_evaluation_know_their_prompt_and_size(
         (kept / f"00{number}.mp4").write_bytes((folder / f"{number}.mp4").read_bytes())
     clips = ["step-3/000.mp4", "step-3/001.mp4"]
     prompts = [caption for caption in CAPTIONS for _ in range(2)]  # two seeds each
-    Evaluation(iteration=3, prompts=prompts, seeds=[0, 1] * 3, scores={}, weights={}, clips=clips).write(
-        kept.with_suffix(".json")
-    )
+    Evaluation(
+        iteration=3, prompts=prompts, seeds=[0, 1] * 3, scores={}, weights={}, clips=clips
+    ).write(kept.with_suffix(".json"))
     rows = scored(capsys, kept, "--reward", "tiny_world")["files"]
     assert [row["prompt"] for row in rows] == CAPTIONS[:2]
     assert [row["shape"] for row in rows] == [[9, 32, 32, 3]] * 2

@@ -55,7 +55,9 @@ def tensors(arguments: Any) -> list[Tensor]:
 
 
 def padded(network: torch.nn.Module, shards: int) -> tuple[int, int]:
-    """Elements of the blocks' and of the root's parameters, each padded to divide over the shards."""
+    """Elements of the blocks' and of the root's parameters, each padded to divide over the
+    shards.
+    """
     blocks = {
         id(p)
         for m in network.modules()

@@ -63,7 +63,9 @@ def measured(folder: Path, world: World) -> dict[str, object]:
 
 
 def differing(folder: Path, world: World) -> list[str]:
-    """Tensors of a small network that are not what diffusers reads, put together from both ranks."""
+    """Tensors of a small network that are not what diffusers reads, put together from both
+    ranks.
+    """
     expected = HunyuanVideoTransformer3DModel.from_pretrained(
         folder, torch_dtype=torch.float32
     ).state_dict()

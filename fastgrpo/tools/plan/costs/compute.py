@@ -72,7 +72,9 @@ class Job:
 
     @property
     def second_network(self) -> bool:
-        """Whether the initial policy is a network of its own: with adapters it is the one at rest."""
+        """Whether the initial policy is a network of its own: with adapters it is the one at
+        rest.
+        """
         return self.reference and not self.lora
 
     @property

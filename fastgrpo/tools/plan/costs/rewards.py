@@ -33,7 +33,9 @@ class Load:
 
 
 def check(recipe: Recipe, gpus: int, ranks_per_node: int) -> None:
-    """Raise UserError where a run would: a server beside the first rank serves its own node alone."""
+    """Raise UserError where a run would: a server beside the first rank serves its own node
+    alone.
+    """
     beside = [number for number, spec in enumerate(recipe.rewards) if _beside(spec, recipe)]
     if gpus > ranks_per_node and beside:
         raise UserError(

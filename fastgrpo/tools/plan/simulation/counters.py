@@ -1,4 +1,6 @@
-"""Counting what a rank sends and computes while it runs, with or without contents in its tensors."""
+"""Counting what a rank sends and computes while it runs, with or without contents in its
+tensors.
+"""
 
 import math
 from collections import Counter

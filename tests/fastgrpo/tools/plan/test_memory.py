@@ -95,7 +95,9 @@ def test_raw_weights_lie_there_while_samples_are_drawn_and_decoded() -> None:
 
 
 def test_raw_weights_count_before_the_rollout_chooses_whole_weights() -> None:
-    """With memory for 1.5 times the weights beside the states, but not beside the raw weights too."""
+    """With memory for 1.5 times the weights beside the states, but not beside the raw weights
+    too.
+    """
     found = subject(recipe(*NFT, name="t2v_hunyuan"), 8, 8)
     whole = sum(compute.gathered_bytes(found.job, unit) for unit in found.job.network.units)
     held = sum(memory.states(found.job).values()) + found.auxiliary.vae * found.job.element

@@ -86,7 +86,9 @@ def test_published_networks_have_their_parameters(family: str, named: str, expec
 
 
 def test_first_dimensions_are_padded_to_the_shards() -> None:
-    """Wan's modulation tables have one row, of which eight ranks hold a row each; the rest divides."""
+    """Wan's modulation tables have one row, of which eight ranks hold a row each; the rest
+    divides.
+    """
     net = family_plan("wan", published("wan", "1.3b")).network
     assert net.rest.padded(8) - net.rest.parameters == 7 * 2 * net.width
     assert net.blocks[0].padded(8) - net.blocks[0].parameters == 7 * 6 * net.width
@@ -398,7 +400,9 @@ def test_room_is_what_the_reserve_leaves() -> None:
 
 
 def test_a_ring_over_nodes_leaves_each_node_once() -> None:
-    """64 shards on 8 nodes: what a rank sends of the weights, an eighth of it through its own card."""
+    """64 shards on 8 nodes: what a rank sends of the weights, an eighth of it through its own
+    card.
+    """
     found = job(HUNYUAN, recipe("distributed.shard=64"), 64, LATENT, 256)
     sent = compute.gather_whole(found)
     assert phases.route(found, sent) == (sent.gather, sent.gather / 8)

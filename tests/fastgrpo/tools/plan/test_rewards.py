@@ -84,7 +84,9 @@ def test_videoalign_judges_no_shorter_clip_than_it_declares() -> None:
 
 
 def test_a_plan_counts_the_flops_of_the_frames_that_are_scored() -> None:
-    """Of 81 frames at 24 per second VideoAlign looks at 6, and at 20 where it is told 8 per second."""
+    """Of 81 frames at 24 per second VideoAlign looks at 6, and at 20 where it is told 8 per
+    second.
+    """
     form = "rewards=[{name='videoalign', weights={VQ=1.0}, %s}]"
     for told, looked_at in (("where='process'", 6), ("where='process', fps=8.0", 20)):
         asked = recipe(form % told, "video.frames=81", "video.fps=24.0", "prompts.per_iteration=1")
