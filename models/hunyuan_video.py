@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
-from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.policy import Condition, Prompt
+from fastgrpo.core.policy import Condition
 from fastgrpo.models.attention.trimmed import SharedAttention, TrimmedAttention
 from fastgrpo.models.loading import diffusers_folder, streaming
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
@@ -36,16 +35,15 @@ from fastgrpo.models.sizes.transformer_blocks import (
     token_refiner,
 )
 from fastgrpo.models.sizes.units import SAMPLE, VIDEO, Network, Unit
+from fastgrpo.models.text_encoders.llama_and_clip import TextEncoder
 from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence
 
 NETWORK = "transformer"
 PARTS = ("vae", "text_encoder", "text_encoder_2", "scheduler", "tokenizer", "tokenizer_2")
 PIPELINES = ("HunyuanVideoPipeline",)  # whose folders this family reads
 USUAL_GUIDANCE = 6.0
-SKIPPED_LAYERS = 2  # of the Llama: the text features are the third hidden state from the end
 MAX_TEXT_TOKENS = 256
 MAX_CLIP_TOKENS = 77
-TEXT_BATCH = 32  # prompts per forward pass of the text encoders
 # latent height or width from which the VAE decodes in tiles: untiled, its attention does not fit
 TILED_ABOVE = 32
 CHANNELS: dict[str, Any] = {
@@ -219,73 +217,17 @@ def both_texts(negative: Tensor, text: Tensor) -> tuple[Tensor, tuple[int, ...]]
     return both, lengths if lengths[0] != lengths[1] else ()
 
 
-class TextEncoder:
-    """This family's `Encoder`: Llama features and CLIP's pooled output."""
-
-    def __init__(self, where: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self.device = device
-        self.tokenizer, self.llama = diffusers_folder.text_model(
-            where, "tokenizer", "text_encoder", dtype, device
-        )
-        self.tokenizer_2, self.clip = diffusers_folder.text_model(
-            where, "tokenizer_2", "text_encoder_2", dtype, device
-        )
-
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
-        conditions: list[Condition] = []
-        for start in range(0, len(prompts), TEXT_BATCH):
-            texts = [prompt.text for prompt in prompts[start : start + TEXT_BATCH]]
-            features = zip(self._llama_features(texts), self._clip_features(texts), strict=True)
-            conditions.extend({"text": text, "pooled": pooled} for text, pooled in features)
-        return conditions
-
-    def negative(self, text: str) -> Condition:
-        return self([Prompt(text)])[0]
-
-    def _llama_features(self, texts: list[str]) -> list[Tensor]:
-        """Hidden states of the prompt's own tokens and the closing one.
-
-        returns [L, D] each, L = its length
-        """
-        template = DEFAULT_PROMPT_TEMPLATE["template"]
-        crop = len(
-            self.tokenizer(template.split("{}")[0])["input_ids"]
-        )  # 95 with Llama 3's tokenizer
-        tokens = self.tokenizer(
-            [template.format(text) for text in texts],
-            max_length=MAX_TEXT_TOKENS + crop,
-            padding="longest",
-            padding_side="right",
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.device)
-        states = self.llama(
-            input_ids=tokens.input_ids,
-            attention_mask=tokens.attention_mask,
-            output_hidden_states=True,
-        ).hidden_states[-(SKIPPED_LAYERS + 1)]
-        lengths = tokens.attention_mask.sum(1).tolist()
-        return [row[crop:length].float().cpu() for row, length in zip(states, lengths, strict=True)]
-
-    def _clip_features(self, texts: list[str]) -> list[Tensor]:
-        """Pooled CLIP output of the raw prompts.  returns [D] each"""
-        tokens = self.tokenizer_2(
-            texts,
-            padding="max_length",
-            max_length=MAX_CLIP_TOKENS,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return list(self.clip(tokens.input_ids.to(self.device)).pooler_output.float().cpu())
-
-
 @contextmanager
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
     """The text encoders of model.path; freed when the context ends."""
     where = diffusers_folder.pipeline_folder(settings, PARTS)
-    with diffusers_folder.freed(TextEncoder(where, settings.torch_dtype, device)) as texts:
+    with diffusers_folder.freed(text_encoder(where, settings.torch_dtype, device)) as texts:
         yield texts
+
+
+def text_encoder(where: Path, dtype: torch.dtype, device: torch.device) -> TextEncoder:
+    """The text encoders of a folder, with this family's limits."""
+    return TextEncoder(where, dtype, device, (MAX_TEXT_TOKENS, MAX_CLIP_TOKENS))
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:

@@ -30,6 +30,7 @@ from fastgrpo.models import hunyuan_video
 from fastgrpo.models.hunyuan_video import PARTS, HunyuanVideo, blocks, share_sequence
 from fastgrpo.models.loading import diffusers_folder
 from fastgrpo.models.sizes.family_plan import FamilyPlan
+from fastgrpo.models.text_encoders import llama_and_clip
 
 __all__ = ["SkyReels", "blocks", "encoder", "load", "share_sequence"]
 
@@ -65,7 +66,7 @@ class SkyReels(HunyuanVideo):
 class ImageTextEncoder:
     """This family's `Encoder`: HunyuanVideo's text features, and the reference image's latent."""
 
-    def __init__(self, texts: hunyuan_video.TextEncoder, vae: Any, video: Video) -> None:
+    def __init__(self, texts: llama_and_clip.TextEncoder, vae: Any, video: Video) -> None:
         self.texts = texts
         self.vae = vae
         self.size = (video.height, video.width)
@@ -123,7 +124,7 @@ def posterior_key(pixels: Tensor) -> noise.Key:
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[ImageTextEncoder]:
     """The text encoders and the VAE of model.path; freed when the context ends."""
     where, dtype = diffusers_folder.pipeline_folder(settings, PARTS), settings.torch_dtype
-    with diffusers_folder.freed(hunyuan_video.TextEncoder(where, dtype, device)) as texts:
+    with diffusers_folder.freed(hunyuan_video.text_encoder(where, dtype, device)) as texts:
         patch = hunyuan_video.check_network(settings, where, images=True)["patch_size"]
         vae = diffusers_folder.read(AutoencoderKLHunyuanVideo, where / "vae", dtype)
         config = (

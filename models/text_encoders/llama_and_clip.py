@@ -1,0 +1,78 @@
+"""A Llama's hidden states of a prompt's own tokens in a template, and CLIP's pooled output."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from torch import Tensor
+
+from fastgrpo.core.policy import Condition, Prompt
+from fastgrpo.models.loading import diffusers_folder
+
+SKIPPED_LAYERS = 2  # of the Llama: the text features are the third hidden state from the end
+TEXT_BATCH = 32  # prompts per forward pass of the text encoders
+
+
+class TextEncoder:
+    """An `Encoder`: Llama features and CLIP's pooled output."""
+
+    def __init__(
+        self, where: Path, dtype: torch.dtype, device: torch.device, longest: tuple[int, int]
+    ) -> None:
+        """Read both from a pipeline's folder.  longest: tokens of a text for the Llama, for CLIP"""
+        self.device, self.longest = device, longest
+        self.tokenizer, self.llama = diffusers_folder.text_model(
+            where, "tokenizer", "text_encoder", dtype, device
+        )
+        self.tokenizer_2, self.clip = diffusers_folder.text_model(
+            where, "tokenizer_2", "text_encoder_2", dtype, device
+        )
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
+        conditions: list[Condition] = []
+        for start in range(0, len(prompts), TEXT_BATCH):
+            texts = [prompt.text for prompt in prompts[start : start + TEXT_BATCH]]
+            features = zip(self._llama_features(texts), self._clip_features(texts), strict=True)
+            conditions.extend({"text": text, "pooled": pooled} for text, pooled in features)
+        return conditions
+
+    def negative(self, text: str) -> Condition:
+        return self([Prompt(text)])[0]
+
+    def _llama_features(self, texts: list[str]) -> list[Tensor]:
+        """Hidden states of the prompt's own tokens and the closing one.
+
+        returns [L, D] each, L = its length
+        """
+        template = DEFAULT_PROMPT_TEMPLATE["template"]
+        crop = len(
+            self.tokenizer(template.split("{}")[0])["input_ids"]
+        )  # 95 with Llama 3's tokenizer
+        tokens = self.tokenizer(
+            [template.format(text) for text in texts],
+            max_length=self.longest[0] + crop,
+            padding="longest",
+            padding_side="right",
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        states = self.llama(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            output_hidden_states=True,
+        ).hidden_states[-(SKIPPED_LAYERS + 1)]
+        lengths = tokens.attention_mask.sum(1).tolist()
+        return [row[crop:length].float().cpu() for row, length in zip(states, lengths, strict=True)]
+
+    def _clip_features(self, texts: list[str]) -> list[Tensor]:
+        """Pooled CLIP output of the raw prompts.  returns [D] each"""
+        tokens = self.tokenizer_2(
+            texts,
+            padding="max_length",
+            max_length=self.longest[1],
+            truncation=True,
+            return_tensors="pt",
+        )
+        return list(self.clip(tokens.input_ids.to(self.device)).pooler_output.float().cpu())
