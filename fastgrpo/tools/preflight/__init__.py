@@ -1,1 +1,1 @@
-"""`fastgrpo preflight`: is a recipe correct on this machine. Read `checks.py` first: one line per check."""
+"""`fastgrpo preflight`: is a recipe correct on this machine. Read `checks.py` first."""

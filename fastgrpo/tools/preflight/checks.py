@@ -1,9 +1,10 @@
-"""Is this run correct on this machine, before GPUs are burnt on it? One green or red line per check, with the remedy.
+"""Checks before a large run that it is correct on this machine: a green or red line for each.
 
-`quick` is what `train` does by default before its first iteration: the checks that cost a few forwards. `thorough` is
-`fastgrpo preflight`: all checks, and the measured seconds and memory of each phase. Both leave weights, optimizer,
-random numbers and the run's folder as they were: all noise is keyed, the update's optimizer step is left out, and a
-folder of their own is removed.
+A red line names the remedy. `quick` has the checks that cost a few forwards; `train` runs it by
+default before the first iteration. `thorough` is `fastgrpo preflight`: all checks, and the measured
+seconds and memory of each phase. Both leave weights, optimizer, random numbers and the run's folder
+unchanged: all noise is keyed, the update's optimizer step is left out, and the checks' own folder
+is removed.
 """
 
 import math
@@ -26,10 +27,11 @@ QUICK_CLIPS = 2  # decoded and scored per rank
 
 
 def quick(parts: Parts, say: Callable[[str], None]) -> None:
-    """Says one line where all is green, else the red ones. Raises UserError, on every rank, where a check is red.
+    """Print one line where all checks are green, else the red ones.
 
-    A bfloat16 ratio is only told: what a GPU's kernels do with batches of other shapes is not known beforehand, and the
-    run's metrics show it in every iteration.
+    Raises UserError, on every rank, for a red check. A bfloat16 ratio only prints its line: how a
+    GPU's kernels round batches of other shapes is not known beforehand, and the run's metrics show
+    it in every iteration.
     """
     start = time.perf_counter()
     with run_folder.scratch(parts.recipe.run.dir, parts.world) as folder:
@@ -37,51 +39,61 @@ def quick(parts: Parts, say: Callable[[str], None]) -> None:
     findings += common(parts)
     probe = Probe.of(parts.trainer, parts.world)
     plan = short(noisy_plan(parts))
-    findings += judged(parts, iteration.run(parts, plan, probe, QUICK_CLIPS, Meter(parts.world)))
+    meter = Meter(parts.world)
+    done = iteration.run(parts, plan=plan, probe=probe, clips=QUICK_CLIPS, meter=meter)
+    findings += judged(parts, done)
     for finding in findings:
         if not finding.green:
             say(f"preflight: {finding.line}")
-    rounds = parts.dtype == torch.bfloat16
-    red = [finding for finding in findings if not finding.green and not (rounds and finding.check == "ratio")]
+    allowed = ("ratio",) if parts.dtype == torch.bfloat16 else ()
+    red = [finding for finding in findings if not finding.green and finding.check not in allowed]
     if red:
-        names = ", ".join(finding.check for finding in red)
+        names, first = ", ".join(finding.check for finding in red), red[0]
         raise UserError(
-            f"run.preflight=true: red before training: {names} ({red[0].measured}); {red[0].remedy}; "
+            f"run.preflight=true: red before training: {names} ({first.measured}); {first.remedy}; "
             "run.preflight=false trains all the same."
         )
     names = ", ".join(finding.check for finding in findings if finding.green)
     say(f"preflight: green in {time.perf_counter() - start:.1f} s: {names}")
 
 
-def thorough(parts: Parts, folder: Path, tell: Callable[[Finding], None]) -> tuple[bool, list[Phase]]:
-    """All checks, each told as soon as it is done.  returns whether all are green, and what each phase took
+def thorough(
+    parts: Parts,
+    folder: Path,
+    tell: Callable[[Finding], None],
+) -> tuple[bool, list[Phase]]:
+    """Run all checks.  returns whether all are green, and the phases' seconds and memory
 
-    folder: a scratch one right in the run's folder, on every rank
+    folder: a scratch folder directly in the run's folder, on every rank
+    tell: called with each finding as soon as its check is done
     """
     findings: list[Finding] = []
 
-    def note(*found: Finding) -> None:
-        for one in found:
-            findings.append(one)
-            tell(one)
+    def note(*new: Finding) -> None:
+        for finding in new:
+            findings.append(finding)
+            tell(finding)
 
     world, meter = parts.world, Meter(parts.world)
     note(run_folder.space(parts, folder))
     note(*common(parts))
     probe = Probe.of(parts.trainer, world)
     run_folder.fill_moments(probe.optimizer, 0.0)  # so that memory is that of a run under way
-    note(*judged(parts, iteration.run(parts, short(noisy_plan(parts)), probe, None, meter)))
-    done = iteration.run(parts, some_trained(parts), probe, None, meter)
+    plan = short(noisy_plan(parts))
+    note(*judged(parts, iteration.run(parts, plan=plan, probe=probe, clips=None, meter=meter)))
+    plan = some_trained(parts)
+    done = iteration.run(parts, plan=plan, probe=probe, clips=None, meter=meter)
     note(replace(iteration.ratio(parts, done), check="ratio of other steps"))
     saved = run_folder.save_and_load(parts, probe, folder)
     note(saved.finding)
     if saved.bytes:
-        note(replace(run_folder.space(parts, folder, saved.bytes), check="folder, by that checkpoint"))
+        finding = run_folder.space(parts, folder, saved.bytes)
+        note(replace(finding, check="folder, by that checkpoint"))
     return all(finding.green for finding in findings), measured(parts, done, meter, saved.seconds)
 
 
 def some_trained(parts: Parts) -> Plan:
-    """The run's own plan, with as few trained steps per sample as make two micro-batches."""
+    """The run's plan with the fewest trained steps per sample that make two micro-batches."""
     recipe = parts.recipe
     wanted = math.ceil(2 * recipe.optimizer.batch_size / recipe.rollout.at_once)
     plan = noisy_plan(parts)
@@ -89,13 +101,13 @@ def some_trained(parts: Parts) -> Plan:
 
 
 def common(parts: Parts) -> list[Finding]:
-    """What ranks must have in common, and the rewards."""
+    """Findings of the values that ranks must have in common, and of the rewards."""
     checks = (ranks.weights, ranks.noise, ranks.sequences)
     return [check(parts) for check in checks] + rewards(parts)
 
 
 def judged(parts: Parts, done: Iteration) -> list[Finding]:
-    """What a short iteration tells."""
+    """Findings of a short iteration."""
     checks = (
         iteration.log_probabilities,
         iteration.ratio,

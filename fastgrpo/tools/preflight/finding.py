@@ -1,5 +1,6 @@
-"""What preflight looks at, what it says, and how its ranks compare notes."""
+"""The parts of a run that preflight checks, a check's finding, and values of all ranks."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The parts of a run before its first iteration, and what that iteration will draw."""
+    """The parts of a run before its first iteration, with the plan of that iteration."""
 
     recipe: Recipe
     world: World
@@ -34,7 +35,7 @@ class Parts:
 
     @classmethod
     def of(cls, session: Session) -> "Parts":
-        """What a session has before its first iteration."""
+        """The parts of a session before its first iteration."""
         texts, conditions = session.training.batch(session.recipe, 0)
         return cls(
             recipe=session.recipe,
@@ -53,7 +54,7 @@ class Parts:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the network's forward."""
+        """The dtype of the network's forward."""
         return self.recipe.model.torch_dtype
 
     @property
@@ -64,7 +65,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found, the same on every rank."""
+    """The result of one check, the same on every rank."""
 
     check: str
     green: bool
@@ -73,7 +74,7 @@ class Finding:
 
     @property
     def line(self) -> str:
-        """As the user reads it."""
+        """The finding as one line for the user."""
         if self.green:
             return f"green  {self.check}: {self.measured}"
         return f"red    {self.check}: {self.measured}; {self.remedy}"
@@ -87,30 +88,42 @@ def gathered(value: T, world: World) -> list[T]:
 
 
 def largest(value: float, world: World) -> float:
-    """The largest of the ranks' values; NaN where any is, since a maximum may hide it."""
-    found = gathered(value, world)
-    return next((one for one in found if one != one), max(found))
+    """The largest of the ranks' values; NaN where any is NaN, which a maximum may hide."""
+    values = gathered(value, world)
+    return next((other for other in values if math.isnan(other)), max(values))
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor."""
+    """This rank's part of a sharded tensor [n, ...]; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def fingerprints(tensors: Sequence[Tensor], world: World) -> Tensor:
-    """The sum of each tensor's bits, of this rank's parts.  returns int64 [len(tensors)] on the world's device"""
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [local(one.detach()).contiguous().view(whole[one.element_size()]).sum(dtype=torch.int64) for one in tensors]
-    return torch.stack([one.to(world.device) for one in sums]) if sums else torch.zeros(0, dtype=torch.int64)
+    """The sum of the bits of this rank's part of each tensor, as integers of the element's size.
+
+    returns int64 [len(tensors)] on the world's device
+    """
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = []
+    for tensor in tensors:
+        bits = local(tensor.detach()).contiguous().view(integers[tensor.element_size()])
+        sums.append(bits.sum(dtype=torch.int64))
+    if not sums:
+        return torch.zeros(0, dtype=torch.int64)
+    return torch.stack([total.to(world.device) for total in sums])
 
 
 def replicas_differ(tensors: dict[str, Tensor], world: World) -> str:
-    """The name of a tensor whose parts are not the same bits on all replicas, on any rank; empty where all are."""
+    """The name of a tensor whose bits differ between replicas on any rank; empty: none differs.
+
+    tensors: by name, of any shapes [...]
+    """
     if world.mesh.ndim == 1:
         return ""
     group = world.mesh.get_group("replicate")
-    low, high = fingerprints(list(tensors.values()), world), fingerprints(list(tensors.values()), world)
+    low = fingerprints(list(tensors.values()), world)
+    high = low.clone()
     dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
     dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
     names = [name for name, other in zip(tensors, (low != high).tolist(), strict=True) if other]
-    return next((name for found in gathered(names, world) for name in found), "")
+    return next((name for of_rank in gathered(names, world) for name in of_rank), "")

@@ -1,7 +1,8 @@
-"""A short iteration for preflight: the run's own rollout, decoding, scoring and update, without its optimizer step.
+"""A short iteration for preflight: the run's own functions, without an optimizer step.
 
-The batches are the first ones of the run, at its batch sizes. What is short is the time grid: the first and the last
-noisy step, each as wide as in the run, since rounding weighs most where a step's noise is least, and a leap between.
+The batches are the run's first ones, at its batch sizes. The time grid is short: the first and the
+last noisy step, each as wide as in the run, and a leap between. Rounding weighs most in the last
+noisy step, which has the least noise.
 """
 
 import math
@@ -28,19 +29,23 @@ from fastgrpo.training.trainer import Trainer
 from fastgrpo.training.update import MicroBatch, update
 
 LOG_PROB_BOUND = 1e-5
-"""Of a log-probability's difference from its value in float64, times its size where that is above 1. Float32 gives 1e-6
-at most; bfloat16 has steps of 8e-3 at 1 to 2."""
+"""Bound of a log-probability's difference from its value in float64, relative to values above 1.
+
+Float32 gives 1e-6 at most; bfloat16 has steps of 8e-3 at 1 to 2.
+"""
 RATIO_BOUND = {torch.float32: 2e-6, torch.bfloat16: 1e-4}
-"""Of |log ratio| before any step; in bfloat16 the clip range itself, where the objective clips the ratio.
+"""Bound of |log ratio| before any step; for bfloat16 the clip range replaces it where there is one.
 
-A float32 log-probability of 1 to 4 has steps of 1.2e-7 to 2.4e-7. A bfloat16 network's result differs between batches
-of other shapes, where kernels sum in another order; the mean over a clip's dimensions leaves the less of it, the larger
-the clip. From the clip range on (1e-4 in the paper) rounding alone decides what is clipped."""
+A float32 log-probability of 1 to 4 has steps of 1.2e-7 to 2.4e-7. A bfloat16 network's result
+differs between batches of other shapes, where kernels sum in another order; the mean over a clip's
+dimensions makes the difference smaller, the larger the clip. Above the clip range (1e-4 in the
+paper) rounding alone decides which ratios are clipped.
+"""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Probe(Trainer):
-    """A trainer whose step looks at the gradients and changes nothing."""
+    """A trainer whose step inspects the gradients and leaves the weights unchanged."""
 
     world: World | None = None
     norms: list[float] = field(default_factory=list)
@@ -49,13 +54,18 @@ class Probe(Trainer):
 
     @classmethod
     def of(cls, trainer: Trainer, world: World) -> "Probe":
-        """The same weights, one update per iteration, and an AdamW of its own that has no state yet."""
+        """A probe of a trainer's weights: one update per iteration, an own AdamW without state."""
         trained = [p for p in trainer.policy.network.parameters() if p.requires_grad]
-        settings = trainer.settings.model_copy(update={"updates_per_iteration": 1})
-        same = {one.name: getattr(trainer, one.name) for one in fields(Trainer)}
-        return cls(**same | {"settings": settings, "optimizer": torch.optim.AdamW(trained), "world": world})
+        same = {field.name: getattr(trainer, field.name) for field in fields(Trainer)}
+        changed = {
+            "settings": trainer.settings.model_copy(update={"updates_per_iteration": 1}),
+            "optimizer": torch.optim.AdamW(trained),
+            "world": world,
+        }
+        return cls(**same | changed)
 
     def step(self) -> Tensor:
+        """Note the gradients' problems.  returns their norm, a float32 scalar"""
         assert self.world is not None
         trained = {name: p for name, p in self.policy.network.named_parameters() if p.requires_grad}
         grads = {name: p.grad for name, p in trained.items() if p.grad is not None}
@@ -76,12 +86,16 @@ class Meter:
 
     world: World
     seconds: dict[str, float] = field(default_factory=dict)
-    peaks: dict[str, float] = field(default_factory=dict)  # GiB, of the GPU's tensors; without one of the process
+    peaks: dict[str, float] = field(default_factory=dict)
+    """GiB of the GPU's tensors; without a GPU of the process."""
     memory: Peaks = field(default_factory=Peaks)
 
     @contextmanager
     def phase(self, name: str, remedy: str) -> Iterator[None]:
-        """Measure what is done inside. Raises OneRankError, with the remedy, where this GPU has no room for it."""
+        """Measure the phase inside.
+
+        Raises OneRankError, with the remedy, where this GPU has no room for the phase.
+        """
         self.memory.read()
         start = time.perf_counter()
         try:
@@ -95,42 +109,43 @@ class Meter:
         self.peaks[name] = allocated if self.world.device.type == "cuda" else resident
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Iteration:
-    """What a short iteration gave on this rank."""
+    """The results of a short iteration on this rank."""
 
     plan: Plan
     drawn: Drawn
-    pixels: Tensor  # uint8 [B, F, H, W, 3] of this rank's part, possibly none
-    finite: bool  # the latents of all of `drawn`
+    pixels: Tensor  # uint8 [B, F, H, W, 3] of this rank's part, which may be empty
+    finite: bool  # whether the latents of all of `drawn` are
     scored: int  # samples of all ranks
-    valid: int  # of these, with a score
+    valid: int  # samples of these with a score
     probe: Probe
     metrics: dict[str, float]
     micro_batches: list[float]  # seconds of each
 
 
 def short(plan: Plan) -> Plan:
-    """The plan with its first and last noisy step alone, as wide as they are, and the deterministic last step."""
+    """The plan with its first and last noisy step, of unchanged width, and the last step alone."""
     noisy, last = plan.noisy, plan.steps
-    kept = sorted({0, noisy.start, noisy.stop - 1, noisy.stop, last})
-    first = kept.index(noisy.start)
-    return replace(plan, grid=plan.grid[kept], window=range(first, kept.index(noisy.stop)), trained=None)
+    times = sorted({0, noisy.start, noisy.stop - 1, noisy.stop, last})
+    window = range(times.index(noisy.start), times.index(noisy.stop))
+    return replace(plan, grid=plan.grid[times], window=window, trained=None)
 
 
 def noisy_plan(parts: Parts) -> Plan:
-    """The run's plan; for an objective without noisy steps with noise in all but the last, the deterministic one."""
+    """The run's plan; for an objective without noisy steps, noise in all steps but the last."""
     plan = parts.plan
     if methods.traits(parts.recipe).noisy_steps:
         return plan
     trained = min(parts.recipe.steps_trained, plan.steps - 1)
-    return replace(plan, window=range(plan.steps - 1), trained=trained, eta=plan.eta or 0.3)  # its recipe may say 0
+    eta = plan.eta or 0.3  # the recipe may say 0
+    return replace(plan, window=range(plan.steps - 1), trained=trained, eta=eta)
 
 
 def run(parts: Parts, plan: Plan, probe: Probe, clips: int | None, meter: Meter) -> Iteration:
-    """The first batch of every group of ranks: drawn, decoded, scored, and its gradient.
+    """Draw, decode and score the first batch of every group of ranks, and take its gradient.
 
-    clips: at most so many of this rank's are decoded and scored; none = all
+    clips: the most of this rank's samples that are decoded and scored; None: all
     """
     recipe, world, policy = parts.recipe, parts.world, parts.policy
     size = recipe.rollout.at_once
@@ -139,21 +154,19 @@ def run(parts: Parts, plan: Plan, probe: Probe, clips: int | None, meter: Meter)
     memory = f"rollout.batch_size={size}: lower it, or set distributed.rollout_weights=sharded"
     with sharding.rollout_weights(policy.network, recipe.distributed, parts.dtype, world):
         with meter.phase("rollout", memory):
-            prefixes: dict[int, SharedPrefix] = {}
-            if plan.shared_noise:
-                prompts = sorted({slot // plan.group_size for slot in batch})
-                prefixes = rollout.shared_prefixes(policy, plan, parts.conditions, prompts)
-            drawn = rollout.sample(policy, plan, parts.conditions, batch, prefixes)
+            drawn = _draw(parts, plan, batch)
         own = list(world.part(len(batch)))[:clips]
-        with meter.phase("decode", f"model.decode_batch={recipe.model.decode_batch or 'none'}: set it to 1"):
+        memory = f"model.decode_batch={recipe.model.decode_batch or 'none'}: set it to 1"
+        with meter.phase("decode", memory):
             pixels = policy.decode(drawn.final[own]) if own else torch.empty(0, dtype=torch.uint8)
     with meter.phase("reward", "rewards: give them a device of their own, or a server"):
         scored, valid = _score(parts, [batch[row] for row in own], drawn.final[own], pixels)
     selected = torch.zeros(parts.total, dtype=torch.bool)
     selected[[slot for members in batches for slot in members]] = True
     seconds: list[float] = []
-    memory = f"optimizer.batch_size={recipe.optimizer.batch_size}: lower it, or set model.gradient_checkpointing=true"
-    with meter.phase("update", memory):
+    memory = f"optimizer.batch_size={recipe.optimizer.batch_size}"
+    remedy = "lower it, or set model.gradient_checkpointing=true"
+    with meter.phase("update", f"{memory}: {remedy}"):
         experience = Experience(
             plan=plan,
             conditions=parts.conditions,
@@ -161,18 +174,47 @@ def run(parts: Parts, plan: Plan, probe: Probe, clips: int | None, meter: Meter)
             advantages=_advantages(parts.total),
             selected=selected,
         )
-        metrics = update(probe, _comparable(parts), experience, world, lambda work: _timed(work, seconds, world))
-    finite = bool(torch.isfinite(drawn.final).all())
-    return Iteration(plan, drawn, pixels, finite, scored, valid, probe, metrics, seconds)
+        metrics = update(
+            probe,
+            objective=_comparable(parts),
+            experience=experience,
+            world=world,
+            poll_before=lambda work: _timed(work, seconds, world),
+        )
+    return Iteration(
+        plan=plan,
+        drawn=drawn,
+        pixels=pixels,
+        finite=bool(torch.isfinite(drawn.final).all()),
+        scored=scored,
+        valid=valid,
+        probe=probe,
+        metrics=metrics,
+        micro_batches=seconds,
+    )
 
 
 def _batches(parts: Parts, group: int) -> Iterator[list[int]]:
-    share = parts.world.share(parts.total, group)
-    return rollout.batches(share, parts.conditions, parts.plan.group_size, parts.recipe.rollout.at_once)
+    """The batches of a group of ranks, at the run's batch size."""
+    share, size = parts.world.share(parts.total, group), parts.recipe.rollout.at_once
+    return rollout.batches(share, parts.conditions, parts.plan.group_size, size)
+
+
+def _draw(parts: Parts, plan: Plan, slots: list[int]) -> Drawn:
+    """Draw one batch on noisy trajectories."""
+    policy, conditions = parts.policy, parts.conditions
+    prefixes: dict[int, SharedPrefix] = {}
+    if plan.shared_noise:
+        prompts = sorted({slot // plan.group_size for slot in slots})
+        prefixes = rollout.shared_prefixes(policy, plan, conditions, prompts)
+    return rollout.sample(policy, plan=plan, conditions=conditions, slots=slots, prefixes=prefixes)
 
 
 def _score(parts: Parts, slots: list[int], latents: Tensor, pixels: Tensor) -> tuple[int, int]:
-    """(clips that were scored, those with a valid score), of all ranks."""
+    """(all ranks' clips that were scored, and their number with a valid score).
+
+    latents: [B, C, F, H, W];  pixels: uint8 [B, F, H, W, 3]
+    """
     if slots:
         texts = [parts.texts[slot // parts.plan.group_size] for slot in slots]
         parts.scorer.submit(slots, latents, pixels, texts)
@@ -182,7 +224,7 @@ def _score(parts: Parts, slots: list[int], latents: Tensor, pixels: Tensor) -> t
 
 
 def _comparable(parts: Parts) -> Objective:
-    """The recipe's objective; for one without a ratio GRPO's: rollout and update must agree all the same."""
+    """The recipe's objective, or GRPO's where it has no ratio by which to compare the update."""
     objective = parts.recipe.objective
     if methods.traits(parts.recipe).noisy_steps:
         return objective
@@ -190,11 +232,12 @@ def _comparable(parts: Parts) -> Objective:
 
 
 def _advantages(total: int) -> Tensor:
-    """Made up: 1 and -1 in turn.  returns float32 [total]"""
+    """Advantages for the check, 1 and -1 in turn.  returns float32 [total]"""
     return 1.0 - 2.0 * (torch.arange(total) % 2)
 
 
 def _timed(work: Iterable[MicroBatch], seconds: list[float], world: World) -> Iterator[MicroBatch]:
+    """Give the micro-batches, and append the seconds of each."""
     for piece in work:
         start = time.perf_counter()
         yield piece
@@ -204,58 +247,75 @@ def _timed(work: Iterable[MicroBatch], seconds: list[float], world: World) -> It
 
 
 def decoding(parts: Parts, done: Iteration) -> Finding:
-    """Finite latents, pixels of the recipe's size that are not one colour."""
+    """Check that latents are finite and pixels of the recipe's size and more than one colour."""
     video, world = parts.recipe.video, parts.world
     expected = (video.frames, video.height, video.width, 3)
     rows = done.pixels.flatten(1) if len(done.pixels) else torch.zeros(0, 1)
     flat = int((rows.amax(1) == rows.amin(1)).sum()) if len(rows) else 0
-    form = (str(done.pixels.dtype), tuple(done.pixels.shape[1:])) if len(rows) else ("torch.uint8", expected)
-    found = gathered((form, flat, done.finite), world)
-    forms = [form for form, _, _ in found if form != ("torch.uint8", expected)]
-    clips = sum(gathered(len(rows), world))
+    form: tuple[str, tuple[int, ...]] = ("torch.uint8", expected)
+    if len(rows):
+        form = (str(done.pixels.dtype), tuple(done.pixels.shape[1:]))
+    everyone = gathered((form, flat, done.finite), world)
+    forms = [form for form, _, _ in everyone if form != ("torch.uint8", expected)]
+    clips, flat = sum(gathered(len(rows), world)), sum(flat for _, flat, _ in everyone)
     remedy = "compare model.path's vae and scheduler with the published ones, and model.dtype"
-    if not all(finite for _, _, finite in found):
-        return Finding("decode", False, "the rollout's latents are not finite", remedy)
-    if forms:
+    problem = ""
+    if not all(finite for _, _, finite in everyone):
+        problem = "the rollout's latents are not finite"
+    elif forms:
         kind, shape = forms[0]
-        return Finding("decode", False, f"clips are {kind} {list(shape)} instead of uint8 {list(expected)}", remedy)
-    if any(flat for _, flat, _ in found):
-        return Finding("decode", False, f"{sum(flat for _, flat, _ in found)} of {clips} clips are one colour", remedy)
-    return Finding("decode", True, f"{clips} clip{'s' * (clips > 1)} of {list(expected)}, finite, none of one colour")
+        problem = f"clips are {kind} {list(shape)} instead of uint8 {list(expected)}"
+    elif flat:
+        problem = f"{flat} of {clips} clips are one colour"
+    if problem:
+        return Finding("decode", False, problem, remedy)
+    message = f"{clips} clip{'s' * (clips > 1)} of {list(expected)}, finite, none of one colour"
+    return Finding("decode", True, message)
 
 
 def scoring(parts: Parts, done: Iteration) -> Finding:
-    """Drawn clips get scores."""
+    """Check that drawn clips get scores."""
     invalid, limit = 1.0 - done.valid / done.scored, parts.recipe.server.max_invalid
-    told = f"{done.valid} of {done.scored} drawn clips have a score"
-    remedy = "see the rewards' log (reward_server.log in the run's folder) for why it refuses clips of this form"
-    return Finding("scoring", invalid <= limit or (done.valid > 0 and done.scored < 8), told, remedy)
+    message = f"{done.valid} of {done.scored} drawn clips have a score"
+    log = "the rewards' log (reward_server.log in the run's folder)"
+    remedy = f"see {log} for why it refuses clips of this form"
+    green = invalid <= limit or (done.valid > 0 and done.scored < 8)
+    return Finding("scoring", green, message, remedy)
 
 
 def log_probabilities(parts: Parts, done: Iteration) -> Finding:
-    """The rollout's log-probabilities are float32 and those of the noise that was injected, computed in float64."""
+    """Check that the rollout's log-probabilities are float32 and near those in float64.
+
+    The float64 values are of the noise that the plan injects.
+    """
     plan, world = done.plan, parts.world
     sampler = samplers.of(parts.policy, plan.sampler)
     worst, kinds = 0.0, set()
     for slot, trajectory in done.drawn.trajectories.items():
         for step, log_prob in trajectory.log_probs.items():
-            exact = _exact(parts, plan, sampler, slot, step)
+            exact = _exact(plan, sampler, slot, step)
             worst = max(worst, abs(log_prob.item() - exact) / max(1.0, abs(exact)))
-            kinds |= {log_prob.dtype, trajectory.states[step].dtype, trajectory.states[step + 1].dtype}
-    worst = largest(worst, world)
-    others = [str(kind) for found in gathered(kinds, world) for kind in found if kind != torch.float32]
-    told = f"off from float64 by {worst:.1e}, bound {LOG_PROB_BOUND:.0e}"
-    remedy = "log-probabilities and states must be float32 around a network of any precision: undo what rounds them"
+            states = (trajectory.states[step], trajectory.states[step + 1])
+            kinds |= {log_prob.dtype, *(state.dtype for state in states)}
+    worst, kinds_of_ranks = largest(worst, world), gathered(kinds, world)
+    others = [str(kind) for own in kinds_of_ranks for kind in own if kind != torch.float32]
+    message = f"off from float64 by {worst:.1e}, bound {LOG_PROB_BOUND:.0e}"
+    remedy = "log-probabilities and states must be float32 around a network of any precision"
+    remedy += ": undo what rounds them"
     if others:
-        return Finding("log-probabilities", False, f"kept as {others[0]}, {told}", remedy)
-    return Finding("log-probabilities", worst <= LOG_PROB_BOUND, told, remedy)
+        return Finding("log-probabilities", False, f"kept as {others[0]}, {message}", remedy)
+    return Finding("log-probabilities", worst <= LOG_PROB_BOUND, message, remedy)
 
 
-def _exact(parts: Parts, plan: Plan, sampler: samplers.Sampler, slot: int, step: int) -> float:
-    """log p of the noise that the plan injects: the states cancel, and only the step's std is needed."""
-    injected = plan.step_noise([slot], step, parts.world.device).double()
-    nothing = torch.zeros(1, 1, device=parts.world.device)
-    _, std = sampler.transition(nothing, nothing, plan.grid[step], plan.grid[step + 1], plan.eta)
+def _exact(plan: Plan, sampler: samplers.Sampler, slot: int, step: int) -> float:
+    """log p of the noise that the plan injects, in float64.
+
+    The states cancel, so only the step's std is needed.
+    """
+    device, t, t_next = plan.grid.device, plan.grid[step], plan.grid[step + 1]
+    injected = plan.step_noise([slot], step, device).double()
+    zeros = torch.zeros(1, 1, device=device)
+    _, std = sampler.transition(zeros, zeros, t=t, t_next=t_next, eta=plan.eta)
     square, deviation = injected.square().mean().item(), std.double().item()
     if sampler.log_prob is samplers.squared_distance:
         return -square * deviation**2
@@ -263,22 +323,27 @@ def _exact(parts: Parts, plan: Plan, sampler: samplers.Sampler, slot: int, step:
 
 
 def ratio(parts: Parts, done: Iteration) -> Finding:
-    """Before any optimizer step the update gives the rollout's log-probabilities."""
+    """Check that the update gives the rollout's log-probabilities before any optimizer step."""
     objective, bound = parts.recipe.objective, RATIO_BOUND[parts.dtype]
-    found = done.metrics["update/max_log_ratio_first"]
+    measured = done.metrics["update/max_log_ratio_first"]
     if parts.dtype == torch.bfloat16 and methods.traits(parts.recipe).clips_ratio:
         bound = objective.clip_range
     name = str(parts.dtype).removeprefix("torch.")
-    told = f"max |log ratio| {found:.1e} before the first step, bound {bound:.0e} ({name}, clip range "
-    told += f"{objective.clip_range:.0e}), {done.metrics['update/transitions']:.0f} transitions"
+    bounds = f"bound {bound:.0e} ({name}, clip range {objective.clip_range:.0e})"
+    message = f"max |log ratio| {measured:.1e} before the first step, {bounds}"
+    message += f", {done.metrics['update/transitions']:.0f} transitions"
     remedy = "rollout and update must compute the same function"
     if parts.dtype == torch.bfloat16:
-        remedy += ": set optimizer.batch_size to rollout.batch_size, model.attention=none, or model.dtype=float32"
-    return Finding("ratio", found <= bound, told, remedy)
+        remedy += ": set optimizer.batch_size to rollout.batch_size, model.attention=none, or "
+        remedy += "model.dtype=float32"
+    return Finding("ratio", measured <= bound, message, remedy)
 
 
 def gradients(parts: Parts, done: Iteration) -> Finding:
-    """One backward gives every trained parameter a gradient: finite, not all zero, the same bits on all replicas."""
+    """Check that one backward gives every trained parameter a gradient.
+
+    The gradients must be finite, not all zero, and the same bits on all replicas.
+    """
     probe, world = done.probe, parts.world
     norm = probe.norms[-1] if probe.norms else math.nan
     replicas = world.mesh.size(0) if world.mesh.ndim == 2 else 1
@@ -286,10 +351,14 @@ def gradients(parts: Parts, done: Iteration) -> Finding:
     if not math.isfinite(norm) or norm == 0.0:
         return Finding("gradients", False, f"their norm is {norm:.3g}", remedy)
     if probe.missing:
-        remedy = f"leave it out of lora.targets, or freeze it in models/{parts.recipe.model.family}.py"
-        return Finding("gradients", False, f"none for {probe.missing}, which the loss does not depend on", remedy)
+        file = f"models/{parts.recipe.model.family}.py"
+        remedy = f"leave it out of lora.targets, or freeze it in {file}"
+        problem = f"none for {probe.missing}, which the loss does not depend on"
+        return Finding("gradients", False, problem, remedy)
     if probe.differing:
-        remedy = "the replicas would drift apart: see that nothing changes their reduction (distributed.shard, NCCL)"
-        return Finding("gradients", False, f"of {probe.differing} differ between the {replicas} replicas", remedy)
+        remedy = "the replicas would drift apart: see that nothing changes their reduction "
+        remedy += "(distributed.shard, NCCL)"
+        problem = f"of {probe.differing} differ between the {replicas} replicas"
+        return Finding("gradients", False, problem, remedy)
     same = f", the same bits on {replicas} replicas" if replicas > 1 else ""
     return Finding("gradients", True, f"finite, norm {norm:.3g}{same}")

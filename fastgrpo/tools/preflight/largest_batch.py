@@ -1,6 +1,7 @@
-"""rollout.batch_size = "auto" on the real machine: forwards of one sample and of two tell what each takes.
+"""rollout.batch_size = "auto": the largest batch by the memory of forwards of one and two samples.
 
-Once, before the first iteration; a resumed run keeps the number of its checkpoint, so that it goes on bit for bit.
+Measured once, before the first iteration; a resumed run keeps the number of its checkpoint, so that
+it goes on bit for bit.
 """
 
 import math
@@ -22,7 +23,7 @@ from fastgrpo.training import methods
 
 
 def choose(session: Session) -> None:
-    """Put a number in the place of rollout.batch_size = "auto": the checkpoint's, or what the memory allows."""
+    """Replace rollout.batch_size = "auto" by the checkpoint's number, or the largest that fits."""
     recipe, progress = session.recipe, session.progress
     if recipe.rollout.batch_size != "auto":
         return
@@ -34,11 +35,12 @@ def choose(session: Session) -> None:
 
 
 def rollout_batch(parts: Parts) -> tuple[int, str]:
-    """(samples per forward and rank, one line that says why), the same on every rank.
+    """(samples per forward and rank, one line with the reason), the same on every rank.
 
-    The longest prompt of the first iteration stands for all. Two samples, which take at most twice what one does, are
-    not tried where they would not fit: a forward that runs out of memory leaves other ranks waiting, and FSDP's state
-    half-way. Raises OneRankError where one sample does not fit.
+    The longest prompt of the first iteration stands for all. Two samples take at most twice the
+    memory of one, and are not tried where that would not fit: a forward that runs out of memory
+    leaves other ranks waiting and FSDP's state half-way. Raises OneRankError where one sample does
+    not fit.
     """
     recipe, world, policy = parts.recipe, parts.world, parts.policy
     samples = max(len(world.share(parts.total, group)) for group in range(world.groups))
@@ -55,18 +57,19 @@ def rollout_batch(parts: Parts) -> tuple[int, str]:
 
     with sharding.rollout_weights(policy.network, recipe.distributed, parts.dtype, world):
         _grown(forward, 1)  # libraries take their workspaces
-        room = free_memory(world.device) - _kept(parts, samples) - _moments(parts)
+        room = free_memory(world.device) - _waiting(parts, samples) - _moments(parts)
         one, further = _costs(forward, room, world)
         fit = batch_size.fitting(room, one, further)
         if recipe.model.decode_batch is None:  # the decoder takes a batch whole
             fit = min(fit, sharing * batch_size.fitting(room, *_costs(decode, room, world)))
     size = batch_size.balanced(samples, _least(min(fit, samples), world))
-    told = f"{one / GIB:.2f} GiB for one, {further / GIB:.2f} for each more, {room / GIB:.1f} free on rank 0"
-    return size, f"rollout.batch_size=auto: {size} of a rank's {samples} samples at once ({told})"
+    costs = f"{one / GIB:.2f} GiB for one, {further / GIB:.2f} for each more"
+    reason = f"{costs}, {room / GIB:.1f} free on rank 0"
+    return size, f"rollout.batch_size=auto: {size} of a rank's {samples} samples at once ({reason})"
 
 
 def _costs(action: Callable[[int], None], room: float, world: World) -> tuple[float, float]:
-    """Bytes that one sample takes, and that a second one adds; as much again where two might not fit on some rank."""
+    """(bytes of one sample, bytes that a second adds); equal where two may not fit on some rank."""
     one = _grown(action, 1)
     if not _least(int(2 * one <= room), world):
         return one, one
@@ -81,29 +84,30 @@ def _least(number: int, world: World) -> int:
 
 
 def _grown(action: Callable[[int], None], count: int) -> float:
-    """Bytes by which memory was higher at most: the GPU's tensors, or the process where there is no GPU."""
+    """Bytes by which the peak memory rises: the GPU's tensors, or without a GPU the process."""
     peaks = Peaks()
     level = peaks.read()
     try:
         action(count)
     except torch.OutOfMemoryError:
         fail_alone(
-            f"rollout.batch_size=auto: the GPU has no room for {count} of a rank's samples; set it to 1 or "
-            "distributed.rollout_weights=sharded, or see what `fastgrpo plan` says of this recipe."
+            f"rollout.batch_size=auto: the GPU has no room for {count} of a rank's samples; set it "
+            "to 1 or distributed.rollout_weights=sharded, or see what `fastgrpo plan` says of this "
+            "recipe."
         )
     kind = 0 if peaks.gpu else 2
     return max(0.0, peaks.read()[kind] - level[kind]) * GIB
 
 
-def _kept(parts: Parts, samples: int) -> float:
-    """Bytes of what waits for the update on the device, of a rank's samples."""
+def _waiting(parts: Parts, samples: int) -> float:
+    """Bytes of the latents of a rank's samples that wait for the update on the device."""
     if parts.plan.store == "host" and parts.world.device.type == "cuda":
         return 0.0
     return 4.0 * samples * methods.latents_kept(parts.recipe) * math.prod(parts.plan.latent_shape)
 
 
 def _moments(parts: Parts) -> float:
-    """Bytes of AdamW's state, which the first optimizer step will make, where the weights lie on the device."""
+    """Bytes of AdamW's state on the device, which the first optimizer step will make."""
     if parts.recipe.distributed.offload and parts.world.device.type == "cuda":
         return 0.0
     trained = (p for p in parts.policy.network.parameters() if p.requires_grad)
@@ -111,4 +115,5 @@ def _moments(parts: Parts) -> float:
 
 
 def _size(condition: Condition) -> int:
+    """The number of a condition's elements."""
     return sum(tensor.numel() for tensor in condition.values())

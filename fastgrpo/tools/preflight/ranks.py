@@ -1,4 +1,4 @@
-"""Preflight's checks of what ranks must have in common: weights, noise, shared sequences."""
+"""Preflight's checks that ranks agree on weights, noise and shared sequences."""
 
 import hashlib
 
@@ -17,13 +17,16 @@ from fastgrpo.tools.preflight.finding import (
 )
 
 SHARED_BOUND = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""Norm of the difference over norm, of one forward: float32 rounds at 6e-8 and a GPU's TF32 convolutions at 5e-4 of a
-few layers; bfloat16 rounds every layer's result at 2e-3, and ranks that hold other tokens sum in another order. Tokens
-in the wrong place differ by about 1."""
+"""Bound of norm of the difference over norm, of one forward.
+
+Float32 rounds at 6e-8 and a GPU's TF32 convolutions at 5e-4 of a few layers; bfloat16 rounds every
+layer's result at 2e-3, and ranks that hold other tokens sum in another order. Tokens at the wrong
+positions differ by about 1.
+"""
 
 
 def weights(parts: Parts) -> Finding:
-    """The replicas' weights are the same, bit for bit."""
+    """Check that the replicas' weights are the same bits."""
     world = parts.world
     other = replicas_differ(dict(parts.policy.network.named_parameters()), world)
     replicas = world.mesh.size(0) if world.mesh.ndim == 2 else 1
@@ -31,25 +34,27 @@ def weights(parts: Parts) -> Finding:
         remedy = "the ranks loaded other files; compare model.path on the nodes"
         return Finding("weights", False, f"{other} differs between the {replicas} replicas", remedy)
     if replicas == 1:
-        return Finding("weights", True, f"one replica over {world.size} rank{'s' * (world.size > 1)}")
+        ranks = f"{world.size} rank{'s' * (world.size > 1)}"
+        return Finding("weights", True, f"one replica over {ranks}")
     return Finding("weights", True, f"the same bits on {replicas} replicas")
 
 
 def noise(parts: Parts) -> Finding:
-    """A sample's noise is the same on every rank, and another for every other sample."""
+    """Check that a sample's noise is the same on every rank, and unlike other samples'."""
     plan, world = parts.plan, parts.world
-    slots = [prompt * plan.group_size + sample for prompt in range(min(2, len(parts.texts))) for sample in range(2)]
+    firsts = [prompt * plan.group_size for prompt in range(min(2, len(parts.texts)))]
+    slots = [first + sample for first in firsts for sample in range(2)]
     initial = [_digest(row) for row in plan.initial_noise(slots, world.device)]
-    steps = (plan.noisy.start, plan.noisy.stop - 1)
-    injected = [_digest(row) for step in dict.fromkeys(steps) for row in plan.step_noise(slots, step, world.device)]
+    injected = []
+    for step in dict.fromkeys((plan.noisy.start, plan.noisy.stop - 1)):
+        injected += [_digest(row) for row in plan.step_noise(slots, step, world.device)]
     everyone = gathered((initial, injected), world)
-    others = [rank for rank, found in enumerate(everyone) if found != everyone[0]]
+    others = [rank for rank, digests in enumerate(everyone) if digests != everyone[0]]
     if others:
-        told = f"rank {others[0]} draws other noise than rank 0 for the same samples"
-        remedy = (
-            "a sample's key alone may decide: undo changes to fastgrpo/algorithm/noise.py, and use GPUs of one model"
-        )
-        return Finding("noise", False, told, remedy)
+        problem = f"rank {others[0]} draws other noise than rank 0 for the same samples"
+        remedy = "a sample's key alone may decide: undo changes to fastgrpo/algorithm/noise.py, "
+        remedy += "and use GPUs of one model"
+        return Finding("noise", False, problem, remedy)
     expected = len(slots) // 2 if plan.shared_noise else len(slots)
     if len(set(initial)) != expected or len(set(injected)) != len(injected):
         remedy = "a sample's key must decide: undo changes to fastgrpo/algorithm/noise.py"
@@ -59,28 +64,33 @@ def noise(parts: Parts) -> Finding:
 
 
 def _digest(x: Tensor) -> str:
+    """A hash of a tensor's bytes.  x: [...]"""
     return hashlib.blake2b(x.cpu().numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def sequences(parts: Parts) -> Finding:
-    """One forward over shared sequences equals that of one rank alone, and the ranks agree on it bit for bit."""
+    """Check that a forward over shared sequences equals one rank's, and the ranks' bits agree."""
     world, policy, plan = parts.world, parts.policy, parts.plan
     if world.sp is None:
         return Finding("sequences", True, "not shared (distributed.sp = 1)")
     slot = world.share(parts.total).start
     x = plan.initial_noise([slot], world.device)
     t, condition = plan.grid[:1], stack([parts.conditions[slot // plan.group_size]])
-    with torch.no_grad(), sharding.rollout_weights(policy.network, parts.recipe.distributed, parts.dtype, world):
+    with (
+        torch.no_grad(),
+        sharding.rollout_weights(policy.network, parts.recipe.distributed, parts.dtype, world),
+    ):
         shared = policy.velocity(x, t, condition)
         with sequence_parallel.alone(policy.network):
             whole = policy.velocity(x, t, condition)
     difference = largest(((shared - whole).norm() / whole.norm()).item(), world)
     sums = gathered(fingerprints([shared], world).tolist(), world)
-    agree = all(one == sums[rank - rank % world.sp.size] for rank, one in enumerate(sums))
+    agree = all(bits == sums[rank - rank % world.sp.size] for rank, bits in enumerate(sums))
     bound = SHARED_BOUND[parts.dtype]
-    told = f"relative difference from one rank's forward {difference:.1e}, bound {bound:.0e}"
+    message = f"relative difference from one rank's forward {difference:.1e}, bound {bound:.0e}"
     if difference <= bound and agree:
-        return Finding("sequences", True, f"{told}; the ranks that share one agree bit for bit")
-    told += "" if agree else "; the ranks that share one disagree"
+        message += "; the ranks that share one agree bit for bit"
+        return Finding("sequences", True, message)
+    message += "" if agree else "; the ranks that share one disagree"
     remedy = "the exchange of tokens or heads is broken: train with distributed.sp=1, and report it"
-    return Finding("sequences", False, told, remedy)
+    return Finding("sequences", False, message, remedy)

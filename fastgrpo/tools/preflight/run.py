@@ -11,6 +11,7 @@ from typing import IO
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from fastgrpo.checkpoint.resume import check_folder
 from fastgrpo.core.config import Recipe, Track
@@ -49,23 +50,31 @@ def run(recipe: Recipe) -> bool:
         def tell(finding: Finding) -> None:
             if world.main:
                 style = "green" if finding.green else "bold red"
-                console.print(finding.line, style=style, highlight=False, markup=False, soft_wrap=True)
+                text = Text(finding.line, style=style)
+                console.print(text, soft_wrap=True)
 
-        with redirect_stdout(NoTerminal(console.file)):  # a live display of a run would have nothing to show
-            session = open_session(elsewhere(recipe, folder), world, stack, split, stop)
+        # without a terminal, since a live display of a run would be empty
+        with redirect_stdout(NoTerminal(console.file)):
+            session = open_session(
+                elsewhere(recipe, folder),
+                world=world,
+                stack=stack,
+                split=split,
+                stop=stop,
+            )
             largest_batch.choose(session)
             session.tracker.close()
         green, phases = checks.thorough(Parts.of(session), folder, tell)
         if world.main:
             console.print(table(phases, planned(recipe, world)), highlight=False)
-            answer = "all green" if green else "red: do not train before it is green"
-            console.print(f"preflight: {answer}", highlight=False)
+            verdict = "all green" if green else "red: do not train before it is green"
+            console.print(f"preflight: {verdict}", highlight=False)
         world.barrier()  # torchrun ends the others as soon as one leaves with code 1
         return green
 
 
 def elsewhere(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe as a run in that folder, without wandb."""
+    """The recipe as a run in that folder, without any tracker."""
     changed = {
         "run": recipe.run.model_copy(update={"dir": folder}),
         "prompts": recipe.prompts.model_copy(update={"cache": None}),
@@ -75,16 +84,16 @@ def elsewhere(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def first_prompts(recipe: Recipe, split: Split) -> Split:
-    """The prompts of the first iteration, in the file's order, and one held-out prompt."""
+    """The prompts of the first iteration, in the order of the file, and one held-out prompt.
+
+    Only these are encoded.
+    """
     drawn = prompts.draw(len(split.train), recipe.prompts.per_iteration, 0, recipe.run.seed)
     return Split([split.train[index] for index in sorted(drawn)], split.heldout[:1], split.summary)
 
 
 def planned(recipe: Recipe, world: World) -> dict[str, Planned]:
-    """The planner's seconds and memory of each phase.
-
-    Empty where the planner does not know the GPU or the model, or there is no GPU.
-    """
+    """The planner's figures by phase; empty without a GPU, or for a GPU or model unknown to it."""
     if world.device.type != "cuda":
         return {}
     card = card_of(torch.cuda.get_device_name(world.device))
@@ -97,7 +106,10 @@ def planned(recipe: Recipe, world: World) -> dict[str, Planned]:
         return {}
     times = {"save": 1 / recipe.checkpoint.every}
     return {
-        phase.name: Planned(phase.seconds * times.get(phase.name, 1.0), phase.peak / GIB)
+        phase.name: Planned(
+            seconds=phase.seconds * times.get(phase.name, 1.0),
+            peak_gib=phase.peak / GIB,
+        )
         for phase in plan.phases
     }
 

@@ -300,39 +300,49 @@ def test_the_short_plan_keeps_the_first_and_the_last_noisy_step(
     [
         (
             Tried(
-                "r", scores={"A": 0.5}, again={"A": 0.5}, expected={"A": 0.5}, of="when it started"
+                name="r",
+                scores={"A": 0.5},
+                again={"A": 0.5},
+                expected={"A": 0.5},
+                of="when it started",
             ),
             True,
             "A 0.5: twice the same, as when",
         ),
         (
-            Tried("r", scores={"A": 0.5005}, again={"A": 0.5005}, expected={"A": 0.5}, of="then"),
+            Tried(
+                name="r", scores={"A": 0.5005}, again={"A": 0.5005}, expected={"A": 0.5}, of="then"
+            ),
             True,
             "A 0.5",
         ),
         (
-            Tried("r", {"A": 0.5}, {"A": 0.5002}, None),
+            Tried(name="r", scores={"A": 0.5}, again={"A": 0.5002}, expected=None),
             False,
             "A is 0.5 and at once again 0.5002, on rank 1",
         ),
         (
-            Tried("r", scores={"A": 0.51}, again={"A": 0.51}, expected={"A": 0.5}, of="then"),
+            Tried(name="r", scores={"A": 0.51}, again={"A": 0.51}, expected={"A": 0.5}, of="then"),
             False,
             "A is 0.51 on rank 1, and was 0.5 then",
         ),
         (
-            Tried("r", {"A": 0.51}, {"A": 0.51}, None),
+            Tried(name="r", scores={"A": 0.51}, again={"A": 0.51}, expected=None),
             False,
             "A is 0.51 on rank 1, and 0.5 on rank 0",
         ),
         (
-            Tried("r", {"A": None}, {"A": None}, None),
+            Tried(name="r", scores={"A": None}, again={"A": None}, expected=None),
             False,
             "A is none on rank 1, and 0.5 on rank 0",
         ),
-        (Tried("r", {"A": 0.5}, {"A": 0.5009}, None, alone=False), True, "A 0.5: twice the same"),
         (
-            Tried("r", {"A": 0.5}, {"A": 0.502}, None, alone=False),
+            Tried(name="r", scores={"A": 0.5}, again={"A": 0.5009}, expected=None, alone=False),
+            True,
+            "A 0.5: twice the same",
+        ),
+        (
+            Tried(name="r", scores={"A": 0.5}, again={"A": 0.502}, expected=None, alone=False),
             False,
             "A is 0.5 and at once again 0.502, on rank 1",
         ),
@@ -340,7 +350,7 @@ def test_the_short_plan_keeps_the_first_and_the_last_noisy_step(
 )
 def test_a_golden_clip_is_judged(rank_1: Tried, green: bool, told: str) -> None:
     rank_0 = Tried(
-        "r",
+        name="r",
         scores={"A": 0.5},
         again={"A": 0.5},
         expected=rank_1.expected and {"A": 0.5},

@@ -229,7 +229,7 @@ def test_plan_and_preflight_count_the_same_bytes_and_no_sample_holds_more(
     )
     samples = 4
     planned = memory.trajectories(subject(asked, 1, 8).job, samples)
-    assert planned == largest_batch._kept(parts, samples)
+    assert planned == largest_batch._waiting(parts, samples)
     held = [
         sum(tensor.nbytes for tensor in (*one.states.values(), *one.velocities.values()))
         for one in draw(methods.of(name), policy, plan, conditions).trajectories.values()
