@@ -357,7 +357,8 @@ def test_serve_rewards_takes_its_rewards_from_a_recipe() -> None:
         return serve.served_specs(cli.parser().parse_args(["serve-rewards", *arguments]))
 
     assert asked("tiny_world") == [plain("tiny_world")]
-    several = "rewards=[{name='tiny_world', weights={VQ=1.0}, batch_size=3}, {name='b', weights={B=0.0}, where='process'}]"
+    first = "{name='tiny_world', weights={VQ=1.0}, batch_size=3}"
+    several = f"rewards=[{first}, {{name='b', weights={{B=0.0}}, where='process'}}]"
     (found,) = asked("--recipe", str(runs.RECIPE), several)
     assert (found.name, found.batch_size) == ("tiny_world", 3)
     for arguments, said in (
