@@ -19,7 +19,6 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import (
     SETTLED,
     after_rank_0,
-    leave,
     processes_to_start,
     rank,
     replace_by_torchrun,
@@ -39,6 +38,7 @@ def main(recipe: Path, arguments: list[str]) -> int:
     # held back, not lost, until fastgrpo.run.stopping hears it
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     try:
+        from fastgrpo.cli.main import console
         from fastgrpo.cli.main import main as command
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "fastgrpo":
@@ -56,7 +56,7 @@ def main(recipe: Path, arguments: list[str]) -> int:
             return _complain(f"fastgrpo: {error}")
         if processes > 1:
             replace_by_torchrun([str(recipe.with_suffix(".sh")), *arguments], processes)
-    leave(command(["train", str(recipe), *arguments]))
+    console(["train", str(recipe), *arguments])
 
 
 def _check(command: Callable[[list[str]], int], recipe: Path, arguments: list[str]) -> str:

@@ -4,6 +4,7 @@ import argparse
 import errno
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn
@@ -98,6 +99,17 @@ def _complain(message: str) -> None:
     print(f"fastgrpo: {message}", file=sys.stderr)
 
 
-def console() -> NoReturn:
-    """The `fastgrpo` command as a process."""
-    leave(main())
+def console(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one command as this process, and end the process whatever comes.
+
+    An error that is no user's mistake is printed with its traceback, exit code 1. Nothing is torn
+    down after it: where one rank fails alone, its communicators would wait for the others.
+    """
+    try:
+        code = main(argv)
+    except SystemExit:  # the command line itself is wrong
+        raise
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    leave(code)

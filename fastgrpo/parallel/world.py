@@ -19,7 +19,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastgrpo.core.config import Distributed
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.processes import die_with_torchrun, local_rank, local_world_size, under_torchrun
+from fastgrpo.core.processes import (
+    OneRankError,
+    die_with_torchrun,
+    local_rank,
+    local_world_size,
+    under_torchrun,
+)
 from fastgrpo.parallel import interface
 from fastgrpo.parallel.mesh import contiguous_part, mesh_shape
 
@@ -198,8 +204,21 @@ def open_world(settings: Distributed | None = None) -> Iterator[World]:
             )
         sp = _sequence_group(rank, settings.sp)
         yield World(rank=rank, size=size, device=device, mesh=mesh, sp=sp)
-    finally:
-        dist.destroy_process_group()
+    except BaseException as error:
+        if dist.get_world_size() == 1 or _raised_on_all_ranks(error):
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _raised_on_all_ranks(error: BaseException) -> bool:
+    """Whether every rank leaves the world by this error.
+
+    NCCL's communicators are destroyed by all ranks together: a rank that fails alone would wait in
+    there, its traceback unprinted, for others that wait for it in a collective. The process must
+    then end without teardown, see `cli.main.console`.
+    """
+    return isinstance(error, UserError) and not isinstance(error, OneRankError)
 
 
 def _sequence_group(rank: int, sp: int) -> Group | None:

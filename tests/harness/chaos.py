@@ -6,11 +6,14 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch.distributed as dist
 
 from fastgrpo.checkpoint import checkpoints, reader
 from fastgrpo.core.files import sha256
@@ -49,6 +52,39 @@ def mine(moment: InFile | InCall, rank: int) -> Callable[[int], None]:
     return partial(lay_mine, moment, rank)
 
 
+def fail(function: str, whose: int, folder: Path, rank: int) -> None:
+    """Have a function raise RuntimeError at its first call on one rank, under NCCL's rule.
+
+    That rule: `dist.destroy_process_group` returns once all ranks have called it.
+    folder: where ranks note that they have
+    """
+    real_destroy = dist.destroy_process_group
+
+    def destroy(group: dist.ProcessGroup | None = None) -> None:
+        (folder / f"destroyed-{rank}").touch()
+        while len(list(folder.glob("destroyed-*"))) < dist.get_world_size():
+            time.sleep(0.05)
+        real_destroy(group)
+
+    def planted(*arguments: Any, **named: Any) -> NoReturn:
+        raise RuntimeError("planted on one rank")
+
+    dist.destroy_process_group = destroy
+    if rank == whose:
+        owner, name = _owner(function)
+        setattr(owner, name, planted)
+
+
+def _owner(function: str) -> tuple[Any, str]:
+    """The object that has a function, and the function's name there.  function: module:Class.name"""
+    module, _, path = function.partition(":")
+    *owners, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    return owner, name
+
+
 def die() -> NoReturn:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("alive")
@@ -81,11 +117,7 @@ def _operation(event: str, arguments: tuple[Any, ...]) -> str | None:
 
 
 def _wrap(moment: InCall) -> None:
-    module, _, path = moment.function.partition(":")
-    *owners, name = path.split(".")
-    owner = importlib.import_module(module)
-    for part in owners:
-        owner = getattr(owner, part)
+    owner, name = _owner(moment.function)
     real, left = getattr(owner, name), moment.count
 
     def called(*arguments: Any, **named: Any) -> Any:

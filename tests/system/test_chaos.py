@@ -353,3 +353,32 @@ def test_a_save_that_fails_half_way_on_one_rank_leaves_the_one_before(
         folder, [*settings, "run.iterations=2"], ranks=2
     )
     assert set(chaos.published(folder)) == {1, 2}
+
+
+PHASES = {
+    "rollout": "fastgrpo.training.rollout:sample",
+    "decode": "fastgrpo.models.hunyuan_video:HunyuanVideo.decode",
+    "update": "fastgrpo.train:update",
+    "save": "fastgrpo.checkpoint.checkpoints:Checkpoints.save",
+    "evaluate": "fastgrpo.train:evaluate",
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_error_of_one_rank_ends_the_job_with_its_traceback(tmp_path: Path, phase: str) -> None:
+    """On NCCL's rule, by which ranks destroy their communicators together."""
+    errors = tmp_path / "errors"
+    start = time.monotonic()
+    run = forks.start(
+        "fastgrpo.cli",
+        arguments=runs.arguments(tmp_path / "run", [*RUN, "run.iterations=2"]),
+        ranks=2,
+        errors=errors,
+        first=partial(chaos.fail, PHASES[phase], 1, tmp_path),
+    )
+    assert run.wait(runs.LIMIT) == 1
+    assert time.monotonic() - start < 90  # the other rank is waited for, and then killed
+    said = errors.read_text()
+    assert said.count("RuntimeError: planted on one rank") == 1 and "Traceback" in said
+    assert "checkpoints.py" in said if phase == "save" else "train.py" in said
+    assert not list(tmp_path.glob("destroyed-1"))

@@ -39,8 +39,11 @@ def main(argv=None):
         os.write(1, (json.dumps(told) + os.linesep).encode())  # one write: lines of several ranks stay whole
     return 0
 
+def console(argv=None):
+    sys.exit(main(argv))
+
 if __name__ == "__main__":
-    sys.exit(main())
+    console()
 """
 
 

@@ -150,7 +150,7 @@ def main(argv):
     with Signals() as signals:
         os.write(1, json.dumps(signals.received).encode())
     return 0
-cli.main = main
+cli.main = cli.console = main
 import fastgrpo
 fastgrpo.cli = cli
 from pathlib import Path
