@@ -1,1 +1,1 @@
-"""`fastgrpo evaluate`: base against trained on held-out prompts, by several rewards. Read `evaluate.py` first."""
+"""`fastgrpo evaluate`: base against trained on held-out prompts. Read `evaluate.py` first."""

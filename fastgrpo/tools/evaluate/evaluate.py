@@ -1,7 +1,8 @@
-"""`fastgrpo evaluate`: a base model against what was trained from it, on held-out prompts, by several rewards.
+"""`fastgrpo evaluate`: a base model against a model trained from it, by several rewards.
 
-Both draw the same prompts from the same noise with the deterministic sampler of `fastgrpo sample`; the rewards see the
-pixels themselves, not a video file. The difference is paired, its interval the bootstrap of `evaluate.compare`.
+Both draw held-out prompts from the same noise with the deterministic sampler of `fastgrpo sample`;
+the rewards see the pixels themselves, not a video file. The difference is paired, and its interval
+the bootstrap of `training.evaluation.compare`.
 """
 
 import gc
@@ -34,50 +35,53 @@ log = logging.getLogger(__name__)
 SIDES = ("base", "trained")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What to compare by, as the command line says it."""
+    """The options of the comparison from the command line."""
 
-    rewards: tuple[str, ...] = ()  # names, or files of [[rewards]]; none = the recipe's
-    file: str | None = None  # of prompts; none = the recipe's held-out ones
-    limit: int | None = None
-    seeds: int | None = None  # clips per prompt; none = the recipe's
+    rewards: tuple[str, ...] = ()  # names, or files of [[rewards]]; empty: the recipe's
+    file: str | None = None  # of prompts; None: the recipe's held-out prompts
+    limit: int | None = None  # prompts; None: all
+    seeds: int | None = None  # clips per prompt; None: the recipe's
     batch_size: int = 1
     servers: Servers = field(default_factory=Servers)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is drawn and judged, the same on every rank."""
+    """The clips and rewards of a comparison, the same on every rank."""
 
     work: Work
     specs: list[RewardSpec]
     seeds: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Column:
-    """One part of the table: means over the pairs of clips that have a score on both sides, NaN where none has."""
+    """One part's means over the pairs of clips with a score on both sides; NaN without pairs."""
 
     base: float
     trained: float
     difference: float
-    low: float  # of the 95 % interval of the difference; NaN where a single prompt has pairs: it says nothing of others
+    low: float
+    """Low end of the difference's 95 % interval; NaN where all pairs are of one prompt, which says
+    nothing of other prompts."""
     high: float
     pairs: int
 
 
 @dataclass(frozen=True)
 class Result:
-    """The comparison; of all ranks, but only on the main one."""
+    """The comparison over all ranks' clips, on the main rank."""
 
     plan: Plan
-    columns: dict[str, Column]  # by "reward.part"; and "sum", the weighted sum, where several parts were trained on
+    columns: dict[str, Column]
+    """By "reward.part"; and "sum", the weighted sum, where several parts were trained on."""
     scores: dict[str, Tensor]  # by "reward.part": float64 [clips, 2], NaN where invalid
 
     @property
     def labels(self) -> tuple[str, str]:
-        """Of the two sides."""
+        """The names of the two sides."""
         source = self.plan.work.source
         assert source.base is not None
         return source.base.label, source.snapshot.label
@@ -88,57 +92,63 @@ class Result:
         return part if sum(other.rpartition(".")[2] == part for other in self.columns) == 1 else key
 
     def caption(self) -> str:
-        """One line: of what the figures are."""
+        """One line that says how the figures were made."""
         work = self.plan.work
         seeds = self.plan.seeds
         each = f"{seeds} seeds" if seeds > 1 else "one seed"
         prompts = len(work.clips) // seeds
-        line = (
-            f"{prompts} prompt{'s' * (prompts > 1)} with {each} each, the same noise on both sides, "
-            f"{work.source.steps} ODE steps; 95 % intervals by {RESAMPLES:,} paired bootstrap resamples of the prompts"
-        )
-        lost = {self.heading(key): len(work.clips) - column.pairs for key, column in self.columns.items()}
-        holes = ", ".join(f"{count} for {name}" for name, count in lost.items() if count)
-        return line + (f"; without a score on both sides, left out: {holes}" if holes else "")
+        line = f"{prompts} prompt{'s' * (prompts > 1)} with {each} each, the same noise on both "
+        line += f"sides, {work.source.steps} ODE steps; 95 % intervals by {RESAMPLES:,} paired "
+        line += "bootstrap resamples of the prompts"
+        missing = []
+        for key, column in self.columns.items():
+            if lost := len(work.clips) - column.pairs:
+                missing.append(f"{lost} for {self.heading(key)}")
+        if missing:
+            line += f"; without a score on both sides, left out: {', '.join(missing)}"
+        return line
 
     def to_json(self) -> str:
+        """The comparison with every clip's scores; a missing score is null."""
         work = self.plan.work
         source = work.source
         model = source.snapshot.model.model_dump(
             include={"family", "path", "network", "dtype", "guidance", "cfg", "negative_prompt"}
         )
-        clips = [
-            {
-                "prompt": clip.prompt.text,
-                "seed": clip.seed,
-                **{side: {key: _or_null(float(v[n, i])) for key, v in self.scores.items()} for i, side in _sides()},
-            }
-            for n, clip in enumerate(work.clips)
-        ]
+        sampling = {"steps": source.steps, "shift": source.shift}
+        without = {"where", "urls"}
         content = {
             "weights": dict(zip(SIDES, self.labels, strict=True)),
             "checkpoint": str(source.snapshot.checkpoint) if source.snapshot.checkpoint else None,
-            "settings": model | source.video.model_dump() | {"steps": source.steps, "shift": source.shift},
+            "settings": model | source.video.model_dump() | sampling,
             "caption": self.caption(),
-            "rewards": [spec.model_dump(mode="json", exclude={"where", "urls"}) for spec in self.plan.specs],
-            "table": {key: {k: _or_null(v) for k, v in vars(column).items()} for key, column in self.columns.items()},
-            "clips": clips,
+            "rewards": [spec.model_dump(mode="json", exclude=without) for spec in self.plan.specs],
+            "table": {key: _or_null(vars(column)) for key, column in self.columns.items()},
+            "clips": [self._clip(number) for number in range(len(work.clips))],
         }
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
+    def _clip(self, number: int) -> dict[str, Any]:
+        """The row of one clip, as JSON."""
+        clip = self.plan.work.clips[number]
+        row: dict[str, Any] = {"prompt": clip.prompt.text, "seed": clip.seed}
+        for column, side in enumerate(SIDES):
+            own = {key: float(pair[number, column]) for key, pair in self.scores.items()}
+            row[side] = _or_null(own)
+        return row
 
-def _sides() -> Sequence[tuple[int, str]]:
-    return list(enumerate(SIDES))
 
-
-def _or_null(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _or_null(values: Mapping[str, float]) -> dict[str, float | None]:
+    """The values with None for those that are not finite, as JSON has no NaN."""
+    return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
 
 def evaluate(asked: Asked, wanted: Wanted) -> Result | None:
-    """Sample, judge and compare, in this process or as one of torchrun's ranks.  returns none on all but the main rank
+    """Sample, judge and compare, in this process or as one of torchrun's ranks.
 
-    Raises UserError on every rank for a mistake that any rank meets; a reward's before anything is sampled.
+    Raises any rank's UserError on every rank, for a reward before sampling begins.
+
+    returns the comparison on the main rank; None on the others
     """
     with open_world() as world, ExitStack() as stack:
         plan = world.on_main(lambda: prepare(asked, wanted))
@@ -146,21 +156,24 @@ def evaluate(asked: Asked, wanted: Wanted) -> Result | None:
         parts = {spec.name: _parts(spec, opened) for spec in plan.specs}
         drawn = _draw(plan.work, world)
         gc.collect()  # the network's memory goes before the rewards need theirs
-        rows = _judge(plan.work, drawn, opened, parts, world)
-        table = world.combine(rows, [one.number for one in drawn], len(plan.work.clips))
+        rows = _judge(plan.work, drawn=drawn, opened=opened, parts=parts, world=world)
+        table = world.combine(rows, [pair.number for pair in drawn], len(plan.work.clips))
         keys = [f"{name}.{part}" for name, own in parts.items() for part in own]
         scores = {key: table[:, :, column] for column, key in enumerate(keys)}
         return Result(plan, columns(plan, scores), scores) if world.main else None
 
 
 def prepare(asked: Asked, wanted: Wanted) -> Plan:
-    """Settle weights, prompts, seeds and rewards; nothing is loaded. Raises UserError for what does not go together."""
+    """Choose weights, prompts, seeds and rewards without loading them.
+
+    Raises UserError for options that do not go together.
+    """
     itself = asked.step == 0
     source = find(replace(asked, step="newest") if itself else asked)
     if source.base is None:
         raise UserError(
-            f"source={asked.source}: a base model, or a folder without a recipe that names its own; give a run folder "
-            "or an export."
+            f"source={asked.source}: a base model, or a folder without a recipe that names its "
+            "own; give a run folder or an export."
         )
     recipe = config.load(_recipe_of(asked), asked.overrides)
     seeds = wanted.seeds or recipe.evaluate.seeds
@@ -172,11 +185,12 @@ def prepare(asked: Asked, wanted: Wanted) -> Plan:
 
 
 def _recipe_of(asked: Asked) -> Path:
+    """The file of the recipe."""
     return asked.recipe or Path(asked.source) / "recipe.toml"
 
 
 def _specs(own: Sequence[RewardSpec], wanted: Sequence[str]) -> list[RewardSpec]:
-    """The rewards by name: those of the run, with its settings, of files, and others with their defaults."""
+    """The wanted rewards: the run's with its settings, those of files, others with defaults."""
     known = {spec.name: spec for spec in own}
     if not wanted:
         return list(known.values())
@@ -193,7 +207,7 @@ def _specs(own: Sequence[RewardSpec], wanted: Sequence[str]) -> list[RewardSpec]
 
 
 def _open(plan: Plan, servers: Servers, world: World, stack: ExitStack) -> Judges:
-    """The rewards on every rank. Those that share a GPU leave it until they are asked."""
+    """The rewards on every rank. Rewards that share a GPU leave it until they score."""
     opened, mistake = None, None
     try:
         opened = stack.enter_context(judges.opened(plan.specs, servers, world.device))
@@ -207,11 +221,14 @@ def _open(plan: Plan, servers: Servers, world: World, stack: ExitStack) -> Judge
 
 
 def _parts(spec: RewardSpec, opened: Judges) -> list[str]:
-    """The parts that the table shows: those that the spec weighs, also with 0, or else all of the reward."""
+    """The parts that the table shows: those in the spec's weights, also of 0; else all."""
     has = opened.parts[spec.name]
     unknown = [part for part in spec.weights if part not in has]
     if unknown:
-        raise UserError(f"rewards.weights: {spec.name} has no part '{unknown[0]}'; its parts are {', '.join(has)}.")
+        raise UserError(
+            f"rewards.weights: {spec.name} has no part '{unknown[0]}'; "
+            f"its parts are {', '.join(has)}."
+        )
     return list(spec.weights or has)
 
 
@@ -227,32 +244,32 @@ def _draw(work: Work, world: World) -> list[Drawn]:
 
 
 def _judge(
-    work: Work, drawn: Sequence[Drawn], opened: Judges, parts: Mapping[str, Sequence[str]], world: World
+    work: Work,
+    drawn: Sequence[Drawn],
+    opened: Judges,
+    parts: Mapping[str, Sequence[str]],
+    world: World,
 ) -> Tensor:
-    """This rank's scores, float64 [own clips, 2, parts of all rewards], NaN where there is none."""
+    """This rank's scores.  returns float64 [own clips, 2, parts of all rewards], NaN: no score"""
     rows = torch.full((len(drawn), 2, sum(map(len, parts.values()))), math.nan, dtype=torch.float64)
     mistake = None
     try:
-        for n, one in enumerate(drawn):
-            clip = work.clips[one.number]
-            for side, (pixels, finite) in enumerate(zip(one.rows, one.finite, strict=True)):
+        for n, pair in enumerate(drawn):
+            prompt = work.clips[pair.number].prompt.text
+            for side, (pixels, finite) in enumerate(zip(pair.rows, pair.finite, strict=True)):
+                clip = f"{SIDES[side]}, clip {pair.number}"
                 if not finite:
-                    log.warning("%s, clip %d: the latents are not finite", SIDES[side], one.number)
+                    log.warning("%s: the latents are not finite", clip)
                     continue
-                verdicts = opened.score(pixels, clip.prompt.text, work.source.video.fps)
+                verdicts = opened.score(pixels, prompt, work.source.video.fps)
                 for name, verdict in verdicts.items():
                     if verdict.kind is not None:
-                        log.warning(
-                            "%s, clip %d: no score of %s: %s: %s",
-                            SIDES[side],
-                            one.number,
-                            name,
-                            verdict.kind,
-                            verdict.reason,
-                        )
-                rows[n, side] = torch.tensor(
-                    [verdicts[name].scores[part] for name, own in parts.items() for part in own], dtype=torch.float64
-                )
+                        why = f"{verdict.kind}: {verdict.reason}"
+                        log.warning("%s: no score of %s: %s", clip, name, why)
+                scores: list[float] = []
+                for name, own in parts.items():
+                    scores += [verdicts[name].scores[part] for part in own]
+                rows[n, side] = torch.tensor(scores, dtype=torch.float64)
     except UserError as error:
         mistake = error
     world.raise_if_any_failed(mistake)
@@ -260,17 +277,19 @@ def _judge(
 
 
 def columns(plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, Column]:
-    """The table.  scores: by "reward.part", float64 [clips, 2]: base, trained"""
-    weights = {f"{spec.name}.{part}": weight for spec in plan.specs for part, weight in spec.weights.items() if weight}
-    weighed = {key: weight for key, weight in weights.items() if key in scores}
-    found = {key: _column(plan, {key: pair}, {key: 1.0}) for key, pair in scores.items()}
+    """The table's columns by name.  scores: by "reward.part", float64 [clips, 2]: base, trained"""
+    weights: dict[str, float] = {}
+    for spec in plan.specs:
+        weights |= {f"{spec.name}.{part}": weight for part, weight in spec.weights.items()}
+    weighed = {key: weight for key, weight in weights.items() if weight and key in scores}
+    table = {key: _column(plan, {key: pair}, {key: 1.0}) for key, pair in scores.items()}
     if len(weighed) > 1:
-        found["sum"] = _column(plan, {key: scores[key] for key in weighed}, weighed)
-    return found
+        table["sum"] = _column(plan, {key: scores[key] for key in weighed}, weighed)
+    return table
 
 
 def _column(plan: Plan, scores: Mapping[str, Tensor], weights: Mapping[str, float]) -> Column:
-    """One column: the weighted sum of these parts."""
+    """The weighted sum of these parts.  scores: by "reward.part", float64 [clips, 2]"""
     clips = plan.work.clips
     sides = [
         Evaluation(
@@ -285,9 +304,18 @@ def _column(plan: Plan, scores: Mapping[str, Tensor], weights: Mapping[str, floa
     ]
     usable = torch.isfinite(torch.cat(list(scores.values()), 1)).all(1).tolist()
     pairs = sum(usable)
+    low = high = nan = math.nan
     if not pairs:
-        return Column(math.nan, math.nan, math.nan, math.nan, math.nan, 0)
+        return Column(base=nan, trained=nan, difference=nan, low=low, high=high, pairs=0)
     result: dict[str, Any] = {name: values["sum"] for name, values in compare(*sides).items()}
-    several = len({clip.prompt.text for clip, counts in zip(clips, usable, strict=True) if counts}) > 1
-    low, high = result["ci95"] if several else (math.nan, math.nan)
-    return Column(result["before"], result["after"], result["difference"], low, high, pairs)
+    prompts = {clip.prompt.text for clip, counts in zip(clips, usable, strict=True) if counts}
+    if len(prompts) > 1:
+        low, high = result["ci95"]
+    return Column(
+        base=result["before"],
+        trained=result["after"],
+        difference=result["difference"],
+        low=low,
+        high=high,
+        pairs=pairs,
+    )

@@ -1,4 +1,7 @@
-"""A comparison in the form of the paper's tables: rewards as columns; base, trained and the difference as rows."""
+"""A comparison in the form of the paper's tables.
+
+Rewards are columns; base, trained and the difference are rows.
+"""
 
 import math
 from collections.abc import Sequence
@@ -22,25 +25,28 @@ def rows(result: Result) -> list[list[str]]:
 
 
 def _cells(column: Column) -> Sequence[str]:
-    """Base, trained, difference and interval with the same number of decimals, so that they can be compared."""
+    """Base, trained, difference and interval with equal decimals, so that they compare."""
     if not column.pairs:
         return ["-"] * 4
     largest = max(abs(column.base), abs(column.trained))
     digits = 4 if largest < 1 else 3 if largest < 100 else 1
-    interval = f"{column.low:+.{digits}f} .. {column.high:+.{digits}f}" if math.isfinite(column.low) else "-"
+    interval = "-"
+    if math.isfinite(column.low):
+        interval = f"{column.low:+.{digits}f} .. {column.high:+.{digits}f}"
     means = [f"{mean:.{digits}f}" for mean in (column.base, column.trained)]
     return [*means, f"{column.difference:+.{digits}f}", interval]
 
 
 def markdown(result: Result) -> str:
     """A table for a README or a paper's draft, with its caption below."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows(result)]
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows(result)]
+    lines = [f"| {' | '.join(row)} |" for row in escaped]
     rule = "|---" + "|---:" * len(result.columns) + "|"
     return "\n".join([lines[0], rule, *lines[1:], "", f"{result.caption()}.", ""])
 
 
 def show(result: Result) -> None:
-    """The table on standard output, rewards as rows where the terminal is too narrow for them as columns."""
+    """Print the table, with rewards as rows where the terminal is too narrow for columns."""
     console, cells = score.console(), rows(result)
     if sum(max(map(len, column)) + 3 for column in zip(*cells, strict=True)) + 1 > console.width:
         cells = [list(column) for column in zip(*cells, strict=True)]

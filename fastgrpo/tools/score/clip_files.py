@@ -1,4 +1,4 @@
-"""Files of clips and pictures as a command line names them: their pixels, and what each is said to show."""
+"""Files of clips and pictures on a command line: their pixels and prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Clip:
 
 
 def expand(names: Sequence[Path]) -> list[Path]:
-    """The files, a folder standing for the clips in it: those of its manifest, else all by name."""
+    """The files, with a folder's clips in its place: those of its manifest, else all by name."""
     files = []
     for name in names:
         inside = _inside(name) if name.is_dir() else [name]
@@ -43,17 +43,21 @@ def expand(names: Sequence[Path]) -> list[Path]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    sampled = [folder / str(entry[key]) for entry in _samples(folder) for key in ("base", "file") if key in entry]
-    pictures = VIDEOS + PICTURES
-    return sampled or sorted(f for f in folder.iterdir() if f.suffix.lower() in pictures and f.name != SHEET)
+    """A folder's clips: those of its manifest, else all by name."""
+    sampled = []
+    for entry in _samples(folder):
+        sampled += [folder / str(entry[key]) for key in ("base", "file") if key in entry]
+    files = [file for file in folder.iterdir() if file.suffix.lower() in VIDEOS + PICTURES]
+    return sampled or sorted(file for file in files if file.name != SHEET)
 
 
 def read(file: Path, fps: float | None, size: Size | None) -> Clip:
-    """A file's pixels, in the size in which the clip was made where that is known, else in that of the file.
+    """A file's pixels in the size in which the clip was made; if unknown, in the file's.
 
-    fps: frames per second that it is said to play at; none = what the file says, for a picture the recipes' default
-    size: the clip's own; none = what lies beside the file says
-    Raises UserError where it is missing, damaged, of an unknown kind, says no frame rate or cannot have that size.
+    fps: frames per second; None: the file's, for a picture the recipes' default
+    size: the clip's own; None: by the manifest or recipe beside the file
+    Raises UserError for a file that is missing, damaged, of an unknown kind, without a frame rate,
+    or of frames that do not have that size.
     """
     kind = file.suffix.lower()
     if kind in PICTURES:
@@ -69,36 +73,44 @@ def read(file: Path, fps: float | None, size: Size | None) -> Clip:
 
 
 def _video(file: Path) -> tuple[Tensor, float]:
+    """(pixels, uint8 [F, H, W, 3]; frames per second). Raises UserError for an unreadable file."""
     try:
         return video.read_mp4(file)
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); correct the name or the file.") from None
+        raise UserError(
+            f"{file}: cannot be read ({error.strerror}); correct the name or the file.",
+        ) from None
     except (ValueError, av.FFmpegError):
         raise UserError(f"{file}: damaged, or no video; write it again.") from None
 
 
 def shrink(pixels: Tensor, size: Size, file: Path) -> Tensor:
-    """Undo the whole factor by which `video.write_mp4` enlarges small clips, by the mean of each square.
+    """Undo `video.write_mp4`'s enlargement of small clips by a whole factor: means of squares.
 
-    pixels: uint8 [F, H, W, 3];  returns uint8 [F, *size, 3], the same where that is its size
-    Raises UserError, which names the file, where the sides are not `size` times a whole factor (made even).
+    pixels: uint8 [F, H, W, 3];  returns uint8 [F, *size, 3], unchanged for pixels of that size
+    Raises UserError, which names the file, where the sides are not `size` times a whole factor
+    (made even).
     """
     rows, columns = pixels.shape[1:3]
     factor = max(rows // size[0], 1)
     height, width = (side * factor for side in size)
     if not (0 <= rows - height <= 1 and 0 <= columns - width <= 1):
         raise UserError(
-            f"{file}: has frames of {rows}x{columns}, no whole multiple of {size[0]}x{size[1]}; correct --size."
+            f"{file}: has frames of {rows}x{columns}, no whole multiple of "
+            f"{size[0]}x{size[1]}; correct --size."
         )
-    squares = pixels[:, :height, :width].unflatten(1, (size[0], factor)).unflatten(3, (size[1], factor))
+    squares = pixels[:, :height, :width].unflatten(1, (size[0], factor))  # [F, h, factor, W, 3]
+    squares = squares.unflatten(3, (size[1], factor))
     return squares.float().mean((2, 4)).round().to(torch.uint8)
 
 
 def _made_in(file: Path) -> Size | None:
-    """The size that the manifest of `fastgrpo sample`, or the recipe of a run's evaluation, says."""
+    """The size in the manifest of `fastgrpo sample`, or in the recipe of a run's evaluation."""
     if any(file.name in (entry.get("file"), entry.get("base")) for entry in _samples(file.parent)):
         settings = _read(file.parent / MANIFEST).get("settings")
-        height, width = (settings.get(side) if isinstance(settings, dict) else None for side in ("height", "width"))
+        if not isinstance(settings, dict):
+            return None
+        height, width = settings.get("height"), settings.get("width")
         return (height, width) if isinstance(height, int) and isinstance(width, int) else None
     recipe = file.parents[1].with_name("recipe.toml") if len(file.absolute().parents) > 2 else None
     if recipe is None or not recipe.is_file() or _evaluated(file) is None:
@@ -108,11 +120,12 @@ def _made_in(file: Path) -> Size | None:
 
 
 def captions(files: Sequence[Path], text: str | None, listed: str | None) -> list[str | None]:
-    """What each file is said to show; none where nothing says it.
+    """Each file's prompt; None where it is unknown.
 
     text: for every file;  listed: a file of prompts, one for each file, in their order
-    Without both: the text file of the same name beside it, or the manifest of `fastgrpo sample`, or a run's evaluation.
-    Raises UserError where the numbers differ, or a file beside them cannot be read.
+    Without both: from the text file of the same name beside it, the manifest of `fastgrpo sample`,
+    or a run's evaluation.
+    Raises UserError where the numbers differ, or a file beside a clip cannot be read.
     """
     if text is not None and listed is not None:
         raise UserError("--prompts: give --prompt or --prompts, not both.")
@@ -131,21 +144,27 @@ def _listed(path: str, count: int) -> list[str]:
         value = row.values.get(column)
         words = " ".join(value.split()) if isinstance(value, str) else ""
         if row.problem is not None or not words:
-            raise UserError(f"--prompts={path}: {row.place} {row.problem or f'has no text in {column!r}'}; correct it.")
+            problem = row.problem or f"has no text in {column!r}"
+            raise UserError(f"--prompts={path}: {row.place} {problem}; correct it.")
         texts.append(words)
     if len(texts) != count:
-        raise UserError(f"--prompts={path}: has {len(texts)} prompts for {count} files; give one for each, in order.")
+        raise UserError(
+            f"--prompts={path}: has {len(texts)} prompts for {count} files; "
+            "give one for each, in order."
+        )
     return texts
 
 
 def _beside(file: Path) -> str | None:
-    """The prompt that lies beside a clip."""
+    """A clip's prompt by the files beside it; None where it is unknown."""
     sidecar = file.with_suffix(".txt")
     if sidecar.is_file():
         try:
             return " ".join(sidecar.read_text(encoding="utf-8-sig").split()) or None
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{sidecar}: cannot be read ({error}); write the prompt into it as UTF-8.") from None
+            raise UserError(
+                f"{sidecar}: cannot be read ({error}); write the prompt into it as UTF-8.",
+            ) from None
     for entry in _samples(file.parent):
         if file.name in (entry.get("file"), entry.get("base")):
             return str(entry["prompt"]) if "prompt" in entry else None
@@ -153,7 +172,7 @@ def _beside(file: Path) -> str | None:
 
 
 def _evaluated(file: Path) -> str | None:
-    """The prompt of a clip that a run's evaluation kept: evaluation/step-N/NNN.mp4, of the prompt of that number."""
+    """The prompt of a clip of a run's evaluation: evaluation/step-N/NNN.mp4, prompt number NNN."""
     folder = file.parent
     if not (folder.name.startswith("step-") and file.stem.isdecimal()):
         return None
@@ -165,20 +184,21 @@ def _evaluated(file: Path) -> str | None:
 
 
 def composed(file: Path) -> bool:
-    """Whether `fastgrpo sample` made it of several clips, to look at: scores of it would mean nothing."""
-    return any(
-        file.name in (entry.get("beside"), SHEET) and file.name != entry.get("file") for entry in _samples(file.parent)
-    )
+    """Whether `fastgrpo sample` made the file of several clips, so that it must not be scored."""
+    others = [entry for entry in _samples(file.parent) if file.name != entry.get("file")]
+    return any(file.name in (entry.get("beside"), SHEET) for entry in others)
 
 
 def _samples(folder: Path) -> list[dict[str, Any]]:
-    """The samples of a folder that `fastgrpo sample` made; none in another one."""
+    """The samples in the manifest of `fastgrpo sample`; empty for a folder without a manifest."""
     samples = _read(folder / MANIFEST).get("samples")
-    return [entry for entry in samples if isinstance(entry, dict)] if isinstance(samples, list) else []
+    if not isinstance(samples, list):
+        return []
+    return [entry for entry in samples if isinstance(entry, dict)]
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file. Raises UserError where it is damaged."""
+    """A file's JSON object; empty without the file. Raises UserError for a damaged file."""
     if not file.is_file():
         return {}
     try:
@@ -186,4 +206,6 @@ def _read(file: Path) -> dict[str, Any]:
     except TypeError:
         return {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); write it again, or give --prompt or --prompts.") from None
+        raise UserError(
+            f"{file}: cannot be read ({error}); write it again, or give --prompt or --prompts."
+        ) from None

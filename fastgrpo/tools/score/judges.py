@@ -1,6 +1,7 @@
-"""Rewards as a command line asks for them, in this process or behind running servers; they say why a clip has no score.
+"""The rewards of a command line, in this process or behind running servers.
 
-In this process they score exactly as the trainer's do; what the trainer only logs by class and place is told in full.
+In this process they score exactly as the trainer's rewards do. A clip without a score has the full
+reason, of which the trainer logs only the class and position.
 """
 
 import difflib
@@ -24,40 +25,42 @@ from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.training.scoring.sources import Source, read_token
 
-SETTINGS = [key for key in RewardSpec.model_fields if key not in ("name", "weights", "where", "urls", "options")]
+OTHER_KEYS = ("name", "weights", "where", "urls", "options")  # not to be set by --set
+SETTINGS = [key for key in RewardSpec.model_fields if key not in OTHER_KEYS]
 START_TIMEOUT_S, OUTAGE_S = 30.0, 60.0  # a person waits at the terminal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Asked:
-    """Which rewards, and with what settings, as the command line says it."""
+    """The rewards and their settings, from the command line."""
 
-    names: tuple[str, ...] = ()  # with a file: of its rewards, none = all
+    names: tuple[str, ...] = ()  # of the file's rewards where there is one; empty: all of them
     file: Path | None = None  # a recipe, or a file of [[rewards]] alone
     paths: tuple[str, ...] = ()  # [NAME=]PATH
     options: tuple[str, ...] = ()  # [NAME.]key=value
-    settings: tuple[str, ...] = ()  # the same, of the spec's other keys
+    settings: tuple[str, ...] = ()  # [NAME.]key=value, of the spec's other keys
 
 
 @dataclass(frozen=True)
 class Servers:
-    """Running reward servers; no urls = the rewards are loaded here."""
+    """Running reward servers; without urls the rewards are loaded in this process."""
 
     urls: tuple[str, ...] = ()
-    token_file: Path | None = None  # none = the environment variable FASTGRPO_TOKEN
+    token_file: Path | None = None  # None: the environment variable FASTGRPO_TOKEN
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a reward says of one clip."""
+    """A reward's scores of one clip, or the reason why it has none."""
 
-    scores: dict[str, float]  # part -> score, NaN in every part where there is none
-    kind: str | None = None  # why there is none: the class of what was raised, or "no score", "not finite", "server"
+    scores: dict[str, float]  # part -> score, NaN in every part of a clip without a score
+    kind: str | None = None
+    """Why a score is missing: an error's class, "no score", "not finite", "malformed", "server"."""
     reason: str = ""  # the same in words
 
 
 def specs(asked: Asked) -> list[RewardSpec]:
-    """The rewards with their settings. Raises UserError for one that does not exist, or a setting that is none."""
+    """The rewards with their settings. Raises UserError for an unknown reward or setting."""
     trees = {name: spec.model_dump() for name, spec in _chosen(asked).items()}
     for text in asked.paths:
         name, equals, path = text.partition("=")
@@ -78,32 +81,46 @@ def _chosen(asked: Asked) -> dict[str, RewardSpec]:
         raise UserError(f"--reward={doubled[0]}: is named twice; name it once.")
     if asked.file is None:
         if not asked.names:
-            raise UserError(f"--reward: missing; name one of {', '.join(rewards.known())}, or give --recipe FILE.")
+            known = ", ".join(rewards.known())
+            raise UserError(f"--reward: missing; name one of {known}, or give --recipe FILE.")
         for name in asked.names:
             rewards.check(name)
         return {name: rewards.plain(name) for name in asked.names}
     found = read(asked.file)
     for name in asked.names:
         if name not in found:
-            raise UserError(f"--reward={name}: {asked.file} has no such reward; it has {', '.join(found)}.")
+            raise UserError(
+                f"--reward={name}: {asked.file} has no such reward; it has {', '.join(found)}.",
+            )
     return {name: found[name] for name in asked.names or found}
 
 
 def read(file: Path) -> dict[str, RewardSpec]:
-    """The rewards of a recipe, or of a file that has [[rewards]] alone, where `weights` may be left out; by name."""
+    """The rewards of a recipe by name, or of a file of [[rewards]] alone.
+
+    In the latter `weights` may be left out.
+    """
     tree = config.read_tree(file)
     entries = tree.get("rewards")
-    if set(tree) == {"rewards"} and isinstance(entries, list) and all(isinstance(one, dict) for one in entries):
-        found = [config.section(RewardSpec, "rewards", {"weights": {}} | entry) for entry in entries]
+    alone = isinstance(entries, list) and set(tree) == {"rewards"}
+    tables = [entry for entry in entries or [] if isinstance(entry, dict)] if alone else []
+    if alone and len(tables) == len(entries or []):
+        trees: list[dict[str, Any]] = [{"weights": {}} | entry for entry in tables]
+        listed = [config.section(RewardSpec, "rewards", entry) for entry in trees]
     else:
-        found = list(config.parse(tree).rewards)
-    by_name = {spec.name: spec for spec in found}
-    if len(by_name) < len(found):
+        listed = list(config.parse(tree).rewards)
+    by_name = {spec.name: spec for spec in listed}
+    if len(by_name) < len(listed):
         raise UserError(f"rewards: {file} names a reward twice; leave one of them out.")
     return by_name
 
 
-def _assign(trees: Mapping[str, dict[str, Any]], option: str, text: str, below: tuple[str, ...]) -> None:
+def _assign(
+    trees: Mapping[str, dict[str, Any]],
+    option: str,
+    text: str,
+    below: tuple[str, ...],
+) -> None:
     """Set `[NAME.]key=value` in the reward's tree, in place."""
     key, equals, value = text.partition("=")
     keys = key.strip().split(".")
@@ -121,22 +138,22 @@ def _assign(trees: Mapping[str, dict[str, Any]], option: str, text: str, below: 
     node[keys[-1]] = config.read_value(value)
 
 
-def _only(trees: Mapping[str, object], told: str, form: str) -> str:
-    """The one reward that is meant where none is named."""
+def _only(trees: Mapping[str, object], option: str, form: str) -> str:
+    """The only reward, for an option that names no reward."""
     if len(trees) > 1:
-        raise UserError(f"{told}: of which reward ({', '.join(trees)})? Write it as {form}.")
+        raise UserError(f"{option}: of which reward ({', '.join(trees)})? Write it as {form}.")
     return next(iter(trees))
 
 
 class RecordingReward(RewardWrapper):
-    """A reward that records why it gave no score. All else is the reward's own."""
+    """A reward that records why a clip has no score, and otherwise is the reward itself."""
 
     def __init__(self, reward: Reward) -> None:
         super().__init__(reward)
-        self.trouble: tuple[str, str] | None = None  # of the last call: its class and what was said
+        self.trouble: tuple[str, str] | None = None  # (kind, reason) of the last call
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
-        """The reward's scores; what it raises is noted and goes on."""
+        """The reward's scores; an error is noted and raised.  pixels: uint8 [B, F, H, W, 3]"""
         self.trouble = ("malformed", "it did not give one score per part and clip")
         try:
             scores = self.reward(pixels, prompts, fps)
@@ -144,11 +161,12 @@ class RecordingReward(RewardWrapper):
             lines = str(error).strip().splitlines()
             self.trouble = (type(error).__name__, lines[0] if lines else "no message")
             raise
-        odd = {part: float(v.flatten()[0]) for part, v in scores.values.items() if not torch.isfinite(v).all()}
+        odd = {part: own for part, own in scores.values.items() if not torch.isfinite(own).all()}
         if not scores.valid.all():
             self.trouble = ("no score", "the reward gives none for this clip")
         elif odd:
-            self.trouble = ("not finite", ", ".join(f"{part}={value}" for part, value in odd.items()))
+            values = [f"{part}={float(own.flatten()[0])}" for part, own in odd.items()]
+            self.trouble = ("not finite", ", ".join(values))
         return scores
 
 
@@ -158,12 +176,14 @@ class Judges:
 
     sources: Sequence[Source]
     parts: dict[str, tuple[str, ...]]  # reward -> all that it scores
-    recorders: dict[str, RecordingReward] = field(default_factory=dict)  # of the rewards in this process
+    recorders: dict[str, RecordingReward] = field(default_factory=dict)
+    """The rewards in this process, by name."""
 
     @property
     def read_prompts(self) -> bool:
-        """Whether any of them looks at prompts; of one behind a server nobody knows, so it does."""
-        return any(name not in self.recorders or self.recorders[name].reads_prompts for name in self.parts)
+        """Whether any reward may read prompts, as every reward behind a server may."""
+        served = [name for name in self.parts if name not in self.recorders]
+        return bool(served) or any(reward.reads_prompts for reward in self.recorders.values())
 
     def score(self, clip: Tensor, prompt: str, fps: float) -> dict[str, Verdict]:
         """Each reward's verdict on one clip, uint8 [F, H, W, 3].
@@ -178,31 +198,36 @@ class Judges:
         return {name: verdicts[name] for name in self.parts}
 
     def _verdict(self, name: str, scores: Scores, said: Mapping[str, str]) -> Verdict:
+        """A reward's verdict.  said: the last line that each module logged"""
         values = {part: float(scores.values[part][0]) for part in self.parts[name]}
         if bool(scores.valid[0]):
             return Verdict(values)
         if name not in self.recorders:
             return Verdict(values, "server", "the server gives no score; its log says why")
-        kind, reason = self.recorders[name].trouble or ("malformed", "it did not give one score per part and clip")
+        kind, reason = self.recorders[name].trouble or (
+            "malformed",
+            "it did not give one score per part and clip",
+        )
         if kind == "no score":
             reason = said.get(type(self.recorders[name].reward).__module__, reason)
         return Verdict(values, kind, reason)
 
 
 class _Ear(logging.Handler):
-    """Keeps the last line that each module logs."""
+    """A log handler that keeps each module's last line."""
 
     def __init__(self) -> None:
         super().__init__()
         self.said: dict[str, str] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Keep the record's line."""
         self.said[record.name] = record.getMessage()
 
 
 @contextmanager
 def _overheard(listen: bool) -> Iterator[Mapping[str, str]]:
-    """What the rewards log, by module, instead of on the terminal: the table tells it."""
+    """Give the rewards' last log lines by module; the table has them in place of the terminal."""
     ear, logger = _Ear(), logging.getLogger(rewards.__name__)
     if not listen:
         yield ear.said
@@ -217,10 +242,14 @@ def _overheard(listen: bool) -> Iterator[Mapping[str, str]]:
 
 
 @contextmanager
-def opened(specs: Sequence[RewardSpec], servers: Servers, device: torch.device | None = None) -> Iterator[Judges]:
-    """Load the rewards, or reach the servers that have them; with servers only names and frame rates count.
+def opened(
+    specs: Sequence[RewardSpec],
+    servers: Servers,
+    device: torch.device | None = None,
+) -> Iterator[Judges]:
+    """Load the rewards, or connect to their servers, for which only names and frame rates count.
 
-    device: what the rewards with device="auto" may share; none = the CPU
+    device: of the rewards with device="auto"; None: the CPU
     Raises UserError for a wrong setting, token or address, and for a server without the reward.
     """
     if servers.urls:
@@ -231,11 +260,12 @@ def opened(specs: Sequence[RewardSpec], servers: Servers, device: torch.device |
     recorders = {}
     for name, served in inside.served.items():
         served.reward = recorders[name] = RecordingReward(served.reward)
-    yield Judges([inside], {name: tuple(one.reward.names) for name, one in inside.served.items()}, recorders)
+    parts = {name: tuple(served.reward.names) for name, served in inside.served.items()}
+    yield Judges([inside], parts, recorders)
 
 
 def _behind(specs: Sequence[RewardSpec], servers: Servers, stack: ExitStack) -> Judges:
-    """Clients of the servers, one for each frame rate that rewards are told."""
+    """Clients of the servers, one for each frame rate of the rewards' specs."""
     token = _token(servers.token_file)
     groups: dict[float | None, list[str]] = {}
     for spec in specs:
@@ -243,9 +273,10 @@ def _behind(specs: Sequence[RewardSpec], servers: Servers, stack: ExitStack) -> 
     sources: list[Source] = []
     parts: dict[str, tuple[str, ...]] = {}
     for fps, names in groups.items():
-        client = stack.enter_context(RewardClient(servers.urls, token, names, outage_s=OUTAGE_S, fps=fps))
-        told = client.wait_ready(START_TIMEOUT_S)
-        parts |= {name: tuple(told[name]["parts"]) for name in names}
+        client = RewardClient(servers.urls, token, names, outage_s=OUTAGE_S, fps=fps)
+        stack.enter_context(client)
+        about = client.wait_ready(START_TIMEOUT_S)
+        parts |= {name: tuple(about[name]["parts"]) for name in names}
         sources.append(client)
     return Judges(sources, {spec.name: parts[spec.name] for spec in specs})
 
@@ -256,5 +287,8 @@ def _token(file: Path | None) -> str:
         return read_token(file)
     token = os.environ.get("FASTGRPO_TOKEN", "")
     if not token:
-        raise UserError("--token-file: missing; running servers want a token: name its file, or set FASTGRPO_TOKEN.")
+        raise UserError(
+            "--token-file: missing; running servers want a token: "
+            "name its file, or set FASTGRPO_TOKEN."
+        )
     return token

@@ -1,7 +1,8 @@
-"""Scores of files: what any reward says of clips and pictures, before it is trusted with a run.
+"""Scores of clips and pictures in files by any reward.
 
-One clip at a time, so that a file's scores never depend on the files beside it. A file that cannot be read, and a clip
-that a reward cannot judge, have no score and say why; where a single file was asked for, it is an error.
+One clip is scored at a time, so that a file's scores never depend on other files. An unreadable
+file, and a clip that a reward cannot judge, have a reason in place of a score; for a single file
+that is an error.
 """
 
 import json
@@ -24,74 +25,80 @@ from fastgrpo.core.files import replace_text
 from fastgrpo.tools.score import clip_files, judges
 from fastgrpo.tools.score.judges import Judges, Servers, Verdict
 
-UNREADABLE = "unreadable"  # the kind of what a file cannot be scored for
+UNREADABLE = "unreadable"  # the class, in JSON, of a file's own problem
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What to score, as the command line says it."""
+    """The files to score and their prompts, from the command line."""
 
     files: tuple[Path, ...]
-    prompt: str | None = None
-    prompts: str | None = None
-    fps: float | None = None  # none = each file's own
-    size: clip_files.Size | None = None  # in which the clips were made; none = as each file's folder or the file says
+    prompt: str | None = None  # of every file
+    prompts: str | None = None  # a file of prompts
+    fps: float | None = None  # None: each file's own
+    size: clip_files.Size | None = None  # the clips' own; None: by each file's folder or the file
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scored:
-    """One file and what was said of it."""
+    """One file with its verdicts."""
 
     file: Path
     prompt: str | None
-    shape: tuple[int, ...] | None = None  # [F, H, W, 3]; none = unreadable
+    shape: tuple[int, ...] | None = None  # [F, H, W, 3]; None: unreadable
     fps: float | None = None
     verdicts: dict[str, Verdict] = field(default_factory=dict)  # by reward
     problem: str | None = None  # why the file as a whole has no score
 
     def row(self) -> dict[str, Any]:
-        """As JSON: a score that there is not is null, and `invalid` says why."""
-        invalid = {name: [one.kind, one.reason] for name, one in self.verdicts.items() if one.kind is not None}
+        """The file as JSON: a missing score is null, and `invalid` has the reason."""
+        scores, invalid = {}, {}
+        for name, verdict in self.verdicts.items():
+            scores[name] = {part: _or_null(value) for part, value in verdict.scores.items()}
+            if verdict.kind is not None:
+                invalid[name] = {"class": verdict.kind, "reason": verdict.reason}
+        if self.problem:
+            invalid["file"] = {"class": UNREADABLE, "reason": self.problem}
         return {
             "file": str(self.file),
             "prompt": self.prompt,
             "shape": self.shape,
             "fps": self.fps,
-            "scores": {
-                name: {part: value if math.isfinite(value) else None for part, value in one.scores.items()}
-                for name, one in self.verdicts.items()
-            },
-            "invalid": {name: {"class": kind, "reason": reason} for name, (kind, reason) in invalid.items()}
-            | ({"file": {"class": UNREADABLE, "reason": self.problem}} if self.problem else {}),
+            "scores": scores,
+            "invalid": invalid,
         }
 
     def note(self) -> str:
-        """Why there are holes in its row, in one line."""
-        holes = [f"{name}: {one.kind}: {one.reason}" for name, one in self.verdicts.items() if one.kind is not None]
-        return "; ".join([self.problem] if self.problem else holes)
+        """The reasons of the row's missing scores, in one line."""
+        if self.problem:
+            return self.problem
+        invalid = {name: own for name, own in self.verdicts.items() if own.kind is not None}
+        return "; ".join(f"{name}: {own.kind}: {own.reason}" for name, own in invalid.items())
 
 
 @dataclass(frozen=True)
 class Result:
-    """All files and what was said of them."""
+    """All files with their verdicts."""
 
     specs: Sequence[RewardSpec]
     parts: dict[str, tuple[str, ...]]  # reward -> its parts
     files: list[Scored]
 
     def mean(self, reward: str, part: str) -> tuple[float, int]:
-        """(mean of a part over the clips that have it, NaN of none; how many have it)."""
-        found = [one.verdicts[reward].scores[part] for one in self.files if reward in one.verdicts]
-        valid = [value for value in found if math.isfinite(value)]
+        """(mean of a part over the clips with a score, NaN without any; the number of these)."""
+        scores = [file.verdicts[reward].scores for file in self.files if reward in file.verdicts]
+        valid = [own[part] for own in scores if math.isfinite(own[part])]
         return (sum(valid) / len(valid) if valid else math.nan), len(valid)
 
     def to_json(self) -> str:
-        means = {
-            name: {part: {"mean": _or_null(self.mean(name, part)[0]), "clips": self.mean(name, part)[1]} for part in of}
-            for name, of in self.parts.items()
-        }
-        rewards = [spec.model_dump(mode="json", exclude={"weights", "where", "urls"}) for spec in self.specs]
-        content = {"rewards": rewards, "files": [one.row() for one in self.files], "means": means}
+        """All files and the means of every part."""
+        means: dict[str, dict[str, Any]] = {}
+        for name, parts in self.parts.items():
+            own = {part: self.mean(name, part) for part in parts}
+            means[name] = {part: {"mean": _or_null(m), "clips": n} for part, (m, n) in own.items()}
+        without = {"weights", "where", "urls"}
+        rewards = [spec.model_dump(mode="json", exclude=without) for spec in self.specs]
+        content = {"rewards": rewards, "files": [file.row() for file in self.files], "means": means}
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -102,13 +109,20 @@ def score(wanted: Wanted, specs: Sequence[RewardSpec], servers: Servers) -> Resu
     """
     files = clip_files.expand(wanted.files)
     texts = clip_files.captions(files, wanted.prompt, wanted.prompts)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    device = None
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
     with judges.opened(specs, servers, device) as opened:
         if opened.read_prompts:
             _check_prompts(files, texts)
-        pairs = track(list(zip(files, texts, strict=True)), "scoring", disable=not sys.stderr.isatty(), transient=True)
-        scored = [_one(file, text, wanted, opened) for file, text in pairs]
-        unread = [one for one in scored if one.shape is None]
+        pairs = track(
+            list(zip(files, texts, strict=True)),
+            "scoring",
+            disable=not sys.stderr.isatty(),
+            transient=True,
+        )
+        scored = [_score_file(file, text, wanted, opened) for file, text in pairs]
+        unread = [file for file in scored if file.shape is None]
         if len(unread) == len(scored):
             more = f" (none of the {len(scored)} files can be scored)" if len(scored) > 1 else ""
             raise UserError(f"{unread[0].problem}{more}")
@@ -117,8 +131,8 @@ def score(wanted: Wanted, specs: Sequence[RewardSpec], servers: Servers) -> Resu
 
 def _check_prompts(files: Sequence[Path], texts: Sequence[str | None]) -> None:
     """Raise UserError where a clip that can be scored has no prompt."""
-    missing = [file for file, text in zip(files, texts, strict=True) if text is None and file.is_file()]
-    missing = [file for file in missing if not clip_files.composed(file)]
+    missing = [file for file, text in zip(files, texts, strict=True) if text is None]
+    missing = [file for file in missing if file.is_file() and not clip_files.composed(file)]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(
@@ -127,61 +141,77 @@ def _check_prompts(files: Sequence[Path], texts: Sequence[str | None]) -> None:
         )
 
 
-def _one(file: Path, text: str | None, wanted: Wanted, opened: Judges) -> Scored:
+def _score_file(file: Path, text: str | None, wanted: Wanted, opened: Judges) -> Scored:
+    """One file's verdicts, or its problem."""
     if clip_files.composed(file):
-        return Scored(file, text, problem=f"{file}: shows several clips together; score the clips themselves.")
+        return Scored(
+            file=file,
+            prompt=text,
+            problem=f"{file}: shows several clips together; score the clips themselves.",
+        )
     try:
         clip = clip_files.read(file, wanted.fps, wanted.size)
     except UserError as error:
-        return Scored(file, text, problem=str(error))
+        return Scored(file=file, prompt=text, problem=str(error))
     verdicts = opened.score(clip.pixels, text or "", clip.fps)
-    return Scored(file, text, tuple(clip.pixels.shape), clip.fps, verdicts)
+    return Scored(
+        file=file,
+        prompt=text,
+        shape=tuple(clip.pixels.shape),
+        fps=clip.fps,
+        verdicts=verdicts,
+    )
 
 
 def _or_null(value: float) -> float | None:
+    """The value; None where it is not finite, as JSON has no NaN."""
     return value if math.isfinite(value) else None
 
 
 def show(result: Result) -> None:
-    """The table on standard output: a row per file, a column per part, the means below."""
+    """Print the table: a row per file, a column per part, the means below."""
     table = Table(box=None, pad_edge=False)
     table.add_column("file", overflow="fold")
     columns = [(name, part) for name, parts in result.parts.items() for part in parts]
     for name, part in columns:
         table.add_column(f"{name}\n{part}" if len(result.parts) > 1 else part, justify="right")
-    notes = any(one.note() for one in result.files)
+    notes = any(file.note() for file in result.files)
     if notes:
         table.add_column("why not", overflow="fold")
-    for one in result.files:
-        values = [one.verdicts[name].scores[part] if name in one.verdicts else math.nan for name, part in columns]
-        table.add_row(str(one.file), *map(number, values), *([one.note()] if notes else []))
+    for file in result.files:
+        scores = {name: verdict.scores for name, verdict in file.verdicts.items()}
+        values = [scores[name][part] if name in scores else math.nan for name, part in columns]
+        table.add_row(str(file.file), *map(number, values), *([file.note()] if notes else []))
     if len(result.files) > 1:
         table.add_section()
         means = [result.mean(name, part) for name, part in columns]
         valid = min((count for _, count in means), default=0)
-        label = f"mean of {len(result.files)}" if valid == len(result.files) else "mean of the valid"
+        total = len(result.files)
+        label = f"mean of {total}" if valid == total else "mean of the valid"
         table.add_row(label, *(number(mean) for mean, _ in means), *([""] if notes else []))
     console().print(table, highlight=False, markup=False)
 
 
 def console() -> Console:
-    """Standard output; where that is no terminal, as wide as the tables, so that nothing is cut."""
+    """Standard output; without a terminal as wide as the tables, so that they are not cut."""
     return Console(width=None if sys.stdout.isatty() else 1000, highlight=False, markup=False)
 
 
 def number(value: float) -> str:
-    """A score to read: five digits that count, a dash for none."""
+    """A score with five significant digits; a dash where it is not finite."""
     if not math.isfinite(value):
         return "-"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.5g}"
 
 
 def check_target(option: str, file: Path | None) -> None:
-    """Raise UserError where a file could not be written there: before hours of work, not after."""
+    """Raise UserError, before hours of work, for a file that could not be written."""
     if file is None or str(file) == "-":
         return
     if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise UserError(f"{option}={file}: cannot be written there; name a file in a folder that exists.")
+        raise UserError(
+            f"{option}={file}: cannot be written there; name a file in a folder that exists.",
+        )
 
 
 def write(option: str, file: Path, content: str) -> None:
@@ -192,4 +222,6 @@ def write(option: str, file: Path, content: str) -> None:
     try:
         replace_text(file, content)
     except OSError as error:
-        raise UserError(f"{option}={file}: cannot be written ({error.strerror}); choose another file.") from None
+        raise UserError(
+            f"{option}={file}: cannot be written ({error.strerror}); choose another file.",
+        ) from None

@@ -256,10 +256,10 @@ def test_pairs_without_a_score_are_left_out_and_counted(run: Path) -> None:
     }
     result = Result(plan(run, specs), evaluate.columns(plan(run, specs), scores), scores)
     assert result.columns["one.A"] == Column(
-        1.0, trained=2.0, difference=1.0, low=1.0, high=1.0, pairs=3
+        base=1.0, trained=2.0, difference=1.0, low=1.0, high=1.0, pairs=3
     )
     assert result.columns["sum"] == Column(
-        2.0, trained=5.0, difference=3.0, low=3.0, high=3.0, pairs=2
+        base=2.0, trained=5.0, difference=3.0, low=3.0, high=3.0, pairs=2
     ), "a monitor without a score spoils no sum"
     heading, base, _, difference, interval = results_table.rows(result)
     assert heading == ["", "one.A", "B", "other.A", "C", "sum"], (
