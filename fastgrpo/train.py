@@ -228,8 +228,10 @@ def evaluate_now(session: Session) -> Evaluation:
         poll_before=session.stop.poll_before,
     )
     if not np.isfinite(evaluation.columns()["sum"]).any():
-        remedy = "look at reward_server.log in the run folder"
-        raise UserError(f"rewards: no held-out clip has a valid score; {remedy}.")
+        raise UserError(
+            "rewards: no held-out clip has a valid score; "
+            "look at reward_server.log in the run folder."
+        )
     return evaluation
 
 

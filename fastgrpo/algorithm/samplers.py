@@ -166,8 +166,10 @@ def check(policy: Policy, name: str, device: torch.device) -> None:
     Called once per run, since the check waits for the device.
     """
     if name != "dance" and not is_flow(policy, device):
-        problem = "a step of rectified flows, which this model is not; use dance, its own step"
-        raise UserError(f"rollout.sampler={name}: {problem}.")
+        raise UserError(
+            f"rollout.sampler={name}: a step of rectified flows, which this model is not; "
+            "use dance, its own step."
+        )
 
 
 def is_flow(policy: Policy, device: torch.device) -> bool:

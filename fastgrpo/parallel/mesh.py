@@ -18,10 +18,14 @@ def mesh_shape(settings: Distributed, size: int, ranks_of_node: int) -> tuple[in
     sp, shard = settings.sp, settings.shard or min(ranks_of_node, size)
     fitting = [n for n in range(1, size + 1) if size % n == 0]
     if size % sp:
-        remedy = f"use one of {', '.join(map(str, fitting))}"
-        raise UserError(f"distributed.sp={sp}: does not divide the {size} ranks; {remedy}.")
+        raise UserError(
+            f"distributed.sp={sp}: does not divide the {size} ranks; "
+            f"use one of {', '.join(map(str, fitting))}."
+        )
     if size % shard or shard % sp:
-        remedy = f"use one of {', '.join(str(n) for n in fitting if n % sp == 0)}"
-        problem = f"must divide the {size} ranks and be a multiple of sp={sp}"
-        raise UserError(f"distributed.shard={shard}: {problem}; {remedy}.")
+        sizes = ", ".join(str(n) for n in fitting if n % sp == 0)
+        raise UserError(
+            f"distributed.shard={shard}: must divide the {size} ranks and be a multiple of "
+            f"sp={sp}; use one of {sizes}."
+        )
     return size // shard, shard

@@ -206,8 +206,10 @@ def install(network: Any, sp: Group, share_sequence: ShareSequence) -> None:
     heads = network.config.get("num_attention_heads")
     if isinstance(heads, int) and heads % sp.size:
         sizes = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
-        problem = f"does not divide the network's {heads} heads; use one of {sizes}"
-        raise UserError(f"distributed.sp={sp.size}: {problem}.")
+        raise UserError(
+            f"distributed.sp={sp.size}: does not divide the network's {heads} heads; "
+            f"use one of {sizes}."
+        )
     layout = Layout(sp=sp)
     share_sequence(network, layout)
     network.sequence_layout = layout

@@ -110,8 +110,10 @@ class Cache:
         if not known:
             differing = [f"format {content['format']} (of another version of fastgrpo)"]
         if differing:
-            problem = f"its conditions differ from this recipe's in {', '.join(differing)}"
-            raise UserError(f"prompts.cache={self.folder}: {problem}; {remedy}.")
+            raise UserError(
+                f"prompts.cache={self.folder}: its conditions differ from this recipe's in "
+                f"{', '.join(differing)}; {remedy}."
+            )
 
 
 class Conditions(Sequence[Condition]):

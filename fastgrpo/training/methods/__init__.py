@@ -62,6 +62,8 @@ def latents_kept(recipe: Recipe) -> int:
 
 def _file(name: str) -> Path:
     if name not in known():
-        remedy = f"use one of {', '.join(known())}"
-        raise UserError(f"objective.kind='{name}': no file training/methods/{name}.py; {remedy}.")
+        raise UserError(
+            f"objective.kind='{name}': no file training/methods/{name}.py; "
+            f"use one of {', '.join(known())}."
+        )
     return FOLDER / f"{name}.py"

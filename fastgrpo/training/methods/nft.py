@@ -50,11 +50,15 @@ def check(recipe: Recipe) -> None:
             "draws the samples; set e.g. optimizer.ema_decay=0.5."
         )
     if rollout.window is not None:
-        problem = "has no effect with objective.kind=nft, where no step is noisy"
-        raise UserError(f"rollout.window: {problem}; leave it out.")
+        raise UserError(
+            "rollout.window: has no effect with objective.kind=nft, where no step is noisy; "
+            "leave it out."
+        )
     if objective.step_weights != "equal":
-        key = f"objective.step_weights={objective.step_weights}"
-        raise UserError(f"{key}: has no effect with objective.kind=nft; leave it out.")
+        raise UserError(
+            f"objective.step_weights={objective.step_weights}: has no effect with "
+            "objective.kind=nft; leave it out."
+        )
     if objective.kl_weight:
         raise UserError(
             f"objective.kl_weight={objective.kl_weight}: is of noisy steps, and objective.kind=nft "
@@ -68,8 +72,10 @@ class DiffusionNFT:
     def check_policy(self, policy: Policy, device: torch.device) -> None:
         """Raise UserError where the policy is no rectified flow."""
         if not is_flow(policy, device):
-            problem = "is made for rectified flows, which this model is not"
-            raise UserError(f"objective.kind=nft: {problem}; use grpo.")
+            raise UserError(
+                "objective.kind=nft: is made for rectified flows, which this model is not; "
+                "use grpo."
+            )
 
     def plan(self, plan: Plan) -> Plan:
         """The plan with every step in its window: any may be trained, since none is noisy."""

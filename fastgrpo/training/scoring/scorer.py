@@ -166,8 +166,10 @@ class Scorer:
                     error = mistake
                 except Exception as failure:  # our bug; other ranks must not wait for ever
                     log.exception("scoring failed")
-                    problem = f"scoring raised {type(failure).__name__}; see the log above"
-                    error = error or UserError(f"rewards: {problem}.")
+                    kind = type(failure).__name__
+                    error = error or UserError(
+                        f"rewards: scoring raised {kind}; see the log above."
+                    )
                 if error is not None:
                     self.close()
             tables.append(table.masked_fill(~batch.finite[:, None], float("nan")))

@@ -78,9 +78,10 @@ def open_rewards(recipe: Recipe, world: World, stack: ExitStack) -> list[Source]
     for spec in recipe.rewards:
         unknown = [part for part in spec.weights if part not in parts[spec.name]]
         if unknown:
-            problem = f"{spec.name} has no part '{unknown[0]}'"
-            names_of = ", ".join(parts[spec.name])
-            raise UserError(f"rewards.weights: {problem}; its parts are {names_of}.")
+            raise UserError(
+                f"rewards.weights: {spec.name} has no part '{unknown[0]}'; "
+                f"its parts are {', '.join(parts[spec.name])}."
+            )
     return sources
 
 
@@ -148,6 +149,8 @@ def read_token(file: Path) -> str:
     except UnicodeDecodeError:
         token = ""
     if not token or not token.isascii() or not token.isprintable():
-        remedy = "write one line of printable characters"
-        raise UserError(f"server.token_file={file}: no usable token in it; {remedy}.")
+        raise UserError(
+            f"server.token_file={file}: no usable token in it; "
+            "write one line of printable characters."
+        )
     return token
