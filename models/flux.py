@@ -137,7 +137,9 @@ class SharedAttention:
         if image_rotary_emb is not None:
             q, k = (joint.rotated(x, image_rotary_emb) for x in (q, k))
         length = self.layout.text
-        out = self.layout.attend(q, k, v, slice(0, length), self.plain._attention_backend)
+        out = self.layout.attend(
+            q, k=k, v=v, text=slice(0, length), backend=self.plain._attention_backend
+        )
         out = out.flatten(2).to(q.dtype)  # [B, L + n, C]
         if encoder_hidden_states is None:
             return out

@@ -149,13 +149,15 @@ class HunyuanVideo:
         x: [B, C, F, H, W] float32;  t: [B];  returns like x
         """
         if self.cfg == 1:
-            return self._predict(x, t, condition["text"], condition["pooled"], ())
+            return self._predict(
+                x, t=t, text=condition["text"], pooled=condition["pooled"], lengths=()
+            )
         assert self.negative is not None
         text, lengths = both_texts(self.negative["text"], condition["text"])
         pooled = condition["pooled"]
         pooled = torch.cat([self.negative["pooled"].expand_as(pooled), pooled])
         without, with_text = self._predict(
-            torch.cat([x, x]), torch.cat([t, t]), text, pooled, lengths
+            torch.cat([x, x]), t=torch.cat([t, t]), text=text, pooled=pooled, lengths=lengths
         ).chunk(2)
         return without + self.cfg * (with_text - without)
 
@@ -244,7 +246,7 @@ def load(settings: Model, device: torch.device) -> HunyuanVideo:
     check_network(settings, where, images=False)
     network, vae = load_networks(settings, where, device)
     guidance = USUAL_GUIDANCE if settings.guidance is None else settings.guidance
-    return HunyuanVideo(network, vae, shift, settings, guidance)
+    return HunyuanVideo(network, vae=vae, shift=shift, settings=settings, guidance=guidance)
 
 
 def check_network(settings: Model, where: Path, images: bool) -> dict[str, Any]:

@@ -220,7 +220,9 @@ class StableDiffusion:
                 "at most 1."
             )
         alpha, alpha_next = self.schedule.alpha(t), self.schedule.alpha(t_next)
-        return transitions.ddim_transition(x, self._noise(x, v, alpha), alpha, alpha_next, eta)
+        return transitions.ddim_transition(
+            x, epsilon=self._noise(x, v, alpha), alpha=alpha, alpha_next=alpha_next, eta=eta
+        )
 
     def _noise(self, x: Tensor, v: Tensor, alpha: Tensor) -> Tensor:
         """The noise in x that the prediction implies (v: Salimans and Ho 2022, arXiv 2202.00512).
@@ -234,7 +236,7 @@ class StableDiffusion:
 
     def clean_estimate(self, x: Tensor, v: Tensor, t: Tensor) -> Tensor:
         """The x_0 that the prediction implies.  x, v: [B, C, 1, H, W];  t: [B] or a scalar"""
-        return self.transition(x, v, t, torch.zeros_like(t), 0.0)[0]
+        return self.transition(x, v=v, t=t, t_next=torch.zeros_like(t), eta=0.0)[0]
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
@@ -253,7 +255,7 @@ class TextEncoder:
     def __init__(self, where: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.device = device
         self.tokenizer, self.clip = diffusers_folder.text_model(
-            where, "tokenizer", "text_encoder", dtype, device
+            where, tokenizer="tokenizer", encoder="text_encoder", dtype=dtype, device=device
         )
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:

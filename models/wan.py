@@ -279,7 +279,14 @@ def load(settings: Model, device: torch.device) -> Wan:
     check_network(diffusers_folder.read_json(network / "config.json"), where, vae.config, settings)
     network = streaming.outline(WanTransformer3DModel, network, device)
     vae = vae.requires_grad_(False).eval().to(device)
-    return Wan(network, vae, schedule, text_tokens(where), settings, device)
+    return Wan(
+        network,
+        vae=vae,
+        schedule=schedule,
+        text_tokens=text_tokens(where),
+        settings=settings,
+        device=device,
+    )
 
 
 def check_pipeline(index: Mapping[str, Any], settings: Model) -> None:

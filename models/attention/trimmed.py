@@ -37,7 +37,7 @@ class TrimmedAttention(HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]
         """
         attend = super().__call__
         return self.by_branch(
-            lambda video, text: attend(attn, video, text, None, image_rotary_emb),
+            lambda video, text: attend(attn, k=video, v=text, text=None, backend=image_rotary_emb),
             hidden_states,
             encoder_hidden_states,
         )
@@ -99,7 +99,9 @@ class SharedAttention:
         if dual:
             about_text = joint.heads(attn, text, joint.TEXT_LAYERS)
             q, k, v = (torch.cat(pair, 1) for pair in zip((q, k, v), about_text, strict=True))
-        out = self.layout.attend(q, k, v, slice(own, own + length), self.plain._attention_backend)
+        out = self.layout.attend(
+            q, k=k, v=v, text=slice(own, own + length), backend=self.plain._attention_backend
+        )
         out = out.flatten(2).to(q.dtype)  # [B, n + L, C]
         video, text = out[:, :own], out[:, own:]
         if getattr(attn, "to_out", None) is not None:

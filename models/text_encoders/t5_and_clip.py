@@ -21,10 +21,10 @@ class TextEncoder:
         """Read both from a pipeline's folder.  longest: tokens of a text, at most, for T5"""
         self.device, self.longest = device, longest
         self.tokenizer, self.clip = diffusers_folder.text_model(
-            where, "tokenizer", "text_encoder", dtype, device
+            where, tokenizer="tokenizer", encoder="text_encoder", dtype=dtype, device=device
         )
         self.tokenizer_2, self.t5 = diffusers_folder.text_model(
-            where, "tokenizer_2", "text_encoder_2", dtype, device
+            where, tokenizer="tokenizer_2", encoder="text_encoder_2", dtype=dtype, device=device
         )
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:

@@ -21,7 +21,7 @@ class TextEncoder:
         """Read it from a pipeline's folder.  longest: tokens of a text, at most"""
         self.device, self.longest = device, longest
         self.tokenizer, self.umt5 = diffusers_folder.text_model(
-            where, "tokenizer", "text_encoder", dtype, device
+            where, tokenizer="tokenizer", encoder="text_encoder", dtype=dtype, device=device
         )
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:

@@ -280,7 +280,7 @@ def _update_work(job: Job) -> tuple[float, int]:
         recipe.samples_trained,
     )
     total = network_calls.of_iteration(recipe, 0, job.groups)
-    samples = stragglers.widest(prompts, size, kept, updates, job.groups)
+    samples = stragglers.widest(prompts, size=size, kept=kept, updates=updates, groups=job.groups)
     states = total.update * samples / (prompts * kept)
     return states, updates * math.ceil(states / updates / recipe.optimizer.batch_size)
 

@@ -92,11 +92,11 @@ def plan(
             f"--gpus={gpus}: not a multiple of the {ranks_per_node} of a node (--ranks-per-node)."
         )
     if recipe.rollout.batch_size != "auto":
-        return _plan(recipe, gpus, machine, ranks_per_node, text)
+        return _plan(recipe, gpus=gpus, machine=machine, ranks_per_node=ranks_per_node, text=text)
 
     def sized(size: int) -> Plan:
         settled = recipe.model_copy(update={"rollout": recipe.rollout.with_batch_size(size)})
-        return _plan(settled, gpus, machine, ranks_per_node, text)
+        return _plan(settled, gpus=gpus, machine=machine, ranks_per_node=ranks_per_node, text=text)
 
     samples, _ = network_calls.busiest(recipe, sized(1).subject.job.groups)
     fit = bisect(range(2, samples + 1), 0, key=lambda size: 0 if _has_room(sized(size)) else 1)
@@ -133,7 +133,9 @@ def curve(recipe: Recipe, machine: Machine, ranks_per_node: int, text: int | Non
     plans = []
     for gpus in CURVE:
         try:
-            plans.append(plan(recipe, gpus, machine, ranks_per_node, text))
+            plans.append(
+                plan(recipe, gpus=gpus, machine=machine, ranks_per_node=ranks_per_node, text=text)
+            )
         except UserError:
             continue
     return plans
@@ -154,10 +156,10 @@ def advice(given: Plan, file: Path, overrides: Sequence[str], text: int | None) 
                 recipe = config.load(file, [*overrides, *changes])
                 tried = plan(
                     recipe,
-                    given.subject.job.gpus,
-                    given.machine,
-                    given.subject.job.ranks_per_node,
-                    text,
+                    gpus=given.subject.job.gpus,
+                    machine=given.machine,
+                    ranks_per_node=given.subject.job.ranks_per_node,
+                    text=text,
                 )
             except UserError:
                 continue

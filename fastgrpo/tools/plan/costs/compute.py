@@ -165,17 +165,17 @@ class Sent:
 
     def __add__(self, other: "Sent") -> "Sent":
         return Sent(
-            self.gather + other.gather, self.scatter + other.scatter, self.reduce + other.reduce,
-            self.exchange + other.exchange, self.collect + other.collect,
+            self.gather + other.gather, scatter=self.scatter + other.scatter, reduce=self.reduce + other.reduce,
+            exchange=self.exchange + other.exchange, collect=self.collect + other.collect,
         )  # fmt: skip
 
     def times(self, count: float) -> "Sent":
         return Sent(
             self.gather * count,
-            self.scatter * count,
-            self.reduce * count,
-            self.exchange * count,
-            self.collect * count,
+            scatter=self.scatter * count,
+            reduce=self.reduce * count,
+            exchange=self.exchange * count,
+            collect=self.collect * count,
         )
 
 

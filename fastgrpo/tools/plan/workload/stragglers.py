@@ -47,5 +47,5 @@ def idle(recipe: Recipe, groups: int) -> float:
         recipe.samples_trained,
     )
     return 1 - prompts * kept / groups / widest(
-        prompts, size, kept, recipe.optimizer.updates_per_iteration, groups
+        prompts, size=size, kept=kept, updates=recipe.optimizer.updates_per_iteration, groups=groups
     )
