@@ -169,9 +169,8 @@ class HunyuanVideo:
         text: [B, L, D];  lengths: of both branches' texts where one is padded
         """
         self.attention.lengths = lengths
-        mask = torch.ones(
-            text.shape[:2], dtype=torch.bool, device=text.device
-        )  # the text refiner's
+        # the text refiner's
+        mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
         for rows, length in zip(mask.chunk(2), lengths, strict=False):
             rows[:, length:] = False
         guidance = None

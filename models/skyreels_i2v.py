@@ -39,10 +39,11 @@ MAX_TEXT_TOKENS: int = models.declared("hunyuan_video", "MAX_TEXT_TOKENS")
 MAX_CLIP_TOKENS: int = models.declared("hunyuan_video", "MAX_CLIP_TOKENS")
 # of an export; the folder of the other parts names HunyuanVideo's
 PIPELINE = "HunyuanSkyreelsImageToVideoPipeline"
+# whose folders this family reads
 PIPELINES = (
     PIPELINE,
     *models.declared("hunyuan_video", "PIPELINES"),
-)  # whose folders this family reads
+)
 USUAL_GUIDANCE = 1.0  # the embedded one: what follows the text is model.cfg
 PUBLISHED = tuple(
     (part, of | {"in_channels": 32}) for part, of in models.declared("hunyuan_video", "PUBLISHED")
@@ -127,9 +128,8 @@ def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[Ima
     with diffusers_folder.freed(hunyuan_video.text_encoder(where, dtype, device)) as texts:
         patch = hunyuan_video.check_network(settings, where, images=True)["patch_size"]
         vae = diffusers_folder.read(AutoencoderKLHunyuanVideo, where / "vae", dtype)
-        config = (
-            vae.config
-        )  # a size that the VAE would round is refused before any image is encoded in it
+        # a size that the VAE would round is refused before any image is encoded in it
+        config = vae.config
         diffusers_folder.latent_size(
             video, config.spatial_compression_ratio, config.temporal_compression_ratio, patch
         )

@@ -92,9 +92,8 @@ class Schedule:
         self.scheduler = DDIMScheduler.from_config({**config, "clip_sample": False})
         self.timesteps: int = self.scheduler.config.num_train_timesteps
         final = self.scheduler.final_alpha_cumprod.reshape(1)
-        self.alphas = torch.cat([self.scheduler.alphas_cumprod, final]).to(
-            device
-        )  # [timesteps + 1], the last at t = 0
+        # [timesteps + 1], the last at t = 0
+        self.alphas = torch.cat([self.scheduler.alphas_cumprod, final]).to(device)
 
     def timestep(self, t: Tensor) -> Tensor:
         """The network's timestep, a whole number in float32.  t: [...];  returns like t"""

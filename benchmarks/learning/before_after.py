@@ -22,12 +22,13 @@ from PIL import Image, ImageDraw, ImageFont
 from fastgrpo.core.errors import UserError
 from fastgrpo.data.video import read_mp4
 
+# pixels: a frame's longer side, between frames, around blocks, a line of text
 SIDE, GAP, MARGIN, LINE = (
     88,
     2,
     16,
     22,
-)  # pixels: a frame's longer side, between frames, around blocks, a line of text
+)
 PAPER, INK, FAINT = (255, 255, 255), (32, 32, 36), (110, 110, 118)
 
 Frames = NDArray[np.uint8]

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from benchmarks.learning.campaign import Trained
 from fastgrpo.tools.report.charts import smoothed
 
+# Okabe and Ito's
 COLOURS = (
     "#0072b2",
     "#d55e00",
@@ -19,7 +20,7 @@ COLOURS = (
     "#e69f00",
     "#56b4e9",
     "#444444",
-)  # Okabe and Ito's
+)
 DPI = 80
 
 

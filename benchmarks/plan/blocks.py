@@ -32,10 +32,11 @@ ONE = {
     "num_single_layers": 1,
     "num_refiner_layers": 1,
 }
+# the smallest latent and text; what is added to the text
 VIDEO, TEXT = (
     ((16, 16, 64, 64), 256),
     4096,
-)  # the smallest latent and text; what is added to the text
+)
 IMAGE = ((16, 1, 128, 128), 512)
 KINDS: tuple[
     tuple[str, Mapping[str, Any], int, str, tuple[tuple[int, int, int, int], int]], ...

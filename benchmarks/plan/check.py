@@ -138,13 +138,14 @@ def measure_memory(name: str) -> dict[str, float]:
 
     settings, latent, text, batch = REAL[name]
     with open_world() as world:
+        # pages in the libraries
         _train(
             world,
             settings=TINY | {"num_layers": 1, "num_single_layers": 1},
             latent=(8, 1, 4, 4),
             text=4,
             batch=1,
-        )  # pages in the libraries
+        )
         gc.collect()
         return _train(world, settings=settings, latent=latent, text=text, batch=batch)
 
@@ -330,9 +331,8 @@ def table(sizes: Sequence[int]) -> None:
 
 
 def main() -> None:
-    warnings.filterwarnings(
-        "ignore", message="FSDP2-wrapped module .* returned a view tensor"
-    )  # none is changed
+    # none is changed
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -106,9 +106,8 @@ def main() -> None:
     for threads in arguments.threads:
         command = [sys.executable, "-m", "benchmarks.speed.cpu_adam", "--measure"]
         command += ["--parameters", str(arguments.parameters), "--rounds", str(arguments.rounds)]
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(threads)
-        }  # two OpenMP runtimes: both read this one
+        # two OpenMP runtimes: both read this one
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         output = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, text=True, check=True
         ).stdout

@@ -62,9 +62,8 @@ class Result:
 
     counts: Counts
     kept: int
-    rewards: dict[
-        str, Tensor
-    ]  # of the first rollout, [samples, parts]: as we score it, and as read from files
+    # of the first rollout, [samples, parts]: as we score it, and as read from files
+    rewards: dict[str, Tensor]
     seconds: list[dict[str, float]] = field(default_factory=list)  # of each run
 
     def median(self, phase: str) -> float:

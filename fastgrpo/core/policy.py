@@ -25,9 +25,8 @@ class Prompt:
     place: str = field(default="", compare=False)  # recipe key, file and row, for messages
 
 
-Condition = Mapping[
-    str, Tensor
-]  # what the network is conditioned on; one prompt's without, a batch's with a first dim
+# what the network is conditioned on; one prompt's without, a batch's with a first dim
+Condition = Mapping[str, Tensor]
 
 
 class Encoder(Protocol):

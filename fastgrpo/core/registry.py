@@ -57,9 +57,8 @@ def _run(file: Path, name: str, changed: int) -> Any:
         [statement for number, statement in enumerate(tree.body) if number in wanted], []
     )
     space: dict[str, Any] = {"__name__": f"{__name__}:{file.stem}", "__file__": str(file)}
-    exec(
-        compile(tree, str(file), "exec", dont_inherit=True), space
-    )  # our own file, of which an import would run more
+    # our own file, of which an import would run more
+    exec(compile(tree, str(file), "exec", dont_inherit=True), space)
     return space[name]
 
 

@@ -54,9 +54,8 @@ def add_adapters(
     config = LoraConfig(
         r=settings.rank, lora_alpha=_alpha(settings), target_modules=layers, init_lora_weights=False
     )
-    for parameter in (
-        network.parameters()
-    ):  # not network.to(), which would round buffers such as rotary tables too
+    # not network.to(), which would round buffers such as rotary tables too
+    for parameter in network.parameters():
         parameter.data = parameter.data.to(frozen_dtype)
     network.add_adapter(config, ADAPTER)  # type: ignore[operator]
     for name, parameter in network.named_parameters():

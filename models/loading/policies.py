@@ -70,9 +70,8 @@ def configure(policy: Policy, settings: Model) -> None:
         def run(module: nn.Module, *inputs: object) -> object:
             if id(module) in left_out:
                 return module(*inputs)
-            return checkpoint(
-                module, *inputs, use_reentrant=False, preserve_rng_state=False
-            )  # no block draws
+            # no block draws
+            return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
 
         network.enable_gradient_checkpointing(run)
     if settings.attention is not None:

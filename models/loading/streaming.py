@@ -67,9 +67,8 @@ def outline(kind: Any, folder: Path, device: torch.device) -> Any:
             f"model.path: {folder}/config.json makes no {kind.__name__} ({problem}); download that "
             "folder again."
         ) from None
-    network.register_to_config(
-        _name_or_path=str(folder)
-    )  # as diffusers does; `fill` reads from there
+    # as diffusers does; `fill` reads from there
+    network.register_to_config(_name_or_path=str(folder))
     network._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
     _places(network)
     return network
@@ -124,9 +123,8 @@ def fill(network: Any, device: torch.device, show: Show = lambda _: None) -> Byt
         for place, _, _ in part
     )
     done = 0
-    for file in sorted(
-        parts
-    ):  # mapped one after the other: what was read of one leaves the memory with it
+    # mapped one after the other: what was read of one leaves the memory with it
+    for file in sorted(parts):
         values = weight_files.mapped(file)
         for place, local, rows in parts[file]:
             value = values[place.key][rows]
@@ -161,9 +159,8 @@ def _places(network: Any) -> dict[str, Place]:
     """
     folder = Path(network.config._name_or_path)
     found = weight_files.tensors(folder)
-    network._fix_state_dict_keys_on_load(
-        found
-    )  # diffusers' own renaming of what its older versions wrote
+    # diffusers' own renaming of what its older versions wrote
+    network._fix_state_dict_keys_on_load(found)
     wanted = {
         lora.unadapted(name): t
         for name, t in network.state_dict().items()

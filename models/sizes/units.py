@@ -65,9 +65,8 @@ class Unit:
     weights: dict[str, Shape] = field(default_factory=dict)
     products: list[Product] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
-    _padded: dict[int, int] = field(
-        default_factory=dict, repr=False
-    )  # counted once: a search asks a thousand times
+    # counted once: a search asks a thousand times
+    _padded: dict[int, int] = field(default_factory=dict, repr=False)
 
     @property
     def parameters(self) -> int:

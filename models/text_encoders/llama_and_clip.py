@@ -47,9 +47,8 @@ class TextEncoder:
         returns [L, D] each, L = its length
         """
         template = DEFAULT_PROMPT_TEMPLATE["template"]
-        crop = len(
-            self.tokenizer(template.split("{}")[0])["input_ids"]
-        )  # 95 with Llama 3's tokenizer
+        # 95 with Llama 3's tokenizer
+        crop = len(self.tokenizer(template.split("{}")[0])["input_ids"])
         tokens = self.tokenizer(
             [template.format(text) for text in texts],
             max_length=self.longest[0] + crop,

@@ -86,9 +86,8 @@ def test_the_middle_is_kept(height: int, width: int) -> None:
     for image in (wide, wide.transpose(0, 1)):
         found = cover(image, height, width)
         assert found.shape == (height, width, 3)
-        inner = found[
-            height // 8 : -height // 8, width // 8 : -width // 8
-        ]  # the filter sees some columns that are cut
+        # the filter sees some columns that are cut
+        inner = found[height // 8 : -height // 8, width // 8 : -width // 8]
         assert (inner.int() - torch.tensor(GREEN)).abs().max() <= 12
 
 
@@ -99,9 +98,8 @@ def test_scale_to_cover_then_crop_the_centre(
 ) -> None:
     image = noisy(*size)
     picture = Image.fromarray(image.numpy())
-    fitted = ImageOps.fit(
-        picture, wanted[::-1], Image.Resampling.LANCZOS
-    )  # Pillow's own arithmetic of the same rule
+    # Pillow's own arithmetic of the same rule
+    fitted = ImageOps.fit(picture, wanted[::-1], Image.Resampling.LANCZOS)
     assert (cover(image, *wanted).int() - torch.from_numpy(np.array(fitted)).int()).abs().max() <= 1
     mirrored = cover(image.flip(0, 1), *wanted).flip(0, 1)
     assert (mirrored.int() - cover(image, *wanted).int()).abs().max() <= 1
@@ -172,9 +170,8 @@ def test_a_file_that_cannot_be_read_is_named_in_one_line(
         "replace it."
     )
     assert told in line and "\n" not in line and line.count(str(file)) == 1
-    assert (
-        len(capfd.readouterr().err.splitlines()) <= 1
-    )  # decord's native code says one line that nothing turns off
+    # decord's native code says one line that nothing turns off
+    assert len(capfd.readouterr().err.splitlines()) <= 1
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

@@ -89,9 +89,8 @@ def test_same_seed_gives_the_same_bytes_whatever_the_number_of_steps(
     again = tmp_path / "model"
     state = torch.get_rng_state()
     assert make.main([str(again), *FEW, "--steps", "2"]) == 0
-    assert torch.equal(
-        torch.get_rng_state(), state
-    )  # the caller's random numbers go on as if nothing had happened
+    # the caller's random numbers go on as if nothing had happened
+    assert torch.equal(torch.get_rng_state(), state)
     files = sorted(path.relative_to(again) for path in again.rglob("*.safetensors"))
     assert len(files) == 4
     for file in files:
@@ -196,12 +195,13 @@ def test_training_and_held_out_prompts_are_disjoint_and_varied(folder: Path) -> 
     }
     assert {sentence.split()[0] for sentence in sentences} >= {"a", "the", "there", "watch", "we"}
     assert all(a != b for a, b in pairwise(training))
+    # any short prefix has some of everything
     for part in (
         "colour",
         "shape",
         "direction",
         "speed",
-    ):  # any short prefix has some of everything
+    ):
         assert {getattr(shapes.parse(text), part) for text in training[:60]} == {
             getattr(m, part) for m in seen if m
         }

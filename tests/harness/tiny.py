@@ -22,9 +22,8 @@ from fastgrpo.training.update import update
 from tests import ROOT
 
 FOLDER = ROOT / "data" / "tiny_hunyuan_video"
-VIDEO = Video(
-    frames=9, height=24, width=40
-)  # 45 video tokens: an odd number, which sequence parallelism must split
+# 45 video tokens: an odd number, which sequence parallelism must split
+VIDEO = Video(frames=9, height=24, width=40)
 PROMPTS = [  # two text lengths
     "a red circle moves left slowly",
     "watch as one blue square glides upwards quickly",

@@ -216,10 +216,11 @@ def test_bfloat16_is_the_networks_alone(folder: Path) -> None:
         with torch.no_grad():
             return policy.velocity(x, torch.tensor(times), conditions)
 
+    # times and guidance that bfloat16 has, 1000-fold, too
     v, expected = (
         at(policy, 0.5, 0.125),
         at(exact, 0.5, 0.125),
-    )  # times and guidance that bfloat16 has, 1000-fold, too
+    )
     assert v.dtype == torch.float32 and (v - expected).norm() < 0.03 * expected.norm()
     assert seen["hidden_states"].dtype == seen["encoder_hidden_states"].dtype == torch.bfloat16
     assert seen["timestep"].tolist() == [0.5, 0.125] and seen["guidance"].tolist() == [2.0, 2.0]

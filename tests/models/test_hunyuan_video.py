@@ -118,9 +118,8 @@ def test_ode_equals_the_pipeline(
     torch.testing.assert_close(latents, expected, atol=1e-4, rtol=0)
     assert latents.std() > 0.1
 
-    frames_out = torch.from_numpy(
-        pipeline(**common, output_type="np").frames
-    )  # [B, F, H, W, 3] in [0, 1]
+    # [B, F, H, W, 3] in [0, 1]
+    frames_out = torch.from_numpy(pipeline(**common, output_type="np").frames)
     pixels = policy.decode(latents)
     assert pixels.dtype == torch.uint8 and tuple(pixels.shape) == (1, frames, 32, 32, 3)
     assert (pixels.float() - frames_out * 255).abs().max() <= 0.51

@@ -44,11 +44,12 @@ from tests.harness.folders import skyreels_i2v as files
 
 CPU = torch.device("cpu")
 VIDEO = Video(frames=5, height=32, width=32)
+# of different lengths
 TEXTS = (
     "a boat leaves the shore",
     "the red sun goes down behind two hills",
     "two dogs run",
-)  # of different lengths
+)
 NEGATIVE = "blurred, still"
 CFG = 6.0
 GROUP = 3
@@ -265,9 +266,8 @@ def test_the_image_is_in_the_first_frame_of_the_last_channels(
 def test_the_images_latent_is_a_reproducible_sample(
     folder: Path, prompts: list[Prompt], conditions: list[Condition]
 ) -> None:
-    again = encode(folder, [prompts[2], prompts[0]])[
-        0
-    ]  # whatever its place, its batch and its text
+    # whatever its place, its batch and its text
+    again = encode(folder, [prompts[2], prompts[0]])[0]
     for condition, usual in zip(again, (conditions[2], conditions[0]), strict=True):
         assert torch.equal(condition["image"], usual["image"])
     other_text = encode(folder, [Prompt("a cat", prompts[0].image)])[0][0]
@@ -411,9 +411,8 @@ def test_nothing_waits_for_the_device(
 
 def test_the_full_size_network_is_wrapped_block_by_block() -> None:
     with torch.device("meta"):
-        network = HunyuanVideoTransformer3DModel(
-            in_channels=32, out_channels=16
-        )  # SkyReels-V1's config
+        # SkyReels-V1's config
+        network = HunyuanVideoTransformer3DModel(in_channels=32, out_channels=16)
     total = sum(p.numel() for p in network.parameters())
     assert total == 12_821_209_152
     wrapped = blocks(network)

@@ -217,9 +217,8 @@ def test_transitions_equal_the_golden_ones(folder: Path) -> None:
             tensors[f"{case['step']}.{key}"][:, :, None] for key in ("x", "eps", "x_next")
         )
         t = torch.tensor(case["timestep"] / 1000)
-        t_next = torch.tensor(
-            max(case["timestep"] - 1000 // case["num_steps"], 0.25) / 1000
-        )  # its end is timestep 0
+        # its end is timestep 0
+        t_next = torch.tensor(max(case["timestep"] - 1000 // case["num_steps"], 0.25) / 1000)
         for shape in ((), (len(x),)):
             mean, std = policy.transition(
                 x, v=eps, t=t.expand(shape), t_next=t_next.expand(shape), eta=case["eta"]
@@ -433,9 +432,10 @@ def test_nothing_waits_for_the_device(folder: Path, texts: Texts) -> None:
 
 def test_the_full_size_network_is_wrapped_block_by_block() -> None:
     with torch.device("meta"):
+        # v1.4's config
         network = UNet2DConditionModel(
             cross_attention_dim=768, attention_head_dim=8, sample_size=64
-        )  # v1.4's config
+        )
     assert sum(p.numel() for p in network.parameters()) == 859_520_964
     wrapped = blocks(network)
     assert [type(block).__name__ for block in wrapped] == [

@@ -66,9 +66,8 @@ class Page:
     """A Markdown file, taken apart."""
 
     path: Path
-    prose: list[
-        tuple[int, str]
-    ]  # number and text of the lines outside code blocks; of code blocks empty lines
+    # number and text of the lines outside code blocks; of code blocks empty lines
+    prose: list[tuple[int, str]]
     code: list[tuple[int, str]]  # the lines of code blocks, fenced or indented
 
 
@@ -150,9 +149,8 @@ def test_links_lead_somewhere(path: Path) -> None:
                 continue
             file, _, anchor = target.partition("#")
             aim = (path.parent / file).resolve() if file else path
-            missing_picture = (
-                aim == ROOT / "docs" / "pictures" / "before_after.png"
-            )  # made by a run of the demo
+            # made by a run of the demo
+            missing_picture = aim == ROOT / "docs" / "pictures" / "before_after.png"
             if not (aim.exists() or missing_picture) or (anchor and anchor not in anchors(aim)):
                 dead.append(f"{where(path, number)}: {target}")
     assert not dead

@@ -343,9 +343,8 @@ def test_bfloat16_is_near_and_a_broken_network_is_invalid(tmp_path: Path) -> Non
     rounded = rewards.load(spec("hps", tmp_path, dtype="bfloat16"))
     torch.testing.assert_close(rounded(pixels, PROMPTS, 8.0).values["HPS"], exact, atol=0.1, rtol=0)
     assert isinstance(rounded, ClipReward)
-    rounded.model.text_model.embeddings.token_embedding.weight[515] = float(
-        "nan"
-    )  # of "the", the second prompt
+    # of "the", the second prompt
+    rounded.model.text_model.embeddings.token_embedding.weight[515] = float("nan")
     scores = rounded(pixels, PROMPTS, 8.0)
     assert scores.valid.tolist() == [True, False]
     assert scores.values["HPS"].isnan().tolist() == [False, True]
@@ -383,10 +382,9 @@ def test_open_clip_repairs_text(text: str, clean: str) -> None:
 
 def test_merges_are_read_from_every_published_file(tmp_path: Path) -> None:
     clip.write_merges(tmp_path)
+    # longer than CLIP uses
     (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(
-        gzip.compress(
-            ('"version\n' + "\n".join([*clip.MERGES, "x y", "z z"]) + "\n").encode()
-        )  # longer than CLIP uses
+        gzip.compress(('"version\n' + "\n".join([*clip.MERGES, "x y", "z z"]) + "\n").encode())
     )
     (tmp_path / "tokenizer.json").write_text(clip.tokenizer().backend_tokenizer.to_str())
     found = [read_merges(tmp_path / name, clip.VOCABULARY) for name in FILES]

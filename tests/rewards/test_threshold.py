@@ -46,10 +46,11 @@ def judged(table: Table, thresholds: dict[str, float]) -> Scores:
 
 
 def test_the_value_itself_counts_as_reached() -> None:
+    # the first is 0.28 in float32, the second its next number
     below, over = (
         math.nextafter(0.28, 0.0),
         0.28000003,
-    )  # the first is 0.28 in float32, the second its next number
+    )
     scores = judged(Table({"HPS": [0.27999998, below, 0.28, over, -1.0]}), {"HPS": 0.28})
     assert scores.values["HPS_above"].tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
     assert scores.values["HPS_above"].dtype == torch.float32
@@ -66,11 +67,12 @@ def test_other_parts_stay_and_several_parts_have_their_own_values() -> None:
     assert scores.values["MQ_above"].tolist() == [1, 1, 0, 0, 0]
     for part in table.names:
         assert torch.equal(scores.values[part], table.scores.values[part])
+    # the wrapped reward's own result is left alone
     assert sorted(table.scores.values) == [
         "MQ",
         "TA",
         "VQ",
-    ]  # the wrapped reward's own result is left alone
+    ]
 
 
 def test_an_invalid_score_is_neither_above_nor_below() -> None:

@@ -195,9 +195,8 @@ def test_colour_alignment_is_graded() -> None:
     ]
     vq, mq, ta = np.array(marks).T
     assert (np.diff(ta) < -0.005).all()
-    assert (
-        vq[0] - vq[3] > 0.15 and abs(vq[-1] - vq[0]) < 0.02
-    )  # halfway is no colour of the palette, the end is one
+    # halfway is no colour of the palette, the end is one
+    assert vq[0] - vq[3] > 0.15 and abs(vq[-1] - vq[0]) < 0.02
     assert abs(np.diff(mq)).max() < 0.01
 
 
@@ -247,9 +246,8 @@ def test_a_clip_scores_the_same_alone_and_in_any_batch() -> None:
     clips = torch.from_numpy(np.clip(blurred(drawn(), 0.9), 0, 255).astype(np.uint8))
     reward = rewards.load(rewards.plain("tiny_world"))
     together = reward(clips, CAPTIONS, shapes.FPS)
-    odd = torch.empty(clips[0].numel() + 1, dtype=torch.uint8)[1:].view(
-        clips[0].shape
-    )  # at an odd address
+    # at an odd address
+    odd = torch.empty(clips[0].numel() + 1, dtype=torch.uint8)[1:].view(clips[0].shape)
     for i, caption in enumerate(CAPTIONS):
         alone = reward(odd.copy_(clips[i])[None], [caption], shapes.FPS)
         assert all(torch.equal(alone.values[part][0], together.values[part][i]) for part in PARTS)

@@ -99,9 +99,8 @@ def test_speed_is_in_frame_heights_per_second(fps: float) -> None:
         pan(3.0, 0.0).permute(0, 3, 1, 2).float(), (384, 384), mode="bilinear", align_corners=False
     )
     enlarged = wide.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    assert score(enlarged, fps)["speed"] == pytest.approx(
-        3 * fps / 96, rel=0.05
-    )  # whatever the resolution
+    # whatever the resolution
+    assert score(enlarged, fps)["speed"] == pytest.approx(3 * fps / 96, rel=0.05)
 
 
 def test_speed_of_the_tiny_world_is_that_of_its_captions() -> None:
@@ -128,13 +127,14 @@ def test_shuffled_frames_are_faster_and_not_smooth() -> None:
     assert after["smoothness"] < 0.5
     assert after["speed"] > 2 * before["speed"]
     assert after["motion"] < 0.5 * before["motion"]
+    # what no order of frames can change
     for part in (
         "sharpness",
         "clipped",
         "grid",
         "jpeg",
         "colourfulness",
-    ):  # what no order of frames can change
+    ):
         assert after[part] == pytest.approx(before[part], rel=1e-5, abs=1e-6)
 
 
@@ -154,9 +154,8 @@ def test_band(speed: float, share: float) -> None:
 
 def test_motion_is_band_times_smoothness() -> None:
     found = score(pan(2.0, 0.0))
-    assert found["motion"] == pytest.approx(
-        found["smoothness"]
-    )  # 0.17 heights per second: in the band
+    # 0.17 heights per second: in the band
+    assert found["motion"] == pytest.approx(found["smoothness"])
     slow = score(pan(2.0, 0.0), options={"slowest": 0.5})
     assert slow["motion"] == pytest.approx(slow["speed"] / 0.5 * slow["smoothness"])
     fast = score(pan(2.0, 0.0), options={"slowest": 0.01, "fastest": 0.1})
@@ -168,17 +167,15 @@ def test_flicker() -> None:
     assert score(torch.stack([black, white, black, white, black]))["flicker"] == pytest.approx(1.0)
     fade = torch.stack([colour(v, v, v)[0] for v in range(0, 100, 10)])
     assert score(fade)["flicker"] == pytest.approx(0.0, abs=1e-6)
-    pulse = torch.stack(
-        [colour(v, v, v)[0] for v in (100, 100, 110, 100, 100)]
-    )  # second differences 10, -20, 10
+    # second differences 10, -20, 10
+    pulse = torch.stack([colour(v, v, v)[0] for v in (100, 100, 110, 100, 100)])
     assert score(pulse)["flicker"] == pytest.approx((10 + 20 + 10) / 3 / 2 / 255, rel=1e-4)
 
 
 def test_sharpness_of_a_ramp_and_under_blur() -> None:
     ramp = torch.arange(32) * 3 / 255
-    assert score(grey(ramp.expand(1, 32, 32)))["sharpness"] == pytest.approx(
-        9.0, rel=1e-4
-    )  # 3 levels per pixel
+    # 3 levels per pixel
+    assert score(grey(ramp.expand(1, 32, 32)))["sharpness"] == pytest.approx(9.0, rel=1e-4)
     tilted = (torch.arange(32) * 3 + torch.arange(32)[:, None] * 4) / 255
     assert score(grey(tilted[None]))["sharpness"] == pytest.approx(25.0, rel=1e-4)
     assert score(colour(90, 90, 90))["sharpness"] == 0.0
@@ -197,9 +194,8 @@ def test_colourfulness() -> None:
     assert score(colour(255, 0, 0))["colourfulness"] == pytest.approx(
         0.3 * math.hypot(255, 127.5), rel=1e-5
     )
-    halves = torch.cat(
-        [colour(255, 0, 0)[:, :16], colour(0, 255, 0)[:, :16]], 1
-    )  # rg = +-255, yb = 127.5
+    # rg = +-255, yb = 127.5
+    halves = torch.cat([colour(255, 0, 0)[:, :16], colour(0, 255, 0)[:, :16]], 1)
     assert score(halves)["colourfulness"] == pytest.approx(255 + 0.3 * 127.5, rel=1e-5)
     vivid = noise(1, 32, 32, 3)
     pale = (

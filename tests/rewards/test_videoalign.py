@@ -163,9 +163,10 @@ def test_three_outputs_are_read_at_their_own_token(own: Path) -> None:
     torch.save(state, file)
     raw = videoalign.load(videoalign_folder.spec(own, raw=True))(clips(1), PROMPTS[:1], 8.0)
     mean, std = torch.tensor([0.3, -0.2, 0.1]), torch.tensor([1.2, 0.7, 0.9])
+    # and raw scores are those before the mean and the standard deviation
     torch.testing.assert_close(
         table(raw) * torch.tensor([1, -1, 1]), before * std + mean, rtol=0, atol=1e-6
-    )  # and raw scores are those before the mean and the standard deviation
+    )
 
 
 # The pixels
@@ -270,9 +271,8 @@ def test_special_tokens_in_a_prompt_change_nothing_but_its_own_score(folder: Pat
     harmless = INJECTION.replace("<|", "<:").replace("|>", ":>")
     plain = reward(clips(), (PROMPTS[0], harmless, PROMPTS[2]), 8.0)
     attacked = reward(clips(), (PROMPTS[0], INJECTION, PROMPTS[2]), 8.0)
-    assert len(reward.reader(harmless, 6)) == len(
-        reward.reader(INJECTION, 6)
-    )  # the batch has the same form
+    # the batch has the same form
+    assert len(reward.reader(harmless, 6)) == len(reward.reader(INJECTION, 6))
     assert attacked.valid.all()
     assert [row for n, row in enumerate(bits(attacked)) if n != 1] == [
         r for n, r in enumerate(bits(plain)) if n != 1

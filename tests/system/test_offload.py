@@ -56,9 +56,8 @@ def test_blocks_are_gathered_as_far_ahead_as_asked(found: Any, ahead: int) -> No
         gathered += what == "gather"
         if what == "reduce":
             ended += 1
-            assert gathered == min(
-                ended + max(ahead, 1), blocks
-            )  # without: one ahead, by the engine
+            # without: one ahead, by the engine
+            assert gathered == min(ended + max(ahead, 1), blocks)
     assert ended == blocks + 1
 
 

@@ -134,9 +134,8 @@ def test_a_replica_killed_and_restarted_in_mid_run_changes_no_bit(tmp_path: Path
         assert undisturbed.returncode == 0, undisturbed.stderr
         run = forks.start("fastgrpo.cli", stormy)
         processes.append(run)
-        wait_for(
-            run, lambda: len(rows(tmp_path / "stormy")) > 0
-        )  # the file itself is there before the first iteration
+        # the file itself is there before the first iteration
+        wait_for(run, lambda: len(rows(tmp_path / "stormy")) > 0)
         replicas[1].kill()
         wait_for(run, lambda: failed(tmp_path / "stormy") > 0)
         run.send(signal.SIGSTOP)  # it is to go on with both replicas, however long the start takes

@@ -116,9 +116,8 @@ def test_warned_and_crashed_job_goes_on_to_the_weights_of_an_undisturbed_run(
 
     try:
         until(lambda: iterations(stormy) >= 1, "first iteration")
-        ask(
-            slurm, "scancel", "--batch", "--signal=USR1", job
-        )  # as #SBATCH --signal=B:USR1@300 does
+        # as #SBATCH --signal=B:USR1@300 does
+        ask(slurm, "scancel", "--batch", "--signal=USR1", job)
         until(lambda: told("stopped in good order, newest checkpoint step-"), "answer to SIGUSR1")
         saved = int((stormy / "checkpoints" / "latest").read_text().removeprefix("step-"))
         assert 1 <= saved < ITERATIONS

@@ -293,9 +293,8 @@ def _step_seconds(job: Job, machine: Machine, batches: int) -> float:
     count = STEP_BYTES + (AVERAGE_BYTES if job.recipe.optimizer.ema_decay else 0)
     if not job.recipe.distributed.offload:
         return trained * count / (machine.card.memory_gbs * machine.achieved.memory * 1e9)
-    per_batch = (
-        3 * 4 * trained * batches / job.recipe.optimizer.updates_per_iteration
-    )  # two gathers and the gradient
+    # two gathers and the gradient
+    per_batch = 3 * 4 * trained * batches / job.recipe.optimizer.updates_per_iteration
     return (trained * count + per_batch) / (machine.card.host_gbs * 1e9)
 
 

@@ -26,15 +26,17 @@ from fastgrpo.tools.plan.workload import batch_size, network_calls, stragglers
 from fastgrpo.training import methods
 
 CURVE = (8, 16, 32, 64, 128, 256, 512)
+# share of the parameters outside the blocks, from which a plan warns
 LARGE_REST, LARGE_REST_GIB = (
     0.02,
     0.25,
-)  # share of the parameters outside the blocks, from which a plan warns
+)
 ADVICE = 5  # recipes that are named
+# more than the usual number are tried only where fewer do not do
 USUAL_CHANGES, MOST_CHANGES = (
     3,
     6,
-)  # more than the usual number are tried only where fewer do not do
+)
 LORA_RANK = 32
 LARGE_IDLE = 0.15  # of the update, from which a plan warns
 

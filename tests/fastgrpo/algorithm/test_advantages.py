@@ -94,9 +94,8 @@ def test_invalid_samples_and_rewards_without_spread_teach_nothing_in_any_normali
 ) -> None:
     advantages = combined(normalise)
     assert advantages[7] == 0.0 and torch.isfinite(advantages).all()
-    if (
-        normalise != "global"
-    ):  # which has no groups: a prompt that is always as good as its samples are alike
+    # which has no groups: a prompt that is always as good as its samples are alike
+    if normalise != "global":
         assert advantages[3:6].tolist() == [0.0] * 3
     assert not combined(normalise, min_spread=1e6).any()
     scores, valid = {"r": torch.ones(4)}, torch.ones(4, dtype=torch.bool)
@@ -110,9 +109,8 @@ def test_batch_normalisation_has_mean_0_and_std_1_whatever_the_number_of_rewards
     taught = [0, 1, 2, 6, 8, 9, 10, 11]
     assert advantages[taught].mean().item() == pytest.approx(0.0, abs=1e-6)
     assert advantages[taught].std().item() == pytest.approx(1.0)
-    ratio = (
-        advantages[taught] / combined("group")[taught]
-    )  # GDPO: of the sum of each reward's own advantages
+    # GDPO: of the sum of each reward's own advantages
+    ratio = advantages[taught] / combined("group")[taught]
     torch.testing.assert_close(ratio, ratio[:1].expand(8))
 
 

@@ -61,9 +61,8 @@ def test_the_gradient_at_the_old_policy_is_the_policy_gradient(kind: str) -> Non
     assert isinstance(method, PolicyGradient)
     method.loss(given, Objective(kind=kind)).sum().backward()
     assert mean.grad is not None
-    slope = (x_next - old_mean) / (
-        std**2 * old_mean[0].numel()
-    )  # of log_prob with respect to the mean
+    # of log_prob with respect to the mean
+    slope = (x_next - old_mean) / (std**2 * old_mean[0].numel())
     scale = std.flatten() / dt if kind == "guard" else torch.ones(3)
     torch.testing.assert_close(mean.grad, -(advantage * scale).reshape(3, 1, 1) * slope)
 

@@ -70,9 +70,8 @@ def test_a_grid_that_begins_a_rounding_below_one_is_one_that_begins_at_one(name:
 
 
 def test_cps_keeps_the_coefficients_and_narrows_what_is_not_a_point() -> None:
-    for t, x in drawn(
-        "cps", ETA["cps"], 8, 1e-6
-    ):  # even in few steps: where the data is one point, noise is exact
+    # even in few steps: where the data is one point, noise is exact
+    for t, x in drawn("cps", ETA["cps"], 8, 1e-6):
         assert x.mean().item() == pytest.approx((1 - t.item()) * MEAN, abs=0.02)
         assert x.std().item() == pytest.approx(t.item(), abs=0.02)
     x = drawn("cps", ETA["cps"], 200, STD)[-1][1]
@@ -118,10 +117,11 @@ def test_the_noise_levels_are_those_of_the_papers() -> None:
     torch.testing.assert_close(precise, 0.7 * area.sqrt())
     assert precise < flow
     one = torch.tensor(1.0)
+    # capped where the level is infinite
     for transition in (
         samplers.flow_transition,
         samplers.precise_transition,
-    ):  # capped where the level is infinite
+    ):
         torch.testing.assert_close(
             transition(x, v=x, t=one, t_next=b, eta=0.7)[1], torch.tensor(0.7)
         )

@@ -45,9 +45,8 @@ def test_a_window_lies_where_its_schedule_says() -> None:
     first = Rollout(steps=10, window=3, window_schedule="first")
     assert {noisy_steps(first, iteration, 0) for iteration in range(20)} == {range(3)}
 
-    moving = Rollout(
-        steps=10, window=3, window_every=2, window_stride=2
-    )  # starts 0 .. 6 are possible
+    # starts 0 .. 6 are possible
+    moving = Rollout(steps=10, window=3, window_every=2, window_stride=2)
     starts = [noisy_steps(moving, iteration, 0).start for iteration in range(10)]
     assert starts == [0, 0, 2, 2, 4, 4, 6, 6, 1, 1]
 

@@ -191,9 +191,8 @@ def test_rank_0_tells_a_mistake_before_torchrun_ends_the_ranks(tree: Path, tmp_p
     assert result.returncode != 0
     lines = result.stderr.splitlines()
     assert lines.count("Unknown key 'typo'; did you mean 'type'?") == 1
-    assert lines[-2].endswith(
-        "Unknown key 'typo'; did you mean 'type'?"
-    )  # where a reader of torchrun's report looks
+    # where a reader of torchrun's report looks
+    assert lines[-2].endswith("Unknown key 'typo'; did you mean 'type'?")
 
 
 @pytest.mark.parametrize("command", [["bash"], [sys.executable]])
@@ -229,9 +228,8 @@ def test_slurm_finds_the_file_behind_its_copy_and_starts_every_node(
     path = programs(tmp_path, commands)
     command = ["bash", str(tmp_path / "spool/slurm_script"), "run.note=two words"]
     result = start(command, cwd=tmp_path, FASTGRPO_PROCESSES="1", PATH=path, **SLURM)
-    result.stdout = re.sub(
-        r"^\[[01]\] ", "", result.stdout, flags=re.MULTILINE
-    )  # which rank says it
+    # which rank says it
+    result.stdout = re.sub(r"^\[[01]\] ", "", result.stdout, flags=re.MULTILINE)
     ranks = told(result)
     assert [line["RANK"] for line in ranks] == ["0", "1"]
     assert all(

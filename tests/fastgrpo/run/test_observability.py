@@ -90,10 +90,11 @@ def stalled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stalled]:
             pid=pid,
         )
     finally:
+        # the ranks die with torchrun, but one that is stopped does not hear SIGTERM
         for number in (
             pid,
             process.pid,
-        ):  # the ranks die with torchrun, but one that is stopped does not hear SIGTERM
+        ):
             with suppress(ProcessLookupError):
                 os.kill(number or process.pid, signal.SIGKILL)
         process.wait(timeout=30)
@@ -109,9 +110,8 @@ def test_the_slowest_rank_and_its_phase_are_named(stalled: Stalled) -> None:
     assert PIECES * WORK_S <= fastest < SLOW <= longest
     assert middle == pytest.approx((fastest + longest) / 2)
     assert slow["seconds/rollout"] == fastest  # rank 0's
-    assert (
-        slow["seconds_max/wait"] == slow["seconds/wait"] >= 0.5 * (longest - fastest)
-    )  # it waited for the other
+    # it waited for the other
+    assert slow["seconds_max/wait"] == slow["seconds/wait"] >= 0.5 * (longest - fastest)
     assert slow["seconds/total"] >= SLOW
     assert slow["seconds_min/update"] >= 3 * WORK_S <= calm["seconds_min/update"]
     assert calm["seconds_max/rollout"] < SLOW
@@ -128,9 +128,8 @@ def test_a_stopped_rank_is_named_with_its_phase(stalled: Stalled) -> None:
     head, first, second, said = stalled.told.stdout.splitlines()
     assert head.split()[:4] == ["rank", "node", "pid", "iteration"]
     assert first.split()[:5] == ["1", NODE, str(stalled.pid), "3", "decode"]
-    assert (
-        "tests.harness.workers.observability" not in first
-    )  # what is ours: the worker runs as __main__
+    # what is ours: the worker runs as __main__
+    assert "tests.harness.workers.observability" not in first
     assert "__main__" in first and "iterate" in first
     assert (
         second.split()[0] == "0"
@@ -350,12 +349,10 @@ def test_the_rank_that_all_others_wait_for_is_hung() -> None:
         trouble == "rollout, iteration 7 (for 2 min, longest before 20 s); the others are in wait"
     )
     assert lines([*CROWD, LONE], 1001.0, 60.0)[1].split()[0] == "2"
-    assert (
-        judged([*CROWD, replace(LONE, longest_s=40.0)]) == []
-    )  # three times as long is not out of the ordinary
-    assert (
-        judged([*CROWD, replace(LONE, longest_s=0.0)]) == []
-    )  # nobody knows how long its first takes
+    # three times as long is not out of the ordinary
+    assert judged([*CROWD, replace(LONE, longest_s=40.0)]) == []
+    # nobody knows how long its first takes
+    assert judged([*CROWD, replace(LONE, longest_s=0.0)]) == []
     assert judged([*CROWD, replace(LONE, longest_s=0.0, phase_s=2000.0)]) != []
 
 

@@ -81,9 +81,8 @@ def test_stopped_at_each_kind_of_moment_and_resumed_is_bit_for_bit_the_undisturb
     first = moments[
         : [n for n, moment in enumerate(moments) if moment == "optimizer step"][1]
     ].count("boundary")
-    assert (
-        first >= 10
-    )  # a batch of evaluation, of starts, two of samples, two micro-batches, and each one's end
+    # a batch of evaluation, of starts, two of samples, two micro-batches, and each one's end
+    assert first >= 10
 
     def attempt(**at: int) -> list[str]:
         """Run until a signal at the n-th of these moments stops it.  returns the checkpoints"""

@@ -117,9 +117,8 @@ def test_means_and_intervals_are_those_of_the_clips(improved: tuple[dict[str, An
         )
         assert column["difference"] == pytest.approx(difference.mean())
         of_prompts = difference.reshape(5, 2).mean(1)
-        expected = of_prompts.mean() + np.array([-1.96, 1.96]) * of_prompts.std() / np.sqrt(
-            5
-        )  # what it tends to
+        # what it tends to
+        expected = of_prompts.mean() + np.array([-1.96, 1.96]) * of_prompts.std() / np.sqrt(5)
         width = expected[1] - expected[0]
         assert [column["low"], column["high"]] == pytest.approx(expected, abs=0.2 * width)
     total = sum(

@@ -189,9 +189,8 @@ def test_diffusers_samples_the_checkpoints_clip_bit_for_bit(
     clip = draw(pipeline, x)
     base = DiffusionPipeline.from_pretrained(FOLDER)
     assert (draw(base, x) - clip).abs().max() > 0.01, "training moved nothing"
-    base.transformer.load_state_dict(
-        part(saved, "ema"), assign=True
-    )  # laid out in memory by torch, see shards.ALIGNMENT
+    # laid out in memory by torch, see shards.ALIGNMENT
+    base.transformer.load_state_dict(part(saved, "ema"), assign=True)
     assert torch.equal(draw(base, x), clip)
 
     ours = [ode(find(Asked(str(source))).snapshot, x) for source in (run, exported)]
@@ -259,9 +258,8 @@ def test_the_model_is_never_whole_in_memory(tmp_path: Path) -> None:
 def test_every_familys_export_is_its_pipeline(family: str, tmp_path: Path) -> None:
     importlib.import_module(f"tests.harness.folders.{family}").write(tmp_path / "base")
     overrides = [f"model.family={family}", f"model.path={tmp_path / 'base'}"]
-    if (
-        family == "skyreels_i2v"
-    ):  # its other parts lie in HunyuanVideo's folder, which names another pipeline
+    # its other parts lie in HunyuanVideo's folder, which names another pipeline
+    if family == "skyreels_i2v":
         overrides += [
             f"model.network={tmp_path / 'base'}",
             f"model.path={tmp_path / 'hunyuan_video'}",

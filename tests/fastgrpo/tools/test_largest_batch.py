@@ -148,9 +148,10 @@ class Full(Hungry):
 def test_two_samples_are_not_tried_where_they_would_not_fit(
     ask: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # one takes 160
     monkeypatch.setattr(
         "fastgrpo.tools.preflight.largest_batch.free_memory", lambda device: 300.0 * MIB
-    )  # one takes 160
+    )
     assert ask(Full(1), 1)[0] == 1
 
 

@@ -363,8 +363,7 @@ def test_a_browser_plays_the_clips_in_their_colours(finished: Path, tmp_path: Pa
         assert clip["seconds"] == pytest.approx(shapes.FRAMES / shapes.FPS, abs=0.01)
         assert clip["width"] == 192
     meanings = shapes.meanings()[1][::3]
-    for clip, meaning in zip(
-        result["seen"][1::2], meanings, strict=False
-    ):  # after training: drawn clips
+    # after training: drawn clips
+    for clip, meaning in zip(result["seen"][1::2], meanings, strict=False):
         assert clip["corner"] == pytest.approx(shapes.BACKGROUND, abs=4)
         assert clip["shape"] == pytest.approx(shapes.COLOURS[meaning.colour], abs=10)

@@ -133,10 +133,11 @@ def test_against_base_has_the_base_models_clips(three: Path, tmp_path: Path) -> 
     left, _ = video.read_mp4(three / f"000-{sample.slug(PROMPTS[0])}-seed3-base.mp4")
     right, _ = video.read_mp4(three / f"000-{sample.slug(PROMPTS[0])}-seed3.mp4")
     assert tuple(beside.shape) == (9, 216, 392, 3)
+    # but for the encoder's loss
     for half, clip in (
         (beside[:, 24:, :192], left),
         (beside[:, 24:, 200:], right),
-    ):  # but for the encoder's loss
+    ):
         assert (half.float() - clip.float()).abs().mean() < 2
 
 
@@ -256,9 +257,8 @@ def test_held_out_prompts_and_files_of_prompts(run: Path, tmp_path: Path) -> Non
     assert cli.main(["sample", str(run), "--steps", "2"]) == 0
     manifest = json.loads((run / "samples" / "step-2" / "manifest.json").read_text())
     heldout = (ROOT / "data" / "tiny_world_heldout.txt").read_text().splitlines()
-    assert [entry["prompt"] for entry in manifest["samples"]] == heldout[
-        :1
-    ]  # as many as the run evaluates
+    # as many as the run evaluates
+    assert [entry["prompt"] for entry in manifest["samples"]] == heldout[:1]
 
 
 def test_only_samples_are_replaced_and_only_when_asked(
@@ -341,9 +341,8 @@ def test_a_sheet_has_a_cell_for_every_sample(three: Path) -> None:
     """
     page = np.asarray(Image.open(three / "sheet.png"))
     clip, _ = video.read_mp4(three / f"000-{sample.slug(PROMPTS[0])}-seed3.mp4")
-    first = (
-        clip[0, ::6, ::6].numpy().repeat(3, 0).repeat(3, 1).astype(float)
-    )  # the mp4 is enlarged by 6
+    # the mp4 is enlarged by 6
+    first = clip[0, ::6, ::6].numpy().repeat(3, 0).repeat(3, 1).astype(float)
     top = 16 + 2 * 8 + 16 + 98  # title, gaps, caption, the base model's row
     assert np.abs(page[top : top + 96, 8 : 8 + 96] - first).mean() < 6  # the encoder's loss
 

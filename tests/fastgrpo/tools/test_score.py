@@ -87,9 +87,8 @@ def test_scores_are_the_rewards_of_the_decoded_pixels(
 def test_pictures_are_clips_of_one_frame(
     folder: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    (row,) = scored(capsys, folder / name, "--reward", "video_stats")[
-        "files"
-    ]  # it asks for no prompt
+    # it asks for no prompt
+    (row,) = scored(capsys, folder / name, "--reward", "video_stats")["files"]
     pixels = read_image(folder / name)[None]
     assert row["shape"] == [1, 256, 256, 3]
     expected = rewards.load(rewards.plain("video_stats"))(pixels[None], [""], 8.0)

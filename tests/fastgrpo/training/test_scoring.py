@@ -150,9 +150,8 @@ def test_one_clip_in_five_fails_and_the_others_are_as_if_it_were_not_there(
         else:
             submit(scorer)
         scored = scorer.collect(SAMPLES)
-    in_time = (
-        fault == "late" and where == "process"
-    )  # nobody waits in vain there: late is only slow
+    # nobody waits in vain there: late is only slow
+    in_time = fault == "late" and where == "process"
     assert torch.equal(~scored.valid, hit() & (not in_time))
     check_statistics(scored)
     metrics = scored.metrics()
@@ -228,14 +227,12 @@ def test_scoring_runs_beside_the_rollout_and_changes_no_score(
     scored = scorer.collect(SAMPLES)
     scorer.close()
     assert torch.equal(scored.values["B"], torch.cat(one_by_one))
-    for number, rollout in enumerate(
-        rollouts[1:]
-    ):  # while a batch is drawn, clips of an earlier one are scored
+    # while a batch is drawn, clips of an earlier one are scored
+    for number, rollout in enumerate(rollouts[1:]):
         assert any(start < rollout[1] and end > rollout[0] for start, end in reward.spans), number
     assert scored.seconds >= SAMPLES * 0.02 and 0.0 < scored.waited < scored.seconds
-    assert (
-        scored.hidden_share > 0.5
-    )  # 0.9 where nothing else runs: the last of ten batches alone is waited for
+    # 0.9 where nothing else runs: the last of ten batches alone is waited for
+    assert scored.hidden_share > 0.5
 
 
 def test_several_batches_are_scored_at_a_time_where_the_source_allows() -> None:
@@ -414,9 +411,8 @@ def test_a_run_goes_on_without_the_samples_that_have_no_score(tmp_path: Path) ->
         server = [f"server.urls=['{url}']", f"server.token_file={token}"]
         runs.succeed(tmp_path / "run", [*server, "run.iterations=2", "server.max_invalid=0.4"])
     rows = runs.metrics(tmp_path / "run")
-    assert len(rows) == 2 and all(
-        1 <= row["reward/invalid"] <= 3 for row in rows
-    )  # of 8, in steps of five
+    # of 8, in steps of five
+    assert len(rows) == 2 and all(1 <= row["reward/invalid"] <= 3 for row in rows)
     assert all(row["reward/invalid"] == row["invalid/VQ"] for row in rows)
     assert all(
         row["update/grad_norm"] > 0 and 0.0 <= row["scoring/hidden_share"] <= 1.0 for row in rows

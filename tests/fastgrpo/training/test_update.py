@@ -110,9 +110,8 @@ def test_one_and_two_ranks_and_any_batch_size_agree(tmp_path: Path) -> None:
         for name in ("states", "final", "log_probs"):
             difference = other[name] - reference[name]
             assert difference.norm() <= 1e-6 * reference[name].norm(), name
-            assert difference.abs().max() <= 1e-5, (
-                name
-            )  # single values: matmuls of other batch sizes round otherwise
+            # single values: matmuls of other batch sizes round otherwise
+            assert difference.abs().max() <= 1e-5, name
         assert_gradients_equal(other["gradients"][0], reference["gradients"][0], 1e-6)
         assert other["metrics"]["update/max_log_ratio_first"] <= 1e-6
 
@@ -254,9 +253,8 @@ def test_samples_of_advantage_zero_cost_nothing_and_count_in_the_mean(
     assert fewer < 0.8 * all_rows
     assert_gradients_equal(skipped.gradients[0], evaluated.gradients[0], 1e-6)
     nothing, forwards = updated(torch.zeros(TOTAL))
-    assert (
-        forwards == 1 and nothing.updates == 1
-    )  # AdamW's averages go on, as with any gradient of zero
+    # AdamW's averages go on, as with any gradient of zero
+    assert forwards == 1 and nothing.updates == 1
     assert all(not grad.any() for grad in nothing.gradients[0].values())
 
 

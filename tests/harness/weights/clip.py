@@ -165,9 +165,10 @@ def write_transformers(folder: Path) -> CLIPModel:
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = network(quick_gelu=False)
+    # old checkpoints carry such buffers
     old = {
         "text_model.embeddings.position_ids": torch.arange(20)[None]
-    }  # old checkpoints carry such buffers
+    }
     save_file(model.state_dict() | old, folder / "model.safetensors")
     config = model.config.to_dict()
     config["text_config"]["eos_token_id"] = 2

@@ -25,9 +25,8 @@ def resident(field: str) -> int:
 if __name__ == "__main__":
     run, folder = map(Path, sys.argv[1:])
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(
-        0
-    )  # what was freed would else be used again and count as no growth
+    # what was freed would else be used again and count as no growth
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
     before = resident("VmRSS")
     export(Export(run, folder, max_shard_bytes=10**9))

@@ -75,9 +75,10 @@ def state(parts: Parts) -> str:
     )
     grads = [name for name, p in parts.policy.network.named_parameters() if p.grad is not None]
     folder = parts.recipe.run.dir
+    # by the rank that makes and removes them
     files = parts.world.on_main(
         lambda: sorted(path.name for path in folder.rglob("*") if "heartbeats" not in path.parts)
-    )  # by the rank that makes and removes them
+    )
     return repr((kept, counts, grads, files))
 
 

@@ -107,9 +107,8 @@ def rank(file: str) -> None:
         (plain, found["plain"]), (offloaded, found["offloaded"]) = (
             with_offload(world, by) for by in (False, True)
         )
-        offloaded.optimizer.load_state_dict(
-            plain.optimizer.state_dict()
-        )  # of a run that did not offload
+        # of a run that did not offload
+        offloaded.optimizer.load_state_dict(plain.optimizer.state_dict())
         found["fused"] = [
             trainer.optimizer.param_groups[0]["fused"] for trainer in (plain, offloaded)
         ]

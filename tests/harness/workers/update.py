@@ -36,9 +36,8 @@ if __name__ == "__main__":
             world=world,
         )
         total = len(tiny.PROMPTS) * tiny.GROUP
-        share = (
-            world.share(total) if world.sp is None or world.sp.rank == 0 else range(0)
-        )  # each row from one rank
+        # each row from one rank
+        share = world.share(total) if world.sp is None or world.sp.rank == 0 else range(0)
         rows = len(share)
         result = {
             "states": world.combine(tiny.states(drawn, everything)[:rows], share, total),

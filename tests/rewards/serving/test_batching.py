@@ -103,9 +103,8 @@ def test_a_clip_waits_for_others_no_longer_than_it_may() -> None:
         assert post(url, body).status_code == 200
         assert time.monotonic() - start > 1.9
         start = time.monotonic()
-        assert (
-            post(url, full).status_code == 200
-        )  # as many as the reward takes: nothing to wait for
+        # as many as the reward takes: nothing to wait for
+        assert post(url, full).status_code == 200
         assert time.monotonic() - start < 1.9
 
 
@@ -154,9 +153,8 @@ def test_only_frames_that_are_looked_at_travel(monkeypatch: pytest.MonkeyPatch) 
                 )
             assert sent[-1] == [frames] * 3
     two = rewards["two"]
-    assert isinstance(
-        two, Choosy
-    )  # with 6 of 9 frames sent it still sees its own alone, the others black
+    # with 6 of 9 frames sent it still sees its own alone, the others black
+    assert isinstance(two, Choosy)
     assert two.seen[-2] == [index % 2 == 0 for index in range(9)]
 
 
@@ -402,9 +400,8 @@ def test_identity_covers_options_of_rewards_without_weights() -> None:
         spec = RewardSpec(name=name, weights={}, **fields)
         return Served(load(spec), spec).identity
 
-    assert identity("video_stats") == identity(
-        "video_stats", options={"jpeg_quality": 95}
-    )  # its default
+    # its default
+    assert identity("video_stats") == identity("video_stats", options={"jpeg_quality": 95})
     assert identity("video_stats") != identity("video_stats", options={"jpeg_quality": 90})
     binary: dict[str, Any] = {"threshold": {"jpeg": 5.0}}
     assert identity("video_stats", **binary) != identity(
@@ -431,9 +428,8 @@ def test_identity_covers_the_code_of_all_files_and_the_libraries(
     for name in files:
         (tmp_path / name).write_text("# changed")
         changed = code_hash(tmp_path, "a") != first
-        assert changed == (name not in ("b.py", "serving/wire.py")), (
-            name
-        )  # which no score of `a` depends on
+        # which no score of `a` depends on
+        assert changed == (name not in ("b.py", "serving/wire.py")), name
         (tmp_path / name).write_text(f"# {name}")
     (tmp_path / "common" / "shared.py").rename(tmp_path / "common" / "renamed.py")
     assert code_hash(tmp_path, "a") != first
@@ -445,9 +441,8 @@ def test_identity_covers_the_code_of_all_files_and_the_libraries(
 def test_golden_clip_is_scored_at_the_start_and_told() -> None:
     tiny = Served(load(plain("tiny_world")), plain("tiny_world"))
     tiny.warm_up()
-    assert all(
-        score is not None and score > 0.9 for score in tiny.golden.values()
-    )  # a clip of this very world
+    # a clip of this very world
+    assert all(score is not None and score > 0.9 for score in tiny.golden.values())
 
     class Narrow(Sums):
         def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:

@@ -80,9 +80,8 @@ def test_one_that_fails_rests_and_is_tried_with_a_single_request(
         0.5 * full <= rest <= full
         for rest, full in zip(rests, [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10], strict=True)
     )
-    trial = next(
-        replica for replica in iter(replicas.take, None) if replica is a
-    )  # b has 160 under way
+    # b has 160 under way
+    trial = next(replica for replica in iter(replicas.take, None) if replica is a)
     assert all(replicas.take() is b for _ in range(20))  # while the trial lasts
     replicas.succeeded(trial)
     assert replicas.take() is a

@@ -139,10 +139,11 @@ def test_raising_reward_makes_its_clips_invalid(caplog: pytest.LogCaptureFixture
         False,
         True,
     ]
+    # two frames are too few for it; the first clip is scored
     assert answer["valid"]["tiny_world"] == [
         True,
         False,
-    ]  # two frames are too few for it; the first clip is scored
+    ]
     assert "Raising raised KeyError" in caplog.text and "secret" not in caplog.text
 
 

@@ -152,9 +152,8 @@ def _outside(job: Job, batch: int) -> float:
     """
     tokens = batch * job.branches * job.video
     latents = 4 * batch * math.prod(job.latent) * (2 + job.branches)
-    split = (
-        job.element * job.network.width * tokens if job.sp > 1 else 0
-    )  # a rank's part is a view of all
+    # a rank's part is a view of all
+    split = job.element * job.network.width * tokens if job.sp > 1 else 0
     tables = 8 * job.network.rotary * job.local
     return float(latents + split + tables)
 

@@ -77,7 +77,6 @@ def of_node(job: Job) -> Load:
             staying.update(dict.fromkeys(where, copies * weights))
         else:
             passing += weights
-    busiest = max(
-        (count for gpu, count in staying.items() if gpu < ranks), default=0.0
-    )  # others have no rank
+    # others have no rank
+    busiest = max((count for gpu, count in staying.items() if gpu < ranks), default=0.0)
     return Load(passing, busiest, max(flops.values(), default=0.0))

@@ -72,9 +72,8 @@ class Simulated:
     """
 
     update_peak: int = 0  # forward, backward and AdamW's step of one micro-batch
-    update_parts: dict[str, int] = field(
-        default_factory=dict
-    )  # of that peak, by FSDPMemTracker's kinds
+    # of that peak, by FSDPMemTracker's kinds
+    update_parts: dict[str, int] = field(default_factory=dict)
     held_peak: int = 0  # the same with the tracker's own holding of gradients, see _tracker
     rollout_peak: int = 0  # a forward of a rollout's batch
     rollout_parts: dict[str, int] = field(default_factory=dict)

@@ -114,10 +114,11 @@ def _update(recipe: Recipe, groups: int) -> tuple[int, float, int, int]:
     expected = 0.0
     for _, here in _shares(recipe.prompts.per_iteration, size, groups):
         members = here * kept / size / updates
+        # so many samples, or one more with this probability
         whole, more = (
             int(members),
             members % 1,
-        )  # so many samples, or one more with this probability
+        )
         none = (1 - share) ** whole * (1 - more * share)
         expected += updates * (members * (chosen - share) + 1 - none)
     least = recipe.prompts.per_iteration * (kept * (chosen - 1) + updates) if share else transitions

@@ -102,9 +102,8 @@ def test_states_of_the_rollout() -> None:
     middle = recipe("rollout.window=2", "rollout.tail_steps=1")
     assert network_calls.grid_steps(middle, 3) == 6
     assert network_calls.of_iteration(middle, 3).rollout == 5 * 4 + 5 * 6 * 2
-    assert (
-        network_calls.of_iteration(recipe(), 0, groups=10).shared == 10
-    )  # two groups of ranks for each prompt
+    # two groups of ranks for each prompt
+    assert network_calls.of_iteration(recipe(), 0, groups=10).shared == 10
 
 
 def test_windows_that_move_are_averaged() -> None:

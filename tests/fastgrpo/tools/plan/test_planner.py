@@ -254,16 +254,14 @@ def test_a_recipe_is_followed() -> None:
     best, everyone = (
         planner.plan(recipe(*more), 8, machine("h800")) for more in (["objective.best_of_n=4"], [])
     )
-    assert seconds(best, "update") == pytest.approx(
-        seconds(everyone, "update") / 3, rel=0.05
-    )  # whole groups per rank
+    # whole groups per rank
+    assert seconds(best, "update") == pytest.approx(seconds(everyone, "update") / 3, rel=0.05)
     assert seconds(other("objective.kl_weight=0.1"), "update") == pytest.approx(
         1.25 * seconds(base, "update"), rel=0.05
     )
     window = other("rollout.window=2", "rollout.window_schedule=first")
-    assert (
-        0.75 < seconds(window, "update") / (seconds(base, "update") * 2 / 15) < 1
-    )  # states that a group shares
+    # states that a group shares
+    assert 0.75 < seconds(window, "update") / (seconds(base, "update") * 2 / 15) < 1
     assert next(p for p in base.phases if p.name == "update").network > 0
     assert (
         next(

@@ -34,9 +34,8 @@ def recipe(*overrides: str, file: Path = T2V) -> Recipe:
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 @pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize(
-    "latent", [(16, 5, 60, 60), (16, 1, 16, 16)]
-)  # where activations and where weights are most
+# where activations and where weights are most
+@pytest.mark.parametrize("latent", [(16, 5, 60, 60), (16, 1, 16, 16)])
 def test_a_rollouts_forward_has_its_weights_as_the_plan_says(
     latent: tuple[int, int, int, int], whole: bool
 ) -> None:

@@ -48,9 +48,8 @@ def test_the_group_with_the_most_is_the_updates(
 
 
 def test_what_does_not_divide_is_waited_for() -> None:
-    assert (
-        widest(32, size=12, kept=12, updates=4, groups=64) == 8.0
-    )  # 2 in each of four minibatches, where 6 samples are there
+    # 2 in each of four minibatches, where 6 samples are there
+    assert widest(32, size=12, kept=12, updates=4, groups=64) == 8.0
     assert widest(32, size=12, kept=12, updates=4, groups=32) == 12.0
     recipe = config.load(ROOT / "launch" / "t2v_hunyuan.toml", [])
     assert (idle(recipe, 64), idle(recipe, 32)) == (0.25, 0.0)
