@@ -22,6 +22,7 @@ from fastgrpo.core.processes import OneRankError, rank
 from fastgrpo.data import video
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import open_world
+from fastgrpo.run import out_of_memory
 from fastgrpo.run.stopping import Stopped, answer, answer_mistake
 from fastgrpo.run.stopwatch import Stopwatch
 from fastgrpo.session import Session, claim, open_session
@@ -59,8 +60,15 @@ def train(recipe: Recipe) -> dict[str, object] | None:
 
 def run(session: Session) -> dict[str, object] | None:
     """Check, evaluate, iterate, evaluate again.  returns the summary; None: asked to stop"""
-    progress, checkpoints = session.progress, session.checkpoints
     largest_batch.choose(session)
+    more = " The newest checkpoint is intact: start again after the change."
+    with out_of_memory.one_line(session.recipe, lambda: session.ranks.heart.phase, more):
+        return _run(session)
+
+
+def _run(session: Session) -> dict[str, object] | None:
+    """Do what `run` does, wherever the memory suffices."""
+    progress, checkpoints = session.progress, session.checkpoints
     try:
         if not progress.iteration:
             if session.recipe.run.preflight:

@@ -65,6 +65,11 @@ class HeartbeatWriter:
         self._changed, self._over = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
+    @property
+    def phase(self) -> str:
+        """The phase that this rank is in."""
+        return self._beat.phase
+
     def enter(self, phase: str, iteration: int | None = None) -> None:
         """Note that this rank begins a phase, the first of an iteration where one is given."""
         now = time.monotonic()

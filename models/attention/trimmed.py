@@ -37,7 +37,7 @@ class TrimmedAttention(HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]
         """
         attend = super().__call__
         return self.by_branch(
-            lambda video, text: attend(attn, k=video, v=text, text=None, backend=image_rotary_emb),
+            lambda video, text: attend(attn, video, text, image_rotary_emb=image_rotary_emb),
             hidden_states,
             encoder_hidden_states,
         )

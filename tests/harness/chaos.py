@@ -52,8 +52,8 @@ def mine(moment: InFile | InCall, rank: int) -> Callable[[int], None]:
     return partial(lay_mine, moment, rank)
 
 
-def fail(function: str, whose: int, folder: Path, rank: int) -> None:
-    """Have a function raise RuntimeError at its first call on one rank, under NCCL's rule.
+def fail(error: type[Exception], function: str, whose: int, folder: Path, rank: int) -> None:
+    """Have a function raise an error at its first call on one rank, under NCCL's rule.
 
     That rule: `dist.destroy_process_group` returns once all ranks have called it.
     folder: where ranks note that they have
@@ -67,7 +67,7 @@ def fail(function: str, whose: int, folder: Path, rank: int) -> None:
         real_destroy(group)
 
     def planted(*arguments: Any, **named: Any) -> NoReturn:
-        raise RuntimeError("planted on one rank")
+        raise error("planted on one rank")
 
     dist.destroy_process_group = destroy
     if rank == whose:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import ROOT
 from tests.harness import chaos, forks, runs
@@ -374,7 +375,7 @@ def test_an_error_of_one_rank_ends_the_job_with_its_traceback(tmp_path: Path, ph
         arguments=runs.arguments(tmp_path / "run", [*RUN, "run.iterations=2"]),
         ranks=2,
         errors=errors,
-        first=partial(chaos.fail, PHASES[phase], 1, tmp_path),
+        first=partial(chaos.fail, RuntimeError, PHASES[phase], 1, tmp_path),
     )
     assert run.wait(runs.LIMIT) == 1
     assert time.monotonic() - start < 90  # the other rank is waited for, and then killed
@@ -382,3 +383,36 @@ def test_an_error_of_one_rank_ends_the_job_with_its_traceback(tmp_path: Path, ph
     assert said.count("RuntimeError: planted on one rank") == 1 and "Traceback" in said
     assert "checkpoints.py" in said if phase == "save" else "train.py" in said
     assert not list(tmp_path.glob("destroyed-1"))
+
+
+ROOM = {
+    "rollout": "rollout.batch_size=4: lower it, or set distributed.rollout_weights=sharded",
+    "decode": "model.decode_batch=none: set it to 1",
+    "update": "optimizer.batch_size=8: lower it, or set model.gradient_checkpointing=true",
+    "save": "distributed.offload=false: set it to true",
+    "evaluate": "rollout.batch_size=4: lower it, or set model.decode_batch=1",
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_gpu_without_room_is_one_line_and_the_run_resumes(tmp_path: Path, phase: str) -> None:
+    """On one rank, in training; the functions outside an iteration are first called before it."""
+    folder, errors = tmp_path / "run", tmp_path / "errors"
+    settings = [*RUN, "run.iterations=2", "checkpoint.every=1"]
+    run = forks.start(
+        "fastgrpo.cli",
+        arguments=runs.arguments(folder, settings),
+        ranks=2,
+        errors=errors,
+        first=partial(chaos.fail, torch.OutOfMemoryError, PHASES[phase], 1, tmp_path),
+    )
+    assert run.wait(runs.LIMIT) == 1
+    said = [line for line in errors.read_text().splitlines() if line.startswith("fastgrpo: rank 1")]
+    where = "evaluate" if phase == "decode" else phase  # the first decode is the evaluation's
+    assert said == [
+        f"fastgrpo: rank 1: {ROOM[where]}: the GPU has no room for the {where}. The newest "
+        "checkpoint is intact: start again after the change."
+    ]
+    assert (folder / "requeue").read_text() == "no\n"
+    runs.succeed(folder, settings, ranks=2)
+    assert len(runs.metrics(folder)) == 2

@@ -54,71 +54,17 @@ class Achieved:
     """Share of the memory in use that the allocator holds and cannot give."""
 
 
-GPUS = (
-    Gpu(
-        "h800",
-        tflops=989,
-        memory_gib=79.6,
-        memory_gbs=3350,
-        link_gbs=200,
-        network_gbs=50,
-        host_gbs=55,
-    ),
-    Gpu(
-        "h100",
-        tflops=989,
-        memory_gib=79.6,
-        memory_gbs=3350,
-        link_gbs=450,
-        network_gbs=50,
-        host_gbs=55,
-    ),
-    Gpu(
-        "h200",
-        tflops=989,
-        memory_gib=140.4,
-        memory_gbs=4800,
-        link_gbs=450,
-        network_gbs=50,
-        host_gbs=55,
-    ),
-    Gpu(
-        "a100-80",
-        tflops=312,
-        memory_gib=79.2,
-        memory_gbs=2039,
-        link_gbs=300,
-        network_gbs=25,
-        host_gbs=25,
-    ),
-    Gpu(
-        "a100-40",
-        tflops=312,
-        memory_gib=39.4,
-        memory_gbs=1555,
-        link_gbs=300,
-        network_gbs=25,
-        host_gbs=25,
-    ),
-    Gpu(
-        "l40s",
-        tflops=362,
-        memory_gib=44.4,
-        memory_gbs=864,
-        link_gbs=25,
-        network_gbs=12.5,
-        host_gbs=25,
-    ),
-    Gpu(
-        "4090",
-        tflops=165,
-        memory_gib=23.5,
-        memory_gbs=1008,
-        link_gbs=25,
-        network_gbs=12.5,
-        host_gbs=25,
-    ),
+_TABLE = (
+    # name, dense bfloat16 TFLOP/s, memory GiB and GB/s, GB/s to GPUs of the node, other nodes, host
+    ("h800", 989, 79.6, 3350, 200, 50, 55),
+    ("h100", 989, 79.6, 3350, 450, 50, 55),
+    ("h200", 989, 140.4, 4800, 450, 50, 55),
+    ("a100-80", 312, 79.2, 2039, 300, 25, 25),
+    ("a100-40", 312, 39.4, 1555, 300, 25, 25),
+    ("l40s", 362, 44.4, 864, 25, 12.5, 25),
+    ("4090", 165, 23.5, 1008, 25, 12.5, 25),
 )
+GPUS = tuple(Gpu(*row) for row in _TABLE)
 
 
 def gpu(name: str) -> Gpu:

@@ -39,7 +39,7 @@ def quick(parts: Parts, say: Callable[[str], None]) -> None:
     findings += common(parts)
     probe = Probe.of(parts.trainer, parts.world)
     plan = short(noisy_plan(parts))
-    meter = Meter(parts.world)
+    meter = Meter(parts.recipe, parts.world)
     done = iteration.run(parts, plan=plan, probe=probe, clips=QUICK_CLIPS, meter=meter)
     findings += judged(parts, done)
     for finding in findings:
@@ -74,7 +74,7 @@ def thorough(
             findings.append(finding)
             tell(finding)
 
-    world, meter = parts.world, Meter(parts.world)
+    world, meter = parts.world, Meter(parts.recipe, parts.world)
     note(run_folder.space(parts, folder))
     note(*common(parts))
     probe = Probe.of(parts.trainer, world)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastgrpo.algorithm import samplers
-from fastgrpo.core.config import Objective
+from fastgrpo.core.config import Objective, Recipe
 from fastgrpo.core.memory import Peaks
-from fastgrpo.core.processes import fail_alone
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
+from fastgrpo.run import out_of_memory
 from fastgrpo.tools.preflight.finding import Finding, Parts, gathered, largest, replicas_differ
 from fastgrpo.training import methods, rollout
 from fastgrpo.training.method import Experience
@@ -84,6 +84,7 @@ class Probe(Trainer):
 class Meter:
     """Seconds and peak memory of phases, on this rank."""
 
+    recipe: Recipe
     world: World
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, float] = field(default_factory=dict)
@@ -91,17 +92,15 @@ class Meter:
     memory: Peaks = field(default_factory=Peaks)
 
     @contextmanager
-    def phase(self, name: str, remedy: str) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[None]:
         """Measure the phase inside.
 
         Raises OneRankError, with the remedy, where this GPU has no room for the phase.
         """
         self.memory.read()
         start = time.perf_counter()
-        try:
+        with out_of_memory.one_line(self.recipe, lambda: name):
             yield
-        except torch.OutOfMemoryError:
-            fail_alone(f"{remedy}: the GPU has no room for the {name}.")
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds[name] = time.perf_counter() - start
@@ -148,25 +147,20 @@ def run(parts: Parts, plan: Plan, probe: Probe, clips: int | None, meter: Meter)
     clips: the most of this rank's samples that are decoded and scored; None: all
     """
     recipe, world, policy = parts.recipe, parts.world, parts.policy
-    size = recipe.rollout.at_once
     batches = [next(_batches(parts, group)) for group in range(world.groups)]
     batch = batches[world.group]
-    memory = f"rollout.batch_size={size}: lower it, or set distributed.rollout_weights=sharded"
     with sharding.rollout_weights(policy.network, recipe.distributed, parts.dtype, world):
-        with meter.phase("rollout", memory):
+        with meter.phase("rollout"):
             drawn = _draw(parts, plan, batch)
         own = list(world.part(len(batch)))[:clips]
-        memory = f"model.decode_batch={recipe.model.decode_batch or 'none'}: set it to 1"
-        with meter.phase("decode", memory):
+        with meter.phase("decode"):
             pixels = policy.decode(drawn.final[own]) if own else torch.empty(0, dtype=torch.uint8)
-    with meter.phase("reward", "rewards: give them a device of their own, or a server"):
+    with meter.phase("reward"):
         scored, valid = _score(parts, [batch[row] for row in own], drawn.final[own], pixels)
     selected = torch.zeros(parts.total, dtype=torch.bool)
     selected[[slot for members in batches for slot in members]] = True
     seconds: list[float] = []
-    memory = f"optimizer.batch_size={recipe.optimizer.batch_size}"
-    remedy = "lower it, or set model.gradient_checkpointing=true"
-    with meter.phase("update", f"{memory}: {remedy}"):
+    with meter.phase("update"):
         experience = Experience(
             plan=plan,
             conditions=parts.conditions,
