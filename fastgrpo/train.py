@@ -45,7 +45,8 @@ def train(recipe: Recipe) -> dict[str, object] | None:
     run again goes on with it.
     """
     try:
-        with open_world(recipe.distributed) as world, ExitStack() as stack:
+        settings = recipe.distributed, recipe.run.deterministic
+        with open_world(*settings) as world, ExitStack() as stack:
             split, stop = claim(recipe, world, stack)
             try:
                 return run(open_session(recipe, world=world, stack=stack, split=split, stop=stop))

@@ -233,9 +233,10 @@ class Wan:
         self.vae.use_tiling = max(x.shape[-2:]) > TILED_ABOVE
         latents = (x * self.latent_std + self.latent_mean).to(self.vae.dtype)
         parts = latents.split(self.decode_batch or len(x))
-        return torch.cat(
-            [diffusers_folder.to_pixels(self.vae.decode(part).sample) for part in parts]
-        )
+        with diffusers_folder.tf32_convolutions():  # the VAE is in float32
+            return torch.cat(
+                [diffusers_folder.to_pixels(self.vae.decode(part).sample) for part in parts]
+            )
 
 
 def text_tokens(where: Path) -> int:

@@ -22,6 +22,7 @@ FREE_TO_CHANGE = (
     "run.resume",
     "run.max_requeues",
     "run.preflight",
+    "run.deterministic",
     "model.gradient_checkpointing",
     "model.decode_batch",
     "prompts.cache",

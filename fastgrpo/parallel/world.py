@@ -6,6 +6,7 @@ world of one and takes the same path.
 """
 
 import errno
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -160,14 +161,46 @@ def no_space(file: str | None) -> UserError:
 
 
 @contextmanager
-def open_world(settings: Distributed | None = None) -> Iterator[World]:
+def open_world(settings: Distributed | None = None, deterministic: bool = False) -> Iterator[World]:
     """Join the other ranks that torchrun started, or be a world of one; end when torchrun ends.
 
+    deterministic: have PyTorch use deterministic kernels alone inside
     Raises UserError where sp and shard do not divide the ranks, or a node has fewer GPUs than
     ranks.
     """
     die_with_torchrun()
     interface.choose()
+    with _kernels(deterministic):
+        yield from _joined(settings)
+
+
+@contextmanager
+def _kernels(deterministic: bool) -> Iterator[None]:
+    """Choose kernels whose rounding rollout and update can share.
+
+    By default PyTorch lets cuBLAS sum products of bfloat16 in bfloat16 where it splits them, which
+    depends on the batch's shape, and cuDNN round float32 convolutions to TF32 likewise: both would
+    move the log-probabilities of an unchanged policy.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = (
+        matmul.allow_bf16_reduced_precision_reduction,
+        cudnn.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    matmul.allow_bf16_reduced_precision_reduction, cudnn.allow_tf32 = False, False
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction, cudnn.allow_tf32 = before[:2]
+        torch.use_deterministic_algorithms(before[2])
+
+
+def _joined(settings: Distributed | None) -> Iterator[World]:
+    """Give the world once all ranks have joined, and destroy it where all ranks leave it."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         ranks, gpus = local_world_size(), torch.cuda.device_count()

@@ -158,7 +158,8 @@ def _latents(
 ) -> Tensor:
     """The slots' final latents x_0, by the ODE.  returns [B, C, F, H, W] float32"""
     condition = stack([conditions[slot // plan.group_size] for slot in slots])
-    x = plan.initial_noise(slots, plan.grid.device)
+    # on the CPU: another GPU, or none, draws the same noise
+    x = plan.initial_noise(slots, torch.device("cpu")).to(plan.grid.device)
     return rollout.sample_ode(policy, x, plan.grid, condition)
 
 

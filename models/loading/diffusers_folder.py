@@ -306,6 +306,17 @@ def freed(encoder: E) -> Iterator[E]:
         gc.collect()
 
 
+@contextmanager
+def tf32_convolutions() -> Iterator[None]:
+    """Let convolutions of float32 round to TF32 inside: for a decoder, which no ratio sees."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def latent_size(video: Video, space: int, time: int, patch: int) -> tuple[int, int, int]:
     """(F, H, W) of a latent. space, time: the VAE's factors;  patch: the network's
 

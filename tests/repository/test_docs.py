@@ -47,14 +47,6 @@ Tests are named by their file alone: the folders of tests/ may change.
 
 FOLDERS = ("fastgrpo", "models", "rewards", "data", "benchmarks", "tests", "docs", "launch")
 
-NOT_YET = {
-    "test_family_contract.py",
-    "test_reward_contract.py",
-    "test_method_contract.py",
-    "session.py",
-}
-"""Files that the pages name and that may come later than the pages."""
-
 AT_THE_TOP = {"setup.py", "prompt_template.py"}
 """Files outside those folders: the repository's own, and VideoAlign's template, which is not
 shipped.
@@ -149,9 +141,7 @@ def test_links_lead_somewhere(path: Path) -> None:
                 continue
             file, _, anchor = target.partition("#")
             aim = (path.parent / file).resolve() if file else path
-            # made by a run of the demo
-            missing_picture = aim == ROOT / "docs" / "pictures" / "before_after.png"
-            if not (aim.exists() or missing_picture) or (anchor and anchor not in anchors(aim)):
+            if not aim.exists() or (anchor and anchor not in anchors(aim)):
                 dead.append(f"{where(path, number)}: {target}")
     assert not dead
 
@@ -298,11 +288,7 @@ def test_recipe_keys_exist(path: Path) -> None:
 def test_paths_and_modules_exist(path: Path) -> None:
     if path.name in GENERATED:
         return
-    names = (
-        {file.name for folder in FOLDERS for file in (ROOT / folder).rglob("*")}
-        | NOT_YET
-        | AT_THE_TOP
-    )
+    names = {file.name for folder in FOLDERS for file in (ROOT / folder).rglob("*")} | AT_THE_TOP
     missing = []
     for number, text in [*inline(path), *commands(path)]:
         for word in re.findall(

@@ -46,6 +46,9 @@ class Run(Section):
     max_requeues: Count = 3
     """How often in a row a slurm job is put back into the queue without a new checkpoint in
     between; 0 = never."""
+    deterministic: bool = False
+    """Use deterministic kernels alone, so that a run on GPUs repeats and resumes bit for bit;
+    slower, and no cuDNN attention. Without a GPU runs repeat without it."""
     preflight: bool = True
     """Check rollout, update, noise, rewards and the checkpoint folder for some seconds before
     training."""
@@ -75,8 +78,8 @@ class Model(Section):
     """Recompute blocks in the backward pass, all or every n-th (a UNet: all): more time, far less
     memory."""
     attention: str | None = None
-    """Attention kernel by diffusers' name, such as flash, _native_cudnn or sage; None: torch's own
-    choice."""
+    """Attention kernel by diffusers' name, such as flash or _native_cudnn; None: torch's own
+    choice. Kernels without a backward, such as sage, are refused in training."""
     decode_batch: Positive | None = None
     """Clips per VAE decode; None: a rollout batch at once. Changes speed and memory, nothing
     else."""

@@ -40,7 +40,7 @@ def run(recipe: Recipe) -> bool:
     returns whether all checks are green
     """
     console = Console()
-    with open_world(recipe.distributed) as world, ExitStack() as stack:
+    with open_world(recipe.distributed, recipe.run.deterministic) as world, ExitStack() as stack:
         methods.check(recipe)
         split = first_prompts(recipe, encode.read_prompts(recipe, world))
         world.on_main(lambda: check_folder(recipe, world))

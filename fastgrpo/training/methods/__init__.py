@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fastgrpo.training.method import Method
 
 FOLDER = Path(__file__).parent
+WITHOUT_BACKWARD = ("sage", "_sage", "_flash_3")
+"""Beginnings of the names of attention kernels that autograd cannot go back through."""
 
 
 def known() -> tuple[str, ...]:
@@ -45,7 +47,14 @@ def traits(recipe: Recipe) -> Traits:
 
 
 def check(recipe: Recipe) -> None:
-    """Raise UserError, with the remedy, for keys that the recipe's method does not go with."""
+    """Raise UserError, with the remedy, for keys with which the recipe cannot be trained."""
+    attention = recipe.model.attention
+    if attention is not None and attention.startswith(WITHOUT_BACKWARD):
+        raise UserError(
+            f"model.attention={attention}: has no backward, so that nothing before it would be "
+            "trained; use flash, _native_cudnn or _native_efficient, or leave it out for torch's "
+            "own choice."
+        )
     registry.declared(_file(recipe.objective.kind), "check", check_noise)(recipe)
 
 
