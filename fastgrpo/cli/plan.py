@@ -63,6 +63,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "be repeated",
     )
     add(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="numbers and shares that python -m benchmarks.gpu measured; --set overrides them",
+    )
+    add(
         "--simulate",
         action="store_true",
         help="also run one rank with the full-size network, minutes, no memory",
@@ -87,7 +93,7 @@ def overrides_first(argv: Sequence[str]) -> list[str]:
 def _run_plan(arguments: argparse.Namespace) -> int:
     """Print the plan.  returns 0 where the recipe fits, else 1"""
     from fastgrpo.tools.plan import planner, tables
-    from fastgrpo.tools.plan.gpus import Achieved, changed, gpu
+    from fastgrpo.tools.plan.gpus import Achieved, calibrated, changed, gpu
     from fastgrpo.tools.plan.phases import Machine
 
     if arguments.picture and arguments.picture.suffix not in (".png", ".svg", ".pdf"):
@@ -99,7 +105,10 @@ def _run_plan(arguments: argparse.Namespace) -> int:
             f"--picture={arguments.picture}: no such folder; make {arguments.picture.parent} first."
         )
     recipe = recipe_of(arguments)
-    machine = Machine(*changed(gpu(arguments.gpu), Achieved(), _numbers(arguments.set)))
+    card, achieved = gpu(arguments.gpu), Achieved()
+    if arguments.calibration:
+        card, achieved = calibrated(card, achieved, arguments.calibration)
+    machine = Machine(*changed(card, achieved, _numbers(arguments.set)))
     text = arguments.text_tokens
     result = planner.plan(
         recipe, arguments.gpus, machine, ranks_per_node=arguments.ranks_per_node, text=text

@@ -7,9 +7,12 @@ The network is what such nodes are usually sold with, a card per GPU; yours may 
 can be overridden.
 """
 
+import math
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import read_json
 
 
 @dataclass(frozen=True)
@@ -79,30 +82,41 @@ def gpu(name: str) -> Gpu:
 
 
 def changed(card: Gpu, achieved: Achieved, settings: dict[str, float]) -> tuple[Gpu, Achieved]:
-    """Both with numbers replaced: `tflops`, `link_gbs` ... of the card, `rollout`, `update` ...
-
-    of what is achieved.
+    """Both with numbers replaced: `tflops` ... of the card, `rollout` ... of what is achieved.
 
     Raises UserError for a name that neither has, and for a value that cannot be.
     """
     of_card, of_achieved = ({f.name for f in fields(kind)} - {"name"} for kind in (Gpu, Achieved))
     for name, value in settings.items():
         if name not in of_card | of_achieved:
-            raise UserError(
-                f"--set={name}: no such number; use one of "
-                f"{', '.join(sorted(of_card | of_achieved))}."
-            )
+            known = ", ".join(sorted(of_card | of_achieved))
+            raise UserError(f"--set={name}: no such number; use one of {known}.")
         share = name in of_achieved and not name.endswith(("_gbs", "_gib"))
-        if (
-            value < 0
-            or (value == 0 and name not in ("reserve_gib", "fragmentation"))
-            or (share and value > 1)
-        ):
-            raise UserError(
-                f"--set={name}={value:g}: must be {'a share from 0 to 1' if share else 'above 0'}."
-            )
+        positive = value > 0 or (value == 0 and name in ("reserve_gib", "fragmentation"))
+        if not (positive and value < math.inf) or (share and value > 1):
+            needed = "a share from 0 to 1" if share else "above 0"
+            raise UserError(f"--set={name}={value:g}: must be {needed}.")
     own = {name: value for name, value in settings.items() if name in of_card}
     card = Gpu(card.name, **{name: own.get(name, getattr(card, name)) for name in of_card})
     return card, replace(
         achieved, **{name: value for name, value in settings.items() if name in of_achieved}
     )
+
+
+def calibrated(card: Gpu, achieved: Achieved, file: Path) -> tuple[Gpu, Achieved]:
+    """Both with the numbers of a calibration file: a JSON object whose "numbers" are as in --set.
+
+    `python -m benchmarks.gpu` writes one.  Raises UserError for a file that is none.
+    """
+    remedy = "write it anew with python -m benchmarks.gpu"
+    numbers = read_json(file, "--calibration", remedy).get("numbers")
+    if not isinstance(numbers, dict) or not numbers:
+        raise UserError(f"--calibration={file}: has no object 'numbers' with figures; {remedy}.")
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"--calibration={file}: {name} is no number; correct it, or {remedy}.")
+    try:
+        return changed(card, achieved, numbers)
+    except UserError as error:
+        problem = str(error).removeprefix("--set=")
+        raise UserError(f"--calibration={file}: {problem}") from None
