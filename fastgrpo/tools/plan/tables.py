@@ -58,7 +58,7 @@ def show(
         _changes(console, changes)
     console.print(_curve(plans))
     assumed = _assumed(found.machine.achieved)
-    lines = f"assumed of the GPUs, to be measured and set with --set: {assumed}"
+    lines = f"of the GPUs, assumed where no --set or --calibration says otherwise: {assumed}"
     console.print(lines, highlight=False, soft_wrap=True, markup=False)
 
 
