@@ -1,6 +1,7 @@
 # make demo   train the tiny HunyuanVideo with two processes on this machine's CPU, and write a report
 #             (make demo ARGS="section.key=value ..." overrides the recipe)
 # make test   the tests            make test-fast   the tests without tests/system, the whole runs
+# make rehearse   the GPU's path on a CUDA made of the host's memory (docs/guides/rehearsal.md)
 # make lint   ruff, formatter, mypy            make venv   only the set-up
 # All set-up happens by itself, in .venv; it needs Python 3.11 or newer and git.
 
@@ -11,7 +12,7 @@ READY := $(VENV)/.stamp
 PYTEST := -q -n 2 --dist loadfile --no-loadscope-reorder
 RECENT := import pip, sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: demo test test-fast lint venv clean
+.PHONY: demo test test-fast rehearse lint venv clean
 
 demo: export OMP_NUM_THREADS ?= 1
 demo: export CUDA_VISIBLE_DEVICES :=
@@ -25,6 +26,9 @@ test: $(READY)
 
 test-fast: $(READY)
 	$(BIN)/pytest $(PYTEST) --ignore=tests/system
+
+rehearse: $(READY)
+	$(BIN)/python -m tests.rehearsal $(JOBS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -7,52 +7,15 @@ The overrides are those that docs/recipes.md lists, read from there.
 import importlib
 import json
 import os
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from tests import ROOT
 from tests.harness import forks, runs
-
-LAUNCH = {
-    "t2v_hunyuan": ("hunyuan_video", 5),
-    "t2v_hunyuan_fast": ("hunyuan_video", 5),
-    "t2i_hunyuan": ("hunyuan_video", 1),
-    "i2v_skyreels": ("skyreels_i2v", 5),
-    "t2i_flux": ("flux", 1),
-    "t2i_sd": ("stable_diffusion", 1),
-    "t2v_wan": ("wan", 5),
-}
-
-
-def overrides() -> list[str]:
-    """The block of docs/recipes.md."""
-    page = (ROOT / "docs" / "recipes.md").read_text()
-    block = re.search(r"^```overrides\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert block is not None
-    return shlex.split(block[1])
-
-
-def with_images(folder: Path) -> Path:
-    """A prompt file of image-to-video, with pictures of another aspect ratio than the clips."""
-    rows = []
-    for number in range(6):
-        Image.new("RGB", (48 + 8 * number, 40), (40 * number, 90, 160)).save(
-            folder / f"{number}.png"
-        )
-        rows.append(
-            json.dumps(
-                {"prompt": f"a boat of kind {number} leaves the shore", "image": f"{number}.png"}
-            )
-        )
-    file = folder / "prompts.jsonl"
-    file.write_text("\n".join(rows) + "\n")
-    return file
+from tests.harness.launch_files import LAUNCH, arguments, with_images
 
 
 def test_every_launch_file_is_tried_here() -> None:
@@ -61,16 +24,11 @@ def test_every_launch_file_is_tried_here() -> None:
 
 @pytest.mark.parametrize("name", LAUNCH)
 def test_a_launch_file_trains_on_two_ranks(name: str, tmp_path: Path) -> None:
-    family, frames = LAUNCH[name]
+    family, _ = LAUNCH[name]
     model = tmp_path / "model"
     importlib.import_module(f"tests.harness.folders.{family}").write(model)
-    extra = [f"model.path={model}", f"run.dir={tmp_path / 'run'}", f"video.frames={frames}"]
-    if family == "skyreels_i2v":
-        extra += [
-            f"model.network={model / 'transformer'}",
-            f"prompts.train={with_images(tmp_path)}",
-        ]
-    file, arguments = str(ROOT / "launch" / f"{name}.sh"), [*overrides(), *extra]
+    file = str(ROOT / "launch" / f"{name}.sh")
+    settings = arguments(name, model, tmp_path / "run", with_images(tmp_path))
     if name == "t2v_hunyuan":  # by torchrun itself, for all
         command = [
             sys.executable,
@@ -81,14 +39,14 @@ def test_a_launch_file_trains_on_two_ranks(name: str, tmp_path: Path) -> None:
         ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         result = subprocess.run(
-            [*command, file, *arguments],
+            [*command, file, *settings],
             env=environment,
             capture_output=True,
             text=True,
             timeout=runs.LIMIT,
         )
     else:
-        result = forks.run(file, arguments, ranks=2)
+        result = forks.run(file, settings, ranks=2)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     lines = runs.metrics(tmp_path / "run")
     assert [line["iteration"] for line in lines] == [0, 1]

@@ -1,0 +1,38 @@
+"""What the process that forks the jobs imports: all that any job imports, and no thread."""
+
+import tests.harness.preload  # noqa: F401, I001  # quiets the libraries first
+
+import matplotlib
+import os
+
+matplotlib.use("Agg")
+
+import av  # noqa: F401
+import peft  # noqa: F401
+import torch._dynamo
+import torch.distributed.checkpoint.state_dict  # noqa: F401
+import transformers
+from diffusers import (  # noqa: F401
+    AutoencoderKL,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLWan,
+    FluxTransformer2DModel,
+    HunyuanVideoTransformer3DModel,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+)
+
+import fastgrpo.models.flux
+import fastgrpo.models.skyreels_i2v
+import fastgrpo.models.stable_diffusion
+import fastgrpo.models.wan
+import fastgrpo.rewards.video_stats
+import fastgrpo.tools.evaluate.evaluate
+import fastgrpo.tools.export.export
+import fastgrpo.tools.preflight.run
+import fastgrpo.tools.report.report
+import fastgrpo.tools.sample.sample  # noqa: F401
+
+for _name in ("CLIPTextModel", "LlamaModel", "T5EncoderModel", "UMT5EncoderModel"):
+    getattr(transformers, _name)  # imported when first asked for
+assert len(os.listdir("/proc/self/task")) == 1, "a fork has one thread only"
