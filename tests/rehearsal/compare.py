@@ -5,10 +5,10 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.rehearsal import waits
+from tests.rehearsal import causes
+from tests.rehearsal.causes import BAD, Cause
 from tests.rehearsal.drive import Outcome
-from tests.rehearsal.jobs import Job
-from tests.rehearsal.waits import BAD, Cause
+from tests.rehearsal.jobs import UNPLANTED, Job
 
 GOLDEN = Path(__file__).parent / "golden"
 HEAD = "# count, kind, what, file and function, of the busiest process: python -m tests.rehearsal"
@@ -31,7 +31,7 @@ def reported(folder: Path) -> Counts:
     """By cause, the count of the process that has the most of it."""
     counts: Counts = {}
     for file in folder.glob("report-*.json"):
-        for row in waits.read(file):
+        for row in causes.read(file):
             counts[row.cause] = max(counts.get(row.cause, 0), row.count)
     return counts
 
@@ -65,10 +65,10 @@ def _order(cause: Cause) -> tuple[str, ...]:
     return cause.file, cause.function, cause.kind, cause.what
 
 
-def read_golden(name: str) -> Counts:
-    """The list of a job, empty where it has none."""
+def read_golden(name: str) -> Counts | None:
+    """The list of a job; None: it has none."""
     if not golden_file(name).exists():
-        return {}
+        return None
     counts: Counts = {}
     for line in golden_file(name).read_text().splitlines()[1:]:
         count, kind, what, file, function = line.strip().split("  ")
@@ -119,17 +119,18 @@ def unlike(folder: Path, job: Job) -> list[str]:
 def judge(outcome: Outcome, golden: Counts | None) -> Found:
     """All that is wrong with a job.
 
-    golden: its list. None: it is compared with none
+    golden: its list. None: it has none
     """
     job = outcome.job
     counts = {} if job.cpu else reported(outcome.folder)
     found = [f"exit code {outcome.code}: {outcome.last_line}"] if outcome.code else []
     found += [f"{cause}, {n} times" for cause, n in sorted(counts.items()) if cause.kind in BAD]
-    if golden is not None and not job.cpu:
-        others = differences(counts, golden) if golden else ["no golden list: --update makes one"]
-        found += [line for line in others if not (outcome.code and line.startswith("gone"))]
     if not outcome.code:
         found += unlike(outcome.folder, job)
+        if golden is not None:
+            found += differences(counts, golden)
+        elif not (job.cpu or job.name == UNPLANTED):
+            found.append("no golden list: --update makes one")
     known = [line for line in found if any(fault in line for fault in job.faults)]
     gone = [fault for fault in job.faults if not any(fault in line for line in found)]
     wrong = [line for line in found if line not in known]

@@ -17,7 +17,7 @@ def _loaded() -> ctypes.CDLL:
     for name in ("libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(build.build()), mode=ctypes.RTLD_GLOBAL)
-    for name in ("allocated", "peak", "limit", "sequence", "pending"):
+    for name in ("allocated", "peak", "highest", "limit", "sequence", "pending"):
         getattr(library, f"rehearsal_{name}").restype = ctypes.c_int64
     library.rehearsal_start.argtypes = [ctypes.c_int, ctypes.c_int64]
     library.rehearsal_set_stream.argtypes = [ctypes.c_int64]
@@ -88,6 +88,11 @@ def allocated(index: int) -> int:
 def peak(index: int) -> int:
     """The most bytes of a device that were taken."""
     return int(library.rehearsal_peak(index))
+
+
+def highest(index: int) -> int:
+    """The most bytes of a device since the process began, whatever peaks were set back."""
+    return int(library.rehearsal_highest(index))
 
 
 def reset_peak(index: int) -> None:

@@ -84,7 +84,7 @@ def run(job: Job, work: Path) -> Outcome:
     environment = {
         "REHEARSAL_REPORT": str(folder / "report-{rank}-{pid}.json"),
         "REHEARSAL_GB": str(job.gb),
-        "REHEARSAL_HANG_S": "4" if job.plant else "60",
+        "REHEARSAL_HANG_S": "4" if job.plant or job.faults else "30",
     } | ({"CUDA_VISIBLE_DEVICES": ""} if job.cpu else {})
     with _replicas(job, work, environment) as servers:
         started = forks.start(

@@ -39,7 +39,7 @@ def _write_scorers(folder: Path) -> None:
     rewards = [
         f'name="videoalign",path="{folder}/videoalign",dtype="bfloat16",'
         f"weights={{VQ=1.0,MQ=1.0}},options={{{options}}}",
-        f'name="hps",path="{folder}/hps",weights={{HPS=1.0}},options={{frames="all"}}',
+        f'name="hps",path="{folder}/hps",weights={{HPS=1.0}}',
         'name="video_stats",weights={sharpness=1.0}',
     ]
     entries = ",".join(f'{{where="process",{entry}}}' for entry in rewards)

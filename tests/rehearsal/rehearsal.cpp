@@ -45,7 +45,15 @@ void tell(const char* kind, const std::string& what) {
 
 // ---- memory
 
-struct Counter { std::atomic<int64_t> now{0}, peak{0}; };
+struct Counter {
+  std::atomic<int64_t> now{0}, peak{0}, highest{0};  // highest: peaks that were set back, too
+};
+
+void raise(std::atomic<int64_t>& most, int64_t now) {
+  int64_t before = most;
+  while (now > before && !most.compare_exchange_weak(before, now)) {}
+}
+
 std::array<Counter, MOST> counters;
 
 struct Block { void* data; size_t bytes; int device; };
@@ -60,8 +68,8 @@ struct DeviceAllocator final : public Allocator {
                        " bytes of which ", limit - c.now, " bytes is free.");
     }
     c.now += bytes;
-    int64_t now = c.now, peak = c.peak;
-    while (now > peak && !c.peak.compare_exchange_weak(peak, now)) {}
+    raise(c.peak, c.now);
+    raise(c.highest, c.now);
     void* data = bytes ? std::malloc(bytes) : nullptr;
     if (data) std::memset(data, 0xFF, bytes);  // NaN, so that what nobody wrote is seen
     auto* block = new Block{data, bytes, device};
@@ -363,13 +371,25 @@ const std::set<std::string> TAKES_HOST_INDICES = {
     "aten::index.Tensor", "aten::index.Tensor_out", "aten::index_put_", "aten::_index_put_impl_",
     "aten::index_put"};
 
-void fallback(const OperatorHandle& op, torch::jit::Stack* stack) {
-  const auto& schema = op.schema();
-  const auto name = toString(op.operator_name());
-  const size_t count = schema.arguments().size(), begin = stack->size() - count;
+// One call of an operator, on its way to the CPU's kernel and back.
+struct Call {
+  const OperatorHandle& op;
+  torch::jit::Stack* stack;
+  const FunctionSchema& schema;
+  std::string name;
+  size_t count, begin;
   int device = -1;
-  std::string stranger;
-  auto look = [&](const Tensor& t, bool may_be_on_host, const std::string& argument) {
+  std::vector<IValue> given;                        // the arguments as they came
+  std::vector<std::pair<Tensor, Tensor>> written{};  // device tensor, its host alias
+
+  Call(const OperatorHandle& op, torch::jit::Stack* stack)
+      : op(op), stack(stack), schema(op.schema()), name(toString(op.operator_name())),
+        count(schema.arguments().size()), begin(stack->size() - count),
+        given(stack->begin() + begin, stack->end()) {}
+
+  std::string stranger;  // the argument that lies elsewhere
+
+  void look(const Tensor& t, bool may_be_on_host, const std::string& argument) {
     if (!t.defined()) return;
     if (t.is_cuda()) {
       if (device < 0) device = t.get_device();
@@ -377,95 +397,100 @@ void fallback(const OperatorHandle& op, torch::jit::Stack* stack) {
     } else if (t.dim() > 0 && !may_be_on_host && !t.unsafeGetTensorImpl()->is_wrapped_number()) {
       stranger = argument + " is on " + t.device().str();
     }
-  };
-  bool host_indices = TAKES_HOST_INDICES.count(name), boolean_index = false;
-  for (size_t n = 0; n < count; ++n) {
-    const auto& value = (*stack)[begin + n];
-    const auto& argument = schema.arguments()[n].name();
-    bool index = host_indices && argument == "indices";
-    if (value.isTensor()) {
-      look(value.toTensor(), false, argument);
-    } else if (value.isTensorList()) {
-      for (const Tensor& t : value.toTensorVector()) look(t, index, argument);
-    } else if (value.isOptionalTensorList()) {
-      for (const std::optional<Tensor>& t : value.toOptionalTensorList()) {
-        if (!t) continue;
-        look(*t, index, argument);
-        bool mask = t->scalar_type() == kBool || t->scalar_type() == kByte;
-        if (index && t->dim() && mask) boolean_index = true;
-        if (index && !t->is_cuda()) tell("sync", "index from the host");
+  }
+
+  // Refuses tensors of two devices, and tells of waits.
+  void find_device() {
+    bool host_indices = TAKES_HOST_INDICES.count(name), boolean_index = false;
+    for (size_t n = 0; n < count; ++n) {
+      const auto& value = given[n];
+      const auto& argument = schema.arguments()[n].name();
+      bool index = host_indices && argument == "indices";
+      if (value.isTensor()) {
+        look(value.toTensor(), false, argument);
+      } else if (value.isTensorList()) {
+        for (const Tensor& t : value.toTensorVector()) look(t, index, argument);
+      } else if (value.isOptionalTensorList()) {
+        for (const std::optional<Tensor>& t : value.toOptionalTensorList()) {
+          if (!t) continue;
+          look(*t, index, argument);
+          bool mask = t->scalar_type() == kBool || t->scalar_type() == kByte;
+          if (index && t->dim() && mask) boolean_index = true;
+          if (index && !t->is_cuda()) tell("sync", "index from the host");
+        }
+      } else if (value.isList()) {
+        for (const IValue& one : value.toListRef()) {
+          if (one.isTensor()) look(one.toTensor(), index, argument);
+        }
       }
-    } else if (value.isList()) {
-      for (const IValue& one : value.toListRef()) {
-        if (one.isTensor()) look(one.toTensor(), index, argument);
+    }
+    if (!stranger.empty()) {
+      tell("mixed", name + ": " + stranger);
+      TORCH_CHECK(false, "Expected all tensors to be on the same device, but got ", stranger,
+                  ", different from other tensors on cuda:", device,
+                  " (when checking argument in method wrapper_CUDA_", name, ")");
+    }
+    if (device < 0) device = current;
+    if (READS_VALUES.count(name) || boolean_index) { flush_here(); tell("sync", name); }
+  }
+
+  Tensor over(const Tensor& t, bool writes) {
+    // an empty one is there to be resized, which an alias cannot be
+    bool on_device = t.defined() && t.is_cuda();
+    auto h = writes && on_device && !t.numel() ? at::empty(t.sizes(), t.options().device(kCPU))
+                                               : host(t);
+    if (writes && on_device) written.emplace_back(t, h);
+    return h;
+  }
+
+  at::Generator inner(const at::Generator& generator) {
+    TORCH_CHECK(generator.device().is_cuda(),
+                "Expected a 'cuda' device type for generator but found 'cpu'");
+    TORCH_CHECK(generator.device().index() == device, "Expected generator on cuda:", device,
+                " but found ", generator.device().str());
+    return static_cast<CudaGenerator*>(generator.unsafeGetGeneratorImpl())->inner;
+  }
+
+  // Puts the same memory as CPU tensors in the place of the arguments.
+  void arguments_to_host() {
+    for (size_t n = 0; n < count; ++n) {
+      auto& value = (*stack)[begin + n];
+      const auto* alias = schema.arguments()[n].alias_info();
+      bool writes = alias && alias->isWrite();
+      if (value.isTensor()) {
+        value = over(value.toTensor(), writes);
+      } else if (value.isTensorList()) {
+        std::vector<Tensor> made;
+        for (const Tensor& t : value.toTensorVector()) made.push_back(over(t, writes));
+        value = IValue(made);
+      } else if (value.isOptionalTensorList()) {
+        List<std::optional<Tensor>> made;
+        for (const std::optional<Tensor>& t : value.toOptionalTensorList()) {
+          made.push_back(t ? std::optional<Tensor>(host(*t)) : std::nullopt);
+        }
+        value = made;
+      } else if (value.isDevice()) {
+        value = Device(DeviceType::CPU);
+      } else if (value.isGenerator()) {
+        if (value.toGenerator().defined()) value = inner(value.toGenerator());
+      } else if (value.isNone() && schema.arguments()[n].name() == "generator") {
+        value = inner(at::detail::getCUDAHooks().getDefaultGenerator(device));
       }
     }
   }
-  if (!stranger.empty()) {
-    tell("mixed", name + ": " + stranger);
-    TORCH_CHECK(false, "Expected all tensors to be on the same device, but got ", stranger,
-                ", different from other tensors on cuda:", device,
-                " (when checking argument in method wrapper_CUDA_", name, ")");
-  }
-  if (device < 0) device = current;
-  if (READS_VALUES.count(name) || boolean_index) { flush_here(); tell("sync", name); }
 
-  std::vector<IValue> given(stack->begin() + begin, stack->end());
-  std::vector<std::pair<Tensor, Tensor>> written;  // device tensor, its host alias
-  for (size_t n = 0; n < count; ++n) {
-    auto& value = (*stack)[begin + n];
-    const auto* alias = schema.arguments()[n].alias_info();
-    bool writes = alias && alias->isWrite();
-    auto over = [&](const Tensor& t) {
-      // an empty one is there to be resized, which an alias cannot be
-      bool on_device = t.defined() && t.is_cuda();
-      auto h = writes && on_device && !t.numel()
-                   ? at::empty(t.sizes(), t.options().device(kCPU))
-                   : host(t);
-      if (writes && on_device) written.emplace_back(t, h);
-      return h;
-    };
-    if (value.isTensor()) {
-      value = over(value.toTensor());
-    } else if (value.isTensorList()) {
-      std::vector<Tensor> made;
-      for (const Tensor& t : value.toTensorVector()) made.push_back(over(t));
-      value = IValue(made);
-    } else if (value.isOptionalTensorList()) {
-      List<std::optional<Tensor>> made;
-      for (const std::optional<Tensor>& t : value.toOptionalTensorList()) {
-        made.push_back(t ? std::optional<Tensor>(host(*t)) : std::nullopt);
+  // Gives resized outputs, which have memory of their own, back to their device tensors.
+  void write_back() {
+    for (auto& [on_device, alias] : written) {
+      if (alias.numel() && (alias.sizes() != on_device.sizes() ||
+                            alias.const_data_ptr() != host(on_device).const_data_ptr())) {
+        on_device.resize_(alias.sizes());
+        host(on_device).copy_(alias);
       }
-      value = made;
-    } else if (value.isDevice()) {
-      value = Device(DeviceType::CPU);
-    } else if (value.isGenerator()) {
-      auto generator = value.toGenerator();
-      if (generator.defined()) {
-        TORCH_CHECK(generator.device().is_cuda(),
-                    "Expected a 'cuda' device type for generator but found 'cpu'");
-        TORCH_CHECK(generator.device().index() == device, "Expected generator on cuda:", device,
-                    " but found ", generator.device().str());
-        value = static_cast<CudaGenerator*>(generator.unsafeGetGeneratorImpl())->inner;
-      }
-    } else if (value.isNone() && schema.arguments()[n].name() == "generator") {
-      const auto& generator = at::detail::getCUDAHooks().getDefaultGenerator(device);
-      value = static_cast<CudaGenerator*>(generator.unsafeGetGeneratorImpl())->inner;
     }
   }
 
-  op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
-
-  for (auto& [on_device, alias] : written) {
-    if (alias.numel() && (alias.sizes() != on_device.sizes() ||
-                          alias.const_data_ptr() != host(on_device).const_data_ptr())) {
-      on_device.resize_(alias.sizes());
-      host(on_device).copy_(alias);
-    }
-  }
-  const auto& returns = schema.returns();
-  const size_t first = stack->size() - returns.size();
-  auto back = [&](const Tensor& t) -> Tensor {
+  Tensor back(const Tensor& t) {
     if (!t.defined() || t.is_cuda()) return t;
     for (auto& value : given) {  // a view of an argument
       if (!value.isTensor() || !value.toTensor().defined() || !value.toTensor().is_cuda()) continue;
@@ -481,23 +506,38 @@ void fallback(const OperatorHandle& op, torch::jit::Stack* stack) {
       }
     }
     return to_device(t, device);
-  };
-  for (size_t n = 0; n < returns.size(); ++n) {
-    auto& value = (*stack)[first + n];
-    const auto* alias = returns[n].alias_info();
-    if (alias && alias->isWrite()) {  // the argument itself
-      for (size_t m = 0; m < count; ++m) {
-        const auto* same = schema.arguments()[m].alias_info();
-        if (same && same->isWrite() && *same == *alias) { value = given[m]; break; }
+  }
+
+  // Puts device tensors in the place of what the CPU's kernel returned.
+  void returns_to_device() {
+    const auto& returns = schema.returns();
+    const size_t first = stack->size() - returns.size();
+    for (size_t n = 0; n < returns.size(); ++n) {
+      auto& value = (*stack)[first + n];
+      const auto* alias = returns[n].alias_info();
+      if (alias && alias->isWrite()) {  // the argument itself
+        for (size_t m = 0; m < count; ++m) {
+          const auto* same = schema.arguments()[m].alias_info();
+          if (same && same->isWrite() && *same == *alias) { value = given[m]; break; }
+        }
+      } else if (value.isTensor()) {
+        value = back(value.toTensor());
+      } else if (value.isTensorList()) {
+        std::vector<Tensor> made;
+        for (const Tensor& t : value.toTensorVector()) made.push_back(back(t));
+        value = IValue(made);
       }
-    } else if (value.isTensor()) {
-      value = back(value.toTensor());
-    } else if (value.isTensorList()) {
-      std::vector<Tensor> made;
-      for (const Tensor& t : value.toTensorVector()) made.push_back(back(t));
-      value = IValue(made);
     }
   }
+};
+
+void fallback(const OperatorHandle& op, torch::jit::Stack* stack) {
+  Call call(op, stack);
+  call.find_device();
+  call.arguments_to_host();
+  op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
+  call.write_back();
+  call.returns_to_device();
 }
 
 }  // namespace
@@ -570,6 +610,7 @@ int64_t rehearsal_pending() {
 }
 int64_t rehearsal_allocated(int d) { return counters[d].now; }
 int64_t rehearsal_peak(int d) { return counters[d].peak; }
+int64_t rehearsal_highest(int d) { return counters[d].highest; }
 void rehearsal_reset_peak(int d) { counters[d].peak = counters[d].now.load(); }
 int64_t rehearsal_limit() { return limit; }
 void rehearsal_set_limit(int64_t bytes) { limit = bytes; }

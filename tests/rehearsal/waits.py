@@ -7,41 +7,16 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from types import FrameType
 
 from tests import ROOT
 from tests.rehearsal import core
+from tests.rehearsal.causes import Cause
 
 OWN = str(Path(__file__).parent)
-BAD = ("mixed", "refused", "race", "hang", "gloo on the GPU", "foreign")
-"""Kinds that no job may have: what a GPU would refuse, or would do wrongly and silently."""
-
-
-@dataclass(frozen=True, order=True)
-class Cause:
-    """What was done, and the innermost line of the program that did it."""
-
-    kind: str  # sync, collective, or one of BAD
-    what: str
-    file: str  # relative to the repository, or to site-packages where no line of ours is below
-    function: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.what}, {self.file}:{self.line} {self.function}"
-
-
-@dataclass(frozen=True)
-class Counted:
-    """A cause and how often it was there."""
-
-    cause: Cause
-    count: int
-
 
 counts: Counter[Cause] = Counter()
 lock = threading.RLock()
@@ -115,12 +90,5 @@ def write() -> None:
     file = Path(name.replace("{rank}", rank).replace("{pid}", str(os.getpid())))
     with lock:
         rows = [asdict(cause) | {"count": number} for cause, number in sorted(counts.items())]
-    peaks = [core.peak(index) / core.GIB for index in range(core.GPUS)]
-    file.write_text(json.dumps({"counts": rows, "peak_gib": max(peaks)}, indent=1))
-
-
-def read(file: Path) -> Iterator[Counted]:
-    """The counts of a report."""
-    for row in json.loads(file.read_text())["counts"]:
-        number = row.pop("count")
-        yield Counted(Cause(**row), number)
+    highest = max(core.highest(index) for index in range(core.GPUS)) / core.GIB
+    file.write_text(json.dumps({"counts": rows, "peak_gib": highest}, indent=1))
