@@ -1,4 +1,7 @@
-"""Settings for every test: one thread per process, no network beyond this machine, no display."""
+"""Settings for every test: one thread per process, no network beyond this machine, no display.
+
+FASTGRPO_TEST_DEVICE=cuda leaves the machine's GPUs, or the rehearsed ones, to the tests.
+"""
 
 import os
 from collections.abc import Iterator
@@ -10,9 +13,8 @@ import pytest
 if TYPE_CHECKING:
     from fastgrpo.parallel.world import World
 
-os.environ["CUDA_VISIBLE_DEVICES"] = (
-    ""  # what is tested is the CPU's path, whatever the machine has
-)
+if os.environ.get("FASTGRPO_TEST_DEVICE", "cpu") != "cuda":  # see docs/guides/rehearsal.md
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU's path is tested, whatever the machine has
 for variable, value in {
     "OMP_NUM_THREADS": "1",  # read when torch is first imported
     "HF_HUB_OFFLINE": "1",
@@ -25,6 +27,7 @@ for variable, value in {
 
 LONGEST = (
     "test_chaos",
+    "test_rehearsal",
     "test_slurm",
     "test_meshes",
     "test_train",

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fastgrpo.core.config import Model, Objective, Optimizer, Video
-from fastgrpo.core.policy import Condition, Policy, Prompt
+from fastgrpo.core.policy import Condition, Policy, Prompt, move
+from fastgrpo.core.processes import local_rank
 from fastgrpo.models.loading import policies
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
@@ -44,13 +45,20 @@ class Recorder(Trainer):
         for name, parameter in self.policy.network.named_parameters():
             if parameter.grad is not None:
                 grad = parameter.grad
-                grads[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+                grads[name] = (
+                    (grad.full_tensor() if isinstance(grad, DTensor) else grad).cpu().clone()
+                )
         self.gradients.append(grads)
         return super().step()
 
 
+def device() -> torch.device:
+    """The device that `open_world` gives this process."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def load_policy(world: World | None = None) -> Policy:
-    policy = policies.load(Model(family="hunyuan_video", path=str(FOLDER)), torch.device("cpu"))
+    policy = policies.load(Model(family="hunyuan_video", path=str(FOLDER)), device())
     if world is not None:
         sharding.shard(policy, world, torch.float32)
     return policy
@@ -62,7 +70,7 @@ def plan(policy: Policy, shared_noise: bool = True) -> Plan:
         seed=3,
         iteration=0,
         group_size=GROUP,
-        grid=policy.time_grid(STEPS, None, shape),
+        grid=policy.time_grid(STEPS, None, shape).to(device()),
         eta=0.4,
         shared_noise=shared_noise,
         latent_shape=shape,
@@ -73,8 +81,10 @@ def plan(policy: Policy, shared_noise: bool = True) -> Plan:
 def encode() -> list[Condition]:
     """The prompts' conditions."""
     settings = Model(family="hunyuan_video", path=str(FOLDER))
-    with policies.encoder(settings, VIDEO, torch.device("cpu")) as encoder:
-        return encoder([Prompt(text) for text in PROMPTS])
+    with policies.encoder(settings, VIDEO, device()) as encoder:
+        return [
+            move(condition, device()) for condition in encoder([Prompt(text) for text in PROMPTS])
+        ]
 
 
 def draw(

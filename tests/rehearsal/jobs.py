@@ -32,7 +32,7 @@ FLOAT32, BF16 = 1e-4, 5e-2
 """Tolerances: attention takes another path than on the CPU, which rounds otherwise."""
 
 GB, MORE_GB = 0.0625, {"t2i_sd": 0.25}
-"""GiB of each device; the jobs take half of it or more."""
+"""GiB of each device: somewhat more than the largest of the jobs takes."""
 
 FAULTS = {
     # session._heldout takes the time grid's device from the weights, which offload leaves on the

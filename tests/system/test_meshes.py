@@ -54,7 +54,9 @@ def test_a_mesh_equals_one_process(name: str, alone: dict[str, Any], tmp_path: P
     assert mesh["metrics"]["update/transitions"] == alone["metrics"]["update/transitions"]
     worst = differences(mesh["gradients"][0], alone["gradients"][0])
     assert {key for key, value in worst.items() if value > 1e-6} <= weak(alone["gradients"][0])
-    assert max(worst.values()) <= 2e-6
+    assert max(worst.values()) <= (
+        2e-6 if tiny.device().type == "cpu" else 5e-6
+    )  # its attention rounds otherwise
 
 
 def differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
@@ -132,9 +134,9 @@ def test_bfloat16_under_fsdp_equals_the_plain_network_bit_for_bit() -> None:
     """
     conditions = tiny.encode()[:1]
     plan = tiny.plan(tiny.load_policy())
-    x = plan.initial_noise([0], torch.device("cpu"))
-    t = torch.tensor([0.9873])
-    plain, sharded = (policies.load(bfloat16(), torch.device("cpu")) for _ in range(2))
+    x = plan.initial_noise([0], tiny.device())
+    t = torch.tensor([0.9873], device=tiny.device())
+    plain, sharded = (policies.load(bfloat16(), tiny.device()) for _ in range(2))
     plain.network.to(torch.bfloat16)
     with open_world() as world:
         shard(sharded, world, torch.bfloat16)

@@ -36,14 +36,14 @@ def stir(network: nn.Module) -> None:
     generator = torch.Generator().manual_seed(2)
     for name, parameter in network.named_parameters():
         if ".lora_B." in name:
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator).to(
+                parameter.device
+            )
 
 
 def load_policy(world: World, stirred: bool) -> Policy:
     """The tiny HunyuanVideo with adapters, sharded."""
-    policy = policies.load(
-        Model(family="hunyuan_video", path=str(tiny.FOLDER)), torch.device("cpu"), LORA
-    )
+    policy = policies.load(Model(family="hunyuan_video", path=str(tiny.FOLDER)), world.device, LORA)
     if stirred:
         stir(policy.network)
     sharding.shard(policy, world, torch.float32)
@@ -51,10 +51,8 @@ def load_policy(world: World, stirred: bool) -> Policy:
 
 
 def whole(tensors: dict[str, Any]) -> dict[str, Tensor]:
-    return {
-        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
-        for name, t in tensors.items()
-    }
+    plain = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    return {name: t.detach().cpu().clone() for name, t in plain.items()}
 
 
 def adapters(policy: Policy) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.distributed.tensor import DTensor
 
 from fastgrpo.core.config import Distributed, Lora, Model, Video
-from fastgrpo.core.policy import Policy, Prompt, stack
+from fastgrpo.core.policy import Policy, Prompt, move, stack
 from fastgrpo.core.processes import leave
 from fastgrpo.models.loading import policies
 from fastgrpo.parallel import sharding
@@ -26,7 +26,6 @@ SIZES = {
     "flux": (1, 36, 28),
     "wan": (5, 40, 24),
 }
-CPU = torch.device("cpu")
 
 
 def compare(family: str, folder: Path, lora: Lora, world: World) -> dict[str, float]:
@@ -44,18 +43,20 @@ def compare(family: str, folder: Path, lora: Lora, world: World) -> dict[str, fl
         cfg=cfg,
         gradient_checkpointing=bool(lora.rank),
     )
-    with policies.encoder(settings, video, CPU) as encode:
-        condition = stack(encode([Prompt("a red boat sails", folder / "image.png")]) * 2)
-        negative = encode.negative("") if cfg > 1 else None
-    alone, shared = (prepared(settings, lora) for _ in range(2))
+    with policies.encoder(settings, video, world.device) as encode:
+        condition = move(
+            stack(encode([Prompt("a red boat sails", folder / "image.png")]) * 2), world.device
+        )
+        negative = move(encode.negative(""), world.device) if cfg > 1 else None
+    alone, shared = (prepared(settings, lora, world.device) for _ in range(2))
     sharding.shard(shared, world, torch.float32)
     shape = alone.latent_shape(video)
     draws = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(2, *shape, generator=draws), torch.randn(2, *shape, generator=draws)
+    x, weight = (torch.randn(2, *shape, generator=draws).to(world.device) for _ in range(2))
     results = []
     for policy in (alone, shared):
         policy.negative = negative
-        v = policy.velocity(x, torch.tensor([0.7, 0.4]), condition)
+        v = policy.velocity(x, torch.tensor([0.7, 0.4], device=world.device), condition)
         (v * weight).mean().backward()
         grads = {
             name: p.grad for name, p in policy.network.named_parameters() if p.grad is not None
@@ -71,13 +72,13 @@ def compare(family: str, folder: Path, lora: Lora, world: World) -> dict[str, fl
     return {"velocity": (actual - expected).abs().max().item(), "gradient": worst}
 
 
-def prepared(settings: Model, lora: Lora) -> Policy:
+def prepared(settings: Model, lora: Lora, device: torch.device) -> Policy:
     """The policy, its adapters moved from their start, where they change nothing."""
-    policy = policies.load(settings, CPU, lora)
+    policy = policies.load(settings, device, lora)
     draws = torch.Generator().manual_seed(1)
     for name, parameter in policy.network.named_parameters():
         if "lora_B" in name:
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=draws)
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=draws).to(device)
     return policy
 
 

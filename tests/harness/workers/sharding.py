@@ -48,13 +48,13 @@ class Order(TorchDispatchMode):
 
 def loss(policy: Policy) -> Tensor:
     """A number that depends on every weight."""
-    draws = torch.Generator().manual_seed(0)
-    x = torch.randn(2, *policy.latent_shape(tiny.VIDEO), generator=draws)
-    condition = {
-        "text": torch.randn(2, 5, 64, generator=draws),
-        "pooled": torch.randn(2, 32, generator=draws),
-    }
-    return policy.velocity(x, torch.tensor([0.7, 0.4]), condition).square().mean()
+    draws, device = torch.Generator().manual_seed(0), tiny.device()
+    x = torch.randn(2, *policy.latent_shape(tiny.VIDEO), generator=draws).to(device)
+    text, pooled = (
+        torch.randn(2, *shape, generator=draws).to(device) for shape in ((5, 64), (32,))
+    )
+    t = torch.tensor([0.7, 0.4], device=device)
+    return policy.velocity(x, t, {"text": text, "pooled": pooled}).square().mean()
 
 
 def sharded(world: World, offload: bool = False) -> Policy:
@@ -65,7 +65,7 @@ def sharded(world: World, offload: bool = False) -> Policy:
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
-        name: t.full_tensor() if isinstance(t, DTensor) else t.clone()
+        name: (t.full_tensor() if isinstance(t, DTensor) else t).cpu().clone()
         for name, t in tensors.items()
     }
 

@@ -23,8 +23,6 @@ from fastgrpo.models.loading import streaming
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World, open_world
 
-CPU = torch.device("cpu")
-
 
 def memory(entry: str) -> int:
     """Bytes of an entry of /proc/self/status."""
@@ -33,11 +31,11 @@ def memory(entry: str) -> int:
 
 
 def sharded(folder: Path, world: World) -> HunyuanVideoTransformer3DModel:
-    network = streaming.outline(HunyuanVideoTransformer3DModel, folder, CPU)
+    network = streaming.outline(HunyuanVideoTransformer3DModel, folder, world.device)
     blocks = [*network.transformer_blocks, *network.single_transformer_blocks]
     policy: Any = SimpleNamespace(network=network, blocks=blocks)
     sharding.shard(policy, world, torch.bfloat16)
-    streaming.fill(network, CPU)
+    streaming.fill(network, world.device)
     return network
 
 
@@ -76,7 +74,7 @@ def differing(folder: Path, world: World) -> list[str]:
     return [
         name
         for name, tensor in found.items()
-        if not torch.equal(tensor.full_tensor(), expected[name])
+        if not torch.equal(tensor.full_tensor().cpu(), expected[name])
     ]
 
 
