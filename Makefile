@@ -1,7 +1,7 @@
 # make demo   train the tiny HunyuanVideo with two processes on this machine's CPU, and write a report
 #             (make demo ARGS="section.key=value ..." overrides the recipe)
 # make test   the tests            make test-fast   the tests without tests/system, the whole runs
-# make rehearse   the GPU's path on a CUDA made of the host's memory (docs/guides/rehearsal.md)
+# make rehearse   the GPU's path on a CUDA made of the host's memory (docs/guides/gpu/rehearsal.md)
 # make lint   ruff, formatter, mypy            make venv   only the set-up
 # All set-up happens by itself, in .venv; it needs Python 3.11 or newer and git.
 

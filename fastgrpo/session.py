@@ -125,6 +125,8 @@ def open_session(
     )
     shape = policy.latent_shape(recipe.video)
     grid = policy.time_grid(recipe.rollout.steps, recipe.rollout.shift, shape).to(world.device)
+    steps = recipe.evaluate.steps or recipe.rollout.steps
+    heldout_grid = policy.time_grid(steps, recipe.rollout.shift, shape).to(world.device)
     _check_policy(policy, recipe, grid)
     world.on_main(lambda: prepare_folder(recipe, world))  # not before the recipe has proved itself
     encoded = encode.encode(recipe, world, split)
@@ -144,7 +146,7 @@ def open_session(
         world=world,
         stop=stop,
         training=_training_set(encoded, grid, shape),
-        heldout=_heldout(encoded, policy, recipe, shape),
+        heldout=_heldout(encoded, heldout_grid, shape),
         trainer=trainer,
         scorer=scorer,
         tracker=tracker,
@@ -189,14 +191,15 @@ def _training_set(encoded: Encoded, grid: Tensor, shape: tuple[int, ...]) -> Tra
     return TrainingSet(texts=texts, conditions=conditions, grid=grid, shape=shape)
 
 
-def _heldout(encoded: Encoded, policy: Policy, recipe: Recipe, shape: tuple[int, ...]) -> HeldOut:
-    """The held-out prompts, whose conditions follow the training prompts' in the cache."""
-    steps = recipe.evaluate.steps or recipe.rollout.steps
-    device = next(policy.network.parameters()).device
+def _heldout(encoded: Encoded, grid: Tensor, shape: tuple[int, ...]) -> HeldOut:
+    """The held-out prompts, whose conditions follow the training prompts' in the cache.
+
+    grid: float32 [T + 1], on the rank's device, where offloaded weights are not
+    """
     return HeldOut(
         prompts=[prompt.text for prompt in encoded.heldout],
         conditions=encoded.conditions.part(slice(len(encoded.train), None)),
-        grid=policy.time_grid(steps, recipe.rollout.shift, shape).to(device),
+        grid=grid,
         shape=shape,
     )
 

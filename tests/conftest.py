@@ -13,7 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from fastgrpo.parallel.world import World
 
-if os.environ.get("FASTGRPO_TEST_DEVICE", "cpu") != "cuda":  # see docs/guides/rehearsal.md
+if os.environ.get("FASTGRPO_TEST_DEVICE", "cpu") != "cuda":  # see docs/guides/gpu/rehearsal.md
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU's path is tested, whatever the machine has
 for variable, value in {
     "OMP_NUM_THREADS": "1",  # read when torch is first imported

@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -32,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from fastgrpo.checkpoint import reader
+from fastgrpo.checkpoint import background, reader
 from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import flush, read_json, replace_text, sha256
@@ -169,7 +168,7 @@ class Checkpoints:
         )
         try:
             if self.settings.background:
-                pending.written = _save_behind(state, path.with_suffix(".partial"), self._group)
+                pending.written = background.save(state, path.with_suffix(".partial"), self._group)
                 return problem
             dcp.save(state, checkpoint_id=path.with_suffix(".partial"))
         except CheckpointException as failure:  # a BaseException, raised on every rank
@@ -322,23 +321,6 @@ class Checkpoints:
             damaged = [name for names in self._gather(wrong) for name in names]
             problem = f"{damaged[0]} is not what was written" if damaged else None
         return problem
-
-
-def _save_behind(
-    state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None
-) -> "Future[Any]":
-    """Copy the state to host memory, and write it from there in a thread.
-
-    The writer copies nothing ahead: in its thread that would open the node's first GPU on every
-    rank. torch's own stager is named because a writer that is given would stage itself, with every
-    tensor copied twice.
-    """
-    stager = DefaultStager(StagingOptions(False, False, False, False))
-    writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
-    future = dcp.async_save(state, storage_writer=writer, process_group=group, async_stager=stager)
-    assert isinstance(future, Future)
-    future.add_done_callback(lambda _: stager.close())
-    return future
 
 
 def _cause(failure: CheckpointException) -> str:

@@ -2,7 +2,7 @@
 
 `build.py` compiles rehearsal.cpp; `core.py`, `waits.py`, `device.py`, `memory.py` and `nccl.py` put
 the device in; `jobs.py`, `drive.py`, `compare.py` and `plants.py` run jobs on it. Read
-docs/guides/rehearsal.md first.
+docs/guides/gpu/rehearsal.md first.
 """
 
 
