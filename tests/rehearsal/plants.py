@@ -107,11 +107,15 @@ PLANTS = {
         "refused all_reduce of torch.int16",
         ("rollout.batch_size=auto",),
     ),
-    "one_rank_fails": Plant(
-        "fastgrpo/training/update.py",
-        "        norms.append(trainer.step())\n",
-        "        if world.rank == world.size - 1:\n            raise RuntimeError('planted')\n"
-        "        norms.append(trainer.step())\n",
+    "one_rank_destroys": Plant(
+        "fastgrpo/parallel/world.py",
+        "        yield World(rank=rank, size=size, device=device, mesh=mesh, sp=sp)\n"
+        "    except BaseException as error:\n"
+        "        if dist.get_world_size() == 1 or _raised_on_all_ranks(error):\n",
+        "        if rank == size - 1:\n            raise RuntimeError('planted')\n"
+        "        yield World(rank=rank, size=size, device=device, mesh=mesh, sp=sp)\n"
+        "    except BaseException:\n"
+        "        if True:\n",
         "hang destroy_process_group",
     ),
     "state_pinned_early": Plant(
