@@ -34,7 +34,7 @@ class Plant:
 
 
 MEAN = "    return density.flatten(1).mean(1)\n"
-STEP = "        mean, std = sampler.transition(x, v, t, t_next, plan.eta)\n"
+STEP = "        mean, std = sampler.transition(x, v, t=t, t_next=t_next, eta=plan.eta)\n"
 PLANTS = {
     "mask_on_host": Plant(
         "fastgrpo/algorithm/transitions.py",
