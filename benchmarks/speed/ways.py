@@ -60,15 +60,15 @@ class Ours:
         self.kept = 0
         self.scored: Scored | None = None
         self.collect = session.scorer.collect
-        session.scorer.collect = self._collect  # type: ignore[method-assign, assignment]
+        session.scorer.collect = self._collect  # type: ignore[method-assign]
 
-    def _draw(self, *arguments: Any) -> Any:
-        drawn = draw(*arguments)
+    def _draw(self, *arguments: Any, **named: Any) -> Any:
+        drawn = draw(*arguments, **named)
         self.kept = held_bytes([part for part in drawn if not isinstance(part, Scored)])
         return drawn
 
-    def _collect(self, *arguments: Any) -> Scored:
-        self.scored = self.collect(*arguments)
+    def _collect(self, *arguments: Any, **named: Any) -> Scored:
+        self.scored = self.collect(*arguments, **named)
         return self.scored
 
     def iterate(self) -> dict[str, float]:

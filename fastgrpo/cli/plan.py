@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from fastgrpo.cli.options import add_recipe, positive, recipe_of
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.units import GIB
-from fastgrpo.training import methods
 
 if TYPE_CHECKING:
     from fastgrpo.tools.plan.costs.compute import Job
@@ -220,6 +219,8 @@ def _alone(job: "Job") -> "tuple[Job, list[str]]":
 
     A simulated rank has one copy of the weights.
     """
+    from fastgrpo.training import methods
+
     recipe = job.recipe
     left_out = ["average"] if recipe.optimizer.ema_decay else []
     if methods.traits(recipe).average_draws:
