@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.gpu import report
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.stages import STAGES, Setup, Stage, chosen, run
+from benchmarks.gpu.schedule import STAGES, Setup, Stage, chosen, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +109,7 @@ def _child(stage: Stage, setup: Setup) -> int:
     """Run one stage in this process."""
     told = Report(setup.file(stage.name), stage.title)
     with told.attempt(f"stage {stage.letter}"):
-        importlib.import_module(f"benchmarks.gpu.{stage.name}").run(setup, told)
+        importlib.import_module(f"benchmarks.gpu.stages.{stage.name}").run(setup, told)
     told.end()
     return 0
 

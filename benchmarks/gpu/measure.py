@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import report
-from benchmarks.gpu.stages import Setup
+from benchmarks.gpu.schedule import Setup
 
 LEAST_S, MOST = 0.3, 10  # how long and how often a piece of work is repeated
 PEAK_SIDE, SMALL_SIDE = 8192, 512

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 
-from tests.rehearsal import build, compare, drive, jobs, plants
+from tests.rehearsal import compare, drive, jobs, plants
+from tests.rehearsal.cuda import build
 from tests.rehearsal.jobs import Job
 
 

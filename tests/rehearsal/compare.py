@@ -5,8 +5,8 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.rehearsal import causes
-from tests.rehearsal.causes import BAD, Cause
+from tests.rehearsal.cuda import causes
+from tests.rehearsal.cuda.causes import BAD, Cause
 from tests.rehearsal.drive import Outcome
 from tests.rehearsal.jobs import UNPLANTED, Job
 

@@ -56,7 +56,8 @@ def begin() -> None:
 
 def prepare(environment: dict[str, str], plant: str | None, rank: int) -> None:
     """In a forked process, before all else: its environment, its device, its fault."""
-    from tests.rehearsal import core, plants, waits
+    from tests.rehearsal import plants
+    from tests.rehearsal.cuda import core, waits
 
     os.environ.update(environment)
     core.limit_again()

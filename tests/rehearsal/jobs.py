@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests import ROOT
-from tests.harness import launch_files
+from tests.harness.folders import launch_files
 from tests.rehearsal.plants import PLANTS
 
 TINY = (

@@ -13,7 +13,7 @@ TOKEN = "a token of at least sixteen characters"
 def write(kind: str, folder: Path) -> None:
     """Write a tiny random model, weights of a reward, a prompt file, or a token."""
     if kind == "images":
-        from tests.harness.launch_files import with_images
+        from tests.harness.folders.launch_files import with_images
 
         folder.mkdir(parents=True)
         with_images(folder)

@@ -15,7 +15,7 @@ import pytest
 
 from tests import ROOT
 from tests.harness import forks, runs
-from tests.harness.launch_files import LAUNCH, arguments, with_images
+from tests.harness.folders.launch_files import LAUNCH, arguments, with_images
 
 
 def test_every_launch_file_is_tried_here() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import hunyuan, stages
+from benchmarks.gpu import hunyuan, schedule
 from benchmarks.gpu.report import Report, table
-from benchmarks.gpu.stages import STAGES, Setup
+from benchmarks.gpu.schedule import STAGES, Setup
 from benchmarks.plan.check import job
 from benchmarks.speed import ratio_bias
 from fastgrpo.cli import main as cli
@@ -94,7 +94,7 @@ def test_a_cut_stage_and_a_missing_library_are_lines(
     hidden.mkdir()
     (hidden / "diffusers.py").write_text(HIDDEN)
     paths = os.pathsep.join([str(hidden), str(ROOT)])
-    monkeypatch.setattr(stages, "_environment", lambda: os.environ | {"PYTHONPATH": paths})
+    monkeypatch.setattr(schedule, "_environment", lambda: os.environ | {"PYTHONPATH": paths})
     words = ["--small", "--only", "a,f", "--limit", "a=0.05", "--out", str(tmp_path / "out")]
     assert command.main(words) == 1
     done = read(tmp_path / "out")
@@ -110,9 +110,9 @@ def test_a_stage_is_killed_with_what_it_started_and_keeps_its_rows(
 ) -> None:
     setup = Setup(tmp_path, small=True)
     words = [sys.executable, "-c", SLEEPER, str(setup.file("machine"))]
-    monkeypatch.setattr(stages, "command", lambda stage, setup: words)
+    monkeypatch.setattr(schedule, "command", lambda stage, setup: words)
     begun = time.monotonic()
-    found = stages.run(STAGES[0], setup, 5.0)
+    found = schedule.run(STAGES[0], setup, 5.0)
     assert time.monotonic() - begun < 30
     assert found["outcome"] == "cut at 5 s"
     assert found["rows"][0] == {"what": "before", "value": 1.5, "unit": "s", "note": ""}

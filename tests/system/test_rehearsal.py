@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from tests import ROOT
-from tests.harness.launch_files import LAUNCH
-from tests.rehearsal import build, compare, jobs
-from tests.rehearsal.causes import Cause
+from tests.harness.folders.launch_files import LAUNCH
+from tests.rehearsal import compare, jobs
+from tests.rehearsal.cuda import build
+from tests.rehearsal.cuda.causes import Cause
 from tests.rehearsal.plants import PLANTS
 
 obstacle = build.obstacle()

@@ -28,7 +28,7 @@ class _Torch(importlib.abc.MetaPathFinder):
         run = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            importlib.import_module("tests.rehearsal.core")  # before torch asks for CUDA
+            importlib.import_module("tests.rehearsal.cuda.core")  # before torch asks for CUDA
             run(module)
             importlib.import_module("tests.rehearsal").install()
 

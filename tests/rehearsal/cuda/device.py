@@ -12,7 +12,7 @@ from typing import Any, Self, Union
 
 import torch
 
-from tests.rehearsal import core, waits
+from tests.rehearsal.cuda import core, waits
 
 DeviceLike = Union[torch.device, int, str, None]  # noqa: UP007  # evaluated
 LAG_S = float(os.environ.get("REHEARSAL_LAG_S", "0.02"))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.gpu import measure
 from benchmarks.gpu.hunyuan import randomize
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.stages import Setup
+from benchmarks.gpu.schedule import Setup
 
 QWEN = {
     "hidden_size": 1536,

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.gpu import hunyuan, measure
 from benchmarks.gpu.hunyuan import Call, Size
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.stages import Setup
+from benchmarks.gpu.schedule import Setup
 
 GROUPS = (1, 2, 4)
 KERNELS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")

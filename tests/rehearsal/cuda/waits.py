@@ -13,10 +13,10 @@ from pathlib import Path
 from types import FrameType
 
 from tests import ROOT
-from tests.rehearsal import core
-from tests.rehearsal.causes import Cause
+from tests.rehearsal.cuda import core
+from tests.rehearsal.cuda.causes import Cause
 
-OWN = str(Path(__file__).parent)
+OWN = str(Path(__file__).parent.parent)
 
 counts: Counter[Cause] = Counter()
 lock = threading.RLock()

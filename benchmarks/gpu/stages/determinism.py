@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu import hunyuan, measure
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.stages import Setup
+from benchmarks.gpu.schedule import Setup
 
 KERNELS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 REPEATS = 4

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import ROOT
 from benchmarks.gpu import measure
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.stages import Setup
+from benchmarks.gpu.schedule import Setup
 
 RECIPE = ROOT / "launch" / "t2v_tiny.toml"
 FEW = (

@@ -18,7 +18,7 @@ import torch.distributed.device_mesh as device_mesh
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-from tests.rehearsal import core, waits
+from tests.rehearsal.cuda import core, waits
 
 Call = Callable[..., Any]
 NCCL_TYPES = frozenset(

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from tests.rehearsal import core, waits
-from tests.rehearsal.device import DeviceLike, index_of
+from tests.rehearsal.cuda import core, waits
+from tests.rehearsal.cuda.device import DeviceLike, index_of
 
 
 class Properties:

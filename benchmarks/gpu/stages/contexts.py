@@ -13,9 +13,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from benchmarks import ROOT
-from benchmarks.gpu.demo import COMMON, FEW, RECIPE
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.stages import Setup
+from benchmarks.gpu.schedule import Setup
+from benchmarks.gpu.stages.demo import COMMON, FEW, RECIPE
 
 ASKED = ["nvidia-smi", "--query-compute-apps=gpu_uuid,pid,used_memory", "--format=csv,noheader"]
 EVERY_S, MOST_RANKS = 0.3, 8

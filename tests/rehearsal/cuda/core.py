@@ -3,7 +3,7 @@
 import ctypes
 import os
 
-from tests.rehearsal import build
+from tests.rehearsal.cuda import build
 
 GIB = 2**30
 GPUS = int(os.environ.get("REHEARSAL_GPUS", "8"))

@@ -16,7 +16,7 @@ from benchmarks import ROOT
 from benchmarks.gpu import hunyuan, measure
 from benchmarks.gpu.hunyuan import Size
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.stages import Setup
+from benchmarks.gpu.schedule import Setup
 
 RANK = 32
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")

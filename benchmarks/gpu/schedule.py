@@ -16,13 +16,11 @@ from benchmarks.gpu import report
 
 @dataclass(frozen=True)
 class Stage:
-    """One file of this package."""
+    """One file of stages/."""
 
     letter: str
     name: str
-    share: (
-        float  # of the time, against those of the other stages; seconds where there are 12 minutes
-    )
+    share: float  # of the time, against the other stages' shares; seconds of 12 minutes
     title: str
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu import measure
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.stages import Setup
+from benchmarks.gpu.schedule import Setup
 
 LIBRARIES = (
     "diffusers",

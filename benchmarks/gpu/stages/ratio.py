@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from benchmarks.gpu import measure
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.stages import Setup
+from benchmarks.gpu.schedule import Setup
 
 WIDTH, LATENT, STEPS = 768, (5, 32, 32), (0, 12, 23)
 SMALL_WIDTH, SMALL_LATENT, SMALL_STEPS = 64, (1, 4, 4), (23,)
