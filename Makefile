@@ -1,6 +1,6 @@
 # make demo   train the tiny HunyuanVideo with two processes on this machine's CPU, and write a report
 #             (make demo ARGS="section.key=value ..." overrides the recipe)
-# make test   the tests            make test-fast   the tests without tests/system, the whole runs
+# make test   the tests            make test-fast   without whole runs and slow tests
 # make rehearse   the GPU's path on a CUDA made of the host's memory (docs/guides/gpu/rehearsal.md)
 # make lint   ruff, formatter, mypy            make venv   only the set-up
 # All set-up happens by itself, in .venv; it needs Python 3.11 or newer and git.
@@ -25,7 +25,7 @@ test: $(READY)
 	$(BIN)/pytest $(PYTEST)
 
 test-fast: $(READY)
-	$(BIN)/pytest $(PYTEST) --ignore=tests/system
+	$(BIN)/pytest $(PYTEST) --ignore=tests/system -m "not slow"
 
 rehearse: $(READY)
 	$(BIN)/python -m tests.rehearsal $(JOBS)

@@ -479,6 +479,7 @@ def write_marked(file: Path, part: dict[str, Tensor]) -> None:
                 out.write(struct.pack("<f", row + 1))
 
 
+@pytest.mark.slow
 def test_a_rank_never_holds_more_than_its_shard(folders: dict[str, Path], tmp_path: Path) -> None:
     """Acceptance of the cluster issue: below 1.2 times the shard plus one tensor, two real ranks, 2
     GB in 11 parts.

@@ -32,6 +32,7 @@ def test_a_world_has_exact_kernels_and_gives_the_settings_back(
     assert flags() == before
 
 
+@pytest.mark.slow
 def test_a_deterministic_run_ends_with_the_weights_of_any_other(tmp_path: Path) -> None:
     """On the CPU every kernel in use is deterministic, which the key proves: it refuses others."""
     for name in ("plain", "deterministic"):

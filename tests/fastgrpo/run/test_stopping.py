@@ -49,6 +49,7 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("checkpoints/step-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_stopped_at_each_kind_of_moment_and_resumed_is_bit_for_bit_the_undisturbed_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

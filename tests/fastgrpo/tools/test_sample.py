@@ -76,6 +76,7 @@ def only(folder: Path) -> bytes:
     return (folder / entry["file"]).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_ranks_write_the_files_of_one(run: Path, three: Path, tmp_path: Path) -> None:
     command = ["sample", str(run), "--out", str(tmp_path / "two"), *THREE, "--against-base"]
     result = forks.run("fastgrpo.cli", command, ranks=2)

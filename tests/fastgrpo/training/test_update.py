@@ -101,6 +101,7 @@ def test_gradient_equals_plain_autograd_of_the_objective(
     assert_gradients_equal(trainer.gradients[0], expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_one_and_two_ranks_and_any_batch_size_agree(tmp_path: Path) -> None:
     reference = run(tmp_path / "reference", 1, 4, 8)
     for ranks, rollout_batch, update_batch in ((2, 4, 8), (1, 1, 1), (1, 7, 64), (2, 3, 5)):
