@@ -100,6 +100,7 @@ def stalled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stalled]:
         process.wait(timeout=30)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(150)
 def test_the_slowest_rank_and_its_phase_are_named(stalled: Stalled) -> None:
     calm, slow = stalled.rows
@@ -117,12 +118,14 @@ def test_the_slowest_rank_and_its_phase_are_named(stalled: Stalled) -> None:
     assert calm["seconds_max/rollout"] < SLOW
 
 
+@pytest.mark.slow
 def test_one_line_per_iteration_says_who_was_slow(stalled: Stalled) -> None:
     first, second = [line for line in stalled.out.splitlines() if line.startswith("iteration ")]
     assert first.startswith("iteration 1/3  reward 1.000")
     assert f"slow: rank 1 (node {NODE}) took " in second and "x the median in rollout" in second
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_with_its_phase(stalled: Stalled) -> None:
     assert stalled.told.returncode == 1
     head, first, second, said = stalled.told.stdout.splitlines()
@@ -140,6 +143,7 @@ def test_a_stopped_rank_is_named_with_its_phase(stalled: Stalled) -> None:
     assert "last in decode, iteration 3" in said
 
 
+@pytest.mark.slow
 def test_each_rank_has_a_log_of_its_own(stalled: Stalled) -> None:
     for rank in (0, 1):
         rows = [
@@ -163,6 +167,7 @@ def test_each_rank_has_a_log_of_its_own(stalled: Stalled) -> None:
         assert rows[1]["cpu_seconds"]["rollout"] < 0.5 * SLOW  # asleep
 
 
+@pytest.mark.slow
 def test_memory_has_its_peak_in_the_phase_that_took_it(stalled: Stalled) -> None:
     calm, slow = stalled.rows
     extra = 0.9 * MEMORY_MIB / 1024

@@ -30,6 +30,8 @@ from fastgrpo.training.rollout import Plan
 from tests.harness import forks, runs
 from tests.harness.servers import TOKEN, running
 
+pytestmark = pytest.mark.slow  # a real preflight for every planted fault
+
 EVERYTHING = (
     "folder",
     "weights",
