@@ -66,6 +66,34 @@ def draw(policy: Policy, plan: Plan, conditions: list[Condition], size: int) -> 
         return rollout.draw(policy, plan, conditions, slots, size)
 
 
+def first_ratio(
+    policy: Policy,
+    plan: Plan,
+    drawn: Drawn,
+    conditions: list[Condition],
+    size: int,
+    world: World,
+) -> float:
+    """max |log ratio| of an update in batches of `size`, before its first optimizer step; every
+    step but the last is trained.
+    """
+    kept = torch.ones(len(drawn.slots), dtype=torch.bool)
+    metrics = update(
+        Trainer.create(policy, Optimizer(lr=1e-30, batch_size=size), None),
+        Objective(),
+        Experience(
+            plan=plan,
+            trajectories=drawn.trajectories,
+            conditions=conditions,
+            advantages=kept.float(),
+            selected=kept,
+        ),
+        world,
+    )
+    assert metrics["update/transitions"] == len(drawn.slots) * (len(plan.grid) - 2)
+    return metrics["update/max_log_ratio_first"]
+
+
 def largest_log_ratio(
     policy: Policy, video: Video, conditions: list[Condition], world: World
 ) -> float:
@@ -73,27 +101,13 @@ def largest_log_ratio(
     1, 2 and 3.
     """
     sharding.shard(policy, world, torch.float32)
-    plan, kept = plan_of(policy, video), torch.ones(len(conditions) * GROUP, dtype=torch.bool)
-    largest = 0.0
+    plan, largest = plan_of(policy, video), 0.0
     for rollout_batch, update_batches in ((1, (1, 3)), (2, (2,)), (3, (1, 2, 3))):
         drawn = draw(policy, plan, conditions, rollout_batch)
         assert drawn.final.std() > 0.1
         for update_batch in update_batches:
-            trainer = Trainer.create(policy, Optimizer(lr=1e-30, batch_size=update_batch), None)
-            metrics = update(
-                trainer,
-                Objective(),
-                Experience(
-                    plan=plan,
-                    trajectories=drawn.trajectories,
-                    conditions=conditions,
-                    advantages=kept.float(),
-                    selected=kept,
-                ),
-                world,
-            )
-            assert metrics["update/transitions"] == len(drawn.slots) * (STEPS - 1)
-            largest = max(largest, metrics["update/max_log_ratio_first"])
+            ratio = first_ratio(policy, plan, drawn, conditions, size=update_batch, world=world)
+            largest = max(largest, ratio)
     return largest
 
 

@@ -39,11 +39,10 @@ from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.training.method import Experience
 from fastgrpo.training.rollout import sample_ode
-from fastgrpo.training.trainer import Trainer
 from fastgrpo.training.update import update
 from tests import ROOT
 from tests.harness import tiny
-from tests.harness.backbone import changed, draw, plan_of
+from tests.harness.backbone import changed, draw, first_ratio, plan_of
 
 FOLDER = ROOT / "data" / "tiny_hunyuan_video"
 PROMPTS = ["a red circle moves left slowly", "watch as one blue square glides upwards quickly"]
@@ -266,24 +265,11 @@ def test_guided_ratio_is_one_for_any_batch_size(
     policy = guided(negatives["longer"])
     sharding.shard(policy, world, torch.float32)
     plan = plan_of(policy, SHORT, steps=STEPS)
-    kept = torch.ones(2 * GROUP, dtype=torch.bool)
     for rollout_batch, update_batch in ((1, 3), (2, 1), (3, 2)):
         drawn = draw(policy, plan, conditions, rollout_batch)
-        trainer = Trainer.create(policy, Optimizer(lr=1e-30, batch_size=update_batch), None)
-        metrics = update(
-            trainer,
-            Objective(),
-            Experience(
-                plan=plan,
-                trajectories=drawn.trajectories,
-                conditions=conditions,
-                advantages=kept.float(),
-                selected=kept,
-            ),
-            world,
-        )
-        assert metrics["update/transitions"] == 2 * GROUP * (STEPS - 1)
-        assert metrics["update/max_log_ratio_first"] <= 1e-6, (rollout_batch, update_batch)
+        assert len(drawn.slots) == 2 * GROUP and len(plan.grid) == STEPS + 1
+        ratio = first_ratio(policy, plan, drawn, conditions, size=update_batch, world=world)
+        assert ratio <= 1e-6, (rollout_batch, update_batch)
 
 
 def test_guided_gradient_equals_plain_autograd_of_the_objective(

@@ -24,12 +24,11 @@ from fastgrpo.models.stable_diffusion import Schedule, StableDiffusion, blocks
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.training.method import Experience
-from fastgrpo.training.rollout import Drawn, Plan, sample_ode
-from fastgrpo.training.trainer import Trainer
+from fastgrpo.training.rollout import sample_ode
 from fastgrpo.training.update import update
 from tests import GOLDENS
 from tests.harness import tiny
-from tests.harness.backbone import CONFIGS, draw, plan_of
+from tests.harness.backbone import CONFIGS, draw, first_ratio, plan_of
 from tests.harness.folders import stable_diffusion as files
 
 CPU = torch.device("cpu")
@@ -253,33 +252,6 @@ def test_the_noise_never_exceeds_its_share(folder: Path, steps: int) -> None:
     x = torch.zeros(1, 4, 1, 2, 2)
     with pytest.raises(UserError, match=r"rollout.eta=1.2: .*use at most 1"):
         policy.transition(x, v=x, t=torch.tensor(0.5), t_next=torch.tensor(0.3), eta=1.2)
-
-
-def first_ratio(
-    policy: StableDiffusion,
-    plan: Plan,
-    drawn: Drawn,
-    conditions: list[Condition],
-    size: int,
-    world: World,
-) -> float:
-    """max |log ratio| of an update over every trainable step, before its first optimizer step."""
-    trainer = Trainer.create(policy, Optimizer(lr=1e-30, batch_size=size), None)
-    kept = torch.ones(len(drawn.slots), dtype=torch.bool)
-    metrics = update(
-        trainer,
-        Objective(),
-        Experience(
-            plan=plan,
-            trajectories=drawn.trajectories,
-            conditions=conditions,
-            advantages=kept.float(),
-            selected=kept,
-        ),
-        world,
-    )
-    assert metrics["update/transitions"] == len(drawn.slots) * (STEPS - 1)
-    return metrics["update/max_log_ratio_first"]
 
 
 @pytest.mark.parametrize("cfg", [1.0, 5.0])
