@@ -15,7 +15,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
 from tests.harness.folders import stable_diffusion, t5
 
@@ -69,16 +69,7 @@ def write(folder: Path, guidance_embeds: bool = True) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         words, pieces = stable_diffusion.tokenizer(), t5.tokenizer(LONGEST)
-        clip = CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=POOLED,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-            pad_token_id=words.pad_token_id,
-        )
+        clip = stable_diffusion.clip_config(words, POOLED)
         network = transformer(guidance_embeds)
         with torch.no_grad():
             for name, parameter in network.named_parameters():

@@ -18,7 +18,6 @@ from diffusers import (
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
     LlamaConfig,
@@ -26,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tests.harness.folders.stable_diffusion import clip_config
 from tests.harness.folders.stable_diffusion import tokenizer as clip_tokenizer
 
 CHANNELS = 16  # of the latents, as in the real one
@@ -88,18 +88,7 @@ def llama(vocabulary: int) -> LlamaModel:
 
 
 def clip(words: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=POOLED,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-            pad_token_id=words.pad_token_id,
-        )
-    )
+    return CLIPTextModel(clip_config(words, POOLED, heads=2))
 
 
 def vae() -> AutoencoderKLHunyuanVideo:

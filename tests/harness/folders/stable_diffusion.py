@@ -66,6 +66,20 @@ def vae() -> AutoencoderKL:
     )
 
 
+def clip_config(words: CLIPTokenizer, width: int, heads: int = 4) -> CLIPTextConfig:
+    """A small text encoder for the tokenizer's vocabulary."""
+    return CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+
+
 def write(folder: Path) -> None:
     """Random weights, the same on every call; what text and time do to the prediction is enlarged,
     to be seen.
@@ -73,16 +87,7 @@ def write(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         words = tokenizer()
-        text = CLIPTextConfig(
-            vocab_size=len(words),
-            hidden_size=WIDTH,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-            pad_token_id=words.pad_token_id,
-        )
+        text = clip_config(words, WIDTH)
         network = unet()
         with torch.no_grad():
             for name, parameter in network.named_parameters():
