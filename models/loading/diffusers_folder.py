@@ -139,7 +139,7 @@ def network_folder(settings: Model, part: str) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(
             f"model.network={settings.network}: has no config.json, and no {part}/config.json "
-            "either."
+            "either; name the network's folder in the diffusers layout, or the one above it."
         )
     return folder
 

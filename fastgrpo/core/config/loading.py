@@ -40,7 +40,7 @@ def read_tree(path: Path) -> dict[str, Any]:
             f"recipe={path}: no such file; give the path of a recipe, e.g. launch/t2v_tiny.toml."
         ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"recipe={path}: not a TOML file ({error}).") from None
+        raise UserError(f"recipe={path}: not a TOML file ({error}); correct it there.") from None
     _resolve_paths(tree, path.resolve().parent)
     return tree
 
@@ -105,7 +105,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             node = node.setdefault(key, {})
         if not isinstance(node, dict | list):
             raise UserError(
-                f"override '{override}': '{'.'.join(keys[: depth + 1])}' has no keys below it."
+                f"override '{override}': '{'.'.join(keys[: depth + 1])}' has no keys below it; "
+                "end the name there."
             )
     if isinstance(node, list):
         raise UserError(

@@ -170,7 +170,8 @@ def expected_tensors(config_file: Path) -> dict[str, Tensor]:
     kind = getattr(diffusers, str(settings.get("_class_name")), None)
     if kind is None:
         raise UserError(
-            f"model.path: {config_file} names no diffusers class ({settings.get('_class_name')})."
+            f"model.path: {config_file} names no diffusers class ({settings.get('_class_name')}); "
+            "use a folder that diffusers wrote, or the version of diffusers that did."
         )
     with torch.device("meta"):
         network = kind.from_config(settings)

@@ -91,7 +91,8 @@ def plan(
     methods.check(recipe)
     if gpus > ranks_per_node and gpus % ranks_per_node:
         raise UserError(
-            f"--gpus={gpus}: not a multiple of the {ranks_per_node} of a node (--ranks-per-node)."
+            f"--gpus={gpus}: not a multiple of the {ranks_per_node} of a node; use a multiple, "
+            "or set --ranks-per-node."
         )
     if recipe.rollout.batch_size != "auto":
         return _plan(recipe, gpus=gpus, machine=machine, ranks_per_node=ranks_per_node, text=text)

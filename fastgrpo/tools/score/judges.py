@@ -134,7 +134,7 @@ def _assign(
     for step in (*below, *keys[:-1]):
         node = node.setdefault(step, {})
         if not isinstance(node, dict):
-            raise UserError(f"{option}={text}: '{step}' has no keys below it.")
+            raise UserError(f"{option}={text}: '{step}' has no keys below it; end the name there.")
     node[keys[-1]] = config.read_value(value)
 
 
