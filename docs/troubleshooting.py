@@ -72,7 +72,8 @@ submitted, and each rank's own output in `logs/job-JOB-ATTEMPT/NODE/` below the 
 3. Compare held-out rewards, not training rewards: training draws with noise. `fastgrpo evaluate RUN` gives
    paired differences with intervals.
 4. Read `metrics.jsonl`: `reward/invalid` (clips without a score), `update/clip_fraction` (near 1: the step is
-   too large or rollout and update disagree), `update/max_log_ratio_first` (should be near 0),
+   too large), `update/max_log_ratio_first` (rollout and update: near 0 in float32,
+   [rounding in bfloat16](guides/preflight.md#what-the-ratio-is-made-of)),
    `update/grad_norm` and `update/skipped`.
 5. Samples of a prompt that score alike teach nothing. More noise (`rollout.eta`), more samples per prompt or
    `objective.best_of_n` make groups differ.

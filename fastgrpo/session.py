@@ -181,7 +181,9 @@ def _open_trainer(policy: Policy, recipe: Recipe, world: World, encoded: Encoded
         policy.negative = move(encoded.conditions.negative, world.device)
     needed = methods.needs_initial_policy(recipe)
     reference = initial_policy(recipe, world, policy) if needed else None
-    return Trainer.create(policy, recipe.optimizer, reference, recipe.distributed.offload)
+    trainer = Trainer.create(policy, recipe.optimizer, reference, recipe.distributed.offload)
+    trainer.rounds_by_batch = recipe.model.torch_dtype != torch.float32
+    return trainer
 
 
 def _training_set(encoded: Encoded, grid: Tensor, shape: tuple[int, ...]) -> TrainingSet:

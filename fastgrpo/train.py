@@ -7,6 +7,7 @@ a run resumes exactly.
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from fastgrpo.checkpoint.provenance import record_provenance
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
-from fastgrpo.core.policy import Condition
 from fastgrpo.core.processes import OneRankError, rank
 from fastgrpo.data import video
 from fastgrpo.parallel import sharding
@@ -109,13 +109,13 @@ def iterate(session: Session) -> None:
     plan = methods.of(objective.kind).plan(session.training.plan(recipe, iteration))
 
     # 2. trajectories of the current policy, and their rewards
-    trajectories, scored = draw(
-        session,
-        plan=plan,
-        texts=texts,
+    dealing = Dealing(
         conditions=conditions,
-        watch=watch,
+        group_size=group,
+        batch_size=recipe.rollout.at_once,
+        world=session.world,
     )
+    trajectories, scored = draw(session, plan=plan, texts=texts, dealing=dealing, watch=watch)
     check_validity(recipe, scored, iteration)
 
     # 3. advantages within each prompt's group, summed over rewards
@@ -137,6 +137,7 @@ def iterate(session: Session) -> None:
         trajectories={slot: own for slot, own in trajectories.items() if selected[slot]},
         advantages=advantages,
         selected=selected,
+        batch_sizes=dealing.batch_sizes(),
     )
     del trajectories  # what was not selected goes now
     metrics = update(
@@ -157,27 +158,22 @@ def iterate(session: Session) -> None:
 
 
 def draw(
-    session: Session, plan: Plan, texts: list[str], conditions: list[Condition], watch: Stopwatch
+    session: Session, plan: Plan, texts: list[str], dealing: Dealing, watch: Stopwatch
 ) -> tuple[dict[int, Trajectory], Scored]:
     """Roll out in batches; each batch is scored while the next is drawn.
 
     returns this rank's trajectories by slot, and all ranks' scores
     """
-    recipe, world, policy = session.recipe, session.world, session.policy
+    recipe, policy, world = session.recipe, session.policy, session.world
+    conditions = dealing.conditions
     method, poll_before = methods.of(recipe.objective.kind), session.stop.poll_before
-    network, dtype = policy.network, recipe.model.torch_dtype
+    network, dtype, arriving = policy.network, recipe.model.torch_dtype, session.scorer.arriving
     trajectories: dict[int, Trajectory] = {}
     with (
         method.drawing_weights(session.trainer),
-        sharding.rollout_weights(network, recipe.distributed, dtype, world) as whole,
+        sharding.rollout_weights(network, recipe.distributed, dtype, world, arriving) as whole,
     ):
-        dealing = Dealing(
-            conditions=conditions,
-            group_size=plan.group_size,
-            batch_size=recipe.rollout.at_once,
-            world=world,
-            lockstep=not whole,
-        )
+        dealing = replace(dealing, lockstep=not whole)
         prefixes: dict[int, SharedPrefix] = {}
         rounds = poll_before(dealing.prefix_rounds() if plan.shared_noise else ())
         for prompts, _ in watch.pieces(rounds, "rollout", then="rollout"):

@@ -23,14 +23,8 @@ fail() { # where=value, what is wrong and what to do; the exit code of a user's 
     exit 2
 }
 
-gpus() {
-    local visible=${CUDA_VISIBLE_DEVICES-unset} listed
-    listed=$(nvidia-smi --list-gpus 2>/dev/null | grep -c "^GPU") || listed=0
-    case $visible in
-        unset) echo "$listed" ;;
-        "" | -1) echo 0 ;;
-        *) visible=${visible//[^,]/}; echo $((listed == 0 ? 0 : ${#visible} + 1)) ;;
-    esac
+gpus() { # as torch counts them: a container may lack nvidia-smi, and CUDA_VISIBLE_DEVICES may hold UUIDs or MIG parts
+    "$python" -c "import torch; print(torch.cuda.device_count())" 2>/dev/null || echo 0
 }
 
 file=$(realpath "$1")

@@ -227,7 +227,7 @@ class Flux:
         vae: Any = self.vae
         vae.use_tiling = max(x.shape[-2:]) > TILED_ABOVE
         latents = (x / vae.config.scaling_factor + vae.config.shift_factor).squeeze(2).to(vae.dtype)
-        parts = latents.split(self.decode_batch or len(x))
+        parts = latents.split(self.decode_batch or diffusers_folder.images_at_once(vae, latents))
         return torch.cat(
             [diffusers_folder.to_pixels(vae.decode(part).sample.unsqueeze(2)) for part in parts]
         )

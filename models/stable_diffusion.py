@@ -242,7 +242,7 @@ class StableDiffusion:
         """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
         vae: Any = self.vae
         latents = (x / vae.config.scaling_factor).squeeze(2).to(vae.dtype)
-        parts = latents.split(self.decode_batch or len(x))
+        parts = latents.split(self.decode_batch or diffusers_folder.images_at_once(vae, latents))
         return torch.cat(
             [diffusers_folder.to_pixels(vae.decode(part).sample.unsqueeze(2)) for part in parts]
         )

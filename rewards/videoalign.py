@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.core.config import RewardSpec, Section
 from fastgrpo.core.errors import UserError
@@ -134,9 +134,9 @@ class VideoAlign(Reward):
             return list(range(frames))
         return frame_indices(frames, fps, self.settings.fps)
 
-    def to(self, device: torch.device) -> None:
-        """Move the weights, to give a device's memory back or to score again."""
-        self.network.to(device)
+    def modules(self) -> Sequence[nn.Module]:
+        """The network."""
+        return (self.network,)
 
     def _prepare(self, clip: Tensor, prompt: str, fps: float) -> Input | None:
         """A clip and its prompt as the network's input. None: the prompt does not fit.

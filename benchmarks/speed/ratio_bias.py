@@ -13,8 +13,9 @@ the project's own velocity, transition and log-probability. On a GPU the kernels
 A CPU rounds alike in any batch; there "another kernel" is emulated as split-K: the inner dimension
 of every product is summed in two parts in float32, in the other order, and rounded once.
 
-"before": the old log-probability is the rollout's. "after": in the first optimizer step it is the
-update's own, so that an unchanged policy has ratio 1 exactly.
+"before": the old log-probability is the rollout's. "after": it is the update's own, as in the first
+optimizer step and for all that was drawn in batches of another size (fastgrpo/training/update.py),
+so that an unchanged policy has ratio 1 exactly.
 """
 
 import argparse

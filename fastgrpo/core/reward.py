@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from fastgrpo.core.config import RewardSpec
 
@@ -92,8 +91,9 @@ class Reward(ABC):
         """
         return None
 
-    def to(self, device: torch.device) -> None:  # noqa: B027  # a reward without weights has nothing to move
-        """Move the weights, so that a GPU that is shared has their memory between phases."""
+    def modules(self) -> Sequence[nn.Module]:
+        """The networks, whose weights leave a GPU that is shared between phases."""
+        return ()
 
 
 class RewardWrapper(Reward):
@@ -113,6 +113,6 @@ class RewardWrapper(Reward):
         """Indices of the frames that the inner reward looks at. None: all of them."""
         return self.reward.frames_used(frames, fps)
 
-    def to(self, device: torch.device) -> None:
-        """Move the inner reward's weights."""
-        self.reward.to(device)
+    def modules(self) -> Sequence[nn.Module]:
+        """The inner reward's networks."""
+        return self.reward.modules()

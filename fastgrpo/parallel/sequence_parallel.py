@@ -19,7 +19,7 @@ respect to its own copy of the weights, and FSDP's mean over the ranks is the de
 loss, without any scaling.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,17 +84,18 @@ class _Gather(torch.autograd.Function):
         return parts.reshape(len(sizes), own, *grads[0].shape[1:]).sum(0), None, None
 
 
-def tokens_to_heads(x: Tensor, tokens: int, sp: Group) -> Tensor:
-    """Exchange this rank's tokens of all heads for all tokens of this rank's heads.
+def tokens_to_heads(parts: Sequence[Tensor], tokens: int, sp: Group) -> tuple[Tensor, ...]:
+    """Exchange this rank's tokens of all heads for all tokens of this rank's heads, all at once.
 
-    x: [B, n, H, D], n = this rank's part of `tokens`;  returns [B, tokens, H / P, D]
+    parts: queries, keys and values, [B, n, H, D] each, n = this rank's part of `tokens`
+    returns [B, tokens, H / P, D] each, views of what one exchange brought
     """
-    own = x.shape[1]
-    rows = rearrange(x, "b n (p h) d -> (p n) b h d", p=sp.size)
+    own = parts[0].shape[1]
+    rows = torch.cat([rearrange(x, "b n (p h) d -> (p n) b h d", p=sp.size) for x in parts], -1)
     give, take = [own] * sp.size, sp.sizes(tokens)
     received = _AllToAll.apply(rows, give, take, sp.group)  # type: ignore[no-untyped-call]
     assert isinstance(received, Tensor)
-    return received.transpose(0, 1)
+    return received.transpose(0, 1).split([x.shape[-1] for x in parts], -1)
 
 
 def heads_to_tokens(x: Tensor, tokens: int, sp: Group) -> Tensor:
@@ -179,18 +180,26 @@ class Layout:
         sp, first = self.sp, text.start == 0
         heads = sp.part(q.shape[2])
 
-        def exchange(x: Tensor) -> Tensor:
-            """[B, n + L, H, D] to [B, N + L, H / P, D], this rank's heads of all tokens."""
-            own_text = x[:, text, heads.start : heads.stop]
-            video = x[:, text.stop :] if first else x[:, : text.start]
-            both = [tokens_to_heads(video, self.video, sp), own_text]
+        def video_of(x: Tensor) -> Tensor:
+            """[B, n + L, H, D] to [B, n, H, D]."""
+            return x[:, text.stop :] if first else x[:, : text.start]
+
+        def with_text(video: Tensor, x: Tensor) -> Tensor:
+            """[B, N, H / P, D] to [B, N + L, H / P, D], this rank's heads of all tokens."""
+            both = [video, x[:, text, heads.start : heads.stop]]
             return torch.cat(both[::-1] if first else both, 1)
 
-        out = dispatch_attention_fn(exchange(q), exchange(k), exchange(v), backend=backend)
+        own = (q, k, v)
+        videos = tokens_to_heads([video_of(x) for x in own], self.video, sp)
+        q, k, v = (with_text(video, x) for video, x in zip(videos, own, strict=True))
+        out = dispatch_attention_fn(q, k, v, backend=backend)
         length = text.stop - text.start
         about_text = out[:, :length] if first else out[:, self.video :]
         about_video = out[:, length:] if first else out[:, : self.video]
-        both = [heads_to_tokens(about_video, self.video, sp), gather(about_text, 2, q.shape[2], sp)]
+        both = [
+            heads_to_tokens(about_video, self.video, sp),
+            gather(about_text, 2, own[0].shape[2], sp),
+        ]
         return torch.cat(both[::-1] if first else both, 1)
 
 

@@ -60,15 +60,18 @@ def rollout_weights(
     settings: Distributed,
     dtype: torch.dtype,
     world: World,
+    arriving: int = 0,
 ) -> Iterator[bool]:
     """Hold the weights as the recipe says for the rollout.  gives whether each rank has all of them
 
     Otherwise every forward gathers block by block, and all ranks must run the same number of
     forwards.
+
+    arriving: bytes that others, the rewards, will bring to this rank's GPU meanwhile
     """
     whole = settings.rollout_weights == "gathered"
     if settings.rollout_weights == "auto":
-        whole = _whole_weights_fit(network, dtype, world)
+        whole = _whole_weights_fit(network, dtype, world, arriving)
     if not whole:
         try:
             yield False
@@ -81,12 +84,13 @@ def rollout_weights(
         yield True
 
 
-def _whole_weights_fit(network: nn.Module, dtype: torch.dtype, world: World) -> bool:
+def _whole_weights_fit(network: nn.Module, dtype: torch.dtype, world: World, arriving: int) -> bool:
     """Whether every rank has room for the whole weights, and half as much for activations."""
     if world.device.type != "cuda":
         return True
     needed = sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
-    fits = torch.tensor(float(1.5 * needed < free_memory(world.device)), device=world.device)
+    room = free_memory(world.device) - arriving
+    fits = torch.tensor(float(1.5 * needed < room), device=world.device)
     dist.all_reduce(fits, dist.ReduceOp.MIN)
     return bool(fits)
 

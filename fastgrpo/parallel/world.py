@@ -170,8 +170,20 @@ def open_world(settings: Distributed | None = None, deterministic: bool = False)
     """
     die_with_torchrun()
     interface.choose()
+    _choose_allocator()
     with _kernels(deterministic):
         yield from _joined(settings)
+
+
+def _choose_allocator() -> None:
+    """Let the GPU's allocator grow its segments, unless the user has chosen otherwise.
+
+    The rollout's whole weights, 26 GB of HunyuanVideo, come and go each iteration beside blocks of
+    other sizes; in segments that cannot grow, the room between them is lost. Read by PyTorch when
+    the GPU is first used.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """The protocol of a training method: how its samples are drawn, and their loss."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -23,6 +23,8 @@ class Experience:
     trajectories: Mapping[int, Trajectory]  # of this rank's selected samples, by slot
     advantages: Tensor  # float32 [N], N = all ranks' samples
     selected: Tensor  # bool [N]: the samples that the update trains
+    batch_sizes: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    """`Dealing.batch_sizes`; a sample that is missing was drawn in batches of unknown size."""
 
     def on(self, device: torch.device) -> "Experience":
         """The same experience with its advantages on the device."""
@@ -45,6 +47,7 @@ class Batch:
     x: Tensor  # [B, C, F, H, W] float32: the states before the steps
     v: Tensor  # [B, C, F, H, W] float32: the trained policy's prediction, with its gradient
     v_reference: Tensor | None  # [B, C, F, H, W] float32: the initial policy's, without gradient
+    first: bool = False  # the trained policy is still the one that drew the transitions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,21 @@ class Losses:
     outside: Tensor  # bool [B]: outside the region that the objective trusts
     kl: Tensor  # distance from the initial policy
     log_ratio: Tensor  # log-probability under the trained policy, less that under the old policy
+    drawn_log_ratio: Tensor  # the same, less the rollout's log-probability
+    drawn_outside: Tensor  # bool [B]: `outside` by the rollout's values
+
+
+class LossesOf(Protocol):
+    """A function from a micro-batch to its losses, made once per update."""
+
+    def __call__(self, batch: Batch) -> Losses:
+        """The losses of a micro-batch's transitions."""
+
+    def evaluate_old(self, batch: Batch) -> None:
+        """Take the batch's predictions for the old policy's, in place of the rollout's.
+
+        Called before the first optimizer step, for micro-batches of later ones.
+        """
 
 
 class Method(Protocol):
@@ -91,8 +109,8 @@ class Method(Protocol):
         policy: Policy,
         experience: Experience,
         objective: Objective,
-    ) -> Callable[[Batch], Losses]:
-        """A function from a micro-batch to its losses, made once per update."""
+    ) -> LossesOf:
+        """The losses of an update's micro-batches."""
 
     def zero_advantage_teaches(self, objective: Objective) -> bool:
         """Whether a sample of advantage 0 has a gradient; otherwise the update skips it."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -95,13 +95,16 @@ class TransitionLosses:
     def __call__(self, batch: Batch) -> Losses:
         """Score the batch's transitions."""
         plan, objective = self.experience.plan, self.objective
-        t = torch.stack([plan.grid[step] for _, step in batch.transitions])
-        t_next = torch.stack([plan.grid[step + 1] for _, step in batch.transitions])
-        terms = self._terms(batch, t, t_next)
+        drawn = self._terms(batch)
+        terms = drawn
+        if batch.first:  # the same policy, whatever rounding says
+            own = {"old_log_prob": drawn.log_prob.detach(), "old_mean": drawn.mean.detach()}
+            terms = replace(drawn, **own)
         weights = torch.stack([self.step_weights[step] for _, step in batch.transitions])
         loss = weights * self.method.loss(terms, objective)
         kl = torch.zeros_like(loss)
         if batch.v_reference is not None:
+            t, t_next = self._times(batch)
             reference_mean, _ = self.sampler.transition(
                 batch.x,
                 v=batch.v_reference,
@@ -116,27 +119,58 @@ class TransitionLosses:
             outside=self.method.outside(terms, objective),
             kl=kl,
             log_ratio=terms.log_prob - terms.old_log_prob,
+            drawn_log_ratio=drawn.log_prob - drawn.old_log_prob,
+            drawn_outside=self.method.outside(drawn, objective),
         )
 
-    def _terms(self, batch: Batch, t: Tensor, t_next: Tensor) -> Terms:
-        """The transitions under the trained and the old policy.  t, t_next: [B]"""
+    def evaluate_old(self, batch: Batch) -> None:
+        """Take the batch's predictions for the old policy's, in place of the rollout's."""
+        terms = self._terms(batch)
+        for row, (slot, step) in enumerate(batch.transitions):
+            trajectory = self.experience.trajectories[slot]
+            trajectory.log_probs[step] = terms.log_prob[row].clone()
+            if self.method.needs_old_mean:
+                trajectory.means[step] = rollout.stored(terms.mean[row], self.experience.plan)
+
+    def _times(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The times before and after the batch's steps, each [B]."""
+        grid = self.experience.plan.grid
+        t = torch.stack([grid[step] for _, step in batch.transitions])
+        return t, torch.stack([grid[step + 1] for _, step in batch.transitions])
+
+    def _terms(self, batch: Batch) -> Terms:
+        """The transitions under the trained and the old policy."""
         plan, trajectories = self.experience.plan, self.experience.trajectories
-        transitions = batch.transitions
+        transitions, (t, t_next) = batch.transitions, self._times(batch)
         states = [trajectories[slot].states[step + 1] for slot, step in transitions]
         x_next = self.experience.stacked(states)
         mean, std = self.sampler.transition(batch.x, batch.v, t=t, t_next=t_next, eta=plan.eta)
-        old_mean = mean.detach()
-        if self.method.needs_old_mean:  # x_next less its noise, which is keyed
-            device = plan.grid.device
-            injected = [plan.step_noise([slot], step, device) for slot, step in transitions]
-            old_mean = x_next - std.detach() * torch.cat(injected)
         log_probs = [trajectories[slot].log_probs[step] for slot, step in transitions]
         return Terms(
             log_prob=self.sampler.log_prob(x_next, mean, std),
             old_log_prob=self.experience.stacked(log_probs),
             mean=mean,
-            old_mean=old_mean,
+            old_mean=self._old_mean(transitions, x_next, mean, std),
             std=std,
             advantage=torch.stack([self.experience.advantages[slot] for slot, _ in transitions]),
             dt=t - t_next,
         )
+
+    def _old_mean(
+        self, transitions: Sequence[tuple[int, int]], x_next: Tensor, mean: Tensor, std: Tensor
+    ) -> Tensor:
+        """The old policy's mean: as the update evaluated it, else x_next less its keyed noise.
+
+        x_next, mean: [B, C, F, H, W] float32;  std: a scalar or [B, 1, ...];  returns like mean
+        """
+        if not self.method.needs_old_mean:
+            return mean.detach()
+        plan, std = self.experience.plan, std.detach().expand(len(mean), *[1] * (mean.ndim - 1))
+        means = []
+        for row, (slot, step) in enumerate(transitions):
+            evaluated = self.experience.trajectories[slot].means.get(step)
+            if evaluated is None:
+                injected = plan.step_noise([slot], step, plan.grid.device)[0]
+                evaluated = x_next[row] - std[row] * injected
+            means.append(evaluated)
+        return self.experience.stacked(means)

@@ -96,6 +96,8 @@ class Trajectory:
     """Before and after each chosen step: x [C, F, H, W] float32."""
     log_probs: dict[int, Tensor] = field(default_factory=dict)
     """For each chosen step: float32 scalar."""
+    means: dict[int, Tensor] = field(default_factory=dict)
+    """For steps whose old mean the update evaluated itself: [C, F, H, W] float32."""
     velocities: dict[int, Tensor] = field(default_factory=dict)
     """For each chosen step, for nft alone: the old policy's, [C, F, H, W] float32."""
 
@@ -135,7 +137,7 @@ class Dealing:
     group_size: int
     batch_size: int  # samples per forward
     world: World
-    lockstep: bool
+    lockstep: bool = False
     """Every forward is a collective, since the weights are sharded: a group with fewer batches
     repeats its last one until it has run as many as the others.
     """
@@ -147,23 +149,36 @@ class Dealing:
 
     def rounds(self) -> Iterator[Round]:
         """The batches of this rank's group, each with whether its result counts."""
-
-        def of_group(group: int) -> list[list[int]]:
-            share = self.world.share(self.total, group)
-            return list(batches(share, self.conditions, self.group_size, self.batch_size))
-
-        return self._in_step(of_group)
+        return self._in_step(self.samples_of)
 
     def prefix_rounds(self) -> Iterator[Round]:
         """The batches of this rank's group's prompts for `shared_prefixes`, like `rounds`."""
+        return self._in_step(self.prompts_of)
 
-        def of_group(group: int) -> list[list[int]]:
-            share = self.world.share(self.total, group)
-            end = -(-share.stop // self.group_size) if share else 0
-            prompts = range(share.start // self.group_size, end)
-            return list(batches(prompts, self.conditions, 1, self.batch_size))
+    def batch_sizes(self) -> dict[int, tuple[int, int]]:
+        """How many rows the network saw at once, by slot, of all ranks.
 
-        return self._in_step(of_group)
+        returns (rows beside the prompt's shared state, rows beside the sample's own states)
+        """
+        sizes: dict[int, tuple[int, int]] = {}
+        for group in range(self.world.groups):
+            of_prompt = {p: len(batch) for batch in self.prompts_of(group) for p in batch}
+            for batch in self.samples_of(group):
+                for slot in batch:
+                    sizes[slot] = of_prompt[slot // self.group_size], len(batch)
+        return sizes
+
+    def samples_of(self, group: int) -> list[list[int]]:
+        """A group of ranks' samples in batches."""
+        share = self.world.share(self.total, group)
+        return list(batches(share, self.conditions, self.group_size, self.batch_size))
+
+    def prompts_of(self, group: int) -> list[list[int]]:
+        """A group of ranks' prompts in batches."""
+        share = self.world.share(self.total, group)
+        end = -(-share.stop // self.group_size) if share else 0
+        prompts = range(share.start // self.group_size, end)
+        return list(batches(prompts, self.conditions, 1, self.batch_size))
 
     def _in_step(self, of_group: Callable[[int], list[list[int]]]) -> Iterator[Round]:
         own = of_group(self.world.group)

@@ -22,6 +22,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     settings: Optimizer
     reference: Reference | None = None  # the initial policy, for the KL term
+    rounds_by_batch: bool = False  # bfloat16: kernels round batches of other sizes otherwise
     ema: dict[str, Tensor] = field(default_factory=dict)
     updates: int = 0  # optimizer steps taken
     skipped: int = 0  # optimizer steps left out for non-finite gradients

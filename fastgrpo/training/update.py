@@ -5,6 +5,16 @@ equal, so that one forward and backward serves all their transitions. Samples of
 as those of a group with equal rewards, count in the objective's mean and are not evaluated.
 Micro-batches mix samples and steps but not text lengths. Every rank runs the same number of
 micro-batches, the missing ones with a loss of zero, so that collectives stay in step.
+
+The ratio compares a log-probability with that of the policy that drew the sample. bfloat16 kernels
+round batches of other sizes otherwise, which biases log r by -mean(z^2) / 2 where z is the
+difference of the means over the step's std: the average over a clip does not remove it, and beyond
+the clip range nothing is learned from a negative advantage (benchmarks/speed/ratio_bias.py). So:
+
+- in the first optimizer step, where the policies are the same, the old log-probability is the
+  update's own: the ratio is 1 exactly. The difference from the rollout's is a metric;
+- for the later steps it is the rollout's, where the network saw as many rows at once. In bfloat16
+  the other micro-batches are evaluated before the first step, as they will be in the update.
 """
 
 import math
@@ -33,14 +43,16 @@ class Totals:
     """Sums over transitions, kept on the device so that micro-batches do not wait for it."""
 
     values: Tensor  # float64 [4]: loss, clipped transitions, transitions, KL
+    drawn: Tensor  # float64 [2], of the first optimizer step: see `add_drawn`
     max_log_ratio: Tensor  # scalar
-    max_log_ratio_first: Tensor  # scalar, of the first optimizer step's unchanged policy: about 0
+    max_log_ratio_first: Tensor  # scalar, of the first step's policy and the rollout's: about 0
 
     @classmethod
     def zeros(cls, device: torch.device) -> "Totals":
         """The sums of no transitions."""
         zero = torch.zeros((), device=device)
-        return cls(torch.zeros(4, dtype=torch.float64, device=device), zero, zero)
+        values, drawn = (torch.zeros(n, dtype=torch.float64, device=device) for n in (4, 2))
+        return cls(values, drawn, zero, zero)
 
     @torch.no_grad()
     def add(self, losses: Losses) -> None:
@@ -49,6 +61,35 @@ class Totals:
         sums = [value.sum() for value in (losses.loss, losses.outside, count, losses.kl)]
         self.values += torch.stack([value.double() for value in sums])
         self.max_log_ratio = torch.maximum(self.max_log_ratio, losses.log_ratio.abs().max())
+
+    @torch.no_grad()
+    def add_drawn(self, losses: Losses, alike: Sequence[bool]) -> None:
+        """Count the transitions of the first optimizer step as the rollout's log-probability would.
+
+        Shares are of transitions that were drawn in batches of this size, as those are whose old
+        log-probability in a later step is the rollout's.
+
+        alike: [B], whether the network saw as many rows at once when it drew the transition
+        """
+        rows = [row for row, same in enumerate(alike) if same]
+        outside = sum(
+            (losses.drawn_outside[row].double() for row in rows), self.drawn.new_zeros(())
+        )
+        self.drawn += torch.stack([outside, torch.full_like(outside, len(rows))])
+        largest = losses.drawn_log_ratio.abs().max()
+        self.max_log_ratio_first = torch.maximum(self.max_log_ratio_first, largest)
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """The work of one optimizer step."""
+
+    transitions: int  # of all ranks
+    batches: list[list[MicroBatch]]  # by group of ranks
+
+    def of(self, group: int) -> list[MicroBatch]:
+        """A group's micro-batches, with empty ones to the number of the group with the most."""
+        return in_step(self.batches, group) or [[]]
 
 
 def update(
@@ -64,37 +105,95 @@ def update(
       in place of one
     returns metrics, equal on every rank
     """
-    plan, method = experience.plan, methods.of(objective.kind)
+    method = methods.of(objective.kind)
     network, totals, norms = trainer.policy.network, Totals.zeros(world.device), list[Tensor]()
     skipped = [False] * len(experience.advantages)
     if not method.zero_advantage_teaches(objective):
         skipped = (experience.advantages == 0).tolist()
     experience = experience.on(world.device)
     losses_of = method.losses(trainer.policy, experience, objective)
-    key = ("minibatches", plan.seed, plan.iteration)
-    steps = trainer.settings.updates_per_iteration
-    for members in selection.minibatches(experience.selected, plan.group_size, steps, key):
-        transitions = sum(len(plan.chosen(slot)) for slot in members)
-        if not transitions:
-            continue
-        active = [slot for slot in members if not skipped[slot]]
-        batches = _micro_batches(active, experience, trainer.settings.batch_size, world) or [[]]
+    steps = _optimizer_steps(trainer, experience, skipped, world)
+    has_ratio = methods.traits_of(objective.kind).noisy_steps
+    again = _drawn_otherwise(trainer, experience, steps[1:] if has_ratio else [])
+    for batch in poll_before(in_step(again, world.group)):
+        with torch.no_grad():
+            if batch:
+                losses_of.evaluate_old(_predict(trainer, experience, batch))
+            else:
+                _dummy_loss(trainer, experience, world)
+    for step in steps:
+        batches = step.of(world.group)
         for number, batch in enumerate(batches if norms else poll_before(batches), 1):
             if world.mesh.ndim == 2:  # replicas need to agree before the step only
                 network.set_requires_all_reduce(number == len(batches))  # type: ignore[operator]
             if batch:
-                losses = losses_of(_predict(trainer, experience, batch))
+                losses = losses_of(_predict(trainer, experience, batch, first=not norms))
                 totals.add(losses)
+                if not norms:
+                    totals.add_drawn(losses, _alike(experience, batch))
                 loss = losses.loss.sum()
             else:
                 loss = _dummy_loss(trainer, experience, world)
             # FSDP averages over groups of ranks, and the objective is the mean over all groups'
             # transitions
-            (loss * (world.groups / transitions)).backward()
-        if not norms:
-            totals.max_log_ratio_first = totals.max_log_ratio
+            (loss * (world.groups / step.transitions)).backward()
         norms.append(trainer.step())
-    return _metrics(totals, norms, trainer, world)
+    evaluated_again = sum(len(batch) for own in again for batch in own)
+    return _metrics(totals, norms, trainer, world) | {
+        "update/evaluated_again": float(evaluated_again)
+    }
+
+
+def _optimizer_steps(
+    trainer: Trainer, experience: Experience, skipped: Sequence[bool], world: World
+) -> list[OptimizerStep]:
+    """The work of all ranks, without optimizer steps that have no transitions.
+
+    skipped: [N], whether a sample is counted without being evaluated
+    """
+    plan, settings = experience.plan, trainer.settings
+    key = ("minibatches", plan.seed, plan.iteration)
+    steps = []
+    for members in selection.minibatches(
+        experience.selected, plan.group_size, settings.updates_per_iteration, key
+    ):
+        transitions = sum(len(plan.chosen(slot)) for slot in members)
+        if transitions:
+            active = [slot for slot in members if not skipped[slot]]
+            batches = _micro_batches(active, experience, settings.batch_size, world)
+            steps.append(OptimizerStep(transitions, batches))
+    return steps
+
+
+def _alike(experience: Experience, batch: MicroBatch) -> list[bool]:
+    """Whether the network saw as many rows at once when it drew them, for each transition."""
+    plan, drawn = experience.plan, experience.batch_sizes
+    alike = []
+    for step, slots in batch:
+        shared = plan.shared_noise and step == plan.first
+        sizes = [drawn.get(slot, (0, 0)) for slot in slots]
+        alike += [size[0 if shared else 1] == len(batch) for size in sizes]
+    return alike
+
+
+def _drawn_otherwise(
+    trainer: Trainer, experience: Experience, steps: Sequence[OptimizerStep]
+) -> list[list[MicroBatch]]:
+    """By group of ranks, the micro-batches whose old log-probability is not the rollout's."""
+    groups: list[list[MicroBatch]] = []
+    for step in steps if trainer.rounds_by_batch else ():
+        groups = groups or [[] for _ in step.batches]
+        for group, batches in zip(groups, step.batches, strict=True):
+            group += [batch for batch in batches if not all(_alike(experience, batch))]
+    return groups
+
+
+def in_step(batches: Sequence[list[MicroBatch]], group: int) -> list[MicroBatch]:
+    """A group's micro-batches, with empty ones to the number of the group with the most."""
+    if not batches:
+        return []
+    most = max(map(len, batches))
+    return batches[group] + [[] for _ in range(most - len(batches[group]))]
 
 
 def _micro_batches(
@@ -102,11 +201,8 @@ def _micro_batches(
     experience: Experience,
     size: int,
     world: World,
-) -> list[MicroBatch]:
-    """This group of ranks' states in batches of one text length.
-
-    Empty batches make up the number of the group with the most.
-    """
+) -> list[list[MicroBatch]]:
+    """Each group of ranks' states in batches of one text length."""
     shares: list[list[MicroBatch]] = []
     plan, conditions = experience.plan, experience.conditions
     total = len(conditions) * plan.group_size
@@ -117,8 +213,7 @@ def _micro_batches(
             prompt = state[1][0] // plan.group_size
             by_shape.setdefault(shape_key(conditions[prompt]), []).append(state)
         shares.append([m[i : i + size] for m in by_shape.values() for i in range(0, len(m), size)])
-    own = shares[world.group]
-    return own + [[] for _ in range(max(map(len, shares)) - len(own))]
+    return shares
 
 
 def _states(slots: Sequence[int], plan: Plan) -> list[State]:
@@ -132,14 +227,19 @@ def _states(slots: Sequence[int], plan: Plan) -> list[State]:
     return [(step, tuple(members)) for (step, _, _), members in slots_of.items()]
 
 
-def _predict(trainer: Trainer, experience: Experience, states: MicroBatch) -> Batch:
-    """Evaluate each state once, and give a row for each transition from it."""
+def _predict(
+    trainer: Trainer, experience: Experience, states: MicroBatch, first: bool = False
+) -> Batch:
+    """Evaluate each state once, and give a row for each transition from it.
+
+    first: no optimizer step was taken since the samples were drawn
+    """
     plan, trajectories = experience.plan, experience.trajectories
     x = experience.stacked([trajectories[slots[0]].states[step] for step, slots in states])
     t = torch.stack([plan.grid[step] for step, _ in states])
     condition = stack([experience.conditions[slots[0] // plan.group_size] for _, slots in states])
     v, v_reference = trainer.policy.velocity(x, t, condition), None
-    if trainer.reference is not None:
+    if trainer.reference is not None and torch.is_grad_enabled():
         with torch.no_grad():
             v_reference = trainer.reference.velocity(x, t, condition)
     transitions = [(slot, step) for step, slots in states for slot in slots]
@@ -148,11 +248,13 @@ def _predict(trainer: Trainer, experience: Experience, states: MicroBatch) -> Ba
         x, v = (torch.stack([states_of.unbind()[row] for row in rows]) for states_of in (x, v))
         if v_reference is not None:
             v_reference = torch.stack([v_reference[row] for row in rows])
-    return Batch(transitions=transitions, x=x, v=v, v_reference=v_reference)
+    return Batch(transitions=transitions, x=x, v=v, v_reference=v_reference, first=first)
 
 
 def _dummy_loss(trainer: Trainer, experience: Experience, world: World) -> Tensor:
     """A loss of zero with the forwards and backward of one, which are collectives.
+
+    Without gradients it stands for a micro-batch that is evaluated for its old log-probabilities.
 
     returns a scalar
     """
@@ -161,7 +263,7 @@ def _dummy_loss(trainer: Trainer, experience: Experience, world: World) -> Tenso
     condition = stack([conditions[min(world.share(total).start, total - 1) // plan.group_size]])
     x, t = torch.zeros(1, *plan.latent_shape, device=plan.grid.device), plan.grid[:1]
     v = trainer.policy.velocity(x, t, condition)
-    if trainer.reference is not None:
+    if trainer.reference is not None and torch.is_grad_enabled():
         with torch.no_grad():
             trainer.reference.velocity(x, t, condition)
     return 0.0 * v.sum()
@@ -174,11 +276,12 @@ def _metrics(
     world: World,
 ) -> dict[str, float]:
     """All groups' totals as numbers.  norms: scalars, one per optimizer step"""
-    dist.all_reduce(totals.values)
-    totals.values /= world.size // world.groups  # the ranks of a group count the same transitions
+    sums = torch.cat([totals.values, totals.drawn])
+    dist.all_reduce(sums)
+    sums /= world.size // world.groups  # the ranks of a group count the same transitions
     extremes = torch.stack([totals.max_log_ratio_first, totals.max_log_ratio])
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    loss, clipped, count, kl = totals.values.tolist()
+    loss, clipped, count, kl, drawn_outside, drawn = sums.tolist()
     first, largest = extremes.tolist()
     finite = [norm for norm in torch.stack(norms).tolist() if math.isfinite(norm)] if norms else []
     metrics = {
@@ -191,4 +294,6 @@ def _metrics(
         "update/skipped": float(trainer.skipped),
         "lr": trainer.lr,
     }
+    if drawn:
+        metrics["update/outside_first"] = drawn_outside / drawn
     return metrics | ({"update/kl": kl / max(count, 1.0)} if trainer.reference is not None else {})

@@ -37,7 +37,7 @@ class SharedAttention:
         if rotary_emb is not None:
             q, k = rotated_pairs(q, *rotary_emb), rotated_pairs(k, *rotary_emb)
         tokens, sp = self.layout.video, self.layout.sp
-        q, k, v = (tokens_to_heads(x, tokens, sp) for x in (q, k, v))
+        q, k, v = tokens_to_heads((q, k, v), tokens, sp)
         out = heads_to_tokens(
             dispatch_attention_fn(q, k, v, backend=self.plain._attention_backend), tokens, sp
         )

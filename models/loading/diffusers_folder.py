@@ -304,6 +304,20 @@ def freed(encoder: E) -> Iterator[E]:
         for name in [name for name, part in vars(encoder).items() if isinstance(part, nn.Module)]:
             delattr(encoder, name)
         gc.collect()
+        if torch.cuda.is_initialized():  # once per run; a reward server may share the GPU
+            torch.cuda.empty_cache()
+
+
+def images_at_once(vae: Any, latents: Tensor) -> int:
+    """How many images a decoder may take, so that no tensor has 2^31 elements.
+
+    Some kernels count in 32 bits. The largest tensor is the last level's input, at full size.
+
+    vae: an AutoencoderKL;  latents: [B, C, h, w]
+    """
+    widths = vae.config.block_out_channels
+    pixels = latents.shape[-2] * latents.shape[-1] * 4 ** (len(widths) - 1)
+    return max(1, (2**31 - 1) // (pixels * max(widths[:2])))
 
 
 @contextmanager

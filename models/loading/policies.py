@@ -34,12 +34,20 @@ def outline(settings: Model, device: torch.device, lora: Lora | None = None) -> 
     return policy
 
 
-def load(settings: Model, device: torch.device, lora: Lora | None = None) -> Policy:
-    """The policy of `outline` with the whole network in float32 on `device`.
+def load(
+    settings: Model,
+    device: torch.device,
+    lora: Lora | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Policy:
+    """The policy of `outline` with the whole network on `device`, read straight into `dtype`.
 
     What adapters stand beside is in compute precision.
     """
     policy = outline(settings, device, lora)
+    if dtype != torch.float32:
+        for parameter in policy.network.parameters():  # on the meta device: nothing is moved
+            parameter.data = parameter.data.to(dtype)
     streaming.fill(policy.network, device)
     return policy
 

@@ -12,6 +12,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores
 from fastgrpo.rewards.serving.judge import judge_batch
 from fastgrpo.rewards.serving.loaded_reward import load_served
+from fastgrpo.rewards.serving.visiting import VisitingWeights
 
 
 class ScorerInProcess:
@@ -34,9 +35,20 @@ class ScorerInProcess:
         self.served = {spec.name: load_served(spec) for spec in specs}
         self.names = tuple(self.served)
         self._lock = threading.Lock()
-        self._here = False
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._move(torch.device("cpu"))
+        shared = [one.reward for one in self.served.values() if one.spec.device == "auto"]
+        modules = [module for reward in shared for module in reward.modules()]
+        self._visiting = VisitingWeights(modules, self.device) if self._stream else None
+
+    @property
+    def shares_device(self) -> bool:
+        """True: scoring takes memory of the trainer's own device."""
+        return True
+
+    @property
+    def arriving(self) -> int:
+        """Bytes of weights that scoring will bring to the trainer's GPU; 0 while they are there."""
+        return 0 if self._visiting is None or self._visiting.here else self._visiting.size
 
     def score(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> dict[str, Scores]:
         """Scores of B clips by each reward, NaN and invalid where a reward had none.
@@ -47,9 +59,9 @@ class ScorerInProcess:
         with self._lock, torch.cuda.stream(self._stream) if self._stream else nullcontext():
             if self._stream is not None:
                 torch.cuda.set_device(self.device)  # of this thread
-            if not self._here:
-                self._move(self.device)
-                self._here = True
+            if self._visiting is not None and not self._visiting.here:
+                with room_for(next(iter(self.served.values())).spec):
+                    self._visiting.come()
             result: dict[str, Scores] = {}
             for name, one in self.served.items():
                 size = one.spec.batch_size
@@ -69,23 +81,12 @@ class ScorerInProcess:
     def release(self) -> None:
         """Give the trainer's GPU its memory back until the next scores are wanted."""
         with self._lock:
-            if self._here and self.device.type == "cuda":
-                self._move(torch.device("cpu"))
-                torch.cuda.empty_cache()
-            self._here = False
+            if self._visiting is not None and self._visiting.here:
+                self._visiting.leave()
 
     def take_events(self) -> dict[str, int]:
         """Counts of what went wrong: none, since nothing is sent."""
         return {}
-
-    def _move(self, device: torch.device) -> None:
-        """Move the weights that share the trainer's GPU."""
-        if self.device.type != "cuda":
-            return
-        for one in self.served.values():
-            if one.spec.device == "auto":
-                with room_for(one.spec):
-                    one.reward.to(device)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ pixels, gradients.
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt, stack
 from fastgrpo.models import flux
 from fastgrpo.models.flux import Flux
-from fastgrpo.models.loading import policies
+from fastgrpo.models.loading import diffusers_folder, policies
 from fastgrpo.parallel.world import World
 from fastgrpo.training.rollout import sample_ode
 from tests.harness import backbone
@@ -278,6 +279,14 @@ def test_checkpointing_changes_memory_alone(folder: Path) -> None:
 
 def test_nothing_waits_for_the_device(folder: Path) -> None:
     backbone.assert_nothing_waits_for_the_device(load(folder), VIDEO, encode(folder))
+
+
+def test_no_decode_has_more_elements_than_kernels_can_count() -> None:
+    """The published decoder has 256 channels of 1024 x 1024 places: 2^28, so at most 7 images."""
+    vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(128, 256, 512, 512)))
+    assert diffusers_folder.images_at_once(vae, torch.empty(24, 16, 128, 128)) == 7
+    assert diffusers_folder.images_at_once(vae, torch.empty(24, 16, 64, 64)) == 31
+    assert diffusers_folder.images_at_once(vae, torch.empty(1, 16, 1024, 1024)) == 1
 
 
 def test_decoding_in_parts_and_in_tiles(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,19 @@ def unlike(folder: Path, job: Job) -> list[str]:
     return found
 
 
+def clipped(folder: Path) -> list[str]:
+    """What an update that changes nothing may not have: a ratio that is not 1."""
+    row = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    found = [
+        f"{name}={row[name]:.3g} of a policy that has not moved"
+        for name in ("update/clip_fraction", "update/max_log_ratio")
+        if row[name] != 0.0
+    ]
+    if not (row["update/max_log_ratio_first"] > 0.0 < row["update/evaluated_again"]):
+        found.append("no product was rounded otherwise")
+    return found
+
+
 def judge(outcome: Outcome, golden: Counts | None) -> Found:
     """All that is wrong with a job.
 
@@ -127,7 +140,9 @@ def judge(outcome: Outcome, golden: Counts | None) -> Found:
     found += [f"{cause}, {n} times" for cause, n in sorted(counts.items()) if cause.kind in BAD]
     if not outcome.code:
         found += unlike(outcome.folder, job)
-        if golden is not None:
+        if job.rounds:
+            found += clipped(outcome.folder)
+        elif golden is not None:
             found += differences(counts, golden)
         elif not (job.cpu or job.name == UNPLANTED):
             found.append("no golden list: --update makes one")

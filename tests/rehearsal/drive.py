@@ -54,8 +54,9 @@ def begin() -> None:
     multiprocessing.forkserver.ensure_running()
 
 
-def prepare(environment: dict[str, str], plant: str | None, rank: int) -> None:
+def prepare(environment: dict[str, str], plant: str | None, rounds: bool, rank: int) -> None:
     """In a forked process, before all else: its environment, its device, its fault."""
+    from tests.harness import rounding
     from tests.rehearsal import plants
     from tests.rehearsal.cuda import core, waits
 
@@ -64,11 +65,13 @@ def prepare(environment: dict[str, str], plant: str | None, rank: int) -> None:
     waits.forget()
     if plant is not None:
         plants.put_in(plant)
+    if rounds:
+        rounding.install()
 
 
 def write_materials(kinds: set[str], work: Path) -> None:
     """Write what the jobs read, on the plain CPU path."""
-    first = partial(prepare, {"CUDA_VISIBLE_DEVICES": ""}, None)
+    first = partial(prepare, {"CUDA_VISIBLE_DEVICES": ""}, None, False)
     log = work / "materials.log"
     for kind in sorted(kinds):
         arguments = (kind, str(work / kind))
@@ -94,7 +97,7 @@ def run(job: Job, work: Path) -> Outcome:
             ranks=job.ranks,
             output=folder / "out",
             errors=folder / "err",
-            first=partial(prepare, environment, job.plant),
+            first=partial(prepare, environment, job.plant, job.rounds),
         )
         try:
             code = started.wait(LIMIT_S)
@@ -117,7 +120,7 @@ def _replicas(job: Job, work: Path, environment: dict[str, str]) -> Iterator[lis
     ready = [work / job.name / f"ready-{number}.json" for number in range(job.replicas)]
     token = work / "token" / "token"
     common = ("serve-rewards", "tiny_world", "--port", "0", "--token-file", str(token))
-    first = partial(prepare, environment, None)
+    first = partial(prepare, environment, None, False)
     servers = [
         forks.start("fastgrpo.cli", (*common, "--ready-file", str(file)), first=first)
         for file in ready

@@ -54,6 +54,7 @@ class Job:
     tolerance: float = FLOAT32  # relative, of these numbers
     cpu: bool = False  # on the plain CPU path, for others to be compared with
     plant: str | None = None  # a fault of plants.py
+    rounds: bool = False  # as with `rounding` below
     faults: tuple[str, ...] = ()  # parts of findings that a known fault of the product causes
 
 
@@ -150,6 +151,37 @@ def launches() -> list[Job]:
     return [*(_cpu(job) for job in found[1:]), *found]
 
 
+def rounding() -> list[Job]:
+    """Every launch file in bfloat16, with products that round otherwise for other batch sizes.
+
+    Its two optimizer steps change nothing, so that nothing may be clipped.
+    """
+    unmoved = (
+        "run.iterations=1",
+        "run.preflight=false",
+        "model.dtype=bfloat16",
+        "rollout.batch_size=2",
+        "optimizer.batch_size=3",
+        "optimizer.updates_per_iteration=2",
+        "optimizer.lr=1e-30",
+    )
+    found = [Job(name="rounds_t2v_tiny", arguments=tiny("rounds_t2v_tiny", *unmoved), rounds=True)]
+    for name, (family, _) in launch_files.LAUNCH.items():
+        model, images = f"{{work}}/{family}", "{work}/images/prompts.jsonl"
+        settings = launch_files.arguments(name, model, run_folder(f"rounds_{name}"), images)
+        found.append(
+            Job(
+                name=f"rounds_{name}",
+                module=str(ROOT / "launch" / f"{name}.sh"),
+                arguments=(*settings, *unmoved),
+                materials=(family, *(["images"] if family == "skyreels_i2v" else [])),
+                gb=MORE_GB.get(name, GB),
+                rounds=True,
+            )
+        )
+    return found
+
+
 def commands() -> list[Job]:
     """The other commands, on a run of `fsdp`; rewards in the process and behind two replicas."""
     run = run_folder("fsdp")
@@ -209,7 +241,7 @@ def planted(names: Iterable[str]) -> list[Job]:
 
 def table() -> list[Job]:
     """Every job of `make rehearse`, in an order in which what is read is there."""
-    return [*meshes(), *launches(), *commands()]
+    return [*meshes(), *launches(), *rounding(), *commands()]
 
 
 def chosen(names: list[str]) -> list[Job]:

@@ -51,8 +51,8 @@ PLANTS = {
     ),
     "host_tensor_in_collective": Plant(
         "fastgrpo/training/update.py",
-        "    dist.all_reduce(totals.values)\n",
-        "    totals.values = totals.values.cpu()\n    dist.all_reduce(totals.values)\n",
+        "    dist.all_reduce(sums)\n",
+        "    sums = sums.cpu()\n    dist.all_reduce(sums)\n",
         "new: collective all_reduce gloo, fastgrpo/training/update.py",
     ),
     "mask_to_network": Plant(

@@ -29,13 +29,13 @@ class Table(Reward):
             {part: torch.tensor(scores) for part, scores in values.items()},
             torch.tensor(valid if valid is not None else [True] * len(next(iter(values.values())))),
         )
-        self.moved: list[torch.device] = []
+        self.network = torch.nn.Linear(1, 1)
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
         return self.scores
 
-    def to(self, device: torch.device) -> None:
-        self.moved.append(device)
+    def modules(self) -> Sequence[torch.nn.Module]:
+        return (self.network,)
 
 
 PIXELS = torch.zeros(5, 1, 8, 8, 3, dtype=torch.uint8)
@@ -123,13 +123,12 @@ def test_weights_move_and_the_fingerprint_knows_the_values() -> None:
     table = Table({"HPS": [0.0]})
     wrapped = threshold.wrap(table, {"HPS": 0.28})
     assert isinstance(wrapped, threshold.Thresholded)
-    wrapped.to(torch.device("cpu"))
-    assert table.moved == [torch.device("cpu")]
+    assert wrapped.modules() == (table.network,)
     others = [threshold.wrap(Table({"HPS": [0.0]}), {"HPS": value}) for value in (0.28, 0.29)]
     prints = [each.fingerprint for each in (wrapped, *others)]
     assert prints[0] == prints[1] != prints[2]
     plain = threshold.Thresholded(rewards.load(rewards.plain("tiny_world")), {"VQ": 0.5})
-    plain.to(torch.device("cpu"))  # a reward without weights has nothing to move
+    assert plain.modules() == ()
     assert plain.fingerprint == ""
 
 

@@ -81,8 +81,8 @@ class Model(Section):
     """Attention kernel by diffusers' name, such as flash or _native_cudnn; None: torch's own
     choice. Kernels without a backward, such as sage, are refused in training."""
     decode_batch: Positive | None = None
-    """Clips per VAE decode; None: a rollout batch at once. Changes speed and memory, nothing
-    else."""
+    """Clips per VAE decode; None: a rollout batch at once (of images as many as kernels can count:
+    7 of 1024 x 1024). Changes speed and memory, nothing else."""
 
     @property
     def torch_dtype(self) -> "torch.dtype":
@@ -248,8 +248,8 @@ class Optimizer(Section):
     updates_per_iteration: Positive = 1
     """K: optimizer steps per iteration (4 in the paper; 1 with CFG in training)."""
     batch_size: Positive = 8
-    """States (sample x step) per forward and backward pass and rank. Changes speed and memory,
-    nothing else."""
+    """States (sample x step) per forward and backward pass and rank. Changes speed and memory; in
+    bfloat16 the quickest is that of rollout.batch_size, see docs/guides/preflight.md."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay per optimizer step of an exponential moving average of the weights, used in evaluation;
     0 = none."""

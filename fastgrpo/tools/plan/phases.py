@@ -256,7 +256,11 @@ def _update(subject: Subject, machine: Machine) -> Phase:
     flops = update(job, 1).total * states
     if job.reference:
         flops += forward(job, 1).total * states
-    sent = micro_batch(job, 0).times(batches)
+    again = network_calls.share_again(recipe, job.groups)
+    flops += forward(job, 1).total * states * again
+    sent = micro_batch(job, 0).times(batches) + exchanged(job, 1).times(states * again)
+    if again:
+        sent = sent + gather_blocks(job, math.ceil(batches * again))
     sent = sent + tokens_of_update(job, 1).times(states)
     sent = sent + between_replicas(job).times(recipe.optimizer.updates_per_iteration)
     several = batches > recipe.optimizer.updates_per_iteration

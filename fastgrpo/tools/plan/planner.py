@@ -257,7 +257,25 @@ def warnings(found: Plan) -> list[str]:
             "samples per group of ranks make it less (distributed.sp, "
             "optimizer.updates_per_iteration)"
         )
+    if methods.traits(job.recipe).noisy_steps:
+        lines.append(_old_log_probs(found))
     return lines
+
+
+def _old_log_probs(found: Plan) -> str:
+    """Where the update takes the old policy's log-probabilities from, and what that costs."""
+    job = found.subject.job
+    recipe, own = job.recipe, "old log-probabilities: the update's own in the first optimizer step"
+    share = network_calls.share_again(recipe, job.groups)
+    if recipe.optimizer.updates_per_iteration == 1:
+        return own.replace(" in the first optimizer step", "")
+    if not share:
+        return f"{own}, then the rollout's"
+    line = f"{own}, then the rollout's where batches are alike; {share:.0%} of the states are "
+    line += "evaluated once more"
+    if recipe.rollout.at_once != recipe.optimizer.batch_size:
+        line += ": rollout.batch_size equal to optimizer.batch_size avoids it"
+    return line
 
 
 def _module_size(job: compute.Job, module: str) -> int:

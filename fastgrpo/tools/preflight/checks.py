@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from fastgrpo.core.errors import UserError
 from fastgrpo.tools.preflight import iteration, ranks, run_folder
 from fastgrpo.tools.preflight.finding import Finding, Parts
@@ -29,9 +27,7 @@ QUICK_CLIPS = 2  # decoded and scored per rank
 def quick(parts: Parts, say: Callable[[str], None]) -> None:
     """Print one line where all checks are green, else the red ones.
 
-    Raises UserError, on every rank, for a red check. A bfloat16 ratio only prints its line: how a
-    GPU's kernels round batches of other shapes is not known beforehand, and the run's metrics show
-    it in every iteration.
+    Raises UserError, on every rank, for a red check.
     """
     start = time.perf_counter()
     with run_folder.scratch(parts.recipe.run.dir, parts.world) as folder:
@@ -45,8 +41,7 @@ def quick(parts: Parts, say: Callable[[str], None]) -> None:
     for finding in findings:
         if not finding.green:
             say(f"preflight: {finding.line}")
-    allowed = ("ratio",) if parts.dtype == torch.bfloat16 else ()
-    red = [finding for finding in findings if not finding.green and finding.check not in allowed]
+    red = [finding for finding in findings if not finding.green]
     if red:
         names, first = ", ".join(finding.check for finding in red), red[0]
         raise UserError(

@@ -20,6 +20,7 @@ from fastgrpo.session import Session
 from fastgrpo.tools.plan.workload import batch_size
 from fastgrpo.tools.preflight.finding import Parts, local
 from fastgrpo.training import methods
+from fastgrpo.training.scoring.sources import Source
 
 
 def choose(session: Session) -> None:
@@ -37,7 +38,8 @@ def choose(session: Session) -> None:
 def rollout_batch(parts: Parts) -> tuple[int, str]:
     """(samples per forward and rank, one line with the reason), the same on every rank.
 
-    The longest prompt of the first iteration stands for all. Two samples take at most twice the
+    Measured as training has it: what rewards in the process take while they score is taken off. The
+    longest prompt of the first iteration stands for all. Two samples take at most twice the
     memory of one, and are not tried where that would not fit: a forward that runs out of memory
     leaves other ranks waiting and FSDP's state half-way. Raises OneRankError where one sample does
     not fit.
@@ -55,9 +57,10 @@ def rollout_batch(parts: Parts) -> tuple[int, str]:
     def decode(count: int) -> None:
         policy.decode(torch.zeros(count, *parts.plan.latent_shape, device=world.device))
 
-    with sharding.rollout_weights(policy.network, recipe.distributed, parts.dtype, world):
+    scoring, arriving = _scoring(parts), parts.scorer.arriving
+    with sharding.rollout_weights(policy.network, recipe.distributed, parts.dtype, world, arriving):
         _grown(forward, 1)  # libraries take their workspaces
-        room = free_memory(world.device) - _waiting(parts, samples) - _moments(parts)
+        room = free_memory(world.device) - _waiting(parts, samples) - _moments(parts) - scoring
         one, further = _costs(forward, room, world)
         fit = batch_size.fitting(room, one, further)
         if recipe.model.decode_batch is None:  # the decoder takes a batch whole
@@ -97,6 +100,25 @@ def _grown(action: Callable[[int], None], count: int) -> float:
         )
     kind = 0 if peaks.gpu else 2
     return max(0.0, peaks.read()[kind] - level[kind]) * GIB
+
+
+def _scoring(parts: Parts) -> float:
+    """Bytes that rewards in this process take while they score: weights and activations."""
+    return sum(_judging(source, parts) for source in parts.scorer.sources if source.shares_device)
+
+
+def _judging(source: Source, parts: Parts) -> float:
+    """Bytes that one source takes for as many clips as its largest reward scores at once."""
+    recipe, text = parts.recipe, parts.texts[0]
+    size = (recipe.video.frames, recipe.video.height, recipe.video.width, 3)
+    most = max(spec.batch_size for spec in recipe.rewards if spec.where == "process")
+
+    def score(count: int) -> None:
+        source.score(torch.zeros(count, *size, dtype=torch.uint8), [text] * count, recipe.video.fps)
+
+    taken = _grown(score, min(most, recipe.rollout.samples_per_prompt))
+    source.release()
+    return taken
 
 
 def _waiting(parts: Parts, samples: int) -> float:

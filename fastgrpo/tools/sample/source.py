@@ -42,13 +42,15 @@ class Snapshot:
     adapters: Path | None = None  # an exported file of adapters, put beside the folder's weights
 
     def load(self, device: torch.device) -> Policy:
-        """The whole policy on `device`, its parameters in the compute precision, as under FSDP."""
-        policy = policies.load(self.model, device, self.lora)
+        """The whole policy on `device`, its parameters in the compute precision, as under FSDP.
+
+        They are read straight into it, so that the GPU never holds more. Buffers stay float32.
+        """
+        policy = policies.load(self.model, device, self.lora, self.model.torch_dtype)
         if self.checkpoint is not None:
             reader.load_into(policy.network, Weights(self.checkpoint, self.raw))
         if self.adapters is not None:
             load_adapters(policy.network, self.adapters)
-        _compute_precision(policy.network, self.model.torch_dtype)
         policy.network.eval()
         return policy
 
@@ -251,15 +253,3 @@ def load_adapters(network: nn.Module, file: Path) -> None:
         )
     for name, value in state.items():
         own[name].copy_(value)
-
-
-@torch.no_grad()
-def _compute_precision(network: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the parameters, one at a time; buffers stay as they are, as under FSDP.
-
-    A copy even where nothing is to cast: it lies in memory as torch lays it, and on CPUs the last
-    bits of a product depend on that, so weights of a file whose tensors begin elsewhere would not
-    give the same clip.
-    """
-    for parameter in network.parameters():
-        parameter.data = parameter.data.to(dtype, copy=True)

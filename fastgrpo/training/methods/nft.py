@@ -162,7 +162,12 @@ class NoisedLosses:
             outside=torch.zeros_like(loss),
             kl=distance,
             log_ratio=torch.zeros_like(loss),
+            drawn_log_ratio=torch.zeros_like(loss),
+            drawn_outside=torch.zeros_like(loss),
         )
+
+    def evaluate_old(self, batch: Batch) -> None:
+        """Do nothing: there is no ratio."""
 
 
 def noised(

@@ -93,6 +93,11 @@ class Scorer:
         self.spans: list[tuple[float, float]] = []  # (start, end) of scoring, by perf_counter
         self._lock = threading.Lock()
 
+    @property
+    def arriving(self) -> int:
+        """Bytes of weights that scoring will bring to this rank's GPU."""
+        return sum(source.arriving for source in self.sources)
+
     def submit(
         self,
         slots: list[int],

@@ -35,6 +35,14 @@ class Source(Protocol):
     def at_once(self) -> int:
         """The number of batches that the source can score at a time, in as many threads."""
 
+    @property
+    def shares_device(self) -> bool:
+        """Whether scoring takes memory of the trainer's own device."""
+
+    @property
+    def arriving(self) -> int:
+        """Bytes of weights that scoring will bring to the trainer's GPU; 0 while they are there."""
+
     def score(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> dict[str, Scores]:
         """Score a batch of clips.  pixels: uint8 [B, F, H, W, 3];  returns scores by reward"""
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
@@ -104,9 +104,9 @@ class ClipReward(Reward):
         self.preprocess = preprocess
         self.rating = rating
 
-    def to(self, device: torch.device) -> None:
-        """Move the weights."""
-        self.model.to(device)
+    def modules(self) -> Sequence[nn.Module]:
+        """The network."""
+        return (self.model,)
 
     def frames_used(self, frames: int, fps: float) -> list[int]:
         """Indices of the frames that are scored, of a clip of that many."""
@@ -198,7 +198,7 @@ def build(
         rating=rating,
         fingerprint=fingerprint,
     )
-    reward.to(device)
+    reward.model.to(device)
     return reward
 
 

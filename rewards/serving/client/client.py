@@ -56,6 +56,8 @@ class RewardClient:
     """
 
     at_once = 4  # requests under way: enough that one is read while another is scored
+    shares_device = False  # the servers have memory of their own
+    arriving = 0
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from fastgrpo.algorithm import objectives, samplers
 from fastgrpo.algorithm.objectives import Noised, Terms
 from fastgrpo.algorithm.transitions import gaussian_kl, gaussian_log_prob, time_grid
 from fastgrpo.core.config import Objective
-from fastgrpo.core.policy import Condition
+from fastgrpo.core.policy import Condition, shape_key
 from fastgrpo.parallel.world import World
 from fastgrpo.training import methods
 from fastgrpo.training.method import Experience
@@ -305,6 +305,9 @@ def test_a_real_update_begins_at_the_policy_that_drew(
         Trainer.create(policy, tiny.settings(48, lr=1e-3), None),
         torch.ones(12, dtype=torch.bool),
     )
+    lengths = [shape_key(condition) for condition in conditions]
+    states = [13 * lengths.count(length) for length in lengths]  # a shared one, and 3 of 4 samples
+    sizes = {slot: (states[slot // 4],) * 2 for slot in range(12)}
     first, second = (
         update(
             trainer,
@@ -315,11 +318,13 @@ def test_a_real_update_begins_at_the_policy_that_drew(
                 conditions=conditions,
                 advantages=tiny.advantages(),
                 selected=kept,
+                batch_sizes=sizes,
             ),
             world,
         )
         for _ in (1, 2)
     )
-    assert first["update/max_log_ratio"] <= 1e-6 and first["update/clip_fraction"] == 0.0
+    assert first["update/max_log_ratio_first"] <= 1e-6 and first["update/outside_first"] == 0.0
+    assert first["update/max_log_ratio"] == 0.0 == first["update/clip_fraction"]
     assert first["update/grad_norm"] > 0
-    assert second["update/max_log_ratio"] > 1e-5 and second["update/clip_fraction"] > 0.5
+    assert second["update/max_log_ratio_first"] > 1e-5 and second["update/outside_first"] > 0.5

@@ -1,5 +1,6 @@
 """Which kernels a run may use: the same rounding in rollout and update, and deterministic by choice."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,24 @@ def test_a_world_has_exact_kernels_and_gives_the_settings_back(
         assert flags() == (False, False, deterministic)
         raise UserError("planted")
     assert flags() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("PYTORCH_ALLOC_CONF", None), ("PYTORCH_ALLOC_CONF", "a:1"), ("PYTORCH_CUDA_ALLOC_CONF", "")],
+)
+def test_segments_can_grow_unless_the_user_has_chosen(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str | None
+) -> None:
+    for known in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(known, raising=False)
+    if value is not None:
+        monkeypatch.setenv(name, value)
+    with open_world():
+        found = os.environ.get("PYTORCH_ALLOC_CONF")
+    chosen = value if name == "PYTORCH_ALLOC_CONF" else None
+    assert found == ("expandable_segments:True" if value is None else chosen)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
 
 
 @pytest.mark.slow

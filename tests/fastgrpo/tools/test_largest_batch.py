@@ -80,8 +80,8 @@ class Hungry:
 def ask(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[int, str]]]:
     """What `rollout_batch` says of a Hungry policy for 17 samples, with 820 MiB free."""
 
-    def asking(policy: Hungry, decode_batch: int | None) -> tuple[int, str]:
-        asked: Any = parts_of(policy, decode_batch, world)
+    def asking(policy: Hungry, decode_batch: int | None, *sources: Any) -> tuple[int, str]:
+        asked: Any = parts_of(policy, decode_batch, world, sources)
         return largest_batch.rollout_batch(asked)
 
     monkeypatch.setattr(
@@ -95,12 +95,29 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[int, st
         yield asking
 
 
-def parts_of(policy: Hungry, decode_batch: int | None, world: World) -> SimpleNamespace:
+class Judge:
+    """A reward that takes 90 MiB for each of at most 3 clips."""
+
+    shares_device, arriving, released = True, 0, 0
+
+    def score(self, pixels: torch.Tensor, prompts: list[str], fps: float) -> None:
+        assert pixels.shape == (3, 5, 16, 16, 3) and prompts == ["a"] * 3
+        torch.ones(90 * len(pixels) * MIB // 4)
+
+    def release(self) -> None:
+        self.released += 1
+
+
+def parts_of(
+    policy: Hungry, decode_batch: int | None, world: World, sources: tuple[Any, ...] = ()
+) -> SimpleNamespace:
     recipe = SimpleNamespace(
+        video=SimpleNamespace(frames=5, height=16, width=16, fps=8.0),
+        rewards=[SimpleNamespace(where="process", batch_size=3)],
         distributed=SimpleNamespace(offload=False),
         model=SimpleNamespace(decode_batch=decode_batch),
         objective=SimpleNamespace(kind="grpo"),
-        rollout=SimpleNamespace(window=None, steps=5),
+        rollout=SimpleNamespace(window=None, steps=5, samples_per_prompt=4),
         steps_trained=2,
     )
     grid, texts = torch.linspace(1, 0, 5), [torch.zeros(length, 4) for length in (3, 9, 5)]
@@ -110,6 +127,8 @@ def parts_of(policy: Hungry, decode_batch: int | None, world: World) -> SimpleNa
         world=world,
         policy=policy,
         plan=drawn,
+        scorer=SimpleNamespace(sources=sources, arriving=0),
+        texts=["a", "b", "c"],
         conditions=[{"text": text} for text in texts],
         total=17,
         dtype=torch.float32,
@@ -128,6 +147,17 @@ def test_forwards_of_one_and_two_tell_what_fits(
     assert set(policy.lengths) == {9}  # the longest text
     assert size == batch_size.balanced(17, fit), told  # three batches of 6, five of 4
     assert told.startswith(f"rollout.batch_size=auto: {size} of a rank's 17 samples at once (0.1")
+
+
+def test_a_reward_in_the_process_has_its_memory_beside_the_rollout(
+    ask: Callable[..., tuple[int, str]],
+) -> None:
+    """270 of the 820 MiB are the reward's: (96 + 64 n) / 0.8 fit to n = 5.4."""
+    judge = Judge()
+    size, told = ask(Hungry(), 1, judge)
+    assert size == batch_size.balanced(17, 5) == 5 and judge.released == 1
+    without, _ = ask(Hungry(), 1)
+    assert without == 6 and "0.5 free" in told
 
 
 class Full(Hungry):

@@ -6,6 +6,7 @@ import json
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -21,13 +22,14 @@ from fastgrpo.models.hunyuan_video import HunyuanVideo
 from fastgrpo.rewards import load, plain
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
+from fastgrpo.tools.preflight import iteration
 from fastgrpo.tools.preflight import run as preflight_run
 from fastgrpo.tools.preflight.iteration import short
 from fastgrpo.tools.preflight.rewards import Tried, _judge, _try
 from fastgrpo.tools.preflight.run import card_of
 from fastgrpo.train import train
 from fastgrpo.training.rollout import Plan
-from tests.harness import forks, runs
+from tests.harness import forks, rounding, runs
 from tests.harness.servers import TOKEN, running
 
 pytestmark = pytest.mark.slow  # a real preflight for every planted fault
@@ -377,3 +379,55 @@ def test_the_same_kernels_score_twice_where_one_server_takes_one_clip_at_a_time(
 def test_the_same_kernels_score_twice_in_the_trainers_process() -> None:
     (found,) = _try(ScorerInProcess([plain("tiny_world")]))
     assert found.alone and found.scores == found.again
+
+
+@pytest.mark.parametrize(
+    ("dtype", "updates", "largest", "share", "green", "said"),
+    [
+        ("float32", 2, 2e-6, 0.0, True, "bound 2e-06 (float32)"),
+        ("float32", 2, 3e-6, 0.0, False, "compute the same function"),
+        ("bfloat16", 1, 1e-2, 1.0, True, "takes no old log-probability from the rollout"),
+        ("bfloat16", 2, 1e-2, None, True, "takes no old log-probability from the rollout"),
+        ("bfloat16", 2, 1e-2, 0.05, True, "; 5% outside the clip range 1e-04, bound 5%"),
+        ("bfloat16", 2, 1e-2, 0.06, False, "equal batches of rollout and update round otherwise"),
+        ("bfloat16", 1, 0.2, None, False, "compute the same function"),
+        ("bfloat16", 2, float("nan"), 0.0, False, "compute the same function"),
+    ],
+)
+def test_the_ratio_is_judged_by_what_would_be_clipped(
+    dtype: str, updates: int, largest: float, share: float | None, green: bool, said: str
+) -> None:
+    settings = [f"model.dtype={dtype}", f"optimizer.updates_per_iteration={updates}"]
+    recipe = config.load(runs.RECIPE, settings)
+    metrics = {"update/max_log_ratio_first": largest, "update/transitions": 12.0}
+    metrics |= {} if share is None else {"update/outside_first": share}
+    parts: Any = SimpleNamespace(recipe=recipe, dtype=recipe.model.torch_dtype)
+    done: Any = SimpleNamespace(metrics=metrics)
+    finding = iteration.ratio(parts, done)
+    assert finding.green == green and said in finding.line
+
+
+def test_equal_batches_that_round_otherwise_end_a_run_in_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a kernel that is another one where gradients are wanted would."""
+    settings = [*runs.SMALLER, "model.dtype=bfloat16", "optimizer.updates_per_iteration=2"]
+    settings += ["rollout.batch_size=1", "optimizer.batch_size=1", "rewards.0.where=process"]
+    settings += ["objective.clip_range=1e-5", f"run.dir={tmp_path / 'run'}"]
+
+    def linear(x: torch.Tensor, *others: Any) -> torch.Tensor:
+        return (rounding.linear if torch.is_grad_enabled() else rounding.PLAIN)(x, *others)
+
+    monkeypatch.setitem(vars(torch.nn.functional), "linear", linear)
+    with pytest.raises(UserError, match=r"red before training: ratio \(max .* outside the clip"):
+        train(config.load(runs.RECIPE, settings))
+
+
+def test_unequal_batches_are_green_in_bfloat16(tmp_path: Path) -> None:
+    settings = [*runs.SMALLER, "model.dtype=bfloat16", "optimizer.updates_per_iteration=2"]
+    settings += ["rollout.batch_size=2", "optimizer.batch_size=3", "rewards.0.where=process"]
+    settings += ["run.iterations=1", f"run.dir={tmp_path / 'run'}"]
+    with rounding.by_batch():
+        train(config.load(runs.RECIPE, settings))
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert row["update/max_log_ratio_first"] > 1e-6 and row["update/evaluated_again"] > 0

@@ -5,12 +5,13 @@ any company.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.checkpoint.checkpoints import Checkpoints
 from fastgrpo.cli import main as cli
@@ -18,7 +19,7 @@ from fastgrpo.core import config
 from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.policy import Prompt, stack
 from fastgrpo.data import video
-from fastgrpo.models.loading import policies
+from fastgrpo.models.loading import policies, streaming
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import open_world
 from fastgrpo.tools.sample import contact_sheet, sample
@@ -181,6 +182,23 @@ def test_the_weights_are_those_that_the_trainer_samples_with(run: Path) -> None:
         with sharding.gathered(trained.network):
             expected = rollout.sample_ode(trained, x, grid, condition)
     assert torch.equal(ours, expected)
+
+
+def test_weights_are_read_straight_into_the_compute_precision(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No float32 copy comes before: twice the memory of a GPU that would hold the network."""
+    filled: list[torch.dtype] = []
+
+    def fill(network: nn.Module, *others: Any) -> None:
+        filled.extend(parameter.dtype for parameter in network.parameters())
+        assert all(parameter.is_meta for parameter in network.parameters())
+        real(network, *others)
+
+    real = streaming.fill
+    monkeypatch.setattr(streaming, "fill", fill)
+    find(Asked(str(run), overrides=("model.dtype=bfloat16",))).snapshot.load(CPU)
+    assert set(filled) == {torch.bfloat16}
 
 
 def test_images_and_other_sizes_from_a_folder_without_a_recipe(tmp_path: Path) -> None:

@@ -165,7 +165,12 @@ class Faulty:
 def constant_losses(policy: Policy, experience: Experience, objective: Objective) -> Any:
     zero = torch.zeros(2)
     return lambda batch: Losses(
-        loss=0.0 * batch.v.flatten(1).sum(1), outside=zero, kl=zero, log_ratio=zero
+        loss=0.0 * batch.v.flatten(1).sum(1),
+        outside=zero,
+        kl=zero,
+        log_ratio=zero,
+        drawn_log_ratio=zero,
+        drawn_outside=zero,
     )
 
 

@@ -245,6 +245,8 @@ def test_several_batches_are_scored_at_a_time_where_the_source_allows() -> None:
 class Pool:
     """A source that says who is inside."""
 
+    shares_device, arriving = False, 0
+
     def __init__(self, at_once: int, failure: Exception | None = None) -> None:
         self.at_once = at_once
         self.failure = failure

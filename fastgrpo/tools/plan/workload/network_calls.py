@@ -17,6 +17,7 @@ the clean estimate. With `timestep_choice = "random"` it is chance how many of a
 chose the shared step: an expectation, and the bounds that always hold.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ class Evaluations:
     update_least: int
     update_most: int
     reference: float  # forwards of the initial policy, without a backward, expected
+    again: float  # forwards for old log-probabilities, without a backward, expected
 
     @property
     def rollout(self) -> int:
@@ -59,7 +61,34 @@ def of_iteration(recipe: Recipe, first: int, groups: int = 1) -> Evaluations:
         single += samples * recipe.steps_trained
     update = _update(recipe, groups)
     reference = update[1] if methods.needs_initial_policy(recipe) else 0.0
-    return Evaluations(shared, single, *update, reference)
+    again = update[1] * share_again(recipe, groups)
+    return Evaluations(shared, single, *update, reference, again)
+
+
+def share_again(recipe: Recipe, groups: int = 1) -> float:
+    """The share of the update's states that are evaluated before it for their old log-probability.
+
+    An expectation. They are micro-batches of optimizer steps after the first, in bfloat16, with a
+    state that was not drawn in a batch of their size: see `training.update`.
+    """
+    updates, size = recipe.optimizer.updates_per_iteration, recipe.optimizer.batch_size
+    if recipe.model.dtype == "float32" or not methods.traits(recipe).noisy_steps:
+        return 0.0
+    later = (updates - 1) / updates
+    if recipe.rollout.at_once != size or size == 1:
+        return later * (recipe.rollout.at_once != size)
+    samples, prompts = busiest(recipe, groups)
+    states = max(1.0, _update(recipe, groups)[1] / updates / groups)  # of an optimizer step
+    shared = 0.0
+    if recipe.rollout.shared_noise and _share_of_first(recipe):
+        shared = min(1.0, prompts / states)
+    alike = shared * _full(prompts, size) + (1 - shared) * _full(samples, size)
+    return later * (1 - _full(math.floor(states), size) * alike**size)
+
+
+def _full(count: int, size: int) -> float:
+    """The share of so many that is in full batches."""
+    return (count - count % size) / count
 
 
 def grid_steps(recipe: Recipe, first: int) -> int:
