@@ -1,6 +1,7 @@
 """Settings for every test: one thread per process, no network beyond this machine, no display.
 
-FASTGRPO_TEST_DEVICE=cuda leaves the machine's GPUs, or the rehearsed ones, to the tests.
+The tests run on the machine's GPUs where it has RANKS of them; FASTGRPO_TEST_DEVICE=cuda or cpu
+decides otherwise, and is how they find the rehearsed ones (docs/guides/gpu/rehearsal.md).
 """
 
 import os
@@ -13,8 +14,10 @@ import pytest
 if TYPE_CHECKING:
     from fastgrpo.parallel.world import World
 
-if os.environ.get("FASTGRPO_TEST_DEVICE", "cpu") != "cuda":  # see docs/guides/gpu/rehearsal.md
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU's path is tested, whatever the machine has
+RANKS = 4  # of a test at most, each with a GPU of its own
+FOUND = len(list(Path("/dev").glob("nvidia[0-9]*")))
+if os.environ.get("FASTGRPO_TEST_DEVICE", "cuda" if FOUND >= RANKS else "cpu") != "cuda":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for variable, value in {
     "OMP_NUM_THREADS": "1",  # read when torch is first imported
     "HF_HUB_OFFLINE": "1",
@@ -60,6 +63,16 @@ def world() -> "Iterator[World]":
     from fastgrpo.parallel.world import open_world
 
     with open_world() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def cpu_world() -> "Iterator[World]":
+    """This process as the only rank, on the CPU where there are GPUs, too: beside an oracle."""
+    from fastgrpo.parallel.world import open_world
+    from tests.harness import tiny
+
+    with tiny.without_gpus(), open_world() as opened:
         yield opened
 
 

@@ -2,8 +2,10 @@
 from.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -55,6 +57,13 @@ class Recorder(Trainer):
 def device() -> torch.device:
     """The device that `open_world` gives this process."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextmanager
+def without_gpus() -> Iterator[None]:
+    """Take the CPU's path inside, whatever the machine has."""
+    with mock.patch("torch.cuda.is_available", return_value=False):
+        yield
 
 
 def load_policy(world: World | None = None) -> Policy:

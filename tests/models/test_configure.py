@@ -7,7 +7,7 @@ import torch
 
 from fastgrpo.core.config import Model
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.policy import stack
+from fastgrpo.core.policy import move, stack
 from fastgrpo.models.loading import policies
 from tests.harness import tiny
 from tests.harness.folders import stable_diffusion
@@ -20,7 +20,7 @@ def settings(attention: str | None) -> Model:
 
 
 def test_another_kernel_is_used_and_agrees() -> None:
-    condition, t = stack(tiny.encode()[:1]), torch.tensor([0.6])
+    condition, t = move(stack(tiny.encode()[:1]), CPU), torch.tensor([0.6])
     one = policies.load(settings(None), CPU)
     x = torch.randn(1, *one.latent_shape(tiny.VIDEO), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -260,20 +260,20 @@ def test_recomputed_blocks_give_equal_gradients_with_padding(
 
 
 def test_guided_ratio_is_one_for_any_batch_size(
-    negatives: dict[str, Condition], conditions: list[Condition], world: World
+    negatives: dict[str, Condition], conditions: list[Condition], cpu_world: World
 ) -> None:
     policy = guided(negatives["longer"])
-    sharding.shard(policy, world, torch.float32)
+    sharding.shard(policy, cpu_world, torch.float32)
     plan = plan_of(policy, SHORT, steps=STEPS)
     for rollout_batch, update_batch in ((1, 3), (2, 1), (3, 2)):
         drawn = draw(policy, plan, conditions, rollout_batch)
         assert len(drawn.slots) == 2 * GROUP and len(plan.grid) == STEPS + 1
-        ratio = first_ratio(policy, plan, drawn, conditions, size=update_batch, world=world)
+        ratio = first_ratio(policy, plan, drawn, conditions, size=update_batch, world=cpu_world)
         assert ratio <= 1e-6, (rollout_batch, update_batch)
 
 
 def test_guided_gradient_equals_plain_autograd_of_the_objective(
-    negatives: dict[str, Condition], conditions: list[Condition], world: World
+    negatives: dict[str, Condition], conditions: list[Condition], cpu_world: World
 ) -> None:
     """On one sample: two forwards of diffusers' unmodified network, one per branch, in place of the
     padded batch.
@@ -282,7 +282,7 @@ def test_guided_gradient_equals_plain_autograd_of_the_objective(
         guided(negatives["shorter"], checkpointing=True),
         (negatives["shorter"], conditions[1]),
     )
-    sharding.shard(policy, world, torch.float32)
+    sharding.shard(policy, cpu_world, torch.float32)
     plan = plan_of(policy, SHORT, steps=STEPS)
     drawn = draw(policy, plan, conditions[1:], GROUP)
     trainer = tiny.Recorder.create(policy, Optimizer(lr=1e-4, batch_size=2), None)
@@ -298,7 +298,7 @@ def test_guided_gradient_equals_plain_autograd_of_the_objective(
             advantages=0.7 * kept,
             selected=kept,
         ),
-        world,
+        cpu_world,
     )
 
     network = HunyuanVideoTransformer3DModel.from_pretrained(FOLDER / "transformer")

@@ -319,26 +319,26 @@ def test_the_network_may_lie_apart(
 
 @pytest.mark.parametrize("cfg", [1.0, CFG])
 def test_ratio_is_one_for_any_batch_size(
-    folder: Path, conditions: list[Condition], negative: Condition, world: World, cfg: float
+    folder: Path, conditions: list[Condition], negative: Condition, cpu_world: World, cfg: float
 ) -> None:
     policy = load(folder, negative if cfg > 1 else None)
-    sharding.shard(policy, world, torch.float32)
+    sharding.shard(policy, cpu_world, torch.float32)
     plan, two = plan_of(policy, VIDEO, steps=STEPS), conditions[:2]
     for rollout_batch, update_batch in ((1, 3), (2, 1), (3, 2)):
         drawn = draw(policy, plan, two, rollout_batch)
         assert len(drawn.slots) == 2 * GROUP and len(plan.grid) == STEPS + 1
-        ratio = first_ratio(policy, plan, drawn, two, size=update_batch, world=world)
+        ratio = first_ratio(policy, plan, drawn, two, size=update_batch, world=cpu_world)
         assert ratio <= 1e-6, (rollout_batch, update_batch)
 
 
 def test_cfg_gradient_equals_plain_autograd_of_the_objective(
-    folder: Path, conditions: list[Condition], negative: Condition, world: World
+    folder: Path, conditions: list[Condition], negative: Condition, cpu_world: World
 ) -> None:
     """On one sample: two forwards of diffusers' unmodified network, one per branch, in place of the
     padded batch.
     """
     policy = load(folder, negative)
-    sharding.shard(policy, world, torch.float32)
+    sharding.shard(policy, cpu_world, torch.float32)
     plan, condition = plan_of(policy, VIDEO, steps=STEPS), conditions[1]
     drawn = draw(policy, plan, [condition], GROUP)
     trainer = tiny.Recorder.create(policy, Optimizer(lr=1e-4, batch_size=2), None)
@@ -354,7 +354,7 @@ def test_cfg_gradient_equals_plain_autograd_of_the_objective(
             advantages=0.7 * kept,
             selected=kept,
         ),
-        world,
+        cpu_world,
     )
 
     network = HunyuanVideoTransformer3DModel.from_pretrained(folder / "transformer")

@@ -256,10 +256,10 @@ def test_the_noise_never_exceeds_its_share(folder: Path, steps: int) -> None:
 
 @pytest.mark.parametrize("cfg", [1.0, 5.0])
 def test_ratio_is_one_on_every_step_for_any_batch_size(
-    folder: Path, texts: Texts, world: World, cfg: float
+    folder: Path, texts: Texts, cpu_world: World, cfg: float
 ) -> None:
     policy, conditions = load(folder, cfg, texts.negative), texts.conditions
-    sharding.shard(policy, world, torch.float32)
+    sharding.shard(policy, cpu_world, torch.float32)
     plan = plan_of(policy, VIDEO, group_size=GROUP, steps=STEPS, eta=1.0)
     for rollout_batch, update_batches in ((1, (2, 3)), (2, (1, 2)), (3, (1, 3))):
         drawn = draw(policy, plan, conditions, rollout_batch)
@@ -271,7 +271,7 @@ def test_ratio_is_one_on_every_step_for_any_batch_size(
                     drawn=drawn,
                     conditions=conditions,
                     size=update_batch,
-                    world=world,
+                    world=cpu_world,
                 )
                 <= 1e-6
             )
@@ -281,7 +281,7 @@ def test_ratio_is_one_on_every_step_for_any_batch_size(
     for trajectory in drawn.trajectories.values():
         trajectory.states = {step: x.bfloat16().float() for step, x in trajectory.states.items()}
     assert (
-        first_ratio(policy, plan=plan, drawn=drawn, conditions=conditions, size=2, world=world)
+        first_ratio(policy, plan=plan, drawn=drawn, conditions=conditions, size=2, world=cpu_world)
         > 1e-4
     )
 
@@ -312,14 +312,14 @@ def test_log_probs_are_those_of_the_stored_samples(folder: Path, texts: Texts) -
 
 
 def test_cfg_gradient_equals_plain_autograd_of_the_objective(
-    folder: Path, pipeline: StableDiffusionPipeline, texts: Texts, world: World
+    folder: Path, pipeline: StableDiffusionPipeline, texts: Texts, cpu_world: World
 ) -> None:
     policy, conditions, negative = (
         load(folder, 5.0, texts.negative),
         texts.conditions,
         texts.negative,
     )
-    sharding.shard(policy, world, torch.float32)
+    sharding.shard(policy, cpu_world, torch.float32)
     plan = plan_of(policy, VIDEO, group_size=GROUP, steps=STEPS, eta=1.0)
     drawn = draw(policy, plan, conditions[:1], 2)
     trainer = tiny.Recorder.create(policy, Optimizer(lr=1e-4, batch_size=3), None)
@@ -335,7 +335,7 @@ def test_cfg_gradient_equals_plain_autograd_of_the_objective(
             advantages=advantages,
             selected=kept,
         ),
-        world,
+        cpu_world,
     )
 
     pipeline.scheduler.set_timesteps(STEPS)
@@ -379,10 +379,10 @@ def test_prediction_depends_on_all_that_it_is_given(folder: Path, texts: Texts) 
             assert (other - usual).abs().mean() > 0.02 * usual.abs().mean()
 
 
-def test_bfloat16_is_near_and_gives_float32(folder: Path, texts: Texts, world: World) -> None:
+def test_bfloat16_is_near_and_gives_float32(folder: Path, texts: Texts, cpu_world: World) -> None:
     exact = load(folder)
     policy = policies.load(settings(folder).model_copy(update={"dtype": "bfloat16"}), CPU)
-    sharding.shard(policy, world, torch.bfloat16)
+    sharding.shard(policy, cpu_world, torch.bfloat16)
     x, t = noise_of(exact), torch.tensor([0.5, 0.9])
     with torch.no_grad():
         expected, v = (p.velocity(x, t, stack(texts.conditions)) for p in (exact, policy))
@@ -431,9 +431,9 @@ def test_the_full_size_network_is_wrapped_block_by_block() -> None:
     assert sum(p.numel() for p in network.parameters() if id(p) not in inside) < 0.003 * 859_520_964
 
 
-def test_every_block_is_sharded(folder: Path, world: World) -> None:
+def test_every_block_is_sharded(folder: Path, cpu_world: World) -> None:
     policy = load(folder)
-    sharding.shard(policy, world, torch.float32)
+    sharding.shard(policy, cpu_world, torch.float32)
     assert all(isinstance(module, FSDPModule) for module in (*policy.blocks, policy.network))
     assert len(policy.blocks) == 5
 

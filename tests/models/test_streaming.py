@@ -41,7 +41,7 @@ from fastgrpo.training import policies as training_policies
 from tests.harness import forks, runs, tiny
 from tests.harness.folders import flux, hunyuan_video, stable_diffusion, wan
 
-CPU = torch.device("cpu")
+CPU, DEVICE = torch.device("cpu"), tiny.device()
 ADAPTERS = Lora(rank=3)
 NETWORKS: dict[str, Callable[[], Any]] = {
     "flux": lambda: flux.transformer(True),
@@ -415,15 +415,16 @@ def test_a_recipes_network_is_read_and_told(
     recipe = load(runs.RECIPE, [f"distributed.offload={offload}".lower(), "model.dtype=float32"])
     settings = recipe.model.model_copy(update={"path": str(tiny.FOLDER)})
     with open_world() as world:
-        policy, expected = policies.outline(settings, CPU), policies.load(settings, CPU)
+        policy, expected = policies.outline(settings, DEVICE), policies.load(settings, DEVICE)
         training_policies.shard_and_read(policy, recipe, world)
         x = torch.randn(
             1, *policy.latent_shape(tiny.VIDEO), generator=torch.Generator().manual_seed(0)
-        )
+        ).to(DEVICE)
         condition = stack(tiny.encode()[:1])
         with torch.no_grad():
             velocities = [
-                one.velocity(x, torch.tensor([0.5]), condition) for one in (policy, expected)
+                one.velocity(x, torch.tensor([0.5], device=DEVICE), condition)
+                for one in (policy, expected)
             ]
     assert torch.equal(*velocities)
     told = capsys.readouterr().out

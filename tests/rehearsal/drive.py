@@ -29,8 +29,11 @@ class Outcome:
 
     @property
     def last_line(self) -> str:
-        """The last line of what it said of an error."""
+        """Its line for the user; else the last line of what it said of an error."""
         lines = (self.folder / "err").read_text(errors="replace").splitlines()
+        for line in lines:
+            if line.startswith("fastgrpo: "):
+                return line
         return next((line.strip() for line in reversed(lines) if _tells(line)), "")
 
 

@@ -88,6 +88,8 @@ MESHES: dict[str, tuple[int, str, tuple[str, ...]]] = {
         ("model.dtype=bfloat16", "model.gradient_checkpointing=true"),
     ),
     "kl_guard": (2, "cpu_kl_guard", ("objective.kl_weight=0.01", "objective.kind=guard")),
+    "ddpo": (2, "cpu_ddpo", ("objective.kind=ddpo", "objective.normalise=global")),
+    "dppo_best_of_n": (2, "cpu_dppo", ("objective.kind=dppo", "objective.best_of_n=2")),
     "nft": (2, "cpu_nft", ("objective.kind=nft", "rollout.shared_noise=false")),
 }
 """By name: ranks, the CPU's job, overrides."""
@@ -199,6 +201,19 @@ def commands() -> list[Job]:
             name="sample",
             arguments=("sample", run, "--against-base", "--limit", "2", "--out", "{work}/clips"),
             after=("fsdp",),
+        ),
+        Job(
+            name="score",
+            ranks=0,
+            arguments=(
+                "score",
+                "{work}/clips",
+                "--reward",
+                "video_stats",
+                "--reward",
+                "tiny_world",
+            ),
+            after=("sample",),
         ),
         Job(
             name="export",

@@ -125,8 +125,19 @@ PLANTS = {
         "red before training: ratio",
         ("rollout.store=host", "run.preflight=true"),
     ),
+    "heavy_reward": Plant(
+        "rewards/tiny_world.py",
+        "    names: tuple[str, ...] = PARTS\n",
+        "    names: tuple[str, ...] = PARTS\n"
+        "    heavy = torch.nn.Linear(HEAVY, 1024)\n\n"
+        "    def modules(self):\n        return (self.heavy,)\n".replace("HEAVY", str(13 * 1024)),
+        "the GPU has no room for ",
+        ("run.preflight=true",),
+    ),
 }
-"""By name; thirteen, of which three are found only by comparison with a golden list."""
+"""By name. Thirteen are of the code, of which three are found only by comparison with a golden
+list; the last is a recipe for which the memory does not suffice, and which preflight must refuse.
+"""
 
 
 class _Planted(importlib.machinery.SourceFileLoader):

@@ -20,7 +20,7 @@ from fastgrpo.checkpoint.checkpoints import Checkpoints, Progress
 from fastgrpo.cli import main as cli
 from fastgrpo.core import config
 from fastgrpo.core.config import Checkpoint
-from fastgrpo.core.policy import Policy, Prompt, stack
+from fastgrpo.core.policy import Policy, Prompt, move, stack
 from fastgrpo.models.loading import policies
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World, open_world
@@ -32,7 +32,7 @@ from fastgrpo.tools.sample.sample import Work
 from fastgrpo.tools.sample.source import Asked, find
 from fastgrpo.training import rollout
 from fastgrpo.training.trainer import Trainer
-from tests.harness import forks, runs
+from tests.harness import forks, runs, tiny
 from tests.harness.tiny import FOLDER
 
 CPU = torch.device("cpu")
@@ -135,15 +135,17 @@ def test_a_clips_score_is_the_rewards_of_the_samplers_pixels(
     clip = improved[0]["clips"][3]
     source = find(Asked(str(run)))
     assert source.base is not None and clip["seed"] == 1
-    with policies.encoder(source.snapshot.model, source.video, CPU) as encode:
-        condition = stack(encode([Prompt(clip["prompt"])]))
+    device = tiny.device()
+    with policies.encoder(source.snapshot.model, source.video, device) as encode:
+        condition = move(stack(encode([Prompt(clip["prompt"])])), device)
     for side, weights in (("base", source.base), ("trained", source.snapshot)):
-        policy: Policy = weights.load(CPU)
+        policy: Policy = weights.load(device)
         shape = policy.latent_shape(source.video)
-        grid = policy.time_grid(4, source.shift, shape)
-        x = rollout.sample_ode(policy, noise.normal([sample.noise_key(1)], shape), grid, condition)
+        grid = policy.time_grid(4, source.shift, shape).to(device)
+        start = noise.normal([sample.noise_key(1)], shape).to(device)
+        x = rollout.sample_ode(policy, start, grid, condition)
         scores = rewards.load(rewards.plain("tiny_world"))(
-            policy.decode(x), [clip["prompt"]], source.video.fps
+            policy.decode(x).cpu(), [clip["prompt"]], source.video.fps
         )
         for part in PARTS:
             assert clip[side][f"tiny_world.{part}"] == float(scores.values[part][0])

@@ -22,7 +22,7 @@ from fastgrpo.tools.plan.workload import batch_size
 from fastgrpo.tools.preflight import largest_batch
 from fastgrpo.train import train
 from tests import ROOT
-from tests.harness import runs
+from tests.harness import runs, tiny
 
 MIB = 2**20
 
@@ -68,11 +68,11 @@ class Hungry:
     ) -> torch.Tensor:
         assert len(x) == len(t) == len(condition["text"])
         self.lengths.append(condition["text"].shape[1])
-        torch.ones((96 + 64 * len(x)) * MIB // 4)
+        torch.ones((96 + 64 * len(x)) * MIB // 4, device=tiny.device())
         return x
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        torch.ones(150 * len(x) * MIB // 4)
+        torch.ones(150 * len(x) * MIB // 4, device=tiny.device())
         return x
 
 
@@ -102,7 +102,7 @@ class Judge:
 
     def score(self, pixels: torch.Tensor, prompts: list[str], fps: float) -> None:
         assert pixels.shape == (3, 5, 16, 16, 3) and prompts == ["a"] * 3
-        torch.ones(90 * len(pixels) * MIB // 4)
+        torch.ones(90 * len(pixels) * MIB // 4, device=tiny.device())
 
     def release(self) -> None:
         self.released += 1

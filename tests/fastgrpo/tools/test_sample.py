@@ -29,7 +29,7 @@ from fastgrpo.training.trainer import Trainer
 from tests import ROOT
 from tests.harness import forks, runs
 from tests.harness.folders import skyreels_i2v
-from tests.harness.tiny import FOLDER, PROMPTS, VIDEO
+from tests.harness.tiny import FOLDER, PROMPTS, VIDEO, without_gpus
 
 CPU = torch.device("cpu")
 THREE = (
@@ -174,7 +174,7 @@ def test_the_weights_are_those_that_the_trainer_samples_with(run: Path) -> None:
         condition = stack(encode([Prompt(PROMPTS[0])]))
     x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     ours = rollout.sample_ode(policy, x, grid, condition)
-    with open_world() as world:
+    with without_gpus(), open_world() as world:
         trained = policies.load(model, CPU, recipe.lora)
         sharding.shard(trained, world, torch.bfloat16)
         trainer = Trainer.create(trained, recipe.optimizer, None)

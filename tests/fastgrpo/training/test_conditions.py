@@ -244,10 +244,10 @@ def test_runs_share_a_cache_and_its_one_negative(tmp_path: Path) -> None:
     first, second = encode(one).conditions, encode(two).conditions
     assert not (tmp_path / "one").exists() and not (tmp_path / "two").exists()
     assert first.negative is not None and second.negative is not None
-    with policies.encoder(one.model, one.video, torch.device("cpu")) as encoder:
+    with policies.encoder(one.model, one.video, tiny.device()) as encoder:
         for name, tensor in encoder.negative("blurry").items():
             assert first.negative[name].dtype == torch.bfloat16, "stored in the network's precision"
-            assert torch.equal(first.negative[name].float(), tensor), "which loses nothing"
+            assert torch.equal(first.negative[name].float(), tensor.cpu()), "which loses nothing"
             assert torch.equal(first.negative[name], second.negative[name])
     (tmp_path / "shared" / "negative.safetensors").unlink()
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "shared").glob("part-*")}

@@ -87,7 +87,7 @@ def _losses_broken(
         plan=plan,
         conditions=conditions,
         trajectories=drawn.trajectories,
-        advantages=torch.tensor([1.0, -1.0]),
+        advantages=torch.tensor([1.0, -1.0], device=tiny.device()),
         selected=torch.ones(2, dtype=torch.bool),
     )
     x = experience.stacked([drawn.trajectories[slot].states[step] for slot, step in steps])

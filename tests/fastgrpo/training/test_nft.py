@@ -81,8 +81,8 @@ def test_samples_are_the_odes_and_are_noised_with_their_keys(
     torch.testing.assert_close(one_by_one.final, drawn.final, atol=1e-5, rtol=1e-5)
     slot = 6
     condition = stack([conditions[slot // tiny.GROUP]])
-    x = plan.initial_noise([slot], torch.device("cpu"))
-    assert not torch.equal(x, plan.initial_noise([slot + 1], torch.device("cpu")))
+    x = plan.initial_noise([slot], tiny.device())
+    assert not torch.equal(x, plan.initial_noise([slot + 1], tiny.device()))
     with torch.no_grad():
         torch.testing.assert_close(
             drawn.final[slot], rollout.sample_ode(policy, x, plan.grid, condition)[0]
@@ -95,7 +95,9 @@ def test_samples_are_the_odes_and_are_noised_with_their_keys(
                 plan.grid[step],
                 ("noised", plan.seed, plan.iteration, *divmod(slot, tiny.GROUP), step),
             )
-            x = (1 - t) * drawn.final[slot] + t * noise.normal([key], plan.latent_shape)
+            x = (1 - t) * drawn.final[slot] + t * noise.normal(
+                [key], plan.latent_shape, tiny.device()
+            )
             torch.testing.assert_close(trajectory.states[step], x[0])
             torch.testing.assert_close(
                 v, policy.velocity(x, t[None], condition)[0], atol=1e-5, rtol=1e-5
@@ -109,11 +111,13 @@ def test_gradient_equals_plain_autograd_of_the_objective(
     drawn = draw(policy, plan, conditions, 4)
     for slot, trajectory in drawn.trajectories.items():  # as if the policy had moved since it drew
         for step, v_old in trajectory.velocities.items():
-            v_old += 0.1 * noise.normal([("moved", slot, step)], plan.latent_shape)[0]
+            v_old += (
+                0.1 * noise.normal([("moved", slot, step)], plan.latent_shape, tiny.device())[0]
+            )
     trainer = tiny.Recorder.create(policy, tiny.settings(5), None)
     assert isinstance(trainer, tiny.Recorder)
     run(trainer, plan, drawn, conditions, world, tiny.advantages())
-    plain, loss = tiny.load_policy(), torch.zeros(())
+    plain, loss = tiny.load_policy(), torch.zeros((), device=tiny.device())
     for slot, trajectory in drawn.trajectories.items():
         for step, v_old in trajectory.velocities.items():
             t, x, x_0 = (
@@ -122,12 +126,13 @@ def test_gradient_equals_plain_autograd_of_the_objective(
                 trajectory.states[plan.steps][None],
             )
             v = plain.velocity(x, t, stack([conditions[slot // tiny.GROUP]]))
-            advantage = tiny.advantages()[slot][None]
+            advantage = tiny.advantages()[slot][None].to(tiny.device())
             loss = loss + objectives.nft(
                 Noised(x=x, x_0=x_0, t=t, v=v, v_old=v_old[None], advantage=advantage), SETTINGS
             )[0] / (TOTAL * 3)
     loss.backward()
-    expected = {name: p.grad for name, p in plain.network.named_parameters() if p.grad is not None}
+    grads = {name: p.grad for name, p in plain.network.named_parameters()}
+    expected = {name: grad.cpu() for name, grad in grads.items() if grad is not None}
     assert trainer.gradients[0].keys() == expected.keys()
     difference = sum(
         (trainer.gradients[0][name] - grad).square().sum() for name, grad in expected.items()
@@ -146,7 +151,7 @@ def test_updates_make_rewarded_samples_likelier_and_others_less_likely(
 
     def errors() -> Tensor:
         """[TOTAL], over the times of the grid."""
-        total = torch.zeros(TOTAL)
+        total = torch.zeros(TOTAL, device=tiny.device())
         for slots in rollout.batches(range(TOTAL), conditions, tiny.GROUP, 12):
             condition = stack([conditions[slot // tiny.GROUP] for slot in slots])
             for step in range(fresh.steps):
@@ -155,7 +160,7 @@ def test_updates_make_rewarded_samples_likelier_and_others_less_likely(
                     v = policy.velocity(x, t, condition)
                 off = x - t.reshape(-1, 1, 1, 1, 1) * v - drawn.final[slots]
                 total[slots] += off.square().flatten(1).mean(1)
-        return total
+        return total.cpu()
 
     before = errors()
     trainer = Trainer.create(policy, tiny.settings(60, lr=2e-4), None)
@@ -235,6 +240,6 @@ class Diffusion:
 
 
 def test_a_diffusion_model_is_refused(policy: Policy) -> None:
-    METHOD.check_policy(policy, torch.device("cpu"))
+    METHOD.check_policy(policy, tiny.device())
     with pytest.raises(UserError, match=r"objective\.kind=nft: is made for rectified flows"):
-        METHOD.check_policy(Diffusion(), torch.device("cpu"))  # type: ignore[arg-type]
+        METHOD.check_policy(Diffusion(), tiny.device())  # type: ignore[arg-type]

@@ -80,7 +80,8 @@ def test_gradient_equals_plain_autograd_of_the_objective(
     )
 
     plain = tiny.load_policy()
-    loss = torch.zeros(())
+    advantages = tiny.advantages().to(tiny.device())
+    loss = torch.zeros((), device=tiny.device())
     for slot in range(TOTAL):
         for step in plan.chosen(slot):
             t, t_next = plan.grid[step], plan.grid[step + 1]
@@ -93,11 +94,10 @@ def test_gradient_equals_plain_autograd_of_the_objective(
                 x_next, *sde_transition(x, v=v, t=t, t_next=t_next, eta=plan.eta)
             )[0]
             # at ratio 1 the clipped objective's gradient is -A times the ratio's
-            loss = loss - (log_prob - log_prob.detach()).exp() * tiny.advantages()[slot] / (
-                TOTAL * 3
-            )
+            loss = loss - (log_prob - log_prob.detach()).exp() * advantages[slot] / (TOTAL * 3)
     loss.backward()
-    expected = {name: p.grad for name, p in plain.network.named_parameters() if p.grad is not None}
+    grads = {name: p.grad for name, p in plain.network.named_parameters()}
+    expected = {name: grad.cpu() for name, grad in grads.items() if grad is not None}
     assert_gradients_equal(trainer.gradients[0], expected, 1e-5)
 
 

@@ -93,20 +93,21 @@ def _default_group() -> dist.ProcessGroup:
 
 
 def init_process_group(backend: Any = None, *args: Any, **kwargs: Any) -> None:
-    """torch.distributed.init_process_group, by gloo whatever was asked for."""
-    _plain["init_process_group"]("gloo", *args, **kwargs)
+    """torch.distributed.init_process_group, by gloo whatever was asked for, but for "fake"."""
+    _plain["init_process_group"]("fake" if backend == "fake" else "gloo", *args, **kwargs)
     backends[_default_group().group_name] = _parsed(backend)
 
 
 def new_group(
     ranks: Any = None, timeout: Any = None, backend: Any = None, options: Any = None, **kwargs: Any
 ) -> Any:
-    """torch.distributed.new_group, by gloo whatever was asked for."""
+    """torch.distributed.new_group, by gloo whatever was asked for, but for "fake"."""
     kwargs.pop("device_id", None)
     kwargs.pop("pg_options", None)
-    group = _plain["new_group"](ranks, timeout, "gloo", None, **kwargs)
+    parent = backends[_default_group().group_name]
+    carrier = "fake" if "fake" in parent.values() else "gloo"
+    group = _plain["new_group"](ranks, timeout, carrier, None, **kwargs)
     if isinstance(group, dist.ProcessGroup):
-        parent = backends[_default_group().group_name]
         backends[group.group_name] = parent if backend is None else _parsed(backend)
     return group
 

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastgrpo.core import config
 from fastgrpo.core.config import Optimizer, Recipe
-from fastgrpo.core.policy import Policy
+from fastgrpo.core.policy import Policy, move
 from fastgrpo.models.loading import policies
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import Group, World
@@ -162,7 +162,7 @@ def test_micro_batches_with_an_initial_policy_send_what_is_planned(
     first, and stays.
     """
     asked = recipe("objective.kl_weight=0.1", *overrides)
-    condition = tiny.encode()[0]
+    condition = move(tiny.encode()[0], CPU)
     job = subject(asked, 2, 8, text=len(condition["text"])).job
     counted = []
     with two_ranks(job.sp) as world:
