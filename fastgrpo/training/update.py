@@ -1,7 +1,9 @@
 """Trajectories and advantages to optimizer steps.
 
 The unit of work is a state: a sample at a chosen step, or a whole group where its samples are still
-equal, so that one forward and backward serves all their transitions. Samples of advantage 0, such
+equal, so that one forward and backward serves all their transitions. An optimizer step's states are
+dealt evenly to the groups of ranks (`algorithm.dealing`), whoever drew them: what their losses need
+travels in one exchange before the first step. Samples of advantage 0, such
 as those of a group with equal rewards, count in the objective's mean and are not evaluated.
 Micro-batches mix samples and steps but not text lengths. Every rank runs the same number of
 micro-batches, the missing ones with a loss of zero, so that collectives stay in step.
@@ -18,24 +20,27 @@ the clip range nothing is learned from a negative advantage (benchmarks/speed/ra
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastgrpo.algorithm import selection
+from fastgrpo.algorithm.dealing import deal
 from fastgrpo.core.config import Objective
 from fastgrpo.core.policy import shape_key, stack
+from fastgrpo.parallel.exchange import between_groups
 from fastgrpo.parallel.world import World
 from fastgrpo.training import methods
 from fastgrpo.training.method import Batch, Experience, Losses
-from fastgrpo.training.rollout import Plan
+from fastgrpo.training.rollout import Plan, Trajectory, stored
 from fastgrpo.training.trainer import Trainer
 
 State = tuple[int, tuple[int, ...]]  # a step, and the slots whose sample is in this state before it
 MicroBatch = list[State]  # an empty one keeps step with other ranks
+Value = tuple[int, str, int]  # slot, the field of its trajectory, and the step in it
 
 
 @dataclass
@@ -91,6 +96,11 @@ class OptimizerStep:
         """A group's micro-batches, with empty ones to the number of the group with the most."""
         return in_step(self.batches, group) or [[]]
 
+    def states(self) -> Iterator[tuple[int, State]]:
+        """Every state, with the group of ranks that evaluates it."""
+        for group, batches in enumerate(self.batches):
+            yield from ((group, state) for batch in batches for state in batch)
+
 
 def update(
     trainer: Trainer,
@@ -110,9 +120,9 @@ def update(
     skipped = [False] * len(experience.advantages)
     if not method.zero_advantage_teaches(objective):
         skipped = (experience.advantages == 0).tolist()
-    experience = experience.on(world.device)
-    losses_of = method.losses(trainer.policy, experience, objective)
     steps = _optimizer_steps(trainer, experience, skipped, world)
+    experience = _with_dealt(experience.on(world.device), steps, objective, world)
+    losses_of = method.losses(trainer.policy, experience, objective)
     has_ratio = methods.traits_of(objective.kind).noisy_steps
     again = _drawn_otherwise(trainer, experience, steps[1:] if has_ratio else [])
     for batch in poll_before(in_step(again, world.group)):
@@ -202,8 +212,8 @@ def _micro_batches(
     size: int,
     world: World,
 ) -> list[list[MicroBatch]]:
-    """Each group of ranks' states in batches of one text length."""
-    shares: list[list[MicroBatch]] = []
+    """All ranks' states, dealt to the groups of ranks in batches of one text length."""
+    own: list[dict[object, list[State]]] = []
     plan, conditions = experience.plan, experience.conditions
     total = len(conditions) * plan.group_size
     for group in range(world.groups):
@@ -212,8 +222,57 @@ def _micro_batches(
         for state in _states([slot for slot in members if slot in share], plan):
             prompt = state[1][0] // plan.group_size
             by_shape.setdefault(shape_key(conditions[prompt]), []).append(state)
-        shares.append([m[i : i + size] for m in by_shape.values() for i in range(0, len(m), size)])
-    return shares
+        own.append(by_shape)
+    return deal(own, size)
+
+
+def _with_dealt(
+    experience: Experience, steps: Sequence[OptimizerStep], objective: Objective, world: World
+) -> Experience:
+    """The experience, with what this group needs of states that other groups drew."""
+    plan, has_velocities = experience.plan, methods.traits_of(objective.kind).old_velocities
+    total, numel = len(experience.conditions) * plan.group_size, math.prod(plan.latent_shape)
+    drew = {slot: group for group in range(world.groups) for slot in world.share(total, group)}
+    moves: dict[tuple[int, int], list[Value]] = {}  # (from, to) -> values, in one order everywhere
+    for step in steps:
+        for group, state in step.states():
+            if (owner := drew[state[1][0]]) != group:
+                values = moves.setdefault((owner, group), [])
+                values += _values(state, plan, has_velocities)
+    if not moves:
+        return experience
+    outgoing, wanted = list[Tensor](), list[list[Value]]()
+    for group in range(world.groups):
+        values = moves.get((world.group, group), [])
+        parts = [_value(experience, value).reshape(-1) for value in values]
+        outgoing.append(torch.cat([torch.empty(0, device=world.device), *parts]))
+        wanted.append(moves.get((group, world.group), []))
+    lengths = [[1 if kind == "log_probs" else numel for _, kind, _ in v] for v in wanted]
+    received = between_groups(outgoing, [sum(of_group) for of_group in lengths], world)
+    trajectories = dict(experience.trajectories)
+    for values, of_group, row in zip(wanted, lengths, received, strict=True):
+        for (slot, kind, at), part in zip(values, row.split(of_group), strict=True):
+            shape = () if kind == "log_probs" else plan.latent_shape
+            trajectory = trajectories.setdefault(slot, Trajectory())
+            getattr(trajectory, kind)[at] = stored(part.reshape(shape), plan)
+    return replace(experience, trajectories=trajectories)
+
+
+def _value(experience: Experience, value: Value) -> Tensor:
+    """A value of this rank's trajectories, [C, F, H, W] or a scalar, on the device."""
+    slot, kind, step = value
+    own: dict[int, Tensor] = getattr(experience.trajectories[slot], kind)
+    return own[step].to(experience.plan.grid.device, non_blocking=True)
+
+
+def _values(state: State, plan: Plan, has_velocities: bool) -> list["Value"]:
+    """What the losses of a state's transitions need of trajectories."""
+    step, slots = state
+    of_each = [("states", step + 1), ("log_probs", step)]
+    if has_velocities:
+        of_each = [("states", plan.steps), ("velocities", step)]
+    values = [(slot, kind, at) for slot in slots for kind, at in of_each]
+    return [(slots[0], "states", step), *values]
 
 
 def _states(slots: Sequence[int], plan: Plan) -> list[State]:

@@ -47,7 +47,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", MESHES)
 def test_a_mesh_equals_one_process(name: str, alone: dict[str, Any], tmp_path: Path) -> None:
     ranks, settings = MESHES[name]
-    mesh = run(tmp_path / "result", ranks, 1, 1, **settings)
+    mesh = run(tmp_path / "result", ranks, 1, 1, None, **settings)
     for tensor in ("states", "final", "log_probs"):
         assert torch.equal(mesh[tensor], alone[tensor]), tensor
     assert mesh["metrics"]["update/max_log_ratio_first"] <= 1e-6

@@ -29,7 +29,7 @@ from fastgrpo.tools.plan.costs.compute import (
 )
 from fastgrpo.tools.plan.gpus import Achieved, Gpu
 from fastgrpo.tools.plan.subject import Subject
-from fastgrpo.tools.plan.workload import network_calls, stragglers
+from fastgrpo.tools.plan.workload import network_calls
 from fastgrpo.training import methods
 
 # the rollout holds the whole weights where this many times their size is free, see
@@ -274,19 +274,14 @@ def _update(subject: Subject, machine: Machine) -> Phase:
 
 
 def _update_work(job: Job) -> tuple[float, int]:
-    """(states evaluated, micro-batches) in an iteration, of the busiest rank of each optimizer
-    step.
+    """(states evaluated, micro-batches) in an iteration, of the busiest rank.
+
+    All ranks' states are dealt evenly in each optimizer step; the exchange of those that move, a
+    few latents, is not counted.
     """
-    recipe, updates = job.recipe, job.recipe.optimizer.updates_per_iteration
-    prompts, size, kept = (
-        recipe.prompts.per_iteration,
-        recipe.rollout.samples_per_prompt,
-        recipe.samples_trained,
-    )
-    total = network_calls.of_iteration(recipe, 0, job.groups)
-    samples = stragglers.widest(prompts, size=size, kept=kept, updates=updates, groups=job.groups)
-    states = total.update * samples / (prompts * kept)
-    return states, updates * math.ceil(states / updates / recipe.optimizer.batch_size)
+    updates = job.recipe.optimizer.updates_per_iteration
+    batches, size = network_calls.dealt(job.recipe, job.groups)
+    return float(updates * batches * math.ceil(size)), updates * batches
 
 
 def _step_seconds(job: Job, machine: Machine, batches: int) -> float:

@@ -22,7 +22,7 @@ from fastgrpo.core.units import GIB
 from fastgrpo.tools.plan.costs import compute
 from fastgrpo.tools.plan.phases import Machine, Phase, iteration_phases, iteration_seconds
 from fastgrpo.tools.plan.subject import Subject, subject
-from fastgrpo.tools.plan.workload import batch_size, network_calls, stragglers
+from fastgrpo.tools.plan.workload import batch_size, network_calls
 from fastgrpo.training import methods
 
 CURVE = (8, 16, 32, 64, 128, 256, 512)
@@ -38,7 +38,6 @@ USUAL_CHANGES, MOST_CHANGES = (
     6,
 )
 LORA_RANK = 32
-LARGE_IDLE = 0.15  # of the update, from which a plan warns
 
 
 @dataclass(frozen=True)
@@ -248,14 +247,6 @@ def warnings(found: Plan) -> list[str]:
             f"{rest / 1e6:,.1f} M parameters ({rest / job.network.parameters:.1%}) lie outside the "
             "sharded blocks, "
             f"most in {largest}: {whole:.2f} GiB are whole on each GPU during the update"
-        )
-    idle = stragglers.idle(job.recipe, job.groups)
-    if idle > LARGE_IDLE:
-        lines.append(
-            f"the update's ranks wait {idle:.0%} of its time for those with more samples of an "
-            "optimizer step; more "
-            "samples per group of ranks make it less (distributed.sp, "
-            "optimizer.updates_per_iteration)"
         )
     if methods.traits(job.recipe).noisy_steps:
         lines.append(_old_log_probs(found))

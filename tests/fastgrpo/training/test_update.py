@@ -117,6 +117,35 @@ def test_one_and_two_ranks_and_any_batch_size_agree(tmp_path: Path) -> None:
         assert other["metrics"]["update/max_log_ratio_first"] <= 1e-6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("other", "meshes"),
+    [
+        # the last of four ranks drew none of them
+        ({"kept": [0, 1, 2, 3, 4, 5, 6, 7, 8]}, ((2, {}), (4, {}), (4, {"sp": 2}))),
+        ({"kept": [0, 1, 2, 4, 5, 6, 7, 10], "window": [1, 4]}, ((2, {}), (4, {"shard": 2}))),
+    ],
+    ids=["a rank without samples", "window and Best-of-N"],
+)
+def test_dealt_states_give_the_gradient_of_one_rank(
+    tmp_path: Path,
+    other: dict[str, list[int]],
+    meshes: tuple[tuple[int, dict[str, int]], ...],
+) -> None:
+    """Whoever drew them, and of the step after the first, too. One at a time, so that many move.
+
+    2e-6: a sum of eight states in another order differed by 1.2e-6.
+    """
+    alone = run(tmp_path / "alone", 1, 4, 1, other)
+    for number, (ranks, distributed) in enumerate(meshes):
+        dealt = run(tmp_path / str(number), ranks, 4, 1, other, **distributed)
+        for step, tolerance in ((0, 2e-6), (1, 1e-5)):
+            assert_gradients_equal(dealt["gradients"][step], alone["gradients"][step], tolerance)
+        for name in ("update/transitions", "update/loss"):
+            assert dealt["metrics"][name] == pytest.approx(alone["metrics"][name], abs=1e-6)
+        assert dealt["metrics"]["update/max_log_ratio_first"] <= 1e-6
+
+
 def test_one_and_two_ranks_agree_bit_for_bit_where_their_batches_coincide(tmp_path: Path) -> None:
     """So the division of work changes nothing; other batch sizes change only how float32 matmuls
     round.
@@ -128,9 +157,15 @@ def test_one_and_two_ranks_agree_bit_for_bit_where_their_batches_coincide(tmp_pa
 
 
 def run(
-    file: Path, ranks: int, rollout_batch: int, update_batch: int, **distributed: int
+    file: Path,
+    ranks: int,
+    rollout_batch: int,
+    update_batch: int,
+    other: dict[str, list[int]] | None = None,
+    **distributed: int,
 ) -> dict[str, Any]:
     arguments = [str(file), str(rollout_batch), str(update_batch), json.dumps(distributed)]
+    arguments.append(json.dumps(other or {}))
     done = forks.run("tests.harness.workers.update", arguments, ranks if ranks > 1 else 0)
     assert done.returncode == 0, done.stderr[-4000:]
     result: dict[str, Any] = torch.load(file, weights_only=True)

@@ -1,8 +1,7 @@
 """One rank: writes trajectories and gradients.
 
-argv: file, rollout batch, update batch, then distributed settings
-
-The last argument is the JSON of the recipe's [distributed] section.
+argv: file, rollout batch, update batch, then two objects in JSON: the recipe's [distributed]
+section, and what else differs: `kept`, the slots that are trained, and `window`, the noisy steps
 """
 
 import json
@@ -24,7 +23,12 @@ if __name__ == "__main__":
         policy = tiny.load_policy()
         conditions = tiny.encode()
         shard(policy, world, torch.float32)
+        other = json.loads(sys.argv[5])
         plan = tiny.plan(policy)
+        if "window" in other:
+            plan = replace(plan, window=range(*other["window"]), trained=2)
+        kept = torch.zeros(len(tiny.PROMPTS) * tiny.GROUP, dtype=torch.bool)
+        kept[other.get("kept", slice(None))] = True
         everything = replace(plan, trained=None)
         drawn = tiny.draw(policy, everything, conditions, world, rollout_batch)
         trainer = tiny.Recorder.create(policy, tiny.settings(update_batch, updates=2), None)
@@ -34,18 +38,20 @@ if __name__ == "__main__":
             trajectories=drawn.trajectories,
             conditions=conditions,
             world=world,
+            kept=kept,
         )
         total = len(tiny.PROMPTS) * tiny.GROUP
         # each row from one rank
         share = world.share(total) if world.sp is None or world.sp.rank == 0 else range(0)
         rows = len(share)
-        result = {
-            "states": world.combine(tiny.states(drawn, everything)[:rows], share, total),
-            "final": world.combine(drawn.final[:rows], share, total),
-            "log_probs": world.combine(tiny.log_probs(drawn, everything)[:rows], share, total),
-            "gradients": trainer.gradients,  # type: ignore[attr-defined]
-            "metrics": metrics,
-        }
+        gradients = trainer.gradients  # type: ignore[attr-defined]
+        result = {"gradients": gradients, "metrics": metrics}
+        if "window" not in other:
+            result |= {
+                "states": world.combine(tiny.states(drawn, everything)[:rows], share, total),
+                "final": world.combine(drawn.final[:rows], share, total),
+                "log_probs": world.combine(tiny.log_probs(drawn, everything)[:rows], share, total),
+            }
         if world.main:
             torch.save(result, file)
     leave(0)

@@ -78,12 +78,25 @@ def share_again(recipe: Recipe, groups: int = 1) -> float:
     if recipe.rollout.at_once != size or size == 1:
         return later * (recipe.rollout.at_once != size)
     samples, prompts = busiest(recipe, groups)
-    states = max(1.0, _update(recipe, groups)[1] / updates / groups)  # of an optimizer step
+    batches, each = dealt(recipe, groups)
+    states = batches * each  # of a group of ranks in an optimizer step
     shared = 0.0
     if recipe.rollout.shared_noise and _share_of_first(recipe):
         shared = min(1.0, prompts / states)
     alike = shared * _full(prompts, size) + (1 - shared) * _full(samples, size)
-    return later * (1 - _full(math.floor(states), size) * alike**size)
+    full = max(0.0, (each - size + 1) * size / each)  # the share that is in batches of this size
+    return later * (1 - full * alike**size)
+
+
+def dealt(recipe: Recipe, groups: int = 1) -> tuple[int, float]:
+    """(micro-batches of a group of ranks in an optimizer step, states in each on average).
+
+    Dealt evenly, see `algorithm.dealing`.
+    """
+    updates, size = recipe.optimizer.updates_per_iteration, recipe.optimizer.batch_size
+    states = _update(recipe, groups)[1] / updates
+    batches = max(1, math.ceil(math.ceil(states / size) / groups))
+    return batches, max(1.0, states / groups / batches)
 
 
 def _full(count: int, size: int) -> float:
