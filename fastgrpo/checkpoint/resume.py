@@ -24,6 +24,7 @@ FREE_TO_CHANGE = (
     "run.preflight",
     "run.deterministic",
     "model.gradient_checkpointing",
+    "model.keep_attention",
     "model.decode_batch",
     "prompts.cache",
     "rollout.batch_size",

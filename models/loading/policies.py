@@ -6,11 +6,17 @@ compared here with the family's PIPELINES, so that the families' files need not 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from fastgrpo import models
 from fastgrpo.core.config import Lora, Model, Video
@@ -75,11 +81,15 @@ def configure(policy: Policy, settings: Model) -> None:
             id(b) for n, b in enumerate(policy.blocks) if n % int(settings.gradient_checkpointing)
         }
 
+        recompute: Any = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        if settings.keep_attention:
+            keep = partial(create_selective_checkpoint_contexts, _kept_of_a_block)
+            recompute = partial(recompute, context_fn=keep)
+
         def run(module: nn.Module, *inputs: object) -> object:
             if id(module) in left_out:
                 return module(*inputs)
-            # no block draws
-            return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return recompute(module, *inputs)  # no block draws
 
         network.enable_gradient_checkpointing(run)
     if settings.attention is not None:
@@ -94,6 +104,18 @@ def configure(policy: Policy, settings: Model) -> None:
                 f"model.attention={settings.attention}: {str(error).splitlines()[0]}; leave it out "
                 "for torch's own."
             ) from None
+
+
+def _kept_of_a_block(
+    context: SelectiveCheckpointContext, operator: Any, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
+    """Keep what attention gave, the dearest part of a block of many tokens; compute the rest again.
+
+    Also of kernels that torch does not bring, which register an operator of that name.
+    """
+    name = str(operator)
+    kept = "scaled_dot_product" in name or "flash_attn" in name
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def share_sequence(family: str) -> ShareSequence:

@@ -1,9 +1,11 @@
 """What a recipe may ask of any family's network: the attention kernel."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo.core.config import Model
 from fastgrpo.core.errors import UserError
@@ -47,3 +49,41 @@ def test_a_network_without_a_choice_says_so(tmp_path: Path) -> None:
         UserError, match=r"model.attention=native: a UNet2DConditionModel has no choice of kernels"
     ):
         policies.load(Model(family="stable_diffusion", path=str(tmp_path), attention="native"), CPU)
+
+
+class Attending(TorchDispatchMode):
+    """Counts the calls of attention's forward operator."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        self.calls += "scaled_dot_product" in name and "backward" not in name
+        return func(*args, **(kwargs or {}))
+
+
+def test_kept_attention_is_not_computed_again() -> None:
+    """The same gradients, bit for bit, with half the calls of attention."""
+    condition, t = move(stack(tiny.encode()[:1]), CPU), torch.tensor([0.6])
+    calls, gradients = [], []
+    for changes in (
+        {},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "keep_attention": True},
+    ):
+        policy = policies.load(settings(None).model_copy(update=changes), CPU)
+        shape = policy.latent_shape(tiny.VIDEO)
+        x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+        with Attending() as counted:
+            policy.velocity(x, t, condition).square().mean().backward()
+        calls.append(counted.calls)
+        gradients.append({name: p.grad for name, p in policy.network.named_parameters()})
+    plain, recomputed, kept = calls
+    blocks = len(policy.blocks)
+    assert recomputed == plain + blocks and kept == plain
+    for name, grad in gradients[0].items():
+        for other in gradients[1:]:
+            same = other[name]
+            assert grad is not None and same is not None and torch.equal(grad, same), name

@@ -77,6 +77,9 @@ class Model(Section):
     gradient_checkpointing: bool | Positive = False
     """Recompute blocks in the backward pass, all or every n-th (a UNet: all): more time, far less
     memory."""
+    keep_attention: bool = False
+    """Recomputed blocks keep what attention gave, a number per token and channel, and do not attend
+    again: the same gradients. Of no effect where no block is recomputed."""
     attention: str | None = None
     """Attention kernel by diffusers' name, such as flash or _native_cudnn; None: torch's own
     choice. Kernels without a backward, such as sage, are refused in training."""

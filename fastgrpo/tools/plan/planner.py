@@ -213,6 +213,7 @@ def _choices(job: compute.Job) -> list[tuple[str, list[Any]]]:
         ("distributed.sp", job.sp, sizes if shares else []),
         ("distributed.shard", job.shards, mesh),
         ("model.gradient_checkpointing", int(recipe.model.gradient_checkpointing), [True]),
+        ("model.keep_attention", recipe.model.keep_attention, [False]),
         (
             "optimizer.batch_size",
             recipe.optimizer.batch_size,
@@ -226,7 +227,8 @@ def _choices(job: compute.Job) -> list[tuple[str, list[Any]]]:
         ("lora.rank", recipe.lora.rank, [] if job.lora else [LORA_RANK]),
     ]
     others = [
-        (key, sorted({v for v in values if v != old and v}, key=str)) for key, old, values in wanted
+        (key, sorted({v for v in values if v != old and (v or v is False)}, key=str))
+        for key, old, values in wanted
     ]
     return [(key, values) for key, values in others if values]
 

@@ -144,10 +144,11 @@ def update(job: Job, batch: int) -> Flops:
     for number, unit in enumerate(job.network.units):
         once = forward(job, batch, [unit])
         again = unit.repeated(every, number) if unit is not job.network.rest else 0.0
+        attended = 0.0 if job.recipe.model.keep_attention else again
         backward = 1.0 if job.lora else BACKWARD
         found = found + Flops(
             once.products * (1 + again + backward),
-            once.attention * (1 + again + ATTENTION_BACKWARD),
+            once.attention * (1 + attended + ATTENTION_BACKWARD),
             once.adapters * (1 + again + BACKWARD),
         )
     return found

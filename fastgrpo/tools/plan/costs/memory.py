@@ -9,7 +9,7 @@ follows from shapes.
 
 import math
 
-from fastgrpo.models.sizes.units import Batch, Block
+from fastgrpo.models.sizes.units import BOTH, TEXT, VIDEO, Batch, Block
 from fastgrpo.tools.plan.costs.compute import Job, gathered_bytes, reduced_bytes
 from fastgrpo.training import methods
 
@@ -73,7 +73,10 @@ def update(job: Job, batch: int, accumulated: bool = True) -> dict[str, float]:
     passed = [
         _passed_back(job, block, number, batch) for number, block in enumerate(network.blocks)
     ]
-    held = [block.stored(of) for block, of in zip(network.blocks, passed, strict=True)]
+    held = [
+        block.stored(of) + _kept_attention(job, block, of)
+        for block, of in zip(network.blocks, passed, strict=True)
+    ]
     in_order = (*network.apart, *network.blocks)
     still, outside, done = sum(held), _outside(job, batch), 0.0
     best: dict[str, float] = {}
@@ -139,6 +142,18 @@ def _passed_back(job: Job, block: Block, number: int, batch: int) -> Batch:
     """The same in an update, where the number of a block says whether it is recomputed."""
     every = int(job.recipe.model.gradient_checkpointing)
     return _passed(job, batch, recomputed=block.repeated(every, number) > 0)
+
+
+def _kept_attention(job: Job, block: Block, batch: Batch) -> float:
+    """Bytes of attention's outputs and logarithms of sums that a recomputed block keeps."""
+    if not (batch.recomputed and job.recipe.model.keep_attention):
+        return 0.0
+    tokens = {VIDEO: batch.video, TEXT: batch.text, BOTH: batch.video + batch.text}
+    heads = job.network.heads
+    return sum(
+        tokens[attention.queries] * attention.area * (job.element * attention.width + 4 * heads)
+        for attention in block.attentions
+    )
 
 
 def _own_gradient(job: Job, block: Block) -> float:

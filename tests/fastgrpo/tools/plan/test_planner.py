@@ -124,7 +124,8 @@ def test_work_of_hunyuan_video_on_64_ranks(
     sp: int, forward: float, train: float, exchanged: float
 ) -> None:
     """Against a simulation that another program made, of 480 x 480 x 53, FSDP over all ranks."""
-    found = job(HUNYUAN, recipe(f"distributed.sp={sp}", "distributed.shard=64"), 64, LATENT, 256)
+    asked = recipe(f"distributed.sp={sp}", "distributed.shard=64", "model.keep_attention=false")
+    found = job(HUNYUAN, asked, 64, LATENT, 256)
     found = Job(**{**vars(found), "network": found.network.set_apart("context_embedder")})
     sent = compute.micro_batch(found, 1)
     assert compute.forward(found, 1).total / 1e12 == pytest.approx(forward, rel=0.005)
@@ -406,3 +407,17 @@ def test_a_ring_over_nodes_leaves_each_node_once() -> None:
     assert phases.route(found, sent) == (sent.gather, sent.gather / 8)
     inside = job(HUNYUAN, recipe("distributed.shard=8"), 64, LATENT, 256)
     assert phases.route(inside, compute.gather_whole(inside))[1] == 0
+
+
+def test_kept_attention_costs_bytes_and_saves_flops() -> None:
+    """A recomputed block keeps a number per token and channel, and a float32 per token and head."""
+    kept = job(HUNYUAN, recipe("model.keep_attention=true"), 64, LATENT, 256)
+    again = job(HUNYUAN, recipe("model.keep_attention=false"), 64, LATENT, 256)
+    once = compute.forward(kept, 1, kept.network.blocks)
+    assert compute.update(again, 1).attention - compute.update(kept, 1).attention == once.attention
+    assert compute.update(again, 1).products == compute.update(kept, 1).products
+    tokens = kept.video + kept.text
+    # at the peak two of the 60 blocks are past or at work, where all is counted
+    bytes_kept = 58 * tokens * (2 * 24 * 128 + 4 * 24)
+    grown = sum(memory.update(kept, 1).values()) - sum(memory.update(again, 1).values())
+    assert grown == pytest.approx(bytes_kept)
