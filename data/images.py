@@ -10,11 +10,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
 from fastgrpo.core.errors import UserError
+from fastgrpo.data import video_reader
+from fastgrpo.data.video_reader import VideoError
 
+# formats whose further frames are an animation; those of TIFF and MPO are other pictures
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 # what Pillow raises, by format
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError)
 
@@ -34,6 +38,31 @@ def read_image(file: Path, what: str = "reference image") -> Tensor:
         return _first_frame(file, what)
     except DAMAGED as error:
         raise _unreadable(file, what, error) from None
+
+
+def read_frames(file: Path, what: str) -> tuple[Tensor, float | None]:
+    """Every frame of an animated picture, or the one of another, and its frames per second.
+
+    Frames are as `read_image` has them. One that is shown n times as long as the shortest comes n
+    times. Raises UserError, which names the file, where it is no picture or damaged.
+
+    what: how messages call the file;  returns uint8 [F, H, W, 3], and None for a still picture; 0
+    where an animation says no times
+    """
+    frames, times = [], []
+    try:
+        with Image.open(file) as picture:
+            if picture.format not in ANIMATED or getattr(picture, "n_frames", 1) == 1:
+                return _pixels(picture)[None], None
+            for frame in ImageSequence.Iterator(picture):
+                frames.append(_pixels(frame))
+                times.append(float(frame.info.get("duration", 0)))  # milliseconds
+    except DAMAGED as error:
+        raise _unreadable(file, what, error) from None
+    if min(times) <= 0:
+        return torch.stack(frames), 0.0
+    repeats = torch.tensor([round(time / min(times)) for time in times])
+    return torch.stack(frames).repeat_interleave(repeats, 0), 1000 / min(times)
 
 
 def cover(image: Tensor, height: int, width: int) -> Tensor:
@@ -74,14 +103,10 @@ def _pixels(picture: Image.Image) -> Tensor:
 
 def _first_frame(file: Path, what: str) -> Tensor:
     """The first frame of a video, uint8 [H, W, 3]; the rest of the file is not decoded."""
-    import decord
-
-    decord.logging.set_level(decord.logging.QUIET)  # the error below says it in one line
     try:
-        reader = decord.VideoReader(str(file), ctx=decord.cpu(0), num_threads=1)
-        return torch.from_numpy(reader[0].asnumpy())
-    except (RuntimeError, IndexError, decord.DECORDError):
-        raise _unreadable(file, what, "neither a picture nor a video, or damaged") from None
+        return video_reader.read(file, [0]).pixels[0]
+    except (OSError, VideoError) as error:
+        raise _unreadable(file, what, error) from None
 
 
 def _unreadable(file: Path, what: str, problem: object) -> UserError:

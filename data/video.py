@@ -1,7 +1,7 @@
-"""Video files: clips to MP4 that every browser plays, MP4 to pixels, and sheets of frames.
+"""Clips to MP4 that every browser plays, pictures, and sheets of frames.
 
 Pixels are uint8 `[F, H, W, 3]`, RGB, as a torch tensor or a numpy array. The files are H.264,
-yuv420p, BT.709 and tagged as such, so that players and `read_mp4` agree on the colours. The bytes
+yuv420p, BT.709 and tagged as such, so that players and `video_reader` agree on the colours. The bytes
 depend on the pixels, the frame rate and the version of the encoder only: no date, no thread count.
 """
 
@@ -9,11 +9,9 @@ import io
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
 
 import av
 import numpy as np
-import torch
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -64,31 +62,6 @@ def write_mp4(path: Path, pixels: Pixels, fps: float) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(mp4_bytes(pixels, fps))
-
-
-def read_mp4(path: Path, indices: Sequence[int] | None = None) -> tuple[Tensor, float]:
-    """The frames of a video file and its frames per second.
-
-    indices: which frames, in ascending order (all when None); decoding stops after the last one
-    returns uint8 [F, H, W, 3] in the size of the file, fps
-    ValueError: not a video, or it has fewer frames than asked for.
-    """
-    wanted = None if indices is None else list(indices)
-    if wanted is not None and (wanted != sorted(wanted) or any(i < 0 for i in wanted)):
-        raise ValueError(f"indices={wanted}: give frame numbers from 0 up, in ascending order")
-    try:
-        frames, count, fps = _decode(path, wanted)
-    # IndexError: no video stream in the file
-    except (av.error.InvalidDataError, IndexError) as error:
-        raise ValueError(f"{path}: not a video file that can be read ({error})") from error
-    if wanted is None:
-        wanted = list(frames)
-    if not wanted or wanted[-1] not in frames:
-        raise ValueError(
-            f"{path}: frame {wanted[-1] if wanted else 0} was asked for, but it has only {count} "
-            "frames"
-        )
-    return torch.from_numpy(np.stack([frames[i] for i in wanted])), fps
 
 
 def contact_sheet(
@@ -166,20 +139,3 @@ def _to_yuv(rgb: av.VideoFrame) -> av.VideoFrame:
     return rgb.reformat(
         format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
     )
-
-
-def _decode(
-    path: Path, wanted: list[int] | None
-) -> tuple[dict[int, NDArray[np.uint8]], int, float]:
-    """Frames by number, uint8 [H, W, 3] each, the number of decoded ones, frames per second."""
-    frames = {}
-    count = 0
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        for frame in container.decode(stream):
-            if wanted is None or count in wanted:
-                frames[count] = cast("NDArray[np.uint8]", frame.to_ndarray(format="rgb24"))
-            count += 1
-            if wanted is not None and count > max(wanted, default=-1):
-                break
-        return frames, count, float(stream.average_rate or 0)

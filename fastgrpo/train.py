@@ -19,7 +19,7 @@ from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
 from fastgrpo.core.processes import OneRankError, rank
-from fastgrpo.data import video
+from fastgrpo.data import video_reader
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import open_world
 from fastgrpo.run import out_of_memory
@@ -272,7 +272,7 @@ def log_clips(session: Session, after: Evaluation) -> None:
     if not after.clips or not recipe.track.wandb:
         return
     folder = recipe.run.dir / "evaluation"
-    clips = torch.stack([video.read_mp4(folder / clip)[0] for clip in after.clips])
+    clips = torch.stack([video_reader.read(folder / clip).pixels for clip in after.clips])
     captions = list(dict.fromkeys(after.prompts))[: len(clips)]
     iteration = session.progress.iteration - 1
     session.tracker.videos(

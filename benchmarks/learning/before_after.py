@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.data.video import read_mp4
+from fastgrpo.data import video_reader
 
 # pixels: a frame's longer side, between frames, around blocks, a line of text
 SIDE, GAP, MARGIN, LINE = (
@@ -72,7 +72,7 @@ def shown(clip: Path, count: int) -> Frames:
 
     returns uint8 [count, h, w, 3]
     """
-    frames = read_mp4(clip)[0].numpy()
+    frames = video_reader.read(clip).pixels.numpy()
     scale = SIDE / max(frames.shape[1:3])
     size = round(frames.shape[2] * scale), round(frames.shape[1] * scale)
     chosen = [round(place) for place in np.linspace(0, len(frames) - 1, min(count, len(frames)))]

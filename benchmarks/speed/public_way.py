@@ -35,7 +35,7 @@ from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, move, stack
 from fastgrpo.core.reward import Reward
-from fastgrpo.data import video
+from fastgrpo.data import video_reader
 from fastgrpo.models.loading import policies
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
@@ -205,7 +205,7 @@ class Public:
         """Write the clip, read it back, score it.  returns float32 [parts]"""
         file = self.folder / f"{self.world.rank}_{slot}.mp4"
         write_plain_mp4(file, pixels, self.recipe.video.fps)
-        return self.score(video.read_mp4(file)[0], text)
+        return self.score(video_reader.read(file).pixels, text)
 
     def score(self, pixels: Tensor, text: str) -> Tensor:
         """The weighted parts of one clip, in the order of `recipe.weights`.

@@ -25,7 +25,7 @@ from fastgrpo.algorithm.transitions import gaussian_log_prob, sde_transition
 from fastgrpo.core import config
 from fastgrpo.core.config import Objective
 from fastgrpo.core.errors import UserError
-from fastgrpo.data import video
+from fastgrpo.data import video, video_reader
 from fastgrpo.parallel.world import World
 from fastgrpo.tools.report.run_data import read_run
 from fastgrpo.training.evaluation import Evaluation, compare
@@ -159,7 +159,8 @@ def score_by_pixels(way: Way) -> None:
         scores = public.score(pixels, text)
         assert (from_file(pixels, slot, text) - scores).abs().max() < 0.3
         file = public.folder / f"0_{slot}.mp4"
-        again, fps = video.read_mp4(file)
+        footage = video_reader.read(file)
+        again, fps = footage.pixels, footage.fps
         assert again.shape == pixels.shape and fps == public.recipe.video.fps
         return scores
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fastgrpo.data import video
+from fastgrpo.data import video, video_reader
 from fastgrpo.data.tiny_world import shapes
 
 CLIP = shapes.draw(shapes.Meaning("red", "triangle", "right", "fast"))
@@ -23,7 +23,8 @@ def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
 def test_a_drawn_clip_survives_the_round_trip(tmp_path: Path, colour: str) -> None:
     clip = shapes.draw(shapes.Meaning(colour, "circle", "up", "slow"))
     video.write_mp4(tmp_path / "new" / "clip.mp4", torch.from_numpy(clip), shapes.FPS)
-    pixels, fps = video.read_mp4(tmp_path / "new" / "clip.mp4")
+    footage = video_reader.read(tmp_path / "new" / "clip.mp4")
+    pixels, fps = footage.pixels, footage.fps
     assert fps == shapes.FPS
     assert pixels.dtype == torch.uint8
     assert pixels.shape == (shapes.FRAMES, 192, 192, 3)  # 32 enlarged six times
@@ -58,17 +59,17 @@ def test_any_size_becomes_even_and_large_enough(
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8)
     video.write_mp4(tmp_path / "clip.mp4", pixels, 8.0)
-    assert video.read_mp4(tmp_path / "clip.mp4")[0].shape == (shape[0], *expected, 3)
+    assert video_reader.read(tmp_path / "clip.mp4").pixels.shape == (shape[0], *expected, 3)
 
 
 def test_single_frames_can_be_read(tmp_path: Path) -> None:
     video.write_mp4(tmp_path / "clip.mp4", CLIP, 8.0)
-    every, _ = video.read_mp4(tmp_path / "clip.mp4")
-    assert torch.equal(video.read_mp4(tmp_path / "clip.mp4", [0, 4, 8])[0], every[[0, 4, 8]])
+    every = video_reader.read(tmp_path / "clip.mp4").pixels
+    assert torch.equal(video_reader.read(tmp_path / "clip.mp4", [0, 4, 8]).pixels, every[[0, 4, 8]])
     with pytest.raises(ValueError, match=r"frame 9 was asked for.*9 frames"):
-        video.read_mp4(tmp_path / "clip.mp4", [0, 9])
+        video_reader.read(tmp_path / "clip.mp4", [0, 9])
     with pytest.raises(ValueError, match="ascending"):
-        video.read_mp4(tmp_path / "clip.mp4", [4, 0])
+        video_reader.read(tmp_path / "clip.mp4", [4, 0])
 
 
 def test_wrong_input_is_named(tmp_path: Path) -> None:
@@ -78,9 +79,6 @@ def test_wrong_input_is_named(tmp_path: Path) -> None:
         video.mp4_bytes(torch.zeros(8, 8, 3, dtype=torch.uint8), 8.0)
     with pytest.raises(ValueError, match="fps=0"):
         video.mp4_bytes(CLIP, 0)
-    (tmp_path / "clip.mp4").write_bytes(b"not a video")
-    with pytest.raises(ValueError, match=r"clip\.mp4: not a video"):
-        video.read_mp4(tmp_path / "clip.mp4")
 
 
 def test_a_contact_sheet_shows_every_frame_of_every_clip() -> None:

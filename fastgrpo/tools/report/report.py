@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from fastgrpo.core.files import replace_text
-from fastgrpo.data import video
+from fastgrpo.data import video_reader
+from fastgrpo.data.video_reader import VideoError
 from fastgrpo.run.terminal import duration
 from fastgrpo.tools.report.charts import Series, curves, interval, smoothing_width, stacked_bars
 from fastgrpo.tools.report.html import chart, legend, page, table
@@ -212,9 +213,13 @@ def clip_figure(evaluation: Evaluation, index: int, prompt: str) -> str:
     Small clips keep their hard pixel edges.
     """
     path = evaluation.clips[index]
+    try:
+        height, width = video_reader.read(path, [0]).pixels.shape[1:3]
+    except (OSError, VideoError) as error:
+        problem = escape(f"{path.name} cannot be read ({error})")
+        return f"<figure><figcaption>{when(evaluation)}: {problem}</figcaption></figure>"
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     label = escape(f"{when(evaluation)}: {prompt}")
-    height, width = video.read_mp4(path, [0])[0].shape[1:3]
     style = ' class="pixelated"' if min(height, width) <= SMALL else ""
     shown = (
         f'<video{style} width="{width}" height="{height}" autoplay loop muted playsinline '

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
 import torch
 from torch import Tensor
 
@@ -13,12 +12,12 @@ from fastgrpo.core import config
 from fastgrpo.core.config import Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import load_json
-from fastgrpo.data import prompt_files, video
-from fastgrpo.data.images import read_image
+from fastgrpo.data import images, prompt_files, video_reader
+from fastgrpo.data.video_reader import VideoError
 from fastgrpo.tools.sample.sample import MANIFEST, SHEET
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif")
 
 Size = tuple[int, int]  # height, width in pixels
 
@@ -27,8 +26,9 @@ Size = tuple[int, int]  # height, width in pixels
 class Clip:
     """A file's pixels."""
 
-    pixels: Tensor  # uint8 [F, H, W, 3]; of a picture F = 1
+    pixels: Tensor  # uint8 [F, H, W, 3]; of a still picture F = 1
     fps: float
+    decoder: str  # what read the file: decord, PyAV or Pillow
 
 
 def expand(names: Sequence[Path]) -> list[Path]:
@@ -54,34 +54,37 @@ def _inside(folder: Path) -> list[Path]:
 def read(file: Path, fps: float | None, size: Size | None) -> Clip:
     """A file's pixels in the size in which the clip was made; if unknown, in the file's.
 
-    fps: frames per second; None: the file's, for a picture the recipes' default
+    fps: frames per second; None: the file's, for a still picture the recipes' default
     size: the clip's own; None: by the manifest or recipe beside the file
     Raises UserError for a file that is missing, damaged, of an unknown kind, without a frame rate,
     or of frames that do not have that size.
     """
     kind = file.suffix.lower()
     if kind in PICTURES:
-        pixels, rate = read_image(file, "picture")[None], float(Video.model_fields["fps"].default)
+        pixels, own = images.read_frames(file, "picture")
+        rate = float(Video.model_fields["fps"].default) if own is None else own
+        decoder = "Pillow"
     elif kind in VIDEOS:
-        pixels, rate = _video(file)
+        footage = _video(file)
+        pixels, rate, decoder = footage.pixels, footage.fps, footage.decoder
     else:
         raise UserError(f"{file}: of an unknown kind; give one of {', '.join(VIDEOS + PICTURES)}.")
     if not (fps or rate > 0):
         raise UserError(f"{file}: says no frame rate; give --fps.")
     size = size or _made_in(file)
-    return Clip(shrink(pixels, size, file) if size else pixels, fps or rate)
+    return Clip(shrink(pixels, size, file) if size else pixels, fps or rate, decoder)
 
 
-def _video(file: Path) -> tuple[Tensor, float]:
-    """(pixels, uint8 [F, H, W, 3]; frames per second). Raises UserError for an unreadable file."""
+def _video(file: Path) -> video_reader.Footage:
+    """A video's frames, uint8 [F, H, W, 3]. Raises UserError for an unreadable file."""
     try:
-        return video.read_mp4(file)
+        return video_reader.read(file)
     except OSError as error:
         raise UserError(
             f"{file}: cannot be read ({error.strerror}); correct the name or the file.",
         ) from None
-    except (ValueError, av.FFmpegError):
-        raise UserError(f"{file}: damaged, or no video; write it again.") from None
+    except VideoError as error:
+        raise UserError(f"{file}: {error}; write it again.") from None
 
 
 def shrink(pixels: Tensor, size: Size, file: Path) -> Tensor:
@@ -112,8 +115,8 @@ def _made_in(file: Path) -> Size | None:
             return None
         height, width = settings.get("height"), settings.get("width")
         return (height, width) if isinstance(height, int) and isinstance(width, int) else None
-    recipe = file.parents[1].with_name("recipe.toml") if len(file.absolute().parents) > 2 else None
-    if recipe is None or not recipe.is_file() or _evaluated(file) is None:
+    recipe = _folder(file).parents[1] / "recipe.toml" if _evaluated(file) is not None else None
+    if recipe is None or not recipe.is_file():
         return None
     clip = config.load(recipe).video
     return clip.height, clip.width
@@ -173,7 +176,7 @@ def _beside(file: Path) -> str | None:
 
 def _evaluated(file: Path) -> str | None:
     """The prompt of a clip of a run's evaluation: evaluation/step-N/NNN.mp4, prompt number NNN."""
-    folder = file.parent
+    folder = _folder(file)
     if not (folder.name.startswith("step-") and file.stem.isdecimal()):
         return None
     content = _read(folder.with_name(folder.name + ".json"))
@@ -181,6 +184,11 @@ def _evaluated(file: Path) -> str | None:
         return None
     prompts = list(dict.fromkeys(content.get("prompts", [])))
     return str(prompts[int(file.stem)]) if int(file.stem) < len(prompts) else None
+
+
+def _folder(file: Path) -> Path:
+    """The folder of a file by its full name, which is known wherever the command is typed."""
+    return file.parent.resolve()
 
 
 def composed(file: Path) -> bool:

@@ -47,6 +47,7 @@ class Scored:
     prompt: str | None
     shape: tuple[int, ...] | None = None  # [F, H, W, 3]; None: unreadable
     fps: float | None = None
+    decoder: str | None = None  # what read it: decord, PyAV or Pillow
     verdicts: dict[str, Verdict] = field(default_factory=dict)  # by reward
     problem: str | None = None  # why the file as a whole has no score
 
@@ -64,6 +65,7 @@ class Scored:
             "prompt": self.prompt,
             "shape": self.shape,
             "fps": self.fps,
+            "decoder": self.decoder,
             "scores": scores,
             "invalid": invalid,
         }
@@ -159,6 +161,7 @@ def _score_file(file: Path, text: str | None, wanted: Wanted, opened: Judges) ->
         prompt=text,
         shape=tuple(clip.pixels.shape),
         fps=clip.fps,
+        decoder=clip.decoder,
         verdicts=verdicts,
     )
 

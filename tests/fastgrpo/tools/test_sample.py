@@ -18,7 +18,7 @@ from fastgrpo.cli import main as cli
 from fastgrpo.core import config
 from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.policy import Prompt, stack
-from fastgrpo.data import video
+from fastgrpo.data import video, video_reader
 from fastgrpo.models.loading import policies, streaming
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import open_world
@@ -103,7 +103,8 @@ def test_the_manifest_names_every_file_with_its_prompt_and_seed(run: Path, three
         named | {"manifest.json", "sheet.png"} == {file.name for file in three.iterdir()}
         and len(named) == 18
     )
-    clip, fps = video.read_mp4(three / manifest["samples"][0]["file"])
+    footage = video_reader.read(three / manifest["samples"][0]["file"])
+    clip, fps = footage.pixels, footage.fps
     assert tuple(clip.shape) == (9, 192, 192, 3) and fps == 8.0
 
 
@@ -131,9 +132,9 @@ def test_against_base_has_the_base_models_clips(three: Path, tmp_path: Path) -> 
     for file in base.glob("*.mp4"):
         assert file.read_bytes() == (three / f"{file.stem}-base.mp4").read_bytes()
         assert file.read_bytes() != (three / file.name).read_bytes(), "training moved nothing"
-    beside, _ = video.read_mp4(three / f"000-{sample.slug(PROMPTS[0])}-seed3-beside.mp4")
-    left, _ = video.read_mp4(three / f"000-{sample.slug(PROMPTS[0])}-seed3-base.mp4")
-    right, _ = video.read_mp4(three / f"000-{sample.slug(PROMPTS[0])}-seed3.mp4")
+    beside = video_reader.read(three / f"000-{sample.slug(PROMPTS[0])}-seed3-beside.mp4").pixels
+    left = video_reader.read(three / f"000-{sample.slug(PROMPTS[0])}-seed3-base.mp4").pixels
+    right = video_reader.read(three / f"000-{sample.slug(PROMPTS[0])}-seed3.mp4").pixels
     assert tuple(beside.shape) == (9, 216, 392, 3)
     # but for the encoder's loss
     for half, clip in (
@@ -221,7 +222,8 @@ def test_images_and_other_sizes_from_a_folder_without_a_recipe(tmp_path: Path) -
         "4",
     )
     (file,) = short.glob("*.mp4")
-    clip, fps = video.read_mp4(file)
+    footage = video_reader.read(file)
+    clip, fps = footage.pixels, footage.fps
     assert len(clip) == 5 and fps == 4.0
 
 
@@ -359,7 +361,7 @@ def test_a_sheet_has_a_cell_for_every_sample(three: Path) -> None:
     says.
     """
     page = np.asarray(Image.open(three / "sheet.png"))
-    clip, _ = video.read_mp4(three / f"000-{sample.slug(PROMPTS[0])}-seed3.mp4")
+    clip = video_reader.read(three / f"000-{sample.slug(PROMPTS[0])}-seed3.mp4").pixels
     # the mp4 is enlarged by 6
     first = clip[0, ::6, ::6].numpy().repeat(3, 0).repeat(3, 1).astype(float)
     top = 16 + 2 * 8 + 16 + 98  # title, gaps, caption, the base model's row

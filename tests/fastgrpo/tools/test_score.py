@@ -16,7 +16,7 @@ from fastgrpo.cli import main as cli
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward, Scores
-from fastgrpo.data import video
+from fastgrpo.data import video, video_reader
 from fastgrpo.data.images import read_image
 from fastgrpo.data.tiny_world import shapes
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
@@ -74,7 +74,8 @@ def test_scores_are_the_rewards_of_the_decoded_pixels(
     result = scored(capsys, *files, "--reward", "tiny_world", "--reward", "video_stats")
     loaded = {name: rewards.load(rewards.plain(name)) for name in ("tiny_world", "video_stats")}
     for file, caption, row in zip(files, CAPTIONS, result["files"], strict=True):
-        pixels, fps = video.read_mp4(file)
+        footage = video_reader.read(file)
+        pixels, fps = footage.pixels, footage.fps
         assert row["file"] == str(file) and row["prompt"] == caption and row["invalid"] == {}
         assert row["shape"] == [9, 192, 192, 3] and row["fps"] == fps == 8.0
         for name, reward in loaded.items():
@@ -138,7 +139,7 @@ def test_what_cannot_be_scored_is_listed_and_the_rest_is_scored(
     assert half["scores"] == none["scores"] == {} and half["shape"] is None
     assert (
         half["invalid"]["file"]["class"] == "unreadable"
-        and "half.mp4: damaged" in half["invalid"]["file"]["reason"]
+        and "half.mp4: neither a picture nor" in half["invalid"]["file"]["reason"]
     )
     assert "No such file" in none["invalid"]["file"]["reason"]
     assert good["invalid"] == {} and None not in good["scores"]["tiny_world"].values()
@@ -158,7 +159,7 @@ def test_what_cannot_be_scored_is_listed_and_the_rest_is_scored(
 
 def test_alone_it_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = {
-        ("half.mp4",): "half.mp4: damaged, or no video; write it again.",
+        ("half.mp4",): "half.mp4: neither a picture nor a video, or damaged; write it again.",
         (
             "none.mp4",
         ): "none.mp4: cannot be read (No such file or directory); correct the name or the file.",
@@ -385,3 +386,38 @@ def test_servers_need_no_weights_here() -> None:
         patch.setenv("FASTGRPO_TOKEN", "x")
         with judges.opened([rewards.plain("hps")], Servers(("http://127.0.0.1:9",))):
             pass
+
+
+@pytest.mark.parametrize("form", ["0.mp4", "./0.mp4", ".", "../{name}/0.mp4", "../{name}"])
+def test_a_clip_may_be_named_from_any_folder(
+    folder: Path, form: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = scored(capsys, folder / "0.mp4", "--reward", "video_stats")["files"][0]
+    monkeypatch.chdir(folder)
+    result = scored(capsys, form.format(name=folder.name), "--reward", "video_stats")
+    (row,) = [row for row in result["files"] if Path(row["file"]).name == "0.mp4"]
+    assert (row["scores"], row["prompt"]) == (whole["scores"], CAPTIONS[0])
+
+
+def test_a_runs_clips_keep_prompt_and_size_wherever_they_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = tmp_path / "run" / "evaluation" / "step-3"
+    video.write_mp4(step / "000.mp4", shapes.draw(MEANINGS[0]), 8.0)
+    step.with_name("step-3.json").write_text(
+        json.dumps({"clips": ["step-3/000.mp4"], "prompts": [CAPTIONS[0]]})
+    )
+    (tmp_path / "run" / "recipe.toml").write_text((ROOT / "launch" / "t2v_tiny.toml").read_text())
+    (tmp_path / "link").symlink_to(step)
+    places = [(step, "000.mp4"), (step, "."), (step.parent, "step-3"), (tmp_path / "run", "e")]
+    (tmp_path / "run" / "e").symlink_to(step)
+    for place, name in [*places, (tmp_path, "link/000.mp4"), (tmp_path, str(step))]:
+        monkeypatch.chdir(place)
+        (row,) = scored(capsys, name, "--reward", "video_stats")["files"]
+        assert (row["prompt"], row["shape"]) == (CAPTIONS[0], [9, 32, 32, 3]), (place, name)
+
+
+def test_what_read_a_file_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = (folder / "0.mp4", folder / "still.png", folder / "half.mp4")
+    rows = scored(capsys, *files, "--prompt", "x", "--reward", "video_stats")["files"]
+    assert [row["decoder"] for row in rows] == ["decord", "Pillow", None]
