@@ -118,10 +118,10 @@ def evaluate(
             latents, slots = latents[own.start : own.stop], batch[own.start : own.stop]
             if not slots or not counts:
                 continue
-            pixels = trainer.policy.decode(latents)
+            decoded = trainer.policy.decode(latents)
             prompts = [heldout.prompts[slot // seeds] for slot in slots]
-            scorer.submit(slots, latents, pixels, prompts)
-            for slot, clip in zip(slots, pixels, strict=True):
+            scorer.submit(slots, latents, decoded, prompts)
+            for slot, clip in zip(slots, decoded.pixels, strict=True):
                 if slot % seeds == 0 and slot // seeds < clips_kept:
                     video.write_mp4(clips / f"{slot // seeds:03d}.mp4", clip, recipe.video.fps)
     scored = scorer.collect(dealing.total)

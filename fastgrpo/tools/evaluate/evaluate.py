@@ -259,7 +259,7 @@ def _judge(
             for side, (pixels, finite) in enumerate(zip(pair.rows, pair.finite, strict=True)):
                 clip = f"{SIDES[side]}, clip {pair.number}"
                 if not finite:
-                    log.warning("%s: the latents are not finite", clip)
+                    log.warning("%s: latents or pixels are not finite: no score", clip)
                     continue
                 verdicts = opened.score(pixels, prompt, work.source.video.fps)
                 for name, verdict in verdicts.items():
