@@ -17,7 +17,7 @@ from fastgrpo.algorithm.advantages import combined_advantages
 from fastgrpo.checkpoint.provenance import record_provenance
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.files import replace_text
+from fastgrpo.core.files import nan_to_null, replace_text
 from fastgrpo.core.processes import OneRankError, rank
 from fastgrpo.data import video_reader
 from fastgrpo.parallel import sharding
@@ -255,7 +255,8 @@ def finish(session: Session, before: Evaluation) -> dict[str, object]:
 
     def write() -> None:
         """Write the files of the run's end, on the main rank."""
-        replace_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        text = json.dumps(nan_to_null(summary), indent=1, allow_nan=False)
+        replace_text(folder / "summary.json", f"{text}\n")
         for when in ("before", "after"):
             values = {f"heldout_{when}/{part}": mean for part, mean in compared[when].items()}
             tracker.summary(values)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.policy import Condition
+from fastgrpo.core.policy import Condition, Decoded
 from fastgrpo.models.attention import joint
 from fastgrpo.models.loading import diffusers_folder, streaming
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
@@ -222,13 +222,13 @@ class Flux:
     clean_estimate = staticmethod(transitions.clean_estimate)
 
     @torch.no_grad()
-    def decode(self, x: Tensor) -> Tensor:
+    def decode(self, x: Tensor) -> Decoded:
         """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
         vae: Any = self.vae
         vae.use_tiling = max(x.shape[-2:]) > TILED_ABOVE
         latents = (x / vae.config.scaling_factor + vae.config.shift_factor).squeeze(2).to(vae.dtype)
         parts = latents.split(self.decode_batch or diffusers_folder.images_at_once(vae, latents))
-        return torch.cat(
+        return Decoded.joined(
             [diffusers_folder.to_pixels(vae.decode(part).sample.unsqueeze(2)) for part in parts]
         )
 

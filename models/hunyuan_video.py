@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.policy import Condition
+from fastgrpo.core.policy import Condition, Decoded
 from fastgrpo.models.attention.trimmed import SharedAttention, TrimmedAttention
 from fastgrpo.models.loading import diffusers_folder, streaming
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
@@ -191,12 +191,12 @@ class HunyuanVideo:
     clean_estimate = staticmethod(transitions.clean_estimate)
 
     @torch.no_grad()
-    def decode(self, x: Tensor) -> Tensor:
+    def decode(self, x: Tensor) -> Decoded:
         """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
         vae: Any = self.vae
         (vae.enable_tiling if max(x.shape[-2:]) > TILED_ABOVE else vae.disable_tiling)()
         parts = x.split(self.decode_batch or len(x))
-        return torch.cat(
+        return Decoded.joined(
             [
                 diffusers_folder.to_pixels(
                     vae.decode(p.to(vae.dtype) / vae.config.scaling_factor).sample

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.policy import Condition, Prompt
+from fastgrpo.core.policy import Condition, Decoded, Prompt
 from fastgrpo.models.loading import diffusers_folder, streaming
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
 from fastgrpo.models.sizes.unet import unet
@@ -238,12 +238,12 @@ class StableDiffusion:
         return self.transition(x, v=v, t=t, t_next=torch.zeros_like(t), eta=0.0)[0]
 
     @torch.no_grad()
-    def decode(self, x: Tensor) -> Tensor:
+    def decode(self, x: Tensor) -> Decoded:
         """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
         vae: Any = self.vae
         latents = (x / vae.config.scaling_factor).squeeze(2).to(vae.dtype)
         parts = latents.split(self.decode_batch or diffusers_folder.images_at_once(vae, latents))
-        return torch.cat(
+        return Decoded.joined(
             [diffusers_folder.to_pixels(vae.decode(part).sample.unsqueeze(2)) for part in parts]
         )
 

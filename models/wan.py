@@ -32,7 +32,7 @@ from torch.nn.functional import pad
 from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.policy import Condition
+from fastgrpo.core.policy import Condition, Decoded
 from fastgrpo.models.attention.pairwise_rotary import SharedAttention
 from fastgrpo.models.loading import diffusers_folder, streaming
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
@@ -228,13 +228,13 @@ class Wan:
     clean_estimate = staticmethod(transitions.clean_estimate)
 
     @torch.no_grad()
-    def decode(self, x: Tensor) -> Tensor:
+    def decode(self, x: Tensor) -> Decoded:
         """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
         self.vae.use_tiling = max(x.shape[-2:]) > TILED_ABOVE
         latents = (x * self.latent_std + self.latent_mean).to(self.vae.dtype)
         parts = latents.split(self.decode_batch or len(x))
         with diffusers_folder.tf32_convolutions():  # the VAE is in float32
-            return torch.cat(
+            return Decoded.joined(
                 [diffusers_folder.to_pixels(self.vae.decode(part).sample) for part in parts]
             )
 

@@ -20,6 +20,7 @@ import uvicorn
 from torch import Tensor
 
 from fastgrpo.core.config import RewardSpec
+from fastgrpo.core.policy import Decoded
 from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.parallel.world import open_world
 from fastgrpo.rewards.serving.client.client import RewardClient
@@ -81,7 +82,8 @@ def main() -> None:
         for first in range(0, total, BATCH):
             time.sleep(ROLLOUT_S)  # the rollout and the decoding
             slots = list(range(first, first + BATCH))
-            scorer.submit(slots, torch.zeros(BATCH, 1), pixels[slots], ["p"] * BATCH)
+            decoded = Decoded(pixels[slots], torch.ones(BATCH) > 0)
+            scorer.submit(slots, torch.zeros(BATCH, 1), decoded, ["p"] * BATCH)
         rolled = time.perf_counter() - start
         scored = scorer.collect(total)
         whole = time.perf_counter() - start

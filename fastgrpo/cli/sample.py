@@ -176,6 +176,11 @@ def _run_sample(arguments: argparse.Namespace) -> None:
     done = sample(choice, wanted)
     if done.main:
         print(f"{done.clips} samples, {SHEET} and {MANIFEST} in {done.folder}")
+        if done.not_finite:
+            print(
+                f"{done.not_finite} of them are not finite (NaN or infinity in latents or pixels): "
+                f'their files mean nothing, and {MANIFEST} marks them with "finite": false'
+            )
 
 
 def _run_export(arguments: argparse.Namespace) -> None:

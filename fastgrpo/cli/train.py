@@ -1,6 +1,7 @@
 """`fastgrpo train`, `check`, `preflight`, `embed` and `keys`: the commands on a recipe."""
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -126,8 +127,9 @@ def print_summary(summary: dict[str, object], folder: Path) -> None:
     assert isinstance(difference, dict) and isinstance(interval, dict)
     for part in before:
         low, high = interval[part]
-        means = f"{before[part]:.3f}", f"{after[part]:.3f}"
-        table.add_row(part, *means, f"{difference[part]:+.3f}", f"{low:+.3f} .. {high:+.3f}")
+        bounds = f"{low:+.3f} .. {high:+.3f}" if math.isfinite(low) else "-"
+        values = f"{before[part]:.3f}", f"{after[part]:.3f}", f"{difference[part]:+.3f}"
+        table.add_row(part, *("-" if value.endswith("nan") else value for value in values), bounds)
     console = Console()
     console.print(table)
     console.print(

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -26,6 +27,24 @@ def load_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise TypeError(f"{file} is not a JSON object")
     return content
+
+
+def nan_to_null(value: Any) -> Any:
+    """The value with None for numbers that are not finite, at any depth, as JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: nan_to_null(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [nan_to_null(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def null_to_nan(value: Any) -> Any:
+    """The value with NaN for None, at any depth."""
+    if isinstance(value, dict):
+        return {key: null_to_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [null_to_nan(inner) for inner in value]
+    return math.nan if value is None else value
 
 
 def read_json(file: Path, where: str, remedy: str) -> dict[str, Any]:

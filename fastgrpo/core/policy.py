@@ -29,6 +29,21 @@ class Prompt:
 Condition = Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """B clips as a decoder gave them."""
+
+    pixels: Tensor  # uint8 [B, F, H, W, 3]
+    finite: Tensor  # bool [B], on the same device
+    """Whether the decoder's output was finite. Cast to uint8, NaN looks like a black clip."""
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Decoded]") -> "Decoded":
+        """The clips of consecutive batches as one."""
+        pixels = torch.cat([part.pixels for part in parts])
+        return cls(pixels, torch.cat([part.finite for part in parts]))
+
+
 class Encoder(Protocol):
     """Prompts to conditions, with the family's own text encoders (and image encoder), loaded while
     it is open.
@@ -108,8 +123,8 @@ class Policy(Protocol):
         x, v: [B, C, F, H, W] float32;  t: a scalar or [B];  returns like x
         """
 
-    def decode(self, x: Tensor) -> Tensor:
-        """Latents [B, C, F, H, W] to pixels, uint8 [B, F, H, W, 3]."""
+    def decode(self, x: Tensor) -> Decoded:
+        """Latents [B, C, F, H, W] to pixels, each clip marked where they are not finite."""
 
 
 def stack(conditions: Sequence[Condition]) -> Condition:

@@ -5,6 +5,7 @@ so that all runs of a recipe are judged on the same noise.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -118,10 +119,10 @@ def evaluate(
             latents, slots = latents[own.start : own.stop], batch[own.start : own.stop]
             if not slots or not counts:
                 continue
-            pixels = trainer.policy.decode(latents)
+            decoded = trainer.policy.decode(latents)
             prompts = [heldout.prompts[slot // seeds] for slot in slots]
-            scorer.submit(slots, latents, pixels, prompts)
-            for slot, clip in zip(slots, pixels, strict=True):
+            scorer.submit(slots, latents, decoded, prompts)
+            for slot, clip in zip(slots, decoded.pixels, strict=True):
                 if slot % seeds == 0 and slot // seeds < clips_kept:
                     video.write_mp4(clips / f"{slot // seeds:03d}.mp4", clip, recipe.video.fps)
     scored = scorer.collect(dealing.total)
@@ -167,26 +168,49 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, object
     """Means before and after, their paired difference and its bootstrap 95 % interval.
 
     For the weighted sum and for each part. Prompts are resampled with all their seeds, since clips
-    of one prompt are not independent. Clips that are invalid on either side are left out.
+    of one prompt are not independent. Clips that are invalid on either side are left out, and a
+    prompt without any other is not resampled. The interval is NaN where one prompt is left, which
+    says nothing of other prompts; all is NaN where none is.
+
+    returns before, after, difference, ci95 (low and high), and pairs (of clips that count) by part
     """
     if (before.prompts, before.seeds) != (after.prompts, after.seeds):
         raise UserError(
             "evaluation/step-0.json: was made of other held-out prompts; choose another run.dir, "
             "or restore the file of prompts.heldout."
         )
-    result: dict[str, dict[str, object]] = {"before": {}, "after": {}, "difference": {}, "ci95": {}}
+    result: dict[str, dict[str, object]] = {
+        name: {} for name in ("before", "after", "difference", "ci95", "pairs")
+    }
     names = list(dict.fromkeys(before.prompts))
     group = np.array([names.index(prompt) for prompt in before.prompts])
-    resampled = np.random.default_rng(0).integers(len(names), size=(RESAMPLES, len(names)))
     later = after.columns()
     for part, first in before.columns().items():
         usable = np.isfinite(first) & np.isfinite(later[part])
         difference = np.where(usable, later[part] - first, 0.0)
         sums = np.bincount(group, weights=difference, minlength=len(names))
         counts = np.bincount(group, weights=usable, minlength=len(names))
-        means = sums[resampled].sum(1) / np.maximum(counts[resampled].sum(1), 1)
-        result["before"][part] = float(first[usable].mean())
-        result["after"][part] = float(later[part][usable].mean())
-        result["difference"][part] = float(difference[usable].mean())
-        result["ci95"][part] = [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
+        result["before"][part] = _mean(first[usable])
+        result["after"][part] = _mean(later[part][usable])
+        result["difference"][part] = _mean(difference[usable])
+        result["ci95"][part] = _interval(sums[counts > 0], counts[counts > 0])
+        result["pairs"][part] = int(usable.sum())
     return result
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean of float64 [n]; NaN where there is none."""
+    return float(values.mean()) if len(values) else math.nan
+
+
+def _interval(sums: np.ndarray, counts: np.ndarray) -> list[float]:
+    """The bootstrap's 95 % interval of the clips' mean, over resampled prompts.
+
+    sums, counts: float64 [prompts]: the sum over each prompt's clips, and their number, above 0
+    """
+    if len(counts) < 2:
+        return [math.nan, math.nan]
+    shape = (RESAMPLES, len(counts))
+    resampled = np.random.default_rng(0).integers(len(counts), size=shape)
+    means = sums[resampled].sum(1) / counts[resampled].sum(1)
+    return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Decoded
 from fastgrpo.models.loading.weight_files import check_class, check_shards
 from fastgrpo.models.loading.weight_files import read_json as read_json
 
@@ -360,7 +361,12 @@ def image_only(video: Video, name: str) -> None:
         raise UserError(f"video.frames={video.frames}: {name} draws images; use 1.")
 
 
-def to_pixels(frames: Tensor) -> Tensor:
-    """A VAE's output, [B, 3, F, H, W] in [-1, 1], as pixels, uint8 [B, F, H, W, 3]."""
+def to_pixels(frames: Tensor) -> Decoded:
+    """A VAE's output, [B, 3, F, H, W] in [-1, 1], as pixels, uint8 [B, F, H, W, 3].
+
+    Both extremes of a clip are NaN where one of its values is, and need no memory.
+    """
+    extremes = torch.stack([frames.amin(dim=(1, 2, 3, 4)), frames.amax(dim=(1, 2, 3, 4))])
     pixels = (frames.float().clamp(-1, 1) + 1) * 127.5
-    return rearrange(pixels.round().to(torch.uint8), "b c f h w -> b f h w c")
+    pixels = rearrange(pixels.round().to(torch.uint8), "b c f h w -> b f h w c")
+    return Decoded(pixels, torch.isfinite(extremes).all(0))

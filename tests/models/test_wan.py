@@ -183,7 +183,7 @@ def assert_equals_the_pipeline(
         results.append(ours)
     assert not torch.allclose(results[0], results[1], atol=0.1)
 
-    pixels = policy.decode(results[-1])
+    pixels = policy.decode(results[-1]).pixels
     assert (
         pixels.shape == (1, video.frames, video.height, video.width, 3)
         and pixels.dtype == torch.uint8
@@ -257,7 +257,9 @@ def test_the_folders_configs_are_followed(
     assert_equals_the_pipeline(edited, official(edited, first_order(edited, 3)), 3, 2.0)
     usual, policy = load(folder), load(edited)
     same_times = torch.equal(usual.time_grid(3, None, ()), policy.time_grid(3, None, ()))
-    same_pixels = torch.equal(usual.decode(noise_of(usual)), policy.decode(noise_of(usual)))
+    same_pixels = torch.equal(
+        usual.decode(noise_of(usual)).pixels, policy.decode(noise_of(usual)).pixels
+    )
     assert (same_times, same_pixels) == (part == "vae", part == "scheduler"), (
         "the change makes a difference"
     )
@@ -375,19 +377,21 @@ def test_bfloat16_is_the_networks_alone(folder: Path) -> None:
 def test_decoding_in_parts_and_in_tiles(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = load(folder)
     x = torch.cat([noise_of(policy), noise_of(policy).flip(-1)])
-    whole = policy.decode(x)
+    whole = policy.decode(x).pixels
     policy.decode_batch = 1
-    assert (whole.int() - policy.decode(x).int()).abs().max() <= 1
+    assert (whole.int() - policy.decode(x).pixels.int()).abs().max() <= 1
     policy.vae.tile_sample_min_height = policy.vae.tile_sample_min_width = 24
     policy.vae.tile_sample_stride_height = policy.vae.tile_sample_stride_width = 16
-    assert (whole.int() - policy.decode(x).int()).abs().max() <= 1, (
+    assert (whole.int() - policy.decode(x).pixels.int()).abs().max() <= 1, (
         "a small latent is decoded whole"
     )
     monkeypatch.setattr(wan, "TILED_ABOVE", 11)
-    tiled = policy.decode(x)
+    tiled = policy.decode(x).pixels
     assert 0 < (tiled.float() - whole.float()).abs().mean() < 0.3 * whole.float().std()
     monkeypatch.setattr(wan, "TILED_ABOVE", 12)
-    assert (whole.int() - policy.decode(x).int()).abs().max() <= 1, "whatever was decoded before"
+    assert (whole.int() - policy.decode(x).pixels.int()).abs().max() <= 1, (
+        "whatever was decoded before"
+    )
 
 
 @pytest.mark.parametrize(("config", "count"), [(REAL, 1_418_996_800), (REAL_14B, 14_288_491_584)])

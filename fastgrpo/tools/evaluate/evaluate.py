@@ -259,7 +259,7 @@ def _judge(
             for side, (pixels, finite) in enumerate(zip(pair.rows, pair.finite, strict=True)):
                 clip = f"{SIDES[side]}, clip {pair.number}"
                 if not finite:
-                    log.warning("%s: the latents are not finite", clip)
+                    log.warning("%s: latents or pixels are not finite: no score", clip)
                     continue
                 verdicts = opened.score(pixels, prompt, work.source.video.fps)
                 for name, verdict in verdicts.items():
@@ -302,20 +302,13 @@ def _column(plan: Plan, scores: Mapping[str, Tensor], weights: Mapping[str, floa
         )
         for side in (0, 1)
     ]
-    usable = torch.isfinite(torch.cat(list(scores.values()), 1)).all(1).tolist()
-    pairs = sum(usable)
-    low = high = nan = math.nan
-    if not pairs:
-        return Column(base=nan, trained=nan, difference=nan, low=low, high=high, pairs=0)
     result: dict[str, Any] = {name: values["sum"] for name, values in compare(*sides).items()}
-    prompts = {clip.prompt.text for clip, counts in zip(clips, usable, strict=True) if counts}
-    if len(prompts) > 1:
-        low, high = result["ci95"]
+    low, high = result["ci95"]
     return Column(
         base=result["before"],
         trained=result["after"],
         difference=result["difference"],
         low=low,
         high=high,
-        pairs=pairs,
+        pairs=result["pairs"],
     )

@@ -1,11 +1,12 @@
 """The model card of an export: base model, training, reward, and how to load the folder."""
 
+import math
 from pathlib import Path
 
 from fastgrpo import models
 from fastgrpo.checkpoint.reader import Weights
 from fastgrpo.core.config import Model, Recipe
-from fastgrpo.core.files import read_json
+from fastgrpo.core.files import null_to_nan, read_json
 from fastgrpo.models.loading import diffusers_folder
 from fastgrpo.run.tracker import read_metrics
 
@@ -138,7 +139,7 @@ def rewards(run: Path, recipe: Recipe, step: int) -> list[str]:
         ]
     summary = run / "summary.json"
     remedy = "remove it and finish the run again"
-    result = read_json(summary, "run", remedy) if summary.exists() else {}
+    result = null_to_nan(read_json(summary, "run", remedy)) if summary.exists() else {}
     if result.get("iterations") == step:
         lines += [
             "Held-out prompts, the same seeds before and after, ODE sampler, moving average where "
@@ -148,7 +149,8 @@ def rewards(run: Path, recipe: Recipe, step: int) -> list[str]:
         lines += ["| part | before | after | difference (95 % interval) |", "|---|---|---|---|"]
         for part, before in result["before"].items():
             low, high = result["ci95"][part]
-            change = f"{result['difference'][part]:+.3f} ({low:+.3f} .. {high:+.3f})"
+            bounds = f"{low:+.3f} .. {high:+.3f}" if math.isfinite(low) else "-"
+            change = f"{result['difference'][part]:+.3f} ({bounds})"
             lines.append(f"| {part} | {before:.3f} | {result['after'][part]:.3f} | {change} |")
         lines.append("")
     return lines if len(lines) > 2 else []

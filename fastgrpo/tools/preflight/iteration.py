@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from fastgrpo.algorithm import samplers
 from fastgrpo.core.config import Objective, Recipe
 from fastgrpo.core.memory import Peaks
+from fastgrpo.core.policy import Decoded
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.run import out_of_memory
@@ -116,7 +117,7 @@ class Iteration:
 
     plan: Plan
     drawn: Drawn
-    pixels: Tensor  # uint8 [B, F, H, W, 3] of this rank's part, which may be empty
+    decoded: Decoded  # of this rank's part, which may be empty
     finite: bool  # whether the latents of all of `drawn` are
     scored: int  # samples of all ranks
     valid: int  # samples of these with a score
@@ -158,8 +159,8 @@ def run(parts: Parts, plan: Plan, probe: Probe, clips: int | None, meter: Meter)
     own = list(world.part(len(batch)))[:clips]
     arriving = parts.scorer.arriving
     with sharding.rollout_weights(policy.network, recipe.distributed, parts.dtype, world, arriving):
-        drawn, pixels = _draw_and_decode(parts, plan, batch, own, meter)
-        _submit(parts, [batch[row] for row in own], drawn.final[own], pixels)
+        drawn, decoded = _draw_and_decode(parts, plan, batch, own, meter)
+        _submit(parts, [batch[row] for row in own], drawn.final[own], decoded)
         if any(source.shares_device for source in parts.scorer.sources):
             _draw_and_decode(parts, plan, batch, own, meter)
     with meter.phase("reward"):
@@ -186,7 +187,7 @@ def run(parts: Parts, plan: Plan, probe: Probe, clips: int | None, meter: Meter)
     return Iteration(
         plan=plan,
         drawn=drawn,
-        pixels=pixels,
+        decoded=decoded,
         finite=bool(torch.isfinite(drawn.final).all()),
         scored=scored,
         valid=valid,
@@ -208,13 +209,13 @@ def _dealing(parts: Parts) -> Dealing:
 
 def _draw_and_decode(
     parts: Parts, plan: Plan, batch: list[int], own: list[int], meter: Meter
-) -> tuple[Drawn, Tensor]:
-    """A batch, and this rank's rows `own` of it as pixels, uint8 [B, F, H, W, 3]."""
+) -> tuple[Drawn, Decoded]:
+    """A batch, and this rank's rows `own` of it as pixels."""
     with meter.phase("rollout"):
         drawn = _draw(parts, plan, batch)
     with meter.phase("decode"):
         if not own:
-            return drawn, torch.empty(0, dtype=torch.uint8)
+            return drawn, Decoded(torch.empty(0, dtype=torch.uint8), torch.ones(0) > 0)
         return drawn, parts.policy.decode(drawn.final[own])
 
 
@@ -228,14 +229,14 @@ def _draw(parts: Parts, plan: Plan, slots: list[int]) -> Drawn:
     return rollout.sample(policy, plan=plan, conditions=conditions, slots=slots, prefixes=prefixes)
 
 
-def _submit(parts: Parts, slots: list[int], latents: Tensor, pixels: Tensor) -> None:
+def _submit(parts: Parts, slots: list[int], latents: Tensor, decoded: Decoded) -> None:
     """Begin to score this rank's clips.
 
-    latents: [B, C, F, H, W];  pixels: uint8 [B, F, H, W, 3]
+    latents: [B, C, F, H, W], of which `decoded` was made
     """
     if slots:
         texts = [parts.texts[slot // parts.plan.group_size] for slot in slots]
-        parts.scorer.submit(slots, latents, pixels, texts)
+        parts.scorer.submit(slots, latents, decoded, texts)
 
 
 def _collect(parts: Parts, slots: list[int]) -> tuple[int, int]:
@@ -272,18 +273,22 @@ def decoding(parts: Parts, done: Iteration) -> Finding:
     """Check that latents are finite and pixels of the recipe's size and more than one colour."""
     video, world = parts.recipe.video, parts.world
     expected = (video.frames, video.height, video.width, 3)
-    rows = done.pixels.flatten(1) if len(done.pixels) else torch.zeros(0, 1)
+    pixels = done.decoded.pixels
+    rows = pixels.flatten(1) if len(pixels) else torch.zeros(0, 1)
     flat = int((rows.amax(1) == rows.amin(1)).sum()) if len(rows) else 0
     form: tuple[str, tuple[int, ...]] = ("torch.uint8", expected)
     if len(rows):
-        form = (str(done.pixels.dtype), tuple(done.pixels.shape[1:]))
-    everyone = gathered((form, flat, done.finite), world)
-    forms = [form for form, _, _ in everyone if form != ("torch.uint8", expected)]
-    clips, flat = sum(gathered(len(rows), world)), sum(flat for _, flat, _ in everyone)
+        form = (str(pixels.dtype), tuple(pixels.shape[1:]))
+    lost = int((~done.decoded.finite).sum())
+    everyone = gathered((form, flat, done.finite, lost, len(rows)), world)
+    forms = [form for form, *_ in everyone if form != ("torch.uint8", expected)]
+    flat, lost, clips = (sum(own[n] for own in everyone) for n in (1, 3, 4))  # type: ignore[misc]
     remedy = "compare model.path's vae and scheduler with the published ones, and model.dtype"
     problem = ""
-    if not all(finite for _, _, finite in everyone):
+    if not all(finite for _, _, finite, *_ in everyone):
         problem = "the rollout's latents are not finite"
+    elif lost:
+        problem = f"the VAE gives pixels that are not finite for {lost} of {clips} clips"
     elif forms:
         kind, shape = forms[0]
         problem = f"clips are {kind} {list(shape)} instead of uint8 {list(expected)}"

@@ -42,7 +42,7 @@ def measured(parts: Parts, done: Iteration, meter: Meter, saving_s: float) -> li
     rounds = max(len(list(batches)) for batches in dealt)
     own = dict(meter.seconds) | {"update": statistics.median(done.micro_batches), "save": saving_s}
     seconds, peaks = _largest(own, world), _largest(meter.peaks, world)
-    clips = len(done.pixels)
+    clips = len(done.decoded.pixels)
     work = {
         "rollout": (f"{batch} samples, {steps} steps", float(rounds)),
         "decode": (f"{clips} clips", float(rounds)),

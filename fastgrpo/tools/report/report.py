@@ -109,6 +109,11 @@ def result(run: Run, done: int, of: str) -> str:
     verdict = comparison.verdict("sum")
     before, after = number(comparison.before["sum"]), number(comparison.after["sum"])
     low, high = comparison.ci95["sum"]
+    if not math.isfinite(low):
+        told = (
+            f"{run.compared_iterations} iterations: held-out reward {before} before, {after} after"
+        )
+        return f"{told}. Fewer than two prompts have scores on both sides, which give no interval."
     what = {
         "up": f"raised the held-out reward from {before} to {after}",
         "down": f"lowered the held-out reward from {before} to {after}",
@@ -149,7 +154,7 @@ def held_out_table(run: Run) -> str:
     for part, difference in comparison.difference.items():
         low, high = comparison.ci95[part]
         gain = f'<span class="gain s-{comparison.verdict(part)}">{signed(difference)}</span>'
-        spread = f"{signed(low)} to {signed(high)}"
+        spread = f"{signed(low)} to {signed(high)}" if math.isfinite(low) else "-"
         drawing = (
             interval(low, difference, high, limits)
             if math.isfinite(low + difference + high)

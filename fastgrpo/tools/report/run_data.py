@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.files import load_json
+from fastgrpo.core.files import load_json, null_to_nan
 from fastgrpo.run.rank_times import hosts_of
 from fastgrpo.run.terminal import PHASES, parts
 from fastgrpo.run.tracker import Row, read_metrics
@@ -89,7 +89,10 @@ class Run:
             return None
         try:
             return Comparison(
-                *(self.summary[key] for key in ("before", "after", "difference", "ci95"))
+                *(
+                    null_to_nan(self.summary[key])
+                    for key in ("before", "after", "difference", "ci95")
+                )
             )
         except KeyError as error:
             raise UserError(

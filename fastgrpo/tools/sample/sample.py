@@ -105,7 +105,18 @@ class Drawn:
 
     number: int  # of the clip
     rows: list[Tensor]
-    finite: list[bool]  # whether the latents of each row were; pixels of others mean nothing
+    finite: list[bool]  # whether latents and pixels of each row were; others mean nothing
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What sheet and manifest show of a clip.
+
+    thumbnails: uint8 [R, f, h, w, 3]; R = 2 with the base, else 1
+    """
+
+    thumbnails: Tensor
+    finite: list[bool]  # R
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,7 @@ class Sampled:
 
     folder: Path
     clips: int
+    not_finite: int  # of the clips, on either side
     main: bool  # whether this is the rank that prints
 
 
@@ -128,17 +140,31 @@ def sample(choice: Asked, wanted: Wanted) -> Sampled:
         folder = world.on_main(
             lambda: stack.enter_context(files.whole_folder(job.out, "--out", replaces))
         )
-        mistake, strips = None, {}
+        mistake, shown = None, {}
         try:
-            strips = draw(job, folder, world)
+            shown = draw(job, folder, world)
         except UserError as error:
             mistake = error
         except OSError as error:
             mistake = files.refused(job.out, "--out", error)
         world.raise_if_any_failed(mistake)
-        everything = gather(job, strips, world)
-        world.on_main(lambda: describe(job, folder, everything))
-        return Sampled(job.out, len(job.clips), world.main)
+        strips, finite = gather(job, shown, world)
+        check_finite(job, finite)
+        world.on_main(lambda: describe(job, folder, strips, finite))
+        lost = int((~finite.all(1)).sum())
+        return Sampled(job.out, len(job.clips), lost, world.main)
+
+
+def check_finite(work: Work, finite: Tensor) -> None:
+    """Raise UserError where no clip of a side is finite.  finite: bool [N, R]"""
+    for column, side in enumerate(finite.unbind(1)):
+        snapshot = work.source.base if column < finite.shape[1] - 1 else work.source.snapshot
+        if snapshot is not None and not side.any():
+            raise UserError(
+                f"model: no sample of {snapshot.label} is finite, so that there is nothing to "
+                "show: its weights are damaged or have exploded, or overflow in model.dtype; "
+                "choose another --step or model.dtype=float32."
+            )
 
 
 def plan(source: Source, wanted: Wanted) -> Job:
@@ -218,18 +244,14 @@ def slug(text: str) -> str:
     return words[:40].rstrip("-") or "prompt"
 
 
-def draw(job: Job, folder: Path, world: World) -> dict[int, Tensor]:
-    """Write this rank's clips to `folder`.
-
-    returns number -> thumbnails uint8 [R, f, h, w, 3]; R = 2 with the base, else 1
-    """
-    strips = {}
+def draw(job: Job, folder: Path, world: World) -> dict[int, Shown]:
+    """Write this rank's clips to `folder`.  returns what to show of each, by number"""
+    shown = {}
     for drawn in generate(job, world):
         write(job, job.clips[drawn.number], drawn.rows, folder)
-        strips[drawn.number] = torch.stack(
-            [contact_sheet.thumbnails(row, job.source.video) for row in drawn.rows]
-        )
-    return strips
+        strip = [contact_sheet.thumbnails(row, job.source.video) for row in drawn.rows]
+        shown[drawn.number] = Shown(torch.stack(strip), drawn.finite)
+    return shown
 
 
 def generate(work: Work, world: World) -> Iterator[Drawn]:
@@ -257,8 +279,12 @@ def generate(work: Work, world: World) -> Iterator[Drawn]:
     policy, after = latents_of(source.snapshot, share, world)
     for number, latent in after.items():
         latents = [before[number], latent] if work.against_base else [latent]
-        rows = [policy.decode(x[None].to(world.device))[0].cpu() for x in latents]
-        yield Drawn(number, rows, [bool(torch.isfinite(x).all()) for x in latents])
+        decoded = [policy.decode(x[None].to(world.device)) for x in latents]
+        finite = [
+            bool(torch.isfinite(x).all()) and bool(own.finite[0])
+            for x, own in zip(latents, decoded, strict=True)
+        ]
+        yield Drawn(number, [own.pixels[0].cpu() for own in decoded], finite)
 
 
 def latents_of(weights: Snapshot, share: Share, world: World) -> tuple[Policy, dict[int, Tensor]]:
@@ -306,26 +332,33 @@ def write(job: Job, clip: Clip, rows: Sequence[Tensor], folder: Path) -> None:
             video.write_mp4(file, pixels, job.source.video.fps)
 
 
-def gather(job: Job, strips: Mapping[int, Tensor], world: World) -> Tensor:
-    """Every rank's thumbnails.  returns uint8 [N, R, f, h, w, 3]"""
-    shape = (2 if job.against_base else 1, *contact_sheet.thumbnail_shape(job.source.video))
-    numbers = sorted(strips)
-    rows = (
-        torch.stack([strips[n] for n in numbers])
-        if numbers
-        else torch.zeros(0, *shape, dtype=torch.uint8)
-    )
-    return world.combine(rows, numbers, len(job.clips))
+def gather(job: Job, shown: Mapping[int, Shown], world: World) -> tuple[Tensor, Tensor]:
+    """Every rank's thumbnails, uint8 [N, R, f, h, w, 3], and whether they are finite, bool [N, R]"""
+    sides, numbers = 2 if job.against_base else 1, sorted(shown)
+    rows = torch.zeros(0, sides, *contact_sheet.thumbnail_shape(job.source.video)).byte()
+    finite = torch.zeros(0, sides, dtype=torch.uint8)
+    if numbers:
+        rows = torch.stack([shown[n].thumbnails for n in numbers])
+        finite = torch.tensor([shown[n].finite for n in numbers]).byte()
+    total = len(job.clips)
+    return world.combine(rows, numbers, total), world.combine(finite, numbers, total) > 0
 
 
-def describe(job: Job, folder: Path, strips: Tensor) -> None:
-    """Write the contact sheet and the manifest.  strips: uint8 [N, R, f, h, w, 3]"""
+def describe(job: Job, folder: Path, strips: Tensor, finite: Tensor) -> None:
+    """Write the contact sheet and the manifest.
+
+    strips: uint8 [N, R, f, h, w, 3];  finite: bool [N, R], the base model's first
+    """
     source, size = job.source, job.source.video
     model = source.snapshot.model
     title = source.snapshot.label
     if job.against_base:
         title = f"above: base, below: {title}"
-    contact_sheet.write_sheet(folder / SHEET, strips, [clip.caption for clip in job.clips], title)
+    captions = [
+        clip.caption if all(own) else f"NOT FINITE, {clip.caption}"
+        for clip, own in zip(job.clips, finite.tolist(), strict=True)
+    ]
+    contact_sheet.write_sheet(folder / SHEET, strips, captions, title)
     endings = {"file": "", **({"base": "-base", "beside": "-beside"} if job.against_base else {})}
     settings = {
         **model.model_dump(
@@ -340,9 +373,11 @@ def describe(job: Job, folder: Path, strips: Tensor) -> None:
             "prompt": clip.prompt.text,
             "image": str(clip.prompt.image) if clip.prompt.image else None,
             "seed": clip.seed,
+            "finite": own[-1],
+            **({"base_finite": own[0]} if job.against_base else {}),
             **{key: f"{clip.stem}{ending}{job.suffix}" for key, ending in endings.items()},
         }
-        for clip in job.clips
+        for clip, own in zip(job.clips, finite.tolist(), strict=True)
     ]
     checkpoint = source.snapshot.checkpoint
     manifest = {

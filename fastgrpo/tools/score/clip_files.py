@@ -197,6 +197,16 @@ def composed(file: Path) -> bool:
     return any(file.name in (entry.get("beside"), SHEET) for entry in others)
 
 
+def not_finite(file: Path) -> bool:
+    """Whether `fastgrpo sample` marked the file's clip as not finite: its pixels mean nothing."""
+    marks = {"file": "finite", "base": "base_finite"}
+    return any(
+        file.name == entry.get(key) and entry.get(mark) is False
+        for entry in _samples(file.parent)
+        for key, mark in marks.items()
+    )
+
+
 def _samples(folder: Path) -> list[dict[str, Any]]:
     """The samples in the manifest of `fastgrpo sample`; empty for a folder without a manifest."""
     samples = _read(folder / MANIFEST).get("samples")

@@ -151,6 +151,9 @@ def _score_file(file: Path, text: str | None, wanted: Wanted, opened: Judges) ->
             prompt=text,
             problem=f"{file}: shows several clips together; score the clips themselves.",
         )
+    if clip_files.not_finite(file):
+        why = f"{file}: was not finite when it was drawn (manifest.json); draw it again."
+        return Scored(file=file, prompt=text, problem=why)
     try:
         clip = clip_files.read(file, wanted.fps, wanted.size)
     except UserError as error:

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.memory import to_host
+from fastgrpo.core.policy import Decoded
 from fastgrpo.core.reward import Scores
 from fastgrpo.parallel.world import World
 from fastgrpo.training.scoring.sources import EVENTS, NoScores, Source
@@ -32,6 +33,8 @@ class Scored:
 
     values: dict[str, Tensor]  # part -> float32 [N], NaN where invalid
     valid: Tensor  # bool [N]: every part that has a weight has a score
+    latents_finite: Tensor  # bool [N]; a sample that is not finite has no score
+    pixels_finite: Tensor  # bool [N]: what the VAE made of the latents
     seconds: float = 0.0  # spent scoring, mean of the ranks
     waited: float = 0.0  # seconds of these in which the rank did nothing else, mean of the ranks
     events: dict[str, int] = field(default_factory=dict)  # by the names of EVENTS, summed
@@ -47,8 +50,12 @@ class Scored:
         return torch.stack(weighted).sum(0)
 
     def metrics(self) -> dict[str, float]:
-        """Seconds of scoring, the invalid scores of each part, and the events, by metric."""
+        """Seconds of scoring, the samples that are not finite, the invalid scores of each part, and
+        the events, by metric.
+        """
         metrics = {"scoring/seconds": self.seconds, "scoring/hidden_share": self.hidden_share}
+        metrics["not_finite/latents"] = float((~self.latents_finite).sum())
+        metrics["not_finite/pixels"] = float((self.latents_finite & ~self.pixels_finite).sum())
         for part, values in self.values.items():
             metrics[f"invalid/{part}"] = float(values.isnan().sum())
         return metrics | {f"scoring/{name}": float(count) for name, count in self.events.items()}
@@ -59,7 +66,7 @@ class Batch:
     """B samples that each source scores on its own."""
 
     slots: list[int]
-    finite: Tensor  # bool [B], in host memory once `copied`
+    finite: Tensor  # bool [B, 2]: latents and pixels, in host memory once `copied`
     answers: list[Future[dict[str, Scores]]]
 
 
@@ -102,15 +109,17 @@ class Scorer:
         self,
         slots: list[int],
         latents: Tensor,
-        pixels: Tensor,
+        decoded: Decoded,
         prompts: Sequence[str],
     ) -> None:
-        """Start scoring a batch of B slots. A clip whose latents are not finite gets no score.
+        """Start scoring a batch of B slots. A clip whose latents or pixels are not finite gets no
+        score.
 
-        latents: [B, C, F, H, W];  pixels: the decoded latents, uint8 [B, F, H, W, 3]
+        latents: [B, C, F, H, W], of which `decoded` was made
         """
-        clips, finite = to_host(pixels), to_host(torch.isfinite(latents).flatten(1).all(1))
-        copied = _mark(pixels)
+        finite = torch.stack([torch.isfinite(latents).flatten(1).all(1), decoded.finite], 1)
+        clips, finite = to_host(decoded.pixels), to_host(finite)
+        copied = _mark(decoded.pixels)
         answers = []
         for source, threads in zip(self.sources, self.threads, strict=True):
             score = partial(self._score, source, clips, prompts=list(prompts), copied=copied)
@@ -153,13 +162,23 @@ class Scorer:
             source.release()
         everything = self.world.combine(rows, positions, total)
         seconds, waited, events = self._account(waited)
-        values = {part: everything[:, column] for column, part in enumerate(self.parts)}
-        valid = torch.isfinite(everything[:, self.weighed]).all(1)
-        return Scored(values=values, valid=valid, seconds=seconds, waited=waited, events=events)
+        latents_finite, pixels_finite = (everything[:, -2:] > 0).unbind(1)
+        return Scored(
+            values={part: everything[:, column] for column, part in enumerate(self.parts)},
+            valid=torch.isfinite(everything[:, self.weighed]).all(1),
+            latents_finite=latents_finite,
+            pixels_finite=pixels_finite,
+            seconds=seconds,
+            waited=waited,
+            events=events,
+        )
 
     def _wait(self) -> tuple[UserError | None, Tensor]:
-        """(the error that ends the run; float32 scores [own samples, parts], NaN where invalid)."""
-        error, tables = None, [torch.empty(0, len(self.parts))]
+        """(the error that ends the run; float32 [own samples, parts + 2]).
+
+        The scores are NaN where invalid. The last columns are 1 where latents and pixels are finite.
+        """
+        error, tables = None, [torch.empty(0, len(self.parts) + 2)]
         for batch in self.pending:
             table = torch.full((len(batch.slots), len(self.parts)), float("nan"))
             for answer in batch.answers:
@@ -177,7 +196,8 @@ class Scorer:
                     )
                 if error is not None:
                     self.close()
-            tables.append(table.masked_fill(~batch.finite[:, None], float("nan")))
+            table = table.masked_fill(~batch.finite.all(1, keepdim=True), float("nan"))
+            tables.append(torch.cat([table, batch.finite.float()], 1))
         return error, torch.cat(tables)
 
     def _fill(self, table: Tensor, answer: dict[str, Scores]) -> None:

@@ -102,6 +102,10 @@ def test_without_a_fault_one_line_says_so(
         ("no room", "folder: 30.0 MiB free in "),
         ("replicas that do not reduce", "gradients: of "),
         ("another weight", "weights: "),
+        (
+            "a decoder that overflows",
+            "decode: the VAE gives pixels that are not finite for 2 of 4 clips",
+        ),
         ("a blank decoder", "decode: 4 of 4 clips are one colour"),
     ],
 )

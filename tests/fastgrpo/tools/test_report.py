@@ -271,6 +271,16 @@ def test_a_result_within_its_interval_is_not_called_a_gain(tmp_path: Path) -> No
     assert "did not measurably change" in Page(write_report(run).read_text()).words
 
 
+def test_a_result_of_one_prompt_has_no_interval(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    summary["ci95"] = {part: [None, None] for part in summary["ci95"]}
+    (run / "summary.json").write_text(json.dumps(summary))
+    page = write_report(run).read_text()
+    assert "which give no interval" in page and "gain s-down" not in page
+    assert "<td>-</td>" in page and "nan" not in Page(page).words
+
+
 def test_the_held_out_sum_is_weighted(tmp_path: Path) -> None:
     content: dict[str, Any] = {
         "iteration": 0,

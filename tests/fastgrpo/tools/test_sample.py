@@ -17,9 +17,9 @@ from fastgrpo.checkpoint.checkpoints import Checkpoints
 from fastgrpo.cli import main as cli
 from fastgrpo.core import config
 from fastgrpo.core.config import Checkpoint
-from fastgrpo.core.policy import Prompt, stack
+from fastgrpo.core.policy import Decoded, Prompt, stack
 from fastgrpo.data import video, video_reader
-from fastgrpo.models.loading import policies, streaming
+from fastgrpo.models.loading import diffusers_folder, policies, streaming
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import open_world
 from fastgrpo.tools.sample import contact_sheet, sample
@@ -312,6 +312,46 @@ def test_what_fails_half_way_leaves_nothing(
     line = complaint(capsys, [str(run), "--out", str(tmp_path / "out"), *ONE])
     assert line.endswith("out: no space left on the disk; free some and start again.")
     assert not list(tmp_path.iterdir())
+
+
+def test_samples_that_are_not_finite_are_told_marked_and_not_scored(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The VAE overflows for the second of three seeds."""
+    to_pixels, calls = diffusers_folder.to_pixels, []
+
+    def overflowing(frames: Tensor) -> Decoded:
+        calls.append(len(frames))
+        return to_pixels(frames * (float("inf") if len(calls) == 2 else 1.0))
+
+    monkeypatch.setattr(diffusers_folder, "to_pixels", overflowing)
+    capsys.readouterr()
+    out = draw(run, tmp_path / "out", *ONE, "--seeds", "0", "1", "2")
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1].startswith("1 of them are not finite") and len(told) == 2
+    samples = json.loads((out / sample.MANIFEST).read_text())["samples"]
+    assert [entry["finite"] for entry in samples] == [True, False, True]
+    monkeypatch.undo()
+    table = tmp_path / "scores.json"
+    command = ["score", str(out), "--reward", "tiny_world", "--json", str(table)]
+    assert cli.main(command) == 0
+    scored = json.loads(table.read_text())["files"]
+    assert ["file" in entry["invalid"] for entry in scored] == [False, True, False]
+
+
+def test_weights_that_are_not_finite_give_no_samples_but_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(*_: Any) -> Tensor:
+        return torch.full((3, *shape), float("nan"))
+
+    shape = policies.load(config.load(runs.RECIPE).model, CPU).latent_shape(
+        find(Asked(str(run))).video
+    )
+    monkeypatch.setattr(rollout, "sample_ode", spoilt)
+    options = [*ONE, "--seeds", "0", "1", "2", "--batch-size", "3"]
+    line = complaint(capsys, [str(run), "--out", str(tmp_path / "out"), *options])
+    assert line.startswith("fastgrpo: model: no sample of step ") and not list(tmp_path.iterdir())
 
 
 def complaint(capsys: pytest.CaptureFixture[str], options: Sequence[str]) -> str:

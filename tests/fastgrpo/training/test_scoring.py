@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from fastgrpo.cli import serve
 from fastgrpo.core import config
 from fastgrpo.core.config import Objective, RewardSpec
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Decoded
 from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.parallel.world import World
 from fastgrpo.rewards import load, plain
@@ -80,7 +82,11 @@ def pixels() -> Tensor:
 
 
 def submit(
-    scorer: Scorer, size: int = 4, rollout_s: float = 0.0, latents: Tensor | None = None
+    scorer: Scorer,
+    size: int = 4,
+    rollout_s: float = 0.0,
+    latents: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> list[tuple[float, float]]:
     """All samples in batches, with a pretended rollout before each.
 
@@ -88,15 +94,21 @@ def submit(
     """
     spans = []
     latents = torch.zeros(SAMPLES, 1, 1, 1, 1) if latents is None else latents
+    finite = torch.ones(SAMPLES) > 0 if finite is None else finite
     for start in range(0, SAMPLES, size):
         began = time.perf_counter()
         time.sleep(rollout_s)
         spans.append((began, time.perf_counter()))
         slots = list(range(start, start + size))
-        scorer.submit(
-            slots, latents[slots], pixels()[slots], [f"prompt {slot // GROUP}" for slot in slots]
-        )
+        decoded = Decoded(pixels()[slots], finite[slots])
+        scorer.submit(slots, latents[slots], decoded, [f"prompt {slot // GROUP}" for slot in slots])
     return spans
+
+
+def scored_as(valid: Tensor) -> Scored:
+    """Scores without parts, of finite samples.  valid: bool [N]"""
+    finite = torch.ones_like(valid)
+    return Scored(values={}, valid=valid, latents_finite=finite, pixels_finite=finite)
 
 
 def in_process(
@@ -166,15 +178,21 @@ def test_one_clip_in_five_fails_and_the_others_are_as_if_it_were_not_there(
     )
 
 
-def test_latents_that_are_not_finite_have_no_score(
+def test_latents_and_pixels_that_are_not_finite_have_no_score(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     latents = torch.zeros(SAMPLES, 1, 1, 1, 1)
     latents[7], latents[8] = float("nan"), float("inf")
+    finite = torch.ones(SAMPLES) > 0
+    finite[[8, 11]] = False  # as the VAE decoded them
     scorer = Scorer([in_process(monkeypatch, Brightness(), specs())], specs(), 8.0, world)
-    submit(scorer, latents=latents)
-    assert scorer.collect(SAMPLES).valid.logical_not().nonzero().flatten().tolist() == [7, 8]
+    submit(scorer, latents=latents, finite=finite)
+    scored = scorer.collect(SAMPLES)
     scorer.close()
+    assert (~scored.valid).nonzero().flatten().tolist() == [7, 8, 11]
+    assert (~scored.latents_finite).nonzero().flatten().tolist() == [7, 8]
+    assert scored.metrics()["not_finite/latents"] == 2 and scored.metrics()["invalid/A"] == 3
+    assert scored.metrics()["not_finite/pixels"] == 1, "which are not those of such latents"
 
 
 def test_a_monitor_without_a_score_costs_no_sample(
@@ -238,8 +256,9 @@ def test_scoring_runs_beside_the_rollout_and_changes_no_score(
 def test_several_batches_are_scored_at_a_time_where_the_source_allows() -> None:
     spans = [(0.0, 1.0), (0.5, 2.0), (3.0, 4.0), (3.2, 3.5)]
     assert union_length(spans) == 3.0 and union_length([]) == 0.0
-    assert Scored(values={}, valid=torch.ones(0), seconds=4.0, waited=1.0).hidden_share == 0.75
-    assert Scored(values={}, valid=torch.ones(0)).hidden_share == 1.0
+    nothing = scored_as(torch.ones(0) > 0)
+    assert replace(nothing, seconds=4.0, waited=1.0).hidden_share == 0.75
+    assert nothing.hidden_share == 1.0
 
 
 class Pool:
@@ -423,12 +442,12 @@ def test_a_run_goes_on_without_the_samples_that_have_no_score(tmp_path: Path) ->
 
 def test_too_many_samples_without_a_score_end_the_run() -> None:
     settings = config.load(runs.RECIPE, ["server.max_invalid=0.2"])
-    check_validity(settings, Scored(values={}, valid=torch.arange(10) >= 2), 7)
+    check_validity(settings, scored_as(torch.arange(10) >= 2), 7)
     with pytest.raises(
         UserError,
         match=r"server\.max_invalid=0\.2: 30% of the samples of iteration 7 have no valid score",
     ):
-        check_validity(settings, Scored(values={}, valid=torch.arange(10) >= 3), 7)
+        check_validity(settings, scored_as(torch.arange(10) >= 3), 7)
 
 
 @pytest.mark.parametrize("where", ["process", "server"])

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +24,7 @@ from fastgrpo.algorithm import noise, samplers
 from fastgrpo.algorithm.transitions import gaussian_log_prob
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Decoded
 from fastgrpo.core.processes import leave
 from fastgrpo.core.reward import Scores
 from fastgrpo.parallel import sequence_parallel
@@ -117,8 +119,14 @@ def only_small(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
     return None if tensor.numel() > 10_000 else all_reduce(tensor, *arguments, **options)
 
 
-def plain(pixels: Tensor) -> Tensor:
-    return torch.full_like(pixels, 7)
+def plain(decoded: Decoded) -> Decoded:
+    return replace(decoded, pixels=torch.full_like(decoded.pixels, 7))
+
+
+def broken(output: Any) -> Any:
+    """A VAE's output with one value of its first clip that is not a number."""
+    output.sample[0, 0, 0, 0, 0] = float("nan")
+    return output
 
 
 all_reduce, generator = dist.all_reduce, noise.generator
@@ -128,6 +136,8 @@ gather, score = sequence_parallel.gather, TinyWorld.__call__
 def faults(parts: Parts) -> dict[str, Any]:
     """What to plant, by the name that the test expects it under."""
     decode = parts.policy.decode
+    vae: Any = parts.policy.vae
+    decode_of = vae.decode
     return {
         "nothing": mock.patch.object(noise, "generator", generator),
         "a bf16 log-prob": mock.patch.object(samplers, "gaussian_log_prob", rounded),
@@ -142,6 +152,9 @@ def faults(parts: Parts) -> dict[str, Any]:
             shutil, "disk_usage", lambda folder: mock.Mock(free=30 * 2**20)
         ),
         "replicas that do not reduce": mock.patch.object(dist, "all_reduce", only_small),
+        "a decoder that overflows": mock.patch.object(
+            vae, "decode", lambda z: broken(decode_of(z))
+        ),
         "a blank decoder": mock.patch.object(parts.policy, "decode", lambda x: plain(decode(x))),
     }
 
