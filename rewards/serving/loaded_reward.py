@@ -65,8 +65,15 @@ class Served:
         """Indices of the frames that the reward looks at in such a clip, in increasing order.
 
         None: all of them.
+        Raises WireError where the reward cannot say, as of a rate beyond its arithmetic.
         """
-        used = self.reward.frames_used(frames, fps)
+        try:
+            used = self.reward.frames_used(frames, fps)
+        except Exception as error:  # anyone's code, about numbers that anyone sent
+            raise wire.WireError(
+                f"frames: {self.name} does not say which of {frames} it looks at, at fps={fps:g} "
+                f"({type(error).__name__})"
+            ) from None
         return None if used is None else sorted({int(index) for index in used})
 
     def choose(self, clip: wire.Clip, fps: float) -> tuple[Tensor, tuple[int, ...] | None]:
