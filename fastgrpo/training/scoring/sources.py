@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from fastgrpo.core.reward import Scores
 from fastgrpo.parallel.world import World
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
-from fastgrpo.rewards.serving.server.child import launch_beside
+from fastgrpo.rewards.serving.server.child import LOG, launch_beside
 
 EVENTS = ("requests_failed", "requests_turned_away", "requests_bad", "clips_given_up")
 """The events that sources count; see rewards/serving/client/client.py."""
@@ -71,16 +71,18 @@ def open_rewards(recipe: Recipe, world: World, stack: ExitStack) -> list[Source]
         sources.append(loaded)
     if outside:
         addresses = world.on_main(lambda: _servers(recipe, outside, world, stack))
-        for (urls, token, fps), names in _groups(outside, addresses).items():
+        for (address, fps), names in _groups(outside, addresses).items():
             client = RewardClient(
-                urls,
-                token=token,
+                address.urls,
+                token=address.token,
                 names=names,
                 timeout_s=recipe.server.request_timeout_s,
                 outage_s=recipe.server.outage_s,
                 fps=fps,
             )
             stack.callback(client.close)
+            if address.log_file is not None:
+                client.call_beside(address.log_file)
             parts |= _wait_ready(client, recipe.server.start_timeout_s, world)
             sources.append(client)
     for spec in recipe.rewards:
@@ -93,16 +95,21 @@ def open_rewards(recipe: Recipe, world: World, stack: ExitStack) -> list[Source]
     return sources
 
 
-Address = tuple[tuple[str, ...], str]  # urls, token
+class Address(NamedTuple):
+    """Where the servers of a reward are."""
+
+    urls: tuple[str, ...]
+    token: str
+    log_file: Path | None = None  # of the server beside the trainer
 
 
 def _groups(
     specs: Sequence[RewardSpec], addresses: dict[str, Address]
-) -> dict[tuple[tuple[str, ...], str, float | None], list[str]]:
+) -> dict[tuple[Address, float | None], list[str]]:
     """The rewards of one request each: those with the same servers and the same frame rate."""
-    groups: dict[tuple[tuple[str, ...], str, float | None], list[str]] = {}
+    groups: dict[tuple[Address, float | None], list[str]] = {}
     for spec in specs:
-        groups.setdefault((*addresses[spec.name], spec.fps), []).append(spec.name)
+        groups.setdefault((addresses[spec.name], spec.fps), []).append(spec.name)
     return groups
 
 
@@ -129,7 +136,7 @@ def _servers(
                 "server.token_file: missing; running servers (urls) want a token, name its file.",
             )
         token = read_token(settings.token_file)
-        addresses |= {name: (urls, token) for name, urls in named.items() if urls}
+        addresses |= {name: Address(urls, token) for name, urls in named.items() if urls}
     beside = [spec for spec in specs if spec.name not in addresses]
     if not beside:
         return addresses
@@ -141,9 +148,10 @@ def _servers(
     for spec in beside:
         rewards.check(spec.name)
     url, token = stack.enter_context(
-        launch_beside(beside, recipe.run.dir, settings.start_timeout_s),
+        launch_beside(beside, recipe.run.dir, settings.start_timeout_s, settings.outage_s),
     )
-    return addresses | {spec.name: ((url,), token) for spec in beside}
+    here = Address((url,), token, recipe.run.dir / LOG)
+    return addresses | {spec.name: here for spec in beside}
 
 
 def read_token(file: Path) -> str:
