@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from fastgrpo import rewards
-from fastgrpo.core.config import Recipe, RewardSpec
+from fastgrpo.core.config import Recipe, RewardSpec, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores
 from fastgrpo.parallel.world import World
@@ -43,6 +43,10 @@ class Source(Protocol):
     def arriving(self) -> int:
         """Bytes of weights that scoring will bring to the trainer's GPU; 0 while they are there."""
 
+    @property
+    def hint(self) -> str:
+        """Why clips have no score, or where that is told."""
+
     def score(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> dict[str, Scores]:
         """Score a batch of clips.  pixels: uint8 [B, F, H, W, 3];  returns scores by reward"""
 
@@ -56,7 +60,7 @@ class Source(Protocol):
 def open_rewards(recipe: Recipe, world: World, stack: ExitStack) -> list[Source]:
     """The sources of the rewards' scores, with a server beside the trainer where none is named."""
     for spec in recipe.rewards:
-        if recipe.video.frames < (least := rewards.least_frames(spec.name)):
+        if recipe.video.frames < (least := rewards.least_frames(spec)):
             raise UserError(
                 f"video.frames={recipe.video.frames}: {spec.name} judges clips of at least "
                 f"{least}; use longer clips, or another reward."
@@ -66,7 +70,7 @@ def open_rewards(recipe: Recipe, world: World, stack: ExitStack) -> list[Source]
     sources: list[Source] = []
     parts: dict[str, Sequence[str]] = {}
     if inside:
-        loaded = world.run_on_all_ranks(lambda: ScorerInProcess(inside, world.device))
+        loaded = world.run_on_all_ranks(lambda: _load(inside, recipe.video, world))
         parts |= {name: served.reward.names for name, served in loaded.served.items()}
         sources.append(loaded)
     if outside:
@@ -93,6 +97,13 @@ def open_rewards(recipe: Recipe, world: World, stack: ExitStack) -> list[Source]
                 f"its parts are {', '.join(parts[spec.name])}."
             )
     return sources
+
+
+def _load(specs: Sequence[RewardSpec], video: Video, world: World) -> ScorerInProcess:
+    """The rewards in this process, tried out: what they raise is told before anything costly."""
+    loaded = ScorerInProcess(specs, world.device)
+    loaded.try_out(video.frames, (video.height, video.width), video.fps)
+    return loaded
 
 
 class Address(NamedTuple):
@@ -146,7 +157,7 @@ def _servers(
             "rank cannot serve; start servers with `fastgrpo serve-rewards` and name them."
         )
     for spec in beside:
-        rewards.check(spec.name)
+        rewards.check(spec)
     url, token = stack.enter_context(
         launch_beside(beside, recipe.run.dir, settings.start_timeout_s, settings.outage_s),
     )

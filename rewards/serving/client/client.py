@@ -313,6 +313,12 @@ class RewardClient:
         assert self._expected is not None
         return {name: self._expected[name][key] for name in self.names}
 
+    @property
+    def hint(self) -> str:
+        """Where a clip's missing score is told."""
+        logs = dict.fromkeys(replica.see for replica in self.replicas.all)
+        return f"see {', '.join(logs)}"
+
     # ---- end
 
     def release(self) -> None:

@@ -42,7 +42,7 @@ class Replica:
     @property
     def see(self) -> str:
         """Where the user learns more."""
-        return "its log" if self.log_file is None else str(self.log_file)
+        return f"the log of {self.url}" if self.log_file is None else str(self.log_file)
 
     def takes(self, now: float) -> bool:
         """Whether the replica may be given a request; after failures one at a time, as a trial."""
