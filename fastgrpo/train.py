@@ -116,7 +116,7 @@ def iterate(session: Session) -> None:
         world=session.world,
     )
     trajectories, scored = draw(session, plan=plan, texts=texts, dealing=dealing, watch=watch)
-    check_validity(recipe, scored, iteration)
+    check_validity(recipe, scored, iteration, session.scorer.hint)
 
     # 3. advantages within each prompt's group, summed over rewards
     advantages = combined_advantages(
@@ -201,15 +201,14 @@ def draw(
     return trajectories, scored
 
 
-def check_validity(recipe: Recipe, scored: Scored, iteration: int) -> None:
+def check_validity(recipe: Recipe, scored: Scored, iteration: int, hint: str) -> None:
     """End the run where too many samples have no score."""
     share = 1.0 - scored.valid.float().mean().item()
     limit = recipe.server.max_invalid
     if share > limit:
         raise NoScores(
             f"server.max_invalid={limit}: {share:.0%} of the samples of iteration {iteration} have "
-            "no valid score; look at the rewards' log (reward_server.log in the run folder where a "
-            "server runs beside the trainer). The newest checkpoint is intact."
+            f"no valid score ({hint}); correct that. The newest checkpoint is intact."
         )
 
 
@@ -234,8 +233,7 @@ def evaluate_now(session: Session) -> Evaluation:
     )
     if not np.isfinite(evaluation.columns()["sum"]).any():
         raise UserError(
-            "rewards: no held-out clip has a valid score; "
-            "look at reward_server.log in the run folder."
+            f"rewards: no held-out clip has a valid score ({session.scorer.hint}); correct that."
         )
     return evaluation
 

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fastgrpo.core import registry
-from fastgrpo.core.errors import UserError
+from fastgrpo.core.errors import UserError, blaming
 
 if TYPE_CHECKING:
     import torch
@@ -75,8 +75,11 @@ def with_function(function: str) -> tuple[str, ...]:
 
 
 def check(name: str) -> None:
-    """Raise UserError where there is no family of this name."""
-    if name not in known():
+    """Raise UserError where there is no family of this name, or its file is not Python."""
+    file = FOLDER / f"{name}.py"
+    if file.is_file():
+        registry.check(f"model.family={name}", file, "load")
+    else:
         raise UserError(
             f"model.family='{name}': no file models/{name}.py. Use one of {', '.join(known())}, "
             f"or add models/{name}.py with a function load(settings, device) -> Policy."
@@ -84,9 +87,11 @@ def check(name: str) -> None:
 
 
 def family(name: str) -> Family:
-    """The file models/NAME.py, imported with its libraries. Raises UserError for no such file."""
+    """The file models/NAME.py, imported with its libraries. Raises UserError where that fails."""
     check(name)
-    return cast(Family, importlib.import_module(f"{__name__}.{name}"))
+    remedy = "correct the file, or install what it imports."
+    with blaming(f"model.family={name}", FOLDER / f"{name}.py", remedy):
+        return cast(Family, importlib.import_module(f"{__name__}.{name}"))
 
 
 def declared(name: str, constant: str, default: Any = registry.NOTHING) -> Any:

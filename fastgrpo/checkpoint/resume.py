@@ -32,7 +32,7 @@ FREE_TO_CHANGE = (
     "optimizer.batch_size",
     "evaluate.clips",
 )
-FREE_OF_REWARDS = ("where", "urls", "device", "batch_size")
+FREE_OF_REWARDS = ("file", "where", "urls", "device", "batch_size")
 """Keys of a reward that move its scores to another place or pace, and change none."""
 
 

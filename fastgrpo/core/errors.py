@@ -1,5 +1,43 @@
 """The one error for a user's mistake: printed as a single line, exit code 2, no stack trace."""
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class UserError(ValueError):
     """A mistake of the user's. The message reads `where=value: what is wrong; what to do`."""
+
+
+def described(error: BaseException, file: Path | None = None) -> str:
+    """An error's class, text and place, in one line: of code that the user wrote.
+
+    file: the user's, whose line is told where the error passed through it; None: where it arose
+    """
+    lines = str(error).strip().splitlines()
+    text = lines[0][:300] if lines else "no message"
+    if isinstance(error, SyntaxError):
+        text, places = error.msg, [(error.filename or "", error.lineno or 0)]
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        places = [(frame.filename, frame.lineno or 0) for frame in frames]
+    own = [place for place in places if file is not None and Path(place[0]) == file]
+    at = (own or places)[-1:]
+    return f"{type(error).__name__}: {text}" + "".join(f", at {name}:{line}" for name, line in at)
+
+
+@contextmanager
+def blaming(where: str, file: Path, remedy: str) -> Iterator[None]:
+    """Turn whatever a user's file raises inside into a UserError that tells text and place.
+
+    A UserError goes on as it is, and so does a GPU without memory: that is no fault of the file.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # anyone's code may raise anything
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise UserError(f"{where}: {described(error, file)}; {remedy}") from None

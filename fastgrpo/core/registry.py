@@ -12,14 +12,38 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fastgrpo.core.errors import UserError, described
+
 NOTHING = object()
 
 
 def names(folder: Path, entry: str) -> tuple[str, ...]:
-    """The files of a folder that define `entry` at their top level, by name, sorted."""
-    return tuple(
-        file.stem for file in sorted(folder.glob("[!_]*.py")) if entry in _definitions(file)
-    )
+    """The files of a folder that define `entry` at their top level, by name, sorted.
+
+    A file that is not Python is left out: it is told where it is asked for, see `check`.
+    """
+
+    def defines(file: Path) -> bool:
+        try:
+            return entry in _definitions(file)
+        except (SyntaxError, UnicodeDecodeError):
+            return False
+
+    return tuple(file.stem for file in sorted(folder.glob("[!_]*.py")) if defines(file))
+
+
+def check(where: str, file: Path, entry: str) -> None:
+    """Raise UserError where a file is not Python or has no function `entry` at its top level."""
+    try:
+        defined = _definitions(file)
+    except SyntaxError as error:
+        raise UserError(f"{where}: {described(error)}; correct it there.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{where}: {file} cannot be read ({error}); give a file of Python."
+        ) from None
+    if entry not in defined:
+        raise UserError(f"{where}: {file} has no function {entry}; add it at its top level.")
 
 
 def top_level(file: Path) -> tuple[str, ...]:

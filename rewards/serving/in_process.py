@@ -1,18 +1,22 @@
 """Rewards in the trainer's own process: no server, and the same scores bit for bit."""
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.reward import Scores
-from fastgrpo.rewards.serving.judge import judge_batch
-from fastgrpo.rewards.serving.loaded_reward import load_served
+from fastgrpo.core.reward import Reward, Scores
+from fastgrpo.rewards.serving.judge import judge_batch, told
+from fastgrpo.rewards.serving.loaded_reward import Served, golden_clip, load_served
 from fastgrpo.rewards.serving.visiting import VisitingWeights
+
+log = logging.getLogger(__name__)
 
 
 class ScorerInProcess:
@@ -35,6 +39,7 @@ class ScorerInProcess:
         self.served = {spec.name: load_served(spec) for spec in specs}
         self.names = tuple(self.served)
         self._lock = threading.Lock()
+        self._trouble = ""  # what a reward raised last
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         shared = [one.reward for one in self.served.values() if one.spec.device == "auto"]
         modules = [module for reward in shared for module in reward.modules()]
@@ -56,12 +61,7 @@ class ScorerInProcess:
         pixels: uint8 [B, F, H, W, 3];  prompts: B texts;  fps: frames per second
         Raises UserError where the GPU has no room for a reward.
         """
-        with self._lock, torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            if self._stream is not None:
-                torch.cuda.set_device(self.device)  # of this thread
-            if self._visiting is not None and not self._visiting.here:
-                with room_for(next(iter(self.served.values())).spec):
-                    self._visiting.come()
+        with self._present():
             result: dict[str, Scores] = {}
             for name, one in self.served.items():
                 size = one.spec.batch_size
@@ -72,11 +72,49 @@ class ScorerInProcess:
                             pixels[i : i + size],
                             prompts[i : i + size],
                             one.spec.fps or fps,
+                            tell=partial(self._tell, one),
                         )
                         for i in range(0, len(pixels), size)
                     ]
                 result[name] = join(parts)
             return result
+
+    def try_out(self, frames: int, size: tuple[int, int], fps: float) -> None:
+        """Score a clip of noise in a run's form by each reward, before anything else is loaded.
+
+        size: height and width
+        Raises UserError where a reward raises, or gives other than one score for each clip.
+        """
+        drawn = torch.Generator().manual_seed(0)
+        clip = torch.randint(0, 256, (frames, *size, 3), dtype=torch.uint8, generator=drawn)
+        try:
+            with self._present():
+                for one in self.served.values():
+                    with room_for(one.spec):
+                        one.try_out(clip, golden_clip(one.reward)[1], one.spec.fps or fps)
+        finally:
+            self.release()
+
+    @contextmanager
+    def _present(self) -> Iterator[None]:
+        """Alone with the rewards, on their stream, with all weights where they score."""
+        with self._lock, torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            if self._stream is not None:
+                torch.cuda.set_device(self.device)  # of this thread
+            if self._visiting is not None and not self._visiting.here:
+                with room_for(next(iter(self.served.values())).spec):
+                    self._visiting.come()
+            yield
+
+    def _tell(self, one: Served, reward: Reward, error: Exception, count: int) -> None:
+        """Log what a reward raised, with its text: prompts are no secret in the run's own log."""
+        self._trouble = f"{one.name}: {told(error, one.file)}"
+        log.warning("rewards.name=%s; %d clips have no score", self._trouble, count)
+
+    @property
+    def hint(self) -> str:
+        """Why clips have no score."""
+        return self._trouble or "the rewards raised nothing here: they gave NaN, or no valid score"
 
     def release(self) -> None:
         """Give the trainer's GPU its memory back until the next scores are wanted."""

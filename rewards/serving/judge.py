@@ -2,22 +2,38 @@
 
 import logging
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fastgrpo.core.errors import described
 from fastgrpo.core.reward import Reward, Scores
 
 log = logging.getLogger(__name__)
 
 
-def judge_batch(reward: Reward, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
+Tell = Callable[[Reward, Exception, int], None]
+
+
+class Malformed(Exception):
+    """Scores of another form than one of each part for each clip."""
+
+
+def judge_batch(
+    reward: Reward,
+    pixels: Tensor,
+    prompts: Sequence[str],
+    fps: float,
+    tell: Tell | None = None,
+) -> Scores:
     """Scores of one batch, uint8 [B, F, H, W, 3].
 
     A clip is invalid where the reward says so, where one of its parts is not finite, or where the
     reward raised or gave another number of scores than there are clips; then every part is NaN.
-    What was raised is logged by its class and place, without its text, which may quote a prompt.
+    tell: takes what was raised, and B; None: it is logged by its class and place, without its text,
+    which may quote a prompt
     Raises torch.OutOfMemoryError as the reward does: no fault of the clips, and the next batch
     would fare no better.
     """
@@ -25,28 +41,50 @@ def judge_batch(reward: Reward, pixels: Tensor, prompts: Sequence[str], fps: flo
     try:
         with torch.no_grad():
             scores = reward(pixels, prompts, fps)
-        table = torch.stack([scores.values[part].detach().cpu().float() for part in reward.names])
-        valid = scores.valid.cpu()
-        # one score would be spread over all clips
-        if table.shape != values.shape or valid.shape != values.shape[1:]:
-            raise ValueError(
-                f"{list(table.shape)} scores, {list(valid.shape)} valid, expected "
-                f"{list(values.shape)}"
-            )
+        table, valid = tabulated(reward, scores, len(pixels))
         values = table.masked_fill(~valid, float("nan"))
     except torch.OutOfMemoryError:
         raise
     # a reward is anyone's code: whatever it raises, the run goes on without these scores
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        log.warning(
-            "%s raised %s at %s:%s; %d clips have no score",
-            type(reward).__name__,
-            type(error).__name__,
-            frame.filename,
-            frame.lineno,
-            len(pixels),
-        )
+        (tell or log_without_text)(reward, error, len(pixels))
     valid = torch.isfinite(values).all(0)
     values = values.masked_fill(~valid, float("nan"))
     return Scores({part: values[n].clone() for n, part in enumerate(reward.names)}, valid)
+
+
+def tabulated(reward: Reward, scores: Scores, count: int) -> tuple[Tensor, Tensor]:
+    """A reward's scores of `count` clips: float32 [parts, count], and bool [count].
+
+    Raises Malformed where they are of another form: one score would be spread over all clips.
+    """
+    if not isinstance(scores, Scores):
+        raise Malformed(f"it gave a {type(scores).__name__}, not Scores(values, valid)")
+    missing = [part for part in reward.names if part not in scores.values]
+    if missing:
+        raise Malformed(f"it gave no part '{missing[0]}', only {', '.join(scores.values)}")
+    for part in (*reward.names, "valid"):
+        column = scores.valid if part == "valid" else scores.values[part]
+        if not isinstance(column, Tensor) or column.shape != (count,):
+            form = list(column.shape) if isinstance(column, Tensor) else type(column).__name__
+            raise Malformed(f"it gave {part} {form} for {count} clips, where [{count}] is wanted")
+    table = torch.stack([scores.values[part].detach().cpu().float() for part in reward.names])
+    return table, scores.valid.cpu()
+
+
+def told(error: Exception, file: Path | None = None) -> str:
+    """What was raised at a clip: class, text and place.  file: the reward's"""
+    return str(error) if isinstance(error, Malformed) else f"it raised {described(error, file)}"
+
+
+def log_without_text(reward: Reward, error: Exception, count: int) -> None:
+    """Log what was raised at `count` clips by its class and place.
+
+    What is malformed is told whole: our own words, in which there is no prompt.
+    """
+    if isinstance(error, Malformed):
+        said = str(error)
+    else:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"raised {type(error).__name__} at {frame.filename}:{frame.lineno}"
+    log.warning("%s %s; %d clips have no score", type(reward).__name__, said, count)

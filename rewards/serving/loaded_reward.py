@@ -17,6 +17,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward
 from fastgrpo.data.tiny_world import shapes
 from fastgrpo.rewards.serving import wire
+from fastgrpo.rewards.serving.judge import tabulated, told
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,11 @@ class Served:
         return self.spec.name
 
     @property
+    def file(self) -> Path:
+        """The file that defines the reward."""
+        return rewards.file_of(self.spec)
+
+    @property
     def fingerprint(self) -> str:
         """Hash of the weights and of what else changes scores; empty: no weights."""
         return self.reward.fingerprint
@@ -52,7 +58,7 @@ class Served:
         settings = self.spec.model_dump(include={"name", "dtype", "frames", "threshold"})
         options = {} if self.fingerprint else self.spec.options
         content = [
-            code_hash(rewards.FOLDER, self.name),
+            code_hash(rewards.FOLDER, self.file),
             VERSIONS,
             list(self.reward.names),
             self.fingerprint,
@@ -65,8 +71,15 @@ class Served:
         """Indices of the frames that the reward looks at in such a clip, in increasing order.
 
         None: all of them.
+        Raises WireError where the reward cannot say, as of a rate beyond its arithmetic.
         """
-        used = self.reward.frames_used(frames, fps)
+        try:
+            used = self.reward.frames_used(frames, fps)
+        except Exception as error:  # anyone's code, about numbers that anyone sent
+            raise wire.WireError(
+                f"frames: {self.name} does not say which of {frames} it looks at, at fps={fps:g} "
+                f"({type(error).__name__})"
+            ) from None
         return None if used is None else sorted({int(index) for index in used})
 
     def choose(self, clip: wire.Clip, fps: float) -> tuple[Tensor, tuple[int, ...] | None]:
@@ -94,56 +107,81 @@ class Served:
         return clip.pixels[[sent[index] for index in wanted]], tuple(wanted)
 
     def warm_up(self) -> None:
-        """Score the golden clip twice: as a warm-up, and for what clients are told.
+        """Score the golden clip, several times at once and alone: as a trial, and for clients.
 
         Raises UserError where the reward fails at it, other than by a ValueError: that clip may not
         be its kind.
         """
         clip, prompt, fps = golden_clip(self.reward)
         try:
-            self.reward(clip[None], [prompt], fps)
-            scores = self.reward(clip[None], [prompt], fps)
-            values = {
-                part: scores.values[part].reshape(1).tolist()[0] for part in self.reward.names
-            }
-        except ValueError:
-            log.warning("%s cannot judge the golden clip", self.name)
+            self._scores(clip, prompt, fps, self._at_once)
+            table = self._scores(clip, prompt, fps, 1)
+        except ValueError as error:
+            said = told(error, self.file)  # of our own clip and prompt, which are no secret
+            log.warning("%s cannot judge the golden clip: %s", self.name, said)
             self.golden = dict.fromkeys(self.reward.names)
             return
-        # anyone's code; what it says may be long, its class says enough in one line
-        except Exception as error:
-            raise UserError(
-                f"rewards.name={self.name}: it raised {type(error).__name__} at the golden clip, "
-                "so it would score nothing "
-                f"({str(error).splitlines()[0][:200] if str(error) else 'no message'}); correct "
-                "its settings."
-            ) from None
+        except Exception as error:  # anyone's code
+            raise self._refused(error, "the golden clip") from None
+        values = dict(zip(self.reward.names, table[:, 0].tolist(), strict=True))
         self.golden = {
             part: value if value - value == 0.0 else None for part, value in values.items()
         }
+
+    def try_out(self, clip: Tensor, prompt: str, fps: float) -> None:
+        """Score a clip of the run's own form, several times at once.  clip: uint8 [F, H, W, 3]
+
+        Raises UserError where the reward raises, or gives other than one score for each.
+        """
+        try:
+            self._scores(clip, prompt, fps, self._at_once)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # anyone's code
+            raise self._refused(error, f"a clip of {list(clip.shape)}") from None
+
+    @property
+    def _at_once(self) -> int:
+        """Clips of a trial: two show whether each gets a score of its own."""
+        return min(2, self.spec.batch_size)
+
+    def _scores(self, clip: Tensor, prompt: str, fps: float, count: int) -> Tensor:
+        """float32 [parts, count]: scores of a clip that is there `count` times.
+
+        clip: uint8 [F, H, W, 3]
+        """
+        clips = torch.stack([clip] * count)
+        with torch.no_grad():
+            scores = self.reward(clips, [prompt] * count, fps)
+        return tabulated(self.reward, scores, count)[0]
+
+    def _refused(self, error: Exception, clip: str) -> UserError:
+        """The message for a reward that would score nothing, by what it does at a clip."""
+        return UserError(
+            f"rewards.name={self.name}: at {clip} {told(error, self.file)}, so it would score "
+            "nothing; correct its file or its settings."
+        )
 
 
 SCORED_WITH = ("common", "networks", "serving/judge.py")
 """Files and folders of rewards/ that every score depends on, beside the reward's own file."""
 
 
-def code_hash(folder: Path, name: str) -> str:
+def code_hash(folder: Path, own: Path) -> str:
     """SHA-256 of the code that a reward's scores depend on, by path and content.
 
     folder: rewards/
-    name: the reward, whose own file may be missing, as for one that a test defines
+    own: the reward's file, which may be elsewhere, or missing, as for one that a test defines
     """
     total = hashlib.sha256()
-    roots = [folder / f"{name}.py", *(folder / part for part in SCORED_WITH)]
+    roots = [own, *(folder / part for part in SCORED_WITH)]
     files = [
         file for root in roots for file in (sorted(root.rglob("*.py")) if root.is_dir() else [root])
     ]
     for file in files:
         if file.is_file():
-            total.update(
-                file.relative_to(folder).as_posix().encode()
-                + hashlib.sha256(file.read_bytes()).digest()
-            )
+            path = file.name if file == own else file.relative_to(folder).as_posix()
+            total.update(path.encode() + hashlib.sha256(file.read_bytes()).digest())
     return total.hexdigest()
 
 

@@ -233,6 +233,10 @@ def texts(where: str, value: object, most: int) -> list[str]:
         refuse(where, f"not a list of 1 to {most} texts")
     if not all(isinstance(item, str) for item in value):
         refuse(where, "holds something that is no text")
+    try:
+        "".join(value).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write
+        refuse(where, "holds something that is no Unicode text")
     return value
 
 

@@ -66,7 +66,7 @@ class Case:
 
     @property
     def least(self) -> int:
-        return rewards.least_frames(self.spec.name)
+        return rewards.least_frames(self.spec)
 
     def scores(self, pixels: Tensor | None = None, prompts: list[str] | None = None) -> Scores:
         """Scores of these clips, or of others."""
@@ -88,7 +88,7 @@ def declaration(case: Case) -> Iterator[str]:
     """SIZE and LEAST_FRAMES are what the planner and the run take them for; a reload is the same
     reward.
     """
-    size = rewards.declared(case.spec.name, "SIZE", None)
+    size = rewards.declared(case.spec, "SIZE", None)
     if size is not None and (
         not isinstance(size, RewardSize) or min(size.parameters, size.tokens) <= 0
     ):
@@ -176,7 +176,7 @@ def frames(case: Case) -> Iterator[str]:
     """The frames used lie in the clip, are as many as a plan counts, and the others change
     nothing.
     """
-    size = rewards.declared(case.spec.name, "SIZE", None)
+    size = rewards.declared(case.spec, "SIZE", None)
     for length, fps in product((n for n in LENGTHS if n >= case.least), RATES):
         used = case.reward.frames_used(length, fps)
         indices = list(range(length)) if used is None else used
@@ -351,8 +351,8 @@ def test_a_reward_without_the_base_class_is_refused_when_loaded(
 def test_the_registry_of_rewards_needs_no_torch() -> None:
     code = (
         "import sys; from fastgrpo import rewards; "
-        "[(rewards.least_frames(name), rewards.declared(name, 'SIZE', None)) for name in "
-        "rewards.known()]; "
+        "[(rewards.least_frames(spec), rewards.declared(spec, 'SIZE', None)) for spec in "
+        "map(rewards.plain, rewards.known())]; "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

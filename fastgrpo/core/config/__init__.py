@@ -4,6 +4,7 @@ Read `sections.py` first: the keys and what they mean. `checks.py` has what does
 `loading.py` reads. Imports core.errors and core.files.
 """
 
+from fastgrpo.core.config.base import Section
 from fastgrpo.core.config.loading import (
     all_keys,
     describe,
@@ -13,6 +14,7 @@ from fastgrpo.core.config.loading import (
     read_value,
     section,
 )
+from fastgrpo.core.config.reward_spec import RewardSpec
 from fastgrpo.core.config.sections import (
     Checkpoint,
     Distributed,
@@ -23,10 +25,8 @@ from fastgrpo.core.config.sections import (
     Optimizer,
     Prompts,
     Recipe,
-    RewardSpec,
     Rollout,
     Run,
-    Section,
     Server,
     Track,
     Video,

@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from fastgrpo.core.config.base import Section
 from fastgrpo.core.config.checks import check
-from fastgrpo.core.config.sections import Recipe, RewardSpec, Section
+from fastgrpo.core.config.reward_spec import RewardSpec
+from fastgrpo.core.config.sections import Recipe
 from fastgrpo.core.errors import UserError
 
 S = TypeVar("S", bound=Section)

@@ -14,23 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from fastgrpo.core.config.base import Count, Fraction, Positive, Rate, Section
+from fastgrpo.core.config.reward_spec import RewardSpec
 
 if TYPE_CHECKING:
     import torch
-
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: its fields cannot change after loading, and an unknown key is refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class Run(Section):
@@ -259,38 +249,6 @@ class Optimizer(Section):
     max_skipped: Count = 3
     """Optimizer steps with non-finite gradients are skipped; more than this many in a run ends
     it."""
-
-
-class RewardSpec(Section):
-    name: str
-    """A file of rewards/: clip_score, hps, pick_score, tiny_world, video_stats, videoalign."""
-    weights: dict[str, float]
-    """Weight of each part's advantage; 0 = a held-out monitor: scored and logged, never trained
-    on."""
-    where: Literal["process", "server"] = "server"
-    """In the trainer's process, or behind the reward server. The scores are equal."""
-    urls: tuple[str, ...] = ()
-    """Running servers that hold this reward; None: those of server.urls, or the one started beside
-    the trainer."""
-    path: str | None = None
-    """File or folder of the reward's weights, where it has any."""
-    device: str = "auto"
-    """Device of its weights, such as cuda:1; auto = the GPU of its process where there is one, else
-    the CPU."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of its weights."""
-    batch_size: Positive = 8
-    """Clips per forward pass of the reward."""
-    frames: Literal["all", "first", "middle"] | Positive | None = None
-    """Frames of a clip that an image reward scores and averages, a number = evenly spaced; None:
-    the reward's own."""
-    fps: Annotated[float, Field(gt=0, le=1000)] | None = None
-    """Frames per second that this reward is told; None: video.fps."""
-    threshold: dict[str, float] = {}
-    """Part -> value: adds the part `NAME_above`, 1 where the score is at least the value, else 0
-    (binary reward)."""
-    options: dict[str, str | int | float | bool] = {}
-    """What only this reward knows; see docs/guides/rewards/rewards.md."""
 
 
 class Distributed(Section):

@@ -201,8 +201,9 @@ def _specs(own: Sequence[RewardSpec], wanted: Sequence[str]) -> list[RewardSpec]
         elif name in known:
             chosen[name] = known[name]
         else:
-            rewards.check(name)
-            chosen[name] = rewards.plain(name)
+            spec = rewards.plain(name)
+            rewards.check(spec)
+            chosen[spec.name] = spec
     return list(chosen.values())
 
 

@@ -304,8 +304,7 @@ def scoring(parts: Parts, done: Iteration) -> Finding:
     """Check that drawn clips get scores."""
     invalid, limit = 1.0 - done.valid / done.scored, parts.recipe.server.max_invalid
     message = f"{done.valid} of {done.scored} drawn clips have a score"
-    log = "the rewards' log (reward_server.log in the run's folder)"
-    remedy = f"see {log} for why it refuses clips of this form"
+    remedy = f"correct why clips of this form are refused ({parts.scorer.hint})"
     green = invalid <= limit or (done.valid > 0 and done.scored < 8)
     return Finding("scoring", green, message, remedy)
 

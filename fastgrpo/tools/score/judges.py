@@ -19,7 +19,7 @@ from torch import Tensor
 from fastgrpo import rewards
 from fastgrpo.core import config
 from fastgrpo.core.config import RewardSpec
-from fastgrpo.core.errors import UserError
+from fastgrpo.core.errors import UserError, described
 from fastgrpo.core.reward import Reward, RewardWrapper, Scores
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
@@ -83,9 +83,10 @@ def _chosen(asked: Asked) -> dict[str, RewardSpec]:
         if not asked.names:
             known = ", ".join(rewards.known())
             raise UserError(f"--reward: missing; name one of {known}, or give --recipe FILE.")
-        for name in asked.names:
-            rewards.check(name)
-        return {name: rewards.plain(name) for name in asked.names}
+        specs = [rewards.plain(name) for name in asked.names]
+        for spec in specs:
+            rewards.check(spec)
+        return {spec.name: spec for spec in specs}
     found = read(asked.file)
     for name in asked.names:
         if name not in found:
@@ -158,8 +159,7 @@ class RecordingReward(RewardWrapper):
         try:
             scores = self.reward(pixels, prompts, fps)
         except Exception as error:  # anyone's code, as in rewards.judge_batch, which deals with it
-            lines = str(error).strip().splitlines()
-            self.trouble = (type(error).__name__, lines[0] if lines else "no message")
+            self.trouble = (type(error).__name__, described(error).partition(": ")[2])
             raise
         odd = {part: own for part, own in scores.values.items() if not torch.isfinite(own).all()}
         if not scores.valid.all():

@@ -105,6 +105,11 @@ class Scorer:
         """Bytes of weights that scoring will bring to this rank's GPU."""
         return sum(source.arriving for source in self.sources)
 
+    @property
+    def hint(self) -> str:
+        """Why clips have no score, as far as this rank knows, or where that is told."""
+        return "; ".join(source.hint for source in self.sources)
+
     def submit(
         self,
         slots: list[int],

@@ -4,18 +4,18 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from fastgrpo import rewards
-from fastgrpo.core.config import Recipe, RewardSpec
+from fastgrpo.core.config import Recipe, RewardSpec, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores
 from fastgrpo.parallel.world import World
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
-from fastgrpo.rewards.serving.server.child import launch_beside
+from fastgrpo.rewards.serving.server.child import LOG, launch_beside
 
 EVENTS = ("requests_failed", "requests_turned_away", "requests_bad", "clips_given_up")
 """The events that sources count; see rewards/serving/client/client.py."""
@@ -43,6 +43,10 @@ class Source(Protocol):
     def arriving(self) -> int:
         """Bytes of weights that scoring will bring to the trainer's GPU; 0 while they are there."""
 
+    @property
+    def hint(self) -> str:
+        """Why clips have no score, or where that is told."""
+
     def score(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> dict[str, Scores]:
         """Score a batch of clips.  pixels: uint8 [B, F, H, W, 3];  returns scores by reward"""
 
@@ -56,7 +60,7 @@ class Source(Protocol):
 def open_rewards(recipe: Recipe, world: World, stack: ExitStack) -> list[Source]:
     """The sources of the rewards' scores, with a server beside the trainer where none is named."""
     for spec in recipe.rewards:
-        if recipe.video.frames < (least := rewards.least_frames(spec.name)):
+        if recipe.video.frames < (least := rewards.least_frames(spec)):
             raise UserError(
                 f"video.frames={recipe.video.frames}: {spec.name} judges clips of at least "
                 f"{least}; use longer clips, or another reward."
@@ -66,21 +70,23 @@ def open_rewards(recipe: Recipe, world: World, stack: ExitStack) -> list[Source]
     sources: list[Source] = []
     parts: dict[str, Sequence[str]] = {}
     if inside:
-        loaded = world.run_on_all_ranks(lambda: ScorerInProcess(inside, world.device))
+        loaded = world.run_on_all_ranks(lambda: _load(inside, recipe.video, world))
         parts |= {name: served.reward.names for name, served in loaded.served.items()}
         sources.append(loaded)
     if outside:
         addresses = world.on_main(lambda: _servers(recipe, outside, world, stack))
-        for (urls, token, fps), names in _groups(outside, addresses).items():
+        for (address, fps), names in _groups(outside, addresses).items():
             client = RewardClient(
-                urls,
-                token=token,
+                address.urls,
+                token=address.token,
                 names=names,
                 timeout_s=recipe.server.request_timeout_s,
                 outage_s=recipe.server.outage_s,
                 fps=fps,
             )
             stack.callback(client.close)
+            if address.log_file is not None:
+                client.call_beside(address.log_file)
             parts |= _wait_ready(client, recipe.server.start_timeout_s, world)
             sources.append(client)
     for spec in recipe.rewards:
@@ -93,16 +99,28 @@ def open_rewards(recipe: Recipe, world: World, stack: ExitStack) -> list[Source]
     return sources
 
 
-Address = tuple[tuple[str, ...], str]  # urls, token
+def _load(specs: Sequence[RewardSpec], video: Video, world: World) -> ScorerInProcess:
+    """The rewards in this process, tried out: what they raise is told before anything costly."""
+    loaded = ScorerInProcess(specs, world.device)
+    loaded.try_out(video.frames, (video.height, video.width), video.fps)
+    return loaded
+
+
+class Address(NamedTuple):
+    """Where the servers of a reward are."""
+
+    urls: tuple[str, ...]
+    token: str
+    log_file: Path | None = None  # of the server beside the trainer
 
 
 def _groups(
     specs: Sequence[RewardSpec], addresses: dict[str, Address]
-) -> dict[tuple[tuple[str, ...], str, float | None], list[str]]:
+) -> dict[tuple[Address, float | None], list[str]]:
     """The rewards of one request each: those with the same servers and the same frame rate."""
-    groups: dict[tuple[tuple[str, ...], str, float | None], list[str]] = {}
+    groups: dict[tuple[Address, float | None], list[str]] = {}
     for spec in specs:
-        groups.setdefault((*addresses[spec.name], spec.fps), []).append(spec.name)
+        groups.setdefault((addresses[spec.name], spec.fps), []).append(spec.name)
     return groups
 
 
@@ -129,7 +147,7 @@ def _servers(
                 "server.token_file: missing; running servers (urls) want a token, name its file.",
             )
         token = read_token(settings.token_file)
-        addresses |= {name: (urls, token) for name, urls in named.items() if urls}
+        addresses |= {name: Address(urls, token) for name, urls in named.items() if urls}
     beside = [spec for spec in specs if spec.name not in addresses]
     if not beside:
         return addresses
@@ -139,11 +157,12 @@ def _servers(
             "rank cannot serve; start servers with `fastgrpo serve-rewards` and name them."
         )
     for spec in beside:
-        rewards.check(spec.name)
+        rewards.check(spec)
     url, token = stack.enter_context(
-        launch_beside(beside, recipe.run.dir, settings.start_timeout_s),
+        launch_beside(beside, recipe.run.dir, settings.start_timeout_s, settings.outage_s),
     )
-    return addresses | {spec.name: ((url,), token) for spec in beside}
+    here = Address((url,), token, recipe.run.dir / LOG)
+    return addresses | {spec.name: here for spec in beside}
 
 
 def read_token(file: Path) -> str:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -94,6 +95,14 @@ class RewardClient:
             trust_env=False,  # a proxy for the internet must not get the cluster's own traffic
         )
 
+    def call_beside(self, log_file: Path) -> None:
+        """Call the server what it is, a child of the trainer: nobody gave its address.
+
+        log_file: its log, which messages point to
+        """
+        for replica in self.replicas.all:
+            replica.log_file = log_file
+
     # ---- scores
 
     def score(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> dict[str, Scores]:
@@ -139,7 +148,7 @@ class RewardClient:
                 # raises where the server is not late but gone
                 self._http.get(f"{replica.url}/livez", timeout=ASK_TIMEOUT_S)
                 raise Bad(f"no answer within {self.timeout_s:g} s") from None
-            check_answer(replica.url, response)
+            check_answer(replica, response)
             try:
                 return wire.decode_scores(
                     response.content,
@@ -239,9 +248,7 @@ class RewardClient:
                 self._meet(replica)
                 return
             except ReplicaMismatch as mismatch:
-                raise UserError(
-                    f"server.urls={replica.url}: {mismatch}; start all servers alike"
-                ) from None
+                raise UserError(f"{replica.where}: {mismatch}; start all servers alike") from None
             except (Busy, Bad, httpx.RequestError) as error:
                 trouble = (
                     f"{type(error).__name__}: {error}"
@@ -250,7 +257,7 @@ class RewardClient:
                 )
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"server.urls={replica.url}: reward server unreachable for {timeout_s:g} s "
+                    f"{replica.where}: reward server unreachable for {timeout_s:g} s "
                     f"({trouble}); start it, or correct the address"
                 )
             time.sleep(0.2)
@@ -260,7 +267,7 @@ class RewardClient:
 
         Raises ReplicaMismatch where its rewards are not those that the others have.
         """
-        check_answer(replica.url, self._http.get(f"{replica.url}/readyz", timeout=ASK_TIMEOUT_S))
+        check_answer(replica, self._http.get(f"{replica.url}/readyz", timeout=ASK_TIMEOUT_S))
         spec = self._ask_spec(replica, "")
         missing = [name for name in self.names if name not in spec]
         if missing:
@@ -274,12 +281,12 @@ class RewardClient:
 
     def _ask_spec(self, replica: Replica, query: str) -> Spec:
         response = self._http.get(f"{replica.url}/v1/spec{query}", timeout=ASK_TIMEOUT_S)
-        check_answer(replica.url, response)
+        check_answer(replica, response)
         try:
             return read_spec(response.content)
         except wire.WireError:
             raise UserError(
-                f"server.urls={replica.url}: no reward server answers there; correct the address"
+                f"{replica.where}: no reward server answers there; correct the address"
             ) from None
 
     def _frames_used(self, frames: int, fps: float) -> list[int] | None:
@@ -306,6 +313,12 @@ class RewardClient:
         assert self._expected is not None
         return {name: self._expected[name][key] for name in self.names}
 
+    @property
+    def hint(self) -> str:
+        """Where a clip's missing score is told."""
+        logs = dict.fromkeys(replica.see for replica in self.replicas.all)
+        return f"see {', '.join(logs)}"
+
     # ---- end
 
     def release(self) -> None:
@@ -327,7 +340,7 @@ class RewardClient:
         self.close()
 
 
-def check_answer(url: str, response: httpx.Response) -> None:
+def check_answer(replica: Replica, response: httpx.Response) -> None:
     """Raise for any answer but success.
 
     Busy or Bad from a living server, a transport error for one that is not there, UserError where
@@ -338,7 +351,7 @@ def check_answer(url: str, response: httpx.Response) -> None:
         return
     if status in (401, 403):
         raise UserError(
-            f"server.token_file: wrong token for {url} ({status}); give the token that the server "
+            f"server.token_file: wrong token for {replica.url} ({status}); give the token that the server "
             "was started with"
         )
     # 504: its turn did not come in time; the server scores others' clips
@@ -349,7 +362,7 @@ def check_answer(url: str, response: httpx.Response) -> None:
     if status >= 500:
         raise Bad(f"status {status}")
     raise UserError(
-        f"server.urls={url}: refused with status {status}: {response.text[:300]}; see its log"
+        f"{replica.where}: refused with status {status}: {response.text[:300]}; see {replica.see}"
     )
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastgrpo.core.errors import UserError
 
@@ -25,6 +26,23 @@ class Replica:
     rests_until: float = 0.0  # no request before
     known: bool = False  # its rewards are the ones that we want; asked again after each failure
     barred: str = ""  # why it is never asked again
+    # of a server beside the trainer, whose address the user did not give and is not shown
+    log_file: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """What the log calls it."""
+        return f"reward server {self.url if self.log_file is None else 'beside the trainer'}"
+
+    @property
+    def where(self) -> str:
+        """What a message to the user begins with."""
+        return f"server.urls={self.url}" if self.log_file is None else self.name
+
+    @property
+    def see(self) -> str:
+        """Where the user learns more."""
+        return f"the log of {self.url}" if self.log_file is None else str(self.log_file)
 
     def takes(self, now: float) -> bool:
         """Whether the replica may be given a request; after failures one at a time, as a trial."""
@@ -48,7 +66,7 @@ class Replicas:
         self._lock = threading.Lock()
         self._random = random.Random()  # its own, so that pauses disturb no one's random numbers
         self._trouble_since: float | None = None
-        self._last_trouble = ("", "")
+        self._last_trouble: tuple[Replica, str] | None = None
         self._last_success = -math.inf
 
     def take(self, other_than: Replica | None = None) -> Replica:
@@ -79,7 +97,7 @@ class Replicas:
         """Note a right answer of a replica, which ends its trouble."""
         with self._lock:
             if replica.failures:
-                log.info("reward server %s is back", replica.url)
+                log.info("%s is back", replica.name)
             replica.failures, replica.rests_until = 0, 0.0
             self._trouble_since = None
             self._last_success = time.monotonic()
@@ -104,12 +122,12 @@ class Replicas:
             if lives:
                 self._trouble_since = None
             else:
-                self._note(replica.url, trouble)
+                self._note(replica, trouble)
             replica.known = False
             replica.failures += 1
             longest = min(FIRST_PAUSE_S * 2.0 ** (replica.failures - 1), LONGEST_PAUSE_S)
             replica.rests_until = time.monotonic() + longest * self._random.uniform(0.5, 1.0)
-            log.warning("reward server %s: %s; trying again", replica.url, trouble)
+            log.warning("%s: %s; trying again", replica.name, trouble)
             self._check_outage()
 
     def busy(self, replica: Replica, trouble: str, pause_s: float) -> float:
@@ -119,7 +137,7 @@ class Replicas:
         Raises UserError in an outage.
         """
         with self._lock:
-            self._note(replica.url, trouble)
+            self._note(replica, trouble)
             self._check_outage()
             return pause_s * self._random.uniform(0.5, 1.5)
 
@@ -127,27 +145,28 @@ class Replicas:
         """Give a replica no more requests. Raises UserError where no other replica is left."""
         with self._lock:
             replica.barred = why
-            log.error("reward server %s: %s; it gets no more requests", replica.url, why)
+            log.error("%s: %s; it gets no more requests", replica.name, why)
             self._check_barred()
 
     def _check_barred(self) -> None:
         if all(one.barred for one in self.all):
             last = self.all[-1]
-            raise UserError(f"server.urls={last.url}: {last.barred}; start all servers alike")
+            raise UserError(f"{last.where}: {last.barred}; start all servers alike")
 
-    def _note(self, url: str, trouble: str) -> None:
-        self._last_trouble = (url, trouble)
+    def _note(self, replica: Replica, trouble: str) -> None:
+        self._last_trouble = (replica, trouble)
         if self._trouble_since is None:
             self._trouble_since = time.monotonic()
 
     def _check_outage(self) -> None:
         if self._trouble_since is None or time.monotonic() - self._trouble_since < self.outage_s:
             return
-        url, trouble = self._last_trouble
+        assert self._last_trouble is not None  # noted with the trouble
+        replica, trouble = self._last_trouble
         raise UserError(
-            f"server.urls={url}: no scores for {self.outage_s:g} s ({trouble}); see that the "
-            "reward server runs and is not overloaded, or raise server.outage_s. The newest "
-            "checkpoint is intact: start again to go on from it."
+            f"{replica.where}: no scores for {self.outage_s:g} s ({trouble}); see that the reward "
+            f"server runs and is not overloaded ({replica.see}), or raise server.outage_s. The "
+            "newest checkpoint is intact: start again to go on from it."
         )
 
 

@@ -13,6 +13,9 @@ from starlette.requests import ClientDisconnect
 
 from fastgrpo.rewards.serving import wire
 
+LONGEST_S = 3600.0
+"""Seconds that a sender may wait for its answer."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -21,7 +24,8 @@ class Limits:
     max_body: int = wire.MAX_BODY  # bytes of one request
     max_waiting: int = 4 * wire.MAX_BODY  # bytes of all requests that are read or wait to be scored
     room_wait_s: float = 5.0  # for room, before a request is turned away
-    max_connections: int = 1024
+    max_guests: int = 256  # connections that have not shown the token
+    max_guests_per_address: int = 64
     body_timeout_s: float = 60.0  # for a body to arrive
     head_timeout_s: float = 10.0  # for a request's headers to arrive
     max_head: int = 64 * 2**10  # bytes of a request's headers
@@ -101,13 +105,18 @@ class Admission:
 
 
 def authenticate(request: Request, token: str) -> None:
-    """Refuse with 401 unless the request carries the token.
+    """Refuse with 401 unless the request carries the token."""
+    given = request.headers.get("authorization", "")
+    if not carries_token(given.encode("latin-1"), token):
+        raise Refusal(401, "wrong token", headers={"WWW-Authenticate": "Bearer"})
+
+
+def carries_token(authorization: bytes, token: str) -> bool:
+    """Whether a header `Authorization` has the token.
 
     The comparison takes the same time however much of the token is right.
     """
-    given = request.headers.get("authorization", "")
-    if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-        raise Refusal(401, "wrong token", headers={"WWW-Authenticate": "Bearer"})
+    return hmac.compare_digest(authorization, f"Bearer {token}".encode())
 
 
 def body_length(request: Request, most: int) -> int:
@@ -125,7 +134,7 @@ def body_length(request: Request, most: int) -> int:
     return int(declared)
 
 
-def patience(request: Request, longest: float = 3600.0) -> float:
+def patience(request: Request, longest: float = LONGEST_S) -> float:
     """Seconds that the sender waits for its answer, by its header `X-Timeout-S`.
 
     longest: seconds where the header is missing

@@ -17,6 +17,7 @@ import asyncio
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import time
@@ -48,7 +49,7 @@ from fastgrpo.rewards.serving.server.admission import (
 )
 from fastgrpo.rewards.serving.server.batcher import Batcher, Expired, Failed
 from fastgrpo.rewards.serving.server.metrics import Meters
-from fastgrpo.rewards.serving.server.strict_http import strict_http
+from fastgrpo.rewards.serving.server.strict_http import KEEP_ALIVE_S, strict_http
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +201,10 @@ def add_probes(app: FastAPI, state: ServerState) -> None:
     @app.get("/v1/spec")
     async def spec(request: Request) -> dict[str, object]:
         authenticate(request, state.token)
-        return state.spec(*clip_form(request))
+        try:
+            return state.spec(*clip_form(request))
+        except wire.WireError as error:
+            raise HTTPException(400, str(error)) from None
 
 
 def add_scores(app: FastAPI, state: ServerState) -> None:
@@ -270,14 +274,12 @@ def serving(app: FastAPI, limits: Limits) -> uvicorn.Config:
     """Configuration with which uvicorn runs the application."""
     return uvicorn.Config(
         app,
-        http=strict_http(limits.head_timeout_s, limits.max_head),
+        http=strict_http(limits, app.state.server.token),
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=limits.max_connections,
-        # longer than the client keeps one: the client, not the server, ends an idle connection
-        timeout_keep_alive=75,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=60,
     )
 
@@ -304,6 +306,7 @@ def serve(
     if not token:
         raise UserError("token='': the reward server needs one; give a long random text")
     logs.start()
+    allow_many_connections()
     limits = limits or Limits()
     listener = bound(host, port)
     named = socket.gethostname() if host in ("0.0.0.0", "::") else host
@@ -312,6 +315,15 @@ def serve(
         app = make_app([warm(spec) for spec in specs], token, limits)
         log.info("serving", extra=logs.fields(rewards=[spec.name for spec in specs], url=url))
         _Server(serving(app, limits), app.state.server, url, ready_file).run(sockets=[listener])
+
+
+def allow_many_connections() -> None:
+    """Let this process hold as many connections as the system allows it; often 1024 before.
+
+    A few hundred ranks send several requests each at a time.
+    """
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def bound(host: str, port: int) -> socket.socket:

@@ -264,7 +264,7 @@ def test_several_batches_are_scored_at_a_time_where_the_source_allows() -> None:
 class Pool:
     """A source that says who is inside."""
 
-    shares_device, arriving = False, 0
+    shares_device, arriving, hint = False, 0, ""
 
     def __init__(self, at_once: int, failure: Exception | None = None) -> None:
         self.at_once = at_once
@@ -442,12 +442,13 @@ def test_a_run_goes_on_without_the_samples_that_have_no_score(tmp_path: Path) ->
 
 def test_too_many_samples_without_a_score_end_the_run() -> None:
     settings = config.load(runs.RECIPE, ["server.max_invalid=0.2"])
-    check_validity(settings, scored_as(torch.arange(10) >= 2), 7)
+    check_validity(settings, scored_as(torch.arange(10) >= 2), 7, "")
     with pytest.raises(
         UserError,
-        match=r"server\.max_invalid=0\.2: 30% of the samples of iteration 7 have no valid score",
+        match=r"server\.max_invalid=0\.2: 30% of the samples of iteration 7 have no valid score "
+        r"\(see x\.log\)",
     ):
-        check_validity(settings, scored_as(torch.arange(10) >= 3), 7)
+        check_validity(settings, scored_as(torch.arange(10) >= 3), 7, "see x.log")
 
 
 @pytest.mark.parametrize("where", ["process", "server"])

@@ -423,16 +423,16 @@ def test_identity_covers_the_code_of_all_files_and_the_libraries(
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"# {name}")
-    first = code_hash(tmp_path, "a")
-    assert code_hash(tmp_path, "a") == first != code_hash(tmp_path, "b")
+    first = code_hash(tmp_path, tmp_path / "a.py")
+    assert code_hash(tmp_path, tmp_path / "a.py") == first != code_hash(tmp_path, tmp_path / "b.py")
     for name in files:
         (tmp_path / name).write_text("# changed")
-        changed = code_hash(tmp_path, "a") != first
+        changed = code_hash(tmp_path, tmp_path / "a.py") != first
         # which no score of `a` depends on
         assert changed == (name not in ("b.py", "serving/wire.py")), name
         (tmp_path / name).write_text(f"# {name}")
     (tmp_path / "common" / "shared.py").rename(tmp_path / "common" / "renamed.py")
-    assert code_hash(tmp_path, "a") != first
+    assert code_hash(tmp_path, tmp_path / "a.py") != first
     before = Served(load(plain("tiny_world")), plain("tiny_world")).identity
     monkeypatch.setitem(loaded_reward.VERSIONS, "torch", "0.4")
     assert Served(load(plain("tiny_world")), plain("tiny_world")).identity != before

@@ -314,6 +314,8 @@ def malformed() -> dict[str, bytes]:
         "too few prompts": asked(prompts=CAPTIONS[:1]),
         "no prompts": asked(prompts=[]),
         "prompt is a number": asked(prompts=[CAPTIONS[0], 3]),
+        "prompt is no Unicode text": asked(prompts=[CAPTIONS[0], "\ud800"]),
+        "reward is no Unicode text": asked(rewards=["\ud800"]),
         "no rewards": asked(rewards=[]),
         "reward twice": asked(rewards=["tiny_world", "tiny_world"]),
         "fps 0": asked(fps=0),

@@ -59,7 +59,7 @@ def of_node(job: Job) -> Load:
     passing, staying, flops = 0.0, Counter[int](), Counter[int]()
     for spec in recipe.rewards:
         beside = _beside(spec, recipe)
-        size: RewardSize | None = rewards.declared(spec.name, "SIZE", None)
+        size: RewardSize | None = rewards.declared(spec, "SIZE", None)
         if size is None or spec.device == "cpu" or (spec.where == "server" and not beside):
             continue
         weights = size.parameters * (2 if spec.dtype == "bfloat16" else 4)

@@ -19,7 +19,7 @@ from fastgrpo.core import config
 from fastgrpo.core.config import Recipe, RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.parallel.world import Group, World
-from fastgrpo.rewards import declared, least_frames
+from fastgrpo.rewards import declared, least_frames, plain
 from fastgrpo.rewards.common import frames
 from fastgrpo.rewards.networks.videoalign.preprocess import frame_indices, view
 from fastgrpo.tools.plan import planner
@@ -52,7 +52,7 @@ def world(gpus: int, sp: int = 1) -> World:
 
 def scored(spec: RewardSpec, length: int, fps: float) -> int:
     """Frames that the planner counts."""
-    return int(declared(spec.name, "SIZE", None).frames_scored(spec, length, fps))
+    return int(declared(spec, "SIZE", None).frames_scored(spec, length, fps))
 
 
 @pytest.mark.parametrize("name", ["hps", "clip_score", "pick_score"])
@@ -69,7 +69,7 @@ def test_videoalign_looks_at_as_many_frames_as_the_planner_counts(fps: float) ->
     are many.
     """
     spec = RewardSpec(name="videoalign", weights={})
-    for length in range(least_frames("videoalign"), 130):
+    for length in range(least_frames(plain("videoalign")), 130):
         assert scored(spec, length, fps) == len(frame_indices(length, fps, 2.0)), length
     for length in (2, 3, 4, 5, 9, 53):
         seen = view(torch.zeros(length, 28, 28, 3, dtype=torch.uint8), fps, 2.0, 28 * 28)
@@ -77,7 +77,7 @@ def test_videoalign_looks_at_as_many_frames_as_the_planner_counts(fps: float) ->
 
 
 def test_videoalign_judges_no_shorter_clip_than_it_declares() -> None:
-    least = least_frames("videoalign")
+    least = least_frames(plain("videoalign"))
     assert frame_indices(least, 8.0, 2.0) == [0, 1]
     with pytest.raises(ValueError, match=f"give at least {least}"):
         frame_indices(least - 1, 8.0, 2.0)

@@ -1,0 +1,55 @@
+"""One `[[rewards]]` block of a recipe: which reward, its weights, and where and how it scores."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from fastgrpo.core.config.base import Positive, Section
+
+
+class RewardSpec(Section):
+    name: str
+    """A file of rewards/: clip_score, hps, pick_score, tiny_world, video_stats, videoalign; or the
+    path of a file of your own, such as ./my_reward.py, which is then called my_reward."""
+    file: Path | None = None
+    """A file of your own, where `name` is not its path; None: the file of rewards/."""
+    weights: dict[str, float]
+    """Weight of each part's advantage; 0 = a held-out monitor: scored and logged, never trained
+    on."""
+    where: Literal["process", "server"] = "server"
+    """In the trainer's process, or behind the reward server. The scores are equal."""
+    urls: tuple[str, ...] = ()
+    """Running servers that hold this reward; None: those of server.urls, or the one started beside
+    the trainer."""
+    path: str | None = None
+    """File or folder of the reward's weights, where it has any."""
+    device: str = "auto"
+    """Device of its weights, such as cuda:1; auto = the GPU of its process where there is one, else
+    the CPU."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of its weights."""
+    batch_size: Positive = 8
+    """Clips per forward pass of the reward."""
+    frames: Literal["all", "first", "middle"] | Positive | None = None
+    """Frames of a clip that an image reward scores and averages, a number = evenly spaced; None:
+    the reward's own."""
+    fps: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """Frames per second that this reward is told; None: video.fps."""
+    threshold: dict[str, float] = Field({})
+    """Part -> value: adds the part `NAME_above`, 1 where the score is at least the value, else 0
+    (binary reward)."""
+    options: dict[str, str | int | float | bool] = Field({})
+    """What only this reward knows; see docs/guides/rewards/rewards.md."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_of_file(cls, tree: Any) -> Any:
+        """Take a path in place of the name apart: the reward is called as its file."""
+        name = tree.get("name") if isinstance(tree, dict) else None
+        if not isinstance(name, str) or not name.endswith(".py"):
+            return tree
+        path = Path(name)
+        if not path.is_absolute():
+            raise ValueError(f"write the path of '{name}' as ./{name}")
+        return {"file": path} | tree | {"name": path.stem}
