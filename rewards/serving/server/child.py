@@ -15,6 +15,7 @@ from pathlib import Path
 import fastgrpo
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import no_link
 from fastgrpo.core.processes import die_with
 from fastgrpo.rewards.serving.server.app import serve
 
@@ -45,7 +46,7 @@ def launch_beside(
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(paths),
     }
-    with log_file.open("ab") as output:
+    with open(log_file, "ab", opener=no_link) as output:
         child = subprocess.Popen(
             [sys.executable, "-m", __name__, str(os.getpid()), str(ready_file.absolute())],
             stdin=subprocess.PIPE,
