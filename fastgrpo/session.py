@@ -5,12 +5,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from fastgrpo.algorithm import samplers, window
 from fastgrpo.checkpoint.checkpoints import Checkpoints, Progress
 from fastgrpo.checkpoint.provenance import check_rewards
-from fastgrpo.checkpoint.resume import check_folder, holds_run, prepare_folder
+from fastgrpo.checkpoint.resume import check_groups, claim_folder, holds_run, prepare_folder
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import only_run_in
@@ -100,8 +101,13 @@ def claim(recipe: Recipe, world: World, stack: ExitStack) -> tuple[Split, Stop]:
     methods.check(recipe)
     signals = stack.enter_context(Signals())
     split = encode.read_prompts(recipe, world)
-    world.on_main(lambda: check_folder(recipe, world))
+    world.on_main(lambda: check_groups(recipe, world))
     world.on_main(lambda: stack.enter_context(only_run_in(recipe.run.dir)))
+    # under the lock: another run may have begun there while this one waited for it
+    for notice in world.on_main(lambda: claim_folder(recipe, world)):
+        if world.main:
+            line = f"run.dir={recipe.run.dir}: {notice}"
+            Console().print(line, highlight=False, markup=False, soft_wrap=True)
     return split, Stop(recipe.run.dir, signals, world)
 
 

@@ -14,15 +14,16 @@ import torch
 
 from fastgrpo.algorithm import selection
 from fastgrpo.algorithm.advantages import combined_advantages
+from fastgrpo.checkpoint import identity
 from fastgrpo.checkpoint.provenance import record_provenance
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.files import nan_to_null, replace_text
+from fastgrpo.core.files import nan_to_null, replace_text, sha256
 from fastgrpo.core.processes import OneRankError, rank
 from fastgrpo.data import video_reader
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import open_world
-from fastgrpo.run import out_of_memory
+from fastgrpo.run import lost_folder, out_of_memory
 from fastgrpo.run.stopping import Stopped, answer, answer_mistake
 from fastgrpo.run.stopwatch import Stopwatch
 from fastgrpo.session import Session, claim, open_session
@@ -49,7 +50,9 @@ def train(recipe: Recipe) -> dict[str, object] | None:
         with open_world(*settings) as world, ExitStack() as stack:
             split, stop = claim(recipe, world, stack)
             try:
-                return run(open_session(recipe, world=world, stack=stack, split=split, stop=stop))
+                with lost_folder.one_line(recipe.run.dir):
+                    parts = open_session(recipe, world=world, stack=stack, split=split, stop=stop)
+                    return run(parts)
             except OneRankError:  # closing the world may wait for the other ranks, for ever
                 answer(recipe.run.dir, requeue=False)
                 raise
@@ -76,6 +79,9 @@ def _run(session: Session) -> dict[str, object] | None:
                 checks.quick(Parts.of(session), session.tracker.message)
             session.world.on_main(lambda: record_provenance(session.recipe, session.scorer.sources))
         before = baseline(session)
+        checkpoints.beginning = session.world.on_main(
+            lambda: identity.begin(session.recipe.run.dir)
+        )
         while progress.iteration < session.recipe.run.iterations:
             iterate(session)
             session.ranks.heart.enter("save")
@@ -250,9 +256,12 @@ def finish(session: Session, before: Evaluation) -> dict[str, object]:
         "wall_seconds": session.progress.seconds,
         "ranks": session.world.size,
     }
+    names = [f"step-{one.iteration}" for one in (before, after)]
 
     def write() -> None:
         """Write the files of the run's end, on the main rank."""
+        files = {name: folder / "evaluation" / f"{name}.json" for name in names}
+        summary["evaluations"] = {name: sha256(file) for name, file in files.items()}
         text = json.dumps(nan_to_null(summary), indent=1, allow_nan=False)
         replace_text(folder / "summary.json", f"{text}\n")
         for when in ("before", "after"):

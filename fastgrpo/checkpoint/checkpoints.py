@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,16 +31,18 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from fastgrpo.checkpoint import background, reader
+from fastgrpo.checkpoint import background, disk, identity, reader
+from fastgrpo.checkpoint.identity import Beginning
+from fastgrpo.checkpoint.reader import number, published
+from fastgrpo.checkpoint.stored_state import StoredState, ValuesWithoutCode
 from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.files import flush, read_json, replace_text, sha256
+from fastgrpo.core.files import flush, problem_of, read_json, replace_text
 from fastgrpo.parallel.world import World
 from fastgrpo.training.trainer import Trainer
 
 T = TypeVar("T")
 HEADER_BYTES = 2048  # of each tensor in a part, and its entry in the metadata
-SPARE_BYTES = 2**20  # left for the run's other files
 
 
 @dataclass(kw_only=True)
@@ -85,18 +87,15 @@ class Checkpoints:
         self.world = world
         self.notices: list[str] = []
         """Messages about the folder for the user, such as of a checkpoint that was set aside."""
+        self.beginning: Beginning | None = None
+        """What each checkpoint carries of its run; None: nothing, as in a trial."""
         self._pending: Pending | None = None
         # its own, since a save in the background must not meet the collectives of training
         self._group = dist.new_group(backend="gloo") if settings.background else None
 
     def newest(self) -> Path | None:
         """The newest published checkpoint."""
-        return max(self._published(), key=number, default=None)
-
-    def _published(self) -> list[Path]:
-        return sorted(
-            (path for path in self.folder.glob("step-*") if path.name[5:].isdecimal()), key=number
-        )
+        return next(iter(published(self.folder)), None)
 
     def load(self, trainer: Trainer) -> Progress:
         """Continue from the newest intact checkpoint, on every rank.
@@ -104,7 +103,7 @@ class Checkpoints:
         A fresh Progress where there is no checkpoint. A damaged checkpoint is set aside as
         `step-N.damaged`, and `notices` names the file. Raises UserError where all are.
         """
-        self.world.on_main(self._sweep)
+        self.world.on_main(lambda: disk.sweep(self.folder))
         damaged = []
         while (path := self.world.on_main(self.newest)) is not None:
             problem = self._problem(path)
@@ -112,20 +111,21 @@ class Checkpoints:
                 break
             damaged.append(problem)
             aside = path.with_suffix(".damaged")
-            self.world.on_main(lambda path=path, aside=aside: _set_aside(path, aside))  # type: ignore[misc]
+            self.world.on_main(lambda path=path, aside=aside: disk.set_aside(path, aside))  # type: ignore[misc]
             self.notices.append(
                 f"checkpoint {path.name} is damaged ({problem}): set aside as {aside.name}"
             )
+        self._compare_with_noted(path, damaged)
         if path is None:
-            if damaged:
-                raise UserError(
-                    f"checkpoint={self.folder}: none is intact ({'; '.join(damaged)}); they were "
-                    "set aside: restore one from a copy, or start again for a run from the "
-                    "beginning."
-                )
             return Progress()
         state = _state(trainer)
-        dcp.load(state, checkpoint_id=path)
+        try:
+            dcp.load(state, storage_reader=StoredState(path), planner=ValuesWithoutCode())
+        except CheckpointException as failure:  # a BaseException, raised on every rank
+            raise UserError(
+                f"checkpoint={path}: does not fit this run ({_cause(failure)}); move it out of the "
+                "folder to take the one before."
+            ) from None
         set_model_state_dict(
             trainer.policy.network, state["model"], options=StateDictOptions(strict=False)
         )
@@ -135,6 +135,30 @@ class Checkpoints:
         numbers = read_json(path / "progress.json", "checkpoint", "choose another run.dir")
         trainer.updates, trainer.skipped = numbers.pop("updates"), numbers.pop("skipped")
         return Progress(**numbers | {"rewards": tuple(numbers["rewards"])})
+
+    def _compare_with_noted(self, path: Path | None, damaged: Sequence[str]) -> None:
+        """Compare the checkpoint to load with the newest that the run's folder notes.
+
+        Raises UserError where there is none to load, and has been.
+        """
+        run = self.folder.parent
+        noted = self.world.on_main(lambda: identity.newest_noted(run))
+        if path is None and damaged:
+            raise UserError(
+                f"checkpoint={self.folder}: none is intact ({'; '.join(damaged)}); they were "
+                "set aside: restore one from a copy, or start again for a run from the "
+                "beginning."
+            )
+        if path is None and noted is not None:
+            raise UserError(
+                f"run.dir={run}: checkpoints/ has none, and {noted} was saved there; restore "
+                "checkpoints/ from a copy, or remove the run's folder to begin again."
+            )
+        later = path is not None and noted is not None and number(Path(noted)) > number(path)
+        if path is not None and later and not damaged:
+            self.notices.append(
+                f"checkpoint {noted} was saved and is not there: going on from {path.name}"
+            )
 
     def save(self, trainer: Trainer, progress: Progress) -> str | None:
         """Write a checkpoint, on every rank; in the background where the settings say so.
@@ -155,11 +179,7 @@ class Checkpoints:
         )
         state = _state(trainer)
         needed = _size(state, self.world.size)
-        try:
-            lacking = self.world.on_main(lambda: _fresh(path.with_suffix(".partial"), needed))
-        except UserError as error:  # a full disk
-            forget_best()
-            return str(error)
+        lacking = self.world.on_main(lambda: disk.fresh(path.with_suffix(".partial"), needed))
         if lacking is not None:
             forget_best()
             return self._could_not(path, lacking)
@@ -224,11 +244,11 @@ class Checkpoints:
                 pending.written.result()
             if pending.problem is None:
                 partial = pending.path.with_suffix(".partial")
-                hashes = _hashes(partial.glob(f"__{self.world.rank}_*"))  # written by this rank
+                hashes = disk.hashes(partial.glob(f"__{self.world.rank}_*"))  # written by this rank
         except CheckpointException as failure:
             pending.problem = _cause(failure)
         except OSError as error:
-            pending.problem = error.strerror or type(error).__name__
+            pending.problem = problem_of(error)
         problems = self._gather(pending.problem)
         parts = self._gather(hashes)
         problem = next(filter(None, problems), None)
@@ -248,7 +268,8 @@ class Checkpoints:
     def _could_not(self, path: Path, problem: str) -> str:
         return (
             f"run.dir={self.folder.parent}: checkpoint {path.name} could not be written "
-            f"({problem}); free space there and start again: the checkpoint before is intact."
+            f"({problem}); mend that (space, rights) and start again: the checkpoint before is "
+            "intact."
         )
 
     def _gather(self, value: T) -> list[T]:
@@ -265,9 +286,13 @@ class Checkpoints:
         returns what went wrong
         """
         path, partial = pending.path, pending.path.with_suffix(".partial")
+        extra = {"progress.json": pending.progress}
+        if self.beginning is not None:
+            extra[identity.FILE] = self.beginning.as_text()
         try:
-            (partial / "progress.json").write_text(pending.progress)
-            manifest = dict(parts) | _hashes([partial / "progress.json", partial / ".metadata"])
+            for name, text in extra.items():
+                (partial / name).write_text(text, encoding="utf-8")
+            manifest = dict(parts) | disk.hashes([partial / name for name in (*extra, ".metadata")])
             missing = {file.name for file in partial.iterdir()} - set(manifest)
             assert not missing, missing
             entries = {
@@ -281,66 +306,42 @@ class Checkpoints:
             os.rename(partial, path)
             replace_text(self.folder / "latest", path.name + "\n", on_disk=True)
             flush(self.folder)
+            if self.beginning is not None:
+                identity.note(self.folder.parent, self.beginning.run, path.name)
+            best = pending.best if self.settings.keep_best else None
+            disk.prune(self.folder, self.settings.keep, best)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            return error.strerror or type(error).__name__
-        self._prune(pending.best)
+            return problem_of(error)
         return None
-
-    def _prune(self, best: str | None) -> None:
-        """Remove all but the newest ones and the best.
-
-        Renamed first: a half-removed folder must not look whole.
-        """
-        for path in self._published()[: -self.settings.keep]:
-            if not (self.settings.keep_best and path.name == best):
-                doomed = path.with_suffix(".partial")
-                os.rename(path, doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
-
-    def _sweep(self) -> None:
-        """Remove what a killed save left."""
-        for partial in self.folder.glob("step-*.partial"):
-            shutil.rmtree(partial)
-        for partial in self.folder.glob("latest.*.partial"):
-            partial.unlink()
 
     def _problem(self, path: Path) -> str | None:
         """The first problem of a checkpoint, whose files the ranks compare with the manifest."""
 
-        def sizes() -> tuple[str | None, dict[str, dict[str, Any]]]:
+        def look() -> tuple[str | None, dict[str, dict[str, Any]]]:
             try:
                 return reader.wrong_size(path), reader.manifest(path)
             except UserError as error:
-                return str(error), {}
+                return str(error).partition(": ")[2].partition(";")[0], {}
+            except OSError as error:
+                return problem_of(error), {}
 
-        problem, entries = self.world.on_main(sizes)
+        problem, entries = self.world.on_main(look)
         if problem is None:
             own = sorted(entries)[self.world.rank :: self.world.size]
-            wrong = [name for name in own if sha256(path / name) != entries[name]["sha256"]]
-            damaged = [name for names in self._gather(wrong) for name in names]
-            problem = f"{damaged[0]} is not what was written" if damaged else None
-        return problem
+            changed = self._gather(list(reader.changed(path, own, entries)))
+            problem = next((one for of_rank in changed for one in of_rank), None)
+        return problem or self.world.on_main(lambda: reader.unlisted(path))
 
 
 def _cause(failure: CheckpointException) -> str:
     """The problem on the first rank that had one."""
     first = next(iter(failure.failures.values()))[0]
     if isinstance(first, OSError) and first.strerror:
-        return first.strerror
+        return problem_of(first)
     if "inline_container.cc" in str(first):  # torch's writer of files hides the system's error
         return "a file could not be written whole: disk full, quota used up, or a failing disk"
     return str(first)
-
-
-def _hashes(files: Iterable[Path]) -> dict[str, tuple[int, str]]:
-    """Size in bytes and SHA-256 of each file, by its name."""
-    return {file.name: (file.stat().st_size, sha256(file)) for file in files}
-
-
-def _set_aside(path: Path, aside: Path) -> None:
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(path, aside)
 
 
 def _state(trainer: Trainer) -> dict[str, Any]:
@@ -351,11 +352,6 @@ def _state(trainer: Trainer) -> dict[str, Any]:
         "optimizer": get_optimizer_state_dict(network, trainer.optimizer),
         "ema": trainer.ema,
     }
-
-
-def number(checkpoint: Path) -> int:
-    """The iterations that a checkpoint's folder names."""
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _size(state: dict[str, Any], ranks: int) -> int:
@@ -371,20 +367,3 @@ def _size(state: dict[str, Any], ranks: int) -> int:
 
     walk(state)
     return sum(tensor.numel() * tensor.itemsize + ranks * HEADER_BYTES for tensor in tensors)
-
-
-def _fresh(folder: Path, needed: int) -> str | None:
-    """Make an empty folder for so many bytes.
-
-    returns what is wrong where the disk has no room for them
-    Measured before and not by writing: a save in the background would leave the run's other files
-    no room either.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < needed + SPARE_BYTES:
-        sizes = f"it takes {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
-        return f"No space left on device: {sizes}"
-    folder.mkdir()
-    return None

@@ -4,20 +4,25 @@ No process group, no optimizer state, and the same on any number of ranks: a ten
 from the shards that the training ranks wrote, when it is asked for.
 """
 
-from collections.abc import Mapping
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from fastgrpo.checkpoint.stored_state import StoredState
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.files import read_json_or_none
+from fastgrpo.core.files import read_json_or_none, sha256
 
 Step = int | Literal["best", "newest"]
+ALWAYS = (".metadata", "progress.json")
+"""Files of every checkpoint, beside the parts that the metadata names."""
+THREADS = 4  # that hash; hashlib lets go of the interpreter
 
 
 def find(run: Path, step: Step) -> Path:
@@ -33,36 +38,59 @@ def find(run: Path, step: Step) -> Path:
             f"run={run}: no recipe.toml and checkpoints/ there, so not a run folder; give a "
             "run.dir."
         )
-    published = {
-        int(p.name[5:]): p for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdecimal()
-    }
-    if not published:
+    steps = {number(path): path for path in published(run / "checkpoints")}
+    if not steps:
         raise UserError(
             f"run={run}: has no checkpoint yet; wait for the first one (checkpoint.every)."
         )
-    newest = max(published)
+    newest = max(steps)
     if step == "newest":
         step = newest
     elif step == "best":
-        name = read_json(published[newest] / "progress.json").get("best")
+        name = read_json(steps[newest] / "progress.json").get("best")
         if name is None:
             raise UserError(
                 f"--step=best: no checkpoint of {run} has a valid reward; use --step {newest}."
             )
-        step = int(str(name).removeprefix("step-"))
-    if step not in published:
-        steps = ", ".join(map(str, sorted(published)))
-        raise UserError(f"--step={step}: {run} keeps no such checkpoint; use one of {steps}.")
-    check_intact(published[step])
-    return published[step]
+        step = _best(str(name), steps[newest])
+    if step not in steps:
+        kept = ", ".join(map(str, sorted(steps)))
+        raise UserError(f"--step={step}: {run} keeps no such checkpoint; use one of {kept}.")
+    check_intact(steps[step])
+    return steps[step]
+
+
+def _best(name: str, newest: Path) -> int:
+    """The number of the checkpoint that the newest one calls the best."""
+    digits = name.removeprefix("step-")
+    if not digits.isdecimal():
+        raise UserError(
+            f"checkpoint={newest}: progress.json names no checkpoint as the best ({name!r}); "
+            "choose another --step."
+        )
+    return int(digits)
+
+
+def number(checkpoint: Path) -> int:
+    """The iterations that a checkpoint's folder names."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def published(folder: Path) -> list[Path]:
+    """The published checkpoints in a folder of checkpoints, the newest first."""
+    paths = (path for path in folder.glob("step-*") if path.name[5:].isdecimal())
+    return sorted(paths, key=number, reverse=True)
 
 
 def check_intact(checkpoint: Path) -> None:
-    """Compare the files of a checkpoint with its manifest.
+    """Compare all files of a checkpoint with its manifest, by size and SHA-256.
 
-    Raises UserError naming one that is missing or cut short.
+    Raises UserError naming one that is missing, cut short or changed.
     """
     problem = wrong_size(checkpoint)
+    if problem is None:
+        entries = manifest(checkpoint)
+        problem = next(changed(checkpoint, entries, entries), None) or unlisted(checkpoint)
     if problem is not None:
         raise UserError(f"checkpoint={checkpoint}: {problem}; choose another --step.")
 
@@ -70,15 +98,24 @@ def check_intact(checkpoint: Path) -> None:
 def manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """{"bytes", "sha256"} of each file, by name.
 
-    Raises UserError where it is missing or damaged.
+    Raises UserError where it is missing or damaged, or leaves out what every checkpoint has.
     """
     entries = read_json(checkpoint / "manifest.json")
     if not all(
-        isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in entries.values()
+        isinstance(entry, dict)
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("sha256"), str)
+        and name == Path(name).name
+        for name, entry in entries.items()
     ):
         raise UserError(
             f"checkpoint={checkpoint}: manifest.json is not one of this version; choose another "
             "--step."
+        )
+    if missing := [name for name in ALWAYS if name not in entries]:
+        raise UserError(
+            f"checkpoint={checkpoint}: manifest.json does not name {missing[0]}, so it was edited "
+            "or cut; choose another --step."
         )
     return entries  # type: ignore[return-value]
 
@@ -91,6 +128,35 @@ def wrong_size(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != entry["bytes"]:
             return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+    return None
+
+
+def changed(
+    checkpoint: Path, names: Iterable[str], entries: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
+    """The problem of each of these files that has another SHA-256 than its entry, or none."""
+
+    def problem(name: str) -> str | None:
+        try:
+            same = sha256(checkpoint / name) == entries[name]["sha256"]
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        return None if same else f"{name} is not what was written"
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from filter(None, pool.map(problem, list(names)))
+
+
+def unlisted(checkpoint: Path) -> str | None:
+    """The problem of metadata that cannot be read, or that names a file without a hash."""
+    try:
+        metadata = StoredState(checkpoint).read_metadata()
+    except ValueError as error:
+        return str(error)
+    listed = manifest(checkpoint)
+    for info in metadata.storage_data.values():
+        if info.relative_path not in listed:
+            return f"manifest.json does not name {info.relative_path}"
     return None
 
 
@@ -114,14 +180,11 @@ class Weights:
 
     def __init__(self, checkpoint: Path, raw: bool) -> None:
         self.checkpoint = checkpoint
-        self._reader = FileSystemReader(checkpoint)
+        self._reader = StoredState(checkpoint)
         try:
             self._metadata = self._reader.read_metadata()
-        except Exception as error:  # unpickling what is no metadata can raise anything
-            raise UserError(
-                f"checkpoint={checkpoint}: .metadata cannot be read ({error!r}); choose another "
-                "--step."
-            ) from None
+        except ValueError as error:
+            raise UserError(f"checkpoint={checkpoint}: {error}; choose another --step.") from None
         self._reader.set_up_storage_reader(self._metadata, True)
         entries = self._metadata.state_dict_metadata
         self.averaged = not raw and any(key.startswith("ema.") for key in entries)
@@ -157,7 +220,7 @@ class Weights:
         planner.set_up_planner(state, self._metadata, True)
         try:
             self._reader.read_data(planner.create_local_plan(), planner).wait()
-        except (OSError, RuntimeError, EOFError) as error:
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(
                 f"checkpoint={self.checkpoint}: {name} cannot be read "
                 f"({str(error).splitlines()[0]}); a running trainer may have removed it: choose "

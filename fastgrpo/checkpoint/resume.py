@@ -4,11 +4,13 @@ import json
 import os
 import platform
 import subprocess
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from fastgrpo.checkpoint import provenance
+from fastgrpo.checkpoint import identity, provenance
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
@@ -34,10 +36,12 @@ FREE_TO_CHANGE = (
 )
 FREE_OF_REWARDS = ("file", "where", "urls", "device", "batch_size")
 """Keys of a reward that move its scores to another place or pace, and change none."""
+MOVABLE = ("model.path", "model.network", "prompts.train", "prompts.heldout", ".path")
+"""Ends of keys that name a place whose content is compared apart."""
 
 
-def check_folder(recipe: Recipe, world: World) -> None:
-    """Check, before anything is loaded or written, that a run in the folder is of this recipe."""
+def check_groups(recipe: Recipe, world: World) -> None:
+    """Check that every group of ranks has a sample."""
     total = recipe.prompts.per_iteration * recipe.rollout.samples_per_prompt
     if total < world.groups:
         raise UserError(
@@ -45,6 +49,11 @@ def check_folder(recipe: Recipe, world: World) -> None:
             f"for {world.groups} groups of ranks; raise it, rollout.samples_per_prompt or "
             "distributed.sp, or start fewer processes."
         )
+
+
+def check_folder(recipe: Recipe, world: World) -> None:
+    """Check, before anything is loaded or written, that a run in the folder is of this recipe."""
+    check_groups(recipe, world)
     folder = recipe.run.dir
     if not holds_run(folder):
         return
@@ -52,16 +61,41 @@ def check_folder(recipe: Recipe, world: World) -> None:
         raise UserError(
             f"run.dir={folder}: holds a run already; choose another folder or run.resume=auto."
         )
-    check_same_recipe(config.load(folder / "recipe.toml"), recipe)
+    identity.check(folder)
+    _check_recipes(recipe)
     check_same_inputs(folder / "inputs.json", recipe)
     provenance.check_network(recipe)
+
+
+def claim_folder(recipe: Recipe, world: World) -> list[str]:
+    """As `check_folder`, after damaged files are made again. On the main rank, under the lock.
+
+    returns a notice for each file
+    """
+    identity.check(recipe.run.dir)
+    notices = identity.restore(recipe.run.dir)
+    check_folder(recipe, world)
+    return notices
+
+
+def _check_recipes(recipe: Recipe) -> None:
+    """Compare with the recipe in the folder, and with the one that the checkpoints carry.
+
+    The folder's may be edited where a model or prompts were moved; their content is compared apart.
+    """
+    folder, found = recipe.run.dir, identity.newest_beginning(recipe.run.dir)
+    carried = None if found is None else found[1].files.get(identity.RECIPE)
+    if carried is not None:
+        check_same_recipe(config.parse(tomllib.loads(carried)), recipe, MOVABLE)
+    check_same_recipe(config.load(folder / identity.RECIPE), recipe)
 
 
 def holds_run(folder: Path) -> bool:
     """Whether an iteration was finished there: an attempt that failed before binds nobody."""
     metrics = folder / "metrics.jsonl"  # empty from the moment at which a tracker opens it
     logged = metrics.is_file() and metrics.stat().st_size > 0
-    return logged or any(folder.glob("checkpoints/step-*"))
+    saved = any(folder.glob("checkpoints/step-*")) or identity.newest_noted(folder) is not None
+    return logged or saved
 
 
 def prepare_folder(recipe: Recipe, world: World) -> None:
@@ -73,13 +107,16 @@ def prepare_folder(recipe: Recipe, world: World) -> None:
     replace_text(folder / "environment.json", json.dumps(environment(world), indent=1) + "\n")
 
 
-def check_same_recipe(old: Recipe, new: Recipe) -> None:
-    """Refuse to go on with a run whose result would belong to neither recipe."""
+def check_same_recipe(old: Recipe, new: Recipe, but: Sequence[str] = ()) -> None:
+    """Refuse to go on with a run whose result would belong to neither recipe.
+
+    but: keys that may differ beside those that are free to change
+    """
     before, now = _flat(old), _flat(new)
     differing = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _is_free(key)
+        if before.get(key) != now.get(key) and not _is_free(key) and not key.endswith(tuple(but))
     ]
     if differing:
         raise UserError(

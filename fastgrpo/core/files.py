@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -93,8 +93,11 @@ def replacing(file: Path, on_disk: bool = False) -> Iterator[Path]:
         if on_disk:
             flush(partial)
         os.replace(partial, file)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if error.filename == str(partial):  # a name that nobody knows
+            error.filename, error.filename2 = str(file), None
         raise
 
 
@@ -105,6 +108,31 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def no_link(path: str, flags: int) -> int:
+    """For `open(..., opener=no_link)`: of a link, which may lead out of the folder, an OSError."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
+def open_to_append(file: Path) -> IO[str]:
+    """Open a text file of a run's folder to append to it; of a link an OSError."""
+    descriptor = no_link(str(file), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    return os.fdopen(descriptor, "a", encoding="utf-8")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder; what a link names stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def problem_of(error: OSError) -> str:
+    """What the operating system said, in one line, with the file where it names one."""
+    said = error.strerror or type(error).__name__
+    return f"{error.filename}: {said}" if error.filename else said
 
 
 def sha256(file: Path) -> str:
@@ -141,7 +169,14 @@ def take_lock(folder: Path, key: str) -> IO[str] | None:
     key: the recipe's, of the folder
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / "lock").open("a")
+    try:
+        lock = open_to_append(folder / "lock")
+    except IsADirectoryError:
+        raise UserError(f"{key}={folder}: lock is a folder there; remove it.") from None
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise UserError(f"{key}={folder}: lock is no plain file there; remove it.") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -100,15 +100,15 @@ class World:
     def on_main(self, action: Callable[[], T]) -> T:
         """What `action` returns on the main rank, on every rank; its error ends every rank.
 
-        A UserError is raised unchanged, and a full disk as a UserError. Of any other error the
-        other ranks learn only its class.
+        A UserError is raised unchanged, and what the system says against a file as a UserError. Of
+        any other error the other ranks learn only its class.
         """
         result: T | Exception | None = None
         if self.main:
             try:
                 result = action()
             except OSError as error:
-                result = no_space(error.filename) if error.errno in DISK_FULL else error
+                result = _of_system(error)
             except Exception as error:
                 result = error
         payload: list[T | Exception | None] = [result]
@@ -121,7 +121,7 @@ class World:
         return outcome  # type: ignore[return-value]
 
     def run_on_all_ranks(self, action: Callable[[], T]) -> T:
-        """What `action` returns on this rank; any rank's UserError or full disk ends every rank.
+        """What `action` returns on this rank; any rank's UserError or file error ends every rank.
 
         The action must not communicate with other ranks, which may fail before they answer.
         """
@@ -131,9 +131,11 @@ class World:
         except UserError as error:
             mistake = error
         except OSError as error:
-            if error.errno not in DISK_FULL:
+            told = _of_system(error)
+            if told is error:
                 raise
-            mistake = no_space(error.filename)
+            assert isinstance(told, UserError)
+            mistake = told
         self.raise_if_any_failed(mistake)
         return result  # type: ignore[return-value]
 
@@ -149,6 +151,18 @@ class World:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         dist.barrier()
+
+
+def _of_system(error: OSError) -> Exception:
+    """The one-line error for what the operating system says against a file; else the error."""
+    if error.errno in DISK_FULL:
+        return no_space(error.filename)
+    if error.filename is None:
+        return error
+    return UserError(
+        f"{error.filename}: {error.strerror}; correct that and start again: a run resumes from its "
+        "newest checkpoint."
+    )
 
 
 def no_space(file: str | None) -> UserError:

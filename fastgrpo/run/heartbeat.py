@@ -5,18 +5,19 @@ torch here: `fastgrpo status` reads the files on a login node.
 """
 
 import json
+import math
 import os
 import socket
 import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-from fastgrpo.core.files import load_json
+from fastgrpo.core.files import load_json, no_link, remove
 
 FOLDER = "heartbeats"
 INTERVAL_S = 3.0  # at the latest
@@ -90,7 +91,11 @@ class HeartbeatWriter:
 
     def __enter__(self) -> Self:
         with suppress(OSError):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+            if not self.file.parent.is_dir():
+                self.file.parent.unlink(missing_ok=True)
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+            if self.file.is_symlink() or not self.file.is_file():
+                remove(self.file)
             if self._beat.rank == 0:
                 forget(self.file.parent, self._beat.ranks)
         self._write("", "")
@@ -126,7 +131,7 @@ class HeartbeatWriter:
             since = time.monotonic() - self._entered
             beat = replace(self._beat, phase_s=since, time=time.time(), at=at, end=end[:300])
         with suppress(OSError):
-            file = os.open(self.file, os.O_WRONLY | os.O_CREAT, 0o644)
+            file = no_link(str(self.file), os.O_WRONLY | os.O_CREAT)
             try:
                 os.pwrite(file, encoded(beat), 0)
                 self.written += 1
@@ -173,10 +178,19 @@ def forget(folder: Path, ranks: int) -> None:
 def read(run_dir: Path) -> list[Heartbeat]:
     """Every rank's last heartbeat, by rank.
 
-    A file that is just being written for the first time is left out.
+    A file that is just being written for the first time, or damaged, is left out.
     """
     beats = []
     for file in (run_dir / FOLDER).glob("rank-*"):
         with suppress(OSError, ValueError, TypeError):
-            beats.append(Heartbeat(**load_json(file)))
+            beat = Heartbeat(**load_json(file))
+            if all(_is_of_type(getattr(beat, field.name), field.type) for field in fields(beat)):
+                beats.append(beat)
     return sorted(beats, key=lambda beat: beat.rank)
+
+
+def _is_of_type(value: object, kind: object) -> bool:
+    """Whether a value read from a file is one of a heartbeat's field."""
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, str) if kind is str else isinstance(value, int)

@@ -1,4 +1,4 @@
-"""A GPU without room: one line with the keys to change, in preflight and anywhere in training."""
+"""A GPU or a machine without room: one line with the keys to change, in preflight and anywhere in training."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +38,18 @@ def one_line(recipe: Recipe, phase: Callable[[], str], more: str = "") -> Iterat
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        where = _where(error)
+        if where is None:
+            raise
         name = phase()
-        fail_alone(f"{remedy(recipe, name)}: the GPU has no room for the {name}.{more}")
+        fail_alone(f"{remedy(recipe, name)}: {where} has no room for the {name}.{more}")
+
+
+def _where(error: Exception) -> str | None:
+    """The memory that an error says is full; None for other errors."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # PyTorch's on a CPU
+        return "this machine's memory"
+    return None

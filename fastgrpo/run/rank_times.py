@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastgrpo.core.files import no_link
 from fastgrpo.core.memory import KINDS
 from fastgrpo.parallel.world import World
 from fastgrpo.run.heartbeat import WAIT, HeartbeatWriter, node
@@ -170,7 +171,7 @@ class RankLog:
         """Append one line."""
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a+b") as lines:
+            with open(self.file, "a+b", opener=no_link) as lines:
                 cut_off = lines.tell() > 0 and not _tail(self.file).endswith(b"\n")  # by a kill
                 lines.write((b"\n" if cut_off else b"") + json.dumps(row).encode() + b"\n")
         except OSError as error:

@@ -79,9 +79,12 @@ class Stop:
         # On the hosts: a GPU's queue of kernels is not waited for.
         self._group = dist.new_group(backend="gloo") if world.device.type == "cuda" else None
         self._polled = -POLL_S
-        if world.main and BATCH not in os.environ:
-            self.file.unlink(missing_ok=True)
-            self.answer.unlink(missing_ok=True)
+        if BATCH not in os.environ:
+            world.on_main(self._forget)
+
+    def _forget(self) -> None:
+        self.file.unlink(missing_ok=True)
+        self.answer.unlink(missing_ok=True)
 
     def poll_before(self, work: Iterable[T]) -> Iterator[T]:
         """The pieces of work, one by one.

@@ -29,7 +29,7 @@ from rich.live import Live
 from torch import Tensor
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.files import replace_text
+from fastgrpo.core.files import open_to_append, replace_text
 from fastgrpo.data import video
 from fastgrpo.run.terminal import dashboard, plain_line
 
@@ -85,8 +85,13 @@ class Tracker:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
         self._rows = keep_before(path, start_iteration)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = open_to_append(path)
         self._console = console or Console()
+        if missing := start_iteration - len({row["iteration"] for row in self._rows}):
+            self.message(
+                f"metrics.jsonl: the lines of {missing} of {start_iteration} iterations are gone "
+                "(removed or damaged): charts and report leave them out"
+            )
         if wandb is not None:
             self._wandb = start_wandb(run_dir, wandb)
             if self._wandb.settings.mode == "offline":
@@ -108,10 +113,12 @@ class Tracker:
         if not self.main:
             return
         row = {"iteration": iteration, "time": time.time(), **metrics}
-        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
         self._rows.append(row)
+        if not os.fstat(self._file.fileno()).st_nlink:  # removed under the run
+            self._write_again()
+        else:
+            self._file.write(_line(row))
+            self._file.flush()
         if self._wandb is not None:
             # wandb refuses a step that it has: iterations repeated after a resume equal those it
             # refuses
@@ -120,6 +127,13 @@ class Tracker:
             self._live.update(dashboard(self._rows, self.total, self.run_dir.name, note))
         else:
             self.message(plain_line(self._rows, self.total, note))
+
+    def _write_again(self) -> None:
+        """Make a file of metrics that somebody removed again."""
+        self._file.close()
+        path = self.run_dir / "metrics.jsonl"
+        replace_text(path, "".join(map(_line, self._rows)))
+        self._file = open_to_append(path)
 
     def message(self, text: str) -> None:
         """Print a line, above the live display where there is one."""
@@ -179,6 +193,12 @@ class Tracker:
         self.close()
 
 
+def _line(row: Row) -> str:
+    """A line of metrics.jsonl; a number that is not finite is null."""
+    finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
 def read_metrics(path: Path) -> list[Row]:
     """The rows of a metrics.jsonl in order, null as NaN, without a last line that a kill cut off.
 
@@ -201,7 +221,10 @@ def keep_before(path: Path, start_iteration: int) -> list[Row]:
 
 
 def _lines(path: Path) -> list[tuple[str, Row]]:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); correct that.") from None
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -210,7 +233,7 @@ def _lines(path: Path) -> list[tuple[str, Row]]:
                 name: math.nan if value is None else float(value) for name, value in entry.items()
             }
             rows.append((line, row | {"iteration": int(entry["iteration"])}))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             if number < len(lines):
                 raise UserError(
                     f"{path}:{number}: not a line of metrics ({error}); remove that line"

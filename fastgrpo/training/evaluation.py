@@ -43,10 +43,14 @@ class Evaluation:
     def read(cls, file: Path) -> "Evaluation":
         """Read what `write` wrote. Raises UserError where the file is missing or damaged."""
         try:
-            return cls(**json.loads(file.read_text()))
-        except (OSError, ValueError, TypeError):
+            evaluation = cls(**json.loads(file.read_text()))
+            assert {len(column) for column in evaluation.columns().values()} == {
+                len(evaluation.seeds)
+            }
+            return evaluation
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError):
             raise UserError(
-                f"{file}: missing or damaged; choose another run.dir, or remove the run's folder.",
+                f"{file}: missing or damaged; restore it, or choose another run.dir.",
             ) from None
 
     def write(self, file: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from fastgrpo.checkpoint import checkpoints, reader
+from fastgrpo.checkpoint import reader
 from fastgrpo.core.files import sha256
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -147,12 +147,12 @@ def published(folder: Path) -> dict[int, dict[str, str]]:
             file.name: sha256(file) for file in path.iterdir() if file.name != "manifest.json"
         }
         assert hashes == {name: entry["sha256"] for name, entry in entries.items()}, path
-        found[checkpoints.number(path)] = {
+        found[reader.number(path)] = {
             name: told for name, told in hashes.items() if name.endswith(".distcp")
         }
     latest = folder / "checkpoints" / "latest"
     if latest.exists():
-        assert checkpoints.number(Path(latest.read_text().rstrip("\n"))) in found
+        assert reader.number(Path(latest.read_text().rstrip("\n"))) in found
     else:
         assert len(found) <= 1, "only the first checkpoint is there without `latest` for a moment"
     return found

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo import models
-from fastgrpo.checkpoint import reader
+from fastgrpo.checkpoint import identity, reader
 from fastgrpo.checkpoint.reader import Step, Weights
 from fastgrpo.core import config, files
 from fastgrpo.core.config import Recipe
@@ -55,6 +55,7 @@ def export(wanted: Export) -> Path:
     if world_size() > 1:
         raise UserError("export: runs in one process; start it without torchrun.")
     checkpoint = reader.find(wanted.run, wanted.step)
+    identity.check(wanted.run)
     recipe = config.load(wanted.run / "recipe.toml")
     if wanted.lora is not None and not recipe.lora.rank:
         raise UserError(

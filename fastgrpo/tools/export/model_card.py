@@ -1,11 +1,14 @@
 """The model card of an export: base model, training, reward, and how to load the folder."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fastgrpo import models
 from fastgrpo.checkpoint.reader import Weights
 from fastgrpo.core.config import Model, Recipe
+from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import null_to_nan, read_json
 from fastgrpo.models.loading import diffusers_folder
 from fastgrpo.run.tracker import read_metrics
@@ -126,7 +129,7 @@ def rewards(run: Path, recipe: Recipe, step: int) -> list[str]:
     metrics = run / "metrics.jsonl"
     every = read_metrics(metrics) if metrics.exists() else []
     rows = [row for row in every if row["iteration"] == step - 1]
-    if rows:
+    if rows and "reward/sum" in rows[-1]:
         parts = ", ".join(
             f"{part} {rows[-1][f'reward/{part}']:.3f}"
             for part in recipe.weights
@@ -138,19 +141,30 @@ def rewards(run: Path, recipe: Recipe, step: int) -> list[str]:
             "",
         ]
     summary = run / "summary.json"
-    remedy = "remove it and finish the run again"
+    remedy = "remove it and start the run again, which compares anew"
     result = null_to_nan(read_json(summary, "run", remedy)) if summary.exists() else {}
     if result.get("iterations") == step:
+        try:
+            table = held_out_table(result)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"run: {summary} is not what a run wrote ({error!r}); {remedy}."
+            ) from None
         lines += [
             "Held-out prompts, the same seeds before and after, ODE sampler, moving average where "
             "there is one:",
             "",
         ]
-        lines += ["| part | before | after | difference (95 % interval) |", "|---|---|---|---|"]
-        for part, before in result["before"].items():
-            low, high = result["ci95"][part]
-            bounds = f"{low:+.3f} .. {high:+.3f}" if math.isfinite(low) else "-"
-            change = f"{result['difference'][part]:+.3f} ({bounds})"
-            lines.append(f"| {part} | {before:.3f} | {result['after'][part]:.3f} | {change} |")
-        lines.append("")
+        lines += [*table, ""]
     return lines if len(lines) > 2 else []
+
+
+def held_out_table(result: Mapping[str, Any]) -> list[str]:
+    """The held-out rewards of a summary, a row per part."""
+    lines = ["| part | before | after | difference (95 % interval) |", "|---|---|---|---|"]
+    for part, before in result["before"].items():
+        low, high = result["ci95"][part]
+        bounds = f"{low:+.3f} .. {high:+.3f}" if math.isfinite(low) else "-"
+        change = f"{result['difference'][part]:+.3f} ({bounds})"
+        lines.append(f"| {part} | {before:.3f} | {result['after'][part]:.3f} | {change} |")
+    return lines

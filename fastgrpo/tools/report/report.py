@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
 from fastgrpo.data import video_reader
 from fastgrpo.data.video_reader import VideoError
@@ -75,7 +76,10 @@ def write_report(run_dir: Path) -> Path:
         "bar to read its value.</footer>",
     )
     path = run_dir / "report.html"
-    replace_text(path, page(f"{name}: fastgrpo report", "\n".join(sections)))
+    try:
+        replace_text(path, page(f"{name}: fastgrpo report", "\n".join(sections)))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); correct that.") from None
     return path
 
 
@@ -190,9 +194,12 @@ def clips(run: Run) -> str:
     shown = [first] if last.iteration == first.iteration else [first, last]
     cards = []
     for n, prompt in enumerate(dict.fromkeys(first.prompts)):
-        if any(n >= len(one.clips) or not one.clips[n].exists() for one in shown):
+        if any(n >= len(one.clips) or not one.clips[n].is_file() for one in shown):
             break
-        figures = "".join(clip_figure(one, n, prompt) for one in shown)
+        try:
+            figures = "".join(clip_figure(one, n, prompt) for one in shown)
+        except UserError:  # a damaged clip: the page goes without it
+            continue
         scores = score_line(first, last, n)
         cards.append(
             f'<div class="card"><h3>{escape(prompt)}</h3><div class="pair">{figures}</div>'

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.files import load_json, null_to_nan
+from fastgrpo.core.files import load_json, null_to_nan, sha256
 from fastgrpo.run.rank_times import hosts_of
 from fastgrpo.run.terminal import PHASES, parts
 from fastgrpo.run.tracker import Row, read_metrics
@@ -88,16 +88,22 @@ class Run:
         if self.summary is None:
             return None
         try:
-            return Comparison(
-                *(
-                    null_to_nan(self.summary[key])
-                    for key in ("before", "after", "difference", "ci95")
-                )
+            summary = null_to_nan(self.summary)
+            before, after, difference = (
+                {str(part): float(value) for part, value in summary[key].items()}
+                for key in ("before", "after", "difference")
             )
-        except KeyError as error:
+            bounds = {part: map(float, pair) for part, pair in summary["ci95"].items()}
+            ci95 = {str(part): (low, high) for part, (low, high) in bounds.items()}
+            if "sum" not in before or not before.keys() == after.keys() == difference.keys():
+                raise ValueError("no sum, or other parts before and after")
+            int(self.summary.get("iterations", 0))
+            return Comparison(before, after, difference, {part: ci95[part] for part in before})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{self.folder / 'summary.json'}: no {error}; remove it and finish the run again"
-            ) from error
+                f"{self.folder / 'summary.json'}: not what the run wrote ({error!r}); remove it "
+                "and start the run again, which compares anew."
+            ) from None
 
     @property
     def compared_iterations(self) -> int:
@@ -151,16 +157,19 @@ def read_run(run_dir: Path) -> Run:
     files = {
         int(file.stem.removeprefix("step-")): file
         for file in (run_dir / "evaluation").glob("step-*.json")
+        if file.stem.removeprefix("step-").isdecimal()
     }
     summary, recipe, environment = (
         run_dir / name for name in ("summary.json", "recipe.toml", "environment.json")
     )
+    compared = read_json(summary) if summary.exists() else None
+    _check_compared(run_dir, compared or {})
     return Run(
         folder=run_dir,
         rows=[merged[iteration] for iteration in sorted(merged)],
         evaluations=[read_evaluation(files[iteration]) for iteration in sorted(files)],
-        summary=read_json(summary) if summary.exists() else None,
-        recipe=recipe.read_text(encoding="utf-8") if recipe.exists() else "",
+        summary=compared,
+        recipe=recipe.read_text("utf-8", errors="replace") if recipe.is_file() else "",
         environment=read_json(environment) if environment.exists() else {},
         hosts=hosts_of(run_dir),
     )
@@ -170,6 +179,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a run. Raises UserError where the file holds none."""
     try:
         return load_json(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); remove it.") from None
     except ValueError as error:
         raise UserError(
             f"{path}: not JSON ({error}); remove it or run the step that writes it again"
@@ -187,15 +198,32 @@ def read_evaluation(path: Path) -> Evaluation:
             part: np.array(values, dtype=np.float64) for part, values in content["scores"].items()
         }
         weights = {part: float(content["weights"].get(part, 1.0)) for part in scores}
+        prompts, clips = list(content["prompts"]), [Path(clip) for clip in content["clips"]]
+        if any(len(values) != len(prompts) for values in scores.values()):
+            raise ValueError("not a score for each clip")
+        if any(clip.is_absolute() or ".." in clip.parts for clip in clips):
+            raise ValueError("a clip outside the folder")
         # no monitors
         weighted = [weights[part] * values for part, values in scores.items() if weights[part]]
         return Evaluation(
             iteration=int(content["iteration"]),
-            prompts=list(content["prompts"]),
+            prompts=prompts,
             scores={"sum": np.sum(weighted, axis=0), **scores},
-            clips=[path.parent / clip for clip in content["clips"]],
+            clips=[path.parent / clip for clip in clips],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path}: not an evaluation ({error!r}); run the evaluation again"
         ) from error
+
+
+def _check_compared(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Raise UserError where an evaluation is not the one that the summary has compared."""
+    known = summary.get("evaluations", {})
+    for name, digest in known.items() if isinstance(known, dict) else ():
+        file = run_dir / "evaluation" / Path(name).with_suffix(".json").name
+        if not file.is_file() or sha256(file) != digest:
+            raise UserError(
+                f"{file}: not the scores that summary.json has compared (edited, or gone); restore "
+                "it, or start the run again, which makes both anew."
+            )

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from fastgrpo.checkpoint import reader
+from fastgrpo.checkpoint import identity, reader
 from fastgrpo.checkpoint.reader import Step, Weights
 from fastgrpo.core import config
 from fastgrpo.core.config import Lora, Model, Prompts, Recipe, Rollout, Section, Video
@@ -126,6 +126,7 @@ def _from_run(choice: Asked, run: Path) -> Source:
             f"source={run}: a run folder has its own recipe; leave out --recipe and --family."
         )
     checkpoint = reader.find(run, choice.step)
+    identity.check(run)
     recipe = config.load(run / "recipe.toml", choice.overrides)
     base = replace(_base(choice, recipe), lora=recipe.lora)
     label = Weights(checkpoint, choice.raw).label

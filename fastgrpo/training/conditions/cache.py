@@ -2,14 +2,14 @@
 
 The cache is a folder of `manifest.json`, the conditions' fingerprint; `part-00000.safetensors` and
 so on, PART prompts each, published as a whole and never changed; and `negative.safetensors`, the
-condition of the unconditional branch. Parts are always encoded as a whole, so that neither the
+condition of the unconditional branch. Beside each lies its hash in the format of sha256sum: what
+does not fit it is made anew. Parts are always encoded as a whole, so that neither the
 number of ranks nor a resumption changes a bit. Conditions are read from the parts on demand: a
 large cache never lies in memory.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -23,7 +23,9 @@ from torch import Tensor
 
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import replace_bytes, replace_text
 from fastgrpo.core.policy import Condition, Encoder, Prompt
+from fastgrpo.run.file_hashes import hashes
 
 FORMAT = 1  # of the folder
 PART = 64  # prompts per file: at most 256 MiB of a 512-token T5 in bfloat16
@@ -73,7 +75,7 @@ class Cache:
         if not self.manifest.exists():
             return False
         self._check()
-        return not self.missing() and (not with_negative or _about(self.negative).key == self.key)
+        return not self.missing() and (not with_negative or self.intact([self.negative])[0])
 
     def open(self) -> list[int]:
         """Claim the folder for these conditions.  returns the parts that are missing
@@ -88,12 +90,29 @@ class Cache:
                 "prompts": self.count,
                 "fingerprint": dict(self.fingerprint),
             }
-            _publish(self.manifest, (json.dumps(content, indent=1) + "\n").encode())
+            replace_text(self.manifest, json.dumps(content, indent=1) + "\n", on_disk=True)
+        for leftover in self.folder.glob("*.partial"):  # of a killed process
+            leftover.unlink()
         return self.missing()
 
     def missing(self) -> list[int]:
         """The parts that are missing, damaged, or of other conditions."""
-        return [number for number in range(self.parts) if _about(self.part(number)).key != self.key]
+        intact = self.intact([self.part(number) for number in range(self.parts)])
+        return [number for number, whole in enumerate(intact) if not whole]
+
+    def wrong(self) -> list[str]:
+        """The names of files that are there, and are not what was written for these conditions."""
+        files = [self.negative, *(self.part(number) for number in range(self.parts))]
+        there = [file for file in files if file.exists()]
+        return [
+            file.name for file, whole in zip(there, self.intact(there), strict=True) if not whole
+        ]
+
+    def intact(self, files: Sequence[Path]) -> list[bool]:
+        """Whether each file is of these conditions, and is what was written."""
+        ours = [file for file in files if file.is_file() and _about(file).key == self.key]
+        digests = hashes(ours, self.folder / "hashes.json")
+        return [file in digests and _noted(file) == _note(file, digests[file]) for file in files]
 
     def _check(self) -> None:
         """Raise UserError where the manifest is damaged or has another fingerprint."""
@@ -174,7 +193,7 @@ def write_part(
 
 def write_negative(cache: Cache, encoder: Encoder, recipe: Recipe) -> None:
     """Encode and publish the condition of the unconditional branch, unless it is there."""
-    if _about(cache.negative).key != cache.key:
+    if not cache.intact([cache.negative])[0]:
         condition = encoder.negative(recipe.model.negative_prompt or "")
         _write(cache.negative, condition, recipe.model.dtype, _About(key=cache.key))
 
@@ -218,8 +237,26 @@ def _about(file: Path) -> _About:
     try:
         with safe_open(file, framework="pt") as tensors:
             return _About(**json.loads((tensors.metadata() or {}).get("about", "{}")))
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, ValueError, TypeError):
         return _About()
+
+
+def _hash_file(file: Path) -> Path:
+    """The file beside a file of the cache that holds its hash."""
+    return file.with_suffix(".sha256")
+
+
+def _note(file: Path, digest: str) -> str:
+    """The line that `sha256sum --check` reads; with the name, so that it fits this file alone."""
+    return f"{digest}  {file.name}\n"
+
+
+def _noted(file: Path) -> str | None:
+    """The line beside a file of the cache; None where there is none."""
+    try:
+        return _hash_file(file).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
 
 
 def _write(file: Path, tensors: Mapping[str, Tensor], dtype: str, about: _About) -> None:
@@ -230,21 +267,10 @@ def _write(file: Path, tensors: Mapping[str, Tensor], dtype: str, about: _About)
         # copied, for the format takes no two slices of one batch's memory
         stored[name] = torch.empty(tensor.shape, dtype=kind).copy_(tensor.detach())
     # one entry of metadata: several would be written in another order each time
-    _publish(file, save(stored, {"about": json.dumps(vars(about))}))
-
-
-def _publish(file: Path, content: bytes) -> None:
-    """Write a file so that a kill leaves the whole file or no file under its name."""
-    partial = file.with_name(file.name + ".partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    content = save(stored, {"about": json.dumps(vars(about))})
+    replace_bytes(file, content, on_disk=True)
+    digest = hashlib.sha256(content).hexdigest()
+    replace_text(_hash_file(file), _note(file, digest), on_disk=True)
 
 
 def _read(file: Path, prefix: str) -> Condition:

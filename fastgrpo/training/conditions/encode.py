@@ -85,6 +85,16 @@ def encode(recipe: Recipe, world: World, split: Split) -> Encoded:
         with ExitStack() as stack:
             if _claim(cache, with_negative, world, stack):
                 missing = world.on_main(cache.open)
+                if wrong := world.on_main(cache.wrong):
+                    names, more = (
+                        ", ".join(wrong[:3]),
+                        f" and {len(wrong) - 3} more" * (len(wrong) > 3),
+                    )
+                    if world.main:
+                        _say(
+                            f"prompts.cache={cache.folder}: {names}{more}: not what was written "
+                            "for these prompts, made anew"
+                        )
                 _make(recipe, world=world, cache=cache, missing=missing, everything=everything)
     return _without_skipped(recipe, world, split, Conditions(cache, with_negative))
 

@@ -19,6 +19,7 @@ from typing import IO
 import fastgrpo
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import no_link
 from fastgrpo.core.processes import die_with
 from fastgrpo.rewards.serving.server.app import serve
 
@@ -60,7 +61,7 @@ class ServerProcess:
             if self.ended.is_set():
                 raise UserError(f"{NAME}: the run has ended; start the run again.")
             self.ready_file.unlink(missing_ok=True)
-            with self.log_file.open("ab") as output:
+            with open(self.log_file, "ab", opener=no_link) as output:
                 self._log_begin = output.tell()
                 self._process = self._popen(output)
         self._send_specs(self._process)

@@ -87,7 +87,10 @@ def test_another_network_beneath_the_adapters_is_refused_and_the_same_read_once(
 
 
 def test_a_reward_of_other_weights_is_refused_and_of_other_code_told(
-    begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    begun: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copytree(begun / "run", tmp_path / "run")
     (tmp_path / "model").symlink_to(begun / "model")
@@ -95,19 +98,20 @@ def test_a_reward_of_other_weights_is_refused_and_of_other_code_told(
     recipe_file.write_text(
         recipe_file.read_text().replace(str(begun / "model"), str(tmp_path / "model"))
     )
-    noted = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    noted = (tmp_path / "run" / "provenance.json").read_text()
+    known = json.loads(noted)["rewards"]["tiny_world"]
 
-    def begin_with(**changed: str) -> None:
-        rewards = {"tiny_world": noted["rewards"]["tiny_world"] | changed}
-        (tmp_path / "run" / "provenance.json").write_text(json.dumps(noted | {"rewards": rewards}))
+    def now_with(**changed: str) -> None:
+        now = {"tiny_world": known | changed}
+        monkeypatch.setattr(provenance, "rewards", lambda sources: now)
 
-    begin_with(fingerprint="of other weights")
+    now_with(fingerprint="of other weights")
     with pytest.raises(
         UserError, match=r"rewards\.name=tiny_world: its weights or settings are not those that"
     ):
         train(recipe(tmp_path))
     assert (tmp_path / "run" / "requeue").read_text() == "no\n"
-    begin_with(identity="of an older torch")
+    now_with(identity="of another torch")
     capsys.readouterr()
     assert train(recipe(tmp_path)) is not None
     out = capsys.readouterr().out
@@ -116,11 +120,7 @@ def test_a_reward_of_other_weights_is_refused_and_of_other_code_told(
         "when the run" in out
     )
     assert "resumed from checkpoint step-1" in out
-    assert json.loads((tmp_path / "run" / "provenance.json").read_text())["rewards"]["tiny_world"][
-        "identity"
-    ] == (
-        "of an older torch"  # the first iteration's
-    )
+    assert (tmp_path / "run" / "provenance.json").read_text() == noted  # the first iteration's
 
 
 class Weighed(Reward):
