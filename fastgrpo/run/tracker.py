@@ -117,8 +117,12 @@ class Tracker:
         if not os.fstat(self._file.fileno()).st_nlink:  # removed under the run
             self._write_again()
         else:
-            self._file.write(_line(row))
-            self._file.flush()
+            try:
+                self._file.write(_line(row))
+                self._file.flush()
+            except OSError as error:
+                error.filename = str(self.run_dir / "metrics.jsonl")  # for the one line
+                raise
         if self._wandb is not None:
             # wandb refuses a step that it has: iterations repeated after a resume equal those it
             # refuses

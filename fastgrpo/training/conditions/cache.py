@@ -268,9 +268,10 @@ def _write(file: Path, tensors: Mapping[str, Tensor], dtype: str, about: _About)
         stored[name] = torch.empty(tensor.shape, dtype=kind).copy_(tensor.detach())
     # one entry of metadata: several would be written in another order each time
     content = save(stored, {"about": json.dumps(vars(about))})
-    replace_bytes(file, content, on_disk=True)
     digest = hashlib.sha256(content).hexdigest()
+    # the hash first: a kill in between leaves a part that is missing, and never one without a hash
     replace_text(_hash_file(file), _note(file, digest), on_disk=True)
+    replace_bytes(file, content, on_disk=True)
 
 
 def _read(file: Path, prefix: str) -> Condition:

@@ -1,5 +1,6 @@
 """Which rank is slow, dead or hung, where, and what memory each phase took."""
 
+import errno
 import json
 import os
 import signal
@@ -404,8 +405,13 @@ def test_a_heartbeat_tells_phase_place_and_end(tmp_path: Path) -> None:
     assert (tmp_path / "heartbeats" / "rank-0").stat().st_size == heartbeat.SIZE
 
 
-def test_no_disk_no_folder_no_matter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "heartbeats").write_text("in the way")
+def test_no_disk_no_matter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank-0.jsonl").symlink_to("/dev/full")
     with HeartbeatWriter(tmp_path, 0, 1, interval_s=0.02) as heart:

@@ -156,15 +156,18 @@ def test_a_full_disk_is_one_line_and_leaves_only_whole_parts(
 
     def fsync(descriptor: int) -> None:
         synced.append(sorted(files(tmp_path / "run")))
-        if len(synced) == 3:  # the manifest, a part, and now the second part
+        if len(synced) == 5:  # the manifest, a part's hash and a part, and now the second part
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         assert "no space left on the disk" in complaint(settings)
-    assert synced == [[], [], ["part-00000.safetensors"]], "a part has its name before it is whole"
+    first = ["part-00000.safetensors"]
+    assert synced == [[], [], [], first, first], "a part has its name before it is whole"
     assert {file.name for file in (tmp_path / "run" / "embeddings").iterdir()} == {
         "part-00000.safetensors",
+        "part-00000.sha256",
+        "part-00001.sha256",
         "manifest.json",
         "hashes.json",
         "lock",
