@@ -115,7 +115,7 @@ class Video(Section):
 
 class Prompts(Section):
     train: str
-    """Prompts: .txt with one per line (UTF-8), or .jsonl, .csv, .parquet with named columns."""
+    """Prompts: a file, folder or pattern of .txt (UTF-8), .json, .jsonl, .csv, .tsv or .parquet."""
     heldout: str | None = None
     """Prompts of the evaluation before and after; no prompt of `train` may occur. None: take
     heldout_share of `train`."""
@@ -125,10 +125,10 @@ class Prompts(Section):
     per_iteration: Positive = 32
     """Prompts per iteration (32 in the paper)."""
     column: str = "prompt"
-    """Column of the text."""
+    """Column of the text; "caption.text" for a value inside another."""
     image_column: str | None = None
-    """Column of the reference image: a file of a picture or of a video, whose first frame is
-    taken."""
+    """Column of the reference image: a file of a picture or of a video, whose first frame is taken,
+    or the picture itself."""
     language_column: str | None = None
     """Column of the language, compared with `languages`."""
     languages: tuple[str, ...] = ()

@@ -201,7 +201,10 @@ def choose_prompts(source: Source, wanted: Wanted) -> list[Prompt]:
         chosen = [Prompt(text, wanted.image, "--prompt") for text in wanted.prompts]
     elif wanted.file:
         settings = source.prompts or config.Prompts(train=wanted.file)
-        chosen = prompt_file.read(settings, wanted.file, "--prompts", None).prompts
+        selected = prompt_file.read(settings, wanted.file, "--prompts", None)
+        chosen = selected.prompts
+        if selected.remarks:
+            print(f"--prompts: {len(chosen):,} prompts{selected.remarks}", file=sys.stderr)
     elif source.prompts:
         chosen = prompt_file.split(source.prompts).heldout
         limit = limit or source.count

@@ -61,6 +61,8 @@ def read_prompts(recipe: Recipe, world: World) -> Split:
     def read() -> Split:
         split = prompts.split(recipe.prompts)
         _say(split.summary)
+        if (few := prompts.few_heldout(recipe, split)) is not None:
+            _say(few)
         return split
 
     return world.on_main(read)
