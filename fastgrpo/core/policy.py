@@ -56,6 +56,12 @@ class Encoder(Protocol):
     def negative(self, text: str) -> Condition:
         """The condition of the unconditional branch of classifier-free guidance."""
 
+    def cut(self, text: str) -> dict[str, tuple[int, int]]:
+        """The encoders that see less than the whole text, by their parts of the folder.
+
+        returns part -> (tokens that it sees, tokens of the text); empty where all see the text
+        """
+
 
 class Policy(Protocol):
     """A generator that can be sampled and trained.

@@ -143,6 +143,9 @@ class Prompts(Section):
     """Longer prompts are left out."""
     bad_rows: Literal["error", "skip"] = "error"
     """A row without text or with an unreadable image ends the run, or is left out and counted."""
+    too_long: Literal["cut", "refuse"] = "cut"
+    """A prompt with more tokens than a text encoder sees is cut, counted and listed in cut.json of
+    the cache, or is a bad row."""
     limit: Positive | None = None
     """At most this many prompts of `train`: the first ones that are kept."""
     cache: Path | None = None

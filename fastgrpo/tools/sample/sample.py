@@ -21,7 +21,7 @@ from torch import Tensor
 from fastgrpo.algorithm import noise
 from fastgrpo.core import config, files
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.policy import Condition, Policy, Prompt, move, stack
+from fastgrpo.core.policy import Condition, Encoder, Policy, Prompt, move, stack
 from fastgrpo.data import prompts as prompt_file
 from fastgrpo.data import video
 from fastgrpo.models.loading import policies
@@ -29,6 +29,7 @@ from fastgrpo.parallel.world import World, open_world
 from fastgrpo.tools.sample import contact_sheet
 from fastgrpo.tools.sample.source import Asked, Snapshot, Source, find
 from fastgrpo.training import rollout
+from fastgrpo.training.conditions import cut_prompts
 
 MANIFEST = "manifest.json"
 SHEET = "sheet.png"
@@ -248,6 +249,8 @@ def generate(work: Work, world: World) -> Iterator[Drawn]:
     distinct = dict.fromkeys(work.clips[batch.start].prompt for batch in batches)
     with policies.encoder(model, source.video, world.device) as encode:
         conditions = {prompt: encode([prompt])[0] for prompt in distinct}
+        if world.main:
+            tell_cut(encode, work)
         negative = None
         if model.cfg > 1:
             negative = move(encode.negative(model.negative_prompt or ""), world.device)
@@ -262,6 +265,18 @@ def generate(work: Work, world: World) -> Iterator[Drawn]:
         latents = [before[number], latent] if work.against_base else [latent]
         rows = [policy.decode(x[None].to(world.device))[0].cpu() for x in latents]
         yield Drawn(number, rows, [bool(torch.isfinite(x).all()) for x in latents])
+
+
+def tell_cut(encoder: Encoder, work: Work) -> None:
+    """Say which of all prompts, and whether the negative one, are longer than an encoder sees."""
+    every = list(dict.fromkeys(clip.prompt for clip in work.clips))
+    cut = {i: seen for i, prompt in enumerate(every) if (seen := encoder.cut(prompt.text))}
+    lines = [cut_prompts.summary(cut, every, None)]
+    model = work.source.snapshot.model
+    if model.cfg > 1 and (seen := encoder.cut(model.negative_prompt or "")):
+        lines.append(f"model.negative_prompt is cut: {cut_prompts.counts(seen)}")
+    for line in filter(None, lines):
+        print(line, file=sys.stderr)
 
 
 def latents_of(weights: Snapshot, share: Share, world: World) -> tuple[Policy, dict[int, Tensor]]:
