@@ -82,7 +82,7 @@ class Model(Section):
     choice. Kernels without a backward, such as sage, are refused in training."""
     decode_batch: Positive | None = None
     """Clips per VAE decode; None: a rollout batch at once (of images as many as kernels can count:
-    7 of 1024 x 1024). Changes speed and memory, nothing else."""
+    7 of 1024 x 1024). Changes speed and memory, and pixels up to rounding."""
 
     @property
     def torch_dtype(self) -> "torch.dtype":
@@ -184,7 +184,7 @@ class Rollout(Section):
     host's."""
     batch_size: Positive | Literal["auto"] = 8
     """Samples per forward pass and rank; auto = as many as the free memory has room for, measured
-    before the first iteration. Changes speed and memory, nothing else."""
+    before the first iteration. Changes speed and memory, and results up to rounding."""
 
     @property
     def at_once(self) -> int:
@@ -251,8 +251,8 @@ class Optimizer(Section):
     updates_per_iteration: Positive = 1
     """K: optimizer steps per iteration (4 in the paper; 1 with CFG in training)."""
     batch_size: Positive = 8
-    """States (sample x step) per forward and backward pass and rank. Changes speed and memory; in
-    bfloat16 the quickest is that of rollout.batch_size, see docs/guides/preflight.md."""
+    """States (sample x step) per forward and backward pass and rank. Changes speed and memory, and
+    results up to rounding; in bfloat16 best that of rollout.batch_size: docs/guides/preflight.md."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay per optimizer step of an exponential moving average of the weights, used in evaluation;
     0 = none."""
