@@ -5,7 +5,9 @@ what then sticks out is cut off, as much on one side as on the other. Nothing is
 border is added.
 """
 
+import io
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -14,7 +16,9 @@ from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.data import video_reader
+from fastgrpo.core.files import is_lfs_pointer
+from fastgrpo.core.policy import StoredImage
+from fastgrpo.data import prompt_formats, video_reader
 from fastgrpo.data.video_reader import VideoError
 
 # formats whose further frames are an animation; those of TIFF and MPO are other pictures
@@ -23,7 +27,7 @@ ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError)
 
 
-def read_image(file: Path, what: str = "reference image") -> Tensor:
+def read_image(file: Path | StoredImage, what: str = "reference image") -> Tensor:
     """A picture of any format that Pillow knows, or the first frame of a video, by its content.
 
     Turned as its EXIF tag says, transparent parts over white, 16-bit grey scaled to 8 bits. Raises
@@ -32,9 +36,11 @@ def read_image(file: Path, what: str = "reference image") -> Tensor:
     what: how messages call the file;  returns uint8 [H, W, 3], RGB
     """
     try:
-        with Image.open(file) as picture:
+        with Image.open(_source(file)) as picture:
             return _pixels(picture)
-    except UnidentifiedImageError:
+    except UnidentifiedImageError as error:
+        if isinstance(file, StoredImage):
+            raise _unreadable(file, what, "no picture, or damaged") from error
         return _first_frame(file, what)
     except DAMAGED as error:
         raise _unreadable(file, what, error) from None
@@ -51,12 +57,14 @@ def read_frames(file: Path, what: str) -> tuple[Tensor, float | None]:
     """
     frames, times = [], []
     try:
-        with Image.open(file) as picture:
+        with Image.open(_source(file)) as picture:
             if picture.format not in ANIMATED or getattr(picture, "n_frames", 1) == 1:
                 return _pixels(picture)[None], None
             for frame in ImageSequence.Iterator(picture):
                 frames.append(_pixels(frame))
                 times.append(float(frame.info.get("duration", 0)))  # milliseconds
+    except UnidentifiedImageError:
+        raise _unreadable(file, what, "no picture, or damaged") from None
     except DAMAGED as error:
         raise _unreadable(file, what, error) from None
     if min(times) <= 0:
@@ -101,6 +109,15 @@ def _pixels(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(turned.convert("RGB")))
 
 
+def _source(file: Path | StoredImage) -> Path | IO[bytes]:
+    """What Pillow opens. Raises OSError, or ValueError for what holds no picture."""
+    if isinstance(file, StoredImage):
+        return io.BytesIO(prompt_formats.stored_bytes(file))
+    if is_lfs_pointer(file):
+        raise ValueError("a pointer of git-lfs and not the file; get it with git lfs pull")
+    return file
+
+
 def _first_frame(file: Path, what: str) -> Tensor:
     """The first frame of a video, uint8 [H, W, 3]; the rest of the file is not decoded."""
     try:
@@ -109,7 +126,7 @@ def _first_frame(file: Path, what: str) -> Tensor:
         raise _unreadable(file, what, error) from None
 
 
-def _unreadable(file: Path, what: str, problem: object) -> UserError:
+def _unreadable(file: Path | StoredImage, what: str, problem: object) -> UserError:
     message = str(problem).strip()
     if isinstance(problem, OSError) and problem.strerror:
         message = problem.strerror

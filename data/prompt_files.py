@@ -1,47 +1,92 @@
-"""Prompt files as rows: text with a prompt per line, JSONL, CSV and Parquet with named columns.
+"""Prompt files as rows, whatever their kind: one file, a compressed one, or a folder or pattern of
+shards.
 
 Files are read as a stream and only as far as the caller goes on, so that one of millions of rows
 may be given.
 """
 
-import csv
-import json
+import gzip
+import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
+from glob import glob, has_magic
 from pathlib import Path
-from typing import Any
 
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import is_lfs_pointer
+from fastgrpo.data import prompt_formats
+from fastgrpo.data.prompt_formats import Row
 
-KINDS = (".txt", ".jsonl", ".csv", ".parquet")
-PARQUET_BATCH = 4096  # rows decoded at a time
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row: its position, such as "line 12", its values by column, its problem as a whole."""
-
-    place: str
-    values: Mapping[str, object] = field(default_factory=dict)
-    problem: str | None = None
+READERS = {
+    ".txt": prompt_formats.text,
+    ".jsonl": prompt_formats.json_lines,
+    ".json": prompt_formats.json_array,
+    ".csv": prompt_formats.csv_rows,
+    ".tsv": prompt_formats.csv_rows,
+    ".parquet": prompt_formats.parquet,
+}
+KINDS = tuple(READERS)
+HEAD = 4096  # bytes looked at to tell text from what is none
 
 
 def rows(path: str, source: str, columns: Mapping[str, str]) -> Iterator[Row]:
-    """The rows of a prompt file, from its first on.
+    """The rows of a prompt file, or of the shards that a folder or a pattern holds, from the first.
 
     source: the recipe key that names the file;
-    columns: recipe key -> the column it asks for; of a text file, whose
-    only column is the line, `prompts.column` names that column and no other key may be there
+    columns: recipe key -> the column it asks for, "caption.text" for a value inside another; of a
+    text file, whose only column is the line, `prompts.column` names that column and no other key
+    may be there
     Raises UserError for a file that cannot be read, of another kind, or (CSV, Parquet) without one
-    of the columns; in JSONL each row has its own keys, and what a row lacks is missing in its
+    of the columns; in JSON each row has its own keys, and what a row lacks is missing in its
     values.
     """
-    kind = Path(path).suffix.lower()
-    readers = {".txt": _text, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
-    if kind not in readers:
-        raise UserError(f"{source}={path}: of an unknown kind; give one of {', '.join(KINDS)}.")
+    files = _shards(path, source)
+    for file in files:
+        for row in _rows_of(file, source, columns):
+            place = f"{file.name}, {row.place}" if len(files) > 1 else row.place
+            yield replace(row, place=place, file=file)
+
+
+def _shards(path: str, source: str) -> list[Path]:
+    """The files that a recipe's value names, in the order of their names."""
+    given = Path(path)
+    if given.is_dir():
+        found = [file for file in sorted(given.iterdir()) if _kind(file) in READERS]
+    elif has_magic(path) and not given.exists():
+        found = [Path(name) for name in sorted(glob(path, recursive=True))]
+    else:
+        return [given]
+    if not found:
+        raise UserError(
+            f"{source}={path}: no file there is of a known kind; give one of {', '.join(KINDS)}."
+        )
+    kinds = sorted({_kind(file) for file in found})
+    if len(kinds) > 1:
+        raise UserError(
+            f"{source}={path}: holds files of several kinds ({', '.join(kinds)}); name those that "
+            f"are meant, e.g. {given / '*' if given.is_dir() else '*'}{kinds[0]}."
+        )
+    return found
+
+
+def _kind(file: Path) -> str:
+    """The suffix that says what a file holds: of x.jsonl.gz it is .jsonl."""
+    return Path(file.stem if file.suffix.lower() == ".gz" else file.name).suffix.lower()
+
+
+def _rows_of(file: Path, source: str, columns: Mapping[str, str]) -> Iterator[Row]:
+    """The rows of one file. Raises UserError, which names it."""
+    kind = _kind(file)
+    if kind not in READERS:
+        raise UserError(
+            f"{source}={file}: of an unknown kind; give one of {', '.join(KINDS)}, or one of the "
+            "first five with .gz."
+        )
     try:
-        yield from readers[kind](Path(path), columns)
+        _check_content(file, source, kind)
+        yield from READERS[kind](file, columns)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{source}={file}: damaged ({error}); download it again.") from None
     except OSError as error:
         problem = (
             "no such file"
@@ -49,105 +94,30 @@ def rows(path: str, source: str, columns: Mapping[str, str]) -> Iterator[Row]:
             else (error.strerror or str(error))
         )
         raise UserError(
-            f"{source}={path}: {problem}; give a prompt file ({', '.join(KINDS)})."
+            f"{source}={file}: {problem}; give a prompt file ({', '.join(KINDS)})."
         ) from None
     except UnicodeDecodeError:
         raise UserError(
-            f"{source}={path}: line {_first_bad_line(Path(path))} is not UTF-8; convert the file, "
-            "e.g. iconv -f latin1 -t utf-8."
+            f"{source}={file}: line {prompt_formats.first_bad_line(file)} is not UTF-8; convert "
+            "the file, e.g. iconv -f latin1 -t utf-8."
         ) from None
 
 
-def _text(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
-    for key, column in columns.items():
-        if key != "prompts.column":
-            raise UserError(
-                f"{key}={column}: {path} is plain text and has no columns; give its rows as "
-                ".jsonl, .csv or .parquet."
-            )
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield Row(f"line {number}", {columns["prompts.column"]: line})
-
-
-def _jsonl(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            position = f"line {number}"
-            try:
-                values = json.loads(line)
-            except (ValueError, RecursionError):
-                yield Row(position, problem="is not JSON")
-                continue
-            if isinstance(values, dict):
-                yield Row(position, values)
-            else:
-                yield Row(position, problem="is not a JSON object")
-
-
-def _csv(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        start = 1
-        try:
-            if reader.fieldnames is None:
-                return  # an empty file
-            _check_columns(path, columns, list(reader.fieldnames))
-            start = reader.line_num + 1
-            for values in reader:
-                # a quoted value may span lines: a row is named by its first one
-                problem = "has more cells than the header" if None in values else None
-                yield Row(f"line {start}", values, problem)
-                start = reader.line_num + 1
-        except csv.Error as error:
-            raise UserError(
-                f"{path}: line {start} is not CSV ({error}); correct its quotes."
-            ) from None
-
-
-def _parquet(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
+def _check_content(file: Path, source: str, kind: str) -> None:
+    """Raise UserError for a pointer of git-lfs in a file's place, and for UTF-16."""
+    if is_lfs_pointer(file):
         raise UserError(
-            f"{path}: reading Parquet needs pyarrow; pip install 'fastgrpo[data]', or give the "
-            "rows as .jsonl or .csv."
-        ) from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            _check_columns(path, columns, file.schema_arrow.names)
-            number = 0
-            for batch in file.iter_batches(
-                batch_size=PARQUET_BATCH, columns=sorted(set(columns.values()))
-            ):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(f"row {number}", values)
-    except pyarrow.ArrowException as error:
-        problem = str(error).splitlines()[0]
+            f"{source}={file}: is a pointer of git-lfs and not the file; get it with git lfs pull."
+        )
+    if kind == ".parquet":
+        return
+    with prompt_formats.opened_bytes(file) as stream:
+        head = stream.read(HEAD)
+    marked = head.startswith((b"\xff\xfe", b"\xfe\xff"))
+    # every other byte of Latin letters; a single zero is its row's problem
+    if marked or head.count(0) > len(head) // 4:
+        order = "be" if head.startswith((b"\xfe\xff", b"\0")) else "le"
         raise UserError(
-            f"{path}: not a Parquet file that can be read ({problem}); download it again."
-        ) from None
-
-
-def _check_columns(path: Path, columns: Mapping[str, str], present: list[Any]) -> None:
-    for key, column in columns.items():
-        if column not in present:
-            raise UserError(
-                f"{key}={column}: no such column in {path}; it has {', '.join(map(str, present))}."
-            )
-
-
-def _first_bad_line(path: Path) -> int:
-    """The number of the first line that is not UTF-8."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return number
-    raise AssertionError(f"{path} was changed while it was read")
+            f"{source}={file}: is UTF-16 and not UTF-8; convert the file, e.g. iconv -f utf-16"
+            f"{order} -t utf-8."
+        )

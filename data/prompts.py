@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from pathlib import Path
 from fastgrpo.algorithm import noise
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.policy import Prompt
+from fastgrpo.core.policy import Prompt, StoredImage
 from fastgrpo.data import prompt_files
-from fastgrpo.data.prompt_files import Row
+from fastgrpo.data.prompt_formats import BOM, BOM_TAKEN, Row
 
 UNUSABLE = "without text or image"  # what is counted where prompts.bad_rows=skip
+SEVERAL_CAPTIONS = "with several captions, of which the first is used"
+SHOWN = 40  # letters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,15 @@ class Selected:
 
     prompts: list[Prompt]
     left_out: Mapping[str, int]
+    notes: Mapping[str, int]  # rows that are used, and what is to be told of them
     first_problem: str | None = None  # of a row that prompts.bad_rows=skip left out
+
+    @property
+    def remarks(self) -> str:
+        """What is to be told after the number of prompts; empty where there is nothing."""
+        line = f"; {_counts(self.left_out)}" if self.left_out else ""
+        line += f" (such as {self.first_problem})" if self.first_problem else ""
+        return line + (f"; rows used: {_counted(self.notes)}" if self.notes else "")
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ def split(settings: config.Prompts) -> Split:
     """
     selected = read(settings, settings.train, "prompts.train", settings.limit)
     left_out, problem = selected.left_out, selected.first_problem
+    notes = Counter(selected.notes)
     if settings.heldout is None:
         train = [
             prompt
@@ -59,6 +71,7 @@ def split(settings: config.Prompts) -> Split:
             Counter(left_out) + Counter(apart.left_out),
             problem or apart.first_problem,
         )
+        notes += Counter(apart.notes)
         _check_apart(settings.heldout, train, rest)
     first: dict[str, Prompt] = {}
     for prompt in rest:
@@ -69,7 +82,22 @@ def split(settings: config.Prompts) -> Split:
             {"held out for another image": len(rest) - len(heldout)}
         )
     check_counts(settings, train, heldout)
-    return Split(train, heldout, _summary(train, heldout, left_out, problem))
+    summary = f"prompts: {len(train):,} to train on, {len(heldout):,} held out"
+    return Split(train, heldout, summary + Selected([], left_out, notes, problem).remarks)
+
+
+def few_heldout(settings: config.Recipe, split: Split) -> str | None:
+    """What to tell where fewer prompts are held out than are to be evaluated; None: enough are."""
+    wanted, there = settings.evaluate.prompts, len(split.heldout)
+    if there >= wanted:
+        return None
+    remedy = f"raise prompts.heldout_share ({settings.prompts.heldout_share:g}) for more"
+    if settings.prompts.heldout is not None:
+        remedy = "add some to prompts.heldout for more"
+    return (
+        f"evaluate.prompts={wanted}: only {there} prompts are held out, and all of them will be "
+        f"evaluated; {remedy}."
+    )
 
 
 def read(settings: config.Prompts, path: str, source: str, limit: int | None) -> Selected:
@@ -82,17 +110,18 @@ def read(settings: config.Prompts, path: str, source: str, limit: int | None) ->
     """
     chosen: dict[Prompt, None] = {}
     left_out: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     first_problem = None
-    folder = Path(path).parent
     for row in prompt_files.rows(path, source, _columns(settings)):
         where = f"{source}={path}: {row.place}"
         try:
-            prompt = _prompt(settings, row, folder, where)
+            prompt, told = _prompt(settings, row, where)
             reason = _reason(settings, prompt, row)
         except ValueError as error:
             if settings.bad_rows == "error":
+                other = _other_column(settings, row)
                 raise UserError(
-                    f"{where} {error}; correct it, or set prompts.bad_rows=skip."
+                    f"{where} {error}; {other}correct it, or set prompts.bad_rows=skip."
                 ) from None
             first_problem = first_problem or f"{where} {error}"
             reason = UNUSABLE
@@ -100,6 +129,7 @@ def read(settings: config.Prompts, path: str, source: str, limit: int | None) ->
             reason = "repeated" if reason is None and prompt in chosen else reason
             if reason is None:
                 chosen[prompt] = None
+                notes.update(told)
                 if len(chosen) == limit:
                     break
         if reason is not None:
@@ -112,7 +142,7 @@ def read(settings: config.Prompts, path: str, source: str, limit: int | None) ->
         )
     if not chosen:
         raise UserError(f"{source}={path}: the file has no prompts; write one per line or row.")
-    return Selected(list(chosen), left_out, first_problem)
+    return Selected(list(chosen), left_out, notes, first_problem)
 
 
 def is_heldout(text: str, share: float) -> bool:
@@ -172,22 +202,60 @@ def _columns(settings: config.Prompts) -> dict[str, str]:
     return columns
 
 
-def _prompt(settings: config.Prompts, row: Row, folder: Path, where: str) -> Prompt:
-    """A row's prompt. Raises ValueError, which says what is wrong with the row."""
+def _prompt(settings: config.Prompts, row: Row, where: str) -> tuple[Prompt, list[str]]:
+    """(a row's prompt, what is to be told of the row).
+
+    Raises ValueError, which says what is wrong with the row.
+    """
     if row.problem is not None:
         raise ValueError(row.problem)
-    value = row.values.get(settings.column)
+    text, notes = text_of(row, settings.column)
+    if settings.image_column is None:
+        return Prompt(text, None, where), notes
+    return Prompt(text, _image(settings.image_column, row), where), notes
+
+
+def text_of(row: Row, column: str) -> tuple[str, list[str]]:
+    """(the text of a row, its white space collapsed; what is to be told of the row).
+
+    Raises ValueError where the row has no text, or text that no encoder should see.
+    """
+    value, notes = row.value(column), list(row.notes)
+    if isinstance(value, list):
+        texts = [text for text in value if isinstance(text, str) and text.strip()]
+        value = texts[0] if texts else None
+        notes += [SEVERAL_CAPTIONS] if len(texts) > 1 else []
+    if isinstance(value, str) and BOM in value:
+        value = value.replace(BOM, "")
+        notes = list(dict.fromkeys([*notes, BOM_TAKEN]))
     text = " ".join(value.split()) if isinstance(value, str) else ""
     if not text:
-        raise ValueError(f"has no text in '{settings.column}'")
+        raise ValueError(f"has no text in '{column}'")
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError(f"has half a character (a lone surrogate) in '{settings.column}'")
-    if settings.image_column is None:
-        return Prompt(text, None, where)
-    name = row.values.get(settings.image_column)
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"has no file name in '{settings.image_column}'")
-    image = folder / name
+        raise ValueError(f"has half a character (a lone surrogate) in '{column}'")
+    control = next((letter for letter in text if letter < " " or letter == "\x7f"), None)
+    if control is not None:
+        raise ValueError(f"has the control character U+{ord(control):04X} in '{column}'")
+    if not text.isascii() and all(unicodedata.category(letter)[0] in "CZ" for letter in text):
+        raise ValueError(f"has no visible letter in '{column}'")
+    return text, notes
+
+
+def _image(column: str, row: Row) -> Path | StoredImage:
+    """The reference image of a row: a file, or one that the row itself holds.
+
+    Raises ValueError where it has none.
+    """
+    value = row.value(column)
+    if isinstance(
+        value, Mapping
+    ):  # as Hugging Face's datasets have it: {"bytes": ..., "path": ...}
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes) and value:
+        return StoredImage(row.file, column, row.number)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"has no file name in '{column}'")
+    image = row.file.parent / value
     try:
         if not image.stat().st_size or not image.is_file():
             raise ValueError(
@@ -197,7 +265,19 @@ def _prompt(settings: config.Prompts, row: Row, folder: Path, where: str) -> Pro
         raise ValueError(
             f"names the image {image}, which cannot be read ({error.strerror})"
         ) from None
-    return Prompt(text, image, where)
+    return image
+
+
+def _other_column(settings: config.Prompts, row: Row) -> str:
+    """What to do where a JSON row has other columns than the one that is asked for."""
+    if row.problem is not None or not row.values or row.value(settings.column) is not None:
+        return ""
+    names = [name for name, value in row.values.items() if value is not None]
+    return f"it has {_short(', '.join(names), 200)}: name one in prompts.column, " if names else ""
+
+
+def _short(text: str, longest: int = SHOWN) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def _reason(settings: config.Prompts, prompt: Prompt, row: Row) -> str | None:
@@ -210,11 +290,11 @@ def _reason(settings: config.Prompts, prompt: Prompt, row: Row) -> str | None:
     if settings.max_chars is not None and len(prompt.text) > settings.max_chars:
         return "too long"
     if settings.languages and settings.language_column is not None:
-        language = str(row.values.get(settings.language_column) or "").strip().casefold()
+        language = str(row.value(settings.language_column) or "").strip().casefold()
         if language not in {wanted.casefold() for wanted in settings.languages}:
             return "in another language"
     for column in settings.nsfw_columns:
-        if _unwanted(row.values.get(column), column) > settings.max_nsfw:
+        if _unwanted(row.value(column), column) > settings.max_nsfw:
             return "unsafe"
     return None
 
@@ -223,17 +303,21 @@ def _unwanted(value: object, column: str) -> float:
     """A cell of an NSFW column as a number from 0 to 1."""
     try:
         number = float(value) if isinstance(value, str | int | float) else math.nan
+    except OverflowError:
+        number = math.inf
     except ValueError:
         number = {"true": 1.0, "false": 0.0}.get(str(value).strip().lower(), math.nan)
     if not 0 <= number <= 1 + 1e-6:
         raise ValueError(
-            f"has {value!r} in '{column}', which is neither a number from 0 to 1 nor true or false"
+            f"has {_short(repr(value))} in '{column}', which is neither a number from 0 to 1 nor true or false"
         )
     return number
 
 
 def _check_apart(path: str, train: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
-    shared = {prompt.text for prompt in train} & {prompt.text for prompt in heldout}
+    """Raise UserError for a prompt on both sides, also where it differs in case alone."""
+    trained = {prompt.text.casefold() for prompt in train}
+    shared = {prompt.text for prompt in heldout if prompt.text.casefold() in trained}
     if shared:
         raise UserError(
             f"prompts.heldout={path}: {len(shared)} prompts are also trained on, such as "
@@ -241,17 +325,9 @@ def _check_apart(path: str, train: Sequence[Prompt], heldout: Sequence[Prompt]) 
         )
 
 
-def _summary(
-    train: Sequence[Prompt],
-    heldout: Sequence[Prompt],
-    left_out: Mapping[str, int],
-    first_problem: str | None,
-) -> str:
-    line = f"prompts: {len(train):,} to train on, {len(heldout):,} held out"
-    if left_out:
-        line += f"; {_counts(left_out)}"
-    return line + (f" (such as {first_problem})" if first_problem else "")
-
-
 def _counts(left_out: Mapping[str, int]) -> str:
-    return "left out: " + ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+    return f"left out: {_counted(left_out)}"
+
+
+def _counted(numbers: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in numbers.items())

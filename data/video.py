@@ -14,8 +14,10 @@ import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
+
+from fastgrpo.data.lettering import lettering
 
 Pixels = Tensor | NDArray[np.uint8]
 
@@ -83,11 +85,11 @@ def contact_sheet(
     gap, head = 4, 0 if labels is None else 20
     size = (frames * (width + gap) + gap, count * (head + height + gap) + gap)
     sheet = Image.new("RGB", size, (246, 246, 244))
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    pen, (font, texts) = ImageDraw.Draw(sheet), lettering(labels or (), 13)
     for n, clip in enumerate(array):
         top = gap + n * (head + height + gap)
         if labels is not None:
-            text = labels[n]
+            text = texts[n]
             while pen.textlength(text, font=font) > size[0] - 2 * gap and len(text) > 1:
                 text = text[:-2] + "…"
             pen.text((gap, top + head / 2), text, fill=(40, 40, 44), font=font, anchor="lm")

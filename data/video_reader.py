@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from fastgrpo.core.files import is_lfs_pointer
+
 # what decord's FFmpeg reads as PyAV's does, bit for bit: upright, square pixels, from time 0
 PLAIN_CODECS = ("h264", "hevc", "mpeg4", "vp8", "vp9")
 PLAIN_FORMAT = "yuv420p"
@@ -55,6 +57,8 @@ def read(path: Path, indices: Sequence[int] | None = None) -> Footage:
     wanted = None if indices is None else list(indices)
     if wanted is not None and (wanted != sorted(set(wanted)) or any(i < 0 for i in wanted)):
         raise ValueError(f"indices={wanted}: give frame numbers from 0 up, in ascending order")
+    if is_lfs_pointer(path):
+        raise VideoError("a pointer of git-lfs and not the file, get it with git lfs pull")
     try:
         with _open(path) as container:
             stream = container.streams.best("video")

@@ -84,6 +84,9 @@ class ImageTextEncoder:
         """Text alone: the image of the unconditional branch is each prompt's own."""
         return self.texts.negative(text)
 
+    def cut(self, text: str) -> dict[str, tuple[int, int]]:
+        return self.texts.cut(text)
+
     def _pixels(self, prompt: Prompt) -> Tensor:
         """The reference image in the clips' size, uint8 [H, W, 3].
 

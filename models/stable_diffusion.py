@@ -26,6 +26,7 @@ from fastgrpo.core.policy import Condition, Decoded, Prompt
 from fastgrpo.models.loading import diffusers_folder, streaming
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
 from fastgrpo.models.sizes.unet import unet
+from fastgrpo.models.text_encoders import token_limit
 from fastgrpo.parallel.sequence_parallel import ShareSequence
 
 NETWORK = "unet"
@@ -272,6 +273,10 @@ class TextEncoder:
 
     def negative(self, text: str) -> Condition:
         return {"text": self._states([text])[0]}
+
+    def cut(self, text: str) -> dict[str, tuple[int, int]]:
+        seen = token_limit.cut(self.tokenizer, text, self.tokenizer.model_max_length)
+        return {"text_encoder": seen} if seen else {}
 
     @torch.no_grad()
     def _states(self, texts: list[str]) -> Tensor:

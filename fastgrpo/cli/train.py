@@ -83,7 +83,10 @@ def _run_check(arguments: argparse.Namespace) -> None:
     from fastgrpo.data import prompts
 
     recipe = recipe_of(arguments)
-    print(f"# {prompts.split(recipe.prompts).summary}")
+    split = prompts.split(recipe.prompts)
+    print(f"# {split.summary}")
+    if (few := prompts.few_heldout(recipe, split)) is not None:
+        print(f"# {few}")
     print(recipe.to_toml(), end="")
 
 

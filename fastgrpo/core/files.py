@@ -17,6 +17,8 @@ from typing import IO, Any
 
 from fastgrpo.core.errors import UserError
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 def load_json(file: Path) -> dict[str, Any]:
     """A JSON object.
@@ -66,6 +68,12 @@ def read_json_or_none(file: Path) -> dict[str, Any] | None:
         return load_json(file)
     except (OSError, ValueError, TypeError):
         return None
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether git-lfs left a pointer in the file's place. Raises OSError."""
+    with file.open("rb") as stream:
+        return stream.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def replace_text(file: Path, text: str, on_disk: bool = False) -> None:

@@ -14,11 +14,23 @@ from fastgrpo.core.config import Video
 
 
 @dataclass(frozen=True)
+class StoredImage:
+    """A picture inside a Parquet file."""
+
+    file: Path
+    column: str
+    row: int  # from 0
+
+    def __str__(self) -> str:
+        return f"{self.file}: row {self.row + 1} of '{self.column}'"
+
+
+@dataclass(frozen=True)
 class Prompt:
     """What one group of samples is drawn for."""
 
     text: str
-    image: Path | None = (
+    image: Path | StoredImage | None = (
         # the reference image of image-to-video: a picture, or a video whose first frame is meant
         None
     )
@@ -58,6 +70,12 @@ class Encoder(Protocol):
 
     def negative(self, text: str) -> Condition:
         """The condition of the unconditional branch of classifier-free guidance."""
+
+    def cut(self, text: str) -> dict[str, tuple[int, int]]:
+        """The encoders that see less than the whole text, by their parts of the folder.
+
+        returns part -> (tokens that it sees, tokens of the text); empty where all see the text
+        """
 
 
 class Policy(Protocol):

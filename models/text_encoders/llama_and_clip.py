@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fastgrpo.core.policy import Condition, Prompt
 from fastgrpo.models.loading import diffusers_folder
+from fastgrpo.models.text_encoders import token_limit
 
+TEMPLATE: str = DEFAULT_PROMPT_TEMPLATE["template"]
 SKIPPED_LAYERS = 2  # of the Llama: the text features are the third hidden state from the end
 TEXT_BATCH = 32  # prompts per forward pass of the text encoders
 
@@ -41,16 +43,27 @@ class TextEncoder:
     def negative(self, text: str) -> Condition:
         return self([Prompt(text)])[0]
 
+    def cut(self, text: str) -> dict[str, tuple[int, int]]:
+        crop = self._template_tokens()
+        llama = token_limit.cut(
+            self.tokenizer, TEMPLATE.format(text), longest=self.longest[0] + crop
+        )
+        clip = token_limit.cut(self.tokenizer_2, text, self.longest[1])
+        own = {"text_encoder": (llama[0] - crop, llama[1] - crop)} if llama else {}
+        return own | ({"text_encoder_2": clip} if clip else {})
+
+    def _template_tokens(self) -> int:
+        """Tokens of the template before the text: 95 with Llama 3's tokenizer."""
+        return len(self.tokenizer(TEMPLATE.split("{}")[0])["input_ids"])
+
     def _llama_features(self, texts: list[str]) -> list[Tensor]:
         """Hidden states of the prompt's own tokens and the closing one.
 
         returns [L, D] each, L = its length
         """
-        template = DEFAULT_PROMPT_TEMPLATE["template"]
-        # 95 with Llama 3's tokenizer
-        crop = len(self.tokenizer(template.split("{}")[0])["input_ids"])
+        crop = self._template_tokens()
         tokens = self.tokenizer(
-            [template.format(text) for text in texts],
+            [TEMPLATE.format(text) for text in texts],
             max_length=self.longest[0] + crop,
             padding="longest",
             padding_side="right",

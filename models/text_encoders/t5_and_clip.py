@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
 from fastgrpo.models.loading import diffusers_folder
+from fastgrpo.models.text_encoders import token_limit
 
 TEXT_BATCH = 32  # prompts per forward pass of the text encoders
 
@@ -43,13 +44,23 @@ class TextEncoder:
     def negative(self, text: str) -> Condition:
         return self._conditions([text])[0]
 
+    def cut(self, text: str) -> dict[str, tuple[int, int]]:
+        clip = token_limit.cut(self.tokenizer, text, self.tokenizer.model_max_length)
+        t5 = token_limit.cut(self.tokenizer_2, text, self._longest_of_t5)
+        both = {"text_encoder": clip, "text_encoder_2": t5}
+        return {part: seen for part, seen in both.items() if seen}
+
+    @property
+    def _longest_of_t5(self) -> int:
+        return min(self.tokenizer_2.model_max_length, self.longest)
+
     @torch.no_grad()
     def _conditions(self, texts: list[str]) -> list[Condition]:
         """Features of each text: "text" [L, D], L = T5's longest text, and "pooled" [P], float32 on
         the CPU.
         """
-        longest = min(self.tokenizer_2.model_max_length, self.longest)
-        states = self.t5(self._tokens(self.tokenizer_2, texts, longest)).last_hidden_state
+        tokens = self._tokens(self.tokenizer_2, texts, self._longest_of_t5)
+        states = self.t5(tokens).last_hidden_state
         pooled = self.clip(
             self._tokens(self.tokenizer, texts, self.tokenizer.model_max_length)
         ).pooler_output

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt
 from fastgrpo.models.loading import diffusers_folder
+from fastgrpo.models.text_encoders import token_limit
 
 TEXT_BATCH = 16  # prompts per forward pass of the text encoder
 
@@ -39,6 +40,10 @@ class TextEncoder:
 
     def negative(self, text: str) -> Condition:
         return {"text": self._states([text])[0]}
+
+    def cut(self, text: str) -> dict[str, tuple[int, int]]:
+        seen = token_limit.cut(self.tokenizer, prompt_clean(text), self.longest)
+        return {"text_encoder": seen} if seen else {}
 
     @torch.no_grad()
     def _states(self, texts: list[str]) -> list[Tensor]:

@@ -1,6 +1,8 @@
 """Prompt files of every kind, what is left out of them, and the held-out split."""
 
 import csv
+import gzip
+import io
 import json
 import random
 import re
@@ -17,7 +19,7 @@ from fastgrpo.cli import main as cli
 from fastgrpo.core.config import Prompts
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Prompt
-from fastgrpo.data import prompts
+from fastgrpo.data import images, prompts
 from tests import ROOT
 from tests.harness import runs
 
@@ -216,8 +218,8 @@ def test_wrong_files_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             {"column": "text", "nsfw_columns": ("toxicity",)},
             "prompts.nsfw_columns.0=toxicity: ",
         ),
-        "prompts.xlsx": ({}, "give one of .txt, .jsonl, .csv, .parquet"),
-        "folder.csv": ({}, "Is a directory"),
+        "prompts.xlsx": ({}, "give one of .txt, .jsonl, .json, .csv, .tsv, .parquet, or"),
+        "folder.csv": ({}, "folder.csv: no file there is of a known kind; give"),
     }
     (tmp_path / "folder.csv").mkdir()
     for name, (fields, message) in cases.items():
@@ -334,3 +336,239 @@ def test_the_shipped_prompts_are_many_and_differ(name: str) -> None:
             assert len(one & other) <= 0.5 * min(len(one), len(other)) or len(one & other) < 3
     found = prompts.split(Prompts(train=str(ROOT / "data" / f"prompts_{name}.txt")))
     assert len(found.train) >= 180 and len(found.heldout) >= 5
+
+
+LINES = [f"a red square number {n}" for n in range(6)]
+
+
+def write_lines(file: Path, lines: Sequence[str]) -> Path:
+    """A prompt file of these lines, of the kind that its suffixes say."""
+    content = "\n".join(["prompt", *lines] if ".csv" in file.name else lines) + "\n"
+    if ".jsonl" in file.name:
+        content = "".join(json.dumps({"prompt": line}) + "\n" for line in lines)
+    data = content.encode()
+    file.write_bytes(gzip.compress(data) if file.suffix == ".gz" else data)
+    return file
+
+
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "csv", "csv.gz", "jsonl"])
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("\u200b\u2061", "has no visible letter in 'prompt'"),
+        ("\ufeff\u200b", "has no visible letter in 'prompt'"),
+        ("t\0wo", "has the control character U+0000 in 'prompt'"),
+        ("\x1b[31mtwo", "has the control character U+001B in 'prompt'"),
+    ],
+)
+def test_a_line_that_is_no_text_is_named_or_left_out(
+    tmp_path: Path, kind: str, line: str, told: str
+) -> None:
+    file = write_lines(tmp_path / f"p.{kind}", ["one", line, "three"])
+    settings = Prompts(train=str(file))
+    assert f"line {3 if 'csv' in kind else 2} {told}; correct it" in complaint(settings)
+    skipping = settings.model_copy(update={"bad_rows": "skip"})
+    found = prompts.read(skipping, str(file), "prompts.train", None)
+    assert [prompt.text for prompt in found.prompts] == ["one", "three"]
+    assert found.left_out == {prompts.UNUSABLE: 1}
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv", "jsonl"])
+def test_a_byte_order_mark_inside_is_taken_off_and_told(tmp_path: Path, kind: str) -> None:
+    """As `cat one.txt two.txt` leaves it; letters that join others stay."""
+    file = write_lines(tmp_path / f"p.{kind}", ["one", "\ufefftwo", "👨\u200d👩"])
+    if kind == "jsonl":
+        file.write_text(file.read_text().replace('{"prompt": "\\ufefftwo', '\ufeff{"prompt": "two'))
+    found = prompts.split(Prompts(train=str(file), heldout_share=0.3, per_iteration=1))
+    assert {prompt.text for prompt in (*found.train, *found.heldout)} == {
+        "one",
+        "two",
+        "👨\u200d👩",
+    }
+    assert found.summary.endswith("; rows used: 1 with a byte-order mark that was taken off")
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv", "jsonl", "json", "tsv"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16"])
+def test_utf_16_is_named_with_its_conversion(tmp_path: Path, kind: str, encoding: str) -> None:
+    file = write_lines(tmp_path / f"p.{kind}", LINES)
+    file.write_bytes(file.read_text().encode(encoding))
+    told = "utf-16be" if encoding == "utf-16-be" else "utf-16le"
+    line = complaint(Prompts(train=str(file), bad_rows="skip"))
+    assert line.endswith(
+        f"is UTF-16 and not UTF-8; convert the file, e.g. iconv -f {told} -t utf-8."
+    )
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.jsonl", "p.parquet", "p.jsonl.gz"])
+def test_a_pointer_of_git_lfs_is_no_file(tmp_path: Path, name: str) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / name).write_bytes(pointer)
+    assert "git lfs pull" in complaint(Prompts(train=str(tmp_path / name), bad_rows="skip"))
+    (tmp_path / "a.png").write_bytes(pointer)
+    with pytest.raises(UserError, match="git lfs pull"):
+        images.read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("ending", ["", "\n"])
+@pytest.mark.parametrize("after", ["", 'x,"quoted"\n'])
+def test_a_quote_that_is_never_closed_swallows_no_rows(
+    tmp_path: Path, ending: str, after: str
+) -> None:
+    rows = "".join(f"{line},y\n" for line in LINES)
+    (tmp_path / "p.csv").write_text(f'prompt,b\n{rows}"open,y\n{rows}{after}x,y{ending}')
+    line = complaint(Prompts(train=str(tmp_path / "p.csv"), bad_rows="skip"))
+    assert "line 8 is not CSV (" in line and line.endswith("correct its quotes.")
+
+
+def test_csv_of_long_cells_repeated_headers_and_values_over_lines(tmp_path: Path) -> None:
+    file = tmp_path / "p.csv"
+    file.write_text(f'prompt,more\na,{"x" * 200_000}\n\ufeffprompt,more\n"b\nc",y\nd,z\n')
+    assert "line 3 repeats the header" in complaint(Prompts(train=str(file)))
+    skipping = Prompts(train=str(file), bad_rows="skip", heldout_share=0.4, per_iteration=1)
+    found = prompts.read(skipping, str(file), "prompts.train", None)
+    assert [prompt.text for prompt in found.prompts] == ["a", "b c", "d"]
+    assert found.notes == {"spanning several lines of the file": 1}
+    file.write_text("prompt,prompt\na,b\n")
+    assert "has 2 columns of that name; rename" in complaint(Prompts(train=str(file)))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "prompt": "b"}\n')
+    assert "line 1 has 'prompt' twice" in complaint(Prompts(train=str(tmp_path / "p.jsonl")))
+
+
+def layout(tmp_path: Path, kind: str) -> str:
+    """LINES in one of the layouts in which data sets are published.  returns prompts.train"""
+    nested = [{"caption": {"text": line, "model": "m"}, "id": n} for n, line in enumerate(LINES)]
+    listed = [{"caption": {"text": [line, f"{line} again"]}} for line in LINES]
+    file = tmp_path / kind
+    match kind:
+        case "nested.parquet" | "nested.jsonl":
+            return str(write(file, nested))
+        case "listed.parquet" | "listed.jsonl":
+            return str(write(file, listed))
+        case "array.json":
+            file.write_text(json.dumps(nested, indent=1))
+        case "lines.json":
+            write(tmp_path / "x.jsonl", nested).rename(file)
+        case "rows.jsonl.gz":
+            file.write_bytes(gzip.compress(write(tmp_path / "x.jsonl", nested).read_bytes()))
+        case "rows.tsv":
+            file.write_text("id\tcaption.text\n" + "".join(f"1\t{line}\n" for line in LINES))
+        case _:
+            for number in range(3):
+                suffix = "parquet" if "parquet" in kind else "jsonl"
+                write(tmp_path / f"s-{number}.{suffix}", nested[2 * number : 2 * number + 2])
+            (tmp_path / "README.md").write_text("a card")
+            return str(tmp_path) if kind.startswith("folder") else str(tmp_path / "s-*")
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("nested.parquet", "nested.jsonl", "listed.parquet", "listed.jsonl", "array.json"),
+        *("lines.json", "rows.jsonl.gz", "rows.tsv", "folder of parquet", "folder of jsonl"),
+        *("glob of parquet", "glob of jsonl"),
+    ],
+)
+def test_layouts_of_published_data_sets(tmp_path: Path, kind: str) -> None:
+    settings = Prompts(train=layout(tmp_path, kind), column="caption.text")
+    found = prompts.read(settings, settings.train, "prompts.train", None)
+    assert [prompt.text for prompt in found.prompts] == LINES
+    several = {"with several captions, of which the first is used": 6}
+    assert found.notes == (several if kind.startswith("listed") else {})
+    if "of" in kind:
+        assert re.search(r"s-1\.\w+, (line|row) 1$", found.prompts[2].place)
+    assert texts(settings.model_copy(update={"limit": 3})) == LINES[:3]
+
+
+def test_wrong_layouts_are_one_line(tmp_path: Path) -> None:
+    layout(tmp_path, "folder of parquet")
+    (tmp_path / "more.txt").write_text("a\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a"}\n' * 999)[:-20])
+    (tmp_path / "no.csv.gz").write_text("prompt\na\n")
+    (tmp_path / "cut.json").write_text('[{"prompt": "a"}, {"pro')
+    cases = {
+        ".": "holds files of several kinds (.json, .jsonl, .parquet, .csv, .txt); name those",
+        "empty": "no file there is of a known kind",
+        "none-*.csv": "no file there is of a known kind",
+        "cut.jsonl.gz": "damaged (Compressed file ended",
+        "no.csv.gz": "damaged (Not a gzipped file",
+        "cut.json": "is not JSON",
+    }
+    for name, told in cases.items():
+        line = complaint(Prompts(train=str(tmp_path / name)))
+        assert told in line or (name == "." and "holds files of several kinds (" in line), line
+
+
+def test_a_column_of_another_name_is_told_with_those_there_are(tmp_path: Path) -> None:
+    file = write(tmp_path / "p.jsonl", [{"caption": "a", "image": "b.png"}])
+    assert complaint(Prompts(train=str(file))).endswith(
+        "line 1 has no text in 'prompt'; it has caption, image: name one in prompts.column, "
+        "correct it, or set prompts.bad_rows=skip."
+    )
+
+
+@pytest.mark.parametrize("number", ["9" * 400, "-" + "9" * 400, "1e999", "9" * 5000])
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_numbers_beyond_all_floats_are_one_short_line(
+    tmp_path: Path, number: str, kind: str
+) -> None:
+    file = tmp_path / f"p.{kind}"
+    one = '{"prompt": "a", "nsfw": NUMBER}\n' if kind == "jsonl" else "prompt,nsfw\na,NUMBER\n"
+    file.write_text(one.replace("NUMBER", number))
+    line = complaint(Prompts(train=str(file), nsfw_columns=("nsfw",)))
+    assert re.search(r"line \d (has '?-?(9{30,40}|inf|1e999)|is not JSON)", line)
+    assert len(line) < 300 + len(str(file))
+
+
+def test_prompts_that_differ_in_case_alone_are_on_one_side(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("a red square\na blue square\n")
+    (tmp_path / "heldout.txt").write_text("A Red Square\n")
+    settings = Prompts(
+        train=str(tmp_path / "train.txt"), heldout=str(tmp_path / "heldout.txt"), per_iteration=1
+    )
+    assert "1 prompts are also trained on, such as 'A Red Square'" in complaint(settings)
+
+
+def picture(colour: tuple[int, int, int]) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 6), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("form", ["struct", "bytes", "path"])
+def test_pictures_inside_a_parquet_file(tmp_path: Path, form: str) -> None:
+    """Hugging Face's Image column, over several groups of rows."""
+    colours = [(40 * n, 10, 200) for n in range(6)]
+    rows = []
+    for number, (line, colour) in enumerate(zip(LINES, colours, strict=True)):
+        content = picture(colour)
+        (tmp_path / f"{number}.png").write_bytes(content)
+        value: object = content
+        if form != "bytes":
+            value = {"bytes": content if form == "struct" else None, "path": f"{number}.png"}
+        rows.append({"text": line, "image": value})
+    file = write(tmp_path / "p.parquet", rows)
+    settings = Prompts(train=str(file), column="text", image_column="image")
+    found = prompts.read(settings, str(file), "prompts.train", None).prompts
+    assert all(isinstance(prompt.image, Path) == (form == "path") for prompt in found)
+    for prompt, colour in [*zip(found, colours, strict=True), (found[0], colours[0])]:
+        assert prompt.image is not None
+        assert images.read_image(prompt.image)[0, 0].tolist() == list(colour)
+    write(tmp_path / "q.parquet", [{"text": "a", "image": {"bytes": b"no picture", "path": None}}])
+    (bad,) = prompts.read(settings, str(tmp_path / "q.parquet"), "prompts.train", None).prompts
+    assert bad.image is not None
+    with pytest.raises(UserError, match=r"q\.parquet: row 1 of 'image': cannot be read \(no pict"):
+        images.read_image(bad.image)
+
+
+def test_fewer_held_out_prompts_than_are_to_be_evaluated_are_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """t2v_hunyuan's own prompts: 6 are held out of 200, where 24 would be evaluated."""
+    assert cli.main(["check", str(ROOT / "launch" / "t2v_hunyuan.toml")]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == (
+        "# evaluate.prompts=24: only 6 prompts are held out, and all of them will be evaluated; "
+        "raise prompts.heldout_share (0.05) for more."
+    )

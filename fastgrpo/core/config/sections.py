@@ -75,7 +75,7 @@ class Model(Section):
     choice. Kernels without a backward, such as sage, are refused in training."""
     decode_batch: Positive | None = None
     """Clips per VAE decode; None: a rollout batch at once (of images as many as kernels can count:
-    7 of 1024 x 1024). Changes speed and memory, nothing else."""
+    7 of 1024 x 1024). Changes speed and memory, and pixels up to rounding."""
 
     @property
     def torch_dtype(self) -> "torch.dtype":
@@ -108,7 +108,7 @@ class Video(Section):
 
 class Prompts(Section):
     train: str
-    """Prompts: .txt with one per line (UTF-8), or .jsonl, .csv, .parquet with named columns."""
+    """Prompts: a file, folder or pattern of .txt (UTF-8), .json, .jsonl, .csv, .tsv or .parquet."""
     heldout: str | None = None
     """Prompts of the evaluation before and after; no prompt of `train` may occur. None: take
     heldout_share of `train`."""
@@ -118,10 +118,10 @@ class Prompts(Section):
     per_iteration: Positive = 32
     """Prompts per iteration (32 in the paper)."""
     column: str = "prompt"
-    """Column of the text."""
+    """Column of the text; "caption.text" for a value inside another."""
     image_column: str | None = None
-    """Column of the reference image: a file of a picture or of a video, whose first frame is
-    taken."""
+    """Column of the reference image: a file of a picture or of a video, whose first frame is taken,
+    or the picture itself."""
     language_column: str | None = None
     """Column of the language, compared with `languages`."""
     languages: tuple[str, ...] = ()
@@ -136,6 +136,9 @@ class Prompts(Section):
     """Longer prompts are left out."""
     bad_rows: Literal["error", "skip"] = "error"
     """A row without text or with an unreadable image ends the run, or is left out and counted."""
+    too_long: Literal["cut", "refuse"] = "cut"
+    """A prompt with more tokens than a text encoder sees is cut, counted and listed in cut.json of
+    the cache, or is a bad row."""
     limit: Positive | None = None
     """At most this many prompts of `train`: the first ones that are kept."""
     cache: Path | None = None
@@ -174,7 +177,7 @@ class Rollout(Section):
     host's."""
     batch_size: Positive | Literal["auto"] = 8
     """Samples per forward pass and rank; auto = as many as the free memory has room for, measured
-    before the first iteration. Changes speed and memory, nothing else."""
+    before the first iteration. Changes speed and memory, and results up to rounding."""
 
     @property
     def at_once(self) -> int:
@@ -241,8 +244,8 @@ class Optimizer(Section):
     updates_per_iteration: Positive = 1
     """K: optimizer steps per iteration (4 in the paper; 1 with CFG in training)."""
     batch_size: Positive = 8
-    """States (sample x step) per forward and backward pass and rank. Changes speed and memory; in
-    bfloat16 the quickest is that of rollout.batch_size, see docs/guides/preflight.md."""
+    """States (sample x step) per forward and backward pass and rank. Changes speed and memory, and
+    results up to rounding; in bfloat16 best that of rollout.batch_size: docs/guides/preflight.md."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay per optimizer step of an exponential moving average of the weights, used in evaluation;
     0 = none."""

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fastgrpo.core.config import Video
 from fastgrpo.data import video as video_file
+from fastgrpo.data.lettering import lettering
 
 FRAMES = 6  # of a clip on the sheet, evenly spaced
 THUMBNAIL = 192  # the longer side of a frame on the sheet, in pixels, is at most this
@@ -75,12 +76,12 @@ def write_sheet(path: Path, strips: Tensor, captions: Sequence[str], title: str)
     framed[..., :-2, :-2, :] = strips
     cells = rearrange(framed, "n r f h w c -> n (r h) (f w) c")
     height, width = cells.shape[1:3]
-    texts = [_shortened(caption, width, 3) for caption in captions]
+    font, (title, *letters) = lettering([title, *captions], 13)
+    texts = [_shortened(caption, width, 3) for caption in letters]
     head = LINE * (1 + max(text.count("\n") for text in texts))
     columns = max(1, min(len(cells), WIDTH // (width + GAP)))
     rows = -(-len(cells) // columns)
     pitch = height + head + GAP
-    font = ImageFont.load_default(13)
     sheet_width = max(columns * (width + GAP) + GAP, 480)
     sheet = Image.new("RGB", (sheet_width, rows * pitch + LINE + 2 * GAP), PAPER)
     pen = ImageDraw.Draw(sheet)
@@ -102,8 +103,8 @@ def side_by_side(left: Tensor, right: Tensor, labels: tuple[str, str]) -> Tensor
     frames, height, width = pair.shape[1:4]
     head = LINE + GAP
     page = Image.new("RGB", (2 * width + GAP, head + height), PAPER)
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
-    for number, label in enumerate(labels):
+    pen, (font, shown) = ImageDraw.Draw(page), lettering(labels, 13)
+    for number, label in enumerate(shown):
         pen.text(
             (number * (width + GAP) + GAP, GAP // 2),
             _shortened(label, width - GAP, 1),

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastgrpo.algorithm import noise
 from fastgrpo.core import config, files
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.policy import Condition, Policy, Prompt, move, stack
+from fastgrpo.core.policy import Condition, Encoder, Policy, Prompt, move, stack
 from fastgrpo.data import prompts as prompt_file
 from fastgrpo.data import video
 from fastgrpo.models.loading import policies
@@ -29,6 +29,7 @@ from fastgrpo.parallel.world import World, open_world
 from fastgrpo.tools.sample import contact_sheet
 from fastgrpo.tools.sample.source import Asked, Snapshot, Source, find
 from fastgrpo.training import rollout
+from fastgrpo.training.conditions import cut_prompts
 
 MANIFEST = "manifest.json"
 SHEET = "sheet.png"
@@ -227,7 +228,10 @@ def choose_prompts(source: Source, wanted: Wanted) -> list[Prompt]:
         chosen = [Prompt(text, wanted.image, "--prompt") for text in wanted.prompts]
     elif wanted.file:
         settings = source.prompts or config.Prompts(train=wanted.file)
-        chosen = prompt_file.read(settings, wanted.file, "--prompts", None).prompts
+        selected = prompt_file.read(settings, wanted.file, "--prompts", None)
+        chosen = selected.prompts
+        if selected.remarks:
+            print(f"--prompts: {len(chosen):,} prompts{selected.remarks}", file=sys.stderr)
     elif source.prompts:
         chosen = prompt_file.split(source.prompts).heldout
         limit = limit or source.count
@@ -267,6 +271,8 @@ def generate(work: Work, world: World) -> Iterator[Drawn]:
     distinct = dict.fromkeys(work.clips[batch.start].prompt for batch in batches)
     with policies.encoder(model, source.video, world.device) as encode:
         conditions = {prompt: encode([prompt])[0] for prompt in distinct}
+        if world.main:
+            tell_cut(encode, work)
         negative = None
         if model.cfg > 1:
             negative = move(encode.negative(model.negative_prompt or ""), world.device)
@@ -285,6 +291,18 @@ def generate(work: Work, world: World) -> Iterator[Drawn]:
             for x, own in zip(latents, decoded, strict=True)
         ]
         yield Drawn(number, [own.pixels[0].cpu() for own in decoded], finite)
+
+
+def tell_cut(encoder: Encoder, work: Work) -> None:
+    """Say which of all prompts, and whether the negative one, are longer than an encoder sees."""
+    every = list(dict.fromkeys(clip.prompt for clip in work.clips))
+    cut = {i: seen for i, prompt in enumerate(every) if (seen := encoder.cut(prompt.text))}
+    lines = [cut_prompts.summary(cut, every, None)]
+    model = work.source.snapshot.model
+    if model.cfg > 1 and (seen := encoder.cut(model.negative_prompt or "")):
+        lines.append(f"model.negative_prompt is cut: {cut_prompts.counts(seen)}")
+    for line in filter(None, lines):
+        print(line, file=sys.stderr)
 
 
 def latents_of(weights: Snapshot, share: Share, world: World) -> tuple[Policy, dict[int, Tensor]]:

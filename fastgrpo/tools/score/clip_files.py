@@ -13,6 +13,7 @@ from fastgrpo.core.config import Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import load_json
 from fastgrpo.data import images, prompt_files, video_reader
+from fastgrpo.data.prompts import text_of
 from fastgrpo.data.video_reader import VideoError
 from fastgrpo.tools.sample.sample import MANIFEST, SHEET
 
@@ -144,12 +145,12 @@ def _listed(path: str, count: int) -> list[str]:
     column = "prompt"
     texts = []
     for row in prompt_files.rows(path, "--prompts", {"prompts.column": column}):
-        value = row.values.get(column)
-        words = " ".join(value.split()) if isinstance(value, str) else ""
-        if row.problem is not None or not words:
-            problem = row.problem or f"has no text in {column!r}"
-            raise UserError(f"--prompts={path}: {row.place} {problem}; correct it.")
-        texts.append(words)
+        try:
+            if row.problem is not None:
+                raise ValueError(row.problem)
+            texts.append(text_of(row, column)[0])
+        except ValueError as error:
+            raise UserError(f"--prompts={path}: {row.place} {error}; correct it.") from None
     if len(texts) != count:
         raise UserError(
             f"--prompts={path}: has {len(texts)} prompts for {count} files; "

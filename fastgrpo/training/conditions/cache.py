@@ -95,6 +95,14 @@ class Cache:
             leftover.unlink()
         return self.missing()
 
+    def cut(self, number: int) -> dict[int, Mapping[str, Sequence[int]]]:
+        """Index of a part's prompt that an encoder cuts -> (tokens seen, tokens) by encoder."""
+        return {int(index): seen for index, seen in _about(self.part(number)).cut.items()}
+
+    def cut_negative(self) -> Mapping[str, Sequence[int]]:
+        """The encoders that cut the unconditional branch's text, as in `cut`."""
+        return _about(self.negative).cut.get("negative", {})
+
     def missing(self) -> list[int]:
         """The parts that are missing, damaged, or of other conditions."""
         intact = self.intact([self.part(number) for number in range(self.parts)])
@@ -148,6 +156,11 @@ class Conditions(Sequence[Condition]):
             self.skipped |= {int(index): problem for index, problem in skipped.items()}
         self.indices = [index for index in range(cache.count) if index not in self.skipped]
 
+    def leave_out(self, problems: Mapping[int, str]) -> None:
+        """Skip more of the prompts.  problems: index among all prompts -> its problem"""
+        self.skipped |= problems
+        self.indices = [index for index in self.indices if index not in problems]
+
     def part(self, numbers: slice) -> "Conditions":
         """A consecutive part of the conditions, also read on demand."""
         part = copy(self)
@@ -187,15 +200,22 @@ def write_part(
     tensors: dict[str, Tensor] = {}
     for index, condition in conditions.items():
         tensors |= {f"{index}.{name}": tensor for name, tensor in condition.items()}
-    about = _About(key=cache.key, skipped={str(index): why for index, why in skipped.items()})
+    cut = {str(index): encoder.cut(prompts[index].text) for index in conditions}
+    about = _About(
+        key=cache.key,
+        skipped={str(index): why for index, why in skipped.items()},
+        cut={index: seen for index, seen in cut.items() if seen},
+    )
     _write(cache.part(number), tensors, recipe.model.dtype, about)
 
 
 def write_negative(cache: Cache, encoder: Encoder, recipe: Recipe) -> None:
     """Encode and publish the condition of the unconditional branch, unless it is there."""
     if not cache.intact([cache.negative])[0]:
-        condition = encoder.negative(recipe.model.negative_prompt or "")
-        _write(cache.negative, condition, recipe.model.dtype, _About(key=cache.key))
+        text = recipe.model.negative_prompt or ""
+        cut = {"negative": seen} if (seen := encoder.cut(text)) else {}
+        about = _About(key=cache.key, cut=cut)
+        _write(cache.negative, encoder.negative(text), recipe.model.dtype, about)
 
 
 def _encode(
@@ -230,6 +250,8 @@ class _About:
     key: str = ""  # of the cache that the file belongs to
     skipped: Mapping[str, str] = field(default_factory=dict)
     """Index of a prompt -> why it has no condition."""
+    cut: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
+    """Index of a prompt, or "negative" -> (tokens seen, tokens) by encoder, of those it is cut by."""
 
 
 def _about(file: Path) -> _About:

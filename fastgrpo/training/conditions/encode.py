@@ -30,9 +30,11 @@ from fastgrpo.data.prompts import Split
 from fastgrpo.models.loading import policies
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.run.terminal import duration
+from fastgrpo.training.conditions import cut_prompts
 from fastgrpo.training.conditions.cache import Cache, Conditions, write_negative, write_part
 from fastgrpo.training.conditions.fingerprint import fingerprint
 
+CUT = "cut.json"  # the list of prompts that an encoder cuts, in the cache's folder
 LINE_EVERY_S = 10.0  # between lines of progress where there is no terminal
 LOOK_EVERY_S = 2.0  # between looks whether another process has ended with the cache
 
@@ -61,6 +63,8 @@ def read_prompts(recipe: Recipe, world: World) -> Split:
     def read() -> Split:
         split = prompts.split(recipe.prompts)
         _say(split.summary)
+        if (few := prompts.few_heldout(recipe, split)) is not None:
+            _say(few)
         return split
 
     return world.on_main(read)
@@ -96,7 +100,24 @@ def encode(recipe: Recipe, world: World, split: Split) -> Encoded:
                             "for these prompts, made anew"
                         )
                 _make(recipe, world=world, cache=cache, missing=missing, everything=everything)
-    return _without_skipped(recipe, world, split, Conditions(cache, with_negative))
+    conditions = Conditions(cache, with_negative)
+    world.on_main(lambda: _tell_cut(recipe, cache, everything))
+    if recipe.prompts.too_long == "refuse":
+        conditions.leave_out(cut_prompts.problems(cut_prompts.of_cache(cache), everything))
+    return _without_skipped(recipe, world, split, conditions)
+
+
+def _tell_cut(recipe: Recipe, cache: Cache, everything: list[Prompt]) -> None:
+    """Report the prompts that are longer than an encoder sees, unless they are refused."""
+    if recipe.model.cfg > 1:
+        negative = cut_prompts.refuse_negative(cache, recipe.prompts.too_long)
+        if negative is not None:
+            _say(negative)
+    if recipe.prompts.too_long == "cut":
+        cut = cut_prompts.of_cache(cache)
+        line = cut_prompts.summary(cut, everything, cache.folder / CUT)
+        if line is not None:
+            _say(line)
 
 
 def cache_folder(recipe: Recipe) -> Path:
@@ -154,6 +175,9 @@ def _make(
                     prompts=everything,
                     recipe=recipe,
                 )
+                if recipe.prompts.too_long == "refuse" and recipe.prompts.bad_rows == "error":
+                    for problem in cut_prompts.problems(cache.cut(number), everything).values():
+                        raise UserError(f"{problem} Or set prompts.bad_rows=skip.")
 
         def make_negative() -> None:
             if world.main and recipe.model.cfg > 1:
@@ -168,6 +192,7 @@ def _make(
             done += sum(len(cache.prompts_of(number)) for number in now)
             show(done)
     if world.main:
+        cut_prompts.write_list(cut_prompts.of_cache(cache), everything, cache.folder / CUT)
         size = sum(file.stat().st_size for file in cache.folder.glob("*.safetensors")) / 1e6
         took = duration(time.perf_counter() - begun)
         _say(f"{total:,} prompts encoded in {took}; the cache has {size:,.1f} MB")

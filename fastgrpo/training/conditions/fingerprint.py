@@ -12,7 +12,8 @@ from pathlib import Path
 
 from fastgrpo import models
 from fastgrpo.core.config import Recipe
-from fastgrpo.core.policy import Prompt
+from fastgrpo.core.policy import Prompt, StoredImage
+from fastgrpo.data import prompt_formats
 from fastgrpo.models.loading import diffusers_folder
 from fastgrpo.run.file_hashes import hashes
 
@@ -64,10 +65,13 @@ def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _sample(image: Path | None) -> str | None:
+def _sample(image: Path | StoredImage | None) -> str | None:
     """A hash of a file's size and its two ends, since reading all files whole takes too long."""
     if image is None:
         return None
+    if isinstance(image, StoredImage):
+        content = prompt_formats.stored_bytes(image)
+        return f"{len(content)}:{hashlib.sha256(content).hexdigest()}"
     digest = hashlib.sha256()
     with image.open("rb") as file:
         size = file.seek(0, os.SEEK_END)

@@ -260,6 +260,9 @@ def test_runs_share_a_cache_and_its_one_negative(tmp_path: Path) -> None:
     }
 
 
+LONGEST = 9  # words of a prompt that Picky sees
+
+
 class Picky:
     """An encoder that cannot take some prompts.
 
@@ -281,6 +284,10 @@ class Picky:
 
     def negative(self, text: str) -> Condition:
         return self([Prompt(text)])[0]
+
+    def cut(self, text: str) -> dict[str, tuple[int, int]]:
+        count = len(text.split())
+        return {"text_encoder": (LONGEST, count)} if count > LONGEST else {}
 
 
 @pytest.fixture
@@ -319,6 +326,57 @@ def test_prompts_that_cannot_be_encoded_are_named_or_skipped(
     (tmp_path / "q.txt").write_text("\n".join(f"corrupt {n}" for n in range(2 * PART)))
     assert "cannot be decoded" in complaint(
         recipe(tmp_path / "q", tmp_path / "q.txt", "prompts.bad_rows=skip")
+    )
+
+
+def test_prompts_that_an_encoder_cuts_are_told_listed_or_refused(
+    picky: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = [n for n in range(FEW) if n % 50 == 7]
+    lines = [f"clip {n} {'very ' * 9 if n in long else ''}fine" for n in range(FEW)]
+    (tmp_path / "p.txt").write_text("\n".join(lines))
+    share = "prompts.heldout_share=0.05"
+    settings = recipe(tmp_path / "run", tmp_path / "p.txt", share)
+    encoded = encode(settings)
+    order = [prompt.text for prompt in (*encoded.train, *encoded.heldout)]
+    first = next(text for text in order if "very" in text)
+    place = f"prompts.train={tmp_path / 'p.txt'}: line {lines.index(first) + 1}"
+    assert (
+        "prompts: 3 are longer than an encoder sees (text_encoder cuts 3), such as "
+        f"{place}: text_encoder sees 9 of its 12 tokens; all are named in "
+        f"{tmp_path / 'run' / 'embeddings' / 'cut.json'}\n"
+    ) in capsys.readouterr().out
+    listed = json.loads((tmp_path / "run" / "embeddings" / "cut.json").read_text())["cut"]
+    assert sorted(entry["prompt"] for entry in listed) == sorted(lines[n] for n in long)
+    assert all(entry["tokens_seen"] == {"text_encoder": [9, 12]} for entry in listed)
+    encode(settings)
+    assert "prompts: 3 are longer" in capsys.readouterr().out, "from the finished cache, too"
+    for folder in ("run", "other"):  # with the finished cache and without one
+        refusing = (tmp_path / folder, tmp_path / "p.txt", share, "prompts.too_long=refuse")
+        assert complaint(recipe(*refusing)) == (
+            f"{place}: text_encoder sees 9 of its 12 tokens; shorten it, or set "
+            "prompts.too_long=cut. Or set prompts.bad_rows=skip."
+        )
+        capsys.readouterr()
+        kept = encode(recipe(*refusing, "prompts.bad_rows=skip"))
+        texts = [prompt.text for prompt in (*kept.train, *kept.heldout)]
+        assert texts == [text for text in order if "very" not in text]
+        for text, condition in zip(texts, kept.conditions, strict=True):
+            assert torch.equal(condition["text"], Picky.code(text))
+        assert "prompts: 3 more left out that cannot be encoded" in capsys.readouterr().out
+
+
+def test_a_negative_prompt_that_is_cut_is_told_or_refused(
+    picky: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("model.cfg=2.0", f"model.negative_prompt={'blurry ' * 11}")
+    prompts = prompt_file(tmp_path, 40)
+    encode(recipe(tmp_path / "run", prompts, *options))
+    told = "text_encoder sees 9 of its 11 tokens"
+    assert f"model.negative_prompt is cut: {told}\n" in capsys.readouterr().out
+    refusing = recipe(tmp_path / "run", prompts, *options, "prompts.too_long=refuse")
+    assert complaint(refusing) == (
+        f"model.negative_prompt: {told}; shorten it, or set prompts.too_long=cut."
     )
 
 
