@@ -20,7 +20,7 @@ import fastgrpo
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import die_with
-from fastgrpo.rewards.serving.server.app import serve
+from fastgrpo.rewards.serving.server.process import serve
 
 log = logging.getLogger(__name__)
 
