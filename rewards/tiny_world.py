@@ -257,6 +257,10 @@ class TinyWorld(Reward):
             {name: scores[:, n].clone() for n, name in enumerate(PARTS)}, ~scores.isnan().any(1)
         )
 
+    def memory(self, frames: int, height: int, width: int) -> float:
+        """Bytes for one clip: its masks at eight points of every pixel, in float64."""
+        return 240.0 * frames * height * width
+
 
 def check(pixels: Tensor, prompts: Sequence[str], fps: float) -> None:
     """Raise ValueError where the arguments are not clips that these rules can judge.

@@ -104,6 +104,10 @@ class VideoStats(Reward):
         values = {part: table[:, n].clone() for n, part in enumerate(PARTS)}
         return Scores(values, torch.isfinite(table).all(1))
 
+    def memory(self, frames: int, height: int, width: int) -> float:
+        """Bytes for one clip: its optical flow, there and back, in float32."""
+        return 64.0 * frames * height * width
+
     def _measure(self, clip: Tensor, fps: float) -> tuple[float, ...]:
         """The parts of one clip, uint8 [F, H, W, 3], in their order."""
         y = luma(clip)

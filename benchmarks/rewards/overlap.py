@@ -26,7 +26,8 @@ from fastgrpo.parallel.world import open_world
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.loaded_reward import Served
 from fastgrpo.rewards.serving.server.admission import Limits
-from fastgrpo.rewards.serving.server.app import make_app, serving
+from fastgrpo.rewards.serving.server.app import make_app
+from fastgrpo.rewards.serving.server.process import serving
 from fastgrpo.training.scoring.scorer import Scorer
 
 BATCH, ROLLOUT_S = 4, 0.5

@@ -33,7 +33,8 @@ from fastgrpo.rewards.serving import wire
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.loaded_reward import Served
 from fastgrpo.rewards.serving.server.admission import Limits
-from fastgrpo.rewards.serving.server.app import make_app, serving
+from fastgrpo.rewards.serving.server.app import make_app
+from fastgrpo.rewards.serving.server.process import serving
 
 TOKEN = "benchmark"
 

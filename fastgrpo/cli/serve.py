@@ -65,6 +65,13 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="clips read or waiting (default: %(default)s MiB)",
     )
     serve.add_argument(
+        "--max-working",
+        type=int,
+        default=4096,
+        metavar="MIB",
+        help="what the rewards take to judge a batch, beside its clips (default: %(default)s MiB)",
+    )
+    serve.add_argument(
         "--batch-wait",
         type=float,
         default=10.0,
@@ -101,7 +108,7 @@ def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def serve_rewards(arguments: argparse.Namespace) -> None:
     """Serve until SIGTERM. Raises UserError for what does not go together."""
-    from fastgrpo.rewards.serving.server import app
+    from fastgrpo.rewards.serving.server import process
     from fastgrpo.rewards.serving.server.admission import Limits
     from fastgrpo.training.scoring.sources import read_token
 
@@ -122,12 +129,16 @@ def serve_rewards(arguments: argparse.Namespace) -> None:
         raise UserError(
             "FASTGRPO_TOKEN: no usable token; set it to one line of printable characters."
         )
+    if arguments.max_working < 1:
+        raise UserError(f"--max-working={arguments.max_working}: must be at least 1 MiB.")
     if arguments.max_waiting < 1 or not 0 <= arguments.batch_wait <= 10_000:
         raise UserError("--max-waiting, --batch-wait: must be at least 1 MiB, and 0 to 10000 ms.")
     limits = Limits(
-        max_waiting=arguments.max_waiting * MIB, batch_wait_s=arguments.batch_wait / 1e3
+        max_waiting=arguments.max_waiting * MIB,
+        max_working=arguments.max_working * MIB,
+        batch_wait_s=arguments.batch_wait / 1e3,
     )
-    app.serve(
+    process.serve(
         served_specs(arguments),
         host=arguments.host,
         port=arguments.port,

@@ -91,6 +91,14 @@ class Reward(ABC):
         """
         return None
 
+    def memory(self, frames: int, height: int, width: int) -> float:
+        """Bytes that judging one clip takes beside its pixels: here two float32 copies of them.
+
+        frames: those that it looks at. A server judges only as many clips at a time as it has this
+        memory for, and refuses a clip for which it has not.
+        """
+        return 24.0 * frames * height * width
+
     def modules(self) -> Sequence[nn.Module]:
         """The networks, whose weights leave a GPU that is shared between phases."""
         return ()
@@ -112,6 +120,10 @@ class RewardWrapper(Reward):
     def frames_used(self, frames: int, fps: float) -> list[int] | None:
         """Indices of the frames that the inner reward looks at. None: all of them."""
         return self.reward.frames_used(frames, fps)
+
+    def memory(self, frames: int, height: int, width: int) -> float:
+        """What the inner reward takes."""
+        return self.reward.memory(frames, height, width)
 
     def modules(self) -> Sequence[nn.Module]:
         """The inner reward's networks."""

@@ -14,7 +14,7 @@ from diffusers.models.autoencoders import autoencoder_kl_hunyuan_video  # noqa: 
 
 import fastgrpo.models.hunyuan_video  # noqa: E402
 import fastgrpo.rewards.serving.in_process  # noqa: E402
-import fastgrpo.rewards.serving.server.app  # noqa: E402
+import fastgrpo.rewards.serving.server.process  # noqa: E402
 import fastgrpo.rewards.tiny_world  # noqa: E402
 import fastgrpo.train  # noqa: E402, F401
 

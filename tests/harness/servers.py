@@ -17,7 +17,8 @@ from fastgrpo.rewards import plain
 from fastgrpo.rewards.serving import wire
 from fastgrpo.rewards.serving.loaded_reward import Served
 from fastgrpo.rewards.serving.server.admission import Limits
-from fastgrpo.rewards.serving.server.app import make_app, serving
+from fastgrpo.rewards.serving.server.app import make_app
+from fastgrpo.rewards.serving.server.process import serving
 
 TOKEN = "a token of the tests"
 MEANINGS = shapes.meanings()[0][:6]
@@ -53,12 +54,14 @@ def running(
     batch_size: int = 8,
     wait_s: float = 0.01,
     room_wait_s: float = 0.0,
+    max_working: int = 2**32,
 ) -> Iterator[str]:
     """A server in a thread of this process, for rewards that no file holds."""
     limits = Limits(
         max_body=max_body,
         max_waiting=max_waiting,
         room_wait_s=room_wait_s,
+        max_working=max_working,
         body_timeout_s=1.0,
         head_timeout_s=1.0,
         batch_wait_s=wait_s,

@@ -1,6 +1,8 @@
 """The sources of scores: rewards in the trainer's process, and clients of reward servers."""
 
+import logging
 import os
+import stat
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +18,8 @@ from fastgrpo.parallel.world import World
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.rewards.serving.server.child import LOG, launch_beside
+
+log = logging.getLogger(__name__)
 
 EVENTS = ("requests_failed", "requests_turned_away", "requests_bad", "clips_given_up")
 """The events that sources count; see rewards/serving/client/client.py."""
@@ -169,6 +173,7 @@ def read_token(file: Path) -> str:
     """The bearer token in a file. Raises UserError where a header cannot carry the content."""
     try:
         token = file.read_text().strip()
+        mode = stat.S_IMODE(file.stat().st_mode)
     except OSError as error:
         raise UserError(
             f"server.token_file={file}: {error.strerror}; write the servers' bearer token into it."
@@ -179,5 +184,13 @@ def read_token(file: Path) -> str:
         raise UserError(
             f"server.token_file={file}: no usable token in it; "
             "write one line of printable characters."
+        )
+    if mode & 0o077:
+        may = "read and change" if mode & 0o022 else "read"
+        log.warning(
+            "server.token_file=%s: others on this machine may %s it (mode %o); run chmod 600 on it",
+            file,
+            may,
+            mode,
         )
     return token

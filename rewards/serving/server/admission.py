@@ -23,6 +23,7 @@ class Limits:
 
     max_body: int = wire.MAX_BODY  # bytes of one request
     max_waiting: int = 4 * wire.MAX_BODY  # bytes of all requests that are read or wait to be scored
+    max_working: int = 4 * 2**30  # bytes that judging a batch takes, as its reward declares
     room_wait_s: float = 5.0  # for room, before a request is turned away
     max_guests: int = 256  # connections that have not shown the token
     max_guests_per_address: int = 64
@@ -30,6 +31,7 @@ class Limits:
     head_timeout_s: float = 10.0  # for a request's headers to arrive
     max_head: int = 64 * 2**10  # bytes of a request's headers
     batch_wait_s: float = 0.01  # how long a clip may wait for others of its shape
+    drain_s: int = 60  # for what was accepted, from the signal that ends the server on
 
 
 class Refusal(HTTPException):
@@ -44,6 +46,11 @@ class Refusal(HTTPException):
         super().__init__(
             status, detail, (headers or {}) | ({"Connection": "close"} if close else {})
         )
+
+
+def draining() -> Refusal:
+    """The answer where a server ends before it has scored: another replica will."""
+    return Refusal(503, "ending; ask another server", headers={"Retry-After": "1"})
 
 
 class Admission:

@@ -10,33 +10,23 @@
 
 A request is refused by its headers before its body is read: wrong token 401, no Content-Length 411,
 too long 413. Where too many bytes wait, the request waits unread, too, and then gets 429. SIGTERM
-drains: no new request is taken, and those that were taken are answered.
+drains: no new request is taken, and those that were taken are answered; what takes longer than a
+minute gets 503 with Retry-After, so that its sender asks another server.
 """
 
 import asyncio
-import json
 import logging
-import os
-import resource
-import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
 
-import torch
-import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 
-from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.files import replace_text
 from fastgrpo.rewards.serving import wire
-from fastgrpo.rewards.serving.loaded_reward import Served, load_served
+from fastgrpo.rewards.serving.loaded_reward import Served
 from fastgrpo.rewards.serving.server import logs
 from fastgrpo.rewards.serving.server.admission import (
     Admission,
@@ -44,16 +34,14 @@ from fastgrpo.rewards.serving.server.admission import (
     Refusal,
     authenticate,
     body_length,
+    draining,
     patience,
     read_body,
 )
-from fastgrpo.rewards.serving.server.batcher import Batcher, Expired, Failed
+from fastgrpo.rewards.serving.server.batcher import Batcher, Expired, Failed, TooLarge
 from fastgrpo.rewards.serving.server.metrics import Meters
-from fastgrpo.rewards.serving.server.strict_http import KEEP_ALIVE_S, strict_http
 
 log = logging.getLogger(__name__)
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(kw_only=True)
@@ -76,7 +64,7 @@ class ServerState:
         """The state of a server that takes no requests yet."""
         by_name = {one.name: one for one in served}
         admission = Admission(limits.max_waiting, limits.room_wait_s)
-        batcher = Batcher(by_name, limits.batch_wait_s)
+        batcher = Batcher(by_name, limits.batch_wait_s, limits.max_working)
         batcher.meters = meters = Meters(lambda: admission.bytes, batcher.clips_waiting)
         reading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reading")
         return cls(
@@ -100,6 +88,8 @@ class ServerState:
         Raises Refusal, or WireError for a body that is not well-formed.
         """
         authenticate(request, self.token)
+        if not self.ready:
+            raise draining()
         if not self.lives:
             raise Refusal(503, "scoring has ended; see the server's log")
         length, seconds = body_length(request, self.limits.max_body), patience(request)
@@ -122,6 +112,8 @@ class ServerState:
                 by_name = await self.batcher.score(
                     asked.rewards, asked.clips, asked.prompts, fps=asked.fps, deadline=deadline
                 )
+            except TooLarge as error:
+                raise Refusal(413, str(error), close=False) from None
             except Expired:
                 raise Refusal(504, f"not scored within {seconds:.3g} s", close=False) from None
             except Failed:
@@ -168,8 +160,9 @@ def make_app(served: Sequence[Served], token: str, limits: Limits | None = None)
         state.ready = False
         state.worker.cancel()
         await asyncio.wait([state.worker])
-        state.batcher.thread.shutdown()
-        state.reading.shutdown()
+        # a batch under way may take minutes, and nobody waits for it any more
+        state.batcher.thread.shutdown(wait=False, cancel_futures=True)
+        state.reading.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(title="fastgrpo reward server", lifespan=lifespan, openapi_url=None)
     app.state.server = state
@@ -222,6 +215,9 @@ def add_scores(app: FastAPI, state: ServerState) -> None:
         except HTTPException as refusal:
             status = refusal.status_code
             raise
+        except asyncio.CancelledError:  # by uvicorn, at the end of its patience with this server
+            status = 503
+            raise draining() from None
         finally:
             seconds = time.perf_counter() - start
             state.meters.request(status, seconds)
@@ -243,119 +239,3 @@ def clip_form(request: Request) -> tuple[int | None, float | None]:
     if not (1 <= count <= wire.MAX_FRAMES and 0 < rate < 1e6):
         raise HTTPException(400, f"frames must be 1 to {wire.MAX_FRAMES}, fps above 0")
     return count, rate
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server, which writes the ready file once requests are taken.
-
-    From the signal that ends it on it is not ready.
-    """
-
-    def __init__(
-        self, config: uvicorn.Config, state: ServerState, url: str, ready_file: Path | None
-    ) -> None:
-        super().__init__(config)
-        self.state = state
-        self.url = url
-        self.ready_file = ready_file
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started and self.ready_file is not None:
-            replace_text(self.ready_file, json.dumps({"url": self.url, "pid": os.getpid()}) + "\n")
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.state.ready = False
-        log.info("draining", extra=logs.fields(signal=signal.Signals(sig).name))
-        super().handle_exit(sig, frame)
-
-
-def serving(app: FastAPI, limits: Limits) -> uvicorn.Config:
-    """Configuration with which uvicorn runs the application."""
-    return uvicorn.Config(
-        app,
-        http=strict_http(limits, app.state.server.token),
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=60,
-    )
-
-
-def serve(
-    specs: Sequence[RewardSpec],
-    host: str,
-    port: int,
-    token: str,
-    ready_file: Path | None,
-    limits: Limits | None = None,
-) -> None:
-    """Serve the rewards until SIGTERM or SIGINT; port 0 takes a free one.
-
-    ready_file: written, as a whole, with {"url": ..., "pid": ...} once requests are taken.
-    Raises UserError for an unknown reward, one that cannot be loaded or fails at its golden clip,
-    an address that cannot be had, or one beyond this machine with a weak token.
-    """
-    if host not in LOOPBACK and len(token) < 16:
-        raise UserError(
-            f"host={host}: reachable from other machines; give a token of at least 16 random "
-            "characters"
-        )
-    if not token:
-        raise UserError("token='': the reward server needs one; give a long random text")
-    logs.start()
-    allow_many_connections()
-    limits = limits or Limits()
-    listener = bound(host, port)
-    named = socket.gethostname() if host in ("0.0.0.0", "::") else host
-    url = f"http://{f'[{named}]' if ':' in named else named}:{listener.getsockname()[1]}"
-    with listener:
-        app = make_app([warm(spec) for spec in specs], token, limits)
-        log.info("serving", extra=logs.fields(rewards=[spec.name for spec in specs], url=url))
-        _Server(serving(app, limits), app.state.server, url, ready_file).run(sockets=[listener])
-
-
-def allow_many_connections() -> None:
-    """Let this process hold as many connections as the system allows it; often 1024 before.
-
-    A few hundred ranks send several requests each at a time.
-    """
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def bound(host: str, port: int) -> socket.socket:
-    """A socket with the address that does not listen yet.
-
-    Until the rewards are loaded, clients are refused at once.
-    """
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise UserError(
-            f"host={host} port={port}: {error}; choose another, or port 0 for a free one"
-        ) from None
-    return listener
-
-
-@torch.no_grad()
-def warm(spec: RewardSpec) -> Served:
-    """Load a reward and score the golden clip."""
-    start = time.perf_counter()
-    served = load_served(spec)
-    served.warm_up()
-    log.info(
-        "loaded",
-        extra=logs.fields(
-            reward=served.name,
-            identity=served.identity,
-            golden=served.golden,
-            seconds=round(time.perf_counter() - start, 2),
-        ),
-    )
-    return served

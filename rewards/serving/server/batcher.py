@@ -7,6 +7,7 @@ on its own (see `Reward`), so how clips meet changes nothing but the speed.
 
 import asyncio
 import logging
+import math
 import time
 import traceback
 from collections import deque
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.core.reward import Scores
+from fastgrpo.core.units import MIB
 from fastgrpo.rewards.serving.judge import judge_batch
 from fastgrpo.rewards.serving.loaded_reward import Served
 from fastgrpo.rewards.serving.server.metrics import Meters
@@ -56,6 +58,10 @@ class Expired(Exception):
     """A clip that waited until its sender would not wait any more."""
 
 
+class TooLarge(Exception):
+    """A clip that a reward takes more memory for than the server has."""
+
+
 class Failed(Exception):
     """A batch that could not be scored, by no fault of its clips."""
 
@@ -66,9 +72,13 @@ class Batcher:
     Lives on an event loop.
     """
 
-    def __init__(self, served: Mapping[str, Served], wait_s: float) -> None:
+    def __init__(
+        self, served: Mapping[str, Served], wait_s: float, max_working: float = math.inf
+    ) -> None:
+        """max_working: bytes that judging a batch may take"""
         self.served = served
         self.wait_s = wait_s
+        self.max_working = max_working
         self.meters: Meters | None = None
         # one thread: rewards need not be thread-safe, and a GPU gains nothing from two
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring")
@@ -88,13 +98,16 @@ class Batcher:
     ) -> dict[str, Scores]:
         """Each reward's scores of the clips of one request.
 
-        Raises Expired where a clip waits until after the deadline, Failed where its batch could not
-        be scored, and WireError where a frame that a reward looks at was not sent; then no clip of
-        the request waits any more.
+        Raises TooLarge for a clip that needs more memory than there is, Expired where one waits
+        until after the deadline, Failed where its batch could not be scored, and WireError where a
+        frame that a reward looks at was not sent; then no clip of the request waits any more.
         """
         loop = asyncio.get_running_loop()
         # before any of them waits: all do, or none
         chosen = {name: [self.served[name].choose(clip, fps) for clip in clips] for name in names}
+        for name in names:
+            for pixels, _ in chosen[name]:
+                self._check_memory(name, pixels.shape)
         jobs: dict[str, list[Job]] = {name: [] for name in names}
         for name in names:
             for clip, prompt, (pixels, at) in zip(clips, prompts, chosen[name], strict=True):
@@ -113,6 +126,22 @@ class Batcher:
             name: self._table(name, [job.result.result() for job in one])
             for name, one in jobs.items()
         }
+
+    def _check_memory(self, name: str, shape: torch.Size) -> None:
+        """Raise TooLarge where judging one clip [F, H, W, 3] takes more than there is."""
+        needed = self.served[name].reward.memory(*shape[:3])
+        if needed > self.max_working:
+            raise TooLarge(
+                f"{name} takes {needed / MIB:.0f} MiB to judge a clip of {list(shape)}, above the "
+                f"server's {self.max_working / MIB:.0f} (--max-working); send smaller clips"
+            )
+
+    def _most(self, key: Key) -> int:
+        """Clips of a key that are judged at a time: as its reward is set, and as fits in memory."""
+        reward = self.served[key.reward]
+        frames = key.of if key.at is None else len(key.at)
+        needed = max(reward.reward.memory(frames, key.size[0], key.size[1]), 1.0)
+        return max(min(reward.spec.batch_size, int(min(self.max_working / needed, 1e6))), 1)
 
     def _table(self, name: str, rows: Sequence[tuple[list[float], bool]]) -> Scores:
         """Scores, float32 [B] for each part, of B rows.
@@ -156,14 +185,14 @@ class Batcher:
         if left <= 0.0:
             return oldest, None
         for key, jobs in self._waiting.items():
-            if len(jobs) >= self.served[key.reward].spec.batch_size:
+            if len(jobs) >= self._most(key):
                 return key, None
         return None, left
 
     def _take(self, key: Key) -> list[Job]:
         """The oldest clips of a key, at most as many as its reward takes at once."""
         jobs = self._waiting[key]
-        count = min(len(jobs), self.served[key.reward].spec.batch_size)
+        count = min(len(jobs), self._most(key))
         taken = [jobs.popleft() for _ in range(count)]
         if not jobs:
             del self._waiting[key]

@@ -21,7 +21,7 @@ from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import no_link
 from fastgrpo.core.processes import die_with
-from fastgrpo.rewards.serving.server.app import serve
+from fastgrpo.rewards.serving.server.process import serve
 
 log = logging.getLogger(__name__)
 

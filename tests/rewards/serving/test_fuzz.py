@@ -36,7 +36,7 @@ import sys
 from pathlib import Path
 from fastgrpo.rewards import plain
 from fastgrpo.rewards.serving.server.admission import Limits
-from fastgrpo.rewards.serving.server.app import serve
+from fastgrpo.rewards.serving.server.process import serve
 limits = Limits(max_body={MAX_BODY}, max_waiting={MAX_WAITING}, body_timeout_s=3.0, head_timeout_s=1.0)
 serve([plain("tiny_world")], "127.0.0.1", 0, sys.stdin.read(), Path(sys.argv[1]), limits)
 """

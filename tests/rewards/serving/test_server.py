@@ -33,8 +33,8 @@ from fastgrpo.rewards.common import weight_files
 from fastgrpo.rewards.serving import wire
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
-from fastgrpo.rewards.serving.server.app import serve
 from fastgrpo.rewards.serving.server.child import launch_beside
+from fastgrpo.rewards.serving.server.process import serve
 from tests import ROOT
 from tests.harness.servers import CAPTIONS, TOKEN, clips, post, running, same
 
