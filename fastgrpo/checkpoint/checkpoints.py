@@ -10,7 +10,6 @@ resumes.
 """
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +30,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from fastgrpo.checkpoint import background, reader
+from fastgrpo.checkpoint import background, reader, room
+from fastgrpo.checkpoint.progress import Progress as Progress
 from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import flush, read_json, replace_text, sha256
@@ -39,29 +39,6 @@ from fastgrpo.parallel.world import World
 from fastgrpo.training.trainer import Trainer
 
 T = TypeVar("T")
-HEADER_BYTES = 2048  # of each tensor in a part, and its entry in the metadata
-SPARE_BYTES = 2**20  # left for the run's other files
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """The state of a run beside weights and optimizer state."""
-
-    iteration: int = 0  # iterations done
-    best_reward: float | None = None  # the highest mean training reward between two checkpoints
-    best: str | None = None  # the checkpoint that ended that span
-    rewards: tuple[float, ...] = ()  # of the iterations since the last checkpoint
-    seconds: float = 0.0  # of training, over all attempts
-    rollout_batch: int = 0  # rollout.batch_size where it was "auto"; 0 = the recipe has a number
-
-    def close_span(self, checkpoint: str) -> None:
-        """Note a checkpoint as the best where the mean reward since the last one is the highest."""
-        rewards = [reward for reward in self.rewards if math.isfinite(reward)]
-        if rewards:
-            mean = sum(rewards) / len(rewards)
-            if self.best_reward is None or mean > self.best_reward:
-                self.best_reward, self.best = mean, checkpoint
-        self.rewards = ()
 
 
 @dataclass(kw_only=True)
@@ -70,7 +47,7 @@ class Pending:
 
     path: Path
     progress: str  # JSON, as of the save
-    best: str | None
+    kept: set[str]  # checkpoints that are kept for what they are
     forget_best: Callable[[], None]  # for a save that fails: what is not there cannot be the best
     written: "Future[Any] | None"  # None: this rank's parts are written already
     problem: str | None = None  # what went wrong on this rank
@@ -134,7 +111,7 @@ class Checkpoints:
         )
         numbers = read_json(path / "progress.json", "checkpoint", "choose another run.dir")
         trainer.updates, trainer.skipped = numbers.pop("updates"), numbers.pop("skipped")
-        return Progress(**numbers | {"rewards": tuple(numbers["rewards"])})
+        return Progress.read(numbers)
 
     def save(self, trainer: Trainer, progress: Progress) -> str | None:
         """Write a checkpoint, on every rank; in the background where the settings say so.
@@ -144,19 +121,27 @@ class Checkpoints:
         """
         problem = self.finish()
         path = self.folder / f"step-{progress.iteration}"
+        if not trainer.all_finite(self.world):
+            return (
+                f"checkpoint {path.name}: the weights are not finite, so that it is not written; "
+                "lower optimizer.lr and go on from the checkpoint before."
+            )
         best_before = progress.best_reward, progress.best
 
         def forget_best() -> None:
             progress.best_reward, progress.best = best_before
+            progress.best_before = None
 
         progress.close_span(path.name)
         numbers = json.dumps(
             vars(progress) | {"updates": trainer.updates, "skipped": trainer.skipped}, indent=1
         )
         state = _state(trainer)
-        needed = _size(state, self.world.size)
+        needed = room.bytes_of(state, self.world.size)
         try:
-            lacking = self.world.on_main(lambda: _fresh(path.with_suffix(".partial"), needed))
+            lacking = self.world.on_main(
+                lambda: room.fresh_folder(path.with_suffix(".partial"), needed)
+            )
         except UserError as error:  # a full disk
             forget_best()
             return str(error)
@@ -164,7 +149,11 @@ class Checkpoints:
             forget_best()
             return self._could_not(path, lacking)
         self._pending = pending = Pending(
-            path=path, progress=numbers, best=progress.best, forget_best=forget_best, written=None
+            path=path,
+            progress=numbers,
+            kept=progress.kept(self.settings.keep_best),
+            forget_best=forget_best,
+            written=None,
         )
         try:
             if self.settings.background:
@@ -284,16 +273,52 @@ class Checkpoints:
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             return error.strerror or type(error).__name__
-        self._prune(pending.best)
+        self._prune(pending.kept, max(self.settings.keep, 2))  # one may be all that draws well
         return None
 
-    def _prune(self, best: str | None) -> None:
-        """Remove all but the newest ones and the best.
+    def prune(self, progress: Progress) -> None:
+        """Remove what was kept while no sample was drawn with the newest checkpoint."""
+        if self.world.main:
+            self._prune(progress.kept(self.settings.keep_best), self.settings.keep)
+
+    def newest_before(self, iteration: int) -> str | None:
+        """The newest checkpoint of fewer iterations, once any save under way has ended."""
+        self.finish()
+        return self.world.on_main(
+            lambda: next(
+                (path.name for path in reversed(self._published()) if number(path) < iteration),
+                None,
+            )
+        )
+
+    def reject(self, iteration: int) -> bool:
+        """Set the checkpoint of so many iterations aside: the samples of its weights are lost.
+
+        returns whether there was one
+        """
+        self.finish()
+        path = self.folder / f"step-{iteration}"
+
+        def set_aside() -> bool:
+            if not path.is_dir():
+                return False
+            _set_aside(path, path.with_suffix(".exploded"))
+            newest = self.newest()
+            if newest is None:
+                (self.folder / "latest").unlink(missing_ok=True)
+            else:
+                replace_text(self.folder / "latest", newest.name + "\n", on_disk=True)
+            return True
+
+        return self.world.on_main(set_aside)
+
+    def _prune(self, kept: set[str], count: int) -> None:
+        """Remove all but the newest ones, and those that are kept for what they are.
 
         Renamed first: a half-removed folder must not look whole.
         """
-        for path in self._published()[: -self.settings.keep]:
-            if not (self.settings.keep_best and path.name == best):
+        for path in self._published()[:-count]:
+            if path.name not in kept:
                 doomed = path.with_suffix(".partial")
                 os.rename(path, doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
@@ -356,35 +381,3 @@ def _state(trainer: Trainer) -> dict[str, Any]:
 def number(checkpoint: Path) -> int:
     """The iterations that a checkpoint's folder names."""
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def _size(state: dict[str, Any], ranks: int) -> int:
-    """Bytes that a checkpoint takes at most, about, with a header for each part of a tensor."""
-    tensors: list[torch.Tensor] = []
-
-    def walk(node: object) -> None:
-        if isinstance(node, torch.Tensor):
-            tensors.append(node)
-        elif isinstance(node, dict):
-            for value in node.values():
-                walk(value)
-
-    walk(state)
-    return sum(tensor.numel() * tensor.itemsize + ranks * HEADER_BYTES for tensor in tensors)
-
-
-def _fresh(folder: Path, needed: int) -> str | None:
-    """Make an empty folder for so many bytes.
-
-    returns what is wrong where the disk has no room for them
-    Measured before and not by writing: a save in the background would leave the run's other files
-    no room either.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < needed + SPARE_BYTES:
-        sizes = f"it takes {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
-        return f"No space left on device: {sizes}"
-    folder.mkdir()
-    return None

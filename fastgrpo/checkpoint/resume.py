@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastgrpo.checkpoint import provenance
+from fastgrpo.checkpoint import explosion, provenance
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
@@ -51,6 +51,7 @@ def check_folder(recipe: Recipe, world: World) -> None:
         raise UserError(
             f"run.dir={folder}: holds a run already; choose another folder or run.resume=auto."
         )
+    explosion.check(recipe)
     check_same_recipe(config.load(folder / "recipe.toml"), recipe)
     check_same_inputs(folder / "inputs.json", recipe)
     provenance.check_network(recipe)
@@ -75,10 +76,12 @@ def prepare_folder(recipe: Recipe, world: World) -> None:
 def check_same_recipe(old: Recipe, new: Recipe) -> None:
     """Refuse to go on with a run whose result would belong to neither recipe."""
     before, now = _flat(old), _flat(new)
+    exploded = explosion.noted(new.run.dir)
+    after = {f"optimizer.{key}" for key in explosion.FREE} if exploded else set()
     differing = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _is_free(key)
+        if before.get(key) != now.get(key) and not _is_free(key) and key not in after
     ]
     if differing:
         raise UserError(

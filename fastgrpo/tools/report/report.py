@@ -16,6 +16,7 @@ import numpy as np
 
 from fastgrpo.core.files import replace_text
 from fastgrpo.data import video
+from fastgrpo.run import alarms
 from fastgrpo.run.terminal import duration
 from fastgrpo.tools.report.charts import Series, curves, interval, smoothing_width, stacked_bars
 from fastgrpo.tools.report.html import chart, legend, page, table
@@ -43,6 +44,11 @@ HEALTH = (
         "reward/invalid",
         "Samples without a valid score",
         "They are left out of the statistics and of the loss.",
+    ),
+    (
+        "update/groups_without_spread",
+        "Prompts without a spread",
+        "Their samples' rewards are equal, so that they teach nothing.",
     ),
     (
         "update/skipped",
@@ -124,7 +130,7 @@ def result(run: Run, done: int, of: str) -> str:
 
 
 def progress(run: Run) -> str:
-    """A banner where the run is not at its end."""
+    """Banners where the run is not at its end, and for what it did not learn from."""
     if run.comparison is None:
         begun = "This run is under way, or was stopped" if run.rows else "This run has just begun"
         known = (
@@ -138,8 +144,9 @@ def progress(run: Run) -> str:
             "This run has gone on since its last evaluation; the result above is the earlier one."
         )
     else:
-        return ""
-    return f'<p class="banner">{text}</p>'
+        text = ""
+    told = alarms.shortfalls(alarms.of_run(run.rows), len(run.rows))
+    return "".join(f'<p class="banner">{escape(line)}</p>' for line in (text, *told) if line)
 
 
 def held_out_table(run: Run) -> str:
