@@ -133,11 +133,8 @@ def progress(run: Run) -> str:
     """Banners where the run is not at its end, and for what it did not learn from."""
     if run.comparison is None:
         begun = "This run is under way, or was stopped" if run.rows else "This run has just begun"
-        known = (
-            "the evaluation before training is here"
-            if run.evaluations
-            else "no evaluation is here yet"
-        )
+        here = "the evaluation before training" if run.evaluations else "no evaluation"
+        known = f"{here} is here" + ("" if run.evaluations else " yet")
         text = f"{begun}: {known}, the one after training is not. Write the report again later."
     elif run.compared_iterations < len(run.rows):
         text = (
@@ -159,20 +156,30 @@ def held_out_table(run: Run) -> str:
     rows = []
     for part, difference in comparison.difference.items():
         low, high = comparison.ci95[part]
-        gain = f'<span class="gain s-{comparison.verdict(part)}">{signed(difference)}</span>'
+        verdict = run.verdict(part)
+        gain = f'<span class="gain s-{verdict}">{signed(difference)}</span>'
         spread = f"{signed(low)} to {signed(high)}" if math.isfinite(low) else "-"
         drawing = (
-            interval(low, difference, high, limits)
+            interval(low, difference, high, limits=limits, colour=verdict)
             if math.isfinite(low + difference + high)
             else ""
         )
         values = number(comparison.before[part]), number(comparison.after[part])
-        rows.append([escape(part), *values, gain, spread, drawing])
+        rows.append([labelled(run, part), *values, gain, spread, drawing])
     heads = ["reward", "before", "after", "difference", "95 % interval", "dashed: no difference"]
     body = table(heads, rows, "Held-out rewards before and after training")
     note = "The same prompts and seeds before and after; none of the prompts was trained on."
+    if run.monitors:
+        note += " A monitor has weight 0: it was not trained on, and its rise is no gain."
     card = f'<p class="note">{note}</p><div class="card">{body}</div>'
     return f"<section><h2>Held-out rewards</h2>{card}</section>"
+
+
+def labelled(run: Run, part: str) -> str:
+    """A part's name as HTML, with what it is where it was not trained on."""
+    if part not in run.monitors:
+        return escape(part)
+    return f"{escape(part)} (monitor{': more is worse' if run.monitors[part] else ''})"
 
 
 def held_out_so_far(run: Run) -> str:
@@ -181,7 +188,7 @@ def held_out_so_far(run: Run) -> str:
         return ""
     shown = list({one.iteration: one for one in (run.evaluations[0], run.evaluations[-1])}.values())
     rows = [
-        [escape(part), *(number(one.means().get(part, math.nan)) for one in shown)]
+        [labelled(run, part), *(number(one.means().get(part, math.nan)) for one in shown)]
         for part in shown[0].scores
     ]
     body = table(["reward", *(when(one) for one in shown)], rows, "Held-out rewards so far")
@@ -271,7 +278,7 @@ def reward_curves(run: Run) -> str:
         held_out = Series("held-out", "before", x, y, marks=True)
         label = f"Reward {part} over {len(training.x)} iterations{_ends(training)}"
         entries = [(run.colour(part), "training"), ("before", "held-out")]
-        title = "Sum of the rewards" if part == "sum" else escape(part)
+        title = "Sum of the rewards" if part == "sum" else labelled(run, part)
         cards.append(
             chart(title, curves(label, [training, held_out]), legend(entries, open_=("held-out",)))
         )
