@@ -14,16 +14,16 @@ import torch
 
 from fastgrpo.algorithm import selection
 from fastgrpo.algorithm.advantages import combined_advantages
-from fastgrpo.checkpoint import identity
+from fastgrpo.checkpoint import explosion, identity
 from fastgrpo.checkpoint.provenance import record_provenance
 from fastgrpo.core.config import Recipe
-from fastgrpo.core.errors import UserError
+from fastgrpo.core.errors import Exploded, UserError
 from fastgrpo.core.files import nan_to_null, replace_text, sha256
 from fastgrpo.core.processes import OneRankError, rank
 from fastgrpo.data import video_reader
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import open_world
-from fastgrpo.run import lost_folder, out_of_memory
+from fastgrpo.run import alarms, lost_folder, out_of_memory
 from fastgrpo.run.stopping import Stopped, answer, answer_mistake
 from fastgrpo.run.stopwatch import Stopwatch
 from fastgrpo.session import Session, claim, open_session
@@ -99,9 +99,25 @@ def _run(session: Session) -> dict[str, object] | None:
             f"asked to stop: saved after {progress.iteration} iterations; start again to go on",
         )
         return None
+    except Exploded as failure:
+        raise UserError(f"{failure} {leave_exploded(session, failure)}") from None
     except NoScores:  # the weights are those of the last finished iteration
         checkpoints.end_saving(session.trainer, progress)
         raise
+
+
+def leave_exploded(session: Session, failure: Exploded) -> str:
+    """Set the checkpoint of exploded weights aside and note the explosion.
+
+    returns the sentence that says where the run goes on
+    """
+    recipe, checkpoints, done = session.recipe, session.checkpoints, session.progress.iteration
+    rejected = failure.drawn and checkpoints.reject(done)
+    good = checkpoints.newest_before(done + (not failure.drawn))
+    session.world.on_main(lambda: explosion.write_note(recipe, done + 1))
+    aside = f"Checkpoint step-{done} has these weights and is set aside as step-{done}.exploded. "
+    begin = f"the newest good checkpoint, {good}" if good else "the beginning"
+    return f"{aside if rejected else ''}Started again with another rate, it goes on from {begin}."
 
 
 def iterate(session: Session) -> None:
@@ -155,12 +171,47 @@ def iterate(session: Session) -> None:
     )
     watch.lap("update")
 
-    spread = session.ranks.gather(iteration, watch)
-    metrics |= reward_metrics(scored, recipe, group) | watch.metrics() | spread.metrics()
-    session.tracker.log(iteration, metrics, spread.note())
+    ranks = session.ranks.gather(iteration, watch)
+    flat = (advantages.reshape(-1, group) == 0).all(1)
+    metrics |= {alarms.GROUPS: float(flat.sum()), alarms.EMPTY: float(flat.all())}
+    metrics |= reward_metrics(scored, recipe, group) | watch.metrics() | ranks.metrics()
+    session.tracker.log(iteration, metrics, ranks.note())
     session.progress.iteration += 1
-    session.progress.rewards = (*session.progress.rewards, metrics["reward/sum"])
     session.progress.seconds += metrics["seconds/total"]
+    tell_alarms(session, metrics)
+
+
+def tell_alarms(session: Session, metrics: dict[str, float]) -> None:
+    """Tell what a finished iteration learned nothing from, and a policy that is lost."""
+    recipe, progress, tracker = session.recipe, session.progress, session.tracker
+    rollout_of, done = recipe.rollout, progress.iteration
+    told = progress.counts.get("iterations_without_spread", 0.0)
+    progress.count(alarms.counted(metrics))
+    spread = not metrics[alarms.EMPTY]
+    before = progress.history[-1:]
+    collapsed = progress.note(metrics["reward/sum"], spread)
+    bounds = recipe.optimizer.lr, recipe.objective.clip_range
+    exploded = alarms.ratio_exploded(metrics, *bounds)
+    if not spread:
+        why = alarms.without_spread(metrics, recipe.weights, rollout_of.samples_per_prompt)
+        tracker.message(f"iteration {done}: {why if not told else 'nothing to learn from, again'}")
+    lost = []
+    if collapsed:
+        lost.append(f"the reward fell from {before[0]:.3f} to {metrics['reward/sum']:.3f} at once")
+    if exploded:
+        progress.suspect = True
+        lost.append(exploded)
+    if lost:
+        problem = session.checkpoints.finish()
+        if problem is not None:
+            tracker.message(f"training goes on without it: {problem}")
+        good = session.checkpoints.newest_before(done - collapsed)
+        progress.last_good = progress.last_good or good
+        kept = f"checkpoint {progress.last_good} is of before and is kept"
+        if progress.last_good is None:
+            kept = "no checkpoint is of before"
+        tracker.message(f"iteration {done}: {'; '.join(lost)}; {kept}")
+    session.checkpoints.prune(progress)
 
 
 def draw(
@@ -211,11 +262,27 @@ def check_validity(recipe: Recipe, scored: Scored, iteration: int, hint: str) ->
     """End the run where too many samples have no score."""
     share = 1.0 - scored.valid.float().mean().item()
     limit = recipe.server.max_invalid
-    if share > limit:
+    if share <= limit:
+        return
+    lost = [
+        1.0 - own.float().mean().item() for own in (scored.latents_finite, scored.pixels_finite)
+    ]
+    what = "latents" if lost[0] > limit else "pixels"
+    if max(lost) > limit and not iteration:
         raise NoScores(
-            f"server.max_invalid={limit}: {share:.0%} of the samples of iteration {iteration} have "
-            f"no valid score ({hint}); correct that. The newest checkpoint is intact."
+            f"model.dtype={recipe.model.dtype}: before any training the {what} of {max(lost):.0%} of "
+            "the samples are not finite; try float32, or compare model.path with the published files."
         )
+    if max(lost) > limit:
+        raise Exploded(
+            f"optimizer.lr={recipe.optimizer.lr:g}: the weights have exploded: the {what} of "
+            f"{max(lost):.0%} of the samples of iteration {iteration + 1} are not finite; lower it.",
+            drawn=True,
+        )
+    raise NoScores(
+        f"server.max_invalid={limit}: {share:.0%} of the samples of iteration {iteration} have "
+        f"no valid score ({hint}); correct that. The newest checkpoint is intact."
+    )
 
 
 def baseline(session: Session) -> Evaluation:
@@ -237,7 +304,20 @@ def evaluate_now(session: Session) -> Evaluation:
         iteration=session.progress.iteration,
         poll_before=session.stop.poll_before,
     )
-    if not np.isfinite(evaluation.columns()["sum"]).any():
+    invalid = int((~np.isfinite(evaluation.columns()["sum"])).sum())
+    clips, lost = len(evaluation.prompts), evaluation.not_finite
+    if lost and session.progress.iteration and invalid == clips:
+        raise Exploded(
+            f"optimizer.lr={session.recipe.optimizer.lr:g}: the weights have exploded: {lost} of "
+            f"{clips} held-out clips are not finite, and none has a score; lower it.",
+            drawn=True,
+        )
+    if invalid:
+        session.tracker.message(
+            f"{invalid} of {clips} held-out clips have no score, {lost} of them since their latents "
+            "or pixels are not finite; they are left out of the comparison"
+        )
+    if invalid == clips:
         raise UserError(
             f"rewards: no held-out clip has a valid score ({session.scorer.hint}); correct that."
         )
@@ -250,8 +330,10 @@ def finish(session: Session, before: Evaluation) -> dict[str, object]:
     after = evaluate_now(session)
     folder, tracker = session.recipe.run.dir, session.tracker
     compared = compare(before, after)
+    session.checkpoints.prune(session.progress)
     summary: dict[str, object] = {
         **compared,
+        "counts": session.progress.counts | {"steps_skipped": float(session.trainer.skipped)},
         "iterations": session.progress.iteration,
         "wall_seconds": session.progress.seconds,
         "ranks": session.world.size,

@@ -51,6 +51,7 @@ PARTS = (
     "grid",
     "jpeg",
 )
+WORSE_WHEN_HIGHER = ("flicker", "clipped", "grid")  # where they are monitors
 SEEN = 160  # longest side at which motion is measured, pixels
 FASTEST = 0.05  # share of the pixels that says how fast a clip is
 UNMOVED = 1e-3  # pixels of that size per frame: less than that is no motion to be jerky

@@ -10,7 +10,6 @@ resumes.
 """
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from fastgrpo.checkpoint import background, disk, identity, reader
 from fastgrpo.checkpoint.identity import Beginning
+from fastgrpo.checkpoint.progress import Progress as Progress
 from fastgrpo.checkpoint.reader import number, published
 from fastgrpo.checkpoint.stored_state import StoredState, ValuesWithoutCode
 from fastgrpo.core.config import Checkpoint
@@ -42,28 +42,6 @@ from fastgrpo.parallel.world import World
 from fastgrpo.training.trainer import Trainer
 
 T = TypeVar("T")
-HEADER_BYTES = 2048  # of each tensor in a part, and its entry in the metadata
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """The state of a run beside weights and optimizer state."""
-
-    iteration: int = 0  # iterations done
-    best_reward: float | None = None  # the highest mean training reward between two checkpoints
-    best: str | None = None  # the checkpoint that ended that span
-    rewards: tuple[float, ...] = ()  # of the iterations since the last checkpoint
-    seconds: float = 0.0  # of training, over all attempts
-    rollout_batch: int = 0  # rollout.batch_size where it was "auto"; 0 = the recipe has a number
-
-    def close_span(self, checkpoint: str) -> None:
-        """Note a checkpoint as the best where the mean reward since the last one is the highest."""
-        rewards = [reward for reward in self.rewards if math.isfinite(reward)]
-        if rewards:
-            mean = sum(rewards) / len(rewards)
-            if self.best_reward is None or mean > self.best_reward:
-                self.best_reward, self.best = mean, checkpoint
-        self.rewards = ()
 
 
 @dataclass(kw_only=True)
@@ -72,7 +50,7 @@ class Pending:
 
     path: Path
     progress: str  # JSON, as of the save
-    best: str | None
+    kept: set[str]  # checkpoints that are kept for what they are
     forget_best: Callable[[], None]  # for a save that fails: what is not there cannot be the best
     written: "Future[Any] | None"  # None: this rank's parts are written already
     problem: str | None = None  # what went wrong on this rank
@@ -134,7 +112,7 @@ class Checkpoints:
         )
         numbers = read_json(path / "progress.json", "checkpoint", "choose another run.dir")
         trainer.updates, trainer.skipped = numbers.pop("updates"), numbers.pop("skipped")
-        return Progress(**numbers | {"rewards": tuple(numbers["rewards"])})
+        return Progress.read(numbers)
 
     def _compare_with_noted(self, path: Path | None, damaged: Sequence[str]) -> None:
         """Compare the checkpoint to load with the newest that the run's folder notes.
@@ -168,23 +146,33 @@ class Checkpoints:
         """
         problem = self.finish()
         path = self.folder / f"step-{progress.iteration}"
+        if not trainer.all_finite(self.world):
+            return (
+                f"checkpoint {path.name}: the weights are not finite, so that it is not written; "
+                "lower optimizer.lr and go on from the checkpoint before."
+            )
         best_before = progress.best_reward, progress.best
 
         def forget_best() -> None:
             progress.best_reward, progress.best = best_before
+            progress.best_before = None
 
         progress.close_span(path.name)
         numbers = json.dumps(
             vars(progress) | {"updates": trainer.updates, "skipped": trainer.skipped}, indent=1
         )
         state = _state(trainer)
-        needed = _size(state, self.world.size)
+        needed = disk.bytes_of(state, self.world.size)
         lacking = self.world.on_main(lambda: disk.fresh(path.with_suffix(".partial"), needed))
         if lacking is not None:
             forget_best()
             return self._could_not(path, lacking)
         self._pending = pending = Pending(
-            path=path, progress=numbers, best=progress.best, forget_best=forget_best, written=None
+            path=path,
+            progress=numbers,
+            kept=progress.kept(self.settings.keep_best),
+            forget_best=forget_best,
+            written=None,
         )
         try:
             if self.settings.background:
@@ -308,12 +296,47 @@ class Checkpoints:
             flush(self.folder)
             if self.beginning is not None:
                 identity.note(self.folder.parent, self.beginning.run, path.name)
-            best = pending.best if self.settings.keep_best else None
-            disk.prune(self.folder, self.settings.keep, best)
+            # one may be all that draws well
+            disk.prune(self.folder, max(self.settings.keep, 2), pending.kept)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             return problem_of(error)
         return None
+
+    def prune(self, progress: Progress) -> None:
+        """Remove what was kept while no sample was drawn with the newest checkpoint."""
+        if self.world.main:
+            disk.prune(self.folder, self.settings.keep, progress.kept(self.settings.keep_best))
+
+    def newest_before(self, iteration: int) -> str | None:
+        """The newest checkpoint of fewer iterations, once any save under way has ended."""
+        self.finish()
+        return self.world.on_main(
+            lambda: next(
+                (path.name for path in published(self.folder) if number(path) < iteration), None
+            )
+        )
+
+    def reject(self, iteration: int) -> bool:
+        """Set the checkpoint of so many iterations aside: the samples of its weights are lost.
+
+        returns whether there was one
+        """
+        self.finish()
+        path = self.folder / f"step-{iteration}"
+
+        def set_aside() -> bool:
+            if not path.is_dir():
+                return False
+            disk.set_aside(path, path.with_suffix(".exploded"))
+            newest = self.newest()
+            if newest is None:
+                (self.folder / "latest").unlink(missing_ok=True)
+            else:
+                replace_text(self.folder / "latest", newest.name + "\n", on_disk=True)
+            return True
+
+        return self.world.on_main(set_aside)
 
     def _problem(self, path: Path) -> str | None:
         """The first problem of a checkpoint, whose files the ranks compare with the manifest."""
@@ -352,18 +375,3 @@ def _state(trainer: Trainer) -> dict[str, Any]:
         "optimizer": get_optimizer_state_dict(network, trainer.optimizer),
         "ema": trainer.ema,
     }
-
-
-def _size(state: dict[str, Any], ranks: int) -> int:
-    """Bytes that a checkpoint takes at most, about, with a header for each part of a tensor."""
-    tensors: list[torch.Tensor] = []
-
-    def walk(node: object) -> None:
-        if isinstance(node, torch.Tensor):
-            tensors.append(node)
-        elif isinstance(node, dict):
-            for value in node.values():
-                walk(value)
-
-    walk(state)
-    return sum(tensor.numel() * tensor.itemsize + ranks * HEADER_BYTES for tensor in tensors)

@@ -3,13 +3,17 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from fastgrpo.checkpoint.reader import published
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import problem_of, remove, sha256
 
+HEADER_BYTES = 2048  # of each tensor in a part, and its entry in the metadata
 SPARE_BYTES = 2**20  # left for the run's other files
 
 
@@ -26,6 +30,21 @@ def sweep(folder: Path) -> None:
             f"run.dir={folder.parent}: checkpoints cannot be kept there ({problem_of(error)}); "
             "correct or remove that."
         ) from None
+
+
+def bytes_of(state: Mapping[str, Any], ranks: int) -> int:
+    """Bytes that a checkpoint takes at most, about, with a header for each part of a tensor."""
+    tensors: list[Tensor] = []
+
+    def walk(node: object) -> None:
+        if isinstance(node, Tensor):
+            tensors.append(node)
+        elif isinstance(node, dict):
+            for value in node.values():
+                walk(value)
+
+    walk(state)
+    return sum(tensor.numel() * tensor.itemsize + ranks * HEADER_BYTES for tensor in tensors)
 
 
 def fresh(folder: Path, needed: int) -> str | None:
@@ -53,13 +72,13 @@ def hashes(files: Iterable[Path]) -> dict[str, tuple[int, str]]:
     return {file.name: (file.stat().st_size, sha256(file)) for file in files}
 
 
-def prune(folder: Path, keep: int, best: str | None) -> None:
-    """Remove all checkpoints but the newest ones and the best.
+def prune(folder: Path, keep: int, kept: Container[str]) -> None:
+    """Remove all checkpoints but the newest ones, and those that are kept for what they are.
 
     Renamed first: a half-removed folder must not look whole.
     """
     for path in published(folder)[keep:]:
-        if path.name != best:
+        if path.name not in kept:
             doomed = path.with_suffix(".partial")
             os.rename(path, doomed)
             remove(doomed)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fastgrpo.checkpoint import identity, provenance
+from fastgrpo.checkpoint import explosion, identity, provenance
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
@@ -61,6 +61,7 @@ def check_folder(recipe: Recipe, world: World) -> None:
         raise UserError(
             f"run.dir={folder}: holds a run already; choose another folder or run.resume=auto."
         )
+    explosion.check(recipe)
     identity.check(folder)
     _check_recipes(recipe)
     check_same_inputs(folder / "inputs.json", recipe)
@@ -113,10 +114,15 @@ def check_same_recipe(old: Recipe, new: Recipe, but: Sequence[str] = ()) -> None
     but: keys that may differ beside those that are free to change
     """
     before, now = _flat(old), _flat(new)
+    exploded = explosion.noted(new.run.dir)
+    after = {f"optimizer.{key}" for key in explosion.FREE} if exploded else set()
     differing = [
         f"{key}: {before.get(key)} -> {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _is_free(key) and not key.endswith(tuple(but))
+        if before.get(key) != now.get(key)
+        and not _is_free(key)
+        and key not in after
+        and not key.endswith(tuple(but))
     ]
     if differing:
         raise UserError(

@@ -113,6 +113,15 @@ def _run_keys(arguments: argparse.Namespace) -> None:
     print(config.describe())
 
 
+def shortfalls(summary: dict[str, object]) -> list[str]:
+    """Lines on what a run did not learn from, by the counts of its summary."""
+    from fastgrpo.run import alarms
+
+    counts, iterations = summary.get("counts"), summary["iterations"]
+    assert isinstance(iterations, int)
+    return alarms.shortfalls(counts if isinstance(counts, dict) else {}, iterations)
+
+
 def print_summary(summary: dict[str, object], folder: Path) -> None:
     """Print the held-out rewards before and after as a table."""
     from rich.console import Console
@@ -135,6 +144,8 @@ def print_summary(summary: dict[str, object], folder: Path) -> None:
         table.add_row(part, *("-" if value.endswith("nan") else value for value in values), bounds)
     console = Console()
     console.print(table)
+    for line in shortfalls(summary):
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(
         f"{summary['iterations']} iterations, {summary['wall_seconds']:.0f} s of training",
         highlight=False,

@@ -41,3 +41,12 @@ def blaming(where: str, file: Path, remedy: str) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":
             raise
         raise UserError(f"{where}: {described(error, file)}; {remedy}") from None
+
+
+class Exploded(UserError):
+    """Weights or gradients that are not finite any more: the run cannot go on from them."""
+
+    def __init__(self, message: str, drawn: bool) -> None:
+        """drawn: whether samples of the newest weights show it, not their gradients."""
+        super().__init__(message)
+        self.drawn = drawn

@@ -38,6 +38,7 @@ class Evaluation:
     scores: dict[str, list[float]]  # part -> one per clip, NaN where invalid
     weights: dict[str, float]
     clips: list[str]  # files, relative to the folder evaluation/, of the first prompts' first seed
+    not_finite: int = 0  # clips whose latents or pixels were not finite, which have no score
 
     @classmethod
     def read(cls, file: Path) -> "Evaluation":
@@ -137,6 +138,7 @@ def evaluate(
         scores={part: values.tolist() for part, values in scored.values.items()},
         weights=dict(recipe.weights),
         clips=[f"step-{iteration}/{number:03d}.mp4" for number in range(clips_kept)],
+        not_finite=int((~(scored.latents_finite & scored.pixels_finite)).sum()),
     )
     world.on_main(lambda: evaluation.write(folder / f"step-{iteration}.json"))
     return evaluation

@@ -5,12 +5,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastgrpo.core.config import Optimizer
-from fastgrpo.core.errors import UserError
+from fastgrpo.core.errors import Exploded
 from fastgrpo.core.policy import Policy
+from fastgrpo.parallel.world import World
 from fastgrpo.training.policies import Reference
 
 
@@ -90,12 +92,26 @@ class Trainer:
             self.skipped += 1
         self.optimizer.zero_grad(set_to_none=True)
         if self.skipped > self.settings.max_skipped:
-            raise UserError(
+            raise Exploded(
                 f"optimizer.max_skipped={self.settings.max_skipped}: {self.skipped} optimizer "
-                "steps had non-finite gradients; lower optimizer.lr or look for the reward or "
-                "sample that is not finite. The newest checkpoint is intact."
+                f"steps had non-finite gradients; lower optimizer.lr={self.settings.lr:g} or look "
+                "for the layer that overflows in model.dtype.",
+                drawn=False,
             )
         return norm
+
+    @torch.no_grad()
+    def all_finite(self, world: World) -> bool:
+        """Whether every rank's trained weights and their average are finite."""
+        trained = [p for p in self.policy.network.parameters() if p.requires_grad]
+        own = [
+            t.to_local() if isinstance(t, DTensor) else t for t in (*trained, *self.ema.values())
+        ]
+        every = [torch.isfinite(part).all() for part in own if part.numel()]
+        finite = torch.stack(every).all() if every else torch.tensor(True)
+        result = finite.float().to(world.device)
+        dist.all_reduce(result, dist.ReduceOp.MIN)
+        return bool(result)
 
     @torch.no_grad()
     def _move_average(self) -> None:

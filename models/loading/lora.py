@@ -23,6 +23,7 @@ from fastgrpo.algorithm import noise
 from fastgrpo.core.config import Lora
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replacing
+from fastgrpo.models.loading.weight_files import cast
 
 ATTENTION = (  # the names that diffusers' networks give the projections of their attention
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -158,14 +159,12 @@ def save_adapters(
     adapters = {}
     for name, value in state.items():
         if name.endswith(DOWN):
-            adapters[f"{part}.{name.removesuffix(DOWN)}.lora_A.weight"] = (
-                value.float().to("cpu", dtype).contiguous()
-            )
+            down = cast(name, value.float().cpu(), dtype).contiguous()
+            adapters[f"{part}.{name.removesuffix(DOWN)}.lora_A.weight"] = down
         elif name.endswith(UP):
             scaled = value.float() * (_alpha(settings) / settings.rank)
-            adapters[f"{part}.{name.removesuffix(UP)}.lora_B.weight"] = scaled.to(
-                "cpu", dtype
-            ).contiguous()
+            up = cast(name, scaled.cpu(), dtype).contiguous()
+            adapters[f"{part}.{name.removesuffix(UP)}.lora_B.weight"] = up
     if not adapters:
         raise UserError(
             f"{file}: the checkpoint has no adapters (lora.rank was 0); export the whole network."

@@ -120,3 +120,25 @@ def mapped(file: Path) -> dict[str, Tensor]:
         raise UserError(
             f"model.path: {file} cannot be read ({problem}); download that folder again."
         ) from None
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor [...] in another precision.
+
+    Raises UserError where a value is not finite there.
+    """
+    result = tensor.to(dtype)
+    if not (dtype.is_floating_point and tensor.numel()):
+        return result
+    if torch.isfinite(torch.stack(result.aminmax())).all():
+        return result
+    if not torch.isfinite(torch.stack(tensor.aminmax())).all():
+        raise UserError(
+            f"checkpoint: {name} is not finite: the weights are damaged or have exploded; choose "
+            "another --step."
+        )
+    kind = str(dtype).removeprefix("torch.")
+    raise UserError(
+        f"--dtype={kind}: {name} has values up to {tensor.abs().max().item():.3g}, which are "
+        f"infinite in {kind}; use --dtype {'float32' if dtype == torch.bfloat16 else 'bfloat16'}."
+    )

@@ -292,7 +292,7 @@ class Checkpoint(Section):
     every: Positive = 10
     """Iterations between checkpoints; the last iteration is always saved."""
     keep: Positive = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept, and one more until samples of the newest weights are scored."""
     keep_best: bool = True
     """Keep also the checkpoint with the best mean training reward since the one before."""
     background: bool = False

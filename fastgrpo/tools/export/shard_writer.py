@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import read_json
+from fastgrpo.models.loading.weight_files import cast
 
 WEIGHTS = "diffusion_pytorch_model"
 ADAPTERS = "pytorch_lora_weights.safetensors"
@@ -103,7 +104,7 @@ def write_file(file: Path, layout: Layout, read: Callable[[str], Tensor]) -> Non
         for name, (shape, dtype) in layout.items():
             tensor = read(name)
             assert tensor.shape == shape, name
-            flat = tensor.to(dtype).contiguous().reshape(-1)
+            flat = cast(name, tensor, dtype).contiguous().reshape(-1)
             stream.write(flat.view(torch.uint8).numpy().data)
 
 

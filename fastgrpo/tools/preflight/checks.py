@@ -18,7 +18,7 @@ from fastgrpo.tools.preflight import iteration, ranks, run_folder
 from fastgrpo.tools.preflight.finding import Finding, Parts
 from fastgrpo.tools.preflight.iteration import Iteration, Meter, Probe, noisy_plan, short
 from fastgrpo.tools.preflight.phases import Phase, measured
-from fastgrpo.tools.preflight.rewards import rewards
+from fastgrpo.tools.preflight.rewards import rewards, scoring, spread
 from fastgrpo.training.rollout import Plan
 
 QUICK_CLIPS = 2  # decoded and scored per rank
@@ -39,7 +39,7 @@ def quick(parts: Parts, say: Callable[[str], None]) -> None:
     done = iteration.run(parts, plan=plan, probe=probe, clips=QUICK_CLIPS, meter=meter)
     findings += judged(parts, done)
     for finding in findings:
-        if not finding.green:
+        if not finding.green or finding.yellow:
             say(f"preflight: {finding.line}")
     red = [finding for finding in findings if not finding.green]
     if red:
@@ -48,7 +48,7 @@ def quick(parts: Parts, say: Callable[[str], None]) -> None:
             f"run.preflight=true: red before training: {names} ({first.measured}); {first.remedy}; "
             "run.preflight=false trains all the same."
         )
-    names = ", ".join(finding.check for finding in findings if finding.green)
+    names = ", ".join(finding.check for finding in findings if not finding.yellow)
     say(f"preflight: green in {time.perf_counter() - start:.1f} s: {names}")
 
 
@@ -108,6 +108,7 @@ def judged(parts: Parts, done: Iteration) -> list[Finding]:
         iteration.ratio,
         iteration.gradients,
         iteration.decoding,
-        iteration.scoring,
+        scoring,
+        spread,
     )
     return [check(parts, done) for check in checks]

@@ -70,11 +70,14 @@ class Finding:
     check: str
     green: bool
     measured: str
-    remedy: str = ""  # what to do where it is red
+    remedy: str = ""  # what to do where it is red or yellow
+    yellow: bool = False  # green with a doubt, which ends no run
 
     @property
     def line(self) -> str:
         """The finding as one line for the user."""
+        if self.yellow:
+            return f"yellow {self.check}: {self.measured}; {self.remedy}"
         if self.green:
             return f"green  {self.check}: {self.measured}"
         return f"red    {self.check}: {self.measured}; {self.remedy}"

@@ -26,6 +26,7 @@ from fastgrpo.tools.preflight.finding import Finding, Parts, gathered, largest, 
 from fastgrpo.training import methods, rollout
 from fastgrpo.training.method import Experience
 from fastgrpo.training.rollout import Dealing, Drawn, Plan, SharedPrefix
+from fastgrpo.training.scoring.scorer import Scored
 from fastgrpo.training.trainer import Trainer
 from fastgrpo.training.update import MicroBatch, update
 
@@ -119,8 +120,8 @@ class Iteration:
     drawn: Drawn
     decoded: Decoded  # of this rank's part, which may be empty
     finite: bool  # whether the latents of all of `drawn` are
-    scored: int  # samples of all ranks
-    valid: int  # samples of these with a score
+    slots: list[int]  # of all ranks' samples that were scored
+    scores: Scored
     probe: Probe
     metrics: dict[str, float]
     micro_batches: list[float]  # seconds of each
@@ -164,7 +165,8 @@ def run(parts: Parts, plan: Plan, probe: Probe, clips: int | None, meter: Meter)
         if any(source.shares_device for source in parts.scorer.sources):
             _draw_and_decode(parts, plan, batch, own, meter)
     with meter.phase("reward"):
-        scored, valid = _collect(parts, [batch[row] for row in own])
+        scores = parts.scorer.collect(parts.total)
+    slots = [slot for rank in gathered([batch[row] for row in own], world) for slot in rank]
     selected = torch.zeros(parts.total, dtype=torch.bool)
     selected[[slot for members in batches for slot in members]] = True
     seconds: list[float] = []
@@ -189,8 +191,8 @@ def run(parts: Parts, plan: Plan, probe: Probe, clips: int | None, meter: Meter)
         drawn=drawn,
         decoded=decoded,
         finite=bool(torch.isfinite(drawn.final).all()),
-        scored=scored,
-        valid=valid,
+        slots=slots,
+        scores=scores,
         probe=probe,
         metrics=metrics,
         micro_batches=seconds,
@@ -237,13 +239,6 @@ def _submit(parts: Parts, slots: list[int], latents: Tensor, decoded: Decoded) -
     if slots:
         texts = [parts.texts[slot // parts.plan.group_size] for slot in slots]
         parts.scorer.submit(slots, latents, decoded, texts)
-
-
-def _collect(parts: Parts, slots: list[int]) -> tuple[int, int]:
-    """(all ranks' clips that were scored, and their number with a valid score)"""
-    scored = parts.scorer.collect(parts.total)
-    everyone = [slot for rank in gathered(slots, parts.world) for slot in rank]
-    return len(everyone), int(scored.valid[everyone].sum())
 
 
 def _comparable(parts: Parts) -> Objective:
@@ -298,15 +293,6 @@ def decoding(parts: Parts, done: Iteration) -> Finding:
         return Finding("decode", False, problem, remedy)
     message = f"{clips} clip{'s' * (clips > 1)} of {list(expected)}, finite, none of one colour"
     return Finding("decode", True, message)
-
-
-def scoring(parts: Parts, done: Iteration) -> Finding:
-    """Check that drawn clips get scores."""
-    invalid, limit = 1.0 - done.valid / done.scored, parts.recipe.server.max_invalid
-    message = f"{done.valid} of {done.scored} drawn clips have a score"
-    remedy = f"correct why clips of this form are refused ({parts.scorer.hint})"
-    green = invalid <= limit or (done.valid > 0 and done.scored < 8)
-    return Finding("scoring", green, message, remedy)
 
 
 def log_probabilities(parts: Parts, done: Iteration) -> Finding:

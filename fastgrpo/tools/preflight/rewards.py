@@ -1,4 +1,6 @@
-"""Preflight's check of the rewards: each must score its golden clip twice on every rank."""
+"""Preflight's checks of the rewards: golden clips score twice the same on every rank, drawn clips get
+scores, and those of one prompt differ.
+"""
 
 import math
 from collections.abc import Mapping
@@ -11,6 +13,7 @@ from fastgrpo.rewards.serving.handshake import GOLDEN_TOLERANCE
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.rewards.serving.loaded_reward import Served, golden_clip
 from fastgrpo.tools.preflight.finding import Finding, Parts, gathered
+from fastgrpo.tools.preflight.iteration import Iteration
 from fastgrpo.training.scoring.sources import Source
 
 Golden = Mapping[str, float | None]  # part -> score; None: the reward cannot judge the clip
@@ -134,3 +137,32 @@ def _moved(scores: Golden, other: Golden, tolerance: float) -> str | None:
 
 def _formatted(score: float | None) -> str:
     return "none" if score is None else f"{score:.6g}"
+
+
+def scoring(parts: Parts, done: Iteration) -> Finding:
+    """Check that drawn clips get scores."""
+    scored, valid = len(done.slots), int(done.scores.valid[done.slots].sum())
+    invalid, limit = 1.0 - valid / scored, parts.recipe.server.max_invalid
+    message = f"{valid} of {scored} drawn clips have a score"
+    remedy = f"correct why clips of this form are refused ({parts.scorer.hint})"
+    green = invalid <= limit or (valid > 0 and scored < 8)
+    return Finding("scoring", green, message, remedy)
+
+
+def spread(parts: Parts, done: Iteration) -> Finding:
+    """Compare the rewards of one prompt's clips: GRPO learns from their differences alone.
+
+    Yellow where none differ, as few clips may be equal by chance.
+    """
+    groups: dict[int, list[int]] = {}
+    for slot in done.slots:
+        if done.scores.valid[slot]:
+            groups.setdefault(slot // done.plan.group_size, []).append(slot)
+    compared = [members for members in groups.values() if len(members) > 1]
+    weights, least = parts.recipe.weights, parts.recipe.objective.min_spread
+    weighed = [own.double() for part, own in done.scores.values.items() if weights[part]]
+    differing = sum(any(own[members].std() >= least for own in weighed) for members in compared)
+    message = f"the rewards of {differing} of {len(compared)} prompts with several clips differ"
+    remedy = "equal rewards teach nothing: look at the rewards' options, or raise rollout.eta"
+    doubt = bool(compared) and not differing
+    return Finding("spread", True, message, remedy, yellow=doubt)

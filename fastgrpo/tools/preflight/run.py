@@ -49,7 +49,7 @@ def run(recipe: Recipe) -> bool:
 
         def tell(finding: Finding) -> None:
             if world.main:
-                style = "green" if finding.green else "bold red"
+                style = "yellow" if finding.yellow else "green" if finding.green else "bold red"
                 text = Text(finding.line, style=style)
                 console.print(text, soft_wrap=True)
 

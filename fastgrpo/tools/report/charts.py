@@ -155,15 +155,17 @@ def level_bars(
     return _svg(label, body, bottom + 24)
 
 
-def interval(low: float, mid: float, high: float, limits: tuple[float, float]) -> str:
-    """A small drawing for a table: a point with its interval, and a line at zero."""
+def interval(low: float, mid: float, high: float, limits: tuple[float, float], colour: str) -> str:
+    """A small drawing for a table: a point with its interval, and a line at zero.
+
+    colour: up, down or flat
+    """
     span = (limits[1] - limits[0]) or 1.0
 
     def px(value: float) -> float:
         return 8 + (value - limits[0]) / span * 144
 
     label = f"difference {mid:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
-    colour = "up" if low > 0 else "down" if high < 0 else "flat"
     return (
         f'<svg class="interval" viewBox="0 0 160 20" role="img" aria-label="{label}">'
         f'<line class="zero" x1="{px(0):.1f}" x2="{px(0):.1f}" y1="1" y2="19"/>'

@@ -18,6 +18,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
 from fastgrpo.data import video_reader
 from fastgrpo.data.video_reader import VideoError
+from fastgrpo.run import alarms
 from fastgrpo.run.terminal import duration
 from fastgrpo.tools.report.charts import Series, curves, interval, smoothing_width, stacked_bars
 from fastgrpo.tools.report.html import chart, legend, page, table
@@ -45,6 +46,11 @@ HEALTH = (
         "reward/invalid",
         "Samples without a valid score",
         "They are left out of the statistics and of the loss.",
+    ),
+    (
+        "update/groups_without_spread",
+        "Prompts without a spread",
+        "Their samples' rewards are equal, so that they teach nothing.",
     ),
     (
         "update/skipped",
@@ -129,22 +135,20 @@ def result(run: Run, done: int, of: str) -> str:
 
 
 def progress(run: Run) -> str:
-    """A banner where the run is not at its end."""
+    """Banners where the run is not at its end, and for what it did not learn from."""
     if run.comparison is None:
         begun = "This run is under way, or was stopped" if run.rows else "This run has just begun"
-        known = (
-            "the evaluation before training is here"
-            if run.evaluations
-            else "no evaluation is here yet"
-        )
+        here = "the evaluation before training" if run.evaluations else "no evaluation"
+        known = f"{here} is here" + ("" if run.evaluations else " yet")
         text = f"{begun}: {known}, the one after training is not. Write the report again later."
     elif run.compared_iterations < len(run.rows):
         text = (
             "This run has gone on since its last evaluation; the result above is the earlier one."
         )
     else:
-        return ""
-    return f'<p class="banner">{text}</p>'
+        text = ""
+    told = alarms.shortfalls(alarms.of_run(run.rows), len(run.rows))
+    return "".join(f'<p class="banner">{escape(line)}</p>' for line in (text, *told) if line)
 
 
 def held_out_table(run: Run) -> str:
@@ -157,20 +161,30 @@ def held_out_table(run: Run) -> str:
     rows = []
     for part, difference in comparison.difference.items():
         low, high = comparison.ci95[part]
-        gain = f'<span class="gain s-{comparison.verdict(part)}">{signed(difference)}</span>'
+        verdict = run.verdict(part)
+        gain = f'<span class="gain s-{verdict}">{signed(difference)}</span>'
         spread = f"{signed(low)} to {signed(high)}" if math.isfinite(low) else "-"
         drawing = (
-            interval(low, difference, high, limits)
+            interval(low, difference, high, limits=limits, colour=verdict)
             if math.isfinite(low + difference + high)
             else ""
         )
         values = number(comparison.before[part]), number(comparison.after[part])
-        rows.append([escape(part), *values, gain, spread, drawing])
+        rows.append([labelled(run, part), *values, gain, spread, drawing])
     heads = ["reward", "before", "after", "difference", "95 % interval", "dashed: no difference"]
     body = table(heads, rows, "Held-out rewards before and after training")
     note = "The same prompts and seeds before and after; none of the prompts was trained on."
+    if run.monitors:
+        note += " A monitor has weight 0: it was not trained on, and its rise is no gain."
     card = f'<p class="note">{note}</p><div class="card">{body}</div>'
     return f"<section><h2>Held-out rewards</h2>{card}</section>"
+
+
+def labelled(run: Run, part: str) -> str:
+    """A part's name as HTML, with what it is where it was not trained on."""
+    if part not in run.monitors:
+        return escape(part)
+    return f"{escape(part)} (monitor{': more is worse' if run.monitors[part] else ''})"
 
 
 def held_out_so_far(run: Run) -> str:
@@ -179,7 +193,7 @@ def held_out_so_far(run: Run) -> str:
         return ""
     shown = list({one.iteration: one for one in (run.evaluations[0], run.evaluations[-1])}.values())
     rows = [
-        [escape(part), *(number(one.means().get(part, math.nan)) for one in shown)]
+        [labelled(run, part), *(number(one.means().get(part, math.nan)) for one in shown)]
         for part in shown[0].scores
     ]
     body = table(["reward", *(when(one) for one in shown)], rows, "Held-out rewards so far")
@@ -276,7 +290,7 @@ def reward_curves(run: Run) -> str:
         held_out = Series("held-out", "before", x, y, marks=True)
         label = f"Reward {part} over {len(training.x)} iterations{_ends(training)}"
         entries = [(run.colour(part), "training"), ("before", "held-out")]
-        title = "Sum of the rewards" if part == "sum" else escape(part)
+        title = "Sum of the rewards" if part == "sum" else labelled(run, part)
         cards.append(
             chart(title, curves(label, [training, held_out]), legend(entries, open_=("held-out",)))
         )

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgrpo import rewards
+from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import load_json, null_to_nan, sha256
 from fastgrpo.run.rank_times import hosts_of
@@ -82,6 +84,34 @@ class Run:
             return int(tomllib.loads(self.recipe)["run"]["iterations"])
         except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError):
             return None
+
+    @property
+    def monitors(self) -> dict[str, bool]:
+        """The parts of weight 0, each with whether more of it is worse."""
+        found: dict[str, bool] = {}
+        try:
+            for spec in tomllib.loads(self.recipe).get("rewards", ()):
+                judge = RewardSpec.model_validate(spec)
+                worse = rewards.declared(judge, "WORSE_WHEN_HIGHER", ())
+                found |= {
+                    part: part in worse for part, weight in spec["weights"].items() if not weight
+                }
+        except (tomllib.TOMLDecodeError, ValueError, KeyError, TypeError, AttributeError):
+            return {}  # not a recipe of this version: nothing is known
+        return found
+
+    def verdict(self, part: str) -> Verdict:
+        """Whether a part's difference is good news ("up"), bad ("down"), or neither.
+
+        Of a monitor, which was not trained on, a rise is no gain; where more is worse, it is bad.
+        """
+        if self.comparison is None:
+            return "flat"
+        verdict = self.comparison.verdict(part)
+        if part not in self.monitors:
+            return verdict
+        turned: dict[Verdict, Verdict] = {"up": "down", "down": "up", "flat": "flat"}
+        return turned[verdict] if self.monitors[part] else "flat"
 
     @property
     def comparison(self) -> Comparison | None:

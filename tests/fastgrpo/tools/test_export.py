@@ -4,6 +4,7 @@ is never whole in memory on the way."""
 import errno
 import importlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +24,11 @@ from fastgrpo.checkpoint import reader
 from fastgrpo.checkpoint.reader import Weights
 from fastgrpo.cli import main as cli
 from fastgrpo.core import config
+from fastgrpo.core.config import Lora
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Prompt, stack
 from fastgrpo.models.loading import policies
+from fastgrpo.models.loading.lora import DOWN, UP, save_adapters
 from fastgrpo.tools.export import shard_writer
 from fastgrpo.tools.export.export import Export, export
 from fastgrpo.tools.sample.source import Asked, Snapshot, find
@@ -111,6 +114,28 @@ def test_split_keeps_order_and_gives_a_large_tensor_its_own_file() -> None:
         for name, count in zip("abcde", (5, 5, 30, 4, 1), strict=True)
     }
     assert shard_writer.split(layout, 40) == [["a", "b"], ["c"], ["d", "e"]]
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "told"),
+    [
+        (1e5, torch.float16, "--dtype=float16: w has values up to 1e+05, which are infinite in"),
+        (-3.4e38, torch.bfloat16, "--dtype=bfloat16: w has values up to 3.4e+38"),
+        (float("nan"), torch.float32, "checkpoint: w is not finite"),
+        (float("inf"), torch.float16, "checkpoint: w is not finite"),
+    ],
+)
+def test_a_value_that_a_cast_would_lose_is_named(
+    value: float, dtype: torch.dtype, told: str, tmp_path: Path
+) -> None:
+    tensor = torch.tensor([0.0, value, 1.0])
+    layout = {"w": (tensor.shape, dtype)}
+    with pytest.raises(UserError, match=re.escape(told)):
+        shard_writer.write_file(tmp_path / "w.safetensors", layout, lambda name: tensor)
+    state = {f"w{DOWN}": tensor[:2].reshape(1, 2), f"w{UP}": tensor.reshape(3, 1)}
+    with pytest.raises(UserError, match=re.escape(told.replace("w ", f"w{DOWN} "))):
+        save_adapters(state, tmp_path / "a.safetensors", "unet", Lora(rank=1), dtype)
+    assert not (tmp_path / "a.safetensors").exists()
 
 
 def test_mixed_dtypes_and_odd_shapes_read_back(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ EVERYTHING = (
     "gradients",
     "decode",
     "scoring",
+    "spread",
 )
 
 
@@ -217,6 +218,18 @@ def test_the_command_leaves_nothing_behind(
     assert out.count("green  ") == 13 and out.rstrip().endswith("preflight: all green")
     assert "seconds and peak memory" in out
     assert not list(tmp_path.iterdir())
+
+
+def test_equal_rewards_are_yellow_and_end_no_run(tmp_path: Path) -> None:
+    """The motion of images is 0."""
+    image = ["video.frames=1", "run.preflight=true", "rollout.batch_size=4"]
+    motion = "rewards=[{name='video_stats',where='process',weights={motion=1.0}}]"
+    said = runs.succeed(tmp_path / "run", [*runs.SMALLER, *image, motion])
+    told = (
+        "preflight: yellow spread: the rewards of 0 of 1 prompts with several clips differ; equal"
+    )
+    assert told in said and "preflight: green in" in said
+    assert "the run learned nothing" in said.replace("\n", " ")
 
 
 def test_training_ends_before_its_first_evaluation_where_a_line_is_red(

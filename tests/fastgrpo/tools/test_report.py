@@ -271,6 +271,29 @@ def test_a_result_within_its_interval_is_not_called_a_gain(tmp_path: Path) -> No
     assert "did not measurably change" in Page(write_report(run).read_text()).words
 
 
+def test_a_monitor_is_marked_and_its_rise_is_no_gain(tmp_path: Path) -> None:
+    """Here all parts have risen by more than their intervals."""
+    run = fake_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    for name in ("before", "after", "difference", "ci95"):
+        values = summary[name]
+        summary[name] = {"sum": values["sum"], "VQ": values["VQ"]}
+        summary[name] |= {"grid": values["MQ"], "jpeg": values["TA"]}
+    (run / "summary.json").write_text(json.dumps(summary))
+    with (run / "recipe.toml").open("a") as file:
+        file.write('[[rewards]]\nname = "a"\nweights = { VQ = 1.0 }\n')
+        file.write('[[rewards]]\nname = "video_stats"\nweights = { grid = 0.0, jpeg = 0.0 }\n')
+    page = write_report(run).read_text()
+    for name, verdict in (
+        ("VQ", "up"),
+        ("grid (monitor: more is worse)", "down"),
+        ("jpeg (monitor)", "flat"),
+    ):
+        row = page.partition(f">{name}</th>")[2].partition("</tr>")[0]
+        assert f"gain s-{verdict}" in row and f's-{verdict} stroke"' in row, name
+    assert "weight 0: it was not trained on" in page
+
+
 def test_a_result_of_one_prompt_has_no_interval(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())

@@ -20,7 +20,7 @@ from fastgrpo.cli import main as cli
 from fastgrpo.cli import serve
 from fastgrpo.core import config
 from fastgrpo.core.config import Objective, RewardSpec
-from fastgrpo.core.errors import UserError
+from fastgrpo.core.errors import Exploded, UserError
 from fastgrpo.core.policy import Decoded
 from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.parallel.world import World
@@ -30,7 +30,7 @@ from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.rewards.serving.loaded_reward import Served
 from fastgrpo.train import check_validity, reward_metrics
 from fastgrpo.training.scoring.scorer import Scored, Scorer, union_length
-from fastgrpo.training.scoring.sources import open_rewards
+from fastgrpo.training.scoring.sources import NoScores, open_rewards
 from tests.harness import runs
 from tests.harness.servers import TOKEN, running
 
@@ -449,6 +449,20 @@ def test_too_many_samples_without_a_score_end_the_run() -> None:
         r"\(see x\.log\)",
     ):
         check_validity(settings, scored_as(torch.arange(10) >= 3), 7, "see x.log")
+
+
+def test_samples_that_are_not_finite_are_named_as_what_they_are() -> None:
+    settings = config.load(runs.RECIPE, ["server.max_invalid=0.2", "optimizer.lr=7.0"])
+    some = torch.arange(10) >= 3
+    lost = replace(scored_as(some), latents_finite=some, pixels_finite=some)
+    with pytest.raises(
+        Exploded, match=r"optimizer\.lr=7: the weights have exploded: the latents of"
+    ):
+        check_validity(settings, lost, 7, "")
+    with pytest.raises(Exploded, match=r"the pixels of 30% of the samples of iteration 8"):
+        check_validity(settings, replace(lost, latents_finite=torch.ones(10) > 0), 7, "")
+    with pytest.raises(NoScores, match=r"model\.dtype=float32: before any training the latents"):
+        check_validity(settings, lost, 0, "")
 
 
 @pytest.mark.parametrize("where", ["process", "server"])
