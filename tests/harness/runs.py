@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from fastgrpo.core.files import sha256
 from tests import ROOT
 from tests.harness import forks
 
@@ -92,6 +93,15 @@ def complaint(folder: Path, overrides: Sequence[str] = (), run: Run = forked) ->
     lines = [line for line in result.stderr.splitlines() if line.startswith("fastgrpo: ")]
     assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
     return lines[0]
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """Have a checkpoint's manifest vouch for the files that are there now."""
+    if not (checkpoint / "progress.json").exists():
+        (checkpoint / "progress.json").write_text("{}")
+    files = [file for file in checkpoint.iterdir() if file.name != "manifest.json"]
+    entries = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
+    (checkpoint / "manifest.json").write_text(json.dumps(entries))
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

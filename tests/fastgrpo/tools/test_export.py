@@ -222,7 +222,7 @@ def big_run(folder: Path) -> int:
     state = {name: torch.full(tensor.shape, 0.5) for name, tensor in network.state_dict().items()}
     checkpoint = folder / "run" / "checkpoints" / "step-1"
     dcp.save({"model": state}, checkpoint_id=checkpoint, no_dist=True)
-    (checkpoint / "manifest.json").write_text("{}")
+    runs.write_manifest(checkpoint)
     recipe = (
         runs.RECIPE.read_text()
         .replace("../data/tiny_hunyuan_video", str(base))
@@ -272,7 +272,7 @@ def test_every_familys_export_is_its_pipeline(family: str, tmp_path: Path) -> No
     state = {name: 1.5 * tensor.detach() for name, tensor in network.state_dict().items()}
     checkpoint = tmp_path / "run" / "checkpoints" / "step-1"
     dcp.save({"model": state}, checkpoint_id=checkpoint, no_dist=True)
-    (checkpoint / "manifest.json").write_text("{}")
+    runs.write_manifest(checkpoint)
     (tmp_path / "run" / "recipe.toml").write_text(recipe.to_toml())
     export(Export(tmp_path / "run", tmp_path / "exported"))
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "exported")
@@ -302,7 +302,7 @@ def test_the_code_of_a_card_loads_the_network_that_was_trained(tmp_path: Path) -
     state = {name: p.detach() + 0.1 for name, p in network.named_parameters() if p.requires_grad}
     checkpoint = tmp_path / "run" / "checkpoints" / "step-1"
     dcp.save({"model": state}, checkpoint_id=checkpoint, no_dist=True)
-    (checkpoint / "manifest.json").write_text("{}")
+    runs.write_manifest(checkpoint)
     (tmp_path / "run" / "recipe.toml").write_text(recipe.to_toml())
     kinds: tuple[Literal["apart", "merged"], ...] = ("apart", "merged")
     for kind in kinds:
@@ -355,7 +355,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = folder / "checkpoints" / "step-5"
     ema = {name: 0.5 * tensor for name, tensor in state.items()}
     dcp.save({"model": state, "ema": ema}, checkpoint_id=checkpoint, no_dist=True)
-    (checkpoint / "manifest.json").write_text("{}")
+    runs.write_manifest(checkpoint)
     (folder / "recipe.toml").write_text(recipe.to_toml())
     return folder
 
