@@ -94,7 +94,7 @@ def check(folder: Path) -> None:
         if carried.run != known:
             raise UserError(
                 f"run.dir={folder}: checkpoints/{path.name} is of another run ({carried.run}) than "
-                f"{first} ({known}); move it out of the folder, or choose another run.dir."
+                f"{first} ({known}); move it out of the folder, or remove {OWN} where that was edited."
             )
 
 

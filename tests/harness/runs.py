@@ -95,6 +95,15 @@ def complaint(folder: Path, overrides: Sequence[str] = (), run: Run = forked) ->
     return lines[0]
 
 
+def write_manifest(checkpoint: Path) -> None:
+    """Have a checkpoint's manifest vouch for the files that are there now."""
+    if not (checkpoint / "progress.json").exists():
+        (checkpoint / "progress.json").write_text("{}")
+    files = [file for file in checkpoint.iterdir() if file.name != "manifest.json"]
+    entries = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
+    (checkpoint / "manifest.json").write_text(json.dumps(entries))
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

@@ -11,9 +11,11 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -39,12 +41,45 @@ ROLLOUT, UPDATE, SAVE, LOAD = (
     "fastgrpo.checkpoint.checkpoints:Checkpoints.load",
 )
 KEPT = 2
+KILLS = int(os.environ.get("FASTGRPO_KILLS", "0"))
+"""How many kills, over torchrun and the reward server too; 0: the thirty of every suite."""
+SERVED = tuple(entry for entry in RUN if not entry.startswith("rewards"))
 
 
-def moments(chance: random.Random) -> list[tuple[str, InFile | InCall | None, int]]:
-    """Thirty kills in random order: (what for a person, the moment or none for one from outside,
-    the rank).
-    """
+@dataclass(frozen=True)
+class Outside:
+    """A kill from outside, some time after an iteration has ended."""
+
+    whom: Literal["all", "parent", "server, then parent"]
+    served: bool = False  # whether a reward server runs beside the first rank
+    torchrun: bool = False  # the real one, with imports of its own
+
+
+Kill = tuple[str, InFile | InCall | Outside, int]
+"""What for a person, the moment, the rank."""
+
+
+def storm(chance: random.Random) -> list[Kill]:
+    """As many kills as are wanted."""
+    if not KILLS:
+        return moments(chance)
+    kills: list[Kill] = []
+    while len(kills) < KILLS:
+        more: list[Kill] = [
+            ("all and the server", Outside("all", served=True), 0),
+            ("the server, then the parent", Outside("server, then parent", served=True), 0),
+            ("torchrun", Outside("parent", served=True, torchrun=True), 0),
+            ("all of torchrun", Outside("all", served=True, torchrun=True), 0),
+            ("torchrun's server", Outside("server, then parent", served=True, torchrun=True), 0),
+        ]
+        several = [*moments(chance), *more, *more]
+        chance.shuffle(several)
+        kills += several
+    return kills[:KILLS]
+
+
+def moments(chance: random.Random) -> list[Kill]:
+    """Thirty kills in random order."""
     step = r"/checkpoints/step-\d+"
     files = {
         "save, before the folder": InFile(rf"mkdir .*{step}\.partial"),
@@ -65,9 +100,7 @@ def moments(chance: random.Random) -> list[tuple[str, InFile | InCall | None, in
         "prune, before the rename": InFile(rf"rename .*{step} .*{step}\.partial$"),
         "prune, half removed": InFile(r"remove __1_0\.distcp", chance.randint(1, 2)),
     }
-    found: list[tuple[str, InFile | InCall | None, int]] = [
-        (name, moment, 0) for name, moment in files.items()
-    ]
+    found: list[Kill] = [(name, moment, 0) for name, moment in files.items()]
     found.append(("save, second rank's part", InFile(rf"write .*{step}\.partial/__1_0\.distcp"), 1))
     found.append(
         ("publish, second rank hashes", InFile(rf"read .*{step}\.partial/__1_0\.distcp"), 1)
@@ -81,28 +114,58 @@ def moments(chance: random.Random) -> list[tuple[str, InFile | InCall | None, in
         for turn in range(times):
             count = 1 if function is LOAD else chance.randint(1, 3 if function is not SAVE else 1)
             found.append((name, InCall(function, count, chance.uniform(0.0, longest_s)), turn % 2))
-    found += [("all from outside", None, 0)] * 2 + [("the parent of the ranks", None, 1)] * 2
+    found += [("all from outside", Outside("all"), 0)] * 2
+    found += [("the parent of the ranks", Outside("parent"), 0)] * 2
     chance.shuffle(found)
     return found
 
 
 def begin(
-    folder: Path, moment: InFile | InCall | None, rank: int, background: bool
-) -> forks.Started:
+    folder: Path, moment: InFile | InCall | Outside, rank: int, background: bool
+) -> "forks.Started | subprocess.Popen[bytes]":
+    outside = moment if isinstance(moment, Outside) else None
     settings = [
-        *RUN,
+        *(SERVED if outside and outside.served else RUN),
         "run.iterations=1000",
         f"checkpoint.keep={KEPT}",
         f"checkpoint.background={background}",
     ]
+    output, errors = folder.with_suffix(".out"), folder.with_suffix(".err")
+    if outside and outside.torchrun:
+        return by_torchrun(folder, settings, output, errors)
     return forks.start(
         "fastgrpo.cli",
         arguments=runs.arguments(folder, settings),
         ranks=2,
-        output=folder.with_suffix(".out"),
-        errors=folder.with_suffix(".err"),
-        first=chaos.mine(moment, rank) if moment else None,
+        output=output,
+        errors=errors,
+        first=None if isinstance(moment, Outside) else chaos.mine(moment, rank),
     )
+
+
+def by_torchrun(
+    folder: Path, settings: Sequence[str], output: Path, errors: Path
+) -> "subprocess.Popen[bytes]":
+    """Start the real command line of two ranks."""
+    with output.open("wb") as out, errors.open("wb") as err:
+        return subprocess.Popen(
+            runs.command(folder, settings, ranks=2),
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+            stdout=out,
+            stderr=err,
+        )
+
+
+def kill_from_outside(pid: int, moment: Outside) -> list[int]:
+    """Kill whom is meant.  returns the processes that must be gone then"""
+    below = descendants(pid)
+    if moment.whom == "server, then parent":
+        kill([other for rank in children(pid) for other in children(rank)])
+        time.sleep(0.3)
+    kill([pid, *below] if moment.whom == "all" else [pid])
+    return [*below, *descendants(pid)]
 
 
 def lines(folder: Path) -> int:
@@ -153,24 +216,24 @@ def gone(pids: list[int]) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(900 + 60 * KILLS)
 def test_thirty_kills_end_with_the_weights_of_the_undisturbed_run(tmp_path: Path) -> None:
     calm, stormy = tmp_path / "calm", tmp_path / "stormy"
     chance = random.Random(0)
     seen: dict[int, dict[str, str]] = {}
     before: dict[int, dict[str, str]] = {}
-    storm = moments(chance)
-    assert len(storm) == 30
-    for name, moment, rank in storm:
+    kills = storm(chance)
+    assert len(kills) == (KILLS or 30)
+    for name, moment, rank in kills:
         process = begin(stormy, moment, rank, background=chance.random() < 0.5)
         below: list[int] = []
-        if moment is None:
+        outside = isinstance(moment, Outside)
+        if isinstance(moment, Outside):
             already = lines(stormy)
             until(partial(grown, stormy, already), "no iteration")
             time.sleep(chance.uniform(0.0, 0.5))
-            below = descendants(process.pid)
-            kill([process.pid] if rank else [process.pid, *below])
-        assert process.wait(runs.LIMIT) == (1 if moment else -signal.SIGKILL), name
+            below = kill_from_outside(process.pid, moment)
+        assert process.wait(runs.LIMIT) == (-signal.SIGKILL if outside else 1), name
         until(partial(gone, below), f"{name}: a rank is left")
         after = chaos.published(stormy)
         newest = max(before, default=0)

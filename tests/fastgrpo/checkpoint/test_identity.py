@@ -12,7 +12,7 @@ from fastgrpo.checkpoint import identity, reader
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.files import only_run_in, sha256
+from fastgrpo.core.files import only_run_in
 from fastgrpo.train import train
 from tests.harness import runs
 
@@ -35,13 +35,6 @@ def run(kept: Path, tmp_path: Path) -> Path:
     """A copy of it, to damage."""
     shutil.copytree(kept, tmp_path / "run")
     return tmp_path / "run"
-
-
-def correct_manifest(checkpoint: Path) -> None:
-    """Give a checkpoint's files the hashes that they have now."""
-    files = [file for file in checkpoint.iterdir() if file.name != "manifest.json"]
-    entries = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
-    (checkpoint / "manifest.json").write_text(json.dumps(entries))
 
 
 def test_each_checkpoint_carries_the_run_and_what_it_began_with(kept: Path) -> None:
@@ -124,7 +117,7 @@ def test_checkpoints_of_a_version_without_identities_load(
     (run / "identity.json").unlink()
     for checkpoint in reader.published(run / "checkpoints"):
         (checkpoint / "run.json").unlink()
-        correct_manifest(checkpoint)
+        runs.write_manifest(checkpoint)
     assert train(recipe(run, "run.iterations=3")) is not None
     assert "resumed from checkpoint step-2" in capsys.readouterr().out
     newest = reader.published(run / "checkpoints")[0]

@@ -16,7 +16,6 @@ from fastgrpo.checkpoint import reader
 from fastgrpo.checkpoint.stored_state import StoredState, ValuesWithoutCode
 from fastgrpo.cli.main import main
 from fastgrpo.core.errors import UserError
-from tests.fastgrpo.checkpoint.test_identity import correct_manifest
 from tests.harness import runs
 
 
@@ -61,7 +60,7 @@ def test_code_in_the_metadata_of_a_foreign_run_is_not_run(
         metadata = pickle.load(file)
     metadata.planner_data["x"] = RunsCode(trace)
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
-    correct_manifest(checkpoint)
+    runs.write_manifest(checkpoint)
     arguments = {
         "export": ["export", str(run), str(tmp_path / "out")],
         "sample": ["sample", str(run), "--out", str(tmp_path / "out")],
@@ -100,6 +99,6 @@ def test_code_in_a_value_beside_the_tensors_is_not_run(tmp_path: Path) -> None:
 def test_a_place_outside_the_folder_is_refused(run: Path) -> None:
     file = run / "checkpoints" / "step-1" / ".metadata"
     file.write_bytes(file.read_bytes().replace(b"__0_0.distcp", b"../../x.dist"))
-    correct_manifest(file.parent)
+    runs.write_manifest(file.parent)
     with pytest.raises(UserError, match=r"names the file '../../x.dist', which is not in its"):
         reader.find(run, "newest")

@@ -1,6 +1,5 @@
 """Which rank is slow, dead or hung, where, and what memory each phase took."""
 
-import errno
 import json
 import os
 import signal
@@ -405,26 +404,37 @@ def test_a_heartbeat_tells_phase_place_and_end(tmp_path: Path) -> None:
     assert (tmp_path / "heartbeats" / "rank-0").stat().st_size == heartbeat.SIZE
 
 
-def test_no_disk_no_matter(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "pwrite", full)
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "rank-0.jsonl").symlink_to("/dev/full")
-    with HeartbeatWriter(tmp_path, 0, 1, interval_s=0.02) as heart:
+def test_no_disk_no_folder_no_matter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "no folder").touch()
+    (tmp_path / "logs" / "rank-0.jsonl").mkdir(parents=True)
+    with HeartbeatWriter(tmp_path / "no folder", 0, 1, interval_s=0.02) as heart:
         time.sleep(0.1)
         heart.enter("update")
     assert heart.written == 0
     log = RankLog(tmp_path, 0)
     log.append({"iteration": 0})
     log.append({"iteration": 1})
-    assert (
-        capsys.readouterr().err.count("No space left on device; training goes on without that log")
-        == 1
-    )
+    assert capsys.readouterr().err.count("Is a directory; training goes on without that log") == 1
+
+
+@pytest.mark.parametrize("in_the_way", ["a file", "a link to a file", "a link to nothing"])
+def test_nothing_that_lies_in_the_way_is_written_through(in_the_way: str, tmp_path: Path) -> None:
+    """Heartbeats take the place of it; the log of a rank goes without."""
+    outside, run = tmp_path / "outside", tmp_path / "run"
+    for place in (run / "heartbeats" / "rank-0", run / "logs" / "rank-0.jsonl"):
+        place.parent.mkdir(parents=True)
+        if in_the_way == "a file":
+            place.touch()
+        else:
+            place.symlink_to(outside)
+    if in_the_way == "a link to a file":
+        outside.write_text("kept")
+    with HeartbeatWriter(run, 0, 1, interval_s=0.02) as heart:
+        RankLog(run, 0).append({"rank": 0, "host": "n1"})
+    assert heart.written and [beat.rank for beat in heartbeat.read(run)] == [0]
+    assert hosts_of(run) == ({0: "n1"} if in_the_way == "a file" else {})
+    assert outside.exists() == (in_the_way == "a link to a file")
+    assert not outside.exists() or outside.read_text() == "kept"
 
 
 def test_a_log_cut_off_by_a_kill_goes_on_in_a_line_of_its_own(tmp_path: Path) -> None:

@@ -8,13 +8,16 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors import safe_open
 
 from fastgrpo.cli import main as cli
 from fastgrpo.core import config
@@ -146,6 +149,50 @@ def test_a_damaged_part_alone_is_made_again(calm: Path, tmp_path: Path) -> None:
     after = stamps(tmp_path / "run")
     assert {name for name in after if after[name] != before[name]} == {part.name}
     assert files(tmp_path / "run") == files(calm)
+
+
+def one_bit(part: Path) -> None:
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+
+
+def shifted_by_one_prompt(part: Path) -> None:
+    with safe_open(part, framework="pt") as stored:
+        about, names = stored.metadata(), list(stored.keys())
+        first = min(int(name.partition(".")[0]) for name in names)
+        count = len({name.partition(".")[0] for name in names})
+        moved = {}
+        for name in names:
+            index, _, rest = name.partition(".")
+            moved[f"{first + (int(index) + 1 - first) % count}.{rest}"] = stored.get_tensor(name)
+    part.write_bytes(safetensors.torch.save(moved, about))
+
+
+def another_part(part: Path) -> None:
+    for ending in (".safetensors", ".sha256"):
+        shutil.copyfile(part.with_name(f"part-00001{ending}"), part.with_suffix(ending))
+
+
+def no_hash(part: Path) -> None:
+    part.with_suffix(".sha256").unlink()
+
+
+@pytest.mark.parametrize("damage", [one_bit, shifted_by_one_prompt, another_part, no_hash])
+def test_a_part_that_is_not_what_was_written_is_made_anew_and_told(
+    damage: Callable[[Path], None], calm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(calm, tmp_path / "run")
+    folder = tmp_path / "run" / "embeddings"
+    damage(folder / "part-00002.safetensors")
+    encode(recipe(tmp_path / "run", calm / f"prompts_{MANY}.txt"))
+    assert (
+        f"prompts.cache={folder}: part-00002.safetensors: not what was written for these prompts, "
+        "made anew" in capsys.readouterr().out
+    )
+    assert files(tmp_path / "run") == files(calm)
+    checked = subprocess.run(["sha256sum", "--check", *sorted(folder.glob("*.sha256"))], cwd=folder)
+    assert checked.returncode == 0
 
 
 def test_a_full_disk_is_one_line_and_leaves_only_whole_parts(
