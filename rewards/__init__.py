@@ -3,7 +3,8 @@
 The folder is the registry.
 A file `rewards/<name>.py` with a function `load(spec) -> Reward` is the reward `<name>`; adding one
 edits no other file. Where the reward cannot judge short clips, the file says so by
-`LEAST_FRAMES = 2` at its top.
+`LEAST_FRAMES = 2` at its top; `PARTS` names what it scores, and `check_spec(spec)` raises UserError for
+settings and files with which it could not load.
 common/ holds what several rewards share, networks/ what they look with, serving/ the way of scores
 between processes. Nothing here imports torch before a reward is loaded. Read `tiny_world.py` first,
 a reward without weights.
@@ -60,15 +61,32 @@ def least_frames(name: str) -> int:
     return int(declared(name, "LEAST_FRAMES", 1))
 
 
+def parts(name: str) -> tuple[str, ...] | None:
+    """The parts that a reward scores: PARTS in its file. None: its file does not say."""
+    found: tuple[str, ...] | None = declared(name, "PARTS", None)
+    return found
+
+
+def check_settings(spec: RewardSpec) -> None:
+    """Raise UserError for a setting, or a file named in one, with which `load` would fail.
+
+    A file with a function `check_spec(spec)` does so; no weights are read.
+    """
+    check(spec.name)
+    if spec.name in registry.names(FOLDER, "check_spec"):
+        importlib.import_module(f"fastgrpo.rewards.{spec.name}").check_spec(spec)
+
+
 def plain(name: str) -> RewardSpec:
     """A reward with all settings at their defaults, as one that has no weights needs."""
     return RewardSpec(name=name, weights={})
 
 
-def check(name: str) -> None:
-    """Raise UserError where there is no such reward."""
+def check(name: str, where: str = "reward") -> None:
+    """Raise UserError where there is no such reward.  where: the key or option that names it"""
     if name not in known():
         raise UserError(
-            f"reward='{name}': no such reward; use one of {', '.join(known())}, "
+            f"{where}='{name}': no such reward.{registry.nearest(name, known())} Use one of "
+            f"{', '.join(known())}, "
             f"or add rewards/{name}.py with a function load(spec) -> Reward"
         )

@@ -7,7 +7,8 @@ statements that those need.
 """
 
 import ast
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ def names(folder: Path, entry: str) -> tuple[str, ...]:
     return tuple(
         file.stem for file in sorted(folder.glob("[!_]*.py")) if entry in _definitions(file)
     )
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A question after the name that was meant, such as " Did you mean flux?"; empty: none is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def top_level(file: Path) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fastgrpo.core.config import Distributed
+from fastgrpo.core.config import Distributed, paths
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import (
     OneRankError,
@@ -100,7 +100,8 @@ class World:
     def on_main(self, action: Callable[[], T]) -> T:
         """What `action` returns on the main rank, on every rank; its error ends every rank.
 
-        A UserError is raised unchanged, and a full disk as a UserError. Of any other error the
+        A UserError is raised unchanged, and a full disk or a path that cannot be read or written
+        as a UserError. Of any other error the
         other ranks learn only its class.
         """
         result: T | Exception | None = None
@@ -108,7 +109,7 @@ class World:
             try:
                 result = action()
             except OSError as error:
-                result = no_space(error.filename) if error.errno in DISK_FULL else error
+                result = _mistake(error) or error
             except Exception as error:
                 result = error
         payload: list[T | Exception | None] = [result]
@@ -121,7 +122,7 @@ class World:
         return outcome  # type: ignore[return-value]
 
     def run_on_all_ranks(self, action: Callable[[], T]) -> T:
-        """What `action` returns on this rank; any rank's UserError or full disk ends every rank.
+        """What `action` returns on this rank; any rank's UserError, also of a path, ends every rank.
 
         The action must not communicate with other ranks, which may fail before they answer.
         """
@@ -131,9 +132,9 @@ class World:
         except UserError as error:
             mistake = error
         except OSError as error:
-            if error.errno not in DISK_FULL:
+            mistake = _mistake(error)
+            if mistake is None:
                 raise
-            mistake = no_space(error.filename)
         self.raise_if_any_failed(mistake)
         return result  # type: ignore[return-value]
 
@@ -149,6 +150,13 @@ class World:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         dist.barrier()
+
+
+def _mistake(error: OSError) -> UserError | None:
+    """The line for a full disk or an impossible path; None: an error of another kind."""
+    if error.errno in DISK_FULL:
+        return no_space(error.filename)
+    return paths.refusal(error, {})
 
 
 def no_space(file: str | None) -> UserError:

@@ -4,9 +4,9 @@ Every field says its unit and what it does. An unknown key is an error that name
 combination that cannot work is an error that names the remedy. `Recipe.to_toml` prints what a run
 really used.
 
-Paths: in the file, a value that starts with `./` or `../` is relative to the file, so that a recipe
+Paths: in the file, a path that starts with `./` or `../` is relative to the file, so that a recipe
 works from any folder; in an override it is relative to where the command is typed, as is `run.dir`
-always.
+always. `~` and `$NAME` stand for what a shell makes of them.
 """
 
 import math
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field
+
+from fastgrpo.core.config.paths import PATH, LocalOrHub, LocalPath
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +36,7 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    dir: Path
+    dir: Annotated[Path, PATH]
     """Folder of the run; everything that the run writes lies in it."""
     iterations: Positive
     """Iterations of Algorithm 1; one iteration = one rollout and its optimizer steps."""
@@ -57,10 +59,10 @@ class Run(Section):
 class Model(Section):
     family: str
     """A file of models/: flux, hunyuan_video, skyreels_i2v, stable_diffusion, wan."""
-    path: str
-    """Folder in the diffusers layout (or a hub id): transformer/ or unet/, vae/, text_encoder/,
-    scheduler/, ..."""
-    network: str | None = None
+    path: LocalOrHub
+    """Folder in the diffusers layout, or a hub id, NAME or NAME@REVISION: transformer/ or unet/,
+    vae/, text_encoder/, scheduler/, ..."""
+    network: LocalOrHub | None = None
     """Folder or hub id with the network alone, where it is not in `path` (SkyReels over
     HunyuanVideo's other parts)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -114,9 +116,9 @@ class Video(Section):
 
 
 class Prompts(Section):
-    train: str
+    train: LocalPath
     """Prompts: .txt with one per line (UTF-8), or .jsonl, .csv, .parquet with named columns."""
-    heldout: str | None = None
+    heldout: LocalPath | None = None
     """Prompts of the evaluation before and after; no prompt of `train` may occur. None: take
     heldout_share of `train`."""
     heldout_share: Fraction = 0.05
@@ -145,7 +147,7 @@ class Prompts(Section):
     """A row without text or with an unreadable image ends the run, or is left out and counted."""
     limit: Positive | None = None
     """At most this many prompts of `train`: the first ones that are kept."""
-    cache: Path | None = None
+    cache: Annotated[Path, PATH] | None = None
     """Folder of the prompts' conditions, which runs may share; None: embeddings/ in the run's
     folder."""
 
@@ -269,8 +271,8 @@ class RewardSpec(Section):
     urls: tuple[str, ...] = ()
     """Running servers that hold this reward; None: those of server.urls, or the one started beside
     the trainer."""
-    path: str | None = None
-    """File or folder of the reward's weights, where it has any."""
+    path: LocalOrHub | None = None
+    """File or folder of the reward's weights, or a hub id, where it has any."""
     device: str = "auto"
     """Device of its weights, such as cuda:1; auto = the GPU of its process where there is one, else
     the CPU."""
@@ -312,7 +314,7 @@ class Server(Section):
     urls: tuple[str, ...] = ()
     """Running reward servers; None: the first rank starts one beside the trainer and stops it at
     the end."""
-    token_file: Path | None = None
+    token_file: Annotated[Path, PATH] | None = None
     """File with the bearer token of the servers in `urls`."""
     start_timeout_s: Rate = 120.0
     """Seconds to wait until a server is ready."""
