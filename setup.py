@@ -24,6 +24,7 @@ PACKAGES = {
     "fastgrpo.training.conditions": "fastgrpo/training/conditions",
     "fastgrpo.checkpoint": "fastgrpo/checkpoint",
     "fastgrpo.tools": "fastgrpo/tools",
+    "fastgrpo.tools.check": "fastgrpo/tools/check",
     "fastgrpo.tools.evaluate": "fastgrpo/tools/evaluate",
     "fastgrpo.tools.export": "fastgrpo/tools/export",
     "fastgrpo.tools.plan": "fastgrpo/tools/plan",

@@ -236,7 +236,7 @@ def _wandb(recipe: Recipe) -> Wandb | None:
         return None
     return Wandb(
         project=recipe.track.project,
-        name=recipe.run.dir.name,
+        name=recipe.run.dir.resolve().name,
         entity=recipe.track.entity,
         config=recipe.model_dump(mode="json"),
     )

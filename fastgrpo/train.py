@@ -27,6 +27,7 @@ from fastgrpo.run import alarms, lost_folder, out_of_memory
 from fastgrpo.run.stopping import Stopped, answer, answer_mistake
 from fastgrpo.run.stopwatch import Stopwatch
 from fastgrpo.session import Session, claim, open_session
+from fastgrpo.tools.check.check import refuse
 from fastgrpo.tools.preflight import checks, largest_batch
 from fastgrpo.tools.preflight.finding import Parts
 from fastgrpo.tools.report.report import write_report
@@ -48,6 +49,7 @@ def train(recipe: Recipe) -> dict[str, object] | None:
     try:
         settings = recipe.distributed, recipe.run.deterministic
         with open_world(*settings) as world, ExitStack() as stack:
+            world.on_main(lambda: refuse(recipe))
             split, stop = claim(recipe, world, stack)
             try:
                 with lost_folder.one_line(recipe.run.dir):

@@ -15,6 +15,7 @@ and what it need not have:
                                           the diffusers class that an export names
   share_sequence(network, layout)         how ranks share its sequences; without it distributed.sp
                                           is 1
+  READS_IMAGE: bool                       whether a reference image is a part of its condition
   plan(config) -> FamilyPlan              its sizes for `fastgrpo plan`, see sizes/, from a config
                                           of its network; taken without torch, so nothing of the
                                           file that it uses may need torch
@@ -81,8 +82,9 @@ def check(name: str) -> None:
         registry.check(f"model.family={name}", file, "load")
     else:
         raise UserError(
-            f"model.family='{name}': no file models/{name}.py. Use one of {', '.join(known())}, "
-            f"or add models/{name}.py with a function load(settings, device) -> Policy."
+            f"model.family='{name}': no file models/{name}.py.{registry.nearest(name, known())} Use "
+            f"one of {', '.join(known())}, or add models/{name}.py with a function load(settings, "
+            "device) -> Policy."
         )
 
 
@@ -102,6 +104,11 @@ def declared(name: str, constant: str, default: Any = registry.NOTHING) -> Any:
     """
     check(name)
     return registry.declared(FOLDER / f"{name}.py", constant, default)
+
+
+def reads_image(name: str) -> bool:
+    """Whether a family's condition has a reference image in it, as its file declares."""
+    return bool(declared(name, "READS_IMAGE", False))
 
 
 def pipelines() -> dict[str, tuple[str, ...]]:

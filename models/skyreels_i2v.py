@@ -44,6 +44,7 @@ PIPELINES = (
     PIPELINE,
     *models.declared("hunyuan_video", "PIPELINES"),
 )
+READS_IMAGE = True
 USUAL_GUIDANCE = 1.0  # the embedded one: what follows the text is model.cfg
 PUBLISHED = tuple(
     (part, of | {"in_channels": 32}) for part, of in models.declared("hunyuan_video", "PUBLISHED")

@@ -2,8 +2,9 @@
 
 The folder is the registry.
 A file `rewards/<name>.py` with a function `load(spec) -> Reward` is the reward `<name>`; adding one
-edits no other file. A recipe may also name such a file anywhere else by its path. Where the reward
-cannot judge short clips, the file says so by `LEAST_FRAMES = 2` at its top.
+edits no other file. A recipe may also name such a file anywhere else by its path. At its top
+`LEAST_FRAMES = 2` says that the reward cannot judge shorter clips, `PARTS` names what it scores, and
+`check_spec(spec)` raises UserError for settings and files with which it could not load.
 common/ holds what several rewards share, networks/ what they look with, serving/ the way of scores
 between processes. Nothing here imports torch before a reward is loaded. Read `tiny_world.py` first,
 a reward without weights.
@@ -90,6 +91,23 @@ def least_frames(spec: RewardSpec) -> int:
     return int(declared(spec, "LEAST_FRAMES", 1))
 
 
+def parts(spec: RewardSpec) -> tuple[str, ...] | None:
+    """The parts that a reward scores: PARTS in its file. None: its file does not say."""
+    found: tuple[str, ...] | None = declared(spec, "PARTS", None)
+    return found
+
+
+def check_settings(spec: RewardSpec) -> None:
+    """Raise UserError for a setting, or a file named in one, with which `load` would fail.
+
+    A file with a function `check_spec(spec)` does so; no weights are read.
+    """
+    check(spec)
+    if "check_spec" in registry.top_level(file_of(spec)):
+        with blaming(f"rewards.name={spec.name}", file_of(spec), "correct the file."):
+            _module(spec).check_spec(spec)
+
+
 def plain(name: str) -> RewardSpec:
     """A reward with all settings at their defaults, as one that has no weights needs.
 
@@ -99,17 +117,21 @@ def plain(name: str) -> RewardSpec:
     return RewardSpec(name=os.path.abspath(name) if own else name, weights={})
 
 
-def check(spec: RewardSpec) -> None:
-    """Raise UserError where there is no such reward, or its file is not one."""
+def check(spec: RewardSpec, where: str = "rewards.name") -> None:
+    """Raise UserError where there is no such reward, or its file is not one.
+
+    where: the key or option that names it
+    """
     file = file_of(spec)
     if spec.file is not None and not file.is_file():
         raise UserError(
-            f"rewards.name={spec.file}: no such file; give the path of a Python file with a "
+            f"{where}={spec.file}: no such file; give the path of a Python file with a "
             "function load(spec) -> Reward."
         )
     if not file.is_file():
         raise UserError(
-            f"reward='{spec.name}': no such reward; use one of {', '.join(known())}, or the path "
-            "of a file of your own, such as ./my_reward.py, with a function load(spec) -> Reward."
+            f"{where}='{spec.name}': no such reward.{registry.nearest(spec.name, known())} Use one "
+            f"of {', '.join(known())}, or the path of a file of your own, such as ./my_reward.py, "
+            "with a function load(spec) -> Reward."
         )
-    registry.check(f"rewards.name={spec.name}", file, "load")
+    registry.check(f"{where}={spec.name}", file, "load")

@@ -20,8 +20,9 @@ FRAMES = "first"
 # ViT-H-14-378; tokens of image and text
 SIZE = RewardSize(parameters=0.99e9, tokens=729 + 77, frames_scored=count_by(FRAMES))
 
+PARTS = ("CLIP",)
 PUBLISHED = clip_reward.Published(
-    part="CLIP",
+    part=PARTS[0],
     files=(
         "open_clip_model.safetensors",
         "open_clip_pytorch_model.safetensors",
@@ -49,6 +50,12 @@ class Options(Section):
     """
     tokenizer: str | None = None
     """Folder or hub repository of CLIP's merges. None: beside the weights, else the public one."""
+
+
+def check_spec(spec: RewardSpec) -> None:
+    """Raise UserError for settings and files with which `load` would fail."""
+    options.parse(spec, Options)
+    clip_reward.check_spec(spec, PUBLISHED)
 
 
 def load(spec: RewardSpec) -> clip_reward.ClipReward:

@@ -15,8 +15,9 @@ FRAMES = "first"
 # ViT-H-14; tokens of image and text
 SIZE = RewardSize(parameters=0.99e9, tokens=257 + 77, frames_scored=count_by(FRAMES))
 
+PARTS = ("HPS",)
 PUBLISHED = clip_reward.Published(
-    part="HPS",
+    part=PARTS[0],
     files=("HPS_v2.1_compressed.pt", "HPS_v2.1_compressed.safetensors"),
     remedy="give HPS_v2.1_compressed.pt, from the hub repository xswu/HPSv2, or its folder",
     frames=FRAMES,
@@ -35,6 +36,12 @@ class Options(Section):
     """
     tokenizer: str | None = None
     """Folder or hub repository of CLIP's merges. None: beside the weights, else the public one."""
+
+
+def check_spec(spec: RewardSpec) -> None:
+    """Raise UserError for settings and files with which `load` would fail."""
+    options.parse(spec, Options)
+    clip_reward.check_spec(spec, PUBLISHED)
 
 
 def load(spec: RewardSpec) -> clip_reward.ClipReward:

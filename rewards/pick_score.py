@@ -17,8 +17,9 @@ FRAMES = "all"
 # ViT-H-14; tokens of image and text
 SIZE = RewardSize(parameters=0.99e9, tokens=257 + 77, frames_scored=count_by(FRAMES))
 
+PARTS = ("PickScore",)
 PUBLISHED = clip_reward.Published(
-    part="PickScore",
+    part=PARTS[0],
     files=("model.safetensors", "pytorch_model.bin"),
     remedy="give the folder of PickScore_v1, or its hub repository yuvalkirstain/PickScore_v1",
     frames=FRAMES,
@@ -36,6 +37,12 @@ class Options(Section):
     """
     tokenizer: str | None = None
     """Folder or hub repository of CLIP's merges. None: beside the weights, else the public one."""
+
+
+def check_spec(spec: RewardSpec) -> None:
+    """Raise UserError for settings and files with which `load` would fail."""
+    options.parse(spec, Options)
+    clip_reward.check_spec(spec, PUBLISHED)
 
 
 def load(spec: RewardSpec) -> clip_reward.ClipReward:

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.data.tiny_world import shapes
+from fastgrpo.rewards.common import options
 
 Array = NDArray[np.float64]
 
@@ -285,6 +286,12 @@ def check(pixels: Tensor, prompts: Sequence[str], fps: float) -> None:
         raise ValueError(f"fps={fps}: must be above 0; say how fast the clips play")
 
 
+def check_spec(spec: RewardSpec) -> None:
+    """Raise UserError for options, of which this reward has none."""
+    options.refuse(spec)
+
+
 def load(spec: RewardSpec) -> TinyWorld:
     """The reward of the file's name."""
+    check_spec(spec)
     return TinyWorld()

@@ -234,6 +234,11 @@ def jpeg_size(stills: Tensor, quality: int) -> float:
     return total / 1000 / len(stills)
 
 
+def check_spec(spec: RewardSpec) -> None:
+    """Raise UserError for settings with which `load` would fail."""
+    load(spec)
+
+
 def load(spec: RewardSpec) -> VideoStats:
     """The reward of the file's name."""
     return VideoStats(options.parse(spec, Options), frames.rule_of(spec, "all"))

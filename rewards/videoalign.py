@@ -12,17 +12,25 @@ and weights. Departures from the reference:
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from fastgrpo.core.config import RewardSpec, Section
-from fastgrpo.core.errors import UserError
+from fastgrpo.core.config.checks import failing
+from fastgrpo.core.errors import UserError, UserErrors
 from fastgrpo.core.reward import Reward, RewardSize, Scores
 from fastgrpo.rewards.common import clips, options, weight_files
 from fastgrpo.rewards.networks.videoalign import sampling
-from fastgrpo.rewards.networks.videoalign.checkpoint import BASE, check_precision, find, read
+from fastgrpo.rewards.networks.videoalign.checkpoint import (
+    BASE,
+    check_precision,
+    find,
+    find_folder,
+    read,
+)
 from fastgrpo.rewards.networks.videoalign.config import PARTS, Published, published
 from fastgrpo.rewards.networks.videoalign.network import EMBEDDING, Network, build
 from fastgrpo.rewards.networks.videoalign.preprocess import View, frame_indices, view
@@ -176,24 +184,38 @@ class VideoAlign(Reward):
         return scores.cpu()
 
 
-def load(spec: RewardSpec) -> VideoAlign:
-    """The reward of spec.path, a published or converted folder, on the spec's device.
+def check_spec(spec: RewardSpec) -> None:
+    """Raise UserError for settings and files with which `load` would fail; no weights are read."""
+    several = (_template, options.device, lambda one: find_folder(one.path))
+    mistakes = failing([partial(one, spec) for one in several])
+    if mistakes:
+        raise UserErrors(mistakes)
 
-    Raises UserError for a wrong path, option, template, config or checkpoint.
-    """
+
+def _template(spec: RewardSpec) -> tuple[Options, str]:
+    """The options, and the text of the template that they name."""
     chosen = options.parse(spec, Options)
     if spec.frames is not None:
         raise UserError(
             f"rewards.frames={spec.frames}: videoalign chooses its frames by rewards.fps; leave it "
             "out."
         )
-    device, dtype = options.device(spec), options.dtype(spec)
     if chosen.template is None:
         raise UserError(
             "rewards.options.template: missing; name prompt_template.py of "
-            "github.com/KwaiVGI/VideoAlign, which is read and not run."
+            "https://github.com/KwaiVGI/VideoAlign, which is read and not run."
         )
-    template = read_template(Path(chosen.template).expanduser())
+    return chosen, read_template(Path(chosen.template))
+
+
+def load(spec: RewardSpec) -> VideoAlign:
+    """The reward of spec.path, a published or converted folder, on the spec's device.
+
+    Raises UserError for a wrong path, option, template, config or checkpoint.
+    """
+    chosen, template = _template(spec)
+    device, dtype = options.device(spec), options.dtype(spec)
+    assert chosen.template is not None
     template_hash = check_template(template, chosen.template_sha256, Path(chosen.template))
     checkpoint = find(spec.path, chosen.base)
     settings = published(checkpoint.content, chosen.raw)

@@ -28,14 +28,19 @@ FREE_TO_CHANGE = (
     "model.gradient_checkpointing",
     "model.keep_attention",
     "model.decode_batch",
+    "prompts.train",  # what is in the files is compared, see check_same_inputs
+    "prompts.heldout",
     "prompts.cache",
     "rollout.batch_size",
     "rollout.store",
     "optimizer.batch_size",
     "evaluate.clips",
 )
-FREE_OF_REWARDS = ("file", "where", "urls", "device", "batch_size")
-"""Keys of a reward that move its scores to another place or pace, and change none."""
+FREE_OF_REWARDS = ("file", "where", "urls", "device", "batch_size", "path")
+"""Keys of a reward that move its scores to another place or pace, and change none.
+
+Of `path` the weights themselves are compared, see `provenance.check_rewards`.
+"""
 MOVABLE = ("model.path", "model.network", "prompts.train", "prompts.heldout", ".path")
 """Ends of keys that name a place whose content is compared apart."""
 
@@ -127,7 +132,8 @@ def check_same_recipe(old: Recipe, new: Recipe, but: Sequence[str] = ()) -> None
     if differing:
         raise UserError(
             f"run.dir={new.run.dir}: holds a run of another recipe ({'; '.join(differing)}); "
-            "choose another run.dir, or remove the folder."
+            "choose another run.dir, or set them back. Where only a model's folder has moved, a link "
+            "at its old place will do."
         )
 
 
@@ -140,8 +146,9 @@ def inputs(recipe: Recipe) -> dict[str, str]:
 def check_same_inputs(file: Path, recipe: Recipe) -> None:
     """Refuse to resume on edited prompt files: the order or the held-out prompts would differ."""
     before = read_json(file, "run.dir", "restore it, or choose another run.dir")
-    for key, digest in inputs(recipe).items():
-        if before.get(key) != digest:
+    now = inputs(recipe)
+    for key in ("prompts.train", "prompts.heldout"):
+        if before.get(key) != now.get(key):
             raise UserError(
                 f"{key}: the file has changed since the run in {recipe.run.dir} began; restore it, "
                 "or choose another run.dir."

@@ -2,10 +2,9 @@
 
 import argparse
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastgrpo.cli.options import add_which_weights, positive, step_of
+from fastgrpo.cli.options import add_which_weights, check_target, path, positive, step_of, text_of
 from fastgrpo.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def _add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     command.add_argument(
         "files",
         nargs="+",
-        type=Path,
+        type=path("FILES"),
         metavar="FILES",
         help="mp4, png, jpg ..., or a folder of them",
     )
@@ -46,7 +45,7 @@ def _add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add(
         "--recipe",
-        type=Path,
+        type=path("--recipe"),
         metavar="FILE",
         help="rewards of a recipe, or of a file with [[rewards]] alone",
     )
@@ -68,7 +67,10 @@ def _add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     _add_servers(command)
     _add_clips(command)
     command.add_argument(
-        "--json", type=Path, metavar="OUT", help="write everything there; - prints it, and no table"
+        "--json",
+        type=path("--json"),
+        metavar="OUT",
+        help="write everything there; - prints it, and no table",
     )
 
 
@@ -76,7 +78,12 @@ def _add_clips(command: argparse.ArgumentParser) -> None:
     """The options that describe the clips to score."""
     add = command.add_argument_group("clips").add_argument
     add("--prompt", metavar="TEXT", help="of every file")
-    add("--prompts", metavar="FILE", help="one prompt for each file, in their order")
+    add(
+        "--prompts",
+        type=path("--prompts"),
+        metavar="FILE",
+        help="one prompt for each file, in their order",
+    )
     add("--fps", type=rate, metavar="FPS", help="said to the rewards (default: what the file says)")
     add(
         "--size",
@@ -98,7 +105,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "same result. --step 0 compares the base with itself: all differences are then 0.",
     )
     command.set_defaults(action=_run_evaluate)
-    command.add_argument("run", help="a run folder or an export")
+    command.add_argument("run", type=path("run"), help="a run folder or an export")
     add_which_weights(command)
     add = command.add_argument_group("by what").add_argument
     add(
@@ -108,7 +115,12 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         metavar="NAME|FILE",
         help="rewards by name, or files of [[rewards]] (default: those of the run's recipe)",
     )
-    add("--prompts", metavar="FILE", help="a file of prompts (default: the recipe's held-out ones)")
+    add(
+        "--prompts",
+        type=path("--prompts"),
+        metavar="FILE",
+        help="a file of prompts (default: the recipe's held-out ones)",
+    )
     add("--limit", type=positive, metavar="N", help="the first N prompts")
     add("--seeds", type=positive, metavar="K", help="clips per prompt (default: evaluate.seeds)")
     add(
@@ -132,16 +144,21 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         help="any recipe key; may be repeated",
     )
     _add_servers(command)
+    _add_results(command)
+
+
+def _add_results(command: argparse.ArgumentParser) -> None:
+    """The options that say where the comparison is written."""
     add = command.add_argument_group("results").add_argument
     add(
         "--json",
-        type=Path,
+        type=path("--json"),
         metavar="OUT",
         help="write the table and every clip's scores there; - prints them",
     )
     add(
         "--markdown",
-        type=Path,
+        type=path("--markdown"),
         metavar="OUT",
         help="write the table there as Markdown; - prints it",
     )
@@ -157,7 +174,7 @@ def _add_servers(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--token-file",
-        type=Path,
+        type=path("--token-file"),
         metavar="FILE",
         help="the server's bearer token (default: FASTGRPO_TOKEN)",
     )
@@ -172,7 +189,7 @@ def _run_score(arguments: argparse.Namespace) -> None:
         raise UserError(
             "--server: its rewards have their own settings; leave out --path, --option and --set."
         )
-    score.check_target("--json", arguments.json)
+    check_target("--json", arguments.json)
     specs = judges.specs(
         judges.Asked(
             names=tuple(arguments.reward),
@@ -185,7 +202,7 @@ def _run_score(arguments: argparse.Namespace) -> None:
     wanted = score.Wanted(
         files=tuple(arguments.files),
         prompt=arguments.prompt,
-        prompts=arguments.prompts,
+        prompts=text_of(arguments.prompts),
         fps=arguments.fps,
         size=arguments.size,
     )
@@ -206,9 +223,9 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
 
     targets = {"--json": arguments.json, "--markdown": arguments.markdown}
     for option, file in targets.items():
-        score.check_target(option, file)
+        check_target(option, file)
     choice = Asked(
-        source=arguments.run,
+        source=str(arguments.run),
         step=step_of(arguments.step),
         raw=arguments.raw_weights,
         changes={"rollout": {"steps": arguments.steps}} if arguments.steps else {},
@@ -216,7 +233,7 @@ def _run_evaluate(arguments: argparse.Namespace) -> None:
     )
     wanted = evaluate.Wanted(
         rewards=tuple(arguments.rewards),
-        file=arguments.prompts,
+        file=text_of(arguments.prompts),
         limit=arguments.limit,
         seeds=arguments.seeds,
         batch_size=arguments.batch_size,

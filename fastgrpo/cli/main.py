@@ -6,11 +6,12 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
-from fastgrpo.cli import evaluate, plan, report, sample, serve, train
-from fastgrpo.core.errors import UserError
+from fastgrpo.cli import evaluate, options, plan, report, sample, serve, train
+from fastgrpo.core.errors import UserError, UserErrors
 from fastgrpo.core.processes import OneRankError, after_rank_0, die_with_torchrun, leave, rank
 
 EXAMPLES = (
@@ -67,22 +68,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     die_with_torchrun()
     arguments = parser().parse_args(plan.overrides_first(sys.argv[1:] if argv is None else argv))
     quiet_libraries()
+    named: dict[str, Path] = {}
     try:
+        named |= options.with_paths(arguments)
         return arguments.action(arguments) or 0
     except OneRankError:  # printed by that rank; the others learn of it by its end
         return 2
     # raised on every rank, see World.on_main and World.raise_if_any_failed
     except UserError as error:
         if rank() == 0:
-            _complain(str(error))
+            for line in error.lines if isinstance(error, UserErrors) else [str(error)]:
+                _complain(line)
         return after_rank_0(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        mistake = _mistake(error, named)
+        if mistake is None:
             raise
+        _complain(str(mistake))
+        return 2
+
+
+def _mistake(error: OSError, named: Mapping[str, Path]) -> UserError | None:
+    """The line for an error of the operating system; None: it is about no path of the user's.
+
+    named: the command line's paths, by option
+    """
+    from fastgrpo.core.config.paths import refusal
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         from fastgrpo.parallel.world import no_space
 
-        _complain(str(no_space(error.filename)))
-        return 2
+        return no_space(error.filename)
+    return refusal(error, named)
 
 
 def quiet_libraries() -> None:

@@ -1,6 +1,10 @@
 """Options that several commands share, and the types of their values."""
 
 import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +13,72 @@ from fastgrpo.core.errors import UserError
 if TYPE_CHECKING:
     from fastgrpo.core.config import Recipe
 
-Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+@dataclass(frozen=True)
+class TypedPath:
+    """A path as a person typed it, for an option or argument."""
+
+    text: str
+    where: str  # the option or argument, for messages
+    hub: bool = False  # whether a hub id is meant where nothing here has that name
+
+    def meant(self) -> Path | str:
+        """The path, or the hub id. Raises UserError for what is no path."""
+        from fastgrpo.core.config.paths import expanded, is_hub_id
+
+        if self.hub and is_hub_id(self.text) and not os.path.lexists(self.text):
+            return self.text
+        return Path(expanded(self.text, self.where))
+
+
+def path(where: str, hub: bool = False) -> Callable[[str], TypedPath]:
+    """The type of an option or argument that is a path.  where: how messages call it"""
+    return partial(TypedPath, where=where, hub=hub)
+
+
+def with_paths(arguments: argparse.Namespace) -> dict[str, Path]:
+    """Put paths in the place of what was typed for them.  returns each by its option
+
+    Raises UserError for what is no path.
+    """
+    named: dict[str, Path] = {}
+    for name, value in vars(arguments).items():
+        typed = value if isinstance(value, list) else [value]
+        if not typed or not isinstance(typed[0], TypedPath):
+            continue
+        meant = [one.meant() for one in typed]
+        setattr(arguments, name, meant if isinstance(value, list) else meant[0])
+        named |= {
+            one.where: found
+            for one, found in zip(typed, meant, strict=True)
+            if isinstance(found, Path)
+        }
+    return named
+
+
+def text_of(file: Path | None) -> str | None:
+    """A path as text. None: none was given."""
+    return None if file is None else str(file)
+
+
+def check_target(option: str, file: Path | None) -> None:
+    """Raise UserError, before hours of work, for a file that could not be written."""
+    from fastgrpo.core.config.paths import file_problem
+
+    if file is None or str(file) == "-":
+        return
+    if problem := file_problem(file):
+        raise UserError(
+            f"{option}={file}: cannot be written there ({problem}); name a file in a folder that "
+            "exists."
+        )
 
 
 def add_recipe(command: argparse.ArgumentParser) -> None:
     """The recipe and its overrides."""
-    command.add_argument("recipe", type=Path, help="a TOML file, such as launch/t2v_tiny.toml")
+    command.add_argument(
+        "recipe", type=path("recipe"), help="a TOML file, such as launch/t2v_tiny.toml"
+    )
     command.add_argument(
         "overrides",
         nargs="*",

@@ -5,10 +5,9 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgrpo.cli.options import add_recipe, positive, recipe_of
+from fastgrpo.cli.options import add_recipe, check_target, path, positive, recipe_of
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.units import GIB
 
@@ -63,7 +62,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     add(
         "--calibration",
-        type=Path,
+        type=path("--calibration"),
         metavar="FILE",
         help="numbers and shares that python -m benchmarks.gpu measured; --set overrides them",
     )
@@ -75,7 +74,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add("--json", action="store_true", help="print JSON in place of the tables")
     add(
         "--picture",
-        type=Path,
+        type=path("--picture"),
         metavar="FILE",
         help="write memory and seconds by phase as .png, .svg or .pdf",
     )
@@ -99,10 +98,7 @@ def _run_plan(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"--picture={arguments.picture}: no format of that name; use .png, .svg or .pdf."
         )
-    if arguments.picture and not arguments.picture.parent.is_dir():
-        raise UserError(
-            f"--picture={arguments.picture}: no such folder; make {arguments.picture.parent} first."
-        )
+    check_target("--picture", arguments.picture)
     recipe = recipe_of(arguments)
     card, achieved = gpu(arguments.gpu), Achieved()
     if arguments.calibration:

@@ -1,9 +1,8 @@
 """`fastgrpo report` and `fastgrpo status`: what a run has done, and where its ranks are."""
 
 import argparse
-from pathlib import Path
 
-from fastgrpo.cli.options import positive
+from fastgrpo.cli.options import path, positive
 
 
 def add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -15,7 +14,7 @@ def add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "finished or running run.",
     )
     command.set_defaults(action=_run_report)
-    command.add_argument("run", type=Path, help="a run folder, such as runs/t2v_tiny")
+    command.add_argument("run", type=path("run"), help="a run folder, such as runs/t2v_tiny")
 
 
 def add_status(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -28,7 +27,7 @@ def add_status(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "those in trouble first. The exit code is 1 where a rank failed or seems dead or hung.",
     )
     command.set_defaults(action=_run_status)
-    command.add_argument("run", type=Path, help="a run folder, such as runs/t2v_tiny")
+    command.add_argument("run", type=path("run"), help="a run folder, such as runs/t2v_tiny")
     command.add_argument(
         "--limit",
         type=positive,

@@ -3,10 +3,9 @@
 import argparse
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from fastgrpo.cli.options import add_which_weights, positive, step_of
+from fastgrpo.cli.options import add_which_weights, path, positive, step_of, text_of
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.units import GIB, MIB
 
@@ -44,6 +43,7 @@ def _add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.set_defaults(action=_run_sample)
     command.add_argument(
         "source",
+        type=path("source", hub=True),
         help="a recipe (its base model), a run folder, an export or another folder in the "
         "diffusers layout",
     )
@@ -68,7 +68,10 @@ def _add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     add = command.add_argument_group("a folder without a recipe").add_argument
     add(
-        "--recipe", type=Path, metavar="FILE", help="the recipe of a folder in the diffusers layout"
+        "--recipe",
+        type=path("--recipe"),
+        metavar="FILE",
+        help="the recipe of a folder in the diffusers layout",
     )
     add("--family", metavar="NAME", help="or only its family, with --frames, --height and --width")
 
@@ -77,10 +80,15 @@ def _add_what(command: argparse.ArgumentParser) -> None:
     """The options that say what is sampled, and where to."""
     add = command.add_argument_group("what").add_argument
     add("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
-    add("--prompts", metavar="FILE", help="a file of prompts (default: the recipe's held-out ones)")
+    add(
+        "--prompts",
+        type=path("--prompts"),
+        metavar="FILE",
+        help="a file of prompts (default: the recipe's held-out ones)",
+    )
     add(
         "--image",
-        type=Path,
+        type=path("--image"),
         metavar="FILE",
         help="reference image of every --prompt, for image-to-video",
     )
@@ -100,7 +108,7 @@ def _add_what(command: argparse.ArgumentParser) -> None:
     )
     add(
         "--out",
-        type=Path,
+        type=path("--out"),
         metavar="DIR",
         help="folder to write (default for a run: RUN/samples/step-N)",
     )
@@ -117,8 +125,8 @@ def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "tensor is in memory at a time.",
     )
     command.set_defaults(action=_run_export)
-    command.add_argument("run", type=Path, help="a run folder")
-    command.add_argument("folder", type=Path, metavar="dst", help="folder to make")
+    command.add_argument("run", type=path("run"), help="a run folder")
+    command.add_argument("folder", type=path("DST"), metavar="dst", help="folder to make")
     add_which_weights(command)
     add = command.add_argument
     add(
@@ -153,7 +161,7 @@ def _run_sample(arguments: argparse.Namespace) -> None:
     from fastgrpo.tools.sample.source import Asked
 
     choice = Asked(
-        source=arguments.source,
+        source=str(arguments.source),
         step=step_of(arguments.step),
         raw=arguments.raw_weights,
         recipe=arguments.recipe,
@@ -163,7 +171,7 @@ def _run_sample(arguments: argparse.Namespace) -> None:
     )
     wanted = Wanted(
         prompts=tuple(arguments.prompt),
-        file=arguments.prompts,
+        file=text_of(arguments.prompts),
         image=arguments.image,
         limit=arguments.limit,
         seeds=tuple(arguments.seeds),

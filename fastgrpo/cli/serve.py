@@ -2,9 +2,9 @@
 
 import argparse
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastgrpo.cli.options import check_target, path
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.units import MIB
 
@@ -37,7 +37,9 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="files of rewards/, such as tiny_world; with --recipe: section.key=value overrides",
     )
     serve.add_argument(
-        "--recipe", type=Path, help="serve this recipe's [[rewards]], with their settings"
+        "--recipe",
+        type=path("--recipe"),
+        help="serve this recipe's [[rewards]], with their settings",
     )
     serve.add_argument(
         "--only",
@@ -52,10 +54,14 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--port", type=int, default=8700, help="0 takes a free one (default: %(default)s)"
     )
     serve.add_argument(
-        "--token-file", type=Path, help="file with the bearer token that clients must send"
+        "--token-file",
+        type=path("--token-file"),
+        help="file with the bearer token that clients must send",
     )
     serve.add_argument(
-        "--ready-file", type=Path, help="written with url and pid once the server listens"
+        "--ready-file",
+        type=path("--ready-file"),
+        help="written with url and pid once the server listens",
     )
     serve.add_argument(
         "--max-waiting",
@@ -92,12 +98,16 @@ def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     convert.add_argument(
         "source",
         metavar="SRC",
-        type=Path,
+        type=path("SRC"),
         help="the folder with model_config.json and checkpoint-N",
     )
-    convert.add_argument("target", metavar="DST", type=Path, help="a new folder, or SRC itself")
     convert.add_argument(
-        "--base", help="folder or hub id of Qwen2-VL-2B-Instruct (default: what SRC names)"
+        "target", metavar="DST", type=path("DST"), help="a new folder, or SRC itself"
+    )
+    convert.add_argument(
+        "--base",
+        type=path("--base", hub=True),
+        help="folder or hub id of Qwen2-VL-2B-Instruct (default: what SRC names)",
     )
     convert.add_argument(
         "--dtype",
@@ -113,6 +123,7 @@ def serve_rewards(arguments: argparse.Namespace) -> None:
     from fastgrpo.training.scoring.sources import read_token
 
     file = arguments.token_file
+    check_target("--ready-file", arguments.ready_file)
     if file is None and arguments.host not in ("127.0.0.1", "localhost", "::1"):
         raise UserError(
             f"--host={arguments.host}: reachable from other machines; give --token-file, too."
@@ -179,4 +190,5 @@ def served_specs(arguments: argparse.Namespace) -> "list[RewardSpec]":
 def _run_convert(arguments: argparse.Namespace) -> None:
     from fastgrpo.rewards.networks.videoalign.convert import convert
 
-    print(convert(arguments.source, arguments.target, arguments.base, arguments.dtype))
+    base = None if arguments.base is None else str(arguments.base)
+    print(convert(arguments.source, arguments.target, base, arguments.dtype))

@@ -21,8 +21,9 @@ def add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     check = commands.add_parser(
         "check",
         help="check a recipe and print it resolved",
-        description="Read a recipe with its overrides, check it and the files it names, and print "
-        "it in full. Nothing is loaded and nothing is written.",
+        description="Read a recipe with its overrides, check it and all that it names as far as "
+        "that can be told without loading a model, and print it in full; or a line for each "
+        "mistake. Nothing is fetched and nothing is written.",
     )
     train.set_defaults(action=_run_train)
     check.set_defaults(action=_run_check)
@@ -81,9 +82,9 @@ def _run_train(arguments: argparse.Namespace) -> None:
 
 def _run_check(arguments: argparse.Namespace) -> None:
     from fastgrpo.data import prompts
+    from fastgrpo.tools.check.check import check
 
-    recipe = recipe_of(arguments)
-    split = prompts.split(recipe.prompts)
+    recipe, split = check(arguments.recipe, arguments.overrides)
     print(f"# {split.summary}")
     if (few := prompts.few_heldout(recipe, split)) is not None:
         print(f"# {few}")

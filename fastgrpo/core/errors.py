@@ -1,7 +1,7 @@
 """The one error for a user's mistake: printed as a single line, exit code 2, no stack trace."""
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,3 +50,11 @@ class Exploded(UserError):
         """drawn: whether samples of the newest weights show it, not their gradients."""
         super().__init__(message)
         self.drawn = drawn
+
+
+class UserErrors(UserError):
+    """Several mistakes, a line for each."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = tuple(lines)

@@ -25,7 +25,7 @@ def load_json(file: Path) -> dict[str, Any]:
 
     Raises OSError, ValueError where the file is no JSON, TypeError where it is other JSON.
     """
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = json.loads(file.read_text(encoding="utf-8-sig"))
     if not isinstance(content, dict):
         raise TypeError(f"{file} is not a JSON object")
     return content
@@ -176,15 +176,15 @@ def take_lock(folder: Path, key: str) -> IO[str] | None:
     guards against a second run alone, and many clusters have no other place.
     key: the recipe's, of the folder
     """
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        make_folder(folder)
         lock = open_to_append(folder / "lock")
     except IsADirectoryError:
         raise UserError(f"{key}={folder}: lock is a folder there; remove it.") from None
     except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO):
-            raise
-        raise UserError(f"{key}={folder}: lock is no plain file there; remove it.") from None
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise UserError(f"{key}={folder}: lock is no plain file there; remove it.") from None
+        raise refused(folder, key, error) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -203,6 +203,18 @@ def take_lock(folder: Path, key: str) -> IO[str] | None:
     return lock
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it. Where one cannot be made, an OSError leaves none behind."""
+    above = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        for one in above:
+            with suppress(OSError):
+                one.rmdir()
+        raise
+
+
 @contextmanager
 def whole_folder(folder: Path, option: str, replaces: str | None = None) -> Iterator[Path]:
     """Give the folder `folder`.partial to write into.
@@ -214,13 +226,13 @@ def whole_folder(folder: Path, option: str, replaces: str | None = None) -> Iter
         new one replaces; None: an existing folder is refused
     Raises UserError where the folder exists or the disk refuses.
     """
-    target = folder.resolve()
+    target = Path(os.path.realpath(folder))
     partial, old = (target.with_name(target.name + ending) for ending in (".partial", ".replaced"))
-    check_free(folder, option, replaces)
     try:
+        check_free(folder, option, replaces)
         for leftover in (partial, old):  # of a killed attempt
             shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
+        make_folder(partial)
         yield partial
         for path in (*partial.rglob("*"), partial):
             flush(path)
@@ -237,8 +249,15 @@ def whole_folder(folder: Path, option: str, replaces: str | None = None) -> Iter
 
 
 def check_free(folder: Path, option: str, replaces: str | None) -> None:
-    """Raise UserError where `folder` exists and is neither empty nor one that may be replaced."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    """Raise UserError where `folder` exists and is neither empty nor one that may be replaced.
+
+    An OSError: it is no path on this machine.
+    """
+    try:
+        os.stat(folder)
+    except FileNotFoundError:
+        return
+    if folder.is_dir() and not any(folder.iterdir()):
         return
     if replaces is None:
         raise UserError(
@@ -256,7 +275,7 @@ def refused(folder: Path, option: str, error: OSError) -> UserError:
         return UserError(
             f"{option}={folder}: no space left on the disk; free some and start again."
         )
+    beside = "" if error.filename in (None, str(folder)) else f"{error.filename}: "
     return UserError(
-        f"{option}={folder}: {error.filename}: {error.strerror}; choose another folder or correct "
-        "that."
+        f"{option}={folder}: {beside}{error.strerror}; choose another folder or correct that."
     )

@@ -7,7 +7,8 @@ statements that those need.
 """
 
 import ast
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,12 @@ def check(where: str, file: Path, entry: str) -> None:
         ) from None
     if entry not in defined:
         raise UserError(f"{where}: {file} has no function {entry}; add it at its top level.")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A question after the name that was meant, such as " Did you mean flux?"; empty: none is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def top_level(file: Path) -> tuple[str, ...]:

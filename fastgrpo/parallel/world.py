@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fastgrpo.core.config import Distributed
+from fastgrpo.core.config import Distributed, paths
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import (
     OneRankError,
@@ -108,7 +108,7 @@ class World:
             try:
                 result = action()
             except OSError as error:
-                result = _of_system(error)
+                result = _mistake(error) or error
             except Exception as error:
                 result = error
         payload: list[T | Exception | None] = [result]
@@ -131,11 +131,9 @@ class World:
         except UserError as error:
             mistake = error
         except OSError as error:
-            told = _of_system(error)
-            if told is error:
+            mistake = _mistake(error)
+            if mistake is None:
                 raise
-            assert isinstance(told, UserError)
-            mistake = told
         self.raise_if_any_failed(mistake)
         return result  # type: ignore[return-value]
 
@@ -153,12 +151,13 @@ class World:
         dist.barrier()
 
 
-def _of_system(error: OSError) -> Exception:
-    """The one-line error for what the operating system says against a file; else the error."""
+def _mistake(error: OSError) -> UserError | None:
+    """The line for what the operating system says against a file; None: it names none."""
     if error.errno in DISK_FULL:
         return no_space(error.filename)
-    if error.filename is None:
-        return error
+    refused = paths.refusal(error, {})
+    if refused is not None or error.filename is None:
+        return refused
     return UserError(
         f"{error.filename}: {error.strerror}; correct that and start again: a run resumes from its "
         "newest checkpoint."

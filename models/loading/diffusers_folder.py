@@ -16,7 +16,7 @@ from einops import rearrange
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastgrpo.core.config import Model, Video
+from fastgrpo.core.config import Model, Video, paths
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Decoded
 from fastgrpo.models.loading.weight_files import check_class, check_shards
@@ -58,7 +58,7 @@ def locate(path: str, key: str = "model.path") -> Path:
     """A local folder, or the local copy of a hub repository."""
     if Path(path).is_dir():
         return Path(path)
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if not paths.is_hub_id(path):
         raise UserError(
             f"{key}={path}: no such folder; give a folder in the diffusers layout or a hub id."
         )
@@ -66,23 +66,29 @@ def locate(path: str, key: str = "model.path") -> Path:
 
     try:
         return fetch(path)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         problem = str(error).splitlines()[0]
         raise UserError(
-            f"{key}={path}: neither a folder nor on the hub ({problem}); correct the path."
+            f"{key}={path}: neither a folder nor on the hub ({problem}); correct the path, or write"
+            " it as ./NAME where a folder is meant."
         ) from None
 
 
 def fetch(repository: str) -> Path:
     """The local copy of a hub repository, without what no family reads; .bin files only where they
     are the weights.
+
+    repository: NAME, or NAME@REVISION
     """
     from huggingface_hub import snapshot_download
 
-    allowed = list(FETCHED)
+    allowed, (name, revision) = list(FETCHED), paths.hub_name(repository)
     folder = Path(
         snapshot_download(
-            repository, allow_patterns=allowed, ignore_patterns=[*NOT_FETCHED, "*.bin"]
+            name,
+            revision=revision,
+            allow_patterns=allowed,
+            ignore_patterns=[*NOT_FETCHED, "*.bin"],
         )
     )
     parts = [
@@ -91,7 +97,12 @@ def fetch(repository: str) -> Path:
     if all(any(part.glob("*.safetensors")) for part in parts):
         return folder
     return Path(
-        snapshot_download(repository, allow_patterns=allowed, ignore_patterns=list(NOT_FETCHED))
+        snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=allowed,
+            ignore_patterns=list(NOT_FETCHED),
+        )
     )
 
 

@@ -59,6 +59,32 @@ def check_shards(folder: Path) -> None:
                         f"model.path: {folder / shard} is missing, a part of the weights; download "
                         "it again."
                     )
+    if not _has_weights(folder) and (variant := _variant(folder)) is not None:
+        raise UserError(
+            f"model.path: {folder} has its weights only as a variant ({variant.name}), which is "
+            "not read; save or download that folder without variant=..."
+        )
+
+
+def check_weights(folder: Path) -> None:
+    """Raise UserError where a diffusers network's weights are not all there, by their names."""
+    check_shards(folder)
+    for file in _weight_files(folder):
+        if not file.is_file():
+            raise UserError(f"model.path: {file} is missing, a part of the weights.")
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether the folder has weights under the names that diffusers and transformers read."""
+    plain = (f"{WEIGHTS}.safetensors", f"{WEIGHTS}.bin", "model.safetensors", "pytorch_model.bin")
+    return any((folder / name).is_file() for name in (*plain, *INDEXES))
+
+
+def _variant(folder: Path) -> Path | None:
+    """A file of weights that was saved with variant="fp16" or another; None: there is none."""
+    stems = (WEIGHTS, "model", "pytorch_model")
+    files = (file for stem in stems for file in sorted(folder.glob(f"{stem}.*.*")))
+    return next((file for file in files if file.suffix in (".safetensors", ".bin")), None)
 
 
 def tensors(folder: Path) -> dict[str, Place]:

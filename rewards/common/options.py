@@ -35,6 +35,11 @@ def parse(spec: RewardSpec, schema: type[Options]) -> Options:
         ) from None
 
 
+def refuse(spec: RewardSpec) -> None:
+    """Raise UserError where a reward that takes no options is given some."""
+    parse(spec, Section)
+
+
 def _no_such(name: str, key: str, fields: list[str]) -> str:
     if not fields:
         return f"{name} takes no options; leave it out."

@@ -18,12 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastgrpo.core.config import paths
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import read_json as read_object
 from fastgrpo.core.files import sha256
-
-FILE_KINDS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json", ".txt", ".gz")
-"""What ends so is a file, not a hub repository's name."""
 
 
 def locate(
@@ -38,7 +36,7 @@ def locate(
     """
     if path is None:
         raise UserError(f"{where}: missing; {remedy}.")
-    given = Path(path).expanduser()
+    given = Path(path)
     if given.is_file():
         return given
     if given.is_dir():
@@ -46,7 +44,7 @@ def locate(
             if (given / name).is_file():
                 return given / name
         raise UserError(f"{where}={path}: the folder has no {' or '.join(names)}; {remedy}.")
-    if path.startswith((".", "/", "~")) or path.count("/") != 1 or given.suffix in FILE_KINDS:
+    if not paths.is_hub_id(path):
         raise UserError(f"{where}={path}: no such file or folder; {remedy}.")
     return _from_hub(path, names, beside=beside, where=where, remedy=remedy)
 
@@ -56,11 +54,12 @@ def _from_hub(
 ) -> Path:
     """The first of `names` in a hub repository, downloaded with the files beside it."""
     chosen, problem = None, "has none of the files"
+    repository, revision = paths.hub_name(path)
     for name in (*names, *beside):
         if chosen is not None and name in names:
             continue
         try:
-            file = Path(hf_hub_download(path, name))
+            file = Path(hf_hub_download(repository, name, revision=revision))
             chosen = file if name in names else chosen
         except EntryNotFoundError as error:  # also offline, for what is not in the cache
             problem = str(error).splitlines()[0]

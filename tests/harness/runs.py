@@ -131,13 +131,3 @@ def assert_same_checkpoint(one: dict[str, Tensor], other: dict[str, Tensor]) -> 
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
-
-
-def write_manifest(checkpoint: Path) -> None:
-    """Name the files of a checkpoint that a test wrote by itself, without a run's progress."""
-    (checkpoint / "progress.json").write_text("{}")
-    entries = {
-        file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        for file in checkpoint.iterdir()
-    }
-    (checkpoint / "manifest.json").write_text(json.dumps(entries))

@@ -379,6 +379,7 @@ def test_a_new_file_is_a_new_family(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     assert [vars(phase) for phase in found.phases] == [vars(phase) for phase in expected.phases]
     with pytest.raises(
-        UserError, match=r"model.family='flux_10': no file models/flux_10.py. Use one of .*flux_9"
+        UserError,
+        match=r"model.family='flux_10': no file models/flux_10.py. Did you mean flux_9. Use one of .*flux_9",
     ):
         models.family("flux_10")

@@ -215,7 +215,7 @@ def test_mistakes_in_prompts_counts_and_servers_are_one_line(tmp_path: Path) -> 
         assert message in runs.complaint(folder, [override])
         assert not (folder / "recipe.toml").exists(), "half-written run folder"
     missing = ["rewards.0.name=tiny_wold"]
-    assert "no such reward; use one of clip_score, hps, " in runs.complaint(folder, missing)
+    assert "no such reward. Did you mean tiny_world? Use one" in runs.complaint(folder, missing)
     assert "tiny_world has no part 'XQ'" in runs.complaint(folder, ["rewards.0.weights={XQ=1.0}"])
     unreachable = ["server.urls=['http://127.0.0.1:9']", f"server.token_file={tmp_path / 'token'}"]
     assert "http://127.0.0.1:9" in runs.complaint(

@@ -1,7 +1,10 @@
 """Checks for keys of a recipe that do not go together, each with its remedy."""
 
+from collections.abc import Callable, Sequence
+from urllib.parse import urlsplit
+
 from fastgrpo.core.config.sections import Recipe
-from fastgrpo.core.errors import UserError
+from fastgrpo.core.errors import UserError, UserErrors
 
 LONGEST_WAIT_S = 1500.0  # below the time limit of a collective, fastgrpo.parallel.world.TIMEOUT
 
@@ -11,11 +14,24 @@ def check(recipe: Recipe) -> None:
 
     What a training method asks of a recipe is checked by `training.methods.check`.
     """
-    _check_model(recipe)
-    _check_rollout(recipe)
-    _check_samples(recipe)
-    _check_rewards(recipe)
-    _check_server(recipe)
+    for one in CHECKS:
+        one(recipe)
+
+
+def mistakes(recipe: Recipe) -> list[str]:
+    """The lines of all checks that fail."""
+    return failing([lambda one=one: one(recipe) for one in CHECKS])  # type: ignore[misc]
+
+
+def failing(several: Sequence[Callable[[], object]]) -> list[str]:
+    """The lines of all checks, of those that raise UserError."""
+    found: list[str] = []
+    for one in several:
+        try:
+            one()
+        except UserError as error:
+            found += error.lines if isinstance(error, UserErrors) else [str(error)]
+    return found
 
 
 def _check_model(recipe: Recipe) -> None:
@@ -23,6 +39,26 @@ def _check_model(recipe: Recipe) -> None:
         raise UserError(
             "model.negative_prompt: has no effect without guidance; set model.cfg above 1 or leave "
             "it out."
+        )
+    lora = recipe.lora
+    for key, given in (("alpha", lora.alpha), ("targets", lora.targets)):
+        if given and not lora.rank:
+            raise UserError(
+                f"lora.{key}: has no effect without adapters; set lora.rank above 0 or leave it "
+                "out."
+            )
+
+
+def _check_prompts(recipe: Recipe) -> None:
+    prompts = recipe.prompts
+    if prompts.languages and prompts.language_column is None:
+        raise UserError(
+            "prompts.languages: no column to compare with; set prompts.language_column, too."
+        )
+    if prompts.language_column is not None and not prompts.languages:
+        raise UserError(
+            "prompts.language_column: has no effect without prompts.languages; name those to keep, "
+            "or leave it out."
         )
     if recipe.prompts.heldout is None and not recipe.prompts.heldout_share:
         raise UserError(
@@ -51,14 +87,17 @@ def _check_rollout(recipe: Recipe) -> None:
 
 
 def _check_samples(recipe: Recipe) -> None:
-    """The samples of a prompt that are trained, and how optimizer steps share them out."""
+    """The samples of a prompt that are trained."""
     group_size, trained = recipe.rollout.samples_per_prompt, recipe.samples_trained
     if trained > group_size or (trained % 2 and recipe.objective.best_of_n):
         raise UserError(
             f"objective.best_of_n={trained}: must be even and at most "
             f"rollout.samples_per_prompt={group_size} (it keeps the best and the worst half)."
         )
-    updates = recipe.optimizer.updates_per_iteration
+
+
+def _check_updates(recipe: Recipe) -> None:
+    trained, updates = recipe.samples_trained, recipe.optimizer.updates_per_iteration
     if trained % updates:
         divisors = [k for k in range(1, trained + 1) if trained % k == 0]
         raise UserError(
@@ -82,6 +121,9 @@ def _check_rewards(recipe: Recipe) -> None:
             f"rewards: the part '{doubled[0]}' is named by two rewards; leave it out of one of "
             "them."
         )
+
+
+def _check_weights(recipe: Recipe) -> None:
     if not any(weight > 0 for weight in recipe.weights.values()):
         raise UserError(
             "rewards: every weight is 0, so nothing would be learned; give one part a weight above "
@@ -89,7 +131,7 @@ def _check_rewards(recipe: Recipe) -> None:
         )
 
 
-def _check_server(recipe: Recipe) -> None:
+def _check_waiting(recipe: Recipe) -> None:
     server = recipe.server
     patience = max(server.outage_s + 2 * server.request_timeout_s, server.start_timeout_s)
     if patience > LONGEST_WAIT_S:
@@ -98,7 +140,48 @@ def _check_server(recipe: Recipe) -> None:
             f"start_timeout_s) are more than the {LONGEST_WAIT_S:g} s that ranks wait for each "
             "other; lower them."
         )
+
+
+def _check_token(recipe: Recipe) -> None:
+    server = recipe.server
     if server.token_file is None and (server.urls or any(spec.urls for spec in recipe.rewards)):
         raise UserError(
             "server.token_file: missing; running servers (urls) want a token, name its file."
         )
+
+
+def _check_addresses(recipe: Recipe) -> None:
+    """The form of the servers' addresses."""
+    named = {"server.urls": recipe.server.urls}
+    named |= {f"rewards.{n}.urls": spec.urls for n, spec in enumerate(recipe.rewards)}
+    for key, urls in named.items():
+        for url in urls:
+            check_address(key, url)
+
+
+def check_address(key: str, url: str) -> None:
+    """Raise UserError for what is no address of a reward server.  key: or option"""
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port
+        fits = False
+    if not fits or any(letter.isspace() or not letter.isprintable() for letter in url):
+        raise UserError(
+            f"{key}={url!r}: not the address of a server; write it as http://HOST:PORT, such as "
+            "http://node7:8700."
+        )
+
+
+CHECKS = (
+    _check_model,
+    _check_prompts,
+    _check_rollout,
+    _check_samples,
+    _check_updates,
+    _check_rewards,
+    _check_weights,
+    _check_waiting,
+    _check_addresses,
+    _check_token,
+)

@@ -1,16 +1,15 @@
 """A checked recipe from a file and overrides, or one line that says what is wrong."""
 
-import difflib
-import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from fastgrpo.core.config import checks, messages
 from fastgrpo.core.config.base import Section
-from fastgrpo.core.config.checks import check
+from fastgrpo.core.config.overrides import apply, with_paths
 from fastgrpo.core.config.reward_spec import RewardSpec
 from fastgrpo.core.config.sections import Recipe
 from fastgrpo.core.errors import UserError
@@ -26,25 +25,67 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     tree = read_tree(path)
     for override in overrides:
-        _apply(tree, override)
+        apply(tree, override)
     return parse(tree)
 
 
+def load_with_mistakes(path: Path, overrides: Sequence[str]) -> tuple[Recipe | None, list[str]]:
+    """The recipe as far as it can be read, and a line for each mistake in it.
+
+    A key with a mistake is left at its default, so that the others are still checked. None: a key
+    without a default has one. Raises UserError for a file that is not TOML.
+    """
+    tree, mistakes = read_tree(path), list[str]()
+    for override in overrides:
+        try:
+            apply(tree, override)
+        except UserError as error:
+            mistakes.append(str(error))
+    for _ in range(2):  # the second time without the keys that have mistakes
+        try:
+            recipe = Recipe.model_validate(tree)
+        except ValidationError as error:
+            found = messages.lines(error)
+            mistakes += [line for line in found.values() if line not in mistakes]
+            _leave_out(tree, found)
+        else:
+            return recipe, [*mistakes, *checks.mistakes(recipe)]
+    return None, mistakes
+
+
+def _leave_out(tree: dict[str, Any], keys: Iterable[tuple[str, ...]]) -> None:
+    """Remove keys from a tree, where they are in it."""
+    for *above, last in keys:
+        node: Any = tree
+        for key in above:
+            if isinstance(node, list) and key.isdigit() and int(key) < len(node):
+                node = node[int(key)]
+            else:
+                node = node.get(key) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node.pop(last, None)
+
+
 def read_tree(path: Path) -> dict[str, Any]:
-    """A recipe file as it stands, its paths resolved.
+    """A recipe file as it stands, its paths whole.
 
     Raises UserError where it is missing or not TOML.
     """
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(
             f"recipe={path}: no such file; give the path of a recipe, e.g. launch/t2v_tiny.toml."
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise UserError(
+            f"recipe={path}: cannot be read ({error.strerror}); give the path of a recipe, e.g. "
+            "launch/t2v_tiny.toml."
+        ) from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"recipe={path}: not a TOML file ({error}); correct it there.") from None
-    _resolve_paths(tree, path.resolve().parent)
-    return tree
+    found: dict[str, Any] = with_paths(tree, (), path.resolve().parent)
+    return found
 
 
 def parse(tree: dict[str, Any]) -> Recipe:
@@ -53,7 +94,7 @@ def parse(tree: dict[str, Any]) -> Recipe:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise UserError(_one_line(error)) from None
-    check(recipe)
+    checks.check(recipe)
     return recipe
 
 
@@ -62,110 +103,16 @@ def section(kind: type[S], name: str, values: Mapping[str, Any]) -> S:
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        raise UserError(f"{name}.{_one_line(error)}") from None
+        raise UserError(_one_line(error, (name,))) from None
 
 
-def _resolve_paths(tree: dict[str, Any], base: Path) -> None:
-    """Make `./` and `../` values of the file relative to the file, in place.
-
-    `run.dir` stays as it is.
-    """
-
-    def resolved(value: Any, where: tuple[str, ...]) -> Any:
-        if isinstance(value, dict):
-            return {key: resolved(below, (*where, key)) for key, below in value.items()}
-        if isinstance(value, list):
-            return [resolved(below, where) for below in value]
-        dotted = (
-            isinstance(value, str) and value.startswith(("./", "../")) and where != ("run", "dir")
-        )
-        return os.path.normpath(base / value) if dotted else value
-
-    tree.update(resolved(tree, ()))
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value`.
-
-    The value is read as TOML, as a plain string where that fails, `none` as unset.
-    `rewards=[{name=..., weights=...}]` sets the whole list.
-    """
-    name, equals, text = override.partition("=")
-    keys = name.strip().split(".")
-    if not equals or (len(keys) < 2 and keys != ["rewards"]):
-        raise UserError(
-            f"override '{override}': not of the form section.key=value, e.g. run.iterations=20."
-        )
-    value = read_value(text)
-    if isinstance(value, str) and value.startswith(("./", "../")) and keys != ["run", "dir"]:
-        value = os.path.abspath(value)
-    node: Any = tree
-    for depth, key in enumerate(keys[:-1]):
-        if isinstance(node, list):
-            node = _item(node, key, ".".join(keys[: depth + 1]))
-        elif isinstance(node, dict):
-            node = node.setdefault(key, {})
-        if not isinstance(node, dict | list):
-            raise UserError(
-                f"override '{override}': '{'.'.join(keys[: depth + 1])}' has no keys below it; "
-                "end the name there."
-            )
-    if isinstance(node, list):
-        raise UserError(
-            f"override '{override}': give a key of one entry, e.g. {'.'.join(keys[:-1])}.0.name=..."
-        )
-    node[keys[-1]] = value
-
-
-def read_value(text: str) -> Any:
-    """A value of the command line: as TOML, as a plain string where that fails; `none` is None."""
-    if text.strip() == "none":
-        return None
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _item(entries: list[Any], key: str, where: str) -> Any:
-    """An entry of a list of tables, by its number."""
-    if not key.isdigit() or int(key) >= len(entries):
-        raise UserError(
-            f"override '{where}': no such entry; there are {len(entries)}, counted from 0."
-        )
-    return entries[int(key)]
-
-
-def _one_line(error: ValidationError) -> str:
-    """The first problem of a validation error: where, what and the remedy."""
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return _unknown_key(where)
-    if problem["type"] == "missing":
-        return f"{where}: missing; add it to the recipe or as an override {where}=..."
-    more = f" ({error.error_count() - 1} more problems follow.)" if error.error_count() > 1 else ""
-    return f"{where}={problem['input']!r}: {problem['msg'].lower()}.{more}"
-
-
-def _unknown_key(where: str) -> str:
-    """The message for a key that no section has, with the nearest that exists."""
-    known = all_keys()
-    plain = ".".join(part for part in where.split(".") if not part.isdigit())
-    near = difflib.get_close_matches(plain, known, n=1, cutoff=0.0)
-    tail = plain.rsplit(".", 1)[-1]
-    same_tail = [key for key in known if key.rsplit(".", 1)[-1] == tail]
-    return f"Unknown key '{where}'; did you mean '{(same_tail or near)[0]}'?"
-
-
-def all_keys() -> list[str]:
-    """Every `section.key` of a recipe, and the section names."""
-    keys: list[str] = []
-    for name, field in Recipe.model_fields.items():
-        section = RewardSpec if name == "rewards" else field.annotation
-        assert isinstance(section, type) and issubclass(section, Section)
-        keys += [name, *(f"{name}.{key}" for key in section.model_fields)]
-    return keys
+def _one_line(error: ValidationError, section: tuple[str, ...] = ()) -> str:
+    """The first problem of a validation error, and how many others there are."""
+    first, *others = messages.lines(error, section).values()
+    if not others:
+        return first
+    problems = "another mistake" if len(others) == 1 else f"{len(others)} other mistakes"
+    return f"{first} And {problems}: `fastgrpo check` lists all."
 
 
 def describe() -> str:

@@ -6,13 +6,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from fastgrpo.core.config.base import Positive, Section
+from fastgrpo.core.config.paths import PATH, LocalOrHub
 
 
 class RewardSpec(Section):
     name: str
     """A file of rewards/: clip_score, hps, pick_score, tiny_world, video_stats, videoalign; or the
     path of a file of your own, such as ./my_reward.py, which is then called my_reward."""
-    file: Path | None = None
+    file: Annotated[Path, PATH] | None = None
     """A file of your own, where `name` is not its path; None: the file of rewards/."""
     weights: dict[str, float]
     """Weight of each part's advantage; 0 = a held-out monitor: scored and logged, never trained
@@ -22,8 +23,8 @@ class RewardSpec(Section):
     urls: tuple[str, ...] = ()
     """Running servers that hold this reward; None: those of server.urls, or the one started beside
     the trainer."""
-    path: str | None = None
-    """File or folder of the reward's weights, where it has any."""
+    path: LocalOrHub | None = None
+    """File or folder of the reward's weights, or a hub id, where it has any."""
     device: str = "auto"
     """Device of its weights, such as cuda:1; auto = the GPU of its process where there is one, else
     the CPU."""

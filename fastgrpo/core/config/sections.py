@@ -4,9 +4,9 @@ Every field says its unit and what it does. An unknown key is an error that name
 combination that cannot work is an error that names the remedy. `Recipe.to_toml` prints what a run
 really used.
 
-Paths: in the file, a value that starts with `./` or `../` is relative to the file, so that a recipe
+Paths: in the file, a path that starts with `./` or `../` is relative to the file, so that a recipe
 works from any folder; in an override it is relative to where the command is typed, as is `run.dir`
-always.
+always. `~` and `$NAME` stand for what a shell makes of them.
 """
 
 import math
@@ -17,6 +17,7 @@ import tomli_w
 from pydantic import Field
 
 from fastgrpo.core.config.base import Count, Fraction, Positive, Rate, Section
+from fastgrpo.core.config.paths import PATH, LocalOrHub, LocalPath
 from fastgrpo.core.config.reward_spec import RewardSpec
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Run(Section):
-    dir: Path
+    dir: Annotated[Path, PATH]
     """Folder of the run; everything that the run writes lies in it."""
     iterations: Positive
     """Iterations of Algorithm 1; one iteration = one rollout and its optimizer steps."""
@@ -47,10 +48,10 @@ class Run(Section):
 class Model(Section):
     family: str
     """A file of models/: flux, hunyuan_video, skyreels_i2v, stable_diffusion, wan."""
-    path: str
-    """Folder in the diffusers layout (or a hub id): transformer/ or unet/, vae/, text_encoder/,
-    scheduler/, ..."""
-    network: str | None = None
+    path: LocalOrHub
+    """Folder in the diffusers layout, or a hub id, NAME or NAME@REVISION: transformer/ or unet/,
+    vae/, text_encoder/, scheduler/, ..."""
+    network: LocalOrHub | None = None
     """Folder or hub id with the network alone, where it is not in `path` (SkyReels over
     HunyuanVideo's other parts)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -107,9 +108,9 @@ class Video(Section):
 
 
 class Prompts(Section):
-    train: str
+    train: LocalPath
     """Prompts: a file, folder or pattern of .txt (UTF-8), .json, .jsonl, .csv, .tsv or .parquet."""
-    heldout: str | None = None
+    heldout: LocalPath | None = None
     """Prompts of the evaluation before and after; no prompt of `train` may occur. None: take
     heldout_share of `train`."""
     heldout_share: Fraction = 0.05
@@ -141,7 +142,7 @@ class Prompts(Section):
     the cache, or is a bad row."""
     limit: Positive | None = None
     """At most this many prompts of `train`: the first ones that are kept."""
-    cache: Path | None = None
+    cache: Annotated[Path, PATH] | None = None
     """Folder of the prompts' conditions, which runs may share; None: embeddings/ in the run's
     folder."""
 
@@ -276,7 +277,7 @@ class Server(Section):
     urls: tuple[str, ...] = ()
     """Running reward servers; None: the first rank starts one beside the trainer and stops it at
     the end."""
-    token_file: Path | None = None
+    token_file: Annotated[Path, PATH] | None = None
     """File with the bearer token of the servers in `urls`."""
     start_timeout_s: Rate = 120.0
     """Seconds to wait until a server is ready."""

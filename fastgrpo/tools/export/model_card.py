@@ -7,7 +7,7 @@ from typing import Any
 
 from fastgrpo import models
 from fastgrpo.checkpoint.reader import Weights
-from fastgrpo.core.config import Model, Recipe
+from fastgrpo.core.config import Model, Recipe, paths
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import null_to_nan, read_json
 from fastgrpo.models.loading import diffusers_folder
@@ -48,13 +48,13 @@ def base_name(recipe: Recipe) -> str:
 def front_matter(recipe: Recipe) -> list[str]:
     """YAML between dashes; the base model only where it is a hub id."""
     name = recipe.model.network or recipe.model.path
-    base = [f"base_model: {name}"] if is_hub_id(name) else []
+    base = [f"base_model: {paths.hub_name(name)[0]}"] if is_hub_id(name) else []
     return ["---", "library_name: diffusers", *base, "tags:", "- grpo", "- fastgrpo", "---", ""]
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a model's name is one that others can load by."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).is_dir()
+    return paths.is_hub_id(name) and not Path(name).is_dir()
 
 
 def loading(model: Model, apart: bool) -> list[str]:

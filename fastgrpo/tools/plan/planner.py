@@ -19,7 +19,7 @@ from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.units import GIB
-from fastgrpo.tools.plan.costs import compute
+from fastgrpo.tools.plan.costs import compute, host
 from fastgrpo.tools.plan.phases import Machine, Phase, iteration_phases, iteration_seconds
 from fastgrpo.tools.plan.subject import Subject, subject
 from fastgrpo.tools.plan.workload import batch_size, network_calls
@@ -59,6 +59,11 @@ class Plan:
         return self.worst.peak <= self.machine.usable()
 
     @property
+    def host(self) -> dict[str, float]:
+        """Bytes of a node's own memory, by kind; empty: nothing of the run waits there."""
+        return host.of_node(self.subject.job)
+
+    @property
     def seconds(self) -> float:
         """Seconds of an iteration."""
         return iteration_seconds(self.phases, self.every)
@@ -76,6 +81,11 @@ class Change:
 
     overrides: tuple[str, ...]
     plan: Plan
+
+    @property
+    def learns_otherwise(self) -> bool:
+        """Whether adapters are trained in place of all weights."""
+        return any(override.startswith("lora.") for override in self.overrides)
 
 
 def plan(
@@ -168,7 +178,7 @@ def advice(given: Plan, file: Path, overrides: Sequence[str], text: int | None) 
             if tried.fits:
                 found.append(Change(changes, tried))
     found.sort(
-        key=lambda change: (_learns_otherwise(change), change.plan.seconds, len(change.overrides))
+        key=lambda change: (change.learns_otherwise, change.plan.seconds, len(change.overrides))
     )
     return _distinct(found)
 
@@ -182,10 +192,6 @@ def _distinct(found: Sequence[Change]) -> list[Change]:
         ):
             chosen.append(change)
     return chosen
-
-
-def _learns_otherwise(change: Change) -> bool:
-    return any(override.startswith("lora.") for override in change.overrides)
 
 
 def _nearby(job: compute.Job, count: int) -> Iterator[tuple[str, ...]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo import models
-from fastgrpo.core.config import Recipe
+from fastgrpo.core.config import Recipe, paths
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import read_json
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
@@ -44,9 +44,9 @@ def subject(recipe: Recipe, gpus: int, ranks_per_node: int, text: int | None = N
     rewards.check(recipe, gpus, ranks_per_node)
     config, notes = network_config(recipe)
     planned = family_plan(recipe.model.family, config)
-    net, auxiliary = planned.network, _auxiliary(recipe, planned.auxiliary, notes)
-    _check_sharing(recipe, net.heads)
-    latent = _latent(recipe, auxiliary, planned.patch)
+    net, auxiliary = planned.network, auxiliary_models(recipe, planned.auxiliary, notes)
+    check_sharing(recipe, net.heads)
+    latent = latent_shape(recipe, auxiliary, planned.patch)
     tokens, video = text or auxiliary.text, math.prod(latent[1:]) // planned.patch**2
     if text is None:
         notes.append(f"texts of {tokens} tokens, the longest; --text-tokens for others")
@@ -92,7 +92,7 @@ def published(name: str, named: str = "") -> dict[str, Any]:
     return next(dict(config) for key, config in choices if key in named.lower())
 
 
-def _check_sharing(recipe: Recipe, heads: int) -> None:
+def check_sharing(recipe: Recipe, heads: int) -> None:
     """Raise UserError where ranks cannot share the network's sequences as distributed.sp says."""
     sp, sharing = recipe.distributed.sp, models.with_function("share_sequence")
     if sp > 1 and recipe.model.family not in sharing:
@@ -128,11 +128,11 @@ def network_config(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
         models.declared(recipe.model.family, "NETWORK"),
         recipe.model.network or recipe.model.path,
     )
-    for folder in _folders(named):
+    for folder in local_folders(named):
         for file in (folder / part / "config.json", folder / "config.json"):
             if file.is_file():
                 return read_json(file, "model.path", "download that folder again"), []
-    if named.startswith((".", "/", "~")):
+    if not paths.is_hub_id(named):
         raise UserError(
             f"model.path={named}: has no {part}/config.json; correct the path, or name a hub id."
         )
@@ -141,18 +141,21 @@ def network_config(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     ]
 
 
-def _folders(named: str) -> list[Path]:
+def local_folders(named: str) -> list[Path]:
     """The folder itself, or the hub cache's copies of a repository."""
     if Path(named).is_dir():
         return [Path(named)]
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    home = Path(os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface")))
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    return sorted((hub / f"models--{named.replace('/', '--')}" / "snapshots").glob("*"))
+    name, _ = paths.hub_name(named)
+    return sorted((hub / f"models--{name.replace('/', '--')}" / "snapshots").glob("*"))
 
 
-def _auxiliary(recipe: Recipe, published: AuxiliaryModels, notes: list[str]) -> AuxiliaryModels:
+def auxiliary_models(
+    recipe: Recipe, published: AuxiliaryModels, notes: list[str]
+) -> AuxiliaryModels:
     """The published models with the VAE's own compression, decoding scaled by the VAE's width."""
-    files = [folder / "vae" / "config.json" for folder in _folders(recipe.model.path)]
+    files = [folder / "vae" / "config.json" for folder in local_folders(recipe.model.path)]
     found = next((file for file in files if file.is_file()), None)
     if found is None:
         return published
@@ -183,7 +186,7 @@ def _auxiliary(recipe: Recipe, published: AuxiliaryModels, notes: list[str]) -> 
     )
 
 
-def _latent(recipe: Recipe, vae: AuxiliaryModels, patch: int) -> tuple[int, int, int, int]:
+def latent_shape(recipe: Recipe, vae: AuxiliaryModels, patch: int) -> tuple[int, int, int, int]:
     """(C, F, H, W). Raises UserError for a size that does not divide.
 
     patch: latent places per token and side

@@ -46,7 +46,8 @@ def show(
     console.print(title, highlight=False, soft_wrap=True)
     console.print(_phases(found))
     console.print(_memory(found))
-    for line in (verdict(found), *(f"note: {line}" for line in warnings(found))):
+    lines = [verdict(found), host_line(found), *(f"note: {line}" for line in warnings(found))]
+    for line in filter(None, lines):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     if simulated:
         console.print(_simulated(simulated))
@@ -58,8 +59,8 @@ def show(
         _changes(console, changes)
     console.print(_curve(plans))
     assumed = _assumed(found.machine.achieved)
-    lines = f"of the GPUs, assumed where no --set or --calibration says otherwise: {assumed}"
-    console.print(lines, highlight=False, soft_wrap=True, markup=False)
+    line = f"of the GPUs, assumed where no --set or --calibration says otherwise: {assumed}"
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def verdict(found: Plan) -> str:
@@ -71,9 +72,9 @@ def verdict(found: Plan) -> str:
         return f"does not fit: {room}"
     hours = found.seconds * found.iterations / 3600
     return (
-        f"fits: {room}; {found.seconds:,.0f} s per iteration, {found.iterations} iterations in "
-        f"{hours:,.1f} h, "
-        f"{found.gpu_hours:,.0f} GPU-hours"
+        f"fits: {room}; {brief(found.seconds)} s per iteration, {found.iterations} iterations in "
+        f"{brief(hours, 1)} h, "
+        f"{brief(found.gpu_hours)} GPU-hours"
     )
 
 
@@ -114,14 +115,40 @@ def _changes(console: Console, changes: Sequence[Change]) -> None:
             highlight=False,
         )
         return
-    console.print(
-        "these fit, the quickest first; add the line to the command (lora: trains adapters alone):"
+    kinds = ("these fit", False), ("these fit and train adapters alone", True)
+    for title, otherwise in kinds:
+        of_kind = [change for change in changes if change.learns_otherwise == otherwise]
+        if of_kind:
+            line = f"{title}, the quickest first; add the line to the command:"
+            console.print(line, highlight=False, soft_wrap=True)
+        for change in of_kind:
+            line = f"  {' '.join(change.overrides)}    # {_figures(change.plan)}"
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _figures(plan: Plan) -> str:
+    """Seconds and memory of a plan in a few words."""
+    figures = f"{brief(plan.seconds)} s per iteration, {plan.worst.peak / GIB:.1f} GiB"
+    held = sum(plan.host.values()) / GIB
+    return f"{figures}, and {held:,.0f} GiB of the host's per node" if held >= 0.5 else figures
+
+
+def brief(value: float, digits: int = 0) -> str:
+    """A figure with so many decimals, or with two digits where that would be a naught."""
+    text = f"{value:,.{digits}f}"
+    return text if float(text.replace(",", "")) else f"{value:.2g}"
+
+
+def host_line(found: Plan) -> str:
+    """What the run holds in the hosts' memory; empty: next to nothing."""
+    total = sum(found.host.values()) / GIB
+    if total < 0.5:
+        return ""
+    kinds = ", ".join(f"{kind} {size / GIB:,.1f}" for kind, size in found.host.items())
+    return (
+        f"host memory: {total:,.1f} GiB per node ({kinds}), pinned blocks rounded up to powers of "
+        "two; libraries and files that are read come on top"
     )
-    for change in changes:
-        peak = change.plan.worst.peak / GIB
-        figures = f"{change.plan.seconds:,.0f} s per iteration, {peak:.1f} GiB"
-        line = f"  {' '.join(change.overrides)}    # {figures}"
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _curve(plans: Sequence[Plan]) -> Table:
@@ -139,9 +166,9 @@ def _curve(plans: Sequence[Plan]) -> Table:
         hours = plan.gpu_hours / plan.subject.job.gpus
         table.add_row(
             str(plan.subject.job.gpus),
-            f"{plan.seconds:,.0f}",
-            f"{hours:,.1f}",
-            f"{plan.gpu_hours:,.0f}",
+            brief(plan.seconds),
+            brief(hours, 1),
+            brief(plan.gpu_hours),
             f"{plan.worst.peak / GIB:.1f}",
             "yes" if plan.fits else "no",
         )
@@ -180,6 +207,7 @@ def as_json(
         "parameters": job.network.parameters,
         "tokens": {"video": job.video, "text": job.text},
         "usable_bytes": found.machine.usable(),
+        "host_bytes_per_node": found.host,
         "phases": [vars(phase) | {"peak": phase.peak} for phase in found.phases],
         "seconds_per_iteration": found.seconds,
         "gpu_hours": found.gpu_hours,
@@ -189,6 +217,7 @@ def as_json(
                 "overrides": list(c.overrides),
                 "seconds_per_iteration": c.plan.seconds,
                 "peak": c.plan.worst.peak,
+                "host_bytes_per_node": sum(c.plan.host.values()),
             }
             for c in changes
         ],
@@ -233,7 +262,7 @@ def picture(found: Plan, file: Path) -> None:
     ]
     bars = seconds.barh(names[1:][::-1], shares[::-1], color="tab:blue")
     seconds.bar_label(bars, labels=[f"{value:,.1f} s" for value in shares[::-1]], padding=3)
-    seconds.set(xlabel="seconds per iteration", title=f"{found.seconds:,.0f} s per iteration")
+    seconds.set(xlabel="seconds per iteration", title=f"{brief(found.seconds)} s per iteration")
     seconds.margins(x=0.18)
     fits = "fits" if found.fits else "does not fit"
     figure.suptitle(

@@ -18,6 +18,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from fastgrpo import models
 from fastgrpo.algorithm import noise
 from fastgrpo.core import config, files
 from fastgrpo.core.errors import UserError
@@ -223,6 +224,9 @@ def choose_prompts(source: Source, wanted: Wanted) -> list[Prompt]:
         raise UserError("--prompts: give --prompt or --prompts, not both.")
     if wanted.image is not None and not wanted.prompts:
         raise UserError("--image: is for --prompt; a file of prompts names its own images.")
+    family = source.snapshot.model.family
+    if wanted.image is not None and not models.reads_image(family):
+        raise UserError(f"--image={wanted.image}: {family} takes no reference image; leave it out.")
     limit = wanted.limit
     if wanted.prompts:
         chosen = [Prompt(text, wanted.image, "--prompt") for text in wanted.prompts]

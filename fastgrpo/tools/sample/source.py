@@ -147,13 +147,18 @@ def _from_adapters(choice: Asked, folder: Path) -> Source:
 
 def _from_folder(choice: Asked, folder: Path) -> Source:
     """A model folder or a hub id; an export brings the recipe of its run along."""
-    file = choice.recipe or folder / "recipe.toml"
+    named, file = choice.recipe, choice.recipe or folder / "recipe.toml"
     if choice.family is not None:
         if choice.recipe is not None or choice.overrides:
             raise UserError(
                 "--family: is for a folder without a recipe; leave out --recipe and --set."
             )
         return _without_recipe(choice, choice.family)
+    if named is None and not folder.exists():
+        raise UserError(
+            f"source={choice.source}: no such file or folder; give a recipe, a run folder, an "
+            "export or a model folder, or, for a hub id, --family or --recipe, too."
+        )
     if not file.is_file():
         raise UserError(
             f"source={choice.source}: which family? Give --family NAME, or --recipe FILE."

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fastgrpo import rewards
 from fastgrpo.core import config
-from fastgrpo.core.config import RewardSpec
+from fastgrpo.core.config import RewardSpec, paths
+from fastgrpo.core.config.overrides import with_paths
 from fastgrpo.core.errors import UserError, described
 from fastgrpo.core.reward import Reward, RewardWrapper, Scores
 from fastgrpo.rewards.serving.client.client import RewardClient
@@ -66,12 +67,15 @@ def specs(asked: Asked) -> list[RewardSpec]:
         name, equals, path = text.partition("=")
         if not (equals and name in trees):
             name, path = _only(trees, f"--path={text}", "NAME=PATH"), text
-        trees[name]["path"] = path
+        trees[name]["path"] = paths.whole_or_hub(path, "--path")
     for text in asked.options:
         _assign(trees, "--option", text, ("options",))
     for text in asked.settings:
         _assign(trees, "--set", text, ())
-    return [config.section(RewardSpec, "rewards", tree) for tree in trees.values()]
+    return [
+        config.section(RewardSpec, "rewards", with_paths(tree, ("rewards", "0")))
+        for tree in trees.values()
+    ]
 
 
 def _chosen(asked: Asked) -> dict[str, RewardSpec]:
@@ -136,7 +140,7 @@ def _assign(
         node = node.setdefault(step, {})
         if not isinstance(node, dict):
             raise UserError(f"{option}={text}: '{step}' has no keys below it; end the name there.")
-    node[keys[-1]] = config.read_value(value)
+    node[keys[-1]] = config.value_of(("rewards", "0", *below, *keys), value)
 
 
 def _only(trees: Mapping[str, object], option: str, form: str) -> str:

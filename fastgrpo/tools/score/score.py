@@ -7,7 +7,6 @@ that is an error.
 
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -208,16 +207,6 @@ def number(value: float) -> str:
     if not math.isfinite(value):
         return "-"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.5g}"
-
-
-def check_target(option: str, file: Path | None) -> None:
-    """Raise UserError, before hours of work, for a file that could not be written."""
-    if file is None or str(file) == "-":
-        return
-    if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise UserError(
-            f"{option}={file}: cannot be written there; name a file in a folder that exists.",
-        )
 
 
 def write(option: str, file: Path, content: str) -> None:

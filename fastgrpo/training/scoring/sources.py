@@ -64,11 +64,7 @@ class Source(Protocol):
 def open_rewards(recipe: Recipe, world: World, stack: ExitStack) -> list[Source]:
     """The sources of the rewards' scores, with a server beside the trainer where none is named."""
     for spec in recipe.rewards:
-        if recipe.video.frames < (least := rewards.least_frames(spec)):
-            raise UserError(
-                f"video.frames={recipe.video.frames}: {spec.name} judges clips of at least "
-                f"{least}; use longer clips, or another reward."
-            )
+        check_frames(recipe, spec)
     inside = [spec for spec in recipe.rewards if spec.where == "process"]
     outside = [spec for spec in recipe.rewards if spec.where == "server"]
     sources: list[Source] = []
@@ -94,12 +90,7 @@ def open_rewards(recipe: Recipe, world: World, stack: ExitStack) -> list[Source]
             parts |= _wait_ready(client, recipe.server.start_timeout_s, world)
             sources.append(client)
     for spec in recipe.rewards:
-        unknown = [part for part in spec.weights if part not in parts[spec.name]]
-        if unknown:
-            raise UserError(
-                f"rewards.weights: {spec.name} has no part '{unknown[0]}'; "
-                f"its parts are {', '.join(parts[spec.name])}."
-            )
+        check_scored(spec, parts[spec.name])
     return sources
 
 
@@ -116,6 +107,39 @@ class Address(NamedTuple):
     urls: tuple[str, ...]
     token: str
     log_file: Path | None = None  # of the server beside the trainer
+
+
+def check_frames(recipe: Recipe, spec: RewardSpec) -> None:
+    """Raise UserError where the recipe's clips are too short for a reward."""
+    if recipe.video.frames < (least := rewards.least_frames(spec)):
+        raise UserError(
+            f"video.frames={recipe.video.frames}: {spec.name} judges clips of at least "
+            f"{least}; use longer clips, or another reward."
+        )
+
+
+def check_parts(spec: RewardSpec, own: Sequence[str]) -> None:
+    """Raise UserError for a weight or a threshold of a part that a reward does not have.
+
+    own: the reward's parts without those that thresholds add
+    """
+    unknown = [part for part in spec.threshold if part not in own]
+    if unknown:
+        raise UserError(
+            f"rewards.threshold.{unknown[0]}: {spec.name} has no part '{unknown[0]}'; its parts are "
+            f"{', '.join(own)}."
+        )
+    check_scored(spec, [*own, *(f"{part}_above" for part in spec.threshold)])
+
+
+def check_scored(spec: RewardSpec, parts: Sequence[str]) -> None:
+    """Raise UserError for a weight of a part that is not scored.  parts: all that are scored"""
+    unknown = [part for part in spec.weights if part not in parts]
+    if unknown:
+        raise UserError(
+            f"rewards.weights: {spec.name} has no part '{unknown[0]}'; "
+            f"its parts are {', '.join(parts)}."
+        )
 
 
 def _groups(

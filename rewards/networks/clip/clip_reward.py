@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from fastgrpo.core.config import RewardSpec
+from fastgrpo.core.config import RewardSpec, paths
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.rewards.common import options, weight_files
@@ -152,6 +152,28 @@ class ClipReward(Reward):
         return torch.cat(features)[[distinct.index(prompt) for prompt in prompts]]
 
 
+def check_spec(spec: RewardSpec, published: Published) -> None:
+    """Raise UserError where the device or the file of the weights is not there; nothing is read.
+
+    A hub repository is not asked for.
+    """
+    options.device(spec)
+    rule_of(spec, published.frames)
+    if spec.path is None or not paths.is_hub_id(spec.path):
+        _weights(spec, published)
+
+
+def _weights(spec: RewardSpec, published: Published) -> Path:
+    """The file of the weights, fetched where it is on the hub. Raises UserError for no such file."""
+    return weight_files.locate(
+        spec.path,
+        published.files,
+        beside=SIDE_FILES,
+        where="rewards.path",
+        remedy=published.remedy,
+    )
+
+
 def build(
     spec: RewardSpec, published: Published, tokenizer: str | None, choices: Choices
 ) -> ClipReward:
@@ -161,13 +183,7 @@ def build(
     Raises UserError naming the file or the setting that is wrong.
     """
     device, dtype = options.device(spec), options.dtype(spec)
-    file = weight_files.locate(
-        spec.path,
-        published.files,
-        beside=SIDE_FILES,
-        where="rewards.path",
-        remedy=published.remedy,
-    )
+    file = _weights(spec, published)
     loaded = read_weights(file, published.known, choices.image_size, dtype)
     preprocess = _preprocess(loaded, choices.resize or published.resize, choices.antialias, file)
     text = loaded.model.config.text_config

@@ -60,23 +60,29 @@ class Loaded:
     scale: float | None  # alpha / rank, or alpha / sqrt(rank)
 
 
+def find_folder(path: str | None) -> Path:
+    """The folder of a checkpoint. Raises UserError where it is none."""
+    if path is None or not Path(path).is_dir():
+        raise UserError(
+            f"rewards.path={path}: no folder; name the downloaded KlingTeam/VideoReward, which "
+            "holds model_config.json, or what convert-videoalign made of it."
+        )
+    folder = Path(path)
+    if not (folder / "model_config.json").is_file():
+        raise UserError(
+            f"rewards.path={path}: has no model_config.json; name the folder of the published "
+            "checkpoint."
+        )
+    return folder
+
+
 def find(path: str | None, base: str | None) -> Checkpoint:
     """Find the files of a checkpoint and read its settings.
 
     base: `rewards.options.base`
     Raises UserError where a file is missing.
     """
-    if path is None or not Path(path).expanduser().is_dir():
-        raise UserError(
-            f"rewards.path={path}: no folder; name the downloaded KlingTeam/VideoReward, which "
-            "holds model_config.json, or what convert-videoalign made of it."
-        )
-    folder = Path(path).expanduser()
-    if not (folder / "model_config.json").is_file():
-        raise UserError(
-            f"rewards.path={path}: has no model_config.json; name the folder of the published "
-            "checkpoint."
-        )
+    folder = find_folder(path)
     content = weight_files.read_json(folder / "model_config.json")
     model = content.get("model_config")
     named = str(model.get("model_name_or_path") or "") if isinstance(model, dict) else ""
@@ -119,7 +125,7 @@ def _weight_files(step: Path, base: str) -> tuple[Path, ...]:
         raise UserError(
             f"rewards.path: {step} has neither model.pth nor {absent[0]}; download it again."
         )
-    local = Path(base).expanduser()
+    local = Path(base)
     return (*sorted(local.glob("*.safetensors")), *split) if base and local.is_dir() else split
 
 

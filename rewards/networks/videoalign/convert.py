@@ -39,7 +39,7 @@ def convert(source: Path, target: Path, base: str | None, dtype: str | None) -> 
     returns the safetensors file
     Raises UserError where the source is wrong or the target has something already.
     """
-    source, target = source.expanduser(), target.expanduser().resolve()
+    target = target.resolve()
     if (source / CONVERTED).exists():
         raise UserError(
             f"SRC={source}: has {CONVERTED} already; use it as it is, or delete it to convert "

@@ -34,6 +34,12 @@ AFTER = ("<|im_end|>", "\n", "<|im_start|>", "assistant\n")
 """The chat form of Qwen2-VL: a system prompt, one user's turn, the start of the answer."""
 
 
+def _reason(error: Exception) -> str:
+    """What is wrong with a file, without its name."""
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return strerror or str(error).splitlines()[0]
+
+
 def read_template(file: Path) -> str:
     """The template in prompt_template.py, or the whole text of another file.
 
@@ -47,7 +53,8 @@ def read_template(file: Path) -> str:
         body = ast.parse(text).body
     except (OSError, UnicodeDecodeError, SyntaxError, ValueError) as error:
         raise UserError(
-            f"{where}: cannot be read ({str(error).splitlines()[0]}); name the official file."
+            f"{where}: cannot be read ({_reason(error)}); name prompt_template.py of "
+            "https://github.com/KwaiVGI/VideoAlign, which is read and not run."
         ) from None
     for node in body:
         names = [

@@ -51,6 +51,54 @@ def test_paths_of_the_file_are_relative_to_it(
     )
 
 
+def test_a_home_folder_and_variables_stand_for_what_a_shell_makes_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home-of-me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    typed = {"~/runs/a": "/home-of-me/runs/a", "$SCRATCH/a": "/scratch/me/a"}
+    typed |= {"${SCRATCH}/ä ö": "/scratch/me/ä ö", "a b": "a b", "2026-11-21": "2026-11-21"}
+    file = tmp_path / "recipe.toml"
+    for text, meant in typed.items():
+        assert config.load(RECIPE, [f"run.dir={text}"]).run.dir == Path(meant)
+        file.write_text(RECIPE.read_text().replace("runs/t2v_tiny", text))
+        assert config.load(file, ["prompts.train=x.txt"]).run.dir == Path(meant)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "$SCRATCH").mkdir()  # what exists as it is written is that
+    assert config.load(RECIPE, ["model.path=$SCRATCH"]).model.path == str(tmp_path / "$SCRATCH")
+
+
+def test_paths_are_recorded_whole_and_hub_ids_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m" / "sd").mkdir(parents=True)
+    keys = ("model.path", "model.network", "rewards.0.path")
+    for key in keys:
+        for name in ("owner/name", "owner/name@main", "owner/name@refs/pr/3"):
+            assert f'= "{name}"' in config.load(RECIPE, [f"{key}={name}"]).to_toml()
+        for name in ("m/sd", "./m/sd", "m/sd/", "m/../m/sd"):
+            assert f'= "{tmp_path}/m/sd"' in config.load(RECIPE, [f"{key}={name}"]).to_toml()
+    weights = config.load(RECIPE, ["rewards.0.path=w/hps.pt"]).rewards[0].path
+    assert weights == str(tmp_path / "w" / "hps.pt")  # no hub id ends so
+    (tmp_path / "t.py").touch()
+    option = config.load(RECIPE, ["rewards.0.options.template=t.py"]).rewards[0].options
+    assert option == {"template": str(tmp_path / "t.py")}
+
+
+def test_a_bom_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(RECIPE.read_text(), encoding="utf-8-sig")
+    assert config.load(file).run == config.load(RECIPE).run
+
+
+def test_text_is_text_whatever_it_looks_like() -> None:
+    said = ["track.project=2026", "track.entity=true", "model.negative_prompt='a'", "model.cfg=2"]
+    recipe = config.load(RECIPE, said)
+    assert (recipe.track.project, recipe.track.entity) == ("2026", "true")
+    assert recipe.model.negative_prompt == "a"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -58,8 +106,29 @@ def test_paths_of_the_file_are_relative_to_it(
         ("objective.groupsize=5", "Unknown key 'objective.groupsize'"),
         ("rollout.lr=1e-3", "Unknown key 'rollout.lr'; did you mean 'optimizer.lr'?"),
         ("rolout.steps=5", "Unknown key 'rolout'; did you mean 'rollout'?"),
-        ("rollout.steps=many", "rollout.steps='many': input should be a valid integer"),
-        ("rollout.steps=1", "rollout.steps=1: input should be greater than or equal to 2"),
+        ("rollout.steps=many", "rollout.steps='many': must be a whole number at least 2."),
+        ("rollout.steps=1", "rollout.steps=1: must be a whole number at least 2."),
+        (
+            "rollout.batch_size=-4",
+            "rollout.batch_size=-4: must be a whole number above 0, or auto.",
+        ),
+        (
+            "model.gradient_checkpointing=-1",
+            "model.gradient_checkpointing=-1: must be true or false, or a whole number above 0.",
+        ),
+        ("rewards.0.frames=frist", "or all, first or middle; did you mean first?"),
+        ("rewards.0.weights={XX='a'}", "rewards.0.weights.XX='a': must be a finite number."),
+        ("server.urls='http://x'", "must be an array of texts, such as"),
+        ("server.urls='http://x'", '; write it as ["http://x"].'),
+        ("rewards=[]", "rewards=[]: must be an array of tables, at least one"),
+        ("optimizer.betas=3", "must be an array of 2 numbers, such as [0.9, 0.999]."),
+        ("optimizer.scheduler=cosine", "optimizer.warmup_updates and optimizer.decay_updates"),
+        ("evaluate.every=5", "evaluated before its first iteration and after its last"),
+        ("evaluate.nothing=5", "[evaluate] has prompts, seeds, steps, clips."),
+        ("server.urls=['http:/x']", "server.urls='http:/x': not the address of a server"),
+        ("rewards.0.urls=['h:80']", "rewards.0.urls='h:80': not the address of a server"),
+        ("lora.alpha=2.0", "lora.alpha: has no effect without adapters"),
+        ("prompts.language_column=l", "has no effect without prompts.languages"),
         ("rollout.eta=0.0", "rollout.eta=0.0: GRPO needs a stochastic sampler; use eta > 0"),
         ("optimizer.updates_per_iteration=3", "does not divide the 8 samples trained per prompt"),
         (
@@ -77,7 +146,8 @@ def test_paths_of_the_file_are_relative_to_it(
 def test_a_mistake_is_one_line(override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         methods.check(config.load(RECIPE, [override]))
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    said = str(caught.value)
+    assert message in said and "\n" not in said and "mistake" not in said
 
 
 def test_numbers_that_would_divide_are_named() -> None:

@@ -370,7 +370,8 @@ def test_mistakes_are_one_line(
     cases = {
         (str(tmp_path), *out): "neither a run folder nor one in the diffusers layout",
         ("none.toml", *out): "no such recipe",
-        (str(tmp_path / "none"), *out): "which family? Give --family NAME, or --recipe FILE",
+        (str(tmp_path / "none"), *out): f"source={tmp_path / 'none'}: no such file or folder",
+        ("runs/none", *out): "source=runs/none: no such file or folder",
         (str(FOLDER), *out, "--family", "hunyuan_video"): "--frames: missing; without a recipe",
         (str(FOLDER), *out): "which family?",
         (str(runs.RECIPE), *out, "--against-base"): "--against-base: the source is a base model",
@@ -385,9 +386,10 @@ def test_mistakes_are_one_line(
             "--frames",
             "8",
         ): "video.frames=8: must be a multiple of 4, plus 1; use 5 or 9.",
-        (str(run), *out, "--frames", "0"): "video.frames=0: input should be greater than 0",
+        (str(run), *out, "--frames", "0"): "video.frames=0: must be a whole number above 0.",
         (str(run), *out, "--negative-prompt", "blurry"): "has no effect without guidance",
         (str(run), *out, "--prompt", "a", "--prompts", "b"): "give --prompt or --prompts, not both",
+        (str(run), *out, "--prompt", "a", "--image", "b.png"): "hunyuan_video takes no reference",
         (str(run), *out, "--seeds", "1", "1"): "one is named twice",
         (str(run), *out, "--set", "model.gidance=3"): "did you mean 'model.guidance'?",
     }

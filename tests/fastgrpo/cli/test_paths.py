@@ -1,0 +1,185 @@
+"""All commands x what people type as paths: one line, exit code 2, and nothing left behind."""
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from fastgrpo.cli import main as cli
+from tests import ROOT
+from tests.harness import runs
+
+RECIPE = str(runs.RECIPE)
+LONG = "n" * 300
+KEYS = (  # of a recipe
+    "run.dir",
+    "model.path",
+    "model.network",
+    "prompts.train",
+    "prompts.heldout",
+    "prompts.cache",
+    "server.token_file",
+)
+FILES = ("prompts.train", "prompts.heldout", "server.token_file")
+COMMANDS: dict[str, tuple[str, ...]] = {
+    **{f"{command} recipe": (command, "PATH") for command in ("train", "check", "embed")},
+    **{f"{command} {key}": (command, RECIPE, f"{key}=PATH")
+       for command in ("train", "check") for key in KEYS},
+    "preflight recipe": ("preflight", "PATH"),
+    "preflight run.dir": ("preflight", RECIPE, "run.dir=PATH"),
+    "embed run.dir": ("embed", RECIPE, "run.dir=PATH"),
+    "embed prompts.cache": ("embed", RECIPE, "prompts.cache=PATH", "prompts.limit=200"),
+    "plan recipe": ("plan", "PATH", "--gpus", "1", "--gpu", "h100"),
+    "plan --calibration": ("plan", RECIPE, "--gpus", "1", "--gpu", "h100", "--calibration", "PATH"),
+    "plan --picture": ("plan", RECIPE, "--gpus", "1", "--gpu", "h100", "--picture", "PATH.png"),
+    "sample source": ("sample", "PATH", "--out", "OUT"),
+    "sample --recipe": ("sample", "MODEL", "--recipe", "PATH", "--out", "OUT"),
+    "sample --out": ("sample", RECIPE, "--prompt", "a", "--out", "PATH", "--steps", "2"),
+    "sample --prompts": ("sample", RECIPE, "--prompts", "PATH", "--out", "OUT"),
+    "sample --image": ("sample", RECIPE, "--prompt", "a", "--image", "PATH", "--out", "OUT"),
+    "export run": ("export", "PATH", "OUT"),
+    "score FILES": ("score", "PATH", "--reward", "video_stats"),
+    "score --recipe": ("score", "CLIP", "--recipe", "PATH"),
+    "score --prompts": ("score", "CLIP", "--reward", "tiny_world", "--prompts", "PATH"),
+    "score --path": ("score", "CLIP", "--reward", "hps", "--prompt", "a", "--path", "PATH"),
+    "score --json": ("score", "CLIP", "--reward", "video_stats", "--json", "PATH"),
+    "score --token-file": (
+        "score", "CLIP", "--reward", "video_stats", "--server", "http://127.0.0.1:1",
+        "--token-file", "PATH",
+    ),
+    "evaluate run": ("evaluate", "PATH"),
+    "evaluate --json": ("evaluate", "OUT", "--json", "PATH"),
+    "evaluate --markdown": ("evaluate", "OUT", "--markdown", "PATH"),
+    "report run": ("report", "PATH"),
+    "status run": ("status", "PATH"),
+    "serve --recipe": ("serve-rewards", "--recipe", "PATH", "--token-file", "CLIP"),
+    "serve --token-file": ("serve-rewards", "tiny_world", "--token-file", "PATH"),
+    "serve --ready-file": ("serve-rewards", "tiny_world", "--ready-file", "PATH"),
+    "convert SRC": ("convert-videoalign", "PATH", "OUT"),
+}  # fmt: skip
+
+
+def _circle(folder: Path) -> str:
+    (folder / "circle").symlink_to(folder / "circle")
+    return str(folder / "circle")
+
+
+def _file(folder: Path) -> str:
+    (folder / "file").write_text("some text")
+    return str(folder / "file")
+
+
+KINDS: dict[str, Callable[[Path], str]] = {
+    "empty": lambda folder: "",
+    "blank": lambda folder: "  ",
+    "NUL": lambda folder: f"{folder}/a\0b",
+    "newline": lambda folder: f"{folder}/a\nb",
+    "too long": lambda folder: f"{folder}/{LONG}",
+    "below a file": lambda folder: f"{_file(folder)}/below",
+    "unset variable": lambda folder: "$FASTGRPO_UNSET/a",
+    "unknown user": lambda folder: "~no-such-user/a",
+    "circle of links": _circle,
+    "not there": lambda folder: f"{folder}/ä b/c",
+    "a file": _file,
+    "a folder": str,
+    "in /proc": lambda folder: "/proc/fastgrpo/x",
+}
+
+
+FOLDERS = {"run.dir", "model.path", "model.network", "prompts.cache", "--out", "run", "SRC"}
+"""Paths of which a file is a mistake; of the others a folder is one."""
+MADE = {"run.dir", "prompts.cache", "--out"}
+
+
+def cases() -> Iterator[tuple[str, str]]:
+    """Every command's path with every kind that is a mistake there."""
+    for command, kind in product(COMMANDS, KINDS):
+        path = command.split()[1]
+        other = "a folder" if path in FOLDERS else "a file"
+        if kind == other or (path in MADE and kind == "not there"):
+            continue
+        if (path == "--picture" and kind in ("blank", "circle of links", "a folder")) or (
+            path == "--path" and kind in ("a file", "a folder")
+        ):
+            continue
+        yield command, kind
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder beside which the clip and the model lie."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("FASTGRPO_TOKEN", "secret")
+    monkeypatch.delenv("FASTGRPO_UNSET", raising=False)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    return work
+
+
+@pytest.mark.parametrize(("command", "kind"), cases())
+def test_a_path_that_cannot_be_is_one_line_and_leaves_nothing(
+    command: str, kind: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip = folder.parent / "clip.png"
+    clip.write_text("not read")
+    path = KINDS[kind](folder)
+    before = sorted(folder.rglob("*"))
+    stand_ins = {
+        "PATH": path,
+        "OUT": str(folder / "out"),
+        "CLIP": str(clip),
+        "MODEL": str(ROOT / "data" / "tiny_hunyuan_video"),
+    }
+    arguments = list(COMMANDS[command])
+    for word, text in stand_ins.items():
+        arguments = [argument.replace(word, text) for argument in arguments]
+    capsys.readouterr()
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fastgrpo: "), said.err
+    assert not any(letter in lines[0] for letter in "\0\r\x1b")
+    assert sorted(folder.rglob("*")) == before, lines[0]
+
+
+def test_check_tells_every_mistake_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    mistakes = {
+        "rollout.batch_size=-4": "must be a whole number above 0, or auto.",
+        "video.frames=10": "must be a multiple of 4, plus 1; use 9 or 13.",
+        "video.height=33": "not a multiple of 8",
+        "video.width=31": "not a multiple of 8",
+        "distributed.sp=3": "does not divide the network's 4 heads; use one of 1, 2, 4.",
+        "server.token_file=/nope": "No such file",
+        "prompts.image_column=x": "takes no reference image",
+        "rewards.0.weights={XX=1.0}": "has no part 'XX'; its parts are VQ, MQ, TA.",
+        "rewards.0.options.x=3": "takes no options",
+        "prompts.per_iteration=9999": "there are 1440 training prompts",
+        "nonsense": "not of the form section.key=value",
+    }
+    del mistakes["prompts.image_column=x"]  # the file has no columns, which is another test's
+    assert cli.main(["check", RECIPE, *mistakes]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    for typed, said in mistakes.items():
+        key = typed.partition("=")[0].replace(".0.options", ".options").removesuffix(".0.weights")
+        assert [line for line in lines if said in line], (key, lines)
+    assert len(lines) == len(mistakes)
+
+
+def test_check_names_what_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = ("rewards.0.name=tiny_word", "model.family=hunyuan", "model.path=/nope")
+    assert cli.main(["check", RECIPE, *wrong]) == 2
+    said = capsys.readouterr().err
+    assert "rewards.0.name='tiny_word': no such reward. Did you mean tiny_world?" in said
+    assert "Did you mean hunyuan_video?" in said and "model.path=/nope: no such folder" in said
+
+
+def test_a_run_that_check_refuses_makes_no_folder(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ("rewards.0.name=foo", "model.family=hunyuan_vidio", "rewards.0.weights={XX=1.0}")
+    for mistake in wrong:
+        assert cli.main(["train", RECIPE, "run.dir=made", mistake]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not list(folder.iterdir())
