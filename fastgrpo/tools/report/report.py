@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from av.error import FFmpegError
 
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
@@ -212,7 +213,8 @@ def clips(run: Run) -> str:
             break
         try:
             figures = "".join(clip_figure(one, n, prompt) for one in shown)
-        except UserError:  # a damaged clip: the page goes without it
+        except (UserError, FFmpegError, OSError, ValueError, IndexError):
+            # a damaged clip: the page goes without it
             continue
         scores = score_line(first, last, n)
         cards.append(
