@@ -31,7 +31,7 @@ from torch import Tensor
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
 from fastgrpo.data import video
-from fastgrpo.run.terminal import dashboard, plain_line
+from fastgrpo.run.terminal import dashboard, open_console, plain_line
 
 if TYPE_CHECKING:
     from wandb import Run as WandbRun
@@ -86,7 +86,7 @@ class Tracker:
         path = run_dir / "metrics.jsonl"
         self._rows = keep_before(path, start_iteration)
         self._file = path.open("a", encoding="utf-8")
-        self._console = console or Console()
+        self._console = console or open_console()
         if wandb is not None:
             self._wandb = start_wandb(run_dir, wandb)
             if self._wandb.settings.mode == "offline":
