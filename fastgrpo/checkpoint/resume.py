@@ -4,10 +4,12 @@ import json
 import os
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
+import fastgrpo
 from fastgrpo.checkpoint import provenance
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
@@ -129,13 +131,6 @@ def environment(world: World) -> dict[str, object]:
     import diffusers
     import transformers
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).resolve().parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine()
     return {
         "python": platform.python_version(),
@@ -146,5 +141,37 @@ def environment(world: World) -> dict[str, object]:
         "cores": os.cpu_count(),
         "ranks": world.size,
         "threads per rank": torch.get_num_threads(),
-        "commit": commit.stdout.strip() or "unknown",
+        "fastgrpo": fastgrpo.__version__,
+        "commit": commit(Path(fastgrpo.__file__).resolve().parents[1]) or "unknown",
     }
+
+
+def commit(root: Path) -> str:
+    """The commit of the code that runs; empty where it is not known.
+
+    root: the folder that holds the package. Installed inside another repository, as in an
+    environment of the user's project, git would answer with that one's commit.
+    """
+    if not (root / ".git").exists():
+        return _installed_commit()
+    here = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        asked = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short", "HEAD"],
+            env=here,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # no git, as in many containers
+        return ""
+    return asked.stdout.strip()
+
+
+def _installed_commit() -> str:
+    """The commit that pip noted where it installed the package from a repository."""
+    try:
+        noted = metadata.distribution("fastgrpo").read_text("direct_url.json")
+        return str(json.loads(noted or "{}")["vcs_info"]["commit_id"])[:7]
+    except (metadata.PackageNotFoundError, ValueError, KeyError, TypeError):
+        return ""

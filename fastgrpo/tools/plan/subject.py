@@ -145,7 +145,7 @@ def _folders(named: str) -> list[Path]:
     """The folder itself, or the hub cache's copies of a repository."""
     if Path(named).is_dir():
         return [Path(named)]
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    home = Path(os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface"))
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     return sorted((hub / f"models--{named.replace('/', '--')}" / "snapshots").glob("*"))
 
