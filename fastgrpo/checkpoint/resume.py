@@ -1,8 +1,10 @@
 """Starting in a run folder: whose run it holds, what it runs on."""
 
+import contextlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -63,6 +65,28 @@ def holds_run(folder: Path) -> bool:
     metrics = folder / "metrics.jsonl"  # empty from the moment at which a tracker opens it
     logged = metrics.is_file() and metrics.stat().st_size > 0
     return logged or any(folder.glob("checkpoints/step-*"))
+
+
+UNBEGUN = ("lock", "heartbeats", "recipe.toml", "inputs.json", "environment.json", "metrics.jsonl")
+"""What a folder has of a run that failed before it trained or encoded anything."""
+
+
+def remove_unbegun(folder: Path, found: bool) -> None:
+    """Remove what a run that never began has made; nothing where there is more, such as a log.
+
+    found: whether the folder was there before, and stays
+    """
+    with contextlib.suppress(OSError):
+        entries = list(folder.iterdir())
+        if any(entry.name not in UNBEGUN or entry.is_symlink() for entry in entries):
+            return
+        for entry in entries:
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        if not found:
+            folder.rmdir()
 
 
 def prepare_folder(recipe: Recipe, world: World) -> None:

@@ -1,5 +1,7 @@
 """Checks for keys of a recipe that do not go together, each with its remedy."""
 
+import os
+
 from fastgrpo.core.config.sections import Recipe
 from fastgrpo.core.errors import UserError
 
@@ -98,7 +100,9 @@ def _check_server(recipe: Recipe) -> None:
             f"start_timeout_s) are more than the {LONGEST_WAIT_S:g} s that ranks wait for each "
             "other; lower them."
         )
-    if server.token_file is None and (server.urls or any(spec.urls for spec in recipe.rewards)):
+    named = server.urls or any(spec.urls for spec in recipe.rewards)
+    if named and server.token_file is None and not os.environ.get("FASTGRPO_TOKEN"):
         raise UserError(
-            "server.token_file: missing; running servers (urls) want a token, name its file."
+            "server.token_file: missing; running servers (urls) want a token: name its file, or "
+            "set FASTGRPO_TOKEN."
         )

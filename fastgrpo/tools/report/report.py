@@ -16,6 +16,7 @@ import numpy as np
 
 from fastgrpo.core.files import replace_text
 from fastgrpo.data import video
+from fastgrpo.run.output import printable
 from fastgrpo.run.terminal import duration
 from fastgrpo.tools.report.charts import Series, curves, interval, smoothing_width, stacked_bars
 from fastgrpo.tools.report.html import chart, legend, page, table
@@ -74,7 +75,7 @@ def write_report(run_dir: Path) -> Path:
         "bar to read its value.</footer>",
     )
     path = run_dir / "report.html"
-    replace_text(path, page(f"{name}: fastgrpo report", "\n".join(sections)))
+    replace_text(path, printable(page(f"{name}: fastgrpo report", "\n".join(sections))))
     return path
 
 
@@ -91,7 +92,7 @@ def headline(run: Run, name: str) -> str:
         tiles.append(
             (
                 escape(str(run.environment["device"])),
-                f"hardware, {ranks} rank{'' if ranks == 1 else 's'}",
+                f"hardware, {escape(str(ranks))} rank{'' if ranks == 1 else 's'}",
             )
         )
     items = "".join(f"<li><b>{value}</b><span>{label}</span></li>" for value, label in tiles)
@@ -120,7 +121,11 @@ def result(run: Run, done: int, of: str) -> str:
 
 def progress(run: Run) -> str:
     """A banner where the run is not at its end."""
-    if run.comparison is None:
+    if run.failure:
+        kind, _, reason = run.failure.partition(": ")
+        told = reason if kind in ("UserError", "NoScores") else run.failure
+        text = f"The newest attempt ended by an error: {escape(told)}"
+    elif run.comparison is None:
         begun = "This run is under way, or was stopped" if run.rows else "This run has just begun"
         known = (
             "the evaluation before training is here"

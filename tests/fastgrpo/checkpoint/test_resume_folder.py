@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.checkpoint.resume import check_same_recipe, commit, holds_run
+from fastgrpo.checkpoint.resume import check_same_recipe, commit, holds_run, remove_unbegun
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.train import train
@@ -140,3 +140,21 @@ def test_the_commit_is_that_of_the_code_and_of_no_repository_around_it(
     assert commit(tmp_path) == mine
     monkeypatch.setenv("PATH", str(packages))  # no git
     assert commit(tmp_path) == ""
+
+
+def test_a_run_that_never_began_leaves_nothing(tmp_path: Path) -> None:
+    """A mistake that only loading finds; in a folder of the user's, the folder stays."""
+    mistake = [*runs.SMALLER, f"model.path={tmp_path / 'nowhere'}"]
+    (tmp_path / "mine").mkdir()
+    for name in ("fresh", "mine"):
+        runs.complaint(tmp_path / name, mistake)
+    assert [path.name for path in tmp_path.rglob("*") if path.name not in ("lock", "requeue")] == [
+        "mine"
+    ]
+
+
+def test_what_is_no_trace_of_an_unbegun_run_stays(tmp_path: Path) -> None:
+    for name in ("lock", "recipe.toml", "reward_server.log"):
+        (tmp_path / name).touch()
+    remove_unbegun(tmp_path, found=False)
+    assert len(list(tmp_path.iterdir())) == 3
