@@ -74,7 +74,8 @@ def told(folder: Path, main: bool, found: bool) -> Iterator[None]:
         yield
     except BaseException as error:
         if main and not holds_run(folder):
-            remove_unbegun(folder, found)
+            if "reward_server.log" not in str(error):  # which a person is to read
+                remove_unbegun(folder, found)
         elif main and isinstance(error, Exception):
             with suppress(UserError, OSError):  # the error itself matters more
                 write_report(folder)

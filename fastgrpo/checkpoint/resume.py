@@ -67,12 +67,20 @@ def holds_run(folder: Path) -> bool:
     return logged or any(folder.glob("checkpoints/step-*"))
 
 
-UNBEGUN = ("lock", "heartbeats", "recipe.toml", "inputs.json", "environment.json", "metrics.jsonl")
+UNBEGUN = (
+    "lock",
+    "heartbeats",
+    "recipe.toml",
+    "inputs.json",
+    "environment.json",
+    "metrics.jsonl",
+    "reward_server.log",
+)
 """What a folder has of a run that failed before it trained or encoded anything."""
 
 
 def remove_unbegun(folder: Path, found: bool) -> None:
-    """Remove what a run that never began has made; nothing where there is more, such as a log.
+    """Remove what a run that never began has made; nothing where there is more, such as conditions.
 
     found: whether the folder was there before, and stays
     """

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastgrpo.core.errors import UserError
 from fastgrpo.run.heartbeat import FOLDER, WAIT, Heartbeat, node, read
+from fastgrpo.run.output import printable
 
 SILENT_S = 60.0  # heartbeats come every three seconds
 WATCH_S = 10.0  # three heartbeats, by which a living rank is heard
@@ -114,12 +115,13 @@ def suspicion(
 
 def lines(beats: Sequence[Heartbeat], now: float, silent_s: float) -> list[str]:
     """A table with a line per rank."""
-    rows = [("rank", "node", "pid", "iteration", "phase", "for", "heard", "where")]
+    heads = ("rank", "node", "pid", "iteration", "phase", "for", "heard", "where")
+    rows: list[tuple[str, ...]] = [heads]
     for beat in sorted(beats, key=lambda beat: suspicion(beat, now, silent_s)):
         heard = beat.end or f"{span(age(beat, now))} ago"
         who = str(beat.rank), beat.host, str(beat.pid)
         what = str(beat.iteration + 1), beat.phase, span(in_phase(beat, now))
-        rows.append((*who, *what, heard, beat.at))
+        rows.append(tuple(map(printable, (*who, *what, heard, beat.at))))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     padded = (
         [cell.ljust(width) for cell, width in zip(row, widths, strict=False)] + [row[-1]]
