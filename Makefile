@@ -18,7 +18,7 @@ demo: export OMP_NUM_THREADS ?= 1
 demo: export CUDA_VISIBLE_DEVICES :=
 demo: $(READY)
 	@$(BIN)/python -m fastgrpo.cli check launch/t2v_tiny.toml $(ARGS) >/dev/null
-	$(BIN)/torchrun --standalone --nproc-per-node 2 launch/t2v_tiny.sh $(ARGS)
+	$(BIN)/python -m fastgrpo.cli.launch --standalone --local-addr 127.0.0.1 --nproc-per-node 2 launch/t2v_tiny.sh $(ARGS)
 	@echo "The report of this run is report.html in its folder, runs/t2v_tiny unless ARGS named another (run.dir)."
 
 test: $(READY)

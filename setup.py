@@ -6,6 +6,7 @@
 Every folder with Python files is listed here; a test checks it.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import setup
@@ -53,9 +54,16 @@ PACKAGES = {
 }
 """Every package and its folder."""
 
+
+def version() -> str:
+    """The version that the package itself tells."""
+    face = Path(__file__).with_name("fastgrpo") / "__init__.py"
+    return re.findall(r'__version__ = "(.+)"', face.read_text(encoding="utf-8"))[0]
+
+
 setup(
     name="fastgrpo",
-    version="0.1.0",
+    version=version(),
     description="Reinforcement learning from reward models for video and image generators (DanceGRPO)",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -110,5 +118,5 @@ setup(
             "pyarrow>=26",
         ],
     },
-    entry_points={"console_scripts": ["fastgrpo = fastgrpo.cli.main:console"]},
+    entry_points={"console_scripts": ["fastgrpo = fastgrpo.cli.__main__:console"]},
 )

@@ -23,7 +23,8 @@ from fastgrpo.parallel.world import World
 from fastgrpo.run.heartbeat import HeartbeatWriter
 from fastgrpo.run.rank_times import Ranks
 from fastgrpo.run.stopping import Signals, Stop
-from fastgrpo.run.tracker import Tracker, Wandb
+from fastgrpo.run.tracker import Tracker
+from fastgrpo.run.wandb_run import Wandb
 from fastgrpo.training import methods
 from fastgrpo.training.conditions import encode
 from fastgrpo.training.conditions.encode import Encoded

@@ -6,8 +6,10 @@ a run resumes exactly.
 """
 
 import json
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from fastgrpo.algorithm import selection
 from fastgrpo.algorithm.advantages import combined_advantages
 from fastgrpo.checkpoint import explosion, identity
 from fastgrpo.checkpoint.provenance import record_provenance
+from fastgrpo.checkpoint.resume import holds_run, remove_unbegun
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import Exploded, UserError
 from fastgrpo.core.files import nan_to_null, replace_text, sha256
@@ -50,7 +53,9 @@ def train(recipe: Recipe) -> dict[str, object] | None:
         settings = recipe.distributed, recipe.run.deterministic
         with open_world(*settings) as world, ExitStack() as stack:
             world.on_main(lambda: refuse(recipe))
+            found = not world.main or recipe.run.dir.exists()
             split, stop = claim(recipe, world, stack)
+            stack.enter_context(told(recipe.run.dir, world.main, found))
             try:
                 with lost_folder.one_line(recipe.run.dir):
                     parts = open_session(recipe, world=world, stack=stack, split=split, stop=stop)
@@ -61,6 +66,24 @@ def train(recipe: Recipe) -> dict[str, object] | None:
     except UserError:  # also of the first lines: the job, started again, would end there again
         if rank() == 0:
             answer_mistake(recipe.run.dir)
+        raise
+
+
+@contextmanager
+def told(folder: Path, main: bool, found: bool) -> Iterator[None]:
+    """Where the body ends by an error, write the report, or leave no trace of an unbegun run.
+
+    On the main rank, which holds the folder's lock.  found: whether the folder was there before
+    """
+    try:
+        yield
+    except BaseException as error:
+        if main and not holds_run(folder):
+            if "reward_server.log" not in str(error):  # which a person is to read
+                remove_unbegun(folder, found)
+        elif main and isinstance(error, Exception):
+            with suppress(UserError, OSError):  # the error itself matters more
+                write_report(folder)
         raise
 
 
@@ -282,7 +305,7 @@ def check_validity(recipe: Recipe, scored: Scored, iteration: int, hint: str) ->
             drawn=True,
         )
     raise NoScores(
-        f"server.max_invalid={limit}: {share:.0%} of the samples of iteration {iteration} have "
+        f"server.max_invalid={limit}: {share:.0%} of the samples of iteration {iteration + 1} have "
         f"no valid score ({hint}); correct that. The newest checkpoint is intact."
     )
 

@@ -15,6 +15,10 @@ ask_to_stop() {
     rm -f "$folder/stop.partial"
 }
 
+is_number() { # 0 or a number without leading zeros, which bash would read as octal
+    [[ $1 =~ ^(0|[1-9][0-9]{0,17})$ ]]
+}
+
 # ask_slurm ARGUMENT ...: what scontrol answers; asked again where it does not, as while slurmctld starts anew
 ask_slurm() {
     local pause answer
@@ -32,10 +36,13 @@ ask_slurm() {
 run_job() {
     local python=$1 file=$2 limit hosts first address
     shift 2
-    { read -r folder && read -r limit; } < <("$python" -c '
+    # Ended by NUL, which no path has. What is no number does not enter arithmetic, which would run commands in it.
+    { read -r -d "" folder && read -r -d "" limit; } < <("$python" -c '
 import sys, tomllib
 run = tomllib.load(sys.stdin.buffer)["run"]
-print(run["dir"], run["max_requeues"], sep="\n")')
+print(run["dir"], int(run["max_requeues"]), "", sep="\0", end="")')
+    is_number "$limit" || fail "run.max_requeues: cannot be read from the recipe; correct it."
+    is_number "$SLURM_JOB_ID" || fail "SLURM_JOB_ID=$SLURM_JOB_ID: not a number; submit with sbatch."
     mkdir -p "$folder/logs"
     rm -f "$folder/stop" "$folder/requeue" # of an earlier attempt
     [[ -z $asked ]] || ask_to_stop
@@ -64,6 +71,7 @@ print(run["dir"], run["max_requeues"], sep="\n")')
         wait "$step" || true
     done
     [[ ! -f $ended ]] || read -r code <"$ended"
+    is_number "$code" || code=1
     rm -f "$ended"
     conclude "$code" "$limit"
 }
@@ -86,9 +94,11 @@ conclude() {
     how="crashed (exit code $code)"
     [[ $answer == none ]] || how="stopped in good order"
     # How many attempts in a row have ended with this checkpoint as the newest: a job must not go round for ever.
+    # The run's folder may be others' to write: what is neither a checkpoint's name nor a number is not used.
     [[ ! -f $folder/checkpoints/latest ]] || newest=$(<"$folder/checkpoints/latest")
-    [[ ! -f $folder/attempts ]] || read -r before ended <"$folder/attempts"
-    [[ $before == "$newest" ]] || ended=0
+    [[ $newest =~ ^step-[0-9]{1,18}$ ]] || newest=none
+    [[ ! -f $folder/attempts ]] || read -r before ended <"$folder/attempts" || true
+    [[ $before == "$newest" ]] && is_number "$ended" || ended=0
     if ((ended >= limit)); then
         rm -f "$folder/attempts"
         fail "run.max_requeues=$limit: attempt $((ended + 1)) that ends at checkpoint $newest, $how; look at $FASTGRPO_LOGS."

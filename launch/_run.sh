@@ -5,7 +5,7 @@
 #
 # FASTGRPO_PROCESSES  processes per node; default: one per GPU, and without a GPU two (one on a single core)
 # OMP_NUM_THREADS     threads per process; default: the node's cores shared out, at most 8
-# FASTGRPO_SETTLED    set here and by fastgrpo/cli/launch.py: recipe checked, number of processes settled
+# FASTGRPO_SETTLED    set here and by fastgrpo/core/processes.py: recipe checked, number of processes settled
 # FASTGRPO_MASTER, FASTGRPO_LOGS, FASTGRPO_BATCH
 #                     set by _job.sh for the nodes of a slurm job: host:port where they meet, folder for the ranks'
 #                     output, and that the files of an earlier attempt are gone
@@ -39,6 +39,7 @@ python=$root/.venv/bin/python
 # Under torchrun --no-python every rank comes through here: each goes straight to the Python half.
 [[ -z ${TORCHELASTIC_RUN_ID:-} ]] || exec "$python" "$file" "$@"
 
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 cores=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 processes=${FASTGRPO_PROCESSES-$(gpus)}
 [[ -n ${FASTGRPO_PROCESSES+set} || $processes != 0 ]] || processes=$((cores >= 2 ? 2 : 1))
@@ -50,10 +51,10 @@ threads=$((threads < 1 ? 1 : threads > 8 ? 8 : threads))
 if [[ -z ${FASTGRPO_MASTER:-} ]]; then
     "$python" -c "import importlib.util as i, sys; sys.exit(i.find_spec('torch') is None)" ||
         fail "python=$python: no torch there; run 'make venv' in $root, or activate the right environment."
-    # torchrun turns every exit code into 1 and buries the message: tell a mistake in the recipe before it starts.
-    resolved=$(PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m fastgrpo.cli check "$recipe" "$@")
+    # A mistake in the recipe is told before processes start.
+    resolved=$("$python" -m fastgrpo.cli check "$recipe" "$@")
     [[ -z $job ]] || run_job "$python" "$file" "$@" <<<"$resolved"
-    meeting=(--standalone)
+    meeting=(--standalone --local-addr=127.0.0.1) # this machine's name need not resolve
 else
     meeting=(--nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID")
     meeting+=(--master-addr="${FASTGRPO_MASTER%:*}" --master-port="${FASTGRPO_MASTER##*:}")
@@ -63,4 +64,5 @@ else
 fi
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} FASTGRPO_SETTLED=1
-exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node="$processes" "$file" "$@"
+# torchrun, which passes exit codes on
+exec "$python" -m fastgrpo.cli.launch "${meeting[@]}" --nproc-per-node="$processes" "$file" "$@"

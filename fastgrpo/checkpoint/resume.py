@@ -1,15 +1,19 @@
 """Starting in a run folder: whose run it holds, what it runs on."""
 
+import contextlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tomllib
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
+import fastgrpo
 from fastgrpo.checkpoint import explosion, identity, provenance
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
@@ -104,6 +108,36 @@ def holds_run(folder: Path) -> bool:
     return logged or saved
 
 
+UNBEGUN = (
+    "lock",
+    "heartbeats",
+    "recipe.toml",
+    "inputs.json",
+    "environment.json",
+    "metrics.jsonl",
+    "reward_server.log",
+)
+"""What a folder has of a run that failed before it trained or encoded anything."""
+
+
+def remove_unbegun(folder: Path, found: bool) -> None:
+    """Remove what a run that never began has made; nothing where there is more, such as conditions.
+
+    found: whether the folder was there before, and stays
+    """
+    with contextlib.suppress(OSError):
+        entries = list(folder.iterdir())
+        if any(entry.name not in UNBEGUN or entry.is_symlink() for entry in entries):
+            return
+        for entry in entries:
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        if not found:
+            folder.rmdir()
+
+
 def prepare_folder(recipe: Recipe, world: World) -> None:
     """Make the run's folder with recipe, inputs and environment. On the main rank only."""
     folder = recipe.run.dir
@@ -180,13 +214,6 @@ def environment(world: World) -> dict[str, object]:
     import diffusers
     import transformers
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).resolve().parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine()
     return {
         "python": platform.python_version(),
@@ -197,5 +224,37 @@ def environment(world: World) -> dict[str, object]:
         "cores": os.cpu_count(),
         "ranks": world.size,
         "threads per rank": torch.get_num_threads(),
-        "commit": commit.stdout.strip() or "unknown",
+        "fastgrpo": fastgrpo.__version__,
+        "commit": commit(Path(fastgrpo.__file__).resolve().parents[1]) or "unknown",
     }
+
+
+def commit(root: Path) -> str:
+    """The commit of the code that runs; empty where it is not known.
+
+    root: the folder that holds the package. Installed inside another repository, as in an
+    environment of the user's project, git would answer with that one's commit.
+    """
+    if not (root / ".git").exists():
+        return _installed_commit()
+    here = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        asked = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--short", "HEAD"],
+            env=here,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # no git, as in many containers
+        return ""
+    return asked.stdout.strip()
+
+
+def _installed_commit() -> str:
+    """The commit that pip noted where it installed the package from a repository."""
+    try:
+        noted = metadata.distribution("fastgrpo").read_text("direct_url.json")
+        return str(json.loads(noted or "{}")["vcs_info"]["commit_id"])[:7]
+    except (metadata.PackageNotFoundError, ValueError, KeyError, TypeError):
+        return ""

@@ -10,9 +10,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from fastgrpo import __version__
 from fastgrpo.cli import evaluate, options, plan, report, sample, serve, train
 from fastgrpo.core.errors import UserError, UserErrors
-from fastgrpo.core.processes import OneRankError, after_rank_0, die_with_torchrun, leave, rank
+from fastgrpo.core.processes import (
+    INTERRUPTED,
+    SPOKEN_FOR,
+    CtrlC,
+    OneRankError,
+    after_rank_0,
+    die_with_torchrun,
+    leave,
+    rank,
+    tell_torchrun,
+)
+from fastgrpo.run import output
 
 EXAMPLES = (
     ("fastgrpo train launch/t2v_tiny.toml", "one process, the tiny world"),
@@ -32,6 +44,8 @@ EXAMPLES = (
     ("fastgrpo status runs/t2v_tiny", "where each rank is: does it hang, and which one"),
     ("fastgrpo keys", "every recipe key, its default and meaning"),
 )
+ALONE = ("check", "plan", "keys", "export", "score", "serve-rewards", "report", "status")
+"""Commands that share no work with other ranks: each speaks, whatever a scheduler calls it."""
 EPILOG = "examples:\n" + "".join(
     f"{f'  {line:<62}{meaning}'.rstrip()}\n" for line, meaning in EXAMPLES
 )
@@ -46,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action="version", version=f"fastgrpo {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train.add_train(commands)
     train.add_preflight(commands)
@@ -66,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     returns the exit code: 0; 1 where it found something amiss; 2 for a user's mistake
     """
     die_with_torchrun()
-    arguments = parser().parse_args(plan.overrides_first(sys.argv[1:] if argv is None else argv))
+    if argv is None:
+        argv = sys.argv[1:]
+    arguments = parser().parse_args(plan.overrides_first(argv))
     quiet_libraries()
     named: dict[str, Path] = {}
     try:
@@ -76,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # raised on every rank, see World.on_main and World.raise_if_any_failed
     except UserError as error:
+        if arguments.command in ALONE and "TORCHELASTIC_RUN_ID" not in os.environ:
+            _complain(str(error))
+            return 2
         if rank() == 0:
             for line in error.lines if isinstance(error, UserErrors) else [str(error)]:
                 _complain(line)
@@ -113,20 +133,35 @@ def quiet_libraries() -> None:
 
 
 def _complain(message: str) -> None:
+    """Print a user's mistake, and have torchrun's report of failures end with it."""
     print(f"fastgrpo: {message}", file=sys.stderr)
+    tell_torchrun(f"fastgrpo: {message}")
 
 
 def console(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command as this process, and end the process whatever comes.
 
     An error that is no user's mistake is printed with its traceback, exit code 1. Nothing is torn
-    down after it: where one rank fails alone, its communicators would wait for the others.
+    down after it: where one rank fails alone, its communicators would wait for the others. Ctrl-C
+    is one line and exit code 130.
     """
+    ctrl_c = CtrlC()
+    output.guard()
     try:
         code = main(argv)
-    except SystemExit:  # the command line itself is wrong
-        raise
-    except BaseException:
-        traceback.print_exc()
+    except SystemExit as end:  # the command line itself is wrong, or --help
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException as error:
+        if not ctrl_c.received and not isinstance(error, KeyboardInterrupt):
+            traceback.print_exc()
         code = 1
+    if ctrl_c.received:
+        if SPOKEN_FOR not in os.environ and rank() == 0:
+            print("fastgrpo: ended by Ctrl-C", file=sys.stderr)
+        code = INTERRUPTED
+    elif reason := output.refused():
+        print(f"fastgrpo: standard output: {reason}; what it should say is lost", file=sys.stderr)
+        code = code or 1
     leave(code)

@@ -6,7 +6,14 @@ import os
 from pathlib import Path
 
 from fastgrpo.cli.options import add_recipe, recipe_of
-from fastgrpo.core.processes import leave, processes_to_start, rank, replace_by_torchrun
+from fastgrpo.core.processes import (
+    SETTLED,
+    leave,
+    processes_to_start,
+    rank,
+    replace_by_torchrun,
+)
+from fastgrpo.run.output import go_on_without
 
 
 def add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -14,8 +21,9 @@ def add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     train = commands.add_parser(
         "train",
         help="run a recipe, resuming where it stopped",
-        description="Run a recipe in this process, or, under torchrun, as one of its ranks. A run "
-        "folder that already holds a checkpoint of the same recipe is resumed. Ends with the "
+        description="Run a recipe in this process, with one process per GPU where a machine has "
+        "several (FASTGRPO_PROCESSES sets another number), or, under torchrun, as one of its ranks. "
+        "A run folder that already holds a checkpoint of the same recipe is resumed. Ends with the "
         "held-out rewards before and after, in run.dir/summary.json and run.dir/report.html.",
     )
     check = commands.add_parser(
@@ -72,9 +80,13 @@ def add_keys(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 
 def _run_train(arguments: argparse.Namespace) -> None:
+    recipe = recipe_of(arguments)
+    go_on_without(f"training goes on, {recipe.run.dir / 'metrics.jsonl'} has all that it said")
+    if SETTLED not in os.environ and (count := processes_to_start(os.environ)) > 1:
+        again = ["-m", "fastgrpo.cli", "train", str(arguments.recipe), *arguments.overrides]
+        replace_by_torchrun(again, count)
     from fastgrpo.train import train
 
-    recipe = recipe_of(arguments)
     summary = train(recipe)
     if summary is not None and rank() == 0:
         print_summary(summary, recipe.run.dir)
@@ -105,6 +117,7 @@ def _run_preflight(arguments: argparse.Namespace) -> None:
 def _run_embed(arguments: argparse.Namespace) -> None:
     from fastgrpo.training.conditions.encode import embed
 
+    go_on_without("encoding goes on")
     embed(recipe_of(arguments))
 
 
@@ -125,8 +138,9 @@ def shortfalls(summary: dict[str, object]) -> list[str]:
 
 def print_summary(summary: dict[str, object], folder: Path) -> None:
     """Print the held-out rewards before and after as a table."""
-    from rich.console import Console
     from rich.table import Table
+
+    from fastgrpo.run.terminal import open_console
 
     table = Table(
         title="held-out reward, before and after training (ODE sampler, same prompts and seeds)"
@@ -143,7 +157,7 @@ def print_summary(summary: dict[str, object], folder: Path) -> None:
         bounds = f"{low:+.3f} .. {high:+.3f}" if math.isfinite(low) else "-"
         values = f"{before[part]:.3f}", f"{after[part]:.3f}", f"{difference[part]:+.3f}"
         table.add_row(part, *("-" if value.endswith("nan") else value for value in values), bounds)
-    console = Console()
+    console = open_console(markup=False)
     console.print(table)
     for line in shortfalls(summary):
         console.print(line, highlight=False, soft_wrap=True)

@@ -200,6 +200,9 @@ def take_lock(folder: Path, key: str) -> IO[str] | None:
             "(Lustre: flock; NFS: lockd)."
         )
         print(message, file=sys.stderr, flush=True)
+    if not _is_still(folder / "lock", lock):  # a run that never began has removed it meanwhile
+        lock.close()
+        return None
     return lock
 
 
@@ -213,6 +216,14 @@ def make_folder(folder: Path) -> None:
             with suppress(OSError):
                 one.rmdir()
         raise
+
+
+def _is_still(file: Path, opened: IO[str]) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(file.stat(), os.fstat(opened.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

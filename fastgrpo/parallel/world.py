@@ -239,7 +239,7 @@ def _joined(settings: Distributed | None) -> Iterator[World]:
     # gloo beside NCCL, since offloaded gradients are reduced on the CPU
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if under_torchrun():
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        _meet(backend)
     else:
         dist.init_process_group(
             backend,
@@ -267,6 +267,24 @@ def _joined(settings: Distributed | None) -> Iterator[World]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    """Join the other ranks at the address that a launcher has set in the environment."""
+    try:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    except (dist.DistError, ValueError) as error:  # ValueError: a variable is missing or no number
+        where = ":".join(os.environ.get(f"MASTER_{part}", "?") for part in ("ADDR", "PORT"))
+        busy = "EADDRINUSE" in str(error)
+        raise UserError(
+            f"MASTER_ADDR:MASTER_PORT={where}: the ranks cannot meet there "
+            f"({'the port is in use' if busy else _first_line(error)}); start them with torchrun "
+            "and a free port, or unset RANK and WORLD_SIZE for a single process."
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
 
 
 def _raised_on_all_ranks(error: BaseException) -> bool:

@@ -114,9 +114,8 @@ class HeartbeatWriter:
         frame = None
         while trace is not None:
             frame, trace = trace.tb_frame, trace.tb_next
-        self._write(
-            "done" if error is None else f"{type(error).__name__}: {error}", location(frame)
-        )
+        end = "done" if error is None else f"{type(error).__name__}: {error}"
+        self._write("Ctrl-C" if isinstance(error, KeyboardInterrupt) else end, location(frame))
 
     def _run(self) -> None:
         while not self._over.is_set():

@@ -1,10 +1,11 @@
 """Stopping in good order: all ranks agree, and only between two pieces of work.
 
-SIGUSR1, slurm's warning before a time limit, and SIGTERM set a flag and nothing else; the file
-`stop` in the run's folder does the same. Before each batch of a rollout or evaluation, and before
-each micro-batch until an iteration's first optimizer step, the ranks agree whether to stop. What
-was begun is then dropped: it is keyed, so that the next start draws it again exactly. After the
-first optimizer step the iteration is finished first. So what is saved lies between two iterations.
+SIGUSR1, slurm's warning before a time limit, SIGTERM, and SIGHUP, which comes as a terminal goes
+away, set a flag and nothing else; the file `stop` in the run's folder does the same. Before each
+batch of a rollout or evaluation, and before each micro-batch until an iteration's first optimizer
+step, the ranks agree whether to stop. What was begun is then dropped: it is keyed, so that the next
+start draws it again exactly. After the first optimizer step the iteration is finished first. So
+what is saved lies between two iterations.
 
 torchrun passes no exit code on, so that the file `requeue` tells the batch script of a slurm job
 what to do next: go on where slurm asked, by a signal or by its word in the file, and not where a
@@ -27,7 +28,7 @@ from fastgrpo.core.files import replace_text, take_lock
 from fastgrpo.parallel.world import World
 
 T = TypeVar("T")
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)  # the last: its terminal went away
 POLL_S = 1.0  # between two looks for the file, which may lie on a network file system
 ANSWER = "requeue"
 SLURM = "slurm"
@@ -41,14 +42,18 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Remembers SIGUSR1 and SIGTERM inside the context, which only the main thread can enter."""
+    """Remembers SIGNALS inside the context, which only the main thread can enter.
+
+    Those that are ignored, as SIGHUP is under nohup, stay so.
+    """
 
     def __init__(self) -> None:
         self.received = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._remember) for number in heard}
         # launch.py holds back what comes before this
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self

@@ -1,19 +1,24 @@
 """Display of a run in the terminal: a plain line per iteration, or a live dashboard.
 
-Pure functions.
+Pure functions but `open_console`.
 rows: the lines of metrics.jsonl so far, as mappings from name to number; iterations count from 0.
 """
 
 import math
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+from fastgrpo.run.output import Output, printable
 
 Row = Mapping[str, float]
 
@@ -29,6 +34,33 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 TREND_WIDTH = 32  # characters
 WINDOW = 5  # iterations averaged at both ends, because each iteration has other prompts
 RECENT = 10  # iterations that the time left is estimated from
+
+
+class _Console(Console):
+    """rich's console, with the control characters of what it shows escaped, and its own kept."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield segment._replace(text=printable(segment.text))
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Escape before widths are measured, so that a table has room for it."""
+        return super().render_str(printable(text), **options)
+
+
+def open_console(width: int | None = None, markup: bool = True) -> Console:
+    """A console on standard output.
+
+    width: in columns; None: the terminal's;  markup: whether [bold] in a text is style
+    """
+    stream = sys.stdout
+    file = stream.raw if isinstance(stream, Output) else stream
+    return _Console(file=file, width=width, markup=markup)  # type: ignore[arg-type]
 
 
 def parts(names: Sequence[str] | Row, prefix: str = "reward/") -> list[str]:

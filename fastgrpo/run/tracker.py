@@ -11,18 +11,13 @@ ranks `seconds_min/<phase>`, `seconds_median/<phase>`, `seconds_max/<phase>`, `s
 
 import json
 import math
-import netrc
 import os
-import secrets
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self
-from urllib.parse import urlparse
+from typing import Self
 
 from rich.console import Console
 from rich.live import Live
@@ -31,26 +26,10 @@ from torch import Tensor
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import open_to_append, replace_text
 from fastgrpo.data import video
-from fastgrpo.run.terminal import dashboard, plain_line
-
-if TYPE_CHECKING:
-    from wandb import Run as WandbRun
+from fastgrpo.run.terminal import dashboard, open_console, plain_line
+from fastgrpo.run.wandb_run import Wandb, WandbRun, start_wandb
 
 Row = dict[str, float]  # one line of metrics.jsonl; NaN where it says null
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wandb:
-    """A run's address in wandb.
-
-    Mode "online" falls back to offline without a key, or where no server answers.
-    """
-
-    project: str
-    name: str | None = None  # None: the name of the run's folder
-    entity: str | None = None  # None: the user's default
-    mode: Literal["online", "offline"] = "online"
-    config: Mapping[str, object] = field(default_factory=dict)  # the resolved recipe
 
 
 class Tracker:
@@ -86,18 +65,15 @@ class Tracker:
         path = run_dir / "metrics.jsonl"
         self._rows = keep_before(path, start_iteration)
         self._file = open_to_append(path)
-        self._console = console or Console()
+        self._console = console or open_console()
         if missing := start_iteration - len({row["iteration"] for row in self._rows}):
             self.message(
                 f"metrics.jsonl: the lines of {missing} of {start_iteration} iterations are gone "
                 "(removed or damaged): charts and report leave them out"
             )
         if wandb is not None:
-            self._wandb = start_wandb(run_dir, wandb)
-            if self._wandb.settings.mode == "offline":
-                self.message(
-                    f"wandb: offline; upload later with: wandb sync {self._wandb.settings.sync_dir}"
-                )
+            begun = start_wandb(run_dir, wandb)
+            self._wandb = None if begun is None else WandbRun(begun, self.message)
         if self._console.is_terminal:
             screen = dashboard(self._rows, self.total, run_dir.name)
             self._live = Live(screen, console=self._console, refresh_per_second=4)
@@ -126,7 +102,7 @@ class Tracker:
         if self._wandb is not None:
             # wandb refuses a step that it has: iterations repeated after a resume equal those it
             # refuses
-            self._wandb.log(dict(metrics), step=iteration)
+            self._wandb.attempt(lambda run: run.log(dict(metrics), step=iteration))
         if self._live is not None:
             self._live.update(dashboard(self._rows, self.total, self.run_dir.name, note))
         else:
@@ -158,14 +134,16 @@ class Tracker:
             return
         import wandb
 
-        # wandb copies the files
-        with tempfile.TemporaryDirectory(dir=self.run_dir, prefix="videos-") as folder:
-            panel = []
-            for n, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
-                path = Path(folder) / f"{n:03d}.mp4"
-                video.write_mp4(path, clip, fps)
-                panel.append(wandb.Video(str(path), caption=caption, format="mp4"))
-            self._wandb.log({f"videos/{name}": panel}, step=iteration)
+        def log(run: "wandb.Run") -> None:
+            with tempfile.TemporaryDirectory(dir=self.run_dir, prefix="videos-") as folder:
+                panel = []
+                for n, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
+                    path = Path(folder) / f"{n:03d}.mp4"
+                    video.write_mp4(path, clip, fps)
+                    panel.append(wandb.Video(str(path), caption=caption, format="mp4"))
+                run.log({f"videos/{name}": panel}, step=iteration)  # copies the files
+
+        self._wandb.attempt(log)
 
     def summary(self, values: Mapping[str, object]) -> None:
         """Put numbers of the whole run into wandb's summary.
@@ -173,7 +151,7 @@ class Tracker:
         The run's folder has them in summary.json.
         """
         if self._wandb is not None:
-            self._wandb.summary.update(dict(values))
+            self._wandb.attempt(lambda run: run.summary.update(dict(values)))
 
     def close(self) -> None:
         """End the display, the file and the wandb run; a second call does nothing."""
@@ -183,7 +161,7 @@ class Tracker:
             self._live.stop()
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.attempt(lambda run: run.finish())
 
     def __enter__(self) -> Self:
         return self
@@ -243,63 +221,3 @@ def _lines(path: Path) -> list[tuple[str, Row]]:
                     f"{path}:{number}: not a line of metrics ({error}); remove that line"
                 ) from error
     return rows
-
-
-def start_wandb(run_dir: Path, settings: Wandb) -> "WandbRun":
-    """Start wandb, or continue the run of run_dir/wandb_id.txt; its files are in run_dir/wandb."""
-    # wandb's service logs there
-    with _environment(WANDB_CACHE_DIR=str(run_dir / "wandb" / "cache")):
-        import wandb
-
-        id_file = run_dir / "wandb_id.txt"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
-        run_id = id_file.read_text(encoding="utf-8").strip()
-        online = settings.mode == "online" and has_wandb_key()
-        quiet = wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True)
-
-        def begin(online: bool) -> "WandbRun":
-            return wandb.init(
-                project=settings.project,
-                name=settings.name or run_dir.name,
-                entity=settings.entity,
-                dir=str(run_dir),
-                id=run_id,
-                # offline pieces with one id are joined by wandb sync
-                resume="allow" if online else None,
-                mode="online" if online else "offline",
-                config=dict(settings.config),
-                settings=quiet,
-            )
-
-        try:
-            return begin(online)
-        except wandb.errors.Error:  # a key at hand, and no way out: the nodes of many clusters
-            if not online:
-                raise
-            wandb.teardown()
-            return begin(online=False)
-
-
-def has_wandb_key() -> bool:
-    """Whether wandb could log in by itself: WANDB_API_KEY is set, or netrc names its host."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    path = os.environ.get("NETRC") or str(Path.home() / ".netrc")
-    try:
-        return netrc.netrc(path).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """Set environment variables that are not set yet, for the length of a block."""
-    added = {name: value for name, value in variables.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del os.environ[name]

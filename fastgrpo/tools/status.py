@@ -1,17 +1,20 @@
 """`fastgrpo status`: the state of each rank, by its heartbeats, and which rank delays the others.
 
-Runs anywhere that sees the run's folder, without torch. Ages compare the clocks of two machines,
-which must agree to some seconds.
+Runs anywhere that sees the run's folder, without torch. Two machines' clocks may differ: a rank of
+another machine is watched until its next heartbeat, and its silence is measured here.
 """
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.run.heartbeat import FOLDER, WAIT, Heartbeat, read
+from fastgrpo.run.heartbeat import FOLDER, WAIT, Heartbeat, node, read
+from fastgrpo.run.output import printable
 
 SILENT_S = 60.0  # heartbeats come every three seconds
+WATCH_S = 10.0  # three heartbeats, by which a living rank is heard
 UNKNOWN_S = 1800.0  # in a phase that has not ended before
 LONGER = 3.0  # times the longest before
 MOST = 8  # ranks that the verdict names
@@ -27,12 +30,48 @@ def status(run_dir: Path, silent_s: float = SILENT_S) -> bool:
         raise UserError(
             f"{run_dir / FOLDER}: no heartbeats; give the run.dir of a run that has begun training."
         )
+    beats = by_this_clock(run_dir, beats, silent_s)
     now = time.time()
     troubles = verdict(beats, now, silent_s)
     print("\n".join(lines(beats, now, silent_s)))
     for trouble in troubles or [fine(beats)]:
         print(trouble)
     return not troubles
+
+
+def by_this_clock(run_dir: Path, beats: Sequence[Heartbeat], silent_s: float) -> list[Heartbeat]:
+    """The heartbeats, with those of other machines timed by this machine's clock.
+
+    Watches until each of them is heard again. One that is not was last heard at the latest of what
+    its own clock, its file's and this watch allow; until that is longer ago than `silent_s`, as a
+    clock that is ahead may hide, the watch goes on.
+    """
+    begun, first = time.time(), {beat.rank: beat for beat in beats}
+    last = {rank: beat for rank, beat in first.items() if not beat.end and beat.host != node()}
+    heard: dict[int, Heartbeat] = {}
+    while last.keys() - heard.keys():
+        now = time.time()
+        unheard = [beat for rank, beat in last.items() if rank not in heard]
+        stamps = [min(beat.time, written(run_dir, beat.rank), begun) for beat in unheard]
+        if now - begun > WATCH_S and all(now - stamp > silent_s for stamp in stamps):
+            heard |= {b.rank: replace(b, time=s) for b, s in zip(unheard, stamps, strict=True)}
+            break
+        time.sleep(0.2)
+        changed = [beat for beat in read(run_dir) if beat.rank in last]
+        heard |= {
+            beat.rank: replace(beat, time=time.time())
+            for beat in changed
+            if beat.rank not in heard and beat != last[beat.rank]
+        }
+    return [heard.get(rank, beat) for rank, beat in first.items()]
+
+
+def written(run_dir: Path, rank: int) -> float:
+    """When a rank's file was last written, by the file system's clock; now where it is gone."""
+    try:
+        return (run_dir / FOLDER / f"rank-{rank}").stat().st_mtime
+    except OSError:
+        return time.time()
 
 
 def age(beat: Heartbeat, now: float) -> float:
@@ -76,12 +115,13 @@ def suspicion(
 
 def lines(beats: Sequence[Heartbeat], now: float, silent_s: float) -> list[str]:
     """A table with a line per rank."""
-    rows = [("rank", "node", "pid", "iteration", "phase", "for", "heard", "where")]
+    heads = ("rank", "node", "pid", "iteration", "phase", "for", "heard", "where")
+    rows: list[tuple[str, ...]] = [heads]
     for beat in sorted(beats, key=lambda beat: suspicion(beat, now, silent_s)):
         heard = beat.end or f"{span(age(beat, now))} ago"
         who = str(beat.rank), beat.host, str(beat.pid)
         what = str(beat.iteration + 1), beat.phase, span(in_phase(beat, now))
-        rows.append((*who, *what, heard, beat.at))
+        rows.append(tuple(map(printable, (*who, *what, heard, beat.at))))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     padded = (
         [cell.ljust(width) for cell, width in zip(row, widths, strict=False)] + [row[-1]]

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -29,7 +28,7 @@ from fastgrpo.models.loading.policies import outline
 from fastgrpo.models.loading.streaming import Bytes, Show
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
-from fastgrpo.run.terminal import duration
+from fastgrpo.run.terminal import duration, open_console
 
 
 def shard_and_read(policy: Policy, recipe: Recipe, world: World, what: str = "weights") -> None:
@@ -47,13 +46,13 @@ def shard_and_read(policy: Policy, recipe: Recipe, world: World, what: str = "we
     if world.main:
         took = duration(time.perf_counter() - begun)
         line = f"{what}: {_size(read.own)} of {_size(read.network)} read in {took}"
-        Console().print(line, highlight=False, soft_wrap=True)
+        open_console().print(line, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def _progress(world: World, what: str) -> Iterator[Show]:
     """Give a function that shows the main rank's reading: a bar on a terminal, else no output."""
-    console = Console()
+    console = open_console()
     if not (world.main and console.is_terminal):
         yield lambda read: None
         return

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastgrpo.algorithm import noise
@@ -170,7 +170,7 @@ def save_adapters(
             f"{file}: the checkpoint has no adapters (lora.rank was 0); export the whole network."
         )
     with replacing(file) as partial:
-        save_file(adapters, partial, metadata={"format": "pt"})
+        partial.write_bytes(save(adapters, metadata={"format": "pt"}))  # with the umask's mode
 
 
 def merged(name: str, base: Tensor, state: Mapping[str, Tensor], settings: Lora) -> Tensor:

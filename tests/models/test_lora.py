@@ -297,6 +297,8 @@ def test_diffusers_loads_the_export_and_gives_the_same(family: str, tmp_path: Pa
     file = tmp_path / "adapters.safetensors"
     save_adapters(state_of(network), file, part, LORA)
     assert list(tmp_path.iterdir()) == [file]
+    (tmp_path / "beside").touch()
+    assert file.stat().st_mode == (tmp_path / "beside").stat().st_mode  # the umask's
 
     pipeline = pipeline_of(make())
     before = output(getattr(pipeline, part))

@@ -33,6 +33,7 @@ FLOORS = (
     {"tools"},
     {"train"},
     {"cli"},
+    {"__main__"},
 )
 """A package imports only from floors below its own: packages of one floor do not import each other.
 """

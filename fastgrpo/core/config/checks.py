@@ -1,5 +1,6 @@
 """Checks for keys of a recipe that do not go together, each with its remedy."""
 
+import os
 from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
@@ -144,9 +145,11 @@ def _check_waiting(recipe: Recipe) -> None:
 
 def _check_token(recipe: Recipe) -> None:
     server = recipe.server
-    if server.token_file is None and (server.urls or any(spec.urls for spec in recipe.rewards)):
+    named = server.urls or any(spec.urls for spec in recipe.rewards)
+    if named and server.token_file is None and not os.environ.get("FASTGRPO_TOKEN"):
         raise UserError(
-            "server.token_file: missing; running servers (urls) want a token, name its file."
+            "server.token_file: missing; running servers (urls) want a token: name its file, or "
+            "set FASTGRPO_TOKEN."
         )
 
 

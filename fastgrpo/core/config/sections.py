@@ -278,7 +278,7 @@ class Server(Section):
     """Running reward servers; None: the first rank starts one beside the trainer and stops it at
     the end."""
     token_file: Annotated[Path, PATH] | None = None
-    """File with the bearer token of the servers in `urls`."""
+    """File with the bearer token of the servers in `urls`; unset: FASTGRPO_TOKEN has it."""
     start_timeout_s: Rate = 120.0
     """Seconds to wait until a server is ready."""
     request_timeout_s: Rate = 60.0

@@ -145,7 +145,7 @@ def local_folders(named: str) -> list[Path]:
     """The folder itself, or the hub cache's copies of a repository."""
     if Path(named).is_dir():
         return [Path(named)]
-    home = Path(os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface")))
+    home = Path(os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface"))
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     name, _ = paths.hub_name(named)
     return sorted((hub / f"models--{name.replace('/', '--')}" / "snapshots").glob("*"))

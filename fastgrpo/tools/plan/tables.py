@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgrpo.core.units import GIB
+from fastgrpo.run.terminal import open_console
 from fastgrpo.tools.plan.gpus import Achieved
 from fastgrpo.tools.plan.planner import Change, Plan, warnings
 
@@ -33,7 +34,7 @@ def show(
     found: Plan, plans: Sequence[Plan], changes: Sequence[Change], simulated: dict[str, Any] | None
 ) -> None:
     """Print all of it."""
-    console = Console()
+    console = open_console()
     job = found.subject.job
     mesh = f"{job.replicas} replicas x {job.shards} shards" + (
         f", sp {job.sp}" if job.sp > 1 else ""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import IO
 
 import torch
-from rich.console import Console
 from rich.text import Text
 
 from fastgrpo.checkpoint.resume import check_folder
@@ -22,6 +21,7 @@ from fastgrpo.data import prompts
 from fastgrpo.data.prompts import Split
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.run.stopping import Signals, Stop
+from fastgrpo.run.terminal import open_console
 from fastgrpo.session import open_session
 from fastgrpo.tools.plan import planner
 from fastgrpo.tools.plan.gpus import GPUS, Achieved, Gpu
@@ -39,7 +39,7 @@ def run(recipe: Recipe) -> bool:
 
     returns whether all checks are green
     """
-    console = Console()
+    console = open_console()
     with open_world(recipe.distributed, recipe.run.deterministic) as world, ExitStack() as stack:
         methods.check(recipe)
         split = first_prompts(recipe, encode.read_prompts(recipe, world))

@@ -20,6 +20,7 @@ from fastgrpo.core.files import replace_text
 from fastgrpo.data import video_reader
 from fastgrpo.data.video_reader import VideoError
 from fastgrpo.run import alarms
+from fastgrpo.run.output import printable
 from fastgrpo.run.terminal import duration
 from fastgrpo.tools.report.charts import Series, curves, interval, smoothing_width, stacked_bars
 from fastgrpo.tools.report.html import chart, legend, page, table
@@ -84,7 +85,7 @@ def write_report(run_dir: Path) -> Path:
     )
     path = run_dir / "report.html"
     try:
-        replace_text(path, page(f"{name}: fastgrpo report", "\n".join(sections)))
+        replace_text(path, printable(page(f"{name}: fastgrpo report", "\n".join(sections))))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); correct that.") from None
     return path
@@ -103,7 +104,7 @@ def headline(run: Run, name: str) -> str:
         tiles.append(
             (
                 escape(str(run.environment["device"])),
-                f"hardware, {ranks} rank{'' if ranks == 1 else 's'}",
+                f"hardware, {escape(str(ranks))} rank{'' if ranks == 1 else 's'}",
             )
         )
     items = "".join(f"<li><b>{value}</b><span>{label}</span></li>" for value, label in tiles)
@@ -137,7 +138,11 @@ def result(run: Run, done: int, of: str) -> str:
 
 def progress(run: Run) -> str:
     """Banners where the run is not at its end, and for what it did not learn from."""
-    if run.comparison is None:
+    if run.failure:
+        kind, _, reason = run.failure.partition(": ")
+        cause = reason if kind in ("UserError", "NoScores", "Exploded") else run.failure
+        text = f"The newest attempt ended by an error: {cause}"
+    elif run.comparison is None:
         begun = "This run is under way, or was stopped" if run.rows else "This run has just begun"
         here = "the evaluation before training" if run.evaluations else "no evaluation"
         known = f"{here} is here" + ("" if run.evaluations else " yet")

@@ -15,6 +15,7 @@ from fastgrpo import rewards
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import load_json, null_to_nan, sha256
+from fastgrpo.run import heartbeat
 from fastgrpo.run.rank_times import hosts_of
 from fastgrpo.run.terminal import PHASES, parts
 from fastgrpo.run.tracker import Row, read_metrics
@@ -72,6 +73,7 @@ class Run:
     recipe: str
     environment: dict[str, Any]
     hosts: dict[int, str]  # the node of each rank that has a log
+    failure: str  # what ended the newest attempt; empty where nothing did
 
     @property
     def parts(self) -> list[str]:
@@ -202,7 +204,14 @@ def read_run(run_dir: Path) -> Run:
         recipe=recipe.read_text("utf-8", errors="replace") if recipe.is_file() else "",
         environment=read_json(environment) if environment.exists() else {},
         hosts=hosts_of(run_dir),
+        failure=failure_of(run_dir),
     )
+
+
+def failure_of(run_dir: Path) -> str:
+    """The error by which a rank left the run, as its heartbeat has it; empty where none did."""
+    ends = [beat.end for beat in heartbeat.read(run_dir)]
+    return next((end for end in ends if end not in ("", "done")), "")
 
 
 def read_json(path: Path) -> dict[str, Any]:

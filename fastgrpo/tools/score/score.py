@@ -21,6 +21,7 @@ from rich.table import Table
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
+from fastgrpo.run.terminal import open_console
 from fastgrpo.tools.score import clip_files, judges
 from fastgrpo.tools.score.judges import Judges, Servers, Verdict
 
@@ -199,7 +200,7 @@ def show(result: Result) -> None:
 
 def console() -> Console:
     """Standard output; without a terminal as wide as the tables, so that they are not cut."""
-    return Console(width=None if sys.stdout.isatty() else 1000, highlight=False, markup=False)
+    return open_console(width=None if sys.stdout.isatty() else 1000, markup=False)
 
 
 def number(value: float) -> str:

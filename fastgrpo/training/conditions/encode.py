@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -29,7 +28,7 @@ from fastgrpo.data import prompts
 from fastgrpo.data.prompts import Split
 from fastgrpo.models.loading import policies
 from fastgrpo.parallel.world import World, open_world
-from fastgrpo.run.terminal import duration
+from fastgrpo.run.terminal import duration, open_console
 from fastgrpo.training.conditions import cut_prompts
 from fastgrpo.training.conditions.cache import Cache, Conditions, write_negative, write_part
 from fastgrpo.training.conditions.fingerprint import fingerprint
@@ -205,7 +204,7 @@ def _progress(world: World, total: int) -> Iterator[Callable[[int], None]]:
     On a terminal a bar with the time left; elsewhere a line after the first step and one every
     LINE_EVERY_S.
     """
-    console = Console()
+    console = open_console()
     if not world.main:
         yield lambda done: None
     elif console.is_terminal:
@@ -254,4 +253,4 @@ def _without_skipped(recipe: Recipe, world: World, split: Split, conditions: Con
 
 
 def _say(line: str) -> None:
-    Console().print(line, highlight=False, markup=False, soft_wrap=True)
+    open_console().print(line, highlight=False, markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastgrpo import rewards
 from fastgrpo.core.config import Recipe, RewardSpec, Video
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.processes import local_world_size
 from fastgrpo.core.reward import Scores
 from fastgrpo.parallel.world import World
 from fastgrpo.rewards.serving.client.client import RewardClient
@@ -170,16 +171,12 @@ def _servers(
     addresses: dict[str, Address] = {}
     named = {spec.name: spec.urls or settings.urls for spec in specs}
     if any(named.values()):
-        if settings.token_file is None:
-            raise UserError(
-                "server.token_file: missing; running servers (urls) want a token, name its file.",
-            )
-        token = read_token(settings.token_file)
+        token = _token(settings.token_file)
         addresses |= {name: Address(urls, token) for name, urls in named.items() if urls}
     beside = [spec for spec in specs if spec.name not in addresses]
     if not beside:
         return addresses
-    if int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) < world.size:
+    if local_world_size(world.size) < world.size:
         raise UserError(
             "server.urls: none, and the run spans several nodes, which a server beside the first "
             "rank cannot serve; start servers with `fastgrpo serve-rewards` and name them."
@@ -191,6 +188,23 @@ def _servers(
     )
     here = Address((url,), token, recipe.run.dir / LOG)
     return addresses | {spec.name: here for spec in beside}
+
+
+def _token(file: Path | None) -> str:
+    """The bearer token for running servers: of the recipe's file, else of the environment."""
+    if file is not None:
+        return read_token(file)
+    token = os.environ.get("FASTGRPO_TOKEN", "")
+    if not token:
+        raise UserError(
+            "server.token_file: missing; running servers (urls) want a token: name its file, or "
+            "set FASTGRPO_TOKEN.",
+        )
+    if not token.isascii() or not token.isprintable():
+        raise UserError(
+            "FASTGRPO_TOKEN: no usable token; set it to one line of printable characters."
+        )
+    return token
 
 
 def read_token(file: Path) -> str:

@@ -3,11 +3,12 @@ result may change.
 """
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from fastgrpo.checkpoint.resume import check_same_recipe, holds_run
+from fastgrpo.checkpoint.resume import check_same_recipe, commit, holds_run, remove_unbegun
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.train import train
@@ -115,3 +116,45 @@ REWARDS = [
     "weights={sharp=0.0}}]",
     "server.token_file=token",
 ]
+
+
+def git(folder: Path, *words: str) -> str:
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    asked = subprocess.run(
+        ["git", *author, *words], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return asked.stdout.strip()
+
+
+def test_the_commit_is_that_of_the_code_and_of_no_repository_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "the user's own project")
+    mine = git(tmp_path, "rev-parse", "--short", "HEAD")
+    packages = tmp_path / "venv" / "site-packages"
+    packages.mkdir(parents=True)
+    assert commit(packages) == ""
+    assert commit(tmp_path) == mine
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "another"))  # as in git's own hooks
+    assert commit(tmp_path) == mine
+    monkeypatch.setenv("PATH", str(packages))  # no git
+    assert commit(tmp_path) == ""
+
+
+def test_a_run_that_never_began_leaves_nothing(tmp_path: Path) -> None:
+    """A mistake that only loading finds; in a folder of the user's, the folder stays."""
+    mistake = [*runs.SMALLER[:-1], f"model.path={tmp_path / 'nowhere'}"]  # beside a server
+    (tmp_path / "mine").mkdir()
+    for name in ("fresh", "mine"):
+        runs.complaint(tmp_path / name, mistake)
+    assert [path.name for path in tmp_path.rglob("*") if path.name not in ("lock", "requeue")] == [
+        "mine"
+    ]
+
+
+def test_what_is_no_trace_of_an_unbegun_run_stays(tmp_path: Path) -> None:
+    for name in ("lock", "recipe.toml", "hashes.json"):
+        (tmp_path / name).touch()
+    remove_unbegun(tmp_path, found=False)
+    assert len(list(tmp_path.iterdir())) == 3

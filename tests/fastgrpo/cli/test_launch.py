@@ -359,6 +359,54 @@ def test_a_job_goes_back_into_the_queue_where_there_is_more_to_do(
         assert (folder / "attempts").read_text() == f"step-3 {2 if attempts == 'step-3 1' else 1}\n"
 
 
+HOSTILE = "a[$(touch ran)0]"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("attempts", f"step-3 {HOSTILE}\n"),
+        ("attempts", "step-3 08\n"),
+        ("attempts", "step-3"),  # cut off: no number, no new line
+        ("checkpoints/latest", f"{HOSTILE}\n"),
+        ("checkpoints/latest", "\x1b]0;title\x07\n"),
+        ("requeue", f"{HOSTILE}\n"),
+    ],
+)
+@pytest.mark.timeout(60)
+def test_nothing_in_a_runs_folder_is_executed(
+    tree: Path, tmp_path: Path, file: str, content: str
+) -> None:
+    folder = tmp_path / "the run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints/latest").write_text("step-3\n")
+    (folder / file).write_text(content)
+    path = programs(tmp_path, {"scontrol": JOB, "srun": "exit 1"})
+    command = ["bash", str(tree / "launch/t2v_tiny.sh")]
+    slurm = {**SLURM, "STATE": "RUNNING Reason=None", "ENVIRONMENT": "BATCH"}
+    result = start(command, cwd=tmp_path, PATH=path, **slurm)
+    assert result.returncode == 1 and f"requeued {SLURM['SLURM_JOB_ID']}" in result.stdout
+    assert "\x1b" not in result.stderr and "syntax" not in result.stderr
+    assert not list(tmp_path.rglob("ran"))
+    assert re.fullmatch(r"(step-3|none) 1\n", (folder / "attempts").read_text())
+
+
+@pytest.mark.timeout(60)
+def test_a_folders_name_with_a_new_line_is_not_read_as_a_limit(tree: Path, tmp_path: Path) -> None:
+    name = f"the run\n{HOSTILE}"
+    for file in ("main.py", "__main__.py"):
+        stub = tree / "fastgrpo/cli" / file
+        shown = name.replace("\n", "\\\\n")
+        stub.write_text(stub.read_text().replace('"the run"', f'"{shown}"'))
+    path = programs(tmp_path, {"scontrol": JOB, "srun": "exit 1"})
+    command = ["bash", str(tree / "launch/t2v_tiny.sh")]
+    slurm = {**SLURM, "STATE": "RUNNING Reason=None", "ENVIRONMENT": "BATCH"}
+    result = start(command, cwd=tmp_path, PATH=path, **slurm)
+    assert result.returncode == 1, result.stderr
+    assert (tmp_path / name / "attempts").read_text() == "none 1\n"
+    assert not list(tmp_path.rglob("ran"))
+
+
 FLAKY_JOB = """
 deaf() { # COMMAND TIMES: whether it is among the first so many calls of the command, of which it keeps count
     echo "$1" >>calls
@@ -446,7 +494,10 @@ def test_slurms_word_leaves_a_persons_stop_file_as_it_is(
 def test_only_a_lone_process_whose_number_is_open_starts_more() -> None:
     assert processes_to_start({"FASTGRPO_PROCESSES": "8"}) == 8
     assert processes_to_start({"FASTGRPO_PROCESSES": "8", "WORLD_SIZE": "1"}) == 8
-    assert processes_to_start({"FASTGRPO_PROCESSES": "8", "WORLD_SIZE": "2"}) == 1
+    rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    assert processes_to_start({"FASTGRPO_PROCESSES": "8", **rank}) == 1
+    # a scheduler's, in the shell of a container, for a torchrun to come
+    assert processes_to_start({"FASTGRPO_PROCESSES": "8", "RANK": "0", "WORLD_SIZE": "2"}) == 8
     with pytest.raises(UserError, match="FASTGRPO_PROCESSES=0"):
         processes_to_start({"FASTGRPO_PROCESSES": "0"})
 
@@ -463,6 +514,7 @@ def test_nothing_of_the_outer_torchrun_reaches_the_inner_one() -> None:
     assert torchrun_environment(outer, processes=2) == {
         "HOME": "h",
         "OMP_NUM_THREADS": "3",
+        "PYTHONPATH": str(ROOT),
         SETTLED: "1",
     }
 

@@ -4,16 +4,18 @@ alone.
 
 import errno
 import fcntl
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastgrpo.cli import main as cli
-from fastgrpo.core import files
+from fastgrpo.core import files, processes
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import only_run_in, take_lock
 from fastgrpo.core.processes import OneRankError, fail_alone
+from fastgrpo.parallel.world import open_world
 
 
 def test_a_folder_is_one_processs_until_that_gives_it_up(
@@ -84,3 +86,43 @@ def test_what_a_rank_that_fails_alone_tells(
     with pytest.raises(OneRankError, match=r"^x=1: wrong; use 2\.$"):
         fail_alone("x=1: wrong; use 2.")
     assert capsys.readouterr().err == "fastgrpo: rank 3: x=1: wrong; use 2.\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({}, (0, 1, False)),
+        # a scheduler's, in the shell of a container, for a torchrun to come
+        ({"RANK": "3", "WORLD_SIZE": "4"}, (0, 1, False)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "n0"}, (0, 1, False)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4, True)),
+        (
+            {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "n0", "MASTER_PORT": "1"},
+            (3, 4, True),
+        ),
+        ({"RANK": "x", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (0, 1, False)),
+    ],
+)
+def test_a_schedulers_variables_are_not_torchruns(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], told: tuple[int, int, bool]
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert (processes.rank(), processes.world_size(), processes.under_torchrun()) == told
+
+
+def test_a_port_that_is_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        told = f"MASTER_ADDR:MASTER_PORT=127.0.0.1:{port}: .*the port is in use"
+        with pytest.raises(UserError, match=told), open_world():
+            pass
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(UserError, match="cannot meet there"), open_world():
+        pass

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,10 +18,11 @@ import torch
 
 from fastgrpo.core.memory import Peaks
 from fastgrpo.run import heartbeat
-from fastgrpo.run.heartbeat import Heartbeat, HeartbeatWriter
+from fastgrpo.run.heartbeat import FOLDER, Heartbeat, HeartbeatWriter, encoded
 from fastgrpo.run.rank_times import RankLog, Spread, hosts_of, spread, table
 from fastgrpo.run.stopwatch import Phase, Stopwatch
 from fastgrpo.run.terminal import PHASES
+from fastgrpo.tools import status as verdicts
 from fastgrpo.tools.status import lines, verdict
 from tests import ROOT
 from tests.harness import runs
@@ -470,3 +472,35 @@ def test_status_needs_no_torch_and_refuses_what_is_no_run(tmp_path: Path) -> Non
     assert not {"'torch'", "'numpy'", "'pydantic'", "'rich'"} & set(
         done.stdout.strip("[]\n").split(", ")
     )
+
+
+@pytest.mark.parametrize(
+    ("behind_s", "beats", "well"), [(120.0, True, True), (-1200.0, False, False)]
+)
+def test_another_machines_clock_is_not_believed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    behind_s: float,
+    beats: bool,
+    well: bool,
+) -> None:
+    """A living rank whose clock is behind, and a dead one whose clock is ahead."""
+    monkeypatch.setattr(verdicts, "WATCH_S", 1.0)
+    (tmp_path / FOLDER).mkdir()
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.is_set():
+            now = Heartbeat(rank=0, ranks=1, host="far", pid=1, time=time.time() - behind_s)
+            (tmp_path / FOLDER / "rank-0").write_bytes(encoded(now))
+            over.wait(0.3 if beats else 1e3)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    while not (tmp_path / FOLDER / "rank-0").exists():
+        time.sleep(0.01)
+    try:
+        assert verdicts.status(tmp_path, silent_s=2.0) == well
+    finally:
+        over.set()
+        thread.join()

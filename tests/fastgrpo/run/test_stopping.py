@@ -264,3 +264,17 @@ def test_the_folder_of_another_run_gets_no_answer(
         assert not (tmp_path / "requeue").exists()
     answer_mistake(tmp_path)
     assert (tmp_path / "requeue").read_text() == "no\n"
+
+
+def test_a_terminal_that_goes_away_stops_in_good_order_but_not_under_nohup() -> None:
+    for ignored in (False, True):
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        try:
+            with Signals() as signals:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert signals.received == (not ignored)
+            assert signal.getsignal(signal.SIGHUP) == (
+                signal.SIG_IGN if ignored else signal.SIG_DFL
+            )
+        finally:
+            signal.signal(signal.SIGHUP, before)

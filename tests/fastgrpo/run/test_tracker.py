@@ -9,7 +9,11 @@ import os
 import struct
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,7 +21,8 @@ from rich.console import Console
 
 from fastgrpo.core.errors import UserError
 from fastgrpo.run.terminal import BLOCKS, dashboard, duration, trend
-from fastgrpo.run.tracker import Tracker, Wandb, has_wandb_key, keep_before, read_metrics
+from fastgrpo.run.tracker import Tracker, keep_before, read_metrics
+from fastgrpo.run.wandb_run import Wandb, WandbRun, has_wandb_key
 from tests import ROOT
 
 METRICS = {
@@ -195,7 +200,8 @@ def test_a_key_for_wandb_is_looked_for_where_wandb_looks(
 UNREACHABLE_RUN = """
 import sys
 from pathlib import Path
-from fastgrpo.run.tracker import Tracker, Wandb
+from fastgrpo.run.tracker import Tracker
+from fastgrpo.run.wandb_run import Wandb
 with Tracker(Path(sys.argv[1]), True, 1, 0, Wandb(project="p")) as tracked:
     tracked.log(0, {"reward/sum": 0.5})
     tracked.summary({"heldout_after/sum": 1.25})
@@ -232,7 +238,8 @@ WANDB_RUN = """
 import sys
 from pathlib import Path
 import torch
-from fastgrpo.run.tracker import Tracker, Wandb
+from fastgrpo.run.tracker import Tracker
+from fastgrpo.run.wandb_run import Wandb
 start, end = int(sys.argv[2]), int(sys.argv[3])
 with Tracker(Path(sys.argv[1]), True, 6, start, Wandb(project="p", config={"seed": 7})) as tracked:
     for i in range(start, end):
@@ -302,3 +309,127 @@ def test_wandb_offline_holds_the_same_numbers_and_continues_its_run(tmp_path: Pa
         )
     assert history[5]["videos/heldout/captions"] == ["a red circle", "a blue square"]
     assert len(list((second / "files" / "media").rglob("*.mp4"))) >= 1
+
+
+class Counting(BaseHTTPRequestHandler):
+    """Counts what is sent to it, and lets nobody in."""
+
+    seen: ClassVar[list[str]] = []
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.seen.append(f"{self.command} {self.path}")
+        self.send_response(401)
+        self.end_headers()
+
+    do_GET = do_POST
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    Counting.seen.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Counting) as listening:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.server_port}"
+        listening.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("variables", "settings", "kept"),
+    [
+        ({"WANDB_MODE": "offline"}, "", True),
+        ({"WANDB_MODE": "dryrun"}, "", True),
+        ({}, "[default]\nmode = offline\n", True),  # by `wandb offline`
+        ({"WANDB_MODE": "disabled"}, "", False),
+        ({}, "[default]\nmode = disabled\n", False),
+    ],
+)
+def test_nothing_is_sent_where_the_user_said_offline(
+    tmp_path: Path, server: str, variables: dict[str, str], settings: str, kept: bool
+) -> None:
+    """Though a key and a server are at hand."""
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text(settings)
+    done = in_its_own_process(
+        tmp_path, {"WANDB_API_KEY": 40 * "a", "WANDB_BASE_URL": server, **variables}
+    )
+    assert done.returncode == 0, done.stderr
+    assert Counting.seen == []
+    assert [row["reward/sum"] for row in lines(tmp_path / "run")] == [0.5]
+    assert bool(list((tmp_path / "run").glob("wandb/offline-run-*"))) == kept
+    assert ("wandb: offline; upload later" in done.stdout) == kept
+
+
+def in_its_own_process(
+    folder: Path, variables: dict[str, str], before: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """One iteration in folder/run with these variables of wandb's and no others."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("WANDB", "XDG", "NETRC"))
+    }
+    environment = kept | {"HOME": str(folder), "PYTHONPATH": str(ROOT)} | variables
+    command = [sys.executable, "-c", before + UNREACHABLE_RUN, str(folder / "run")]
+    return subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=150
+    )
+
+
+def test_the_users_variables_of_wandb_go_before_our_arguments(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    variables = {
+        "WANDB_MODE": "offline",
+        "WANDB_RUN_ID": "mine",
+        "WANDB_PROJECT": "my-project",
+        "WANDB_ENTITY": "my-team",
+        "WANDB_NAME": "my-name",
+        "WANDB_DIR": str(tmp_path / "elsewhere"),
+    }
+    done = in_its_own_process(tmp_path, variables)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "elsewhere" / "wandb").glob("offline-run-*-mine")
+    written = next(folder.glob("*.wandb")).read_bytes()
+    for value in (b"my-project", b"my-team", b"my-name"):
+        assert value in written
+    # an attempt without the variable goes on with the same run
+    assert (tmp_path / "run" / "wandb_id.txt").read_text() == "mine\n"
+
+
+def test_a_variable_that_wandb_refuses_is_one_line(tmp_path: Path) -> None:
+    done = in_its_own_process(tmp_path, {"WANDB_MODE": "sometimes"})
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("fastgrpo.core.errors.UserError: WANDB_MODE=sometimes: Input should be")
+
+
+def test_wandbs_failure_in_mid_run_is_told_once_and_ends_nothing() -> None:
+    class Gone:
+        settings = type("Settings", (), {"mode": "online"})
+
+        def log(self) -> None:
+            raise BrokenPipeError("its service has ended\nand more")
+
+    told: list[str] = []
+    run = WandbRun(Gone(), told.append)
+    for _ in range(3):
+        run.attempt(lambda run: run.log())
+    assert told == ["wandb: its service has ended; the run goes on without it"]
+
+
+NOBODY = """
+import os, pwd
+def nobody(uid):
+    raise KeyError(uid)
+pwd.getpwuid = nobody
+del os.environ["HOME"]
+"""
+
+
+def test_a_user_without_a_home_and_a_name_keeps_the_run_offline(tmp_path: Path) -> None:
+    done = in_its_own_process(tmp_path, {}, before=NOBODY)
+    assert done.returncode == 0, done.stderr
+    assert "wandb: offline; upload later" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

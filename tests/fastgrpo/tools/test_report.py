@@ -18,6 +18,7 @@ import pytest
 from fastgrpo.core.errors import UserError
 from fastgrpo.data import video
 from fastgrpo.data.tiny_world import shapes
+from fastgrpo.run import heartbeat
 from fastgrpo.tools.report import charts
 from fastgrpo.tools.report.report import write_report
 from fastgrpo.tools.report.run_data import read_evaluation
@@ -400,3 +401,28 @@ def test_a_browser_plays_the_clips_in_their_colours(finished: Path, tmp_path: Pa
     for clip, meaning in zip(result["seen"][1::2], meanings, strict=False):
         assert clip["corner"] == pytest.approx(shapes.BACKGROUND, abs=4)
         assert clip["shape"] == pytest.approx(shapes.COLOURS[meaning.colour], abs=10)
+
+
+def test_what_ended_a_run_stands_on_top(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", iterations=6, finished=False)
+    (folder / heartbeat.FOLDER).mkdir()
+    for end, told in (
+        ("NoScores: server.max_invalid=0.1: 30% <b>", "error: server.max_invalid=0.1: 30% <b>"),
+        ("RuntimeError: of the code", "error: RuntimeError: of the code"),
+        ("Ctrl-C", "error: Ctrl-C"),
+    ):
+        beat = heartbeat.Heartbeat(rank=0, ranks=1, host="n0", pid=1, iteration=6, end=end)
+        (folder / heartbeat.FOLDER / "rank-0").write_bytes(heartbeat.encoded(beat))
+        page = write_report(folder).read_text()
+        (banner,) = re.findall(r'<p class="banner">(.*?)</p>', page)
+        assert html.unescape(banner) == f"The newest attempt ended by an {told}"
+
+
+def test_nothing_from_a_file_is_markup_or_a_control_character(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", iterations=6, finished=False)
+    planted = "<script>1</script>\x1b[2J"
+    values = dict.fromkeys(("device", "ranks", "commit", planted), planted)
+    (folder / "environment.json").write_text(json.dumps(values | {"cores": [planted]}))
+    page = write_report(folder).read_text()
+    assert "<script>1" not in page and "\x1b" not in page
+    assert page.count("&lt;script&gt;1") == 8  # two tiles, five values, a key

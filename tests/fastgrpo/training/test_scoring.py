@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.rewards.serving.loaded_reward import Served
 from fastgrpo.train import check_validity, reward_metrics
 from fastgrpo.training.scoring.scorer import Scored, Scorer, union_length
-from fastgrpo.training.scoring.sources import NoScores, open_rewards
+from fastgrpo.training.scoring.sources import Address, NoScores, _servers, open_rewards
 from tests.harness import runs
 from tests.harness.servers import TOKEN, running
 
@@ -365,9 +365,26 @@ def test_rewards_of_several_servers_and_rates_become_sources_of_their_own(
             open_rewards(wrong, world, stack)
 
 
-def test_urls_of_a_reward_want_a_token(tmp_path: Path) -> None:
+def test_urls_of_a_reward_want_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTGRPO_TOKEN", raising=False)
     with pytest.raises(UserError, match=r"server\.token_file: missing"):
         recipe(tmp_path, {"name": "'a'", "weights": "{A = 1.0}", "urls": "['http://127.0.0.1:1']"})
+
+
+def test_the_token_of_running_servers_may_come_by_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTGRPO_TOKEN", "made-up-for-a-test")
+    asked = recipe(
+        tmp_path, {"name": "'a'", "weights": "{A = 1.0}", "urls": "['http://127.0.0.1:1']"}
+    )
+    world = cast(World, SimpleNamespace(size=1))
+    with ExitStack() as stack:
+        addresses = _servers(asked, list(asked.rewards), world, stack)
+    assert addresses == {"a": Address(("http://127.0.0.1:1",), "made-up-for-a-test")}
+    monkeypatch.setenv("FASTGRPO_TOKEN", "two\nlines")
+    with pytest.raises(UserError, match="FASTGRPO_TOKEN: no usable token"):
+        _servers(asked, list(asked.rewards), world, ExitStack())
 
 
 def test_serve_rewards_takes_its_rewards_from_a_recipe() -> None:
@@ -445,7 +462,7 @@ def test_too_many_samples_without_a_score_end_the_run() -> None:
     check_validity(settings, scored_as(torch.arange(10) >= 2), 7, "")
     with pytest.raises(
         UserError,
-        match=r"server\.max_invalid=0\.2: 30% of the samples of iteration 7 have no valid score "
+        match=r"server\.max_invalid=0\.2: 30% of the samples of iteration 8 have no valid score "
         r"\(see x\.log\)",
     ):
         check_validity(settings, scored_as(torch.arange(10) >= 3), 7, "see x.log")
