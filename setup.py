@@ -19,6 +19,7 @@ PACKAGES = {
     "fastgrpo.core.config": "fastgrpo/core/config",
     "fastgrpo.parallel": "fastgrpo/parallel",
     "fastgrpo.run": "fastgrpo/run",
+    "fastgrpo.run.failures": "fastgrpo/run/failures",
     "fastgrpo.training": "fastgrpo/training",
     "fastgrpo.training.methods": "fastgrpo/training/methods",
     "fastgrpo.training.scoring": "fastgrpo/training/scoring",

@@ -26,7 +26,7 @@ from fastgrpo.core.processes import OneRankError, rank
 from fastgrpo.data import video_reader
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import open_world
-from fastgrpo.run import alarms, lost_folder, out_of_memory
+from fastgrpo.run.failures import alarms, lost_folder, out_of_memory
 from fastgrpo.run.stopping import Stopped, answer, answer_mistake
 from fastgrpo.run.stopwatch import Stopwatch
 from fastgrpo.session import Session, claim, open_session
@@ -38,7 +38,7 @@ from fastgrpo.training import methods, rollout
 from fastgrpo.training.evaluation import Evaluation, compare, evaluate
 from fastgrpo.training.method import Experience
 from fastgrpo.training.rollout import Dealing, Plan, SharedPrefix, Trajectory
-from fastgrpo.training.scoring.scorer import Scored
+from fastgrpo.training.scoring.scorer import Scored, reward_metrics
 from fastgrpo.training.scoring.sources import NoScores
 from fastgrpo.training.update import update
 
@@ -199,7 +199,7 @@ def iterate(session: Session) -> None:
     ranks = session.ranks.gather(iteration, watch)
     flat = (advantages.reshape(-1, group) == 0).all(1)
     metrics |= {alarms.GROUPS: float(flat.sum()), alarms.EMPTY: float(flat.all())}
-    metrics |= reward_metrics(scored, recipe, group) | watch.metrics() | ranks.metrics()
+    metrics |= reward_metrics(scored, recipe.weights, group) | watch.metrics() | ranks.metrics()
     session.tracker.log(iteration, metrics, ranks.note())
     session.progress.iteration += 1
     session.progress.seconds += metrics["seconds/total"]
@@ -397,14 +397,3 @@ def log_clips(session: Session, after: Evaluation) -> None:
         captions=captions,
         fps=recipe.video.fps,
     )
-
-
-def reward_metrics(scored: Scored, recipe: Recipe, group_size: int) -> dict[str, float]:
-    """Means of the valid samples, the spread within groups, and the number of invalid samples."""
-    valid = scored.valid
-    metrics = {"reward/sum": scored.weighted_sum(recipe.weights)[valid].mean().item()}
-    for part, values in scored.values.items():
-        metrics[f"reward/{part}"] = values[valid].nanmean().item()  # a monitor's may be missing
-        spread = values.reshape(-1, group_size).std(1)
-        metrics[f"group_std/{part}"] = spread.nanmean().item()
-    return metrics | {"reward/invalid": float((~valid).sum())} | scored.metrics()

@@ -157,7 +157,8 @@ def _run_sample(arguments: argparse.Namespace) -> None:
     """`fastgrpo sample`: print where the samples are."""
     from diffusers.utils import logging
 
-    from fastgrpo.tools.sample.sample import MANIFEST, SHEET, Wanted, sample
+    from fastgrpo.tools.sample.sample import Wanted, sample
+    from fastgrpo.tools.sample.sample_files import MANIFEST, SHEET
     from fastgrpo.tools.sample.source import Asked
 
     choice = Asked(

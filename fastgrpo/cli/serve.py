@@ -63,6 +63,10 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         type=path("--ready-file"),
         help="written with url and pid once the server listens",
     )
+    _add_limits(serve)
+
+
+def _add_limits(serve: argparse.ArgumentParser) -> None:
     serve.add_argument(
         "--max-waiting",
         type=int,

@@ -129,7 +129,7 @@ def _run_keys(arguments: argparse.Namespace) -> None:
 
 def shortfalls(summary: dict[str, object]) -> list[str]:
     """Lines on what a run did not learn from, by the counts of its summary."""
-    from fastgrpo.run import alarms
+    from fastgrpo.run.failures import alarms
 
     counts, iterations = summary.get("counts"), summary["iterations"]
     assert isinstance(iterations, int)

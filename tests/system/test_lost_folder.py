@@ -14,7 +14,7 @@ from fastgrpo import train
 from fastgrpo.cli.main import main
 from fastgrpo.core import config
 from fastgrpo.core.processes import OneRankError
-from fastgrpo.run import out_of_memory
+from fastgrpo.run.failures import out_of_memory
 from fastgrpo.session import Session
 from tests.harness import chaos, runs
 

@@ -24,8 +24,9 @@ from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.tools.sample import sample
-from fastgrpo.tools.sample.sample import Drawn, Work
+from fastgrpo.tools.sample.sample import Drawn
 from fastgrpo.tools.sample.source import Asked, find
+from fastgrpo.tools.sample.work import Work
 from fastgrpo.tools.score import judges
 from fastgrpo.tools.score.judges import Judges, Servers
 from fastgrpo.training.evaluation import RESAMPLES, Evaluation, compare

@@ -21,7 +21,7 @@ from fastgrpo.core.memory import Peaks
 from fastgrpo.core.policy import Decoded
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
-from fastgrpo.run import out_of_memory
+from fastgrpo.run.failures import out_of_memory
 from fastgrpo.tools.preflight.finding import Finding, Parts, gathered, largest, replicas_differ
 from fastgrpo.training import methods, rollout
 from fastgrpo.training.method import Experience

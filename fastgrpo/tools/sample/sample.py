@@ -6,7 +6,6 @@ out: the same prompt and seed give the same clip, bit for bit, on one rank or ma
 """
 
 import gc
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,16 +23,14 @@ from fastgrpo.core import config, files
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Encoder, Policy, Prompt, move, stack
 from fastgrpo.data import prompts as prompt_file
-from fastgrpo.data import video
 from fastgrpo.models.loading import policies
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.tools.sample import contact_sheet
+from fastgrpo.tools.sample.sample_files import MANIFEST, describe, write
 from fastgrpo.tools.sample.source import Asked, Snapshot, Source, find
+from fastgrpo.tools.sample.work import Clip, Job, Work
 from fastgrpo.training import rollout
 from fastgrpo.training.conditions import cut_prompts
-
-MANIFEST = "manifest.json"
-SHEET = "sheet.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,30 +50,6 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Clip:
-    """One sample."""
-
-    number: int
-    prompt: Prompt
-    seed: int
-    stem: str  # of its files
-
-    @property
-    def caption(self) -> str:
-        return f"seed {self.seed}: {self.prompt.text}"
-
-
-@dataclass(frozen=True)
-class Work:
-    """All that is to be sampled, the same on every rank."""
-
-    source: Source
-    clips: list[Clip]  # prompt by prompt, seed by seed
-    batches: list[range]  # of clips; each of one prompt
-    against_base: bool
-
-
-@dataclass(frozen=True)
 class Share:
     """The part of the work that one rank does, and its conditions."""
 
@@ -84,18 +57,6 @@ class Share:
     batches: list[range]
     conditions: Mapping[Prompt, Condition]
     negative: Condition | None  # None: without classifier-free guidance
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job(Work):
-    """All that is to be sampled, and the folder for it."""
-
-    out: Path
-    overwrite: bool
-
-    @property
-    def suffix(self) -> str:
-        return ".png" if self.source.video.frames == 1 else ".mp4"
 
 
 @dataclass(frozen=True)
@@ -333,27 +294,6 @@ def noise_key(seed: int) -> noise.Key:
     return ("sample", seed)
 
 
-def write(job: Job, clip: Clip, rows: Sequence[Tensor], folder: Path) -> None:
-    """Write a clip's files.
-
-    rows: uint8 [F, H, W, 3], the base model's first where it is compared
-    """
-    pictures = {"": rows[-1]}
-    if len(rows) == 2:
-        assert job.source.base is not None
-        labels = (job.source.base.label, job.source.snapshot.label)
-        pictures |= {
-            "-base": rows[0],
-            "-beside": contact_sheet.side_by_side(rows[0], rows[1], labels),
-        }
-    for ending, pixels in pictures.items():
-        file = folder / f"{clip.stem}{ending}{job.suffix}"
-        if job.suffix == ".png":
-            video.write_png(file, pixels[0])
-        else:
-            video.write_mp4(file, pixels, job.source.video.fps)
-
-
 def gather(job: Job, shown: Mapping[int, Shown], world: World) -> tuple[Tensor, Tensor]:
     """Every rank's thumbnails, uint8 [N, R, f, h, w, 3], and whether they are finite, bool [N, R]"""
     sides, numbers = 2 if job.against_base else 1, sorted(shown)
@@ -364,51 +304,3 @@ def gather(job: Job, shown: Mapping[int, Shown], world: World) -> tuple[Tensor, 
         finite = torch.tensor([shown[n].finite for n in numbers]).byte()
     total = len(job.clips)
     return world.combine(rows, numbers, total), world.combine(finite, numbers, total) > 0
-
-
-def describe(job: Job, folder: Path, strips: Tensor, finite: Tensor) -> None:
-    """Write the contact sheet and the manifest.
-
-    strips: uint8 [N, R, f, h, w, 3];  finite: bool [N, R], the base model's first
-    """
-    source, size = job.source, job.source.video
-    model = source.snapshot.model
-    title = source.snapshot.label
-    if job.against_base:
-        title = f"above: base, below: {title}"
-    captions = [
-        clip.caption if all(own) else f"NOT FINITE, {clip.caption}"
-        for clip, own in zip(job.clips, finite.tolist(), strict=True)
-    ]
-    contact_sheet.write_sheet(folder / SHEET, strips, captions, title)
-    endings = {"file": "", **({"base": "-base", "beside": "-beside"} if job.against_base else {})}
-    settings = {
-        **model.model_dump(
-            include={"family", "path", "network", "dtype", "guidance", "cfg", "negative_prompt"}
-        ),
-        **size.model_dump(),
-        "steps": source.steps,
-        "shift": source.shift,
-    }
-    samples = [
-        {
-            "prompt": clip.prompt.text,
-            "image": str(clip.prompt.image) if clip.prompt.image else None,
-            "seed": clip.seed,
-            "finite": own[-1],
-            **({"base_finite": own[0]} if job.against_base else {}),
-            **{key: f"{clip.stem}{ending}{job.suffix}" for key, ending in endings.items()},
-        }
-        for clip, own in zip(job.clips, finite.tolist(), strict=True)
-    ]
-    checkpoint = source.snapshot.checkpoint
-    manifest = {
-        "weights": source.snapshot.label,
-        "checkpoint": str(checkpoint) if checkpoint else None,
-        "settings": settings,
-        "sheet": SHEET,
-        "samples": samples,
-    }
-    (folder / MANIFEST).write_text(
-        json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )

@@ -15,7 +15,7 @@ from fastgrpo.core.files import load_json
 from fastgrpo.data import images, prompt_files, video_reader
 from fastgrpo.data.prompts import text_of
 from fastgrpo.data.video_reader import VideoError
-from fastgrpo.tools.sample.sample import MANIFEST, SHEET
+from fastgrpo.tools.sample.sample_files import MANIFEST, SHEET
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif")

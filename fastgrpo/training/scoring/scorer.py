@@ -61,6 +61,17 @@ class Scored:
         return metrics | {f"scoring/{name}": float(count) for name, count in self.events.items()}
 
 
+def reward_metrics(scored: Scored, weights: dict[str, float], group_size: int) -> dict[str, float]:
+    """Means of the valid samples, the spread within groups, and the number of invalid samples."""
+    valid = scored.valid
+    metrics = {"reward/sum": scored.weighted_sum(weights)[valid].mean().item()}
+    for part, values in scored.values.items():
+        metrics[f"reward/{part}"] = values[valid].nanmean().item()  # a monitor's may be missing
+        spread = values.reshape(-1, group_size).std(1)
+        metrics[f"group_std/{part}"] = spread.nanmean().item()
+    return metrics | {"reward/invalid": float((~valid).sum())} | scored.metrics()
+
+
 @dataclass
 class Batch:
     """B samples that each source scores on its own."""

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fastgrpo.run import alarms
+from fastgrpo.run.failures import alarms
 
 
 @pytest.mark.parametrize(

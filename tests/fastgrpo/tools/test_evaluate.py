@@ -27,9 +27,9 @@ from fastgrpo.parallel.world import World, open_world
 from fastgrpo.tools.evaluate import evaluate
 from fastgrpo.tools.evaluate import table as results_table
 from fastgrpo.tools.evaluate.evaluate import Column, Plan, Result
-from fastgrpo.tools.sample import sample
-from fastgrpo.tools.sample.sample import Work
+from fastgrpo.tools.sample import sample, sample_files
 from fastgrpo.tools.sample.source import Asked, find
+from fastgrpo.tools.sample.work import Work
 from fastgrpo.training import rollout
 from fastgrpo.training.trainer import Trainer
 from tests.harness import forks, runs, tiny
@@ -213,7 +213,7 @@ def test_samples_of_a_run_are_scored_with_their_prompts(
         )
         == 0
     )
-    manifest = json.loads((out / sample.MANIFEST).read_text())
+    manifest = json.loads((out / sample_files.MANIFEST).read_text())
     (entry,) = manifest["samples"]
     capsys.readouterr()
     assert cli.main(["score", str(out), "--reward", "tiny_world", "--json", "-"]) == 0

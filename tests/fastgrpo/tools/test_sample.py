@@ -22,7 +22,7 @@ from fastgrpo.data import video, video_reader
 from fastgrpo.models.loading import diffusers_folder, policies, streaming
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import open_world
-from fastgrpo.tools.sample import contact_sheet, sample
+from fastgrpo.tools.sample import contact_sheet, sample, sample_files
 from fastgrpo.tools.sample.source import Asked, find
 from fastgrpo.training import rollout
 from fastgrpo.training.trainer import Trainer
@@ -73,7 +73,7 @@ def draw(source: Path, out: Path, *options: str) -> Path:
 
 def only(folder: Path) -> bytes:
     """The one clip or image of a folder."""
-    (entry,) = json.loads((folder / sample.MANIFEST).read_text())["samples"]
+    (entry,) = json.loads((folder / sample_files.MANIFEST).read_text())["samples"]
     return (folder / entry["file"]).read_bytes()
 
 
@@ -329,7 +329,7 @@ def test_samples_that_are_not_finite_are_told_marked_and_not_scored(
     out = draw(run, tmp_path / "out", *ONE, "--seeds", "0", "1", "2")
     told = capsys.readouterr().out.splitlines()
     assert told[-1].startswith("1 of them are not finite") and len(told) == 2
-    samples = json.loads((out / sample.MANIFEST).read_text())["samples"]
+    samples = json.loads((out / sample_files.MANIFEST).read_text())["samples"]
     assert [entry["finite"] for entry in samples] == [True, False, True]
     monkeypatch.undo()
     table = tmp_path / "scores.json"

@@ -28,8 +28,8 @@ from fastgrpo.rewards import load, plain
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.rewards.serving.loaded_reward import Served
-from fastgrpo.train import check_validity, reward_metrics
-from fastgrpo.training.scoring.scorer import Scored, Scorer, union_length
+from fastgrpo.train import check_validity
+from fastgrpo.training.scoring.scorer import Scored, Scorer, reward_metrics, union_length
 from fastgrpo.training.scoring.sources import Address, NoScores, _servers, open_rewards
 from tests.harness import runs
 from tests.harness.servers import TOKEN, running
@@ -171,7 +171,7 @@ def test_one_clip_in_five_fails_and_the_others_are_as_if_it_were_not_there(
     if fault == "late" and where == "server":
         assert metrics["scoring/requests_bad"] >= 8 and metrics["scoring/clips_given_up"] == 4
     recipe: Any = SimpleNamespace(weights={"A": 1.0, "B": 1.0})
-    logged = reward_metrics(scored, recipe, GROUP)
+    logged = reward_metrics(scored, recipe.weights, GROUP)
     assert logged["reward/invalid"] == metrics["invalid/A"]
     assert logged["reward/A"] == pytest.approx(
         torch.arange(SAMPLES)[scored.valid].float().mean().item()
@@ -223,7 +223,7 @@ def test_a_monitor_without_a_score_costs_no_sample(
     assert scored.valid.all() and scored.values["M"].isnan().tolist() == hit().tolist()
     assert scored.weighted_sum({"A": 1.0, "M": 0.0}).tolist() == list(range(SAMPLES))
     recipe: Any = SimpleNamespace(weights={"A": 1.0, "M": 0.0})
-    metrics = reward_metrics(scored, recipe, GROUP)
+    metrics = reward_metrics(scored, recipe.weights, GROUP)
     assert metrics["reward/invalid"] == 0 and metrics["invalid/M"] == 4
     assert metrics["reward/M"] == pytest.approx(torch.arange(SAMPLES)[~hit()].float().mean().item())
 
