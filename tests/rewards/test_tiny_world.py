@@ -279,7 +279,7 @@ def test_the_folder_is_the_registry() -> None:
         rewards.known()
     )
     with pytest.raises(
-        ValueError, match=r"reward='tiny_word': no such reward. Did you mean tiny_world"
+        ValueError, match=r"rewards.name='tiny_word': no such reward. Did you mean tiny_world"
     ):
         rewards.load(rewards.plain("tiny_word"))
 

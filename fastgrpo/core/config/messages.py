@@ -36,6 +36,8 @@ def lines(error: ValidationError, section: tuple[str, ...] = ()) -> dict[tuple[s
         where = ".".join(keys)
         if problem["type"] == "extra_forbidden":
             found.setdefault(keys, unknown_key(where))
+        elif problem["type"] == "value_error":  # a section's own words
+            found.setdefault(keys, f"{where}: {problem['ctx']['error']}.")
         elif problem["type"] == "missing":
             found.setdefault(
                 keys, f"{where}: missing; add it to the recipe or as an override {where}=..."

@@ -143,6 +143,8 @@ def test_ctrl_c_is_one_line(
     monkeypatch.setenv("FASTGRPO_TOKEN", "made-up-for-a-test")
     words = [name, *commands(run, tmp_path / "scratch")[name]]
     code, errors = end(words, partial(interrupt, after_s), tmp_path)
+    if after_s and code == 0:
+        pytest.skip("the command had ended before")  # on a quick machine
     lines = [line for line in errors.splitlines() if not line.startswith("{")]  # a server's log
     assert (code, lines) == (INTERRUPTED, ["fastgrpo: ended by Ctrl-C"]), errors
 

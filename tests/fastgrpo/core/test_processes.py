@@ -82,7 +82,8 @@ def test_a_rank_that_fails_alone_tells_it_itself_and_ends_at_once(
 def test_what_a_rank_that_fails_alone_tells(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "3")
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(OneRankError, match=r"^x=1: wrong; use 2\.$"):
         fail_alone("x=1: wrong; use 2.")
     assert capsys.readouterr().err == "fastgrpo: rank 3: x=1: wrong; use 2.\n"

@@ -6,7 +6,8 @@ import pytest
 
 from fastgrpo.parallel import interface
 
-TWO_NODES = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "10.1.2.3"}
+TWO_NODES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
+TWO_NODES |= {"MASTER_ADDR": "10.1.2.3"}
 
 
 def test_the_address_of_loopback_is_what_everybody_knows() -> None:

@@ -469,9 +469,7 @@ def test_status_needs_no_torch_and_refuses_what_is_no_run(tmp_path: Path) -> Non
         f"fastgrpo: {tmp_path / 'heartbeats'}: no heartbeats; give the run.dir of a run that has "
         "begun training.\n"
     )
-    assert not {"'torch'", "'numpy'", "'pydantic'", "'rich'"} & set(
-        done.stdout.strip("[]\n").split(", ")
-    )
+    assert not {"'torch'", "'numpy'", "'rich'"} & set(done.stdout.strip("[]\n").split(", "))
 
 
 @pytest.mark.parametrize(

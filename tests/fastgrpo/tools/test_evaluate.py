@@ -285,7 +285,7 @@ def test_mistakes_are_one_line_before_anything_is_sampled(
         (str(runs.RECIPE),): "a base model, or a folder without a recipe that names its own",
         (str(tmp_path),): "neither a run folder nor one in the diffusers layout",
         (str(run), "--step", "9"): "keeps no such checkpoint; use one of 7.",
-        (str(run), "--rewards", "hsp"): "reward='hsp': no such reward",
+        (str(run), "--rewards", "hsp"): "rewards.name='hsp': no such reward",
         (str(run), "--rewards", "hps"): "rewards.path: missing",
         (
             str(run),

@@ -287,10 +287,10 @@ def test_settings_reach_the_reward_that_is_meant(tmp_path: Path) -> None:
     assert hps == RewardSpec(
         name="hps",
         weights={},
-        path="weights/a=b.pt",
+        path=str(Path("weights/a=b.pt").absolute()),
         frames=4,
         threshold={"HPS": 0.28},
-        options={"tokenizer": "./merges"},
+        options={"tokenizer": str(Path("merges").absolute())},
     )
     assert stats == RewardSpec(name="video_stats", weights={}, fps=24.0, options={"grid_period": 8})
     file = tmp_path / "judges.toml"
@@ -314,7 +314,7 @@ def test_mistakes_are_one_line(
     two = ("--reward", "tiny_world", "--reward", "video_stats")
     cases = {
         (clip,): "--reward: missing; name one of clip_score, hps,",
-        (clip, "--reward", "hsp"): "reward='hsp': no such reward",
+        (clip, "--reward", "hsp"): "rewards.name='hsp': no such reward",
         (clip, "--reward", "hps", "--reward", "hps"): "--reward=hps: is named twice",
         (
             clip,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastgrpo.algorithm.advantages import combined_advantages
 from fastgrpo.cli import main as cli
-from fastgrpo.cli import serve
+from fastgrpo.cli import options, serve
 from fastgrpo.core import config
 from fastgrpo.core.config import Objective, RewardSpec
 from fastgrpo.core.errors import Exploded, UserError
@@ -389,7 +389,9 @@ def test_the_token_of_running_servers_may_come_by_the_environment(
 
 def test_serve_rewards_takes_its_rewards_from_a_recipe() -> None:
     def asked(*arguments: str) -> list[RewardSpec]:
-        return serve.served_specs(cli.parser().parse_args(["serve-rewards", *arguments]))
+        words = cli.parser().parse_args(["serve-rewards", *arguments])
+        options.with_paths(words)
+        return serve.served_specs(words)
 
     assert asked("tiny_world") == [plain("tiny_world")]
     first = "{name='tiny_world', weights={VQ=1.0}, batch_size=3}"

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.cli import main as cli
+from fastgrpo.cli import options
 from fastgrpo.cli.serve import serve_rewards
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward, Scores
@@ -461,7 +462,7 @@ def test_child_that_cannot_start_says_why(tmp_path: Path) -> None:
     with (
         pytest.raises(
             UserError,
-            match=r"exited with code 1: reward='tiny_word': no such reward.*reward_server.log",
+            match=r"exited with code 1: rewards\.name='tiny_word': no such reward.*reward_server.log",
         ),
         launch_beside([plain("tiny_word")], tmp_path),
     ):
@@ -542,6 +543,7 @@ def test_a_token_that_no_header_carries_is_one_line(
     token = tmp_path / "token"
     token.write_bytes("gre\u00fc\u00df".encode())
     command = cli.parser().parse_args(["serve-rewards", "tiny_world", "--token-file", str(token)])
+    options.with_paths(command)
     with pytest.raises(UserError, match=f"--token-file={token}: no usable token in it"):
         serve_rewards(command)
     monkeypatch.setenv("FASTGRPO_TOKEN", "two\nlines")

@@ -159,7 +159,9 @@ def test_what_cannot_be_scored_is_refused_by_plan_and_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server beside the first rank serves one node."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
     asked = recipe(HPS % "where='server'")
     with (
         ExitStack() as stack,
