@@ -155,6 +155,11 @@ def _run(order: Order, rank: int) -> NoReturn:
     """What `python -m module`, or `python file`, does."""
     code = 0
     sys.argv = [order.module, *order.arguments]
+    if "torch" in sys.modules:
+        # The fork left torch's pool of threads behind. The first call makes another one, and two
+        # first calls at once, as of a library that reads weights in threads, find none.
+        torch = sys.modules["torch"]
+        torch.set_num_threads(torch.get_num_threads())
     try:
         if order.first is not None:
             order.first(rank)
