@@ -145,10 +145,11 @@ def console(argv: Sequence[str] | None = None) -> NoReturn:
     down after it: where one rank fails alone, its communicators would wait for the others. Ctrl-C
     is one line and exit code 130.
     """
-    ctrl_c = CtrlC()
+    ctrl_c, reason = CtrlC(), None
     output.guard()
     try:
         code = main(argv)
+        reason = output.refused()
     except SystemExit as end:  # the command line itself is wrong, or --help
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
@@ -157,11 +158,12 @@ def console(argv: Sequence[str] | None = None) -> NoReturn:
         if not ctrl_c.received and not isinstance(error, KeyboardInterrupt):
             traceback.print_exc()
         code = 1
+    ctrl_c.end_at_once()
     if ctrl_c.received:
         if SPOKEN_FOR not in os.environ and rank() == 0:
             print("fastgrpo: ended by Ctrl-C", file=sys.stderr)
         code = INTERRUPTED
-    elif reason := output.refused():
+    elif reason := reason or output.refused():
         print(f"fastgrpo: standard output: {reason}; what it should say is lost", file=sys.stderr)
         code = code or 1
     leave(code)

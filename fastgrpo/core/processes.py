@@ -179,6 +179,11 @@ class CtrlC:
         if signal.getsignal(signal.SIGINT) == self._hear:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    def end_at_once(self) -> None:
+        """Let a press from now on end the process where it stands: it is ending anyway."""
+        if signal.getsignal(signal.SIGINT) == self._hear:
+            signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self.received:
             if time.monotonic() - self.received > ONE_PRESS_S:

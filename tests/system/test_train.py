@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastgrpo.core import files
+from tests import ROOT
 from tests.harness import forks, runs
 
 INSIDE = ("rewards.0.where=process",)
@@ -241,8 +242,9 @@ def test_a_second_trainer_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_edited_prompt_file_is_noticed_on_resume(finished: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
+    copy, edited = tmp_path / "copy", tmp_path / "heldout.txt"
     shutil.copytree(finished, copy)
-    recorded = json.loads((copy / "inputs.json").read_text())
-    (copy / "inputs.json").write_text(json.dumps(recorded | {"prompts.heldout": "other"}))
-    assert "prompts.heldout: the file has changed since" in runs.complaint(copy, INSIDE)
+    heldout = ROOT / "data" / "tiny_world_heldout.txt"
+    edited.write_text(heldout.read_text().replace("red", "blue", 1))
+    told = runs.complaint(copy, [*INSIDE, f"prompts.heldout={edited}"])
+    assert "prompts.heldout: the file has changed since" in told

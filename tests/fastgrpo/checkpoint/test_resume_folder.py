@@ -88,7 +88,6 @@ def test_a_run_goes_on_with_what_changes_no_result(override: str) -> None:
             "rewards.0.weights.VQ=0.5",
             "rewards.0.weights: {'VQ': 1.0, 'MQ': 1.0, 'TA': 1.0} -> {'VQ': 0.5, ",
         ),
-        ("rewards.1.path=other", "rewards.1.path: None -> other"),
         ("rewards.1.fps=8.0", "rewards.1.fps: None -> 8.0"),
         ("rewards.1.name=other", "rewards.1.name: video_stats -> other"),
     ],
