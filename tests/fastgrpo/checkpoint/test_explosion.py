@@ -10,6 +10,8 @@ from fastgrpo.tools.report.report import write_report
 from fastgrpo.training.trainer import Trainer
 from tests.harness import forks, runs
 
+pytestmark = pytest.mark.slow  # whole runs
+
 LAST = 4  # the optimizer step that explodes: the last of the second iteration
 step = Trainer.step
 

@@ -16,6 +16,8 @@ from fastgrpo.core.files import only_run_in
 from fastgrpo.train import train
 from tests.harness import runs
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 def recipe(place: Path, *overrides: str) -> Recipe:
     small = [*runs.SMALL, *runs.SMALLER, "prompts.limit=4", f"run.dir={place}"]

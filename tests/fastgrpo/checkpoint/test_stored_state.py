@@ -18,6 +18,8 @@ from fastgrpo.cli.main import main
 from fastgrpo.core.errors import UserError
 from tests.harness import runs
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 class RunsCode:
     """Leaves a file behind where it is unpickled."""

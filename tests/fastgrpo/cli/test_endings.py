@@ -17,6 +17,8 @@ from fastgrpo.core.processes import INTERRUPTED
 from tests import ROOT
 from tests.harness import forks, runs
 
+pytestmark = pytest.mark.slow  # a process for every command and ending
+
 LIMIT_S = 120.0
 ENDLESS = ("serve-rewards",)  # end by a signal alone
 

@@ -18,6 +18,8 @@ from fastgrpo.rewards.serving.server import child
 from fastgrpo.rewards.serving.server.child import ServerProcess, launch_beside
 from tests.harness.servers import CAPTIONS, clips, same
 
+pytestmark = pytest.mark.slow  # real servers that are killed
+
 ADDRESS = re.compile(r"127\.0\.0\.1|http://")
 
 

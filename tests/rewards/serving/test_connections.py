@@ -18,6 +18,8 @@ from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.server.guests import Guests
 from tests.harness.servers import CAPTIONS, TOKEN, clips, post, running
 
+pytestmark = pytest.mark.slow  # a thousand connections
+
 PROBE = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
 SECRET = f"Authorization: Bearer {TOKEN}\r\n".encode()
 
