@@ -124,7 +124,7 @@ def serve_rewards(arguments: argparse.Namespace) -> None:
     """Serve until SIGTERM. Raises UserError for what does not go together."""
     from fastgrpo.rewards.serving.server import process
     from fastgrpo.rewards.serving.server.admission import Limits
-    from fastgrpo.training.scoring.sources import read_token
+    from fastgrpo.training.scoring.sources import token_of
 
     file = arguments.token_file
     check_target("--ready-file", arguments.ready_file)
@@ -132,18 +132,9 @@ def serve_rewards(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--host={arguments.host}: reachable from other machines; give --token-file, too."
         )
-    token = os.environ.get("FASTGRPO_TOKEN", "")
-    if file is not None:
-        try:
-            token = read_token(file)
-        except UserError as error:  # its key of a recipe is an option here
-            raise UserError(str(error).replace("server.token_file", "--token-file", 1)) from None
-    if not token:
+    if file is None and not os.environ.get("FASTGRPO_TOKEN"):
         raise UserError("--token-file: no token; give a file with one, or set FASTGRPO_TOKEN.")
-    if not token.isascii() or not token.isprintable():
-        raise UserError(
-            "FASTGRPO_TOKEN: no usable token; set it to one line of printable characters."
-        )
+    token = token_of(file, "--token-file")
     if arguments.max_working < 1:
         raise UserError(f"--max-working={arguments.max_working}: must be at least 1 MiB.")
     if arguments.max_waiting < 1 or not 0 <= arguments.batch_wait <= 10_000:

@@ -6,7 +6,6 @@ reason, of which the trainer logs only the class and position.
 
 import difflib
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from fastgrpo.core.errors import UserError, described
 from fastgrpo.core.reward import Reward, RewardWrapper, Scores
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
-from fastgrpo.training.scoring.sources import Source, read_token
+from fastgrpo.training.scoring.sources import Source, token_of
 
 OTHER_KEYS = ("name", "weights", "where", "urls", "options")  # not to be set by --set
 SETTINGS = [key for key in RewardSpec.model_fields if key not in OTHER_KEYS]
@@ -270,7 +269,7 @@ def opened(
 
 def _behind(specs: Sequence[RewardSpec], servers: Servers, stack: ExitStack) -> Judges:
     """Clients of the servers, one for each frame rate of the rewards' specs."""
-    token = _token(servers.token_file)
+    token = token_of(servers.token_file, "--token-file")
     groups: dict[float | None, list[str]] = {}
     for spec in specs:
         groups.setdefault(spec.fps, []).append(spec.name)
@@ -283,16 +282,3 @@ def _behind(specs: Sequence[RewardSpec], servers: Servers, stack: ExitStack) -> 
         parts |= {name: tuple(about[name]["parts"]) for name in names}
         sources.append(client)
     return Judges(sources, {spec.name: parts[spec.name] for spec in specs})
-
-
-def _token(file: Path | None) -> str:
-    """The bearer token of the servers."""
-    if file is not None:
-        return read_token(file)
-    token = os.environ.get("FASTGRPO_TOKEN", "")
-    if not token:
-        raise UserError(
-            "--token-file: missing; running servers want a token: "
-            "name its file, or set FASTGRPO_TOKEN."
-        )
-    return token

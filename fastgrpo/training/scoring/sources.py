@@ -171,7 +171,7 @@ def _servers(
     addresses: dict[str, Address] = {}
     named = {spec.name: spec.urls or settings.urls for spec in specs}
     if any(named.values()):
-        token = _token(settings.token_file)
+        token = token_of(settings.token_file)
         addresses |= {name: Address(urls, token) for name, urls in named.items() if urls}
     beside = [spec for spec in specs if spec.name not in addresses]
     if not beside:
@@ -190,15 +190,18 @@ def _servers(
     return addresses | {spec.name: here for spec in beside}
 
 
-def _token(file: Path | None) -> str:
-    """The bearer token for running servers: of the recipe's file, else of the environment."""
+def token_of(file: Path | None, where: str = "server.token_file") -> str:
+    """The bearer token for running servers: of a file, else of FASTGRPO_TOKEN.
+
+    where: the key or option that names the file
+    Raises UserError where there is none, or none that a header could carry.
+    """
     if file is not None:
-        return read_token(file)
+        return read_token(file, where)
     token = os.environ.get("FASTGRPO_TOKEN", "")
     if not token:
         raise UserError(
-            "server.token_file: missing; running servers (urls) want a token: name its file, or "
-            "set FASTGRPO_TOKEN.",
+            f"{where}: missing; running servers want a token: name its file, or set FASTGRPO_TOKEN."
         )
     if not token.isascii() or not token.isprintable():
         raise UserError(
@@ -207,26 +210,29 @@ def _token(file: Path | None) -> str:
     return token
 
 
-def read_token(file: Path) -> str:
-    """The bearer token in a file. Raises UserError where a header cannot carry the content."""
+def read_token(file: Path, where: str = "server.token_file") -> str:
+    """The bearer token in a file. Raises UserError where a header cannot carry the content.
+
+    where: the key or option that names the file
+    """
     try:
         token = file.read_text().strip()
         mode = stat.S_IMODE(file.stat().st_mode)
     except OSError as error:
         raise UserError(
-            f"server.token_file={file}: {error.strerror}; write the servers' bearer token into it."
+            f"{where}={file}: {error.strerror}; write the servers' bearer token into it."
         ) from None
     except UnicodeDecodeError:
         token = ""
     if not token or not token.isascii() or not token.isprintable():
         raise UserError(
-            f"server.token_file={file}: no usable token in it; "
-            "write one line of printable characters."
+            f"{where}={file}: no usable token in it; write one line of printable characters."
         )
     if mode & 0o077:
         may = "read and change" if mode & 0o022 else "read"
         log.warning(
-            "server.token_file=%s: others on this machine may %s it (mode %o); run chmod 600 on it",
+            "%s=%s: others on this machine may %s it (mode %o); run chmod 600 on it",
+            where,
             file,
             may,
             mode,
