@@ -10,12 +10,14 @@ belongs to every run.
 import json
 import secrets
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fastgrpo.checkpoint import reader
+from fastgrpo.core import config
+from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import read_json_or_none, replace_text, sha256
 
@@ -80,6 +82,24 @@ def of_checkpoint(checkpoint: Path) -> Beginning | None:
         return Beginning(str(content["run"]), {str(k): str(v) for k, v in content["files"].items()})
     except (AssertionError, OSError, TypeError, KeyError, AttributeError):
         return None
+
+
+def recipe_of(folder: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the folder of a run or of exported adapters, with overrides applied.
+
+    Raises UserError as `config.load` does; where the file itself is wrong, the line names it
+    """
+    file = folder / RECIPE
+    try:
+        config.load(file)
+    except UserError as error:
+        if str(error).startswith(f"{file}"):
+            raise
+        raise UserError(
+            f"{file}: not as the run wrote it ({str(error).rstrip('.')}); restore the file. Where "
+            "the folder has a checkpoint, remove it: training makes it again."
+        ) from None
+    return config.load(file, overrides)
 
 
 def check(folder: Path) -> None:

@@ -97,7 +97,7 @@ def _check_recipes(recipe: Recipe) -> None:
     carried = None if found is None else found[1].files.get(identity.RECIPE)
     if carried is not None:
         check_same_recipe(config.parse(tomllib.loads(carried)), recipe, MOVABLE)
-    check_same_recipe(config.load(folder / identity.RECIPE), recipe)
+    check_same_recipe(identity.recipe_of(folder), recipe)
 
 
 def holds_run(folder: Path) -> bool:

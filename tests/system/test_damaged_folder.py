@@ -186,6 +186,7 @@ def test_training_goes_on_or_says_in_one_line_why_not(
         assert "Traceback" not in outcome.said
         if outcome.code:
             assert outcome.line.count("fastgrpo: ") == 1
+            assert str(place) in outcome.line, "the line does not say where"
         else:
             assert result(place) == result(finished), f"{name}, {damage}: was believed"
         if outside.is_file():

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from fastgrpo import rewards
+from fastgrpo.checkpoint import identity
 from fastgrpo.core import config
-from fastgrpo.core.config import RewardSpec
+from fastgrpo.core.config import Recipe, RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.tools.sample import sample
@@ -176,7 +177,7 @@ def prepare(asked: Asked, wanted: Wanted) -> Plan:
             f"source={asked.source}: a base model, or a folder without a recipe that names its "
             "own; give a run folder or an export."
         )
-    recipe = config.load(_recipe_of(asked), asked.overrides)
+    recipe = _recipe_of(asked)
     seeds = wanted.seeds or recipe.evaluate.seeds
     chosen = sample.choose_prompts(source, sample.Wanted(file=wanted.file, limit=wanted.limit))
     clips, batches = sample.deal(chosen, range(seeds), wanted.batch_size)
@@ -185,9 +186,11 @@ def prepare(asked: Asked, wanted: Wanted) -> Plan:
     return Plan(Work(source, clips, batches, True), _specs(recipe.rewards, wanted.rewards), seeds)
 
 
-def _recipe_of(asked: Asked) -> Path:
-    """The file of the recipe."""
-    return asked.recipe or Path(asked.source) / "recipe.toml"
+def _recipe_of(asked: Asked) -> Recipe:
+    """The recipe that was named, or the one in the folder."""
+    if asked.recipe is None:
+        return identity.recipe_of(Path(asked.source), asked.overrides)
+    return config.load(asked.recipe, asked.overrides)
 
 
 def _specs(own: Sequence[RewardSpec], wanted: Sequence[str]) -> list[RewardSpec]:

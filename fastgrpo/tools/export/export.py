@@ -19,7 +19,7 @@ from torch import Tensor
 from fastgrpo import models
 from fastgrpo.checkpoint import identity, reader
 from fastgrpo.checkpoint.reader import Step, Weights
-from fastgrpo.core import config, files
+from fastgrpo.core import files
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import world_size
@@ -56,7 +56,7 @@ def export(wanted: Export) -> Path:
         raise UserError("export: runs in one process; start it without torchrun.")
     checkpoint = reader.find(wanted.run, wanted.step)
     identity.check(wanted.run)
-    recipe = config.load(wanted.run / "recipe.toml")
+    recipe = identity.recipe_of(wanted.run)
     if wanted.lora is not None and not recipe.lora.rank:
         raise UserError(
             f"--lora={wanted.lora}: the run in {wanted.run} trained no adapters; leave it out."

@@ -127,7 +127,7 @@ def _from_run(choice: Asked, run: Path) -> Source:
         )
     checkpoint = reader.find(run, choice.step)
     identity.check(run)
-    recipe = config.load(run / "recipe.toml", choice.overrides)
+    recipe = identity.recipe_of(run, choice.overrides)
     base = replace(_base(choice, recipe), lora=recipe.lora)
     label = Weights(checkpoint, choice.raw).label
     trained = replace(base, label=label, checkpoint=checkpoint, raw=choice.raw)
@@ -138,7 +138,7 @@ def _from_run(choice: Asked, run: Path) -> Source:
 
 def _from_adapters(choice: Asked, folder: Path) -> Source:
     """Adapters exported apart: the recipe of their run names the base model."""
-    recipe = config.load(folder / "recipe.toml", choice.overrides)
+    recipe = identity.recipe_of(folder, choice.overrides)
     base = _base(choice, recipe)
     scaled = recipe.lora.model_copy(update={"alpha": None})  # the file's B has alpha / rank in it
     trained = replace(base, lora=scaled, label=folder.name, adapters=folder / ADAPTERS)
@@ -163,7 +163,11 @@ def _from_folder(choice: Asked, folder: Path) -> Source:
         raise UserError(
             f"source={choice.source}: which family? Give --family NAME, or --recipe FILE."
         )
-    recipe = config.load(file, choice.overrides)
+    recipe = (
+        identity.recipe_of(folder, choice.overrides)
+        if named is None
+        else config.load(named, choice.overrides)
+    )
     base = _base(choice, recipe)
     own = base.model.model_copy(update={"path": choice.source, "network": None})
     exported = replace(base, model=own, label=folder.name)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.core import config
+from fastgrpo.checkpoint import identity
 from fastgrpo.core.config import Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import load_json
@@ -116,10 +116,10 @@ def _made_in(file: Path) -> Size | None:
             return None
         height, width = settings.get("height"), settings.get("width")
         return (height, width) if isinstance(height, int) and isinstance(width, int) else None
-    recipe = _folder(file).parents[1] / "recipe.toml" if _evaluated(file) is not None else None
-    if recipe is None or not recipe.is_file():
+    run = _folder(file).parents[1] if _evaluated(file) is not None else None
+    if run is None or not (run / identity.RECIPE).is_file():
         return None
-    clip = config.load(recipe).video
+    clip = identity.recipe_of(run).video
     return clip.height, clip.width
 
 

@@ -13,6 +13,8 @@ from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import only_run_in
+from fastgrpo.tools.export.export import Export, export
+from fastgrpo.tools.sample.source import Asked, find
 from fastgrpo.train import train
 from tests.harness import runs
 
@@ -159,3 +161,24 @@ def test_a_shard_of_the_right_size_is_not_read_by_tools_where_its_content_differ
     with pytest.raises(UserError, match=r"__0_0\.distcp is not what was written; choose another"):
         reader.find(run, "newest")
     assert reader.find(run, 1).name == "step-1"
+
+
+def test_an_edited_recipe_of_a_run_is_named_with_its_file(run: Path) -> None:
+    """By every command that reads it, not only as a key that nobody typed."""
+    file = run / identity.RECIPE
+    file.write_text(file.read_text().replace("max_kl", "may_kl"))
+    for read in (
+        lambda: train(recipe(run)),
+        lambda: export(Export(run, run / "exported")),
+        lambda: find(Asked(str(run))),
+        lambda: find(Asked(str(run), overrides=("run.seed=1",))),
+    ):
+        with pytest.raises(UserError) as refused:
+            read()
+        assert str(refused.value) == (
+            f"{file}: not as the run wrote it (Unknown key 'objective.may_kl'; did you mean "
+            "'objective.max_kl'?); restore the file. Where the folder has a checkpoint, remove it: "
+            "training makes it again."
+        )
+    file.unlink()
+    assert train(recipe(run)) is not None and "max_kl" in file.read_text()
