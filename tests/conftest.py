@@ -20,6 +20,7 @@ if os.environ.get("FASTGRPO_TEST_DEVICE", "cuda" if FOUND >= RANKS else "cpu") !
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for variable, value in {
     "OMP_NUM_THREADS": "1",  # read when torch is first imported
+    "FASTGRPO_PROCESSES": "1",  # a lone process stays one where there are GPUs, too
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "MPLBACKEND": "Agg",
