@@ -1,5 +1,6 @@
 """Killing ranks from within at chosen moments, and what a kill must leave of the checkpoints."""
 
+import hashlib
 import importlib
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader
 
 from fastgrpo.checkpoint import reader
 from fastgrpo.core.files import sha256
@@ -133,8 +135,8 @@ def _wrap(moment: InCall) -> None:
 
 
 def published(folder: Path) -> dict[int, dict[str, str]]:
-    """SHA-256 of each part of each published checkpoint, all of which must be whole, as must what
-    `latest` names.
+    """SHA-256 of each tensor's bytes in each published checkpoint, all of which must be whole, as
+    must what `latest` names.
     """
     found = {}
     for path in sorted(folder.glob("checkpoints/step-*")):
@@ -147,12 +149,23 @@ def published(folder: Path) -> dict[int, dict[str, str]]:
             file.name: sha256(file) for file in path.iterdir() if file.name != "manifest.json"
         }
         assert hashes == {name: entry["sha256"] for name, entry in entries.items()}, path
-        found[reader.number(path)] = {
-            name: told for name, told in hashes.items() if name.endswith(".distcp")
-        }
+        found[reader.number(path)] = _contents(path)
     latest = folder / "checkpoints" / "latest"
     if latest.exists():
         assert reader.number(Path(latest.read_text().rstrip("\n"))) in found
     else:
         assert len(found) <= 1, "only the first checkpoint is there without `latest` for a moment"
+    return found
+
+
+def _contents(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of each tensor's bytes, by name and place.
+
+    Not of the files: torch writes what it reads from a GPU in another order than what was staged.
+    """
+    files = {file.name: file.read_bytes() for file in checkpoint.glob("*.distcp")}
+    found = {}
+    for index, at in FileSystemReader(checkpoint).read_metadata().storage_data.items():
+        content = files[at.relative_path][at.offset : at.offset + at.length]
+        found[str(index)] = hashlib.sha256(content).hexdigest()
     return found
