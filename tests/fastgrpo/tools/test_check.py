@@ -1,0 +1,100 @@
+"""What `fastgrpo check`, and the first lines of every command that loads a recipe, say of it."""
+
+from pathlib import Path
+
+import pytest
+
+from fastgrpo.cli import main as cli
+from fastgrpo.core import config
+from fastgrpo.tools.check import check, without_effect
+from fastgrpo.training import methods
+from tests import ROOT
+from tests.harness import runs
+
+NFT = ("objective.kind=nft", "rollout.shared_noise=false")
+IN_VAIN = [  # the overrides, the key among them that has no effect, and the reason
+    (("objective.nft_beta=0.5",), "with objective.kind=grpo; nft reads it"),
+    (("objective.nft_kl=0",), "with objective.kind=grpo; nft reads it"),
+    (("objective.max_kl=1e-3",), "with objective.kind=grpo; dppo reads it"),
+    (("objective.clip_range=1e-3", "objective.kind=dppo"), "with objective.kind=dppo; ddpo, grpo"),
+    (("objective.clip_range=1e-3", *NFT), "with objective.kind=nft; ddpo, grpo, guard reads it"),
+    (("objective.kl_weight=0.1", *NFT), "with objective.kind=nft"),
+    (("rollout.eta=0.9", *NFT), "with objective.kind=nft, which draws no noise"),
+    (("rollout.sampler=flow", *NFT), "with objective.kind=nft, which draws no noise"),
+    (("rollout.window_schedule=first",), "without rollout.window"),
+    (("rollout.window_every=3",), "without rollout.window"),
+    (("rollout.window_stride=2", "rollout.window=3", "rollout.window_schedule=random"),
+     "with rollout.window_schedule=random"),
+    (("objective.timestep_choice=first", "objective.timestep_fraction=1"),
+     "all 5 steps are trained"),
+    (("objective.best_of_n=16",), "all 16 samples of a prompt are trained"),
+    (("prompts.heldout_share=0.5",), "with prompts.heldout"),
+    (("prompts.column=text",), "a .txt file has no columns"),
+    (("prompts.max_nsfw=0.1",), "without prompts.nsfw_columns"),
+    (("model.keep_attention=true",), "without model.gradient_checkpointing"),
+    (("server.token_file=/t",), "without server.urls"),
+    (("server.outage_s=9", "rewards.0.where=process"), without_effect.PROCESS),
+    (("server.urls=['http://a:1']", "rewards.0.urls=['http://b:1']"),
+     "every reward names its own urls"),
+    (("rewards.0.urls=['http://b:1']", "rewards.0.where=process"),
+     "with where=process of tiny_world"),
+]  # fmt: skip
+IN_USE = [
+    ("objective.kind=dppo", "objective.max_kl=1e-3", "objective.kl_weight=0.1"),
+    (*NFT, "objective.nft_beta=0.5", "objective.nft_kl=0"),
+    ("rollout.window=3", "rollout.window_every=3", "rollout.window_stride=2"),
+    ("rollout.window=3", "objective.timestep_choice=first", "objective.timestep_fraction=0.3"),
+    ("prompts.heldout=none", "prompts.heldout_share=0.5"),
+    ("model.gradient_checkpointing=2", "model.keep_attention=true"),
+    ("server.urls=['http://a:1']", "server.token_file=/t", "server.outage_s=9"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTGRPO_TOKEN", "secret")
+
+
+def in_vain(*overrides: str) -> list[str]:
+    """The lines on the demo's recipe, whose average NFT draws with."""
+    return without_effect.lines(config.load(runs.RECIPE, ["objective.best_of_n=none", *overrides]))
+
+
+@pytest.mark.parametrize(("overrides", "why"), IN_VAIN)
+def test_a_key_that_is_set_in_vain_is_told_with_the_reason(
+    overrides: tuple[str, ...], why: str
+) -> None:
+    key = overrides[0].partition("=")[0]
+    (line,) = [line for line in in_vain(*overrides) if line.startswith(f"{key}=")]
+    assert f"has no effect ({why}" in line and line.endswith("; leave it out.")
+
+
+@pytest.mark.parametrize("overrides", IN_USE)
+def test_a_key_that_has_an_effect_is_not_told(overrides: tuple[str, ...]) -> None:
+    assert not [line for line in in_vain(*overrides) if line.partition("=")[0] in str(overrides)]
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("launch/*.toml")), ids=lambda file: file.stem)
+def test_no_recipe_here_sets_a_key_in_vain(file: Path, tmp_path: Path) -> None:
+    recipe = config.load(file)
+    assert not without_effect.lines(recipe)
+    resolved = tmp_path / "recipe.toml"
+    resolved.write_text(recipe.to_toml())
+    assert not without_effect.lines(config.load(resolved)), "which names every key"
+
+
+def test_the_rules_name_keys_that_there_are() -> None:
+    sections = config.Recipe.model_fields
+    for rule in without_effect.RULES:
+        assert set(rule.keys) <= set(sections[rule.section].annotation.model_fields)  # type: ignore[union-attr]
+    for method in methods.known():
+        assert set(methods.traits_of(method).own_keys) <= set(config.Objective.model_fields)
+
+
+def test_check_and_train_tell_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "rollout.window_every=3: has no effect (without rollout.window); leave it out."
+    overrides = ["rollout.window_every=3", f"run.dir={tmp_path / 'run'}"]
+    assert cli.main(["check", str(runs.RECIPE), *overrides]) == 0
+    assert f"# {said}\n" in capsys.readouterr().out
+    check.refuse(config.load(runs.RECIPE, overrides))
+    assert capsys.readouterr().out == f"{said}\n"
