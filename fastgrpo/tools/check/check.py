@@ -60,7 +60,7 @@ def _checks(recipe: Recipe) -> Checks:
         partial(_check_folder, "prompts.cache", recipe.prompts.cache),
         partial(_check_token, recipe),
         partial(_check_wandb, recipe),
-        partial(models.check, recipe.model.family),
+        partial(models.check, recipe.model.family, recipe.model.path),
         *_of_model(recipe),
         *(one for spec in recipe.rewards for one in _of_reward(recipe, spec)),
     ]
@@ -132,7 +132,10 @@ def _check_model_folder(recipe: Recipe) -> None:
     diffusers_folder.check_pipeline(
         settings, models.declared(family, "PIPELINES"), models.pipelines()
     )
-    diffusers_folder.pipeline_folder(settings, models.declared(family, "PARTS", ()))
+    parts = models.declared(family, "PARTS", ())
+    folder = diffusers_folder.pipeline_folder(settings, parts)
+    for part in parts:
+        weight_files.refuse_pointers(folder / part)
 
 
 def _check_network_folder(recipe: Recipe) -> None:

@@ -98,3 +98,38 @@ def test_check_and_train_tell_it(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert f"# {said}\n" in capsys.readouterr().out
     check.refuse(config.load(runs.RECIPE, overrides))
     assert capsys.readouterr().out == f"{said}\n"
+
+
+FAMILIES = "flux, hunyuan_video, skyreels_i2v, stable_diffusion, wan"
+HELD = "model.path holds a HunyuanVideoPipeline, which hunyuan_video reads."
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("./my_family.py", f"is no family's name. {HELD} Use one of {FAMILIES}; a family of"),
+        ("my/family", f"is no family's name. {HELD} Use one of {FAMILIES}; a family of"),
+        ("sd3", f"no file models/sd3.py. {HELD} Use one of {FAMILIES}, or add models/sd3.py"),
+        ("wan", "names a HunyuanVideoPipeline, not a WanPipeline; set model.family=hunyuan_video"),
+    ],
+)
+def test_a_wrong_family_is_told_with_the_families_and_what_the_folder_holds(
+    family: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["check", str(runs.RECIPE), f"model.family={family}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line, line
+
+
+def test_a_folder_of_no_family_is_told_with_the_families(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "MochiPipeline"}')
+    for family, said in (
+        ("flux", "correct the path. There are the"),
+        ("x", "which no family reads"),
+    ):
+        wrong = (f"model.path={tmp_path}", f"model.family={family}")
+        assert cli.main(["check", str(runs.RECIPE), *wrong]) == 2
+        line = capsys.readouterr().err.splitlines()[0]  # the network's folder is missing, too
+        assert said in line and FAMILIES in line and "MochiPipeline" in line
