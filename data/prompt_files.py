@@ -13,7 +13,7 @@ from glob import glob, has_magic
 from pathlib import Path
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.files import is_lfs_pointer
+from fastgrpo.core.files import refuse_lfs_pointer
 from fastgrpo.data import prompt_formats
 from fastgrpo.data.prompt_formats import Row
 
@@ -105,10 +105,7 @@ def _rows_of(file: Path, source: str, columns: Mapping[str, str]) -> Iterator[Ro
 
 def _check_content(file: Path, source: str, kind: str) -> None:
     """Raise UserError for a pointer of git-lfs in a file's place, and for UTF-16."""
-    if is_lfs_pointer(file):
-        raise UserError(
-            f"{source}={file}: is a pointer of git-lfs and not the file; get it with git lfs pull."
-        )
+    refuse_lfs_pointer(file, f"{source}={file}")
     if kind == ".parquet":
         return
     with prompt_formats.opened_bytes(file) as stream:

@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from fastgrpo.algorithm import selection
@@ -209,17 +208,15 @@ def iterate(session: Session) -> None:
 def tell_alarms(session: Session, metrics: dict[str, float]) -> None:
     """Tell what a finished iteration learned nothing from, and a policy that is lost."""
     recipe, progress, tracker = session.recipe, session.progress, session.tracker
-    rollout_of, done = recipe.rollout, progress.iteration
-    told = progress.counts.get("iterations_without_spread", 0.0)
+    samples, done = recipe.rollout.samples_per_prompt, progress.iteration
+    for why in alarms.notes(metrics, progress.counts, recipe.weights, samples, session.scorer.hint):
+        tracker.message(f"iteration {done}: {why}")
     progress.count(alarms.counted(metrics))
     spread = not metrics[alarms.EMPTY]
     before = progress.history[-1:]
     collapsed = progress.note(metrics["reward/sum"], spread)
     bounds = recipe.optimizer.lr, recipe.objective.clip_range
     exploded = alarms.ratio_exploded(metrics, *bounds)
-    if not spread:
-        why = alarms.without_spread(metrics, recipe.weights, rollout_of.samples_per_prompt)
-        tracker.message(f"iteration {done}: {why if not told else 'nothing to learn from, again'}")
     lost = []
     if collapsed:
         lost.append(f"the reward fell from {before[0]:.3f} to {metrics['reward/sum']:.3f} at once")
@@ -329,19 +326,19 @@ def evaluate_now(session: Session) -> Evaluation:
         iteration=session.progress.iteration,
         poll_before=session.stop.poll_before,
     )
-    invalid = int((~np.isfinite(evaluation.columns()["sum"])).sum())
-    clips, lost = len(evaluation.prompts), evaluation.not_finite
+    invalid, clips, lost = (
+        evaluation.missing("sum"),
+        len(evaluation.prompts),
+        evaluation.not_finite,
+    )
     if lost and session.progress.iteration and invalid == clips:
         raise Exploded(
             f"optimizer.lr={session.recipe.optimizer.lr:g}: the weights have exploded: {lost} of "
             f"{clips} held-out clips are not finite, and none has a score; lower it.",
             drawn=True,
         )
-    if invalid:
-        session.tracker.message(
-            f"{invalid} of {clips} held-out clips have no score, {lost} of them since their latents "
-            "or pixels are not finite; they are left out of the comparison"
-        )
+    for line in evaluation.shortfalls():
+        session.tracker.message(line)
     if invalid == clips:
         raise UserError(
             f"rewards: no held-out clip has a valid score ({session.scorer.hint}); correct that."

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fastgrpo.core import registry
 from fastgrpo.core.errors import UserError, blaming
+from fastgrpo.core.files import read_json_or_none
 
 if TYPE_CHECKING:
     import torch
@@ -75,17 +76,35 @@ def with_function(function: str) -> tuple[str, ...]:
     return tuple(name for name in registry.names(FOLDER, function) if name in known())
 
 
-def check(name: str) -> None:
-    """Raise UserError where there is no family of this name, or its file is not Python."""
+def check(name: str, path: str | None = None) -> None:
+    """Raise UserError where there is no family of this name, or its file is not Python.
+
+    path: model.path, whose folder the message may name the family of
+    """
     file = FOLDER / f"{name}.py"
-    if file.is_file():
+    if name.isidentifier() and file.is_file():
         registry.check(f"model.family={name}", file, "load")
-    else:
+        return
+    fits, one_of = _folder_of(path), f"one of {', '.join(known())}"
+    if not name.isidentifier():
         raise UserError(
-            f"model.family='{name}': no file models/{name}.py.{registry.nearest(name, known())} Use "
-            f"one of {', '.join(known())}, or add models/{name}.py with a function load(settings, "
-            "device) -> Policy."
+            f"model.family='{name}': is no family's name.{fits} Use {one_of}; a family of your own "
+            "is a file models/NAME.py, called NAME."
         )
+    raise UserError(
+        f"model.family='{name}': no file models/{name}.py.{registry.nearest(name, known())}{fits} "
+        f"Use {one_of}, or add models/{name}.py with a function load(settings, device) -> Policy."
+    )
+
+
+def _folder_of(path: str | None) -> str:
+    """A sentence on what a folder holds; empty where there is no such folder."""
+    index = None if path is None else read_json_or_none(Path(path) / "model_index.json")
+    named = None if index is None else index.get("_class_name")
+    if named is None:
+        return ""
+    families = [name for name, own in pipelines().items() if own[0] == named]
+    return f" model.path holds a {named}, which {(families or ['no family'])[0]} reads."
 
 
 def family(name: str) -> Family:

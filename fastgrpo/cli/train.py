@@ -94,10 +94,13 @@ def _run_train(arguments: argparse.Namespace) -> None:
 
 def _run_check(arguments: argparse.Namespace) -> None:
     from fastgrpo.data import prompts
+    from fastgrpo.tools.check import without_effect
     from fastgrpo.tools.check.check import check
 
     recipe, split = check(arguments.recipe, arguments.overrides)
     print(f"# {split.summary}")
+    for line in without_effect.lines(recipe):
+        print(f"# {line}")
     if (few := prompts.few_heldout(recipe, split)) is not None:
         print(f"# {few}")
     print(recipe.to_toml(), end="")
@@ -115,10 +118,15 @@ def _run_preflight(arguments: argparse.Namespace) -> None:
 
 
 def _run_embed(arguments: argparse.Namespace) -> None:
+    from fastgrpo.parallel.world import open_world
+    from fastgrpo.tools.check.check import refuse
     from fastgrpo.training.conditions.encode import embed
 
     go_on_without("encoding goes on")
-    embed(recipe_of(arguments))
+    recipe = recipe_of(arguments)
+    with open_world() as world:
+        world.on_main(lambda: refuse(recipe))
+        embed(recipe, world)
 
 
 def _run_keys(arguments: argparse.Namespace) -> None:

@@ -54,6 +54,7 @@ def read_json(file: Path, where: str, remedy: str) -> dict[str, Any]:
 
     where: the recipe key;  remedy: what to do
     """
+    refuse_lfs_pointer(file, f"{where}: {file}")
     try:
         return load_json(file)
     except (OSError, ValueError) as error:
@@ -74,6 +75,18 @@ def is_lfs_pointer(file: Path) -> bool:
     """Whether git-lfs left a pointer in the file's place. Raises OSError."""
     with file.open("rb") as stream:
         return stream.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def refuse_lfs_pointer(file: Path, where: str) -> None:
+    """Raise UserError for a pointer of git-lfs; what cannot be read is told by who reads it.
+
+    where: the key and the file, for the message
+    """
+    with suppress(OSError):
+        if is_lfs_pointer(file):
+            raise UserError(
+                f"{where}: is a pointer of git-lfs and not the file; get it with git lfs pull."
+            )
 
 
 def replace_text(file: Path, text: str, on_disk: bool = False) -> None:

@@ -31,6 +31,9 @@ class Traits:
     reference_key: str = "kl_weight"
     """The key of [objective] that, above 0, asks for the initial policy."""
 
+    own_keys: tuple[str, ...] = ("clip_range", "kl_weight")
+    """The keys of [objective] that it reads and that not every method does."""
+
     def latents_kept(self, chosen: int, noisy: int) -> int:
         """The most latents of one sample that wait for the update.
 

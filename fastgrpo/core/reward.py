@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Scores:
     """What a reward says about B clips.
 
-    A score that could not be made is NaN in every part and False in `valid`; no constant ever
-    stands in for it.
+    A score that could not be made is NaN; no constant ever stands in for it. `valid` is False where
+    a clip has none, and then every part counts as NaN.
     """
 
     values: dict[str, Tensor]  # part -> float32 [B]

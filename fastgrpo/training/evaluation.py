@@ -35,7 +35,7 @@ class Evaluation:
     iteration: int
     prompts: list[str]  # one per clip
     seeds: list[int]  # one per clip
-    scores: dict[str, list[float]]  # part -> one per clip, NaN where invalid
+    scores: dict[str, list[float]]  # part -> one per clip, NaN where it has no score
     weights: dict[str, float]
     clips: list[str]  # files, relative to the folder evaluation/, of the first prompts' first seed
     not_finite: int = 0  # clips whose latents or pixels were not finite, which have no score
@@ -66,6 +66,26 @@ class Evaluation:
             if weight:  # a monitor without a score takes none from the sum
                 total = total + weight * parts[part]
         return {"sum": total, **parts}
+
+    def missing(self, column: str) -> int:
+        """Clips without a score in a column of `columns`."""
+        return int((~np.isfinite(self.columns()[column])).sum())
+
+    def shortfalls(self) -> list[str]:
+        """What the comparison leaves out, a line each."""
+        clips, lines, invalid = len(self.prompts), [], self.missing("sum")
+        if invalid:
+            lines.append(
+                f"{invalid} of {clips} held-out clips have no score, {self.not_finite} of them since "
+                "their latents or pixels are not finite; they are left out of the comparison"
+            )
+        for part in [part for part, weight in self.weights.items() if not weight]:
+            if (lacking := self.missing(part)) > invalid:
+                lines.append(
+                    f"{lacking} of {clips} held-out clips have no score of {part}, whose weight is "
+                    "0; they are left out of its comparison alone"
+                )
+        return lines
 
 
 @dataclass(frozen=True, kw_only=True)

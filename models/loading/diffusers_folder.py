@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastgrpo.core.config import Model, Video, paths
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Decoded
-from fastgrpo.models.loading.weight_files import check_class, check_shards
+from fastgrpo.models.loading.weight_files import check_class, check_shards, refuse_pointers
 from fastgrpo.models.loading.weight_files import read_json as read_json
 
 # of a hub repository: all folders, and of its top what a family or an export reads, no whole-model
@@ -134,11 +134,11 @@ def check_pipeline(
     if named in wanted:
         return
     fitting = next((name for name, pipelines in families.items() if pipelines[0] == named), None)
-    family = f"set model.family={fitting}, or correct" if fitting else "correct model.family or"
+    family = f"set model.family={fitting}, or correct" if fitting else "correct"
+    others = "" if fitting else f" There are the families {', '.join(families)}."
     raise UserError(
         f"model.path={settings.path}: model_index.json names a {named}, not a "
-        f"{' or a '.join(wanted)}; "
-        f"{family} the path."
+        f"{' or a '.join(wanted)}; {family} the path.{others}"
     )
 
 
@@ -295,6 +295,7 @@ def text_model(
             )
         classes.append(found)
     check_text_class(classes[1], folder / encoder)
+    refuse_pointers(folder / tokenizer)
     model = read(classes[1], folder / encoder, dtype)
     try:
         return classes[0].from_pretrained(folder / tokenizer), model.requires_grad_(False).to(

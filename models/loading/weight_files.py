@@ -49,8 +49,18 @@ def check_class(kind: Any, folder: Path) -> None:
         )
 
 
+def refuse_pointers(folder: Path) -> None:
+    """Raise UserError where git-lfs left a pointer in place of a file of the folder."""
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.is_file():
+            files.refuse_lfs_pointer(file, f"model.path: {file}")
+
+
 def check_shards(folder: Path) -> None:
-    """Raise UserError where a file is missing that the index of the weights names."""
+    """Raise UserError where a file is missing that the index of the weights names, or a pointer of
+    git-lfs lies in its place.
+    """
+    refuse_pointers(folder)
     for index in (folder / name for name in INDEXES):
         if index.is_file():
             for shard in sorted(set(read_json(index).get("weight_map", {}).values())):

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastgrpo.core.config import paths
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import read_json as read_object
-from fastgrpo.core.files import sha256
+from fastgrpo.core.files import refuse_lfs_pointer, sha256
 
 
 def locate(
@@ -37,12 +37,11 @@ def locate(
     if path is None:
         raise UserError(f"{where}: missing; {remedy}.")
     given = Path(path)
-    if given.is_file():
-        return given
+    files = [given, *(given / name for name in names)]
+    for file in [file for file in files if file.is_file()]:
+        refuse_lfs_pointer(file, f"{where}={file}")
+        return file
     if given.is_dir():
-        for name in names:
-            if (given / name).is_file():
-                return given / name
         raise UserError(f"{where}={path}: the folder has no {' or '.join(names)}; {remedy}.")
     if not paths.is_hub_id(path):
         raise UserError(f"{where}={path}: no such file or folder; {remedy}.")
@@ -78,6 +77,7 @@ def read(file: Path) -> dict[str, Tensor]:
     They may lie under "state_dict", and have any shape [...] and dtype.
     A torch file is read weights-only, so that it can run no code. Raises UserError naming the file.
     """
+    refuse_lfs_pointer(file, f"rewards.path={file}")
     try:
         if file.suffix == ".safetensors":
             content: Any = load_file(file)

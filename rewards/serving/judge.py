@@ -1,4 +1,4 @@
-"""One batch of clips through one reward: a clip without a score is NaN and invalid."""
+"""One batch of clips through one reward: a score that is missing is NaN."""
 
 import logging
 import traceback
@@ -30,8 +30,10 @@ def judge_batch(
 ) -> Scores:
     """Scores of one batch, uint8 [B, F, H, W, 3].
 
-    A clip is invalid where the reward says so, where one of its parts is not finite, or where the
-    reward raised or gave another number of scores than there are clips; then every part is NaN.
+    A score that is not finite is NaN, and the clip's other parts keep theirs: here nobody knows
+    which of them a run trains on. A clip is invalid, and every part NaN, where the reward says so,
+    where none of its parts is finite, or where the reward raised or gave another number of scores
+    than there are clips.
     tell: takes what was raised, and B; None: it is logged by its class and place, without its text,
     which may quote a prompt
     Raises torch.OutOfMemoryError as the reward does: no fault of the clips, and the next batch
@@ -48,9 +50,9 @@ def judge_batch(
     # a reward is anyone's code: whatever it raises, the run goes on without these scores
     except Exception as error:
         (tell or log_without_text)(reward, error, len(pixels))
-    valid = torch.isfinite(values).all(0)
-    values = values.masked_fill(~valid, float("nan"))
-    return Scores({part: values[n].clone() for n, part in enumerate(reward.names)}, valid)
+    finite = torch.isfinite(values)
+    values = values.masked_fill(~finite, float("nan"))
+    return Scores({part: values[n].clone() for n, part in enumerate(reward.names)}, finite.any(0))
 
 
 def tabulated(reward: Reward, scores: Scores, count: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ differ), and in its `__metadata__` one entry "request", the JSON of {"prompts": 
 
 Answer: JSON {"scores": {reward: {part: [number or null]}}, "valid": {reward: [true or false]},
 "identity": {reward: text}}. A float32 is written as the decimal number that reads back to its exact
-bits; null is NaN.
+bits; null is NaN. A valid clip may lack the score of a part, but not of all.
 
 `decode_request` trusts nothing: sizes are held against the caps below before anything of that size
 is made, the tensors must fill the body exactly, and no code runs on either side (no pickle).
@@ -317,8 +317,8 @@ def decode_scores(
 
     expected, identities: parts and identity of each reward, where they are known
     Raises OtherReward for another identity, WireError where a reward or a part is missing, a list
-    has another length, or a score is neither a finite float32, of a valid clip, nor null, of an
-    invalid one.
+    has another length, a score is neither a finite float32 nor null, an invalid clip has one, or a
+    valid one has none.
     """
     answer = read_json("answer", body)
     result: dict[str, Scores] = {}
@@ -340,15 +340,15 @@ def decode_scores(
         for part, column in parts.items():
             if not isinstance(column, list) or len(column) != count:
                 refuse("answer", f"{reward}/{part} is not a list of {count}")
-            if not all(number(x) if v else x is None for x, v in zip(column, valid, strict=True)):
-                refuse(
-                    "answer",
-                    f"{reward}/{part} has a score of an invalid clip, or none of a valid one",
-                )
+            if not all(x is None or (v and number(x)) for x, v in zip(column, valid, strict=True)):
+                refuse("answer", f"{reward}/{part} has no number, or one of an invalid clip")
             values[part] = torch.tensor(
                 [math.nan if x is None else x for x in column], dtype=torch.float32
             )
-        result[reward] = Scores(values, torch.tensor(valid, dtype=torch.bool))
+        stated = torch.tensor(valid, dtype=torch.bool)
+        if (stated & torch.stack(list(values.values())).isnan().all(0)).any():
+            refuse("answer", f"'{reward}' has no score of a valid clip")
+        result[reward] = Scores(values, stated)
     return result
 
 

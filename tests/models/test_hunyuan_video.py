@@ -437,7 +437,7 @@ def test_a_wrong_model_is_one_clear_line(family: str, path: str, message: str) -
         (
             "",
             {"_class_name": "MochiPipeline"},
-            "names a MochiPipeline, not .*; correct model.family or the path",
+            "names a MochiPipeline, not .*; correct the path. There are the families flux, hunyuan",
         ),
         ("scheduler", {"shift": None}, "has shift=None, not a number above 0; correct it"),
         (

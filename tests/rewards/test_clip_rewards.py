@@ -23,7 +23,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel
 from fastgrpo import rewards
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
-from fastgrpo.rewards.common import frames
+from fastgrpo.rewards.common import frames, weight_files
 from fastgrpo.rewards.networks.clip import preprocess, weights
 from fastgrpo.rewards.networks.clip.clip_reward import ClipReward, Rating
 from fastgrpo.rewards.networks.clip.tokenizer import (
@@ -668,3 +668,13 @@ def test_clips_of_another_form_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=r"give one prompt|expected torch\.uint8"):
             reward(pixels, prompts, 8.0)
+
+
+def test_a_pointer_of_git_lfs_is_told_with_its_remedy(tmp_path: Path) -> None:
+    file = tmp_path / "model.pt"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    for path in (file, tmp_path):
+        with pytest.raises(UserError, match=r"model.pt: is a pointer of git-lfs .* git lfs pull"):
+            weight_files.locate(str(path), ["model.pt"], [], "rewards.path", "name a file")
+    with pytest.raises(UserError, match="git lfs pull"):
+        weight_files.read(file)

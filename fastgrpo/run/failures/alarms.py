@@ -10,12 +10,15 @@ RATIO = 1.0
 clip ranges in use are 1e-5 to 1e-2, and rounding is below 0.1."""
 EMPTY = "update/without_spread"
 """1 where no group of the iteration has a spread, else 0."""
+MONITORS = "scoring/monitors_without_score"
+"""Scores of parts of weight 0 that valid samples lack."""
 COUNTED = {
     "iterations_without_spread": EMPTY,
     "groups_without_spread": GROUPS,
     "samples_without_score": "reward/invalid",
     "latents_not_finite": "not_finite/latents",
     "pixels_not_finite": "not_finite/pixels",
+    "monitors_without_score": MONITORS,
 }
 """Counts of the whole run in summary.json, and the metrics that they sum."""
 Numbers = Mapping[str, float]
@@ -24,6 +27,28 @@ Numbers = Mapping[str, float]
 def counted(metrics: Numbers) -> dict[str, float]:
     """An iteration's part of the run's counts."""
     return {name: metrics[metric] for name, metric in COUNTED.items()}
+
+
+def notes(
+    metrics: Numbers, before: Numbers, weights: Numbers, samples: int, hint: str
+) -> list[str]:
+    """What to say of an iteration's scores, whole where it is the first of its kind.
+
+    before: the run's counts until then;  samples: of each prompt;  hint: why scores are missing
+    """
+    lines = []
+    if metrics[EMPTY]:
+        again = before.get("iterations_without_spread")
+        why = without_spread(metrics, weights, samples)
+        lines.append("nothing to learn from, again" if again else why)
+    if metrics[MONITORS] and not before.get("monitors_without_score"):
+        own = [part for part, weight in weights.items() if not weight]
+        missing = [f"{part} {metrics[f'invalid/{part}']:.0f}" for part in own]
+        lines.append(
+            f"parts of weight 0 lack scores ({', '.join(missing)}): their samples are trained on all "
+            f"the same; {hint}"
+        )
+    return lines
 
 
 def without_spread(metrics: Numbers, weights: Numbers, samples: int) -> str:
@@ -74,6 +99,10 @@ def shortfalls(counts: Numbers, iterations: int) -> list[str]:
     if invalid := counts.get("samples_without_score", 0.0):
         more = f", {lost:.0f} of them since their latents or pixels were not finite" if lost else ""
         lines.append(f"{invalid:.0f} samples had no valid score and were left out{more}.")
+    if monitors := counts.get("monitors_without_score", 0.0):
+        lines.append(
+            f"{monitors:.0f} scores of parts of weight 0 are missing; their samples were trained on."
+        )
     if skipped := counts.get("steps_skipped", 0.0):
         lines.append(
             f"{skipped:.0f} optimizer steps were skipped: their gradients were not finite."

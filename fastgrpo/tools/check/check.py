@@ -18,6 +18,8 @@ from fastgrpo.core.errors import UserError, UserErrors
 from fastgrpo.data import prompts
 from fastgrpo.data.prompts import Split
 from fastgrpo.models.loading import diffusers_folder, weight_files
+from fastgrpo.run.terminal import open_console
+from fastgrpo.tools.check import without_effect
 from fastgrpo.tools.plan import subject
 from fastgrpo.training import methods
 from fastgrpo.training.scoring.sources import check_frames, check_parts, read_token
@@ -39,10 +41,15 @@ def check(file: Path, overrides: list[str]) -> tuple[Recipe, Split]:
 
 
 def refuse(recipe: Recipe) -> None:
-    """Raise UserError for the first mistake, before a run makes its folder."""
+    """Raise UserError for the first mistake, before anything is loaded or written.
+
+    Prints a line for each key that the recipe sets in vain.
+    """
     mistakes = list(dict.fromkeys(failing(_checks(recipe))))
     if mistakes:
         raise UserErrors(mistakes[:1])
+    for line in without_effect.lines(recipe):
+        open_console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _checks(recipe: Recipe) -> Checks:
@@ -53,7 +60,7 @@ def _checks(recipe: Recipe) -> Checks:
         partial(_check_folder, "prompts.cache", recipe.prompts.cache),
         partial(_check_token, recipe),
         partial(_check_wandb, recipe),
-        partial(models.check, recipe.model.family),
+        partial(models.check, recipe.model.family, recipe.model.path),
         *_of_model(recipe),
         *(one for spec in recipe.rewards for one in _of_reward(recipe, spec)),
     ]
@@ -125,7 +132,10 @@ def _check_model_folder(recipe: Recipe) -> None:
     diffusers_folder.check_pipeline(
         settings, models.declared(family, "PIPELINES"), models.pipelines()
     )
-    diffusers_folder.pipeline_folder(settings, models.declared(family, "PARTS", ()))
+    parts = models.declared(family, "PARTS", ())
+    folder = diffusers_folder.pipeline_folder(settings, parts)
+    for part in parts:
+        weight_files.refuse_pointers(folder / part)
 
 
 def _check_network_folder(recipe: Recipe) -> None:

@@ -27,7 +27,7 @@ from fastgrpo.parallel.world import World, open_world
 from fastgrpo.tools.sample import sample
 from fastgrpo.tools.sample.sample import Drawn
 from fastgrpo.tools.sample.source import Asked, find
-from fastgrpo.tools.sample.work import Work
+from fastgrpo.tools.sample.work import UNCUT, Cut, Work
 from fastgrpo.tools.score import judges
 from fastgrpo.tools.score.judges import Judges, Servers
 from fastgrpo.training.evaluation import RESAMPLES, Evaluation, compare
@@ -80,6 +80,7 @@ class Result:
     columns: dict[str, Column]
     """By "reward.part"; and "sum", the weighted sum, where several parts were trained on."""
     scores: dict[str, Tensor]  # by "reward.part": float64 [clips, 2], NaN where invalid
+    cut: Cut = UNCUT
 
     @property
     def labels(self) -> tuple[str, str]:
@@ -108,6 +109,8 @@ class Result:
                 missing.append(f"{lost} for {self.heading(key)}")
         if missing:
             line += f"; without a score on both sides, left out: {', '.join(missing)}"
+        if self.cut.prompts:
+            line += f"; {len(self.cut.prompts)} of the prompts are longer than a text encoder sees"
         return line
 
     def to_json(self) -> str:
@@ -134,6 +137,7 @@ class Result:
         """The row of one clip, as JSON."""
         clip = self.plan.work.clips[number]
         row: dict[str, Any] = {"prompt": clip.prompt.text, "seed": clip.seed}
+        row |= self.cut.marks(clip.prompt)
         for column, side in enumerate(SIDES):
             own = {key: float(pair[number, column]) for key, pair in self.scores.items()}
             row[side] = _or_null(own)
@@ -156,13 +160,13 @@ def evaluate(asked: Asked, wanted: Wanted) -> Result | None:
         plan = world.on_main(lambda: prepare(asked, wanted))
         opened = _open(plan, wanted.servers, world, stack)
         parts = {spec.name: _parts(spec, opened) for spec in plan.specs}
-        drawn = _draw(plan.work, world)
+        drawn, cut = _draw(plan.work, world)
         gc.collect()  # the network's memory goes before the rewards need theirs
         rows = _judge(plan.work, drawn=drawn, opened=opened, parts=parts, world=world)
         table = world.combine(rows, [pair.number for pair in drawn], len(plan.work.clips))
         keys = [f"{name}.{part}" for name, own in parts.items() for part in own]
         scores = {key: table[:, :, column] for column, key in enumerate(keys)}
-        return Result(plan, columns(plan, scores), scores) if world.main else None
+        return Result(plan, columns(plan, scores), scores, cut) if world.main else None
 
 
 def prepare(asked: Asked, wanted: Wanted) -> Plan:
@@ -237,15 +241,16 @@ def _parts(spec: RewardSpec, opened: Judges) -> list[str]:
     return list(spec.weights or has)
 
 
-def _draw(work: Work, world: World) -> list[Drawn]:
-    """This rank's clips of both models, in host memory."""
-    drawn, mistake = [], None
+def _draw(work: Work, world: World) -> tuple[list[Drawn], Cut]:
+    """This rank's clips of both models, in host memory; and the prompts that are cut."""
+    drawn, cut, mistake = list[Drawn](), UNCUT, None
     try:
-        drawn = list(sample.generate(work, world))
+        share = sample.encoded(work, world)
+        drawn, cut = list(sample.generate(share, world)), share.cut
     except UserError as error:
         mistake = error
     world.raise_if_any_failed(mistake)
-    return drawn
+    return drawn, cut
 
 
 def _judge(

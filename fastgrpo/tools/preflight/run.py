@@ -23,6 +23,7 @@ from fastgrpo.parallel.world import World, open_world
 from fastgrpo.run.stopping import Signals, Stop
 from fastgrpo.run.terminal import open_console
 from fastgrpo.session import open_session
+from fastgrpo.tools.check.check import refuse
 from fastgrpo.tools.plan import planner
 from fastgrpo.tools.plan.gpus import GPUS, Achieved, Gpu
 from fastgrpo.tools.plan.phases import Machine
@@ -30,7 +31,6 @@ from fastgrpo.tools.preflight import checks, largest_batch
 from fastgrpo.tools.preflight.finding import Finding, Parts
 from fastgrpo.tools.preflight.phases import Planned, table
 from fastgrpo.tools.preflight.run_folder import scratch
-from fastgrpo.training import methods
 from fastgrpo.training.conditions import encode
 
 
@@ -41,7 +41,7 @@ def run(recipe: Recipe) -> bool:
     """
     console = open_console()
     with open_world(recipe.distributed, recipe.run.deterministic) as world, ExitStack() as stack:
-        methods.check(recipe)
+        world.on_main(lambda: refuse(recipe))
         split = first_prompts(recipe, encode.read_prompts(recipe, world))
         world.on_main(lambda: check_folder(recipe, world))
         folder = stack.enter_context(scratch(recipe.run.dir, world))

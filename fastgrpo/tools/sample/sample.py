@@ -28,7 +28,7 @@ from fastgrpo.parallel.world import World, open_world
 from fastgrpo.tools.sample import contact_sheet
 from fastgrpo.tools.sample.sample_files import MANIFEST, describe, write
 from fastgrpo.tools.sample.source import Asked, Snapshot, Source, find
-from fastgrpo.tools.sample.work import Clip, Job, Work
+from fastgrpo.tools.sample.work import UNCUT, Clip, Cut, Job, Work
 from fastgrpo.training import rollout
 from fastgrpo.training.conditions import cut_prompts
 
@@ -57,6 +57,7 @@ class Share:
     batches: list[range]
     conditions: Mapping[Prompt, Condition]
     negative: Condition | None  # None: without classifier-free guidance
+    cut: Cut = UNCUT
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,9 @@ def sample(choice: Asked, wanted: Wanted) -> Sampled:
         folder = world.on_main(
             lambda: stack.enter_context(files.whole_folder(job.out, "--out", replaces))
         )
-        mistake, shown = None, {}
+        mistake, shown, cut = None, dict[int, Shown](), UNCUT
         try:
-            shown = draw(job, folder, world)
+            shown, cut = draw(job, folder, world)
         except UserError as error:
             mistake = error
         except OSError as error:
@@ -113,7 +114,7 @@ def sample(choice: Asked, wanted: Wanted) -> Sampled:
         world.raise_if_any_failed(mistake)
         strips, finite = gather(job, shown, world)
         check_finite(job, finite)
-        world.on_main(lambda: describe(job, folder, strips, finite))
+        world.on_main(lambda: describe(job, folder, strips, finite, cut))
         lost = int((~finite.all(1)).sum())
         return Sampled(job.out, len(job.clips), lost, world.main)
 
@@ -213,36 +214,50 @@ def slug(text: str) -> str:
     return words[:40].rstrip("-") or "prompt"
 
 
-def draw(job: Job, folder: Path, world: World) -> dict[int, Shown]:
-    """Write this rank's clips to `folder`.  returns what to show of each, by number"""
+def draw(job: Job, folder: Path, world: World) -> tuple[dict[int, Shown], Cut]:
+    """Write this rank's clips to `folder`.
+
+    returns what to show of each, by number; and the texts that are cut
+    """
     shown = {}
-    for drawn in generate(job, world):
+    share = encoded(job, world, job.out / MANIFEST)
+    for drawn in generate(share, world):
         write(job, job.clips[drawn.number], drawn.rows, folder)
         strip = [contact_sheet.thumbnails(row, job.source.video) for row in drawn.rows]
         shown[drawn.number] = Shown(torch.stack(strip), drawn.finite)
-    return shown
+    return shown, share.cut
 
 
-def generate(work: Work, world: World) -> Iterator[Drawn]:
+def encoded(work: Work, world: World, listed: Path | None = None) -> Share:
+    """This rank's part of the work, its prompts encoded; the main rank tells which are cut.
+
+    listed: the file that will name all of these
+    """
+    batches = [work.batches[i] for i in world.share(len(work.batches))]
+    if not batches:
+        return Share(work, batches, {}, None)
+    model, cut = work.source.snapshot.model, UNCUT
+    distinct = dict.fromkeys(work.clips[batch.start].prompt for batch in batches)
+    with policies.encoder(model, work.source.video, world.device) as encode:
+        conditions = {prompt: encode([prompt])[0] for prompt in distinct}
+        if world.main:
+            cut = find_cut(encode, work)
+            tell_cut(cut, work, listed)
+        negative = None
+        if model.cfg > 1:
+            negative = move(encode.negative(model.negative_prompt or ""), world.device)
+    return Share(work, batches, conditions, negative, cut)
+
+
+def generate(share: Share, world: World) -> Iterator[Drawn]:
     """This rank's clips, one by one.
 
     Base and trained network are never in memory at once: the base model's latents wait on the host.
     """
-    batches = [work.batches[i] for i in world.share(len(work.batches))]
-    if not batches:
+    work, before = share.work, dict[int, Tensor]()
+    if not share.batches:
         return
     source = work.source
-    model = source.snapshot.model
-    distinct = dict.fromkeys(work.clips[batch.start].prompt for batch in batches)
-    with policies.encoder(model, source.video, world.device) as encode:
-        conditions = {prompt: encode([prompt])[0] for prompt in distinct}
-        if world.main:
-            tell_cut(encode, work)
-        negative = None
-        if model.cfg > 1:
-            negative = move(encode.negative(model.negative_prompt or ""), world.device)
-    share = Share(work, batches, conditions, negative)
-    before = {}
     if work.against_base:
         assert source.base is not None
         before = latents_of(source.base, share, world)[1]
@@ -258,14 +273,23 @@ def generate(work: Work, world: World) -> Iterator[Drawn]:
         yield Drawn(number, [own.pixels[0].cpu() for own in decoded], finite)
 
 
-def tell_cut(encoder: Encoder, work: Work) -> None:
-    """Say which of all prompts, and whether the negative one, are longer than an encoder sees."""
-    every = list(dict.fromkeys(clip.prompt for clip in work.clips))
-    cut = {i: seen for i, prompt in enumerate(every) if (seen := encoder.cut(prompt.text))}
-    lines = [cut_prompts.summary(cut, every, None)]
+def find_cut(encoder: Encoder, work: Work) -> Cut:
+    """The prompts of all ranks, and the negative one, that are longer than an encoder sees."""
+    every = dict.fromkeys(clip.prompt for clip in work.clips)
     model = work.source.snapshot.model
-    if model.cfg > 1 and (seen := encoder.cut(model.negative_prompt or "")):
-        lines.append(f"model.negative_prompt is cut: {cut_prompts.counts(seen)}")
+    return Cut(
+        {prompt: seen for prompt in every if (seen := encoder.cut(prompt.text))},
+        encoder.cut(model.negative_prompt or "") if model.cfg > 1 else {},
+    )
+
+
+def tell_cut(cut: Cut, work: Work, listed: Path | None) -> None:
+    """Count the prompts that are cut, name some, and say where all are named."""
+    every = list(dict.fromkeys(clip.prompt for clip in work.clips))
+    numbers = {every.index(prompt): seen for prompt, seen in cut.prompts.items()}
+    lines = [cut_prompts.summary(numbers, every, listed)]
+    if cut.negative:
+        lines.append(f"model.negative_prompt is cut: {cut_prompts.counts(cut.negative)}")
     for line in filter(None, lines):
         print(line, file=sys.stderr)
 

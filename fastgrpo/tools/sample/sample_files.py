@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastgrpo.data import video
 from fastgrpo.tools.sample import contact_sheet
-from fastgrpo.tools.sample.work import Clip, Job
+from fastgrpo.tools.sample.work import Clip, Cut, Job
 
 MANIFEST = "manifest.json"
 SHEET = "sheet.png"
@@ -35,10 +35,11 @@ def write(job: Job, clip: Clip, rows: Sequence[Tensor], folder: Path) -> None:
             video.write_mp4(file, pixels, job.source.video.fps)
 
 
-def describe(job: Job, folder: Path, strips: Tensor, finite: Tensor) -> None:
+def describe(job: Job, folder: Path, strips: Tensor, finite: Tensor, cut: Cut) -> None:
     """Write the contact sheet and the manifest.
 
     strips: uint8 [N, R, f, h, w, 3];  finite: bool [N, R], the base model's first
+    cut: the texts that are marked, with the tokens that each encoder sees, and those of the text
     """
     source, size = job.source, job.source.video
     model = source.snapshot.model
@@ -62,6 +63,7 @@ def describe(job: Job, folder: Path, strips: Tensor, finite: Tensor) -> None:
     samples = [
         {
             "prompt": clip.prompt.text,
+            **cut.marks(clip.prompt),
             "image": str(clip.prompt.image) if clip.prompt.image else None,
             "seed": clip.seed,
             "finite": own[-1],
@@ -75,6 +77,7 @@ def describe(job: Job, folder: Path, strips: Tensor, finite: Tensor) -> None:
         "weights": source.snapshot.label,
         "checkpoint": str(checkpoint) if checkpoint else None,
         "settings": settings,
+        **({"negative_tokens_seen": cut.negative} if cut.negative else {}),
         "sheet": SHEET,
         "samples": samples,
     }

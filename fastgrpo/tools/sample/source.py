@@ -19,6 +19,7 @@ from fastgrpo.checkpoint.reader import Step, Weights
 from fastgrpo.core import config
 from fastgrpo.core.config import Lora, Model, Prompts, Recipe, Rollout, Section, Video
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import refuse_lfs_pointer
 from fastgrpo.core.policy import Policy
 from fastgrpo.models.loading import policies
 from fastgrpo.models.loading.lora import ADAPTER, DOWN, UP
@@ -248,6 +249,7 @@ def load_adapters(network: nn.Module, file: Path) -> None:
     Raises UserError where they differ.
     """
     own = {name: p for name, p in network.named_parameters() if name.endswith((DOWN, UP))}
+    refuse_lfs_pointer(file, f"source={file}")
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:

@@ -1,10 +1,12 @@
 """What is to be sampled, and where to."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastgrpo.core.policy import Prompt
 from fastgrpo.tools.sample.source import Source
+from fastgrpo.training.conditions.cut_prompts import Seen
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,22 @@ class Clip:
     @property
     def caption(self) -> str:
         return f"seed {self.seed}: {self.prompt.text}"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The texts that are longer than a text encoder sees; the main rank alone knows them."""
+
+    prompts: Mapping[Prompt, Seen]
+    negative: Seen
+
+    def marks(self, prompt: Prompt) -> dict[str, Seen]:
+        """What marks a prompt's entries in a file; empty where all of it is seen."""
+        seen = self.prompts.get(prompt)
+        return {"tokens_seen": seen} if seen else {}
+
+
+UNCUT = Cut({}, {})
 
 
 @dataclass(frozen=True)

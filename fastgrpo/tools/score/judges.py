@@ -6,6 +6,7 @@ reason, of which the trainer logs only the class and position.
 
 import difflib
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -51,9 +52,9 @@ class Servers:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A reward's scores of one clip, or the reason why it has none."""
+    """A reward's scores of one clip, and the reason why some or all of them are missing."""
 
-    scores: dict[str, float]  # part -> score, NaN in every part of a clip without a score
+    scores: dict[str, float]  # part -> score, NaN where it is missing
     kind: str | None = None
     """Why a score is missing: an error's class, "no score", "not finite", "malformed", "server"."""
     reason: str = ""  # the same in words
@@ -203,10 +204,12 @@ class Judges:
     def _verdict(self, name: str, scores: Scores, said: Mapping[str, str]) -> Verdict:
         """A reward's verdict.  said: the last line that each module logged"""
         values = {part: float(scores.values[part][0]) for part in self.parts[name]}
-        if bool(scores.valid[0]):
+        missing = [part for part, value in values.items() if math.isnan(value)]
+        if not missing:
             return Verdict(values)
         if name not in self.recorders:
-            return Verdict(values, "server", "the server gives no score; its log says why")
+            what = f"no {', '.join(missing)}" if scores.valid[0] else "no score"
+            return Verdict(values, "server", f"the server gives {what}; its log says why")
         kind, reason = self.recorders[name].trouble or (
             "malformed",
             "it did not give one score per part and clip",

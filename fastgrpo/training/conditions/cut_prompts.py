@@ -10,6 +10,7 @@ from fastgrpo.core.files import replace_text
 from fastgrpo.core.policy import Prompt
 from fastgrpo.training.conditions.cache import Cache
 
+SHOWN = 3
 Seen = Mapping[str, Sequence[int]]  # encoder -> (tokens that it sees, tokens of the text)
 
 
@@ -42,16 +43,15 @@ def refuse_negative(cache: Cache, too_long: str) -> str | None:
 def summary(cut: Mapping[int, Seen], prompts: Sequence[Prompt], listed: Path | None) -> str | None:
     """One line: how many prompts each encoder cuts, and the first of them; None: none is cut.
 
-    listed: the file that names them all
+    listed: the file that names them all; None: the line names three
     """
     if not cut:
         return None
     numbers = Counter(part for seen in cut.values() for part in seen)
     each = ", ".join(f"{part} cuts {count:,}" for part, count in sorted(numbers.items()))
-    first = min(cut)
+    named = [_named(prompts[index], cut[index]) for index in sorted(cut)[: 1 if listed else SHOWN]]
     line = f"prompts: {len(cut):,} are longer than an encoder sees ({each}), such as "
-    line += _named(prompts[first], cut[first])
-    return line + (f"; all are named in {listed}" if listed else "")
+    return line + "; ".join(named) + (f"; all are named in {listed}" if listed else "")
 
 
 def write_list(cut: Mapping[int, Seen], prompts: Sequence[Prompt], file: Path) -> None:

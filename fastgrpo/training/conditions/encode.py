@@ -27,7 +27,7 @@ from fastgrpo.core.policy import Prompt
 from fastgrpo.data import prompts
 from fastgrpo.data.prompts import Split
 from fastgrpo.models.loading import policies
-from fastgrpo.parallel.world import World, open_world
+from fastgrpo.parallel.world import World
 from fastgrpo.run.terminal import duration, open_console
 from fastgrpo.training.conditions import cut_prompts
 from fastgrpo.training.conditions.cache import Cache, Conditions, write_negative, write_part
@@ -47,13 +47,12 @@ class Encoded:
     conditions: Conditions  # of `train`, then of `heldout`
 
 
-def embed(recipe: Recipe) -> None:
+def embed(recipe: Recipe, world: World) -> None:
     """Complete a recipe's cache of conditions, and say where it is."""
-    with open_world() as world:
-        encoded = encode(recipe, world, read_prompts(recipe, world))
-        count, folder = len(encoded.conditions), cache_folder(recipe)
-        if world.main:
-            _say(f"the conditions of {count:,} prompts are in {folder}")
+    encoded = encode(recipe, world, read_prompts(recipe, world))
+    count, folder = len(encoded.conditions), cache_folder(recipe)
+    if world.main:
+        _say(f"the conditions of {count:,} prompts are in {folder}")
 
 
 def read_prompts(recipe: Recipe, world: World) -> Split:

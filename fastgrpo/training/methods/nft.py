@@ -33,6 +33,7 @@ TRAITS = Traits(
     average_draws=True,
     clips_ratio=False,
     reference_key="nft_kl",
+    own_keys=("nft_beta", "nft_kl"),
 )
 
 

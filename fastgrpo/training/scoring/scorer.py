@@ -22,6 +22,7 @@ from fastgrpo.core.memory import to_host
 from fastgrpo.core.policy import Decoded
 from fastgrpo.core.reward import Scores
 from fastgrpo.parallel.world import World
+from fastgrpo.run.failures import alarms
 from fastgrpo.training.scoring.sources import EVENTS, NoScores, Source
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 class Scored:
     """All ranks' scores, in the order of the slots."""
 
-    values: dict[str, Tensor]  # part -> float32 [N], NaN where invalid
+    values: dict[str, Tensor]  # part -> float32 [N], NaN where that part has no score
     valid: Tensor  # bool [N]: every part that has a weight has a score
     latents_finite: Tensor  # bool [N]; a sample that is not finite has no score
     pixels_finite: Tensor  # bool [N]: what the VAE made of the latents
@@ -69,6 +70,8 @@ def reward_metrics(scored: Scored, weights: dict[str, float], group_size: int) -
         metrics[f"reward/{part}"] = values[valid].nanmean().item()  # a monitor's may be missing
         spread = values.reshape(-1, group_size).std(1)
         metrics[f"group_std/{part}"] = spread.nanmean().item()
+    monitors = [own[valid] for part, own in scored.values.items() if not weights[part]]
+    metrics[alarms.MONITORS] = float(sum(own.isnan().sum().item() for own in monitors))
     return metrics | {"reward/invalid": float((~valid).sum())} | scored.metrics()
 
 

@@ -32,7 +32,13 @@ class Meters:
         )
         self.clips = Counter("reward_clips", "Clips scored", ["reward"], registry=registry)
         self.invalid = Counter(
-            "reward_invalid_clips", "Clips without a valid score", ["reward"], registry=registry
+            "reward_invalid_clips", "Clips without any score", ["reward"], registry=registry
+        )
+        self.missing = Counter(
+            "reward_missing_scores",
+            "Scores that clips with others lack",
+            ["reward", "part"],
+            registry=registry,
         )
         self.expired = Counter(
             "reward_expired_clips", "Clips whose sender had given up", ["reward"], registry=registry
@@ -68,8 +74,9 @@ class Meters:
         self.batch_clips.labels(reward).observe(count)
         self.batch_seconds.labels(reward).observe(seconds)
         for part, values in scores.values.items():
-            summary = self.score.labels(reward, part)
-            for value in values[scores.valid].tolist():
+            summary, own = self.score.labels(reward, part), values[scores.valid]
+            self.missing.labels(reward, part).inc(int(own.isnan().sum()))
+            for value in own[~own.isnan()].tolist():
                 summary.observe(value)
 
     def text(self) -> bytes:

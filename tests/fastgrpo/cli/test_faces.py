@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
+from fastgrpo.core import config
+from fastgrpo.run.heartbeat import HeartbeatWriter
 from tests import ROOT
 
 FACES = (
@@ -56,3 +59,24 @@ def test_a_recipe_is_checked_without_torch() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_state_of_a_run_is_told_without_the_recipes_models(tmp_path: Path) -> None:
+    """status runs on login nodes, again and again: it takes no pydantic, rich or torch."""
+    with HeartbeatWriter(tmp_path, 0, 1):
+        code = (
+            "import sys; from fastgrpo.cli import main as cli; "
+            f"code = cli.main(['status', {str(tmp_path)!r}]); "
+            "found = {'pydantic', 'rich', 'numpy', 'torch'} & set(sys.modules); "
+            "assert not found, found; sys.exit(code)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_every_name_of_the_recipes_face_is_there() -> None:
+    assert all(getattr(config, name).__name__ == name for name in config.__all__)
+    named = [name for names in config.FILES.values() for name in names]
+    assert set(named) <= set(config.__all__) and len(set(named)) == len(named)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastgrpo.cli import main as cli
+from fastgrpo.training.conditions import encode
 from tests import ROOT
 from tests.harness import runs
 
@@ -175,11 +176,16 @@ def test_check_names_what_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Did you mean hunyuan_video?" in said and "model.path=/nope: no such folder" in said
 
 
-def test_a_run_that_check_refuses_makes_no_folder(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", ["train", "embed", "preflight"])
+def test_what_check_refuses_is_told_before_anything_is_read_or_made(
+    command: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(encode, "read_prompts", lambda *_: pytest.fail("too late"))
     wrong = ("rewards.0.name=foo", "model.family=hunyuan_vidio", "rewards.0.weights={XX=1.0}")
     for mistake in wrong:
-        assert cli.main(["train", RECIPE, "run.dir=made", mistake]) == 2
+        assert cli.main([command, RECIPE, "run.dir=made", mistake]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert not list(folder.iterdir())

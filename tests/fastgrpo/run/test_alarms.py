@@ -34,6 +34,17 @@ def test_only_an_update_beyond_all_bounds_is_told(ratio: float, told: bool) -> N
     assert (line is not None) == told and (line is None or "lower optimizer.lr=1" in line)
 
 
+def test_a_monitor_without_scores_is_told_once() -> None:
+    row = {alarms.EMPTY: 0.0, alarms.MONITORS: 3.0, "invalid/TA": 3.0, "invalid/VQ": 0.0}
+    weights = {"VQ": 1.0, "TA": 0.0}
+    (line,) = alarms.notes(row, {}, weights, 4, "why")
+    assert line.startswith("parts of weight 0 lack scores (TA 3)") and line.endswith("; why")
+    assert not alarms.notes(row, {"monitors_without_score": 3.0}, weights, 4, "why")
+    assert alarms.shortfalls({"monitors_without_score": 3.0}, 1) == [
+        "3 scores of parts of weight 0 are missing; their samples were trained on."
+    ]
+
+
 def test_a_run_is_summed_up_by_what_it_did_not_learn_from() -> None:
     assert alarms.shortfalls(alarms.of_run([{"reward/invalid": 0.0}]), 1) == []
     row = {"update/without_spread": 1.0, "reward/invalid": 3.0, "not_finite/pixels": 2.0}

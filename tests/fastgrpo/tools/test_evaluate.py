@@ -182,6 +182,24 @@ def test_the_base_against_itself_differs_in_nothing(
     assert all(clip["base"] == clip["trained"] for clip in content["clips"])
 
 
+def test_prompts_that_are_cut_are_counted_named_and_marked(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"a red circle\n{'a red circle ' * 40}moves left\n")
+    short = ("--rewards", "video_stats", "--seeds", "1", "--steps", "2", "--set", "video.frames=5")
+    assert cli.main(["evaluate", str(run), "--prompts", str(file), *short, "--json", "-"]) == 0
+    said = capsys.readouterr()
+    assert (
+        "prompts: 1 are longer than an encoder sees (text_encoder_2 cuts 1), such as " in said.err
+    )
+    assert f"{file}: line 2: text_encoder_2 sees" in said.err
+    content = json.loads(said.out)
+    marks = [clip.get("tokens_seen") for clip in content["clips"]]
+    assert marks[0] is None and marks[1]["text_encoder_2"][1] > marks[1]["text_encoder_2"][0]
+    assert content["caption"].endswith("; 1 of the prompts are longer than a text encoder sees")
+
+
 def test_two_ranks_give_the_figures_of_one(
     run: Path, improved: tuple[dict[str, Any], str], tmp_path: Path
 ) -> None:
@@ -311,8 +329,8 @@ def test_a_clip_of_latents_that_are_not_finite_has_no_score(
     """Whatever its pixels look like."""
     real = sample.generate
 
-    def broken(work: Work, world: World) -> Any:
-        for drawn in real(work, world):
+    def broken(share: sample.Share, world: World) -> Any:
+        for drawn in real(share, world):
             yield replace(drawn, finite=[True, False]) if drawn.number == 0 else drawn
 
     monkeypatch.setattr(sample, "generate", broken)

@@ -227,6 +227,24 @@ def test_images_and_other_sizes_from_a_folder_without_a_recipe(tmp_path: Path) -
     assert len(clip) == 5 and fps == 4.0
 
 
+def test_prompts_that_are_cut_are_counted_and_marked_in_the_manifest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.txt"
+    long = "a red circle " * 40
+    file.write_text(f"a red circle\n{long}moves left\n{long}moves right\n")
+    options = ("--recipe", str(runs.RECIPE), "--prompts", str(file), "--frames", "5")
+    out = draw(FOLDER, tmp_path / "out", *options, "--steps", "2")
+    said = capsys.readouterr().err
+    assert "prompts: 2 are longer than an encoder sees (text_encoder_2 cuts 2), such as " in said
+    assert f"; all are named in {out / sample_files.MANIFEST}" in said
+    entries = json.loads((out / sample_files.MANIFEST).read_text())["samples"]
+    marks = [entry.get("tokens_seen") for entry in entries]
+    assert marks[0] is None and marks[1] is not None and marks[2] is not None
+    seen, count = marks[2]["text_encoder_2"]
+    assert 0 < seen < count
+
+
 def test_image_to_video_with_guidance(tmp_path: Path) -> None:
     skyreels_i2v.write(tmp_path / "model")
     Image.new("RGB", (40, 40), (200, 30, 30)).save(tmp_path / "red.png")

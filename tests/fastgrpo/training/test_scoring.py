@@ -28,6 +28,7 @@ from fastgrpo.rewards import load, plain
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.rewards.serving.loaded_reward import Served
+from fastgrpo.run.failures import alarms
 from fastgrpo.train import check_validity
 from fastgrpo.training.scoring.scorer import Scored, Scorer, reward_metrics, union_length
 from fastgrpo.training.scoring.sources import Address, NoScores, _servers, open_rewards
@@ -167,12 +168,13 @@ def test_one_clip_in_five_fails_and_the_others_are_as_if_it_were_not_there(
     assert torch.equal(~scored.valid, hit() & (not in_time))
     check_statistics(scored)
     metrics = scored.metrics()
-    assert metrics["invalid/A"] == metrics["invalid/B"] == (0 if in_time else 4)
+    lost = 0 if in_time else 4
+    assert (metrics["invalid/A"], metrics["invalid/B"]) == (0 if fault == "nan" else lost, lost)
     if fault == "late" and where == "server":
         assert metrics["scoring/requests_bad"] >= 8 and metrics["scoring/clips_given_up"] == 4
     recipe: Any = SimpleNamespace(weights={"A": 1.0, "B": 1.0})
     logged = reward_metrics(scored, recipe.weights, GROUP)
-    assert logged["reward/invalid"] == metrics["invalid/A"]
+    assert logged["reward/invalid"] == lost and logged[alarms.MONITORS] == 0
     assert logged["reward/A"] == pytest.approx(
         torch.arange(SAMPLES)[scored.valid].float().mean().item()
     )
@@ -226,6 +228,33 @@ def test_a_monitor_without_a_score_costs_no_sample(
     metrics = reward_metrics(scored, recipe.weights, GROUP)
     assert metrics["reward/invalid"] == 0 and metrics["invalid/M"] == 4
     assert metrics["reward/M"] == pytest.approx(torch.arange(SAMPLES)[~hit()].float().mean().item())
+
+
+@pytest.mark.parametrize("where", ["process", "server"])
+def test_nan_in_a_part_of_weight_0_costs_no_sample(
+    where: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reward, weights = Brightness("nan"), {"A": 1.0, "B": 0.0}
+    with ExitStack() as stack:
+        source: Any
+        if where == "server":
+            url = stack.enter_context(running({"x": reward}, batch_size=1, wait_s=0.0))
+            source = stack.enter_context(RewardClient([url], TOKEN, ["x"], outage_s=30.0))
+            source.wait_ready(5.0)
+        else:
+            source = in_process(monkeypatch, reward, specs(0.0))
+        scorer = Scorer([source], specs(0.0), 8.0, world)
+        stack.callback(scorer.close)
+        submit(scorer)
+        scored = scorer.collect(SAMPLES)
+    assert scored.valid.all() and scored.values["A"].tolist() == list(range(SAMPLES))
+    assert scored.values["B"].isnan().tolist() == hit().tolist()
+    logged = reward_metrics(scored, weights, GROUP)
+    assert logged["reward/invalid"] == 0 and logged[alarms.MONITORS] == logged["invalid/B"] == 4
+    assert (
+        alarms.counted(logged | {alarms.EMPTY: 0.0, alarms.GROUPS: 0.0})["monitors_without_score"]
+        == 4
+    )
 
 
 # ---- overlap
