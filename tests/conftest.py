@@ -5,6 +5,7 @@ decides otherwise, and is how they find the rehearsed ones (docs/guides/gpu/rehe
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,10 @@ for variable, value in {
 }.items():
     os.environ.setdefault(variable, value)
 
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # as a shell without job control starts what runs in the background; children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = (
     "test_chaos",

@@ -117,11 +117,13 @@ def test_public_way_plain_and_ours_draw_the_same_clips_and_descend_the_same_grad
         assert scores["ours"].std(0).min() > 1e-3
 
         assert len(gradients["ours"]) == 2
+        # a GPU's kernels round otherwise for other batch sizes: 2.5e-5 under the rehearsal
+        near = 1e-5 if world.device.type == "cpu" else 1e-4
         for name in ("public", "plain"):
             for found, expected in zip(gradients[name], gradients["ours"], strict=True):
                 assert (
                     found - expected
-                ).norm() <= 1e-5 * expected.norm() and expected.norm() > 0, name
+                ).norm() <= near * expected.norm() and expected.norm() > 0, name
 
         def evaluations(name: str) -> tuple[int, int]:
             counts = seen[name].values()
