@@ -208,6 +208,20 @@ def test_a_bad_number_of_processes_is_one_line(
     assert result.stderr.startswith("fastgrpo: FASTGRPO_PROCESSES=many: not a number")
 
 
+def test_a_copy_in_another_folder_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    """Outside slurm, which runs a copy, too: nobody could tell where the file comes from."""
+    copy = tmp_path / "my_run.sh"
+    shutil.copy(ROOT / "launch" / "t2v_tiny.sh", copy)
+    environment = {name: text for name, text in os.environ.items() if "SLURM" not in name}
+    result = subprocess.run(
+        ["bash", str(copy)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr == (
+        f"fastgrpo: {copy}: runs in launch/ alone; put it there, or use fastgrpo train RECIPE.\n"
+    )
+
+
 @pytest.mark.timeout(150)
 def test_slurm_finds_the_file_behind_its_copy_and_starts_every_node(
     tree: Path, tmp_path: Path
