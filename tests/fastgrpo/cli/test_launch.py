@@ -16,7 +16,12 @@ from pathlib import Path
 import pytest
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.processes import SETTLED, processes_to_start, torchrun_environment
+from fastgrpo.core.processes import (
+    ON_THIS_MACHINE,
+    SETTLED,
+    processes_to_start,
+    torchrun_environment,
+)
 from tests import ROOT
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -503,6 +508,13 @@ def test_slurms_word_leaves_a_persons_stop_file_as_it_is(
     script = f"set -euo pipefail; source '{ROOT}/launch/_job.sh'; folder='{tmp_path}'; hear_slurm; kill -USR1 $$"
     subprocess.run(["bash", "-c", script], check=True, timeout=20)
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"stop": left}
+
+
+def test_the_name_of_this_machine_need_not_resolve() -> None:
+    """Wherever torchrun is started for one machine, it is told an address and no name."""
+    options = " ".join(ON_THIS_MACHINE)
+    assert options == "--standalone --local-addr=127.0.0.1"
+    assert f"meeting=({options})" in (ROOT / "launch" / "_run.sh").read_text()
 
 
 def test_only_a_lone_process_whose_number_is_open_starts_more() -> None:

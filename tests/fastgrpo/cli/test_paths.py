@@ -94,6 +94,7 @@ KINDS: dict[str, Callable[[Path], str]] = {
     "NUL": lambda folder: f"{folder}/a\0b",
     "newline": lambda folder: f"{folder}/a\nb",
     "too long": lambda folder: f"{folder}/{LONG}",
+    "too long, here": lambda folder: LONG,
     "below a file": lambda folder: f"{_file(folder)}/below",
     "unset variable": lambda folder: "$FASTGRPO_UNSET/a",
     "unknown user": lambda folder: "~no-such-user/a",
