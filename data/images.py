@@ -38,9 +38,7 @@ def read_image(file: Path | StoredImage, what: str = "reference image") -> Tenso
     try:
         with Image.open(_source(file)) as picture:
             return _pixels(picture)
-    except UnidentifiedImageError as error:
-        if isinstance(file, StoredImage):
-            raise _unreadable(file, what, "no picture, or damaged") from error
+    except UnidentifiedImageError:
         return _first_frame(file, what)
     except DAMAGED as error:
         raise _unreadable(file, what, error) from None
@@ -118,10 +116,11 @@ def _source(file: Path | StoredImage) -> Path | IO[bytes]:
     return file
 
 
-def _first_frame(file: Path, what: str) -> Tensor:
+def _first_frame(file: Path | StoredImage, what: str) -> Tensor:
     """The first frame of a video, uint8 [H, W, 3]; the rest of the file is not decoded."""
     try:
-        return video_reader.read(file, [0]).pixels[0]
+        source = prompt_formats.stored_bytes(file) if isinstance(file, StoredImage) else file
+        return video_reader.read(source, [0]).pixels[0]
     except (OSError, VideoError) as error:
         raise _unreadable(file, what, error) from None
 

@@ -6,6 +6,7 @@ the files that decord reads wrongly or not at all. The file alone decides which,
 read it their pixels are equal, so that a frame is the same for every use.
 """
 
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -47,8 +48,8 @@ class Footage:
     decoder: str  # what read them: decord or PyAV
 
 
-def read(path: Path, indices: Sequence[int] | None = None) -> Footage:
-    """The frames of a video file.
+def read(path: Path | bytes, indices: Sequence[int] | None = None) -> Footage:
+    """The frames of a video file, or of the content of one.
 
     indices: which frames, in ascending order (all when None)
     Raises OSError for a file that cannot be opened, VideoError for one that is no video, is
@@ -57,7 +58,7 @@ def read(path: Path, indices: Sequence[int] | None = None) -> Footage:
     wanted = None if indices is None else list(indices)
     if wanted is not None and (wanted != sorted(set(wanted)) or any(i < 0 for i in wanted)):
         raise ValueError(f"indices={wanted}: give frame numbers from 0 up, in ascending order")
-    if is_lfs_pointer(path):
+    if isinstance(path, Path) and is_lfs_pointer(path):
         raise VideoError("a pointer of git-lfs and not the file, get it with git lfs pull")
     try:
         with _open(path) as container:
@@ -67,7 +68,9 @@ def read(path: Path, indices: Sequence[int] | None = None) -> Footage:
             fps = float(stream.average_rate or 0)
             plain = _is_plain(container, stream)
         packets = _packets(path) if wanted is None else None
-        frames = _by_decord(path, wanted, packets) if plain else None
+        frames = None
+        if plain and isinstance(path, Path):
+            frames = _by_decord(path, wanted, packets)
         decoder = "PyAV" if frames is None else "decord"
         if frames is None:
             frames = _by_pyav(path, wanted)
@@ -80,9 +83,10 @@ def read(path: Path, indices: Sequence[int] | None = None) -> Footage:
     return Footage(torch.from_numpy(frames), fps, decoder)
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path | bytes) -> Any:
     """The container of a file, whose tags may be in any encoding. Raises av.FFmpegError."""
-    return av.open(str(path), metadata_errors="replace")
+    source = io.BytesIO(path) if isinstance(path, bytes) else str(path)
+    return av.open(source, metadata_errors="replace")
 
 
 def _is_plain(container: Any, stream: VideoStream) -> bool:
@@ -100,7 +104,7 @@ def _is_plain(container: Any, stream: VideoStream) -> bool:
     )
 
 
-def _packets(path: Path) -> int:
+def _packets(path: Path | bytes) -> int:
     """The number of compressed frames of a file.
 
     Raises VideoError where the last one ends before the time that the file declares.
@@ -159,7 +163,7 @@ def _by_decord(path: Path, wanted: list[int] | None, packets: int | None) -> Fra
     return frames if right else None
 
 
-def _by_pyav(path: Path, wanted: list[int] | None) -> Frame:
+def _by_pyav(path: Path | bytes, wanted: list[int] | None) -> Frame:
     """Frames [F, H, W, 3] by PyAV; decoding stops after the last one that is wanted."""
     chosen: list[Frame] = []
     count = 0

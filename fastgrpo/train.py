@@ -6,10 +6,8 @@ a run resumes exactly.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -17,7 +15,6 @@ from fastgrpo.algorithm import selection
 from fastgrpo.algorithm.advantages import combined_advantages
 from fastgrpo.checkpoint import explosion, identity
 from fastgrpo.checkpoint.provenance import record_provenance
-from fastgrpo.checkpoint.resume import holds_run, remove_unbegun
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import Exploded, UserError
 from fastgrpo.core.files import nan_to_null, replace_text, sha256
@@ -32,6 +29,7 @@ from fastgrpo.session import Session, claim, open_session
 from fastgrpo.tools.check.check import refuse
 from fastgrpo.tools.preflight import checks, largest_batch
 from fastgrpo.tools.preflight.finding import Parts
+from fastgrpo.tools.report.ending import told
 from fastgrpo.tools.report.report import write_report
 from fastgrpo.training import methods, rollout
 from fastgrpo.training.evaluation import Evaluation, compare, evaluate
@@ -54,7 +52,7 @@ def train(recipe: Recipe) -> dict[str, object] | None:
             world.on_main(lambda: refuse(recipe))
             found = not world.main or recipe.run.dir.exists()
             split, stop = claim(recipe, world, stack)
-            stack.enter_context(told(recipe.run.dir, world.main, found))
+            stack.enter_context(told(recipe.run.dir, world.rank, found))
             try:
                 with lost_folder.one_line(recipe.run.dir):
                     parts = open_session(recipe, world=world, stack=stack, split=split, stop=stop)
@@ -65,24 +63,6 @@ def train(recipe: Recipe) -> dict[str, object] | None:
     except UserError:  # also of the first lines: the job, started again, would end there again
         if rank() == 0:
             answer_mistake(recipe.run.dir)
-        raise
-
-
-@contextmanager
-def told(folder: Path, main: bool, found: bool) -> Iterator[None]:
-    """Where the body ends by an error, write the report, or leave no trace of an unbegun run.
-
-    On the main rank, which holds the folder's lock.  found: whether the folder was there before
-    """
-    try:
-        yield
-    except BaseException as error:
-        if main and not holds_run(folder):
-            if "reward_server.log" not in str(error):  # which a person is to read
-                remove_unbegun(folder, found)
-        elif main and isinstance(error, Exception):
-            with suppress(UserError, OSError):  # the error itself matters more
-                write_report(folder)
         raise
 
 

@@ -13,8 +13,13 @@
 # torchrun, bash or sbatch FILE [section.key=value ...]; bash reads this half, Python the other.
 # slurm runs a copy of FILE, so scontrol must tell where it lies.
 file=$(realpath "${BASH_SOURCE[0]}")
-[[ -f ${file%/*}/_run.sh ]] || file=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p")
+[[ -f ${file%/*}/_run.sh || -z ${SLURM_JOB_ID:-} ]] ||
+    file=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p")
 file=${file% "$*"}
+if [[ ! -f ${file%/*}/_run.sh ]]; then
+    echo "fastgrpo: $0: runs in launch/ alone; put it there, or use fastgrpo train RECIPE." >&2
+    exit 2
+fi
 exec bash "${file%/*}/_run.sh" "$file" "$@"
 : <<'pass'
 '''

@@ -74,6 +74,14 @@ def check_target(option: str, file: Path | None) -> None:
         )
 
 
+def check_folder_target(option: str, folder: Path) -> None:
+    """Raise UserError, before hours of work, for a folder that could not be made or written."""
+    from fastgrpo.core.config.paths import folder_problem
+
+    if problem := folder_problem(folder):
+        raise UserError(f"{option}={folder}: {problem}; choose another folder or correct that.")
+
+
 def add_recipe(command: argparse.ArgumentParser) -> None:
     """The recipe and its overrides."""
     command.add_argument(

@@ -5,7 +5,14 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from fastgrpo.cli.options import add_which_weights, path, positive, step_of, text_of
+from fastgrpo.cli.options import (
+    add_which_weights,
+    check_folder_target,
+    path,
+    positive,
+    step_of,
+    text_of,
+)
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.units import GIB, MIB
 
@@ -206,6 +213,7 @@ def _run_export(arguments: argparse.Namespace) -> None:
         max_shard_bytes=shard_bytes(arguments.max_shard_size),
         link=arguments.link,
     )
+    check_folder_target("DST", arguments.folder)
     print(export(wanted))
 
 

@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from fastgrpo.cli.options import check_target, path
+from fastgrpo.cli.options import check_folder_target, check_target, path
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.units import MIB
 
@@ -185,5 +185,6 @@ def served_specs(arguments: argparse.Namespace) -> "list[RewardSpec]":
 def _run_convert(arguments: argparse.Namespace) -> None:
     from fastgrpo.rewards.networks.videoalign.convert import convert
 
+    check_folder_target("DST", arguments.target)
     base = None if arguments.base is None else str(arguments.base)
     print(convert(arguments.source, arguments.target, base, arguments.dtype))

@@ -188,6 +188,15 @@ def read(run_dir: Path) -> list[Heartbeat]:
     return sorted(beats, key=lambda beat: beat.rank)
 
 
+def first_failure(run_dir: Path) -> Heartbeat | None:
+    """The last heartbeat of the rank that failed first; None where none did.
+
+    Other ranks fail after it, as their collectives with it do.
+    """
+    failed = [beat for beat in read(run_dir) if beat.end not in ("", "done")]
+    return min(failed, key=lambda beat: beat.time, default=None)
+
+
 def _is_of_type(value: object, kind: object) -> bool:
     """Whether a value read from a file is one of a heartbeat's field."""
     if kind is float:

@@ -161,9 +161,9 @@ def answer_mistake(folder: Path) -> None:
     its answer are that run's. Where there is no folder none is made: the batch script, which would
     read the answer, has made it.
     """
-    if not folder.is_dir():
-        return
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # also of a path that cannot be
+        if not folder.is_dir():
+            return
         lock = take_lock(folder, "run.dir")
         if lock is not None:
             with lock:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow
 import pytest
+import torch
 from PIL import Image
 from pyarrow import parquet
 
@@ -19,7 +20,7 @@ from fastgrpo.cli import main as cli
 from fastgrpo.core.config import Prompts
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Prompt
-from fastgrpo.data import images, prompts
+from fastgrpo.data import images, prompts, video
 from tests import ROOT
 from tests.harness import runs
 
@@ -559,7 +560,9 @@ def test_pictures_inside_a_parquet_file(tmp_path: Path, form: str) -> None:
     write(tmp_path / "q.parquet", [{"text": "a", "image": {"bytes": b"no picture", "path": None}}])
     (bad,) = prompts.read(settings, str(tmp_path / "q.parquet"), "prompts.train", None).prompts
     assert bad.image is not None
-    with pytest.raises(UserError, match=r"q\.parquet: row 1 of 'image': cannot be read \(no pict"):
+    with pytest.raises(
+        UserError, match=r"q\.parquet: row 1 of 'image': cannot be read \(neither a pict"
+    ):
         images.read_image(bad.image)
 
 
@@ -573,3 +576,23 @@ def test_fewer_held_out_prompts_than_are_to_be_evaluated_are_told(
         "# evaluate.prompts=24: only 5 prompts are held out, and all of them will be evaluated; "
         "raise prompts.heldout_share (0.05) for more."
     )
+
+
+@pytest.mark.parametrize("codec", ["h264", "damaged"])
+def test_a_video_in_a_parquet_file_gives_its_first_frame(codec: str, tmp_path: Path) -> None:
+    """As a file of it does, of which decord may be the reader."""
+    file = tmp_path / "clip.mp4"
+    pixels = torch.arange(4 * 32 * 48 * 3).reshape(4, 32, 48, 3).remainder(251).byte()
+    video.write_mp4(file, pixels, 8.0)
+    content = file.read_bytes()
+    if codec == "damaged":
+        content = content[:40] + bytes(len(content) - 40)
+    write(tmp_path / "q.parquet", [{"text": "a", "image": {"bytes": content, "path": None}}])
+    settings = Prompts(train=str(tmp_path / "q.parquet"), column="text", image_column="image")
+    (prompt,) = prompts.read(settings, settings.train, "prompts.train", None).prompts
+    assert prompt.image is not None
+    if codec == "damaged":
+        with pytest.raises(UserError, match=r"cannot be read \(neither a picture nor a video"):
+            images.read_image(prompt.image)
+    else:
+        assert torch.equal(images.read_image(prompt.image), images.read_image(file))

@@ -20,6 +20,7 @@ from typing import Literal
 import pytest
 import torch
 
+from fastgrpo.checkpoint.resume import holds_run
 from tests import ROOT
 from tests.harness import chaos, forks, runs
 from tests.harness.chaos import InCall, InFile
@@ -448,7 +449,16 @@ def test_an_error_of_one_rank_ends_the_job_with_its_traceback(tmp_path: Path, ph
     said = errors.read_text()
     assert said.count("RuntimeError: planted on one rank") == 1 and "Traceback" in said
     assert "checkpoints.py" in said if phase == "save" else "train.py" in said
+    assert reported(tmp_path / "run", "RuntimeError: planted on one rank")
     assert not list(tmp_path.glob("destroyed-1"))
+
+
+def reported(folder: Path, cause: str) -> bool:
+    """Whether a run's report tells the cause, as it would of the first rank's; or none is due."""
+    if not holds_run(folder):
+        return not (folder / "report.html").exists()
+    page = (folder / "report.html").read_text()
+    return f"The newest attempt ended by an error: {cause}" in page
 
 
 ROOM = {
@@ -482,5 +492,6 @@ def test_a_gpu_without_room_is_one_line_and_the_run_resumes(tmp_path: Path, phas
         "checkpoint is intact: start again after the change."
     ]
     assert (folder / "requeue").read_text() == "no\n"
+    assert reported(folder, ROOM[where].partition(":")[0])
     runs.succeed(folder, settings, ranks=2)
     assert len(runs.metrics(folder)) == 2

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastgrpo import rewards
 from fastgrpo.checkpoint import identity
 from fastgrpo.core import config
-from fastgrpo.core.config import Recipe, RewardSpec
+from fastgrpo.core.config import Recipe, RewardSpec, paths
 from fastgrpo.core.errors import UserError
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.tools.sample import sample
@@ -205,7 +205,7 @@ def _specs(own: Sequence[RewardSpec], wanted: Sequence[str]) -> list[RewardSpec]
     chosen: dict[str, RewardSpec] = {}
     for name in wanted:
         if name.endswith(".toml"):
-            chosen |= judges.read(Path(name))
+            chosen |= judges.read(Path(paths.expanded(name, "--rewards")))
         elif name in known:
             chosen[name] = known[name]
         else:

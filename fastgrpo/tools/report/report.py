@@ -136,7 +136,9 @@ def progress(run: Run) -> str:
     """Banners where the run is not at its end, and for what it did not learn from."""
     if run.failure:
         kind, _, reason = run.failure.partition(": ")
-        cause = reason if kind in ("UserError", "NoScores", "Exploded") else run.failure
+        cause = (
+            reason if kind in ("UserError", "OneRankError", "NoScores", "Exploded") else run.failure
+        )
         text = f"The newest attempt ended by an error: {cause}"
     elif run.comparison is None:
         begun = "This run is under way, or was stopped" if run.rows else "This run has just begun"

@@ -209,9 +209,9 @@ def read_run(run_dir: Path) -> Run:
 
 
 def failure_of(run_dir: Path) -> str:
-    """The error by which a rank left the run, as its heartbeat has it; empty where none did."""
-    ends = [beat.end for beat in heartbeat.read(run_dir)]
-    return next((end for end in ends if end not in ("", "done")), "")
+    """The error by which a rank first left the run, by its heartbeat; empty where none did."""
+    first = heartbeat.first_failure(run_dir)
+    return "" if first is None else first.end
 
 
 def read_json(path: Path) -> dict[str, Any]:

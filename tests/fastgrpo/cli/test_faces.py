@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fastgrpo import __version__
 from fastgrpo.core import config
 from fastgrpo.run.heartbeat import HeartbeatWriter
 from tests import ROOT
@@ -74,6 +75,13 @@ def test_the_state_of_a_run_is_told_without_the_recipes_models(tmp_path: Path) -
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
         )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_version_is_told_by_the_command_and_by_the_package() -> None:
+    for module in ("fastgrpo", "fastgrpo.cli"):
+        command = [sys.executable, "-m", module, "--version"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, f"fastgrpo {__version__}\n")
 
 
 def test_every_name_of_the_recipes_face_is_there() -> None:

@@ -16,7 +16,12 @@ from pathlib import Path
 import pytest
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.processes import SETTLED, processes_to_start, torchrun_environment
+from fastgrpo.core.processes import (
+    ON_THIS_MACHINE,
+    SETTLED,
+    processes_to_start,
+    torchrun_environment,
+)
 from tests import ROOT
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -206,6 +211,20 @@ def test_a_bad_number_of_processes_is_one_line(
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("fastgrpo: FASTGRPO_PROCESSES=many: not a number")
+
+
+def test_a_copy_in_another_folder_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    """Outside slurm, which runs a copy, too: nobody could tell where the file comes from."""
+    copy = tmp_path / "my_run.sh"
+    shutil.copy(ROOT / "launch" / "t2v_tiny.sh", copy)
+    environment = {name: text for name, text in os.environ.items() if "SLURM" not in name}
+    result = subprocess.run(
+        ["bash", str(copy)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr == (
+        f"fastgrpo: {copy}: runs in launch/ alone; put it there, or use fastgrpo train RECIPE.\n"
+    )
 
 
 @pytest.mark.timeout(150)
@@ -489,6 +508,13 @@ def test_slurms_word_leaves_a_persons_stop_file_as_it_is(
     script = f"set -euo pipefail; source '{ROOT}/launch/_job.sh'; folder='{tmp_path}'; hear_slurm; kill -USR1 $$"
     subprocess.run(["bash", "-c", script], check=True, timeout=20)
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"stop": left}
+
+
+def test_the_name_of_this_machine_need_not_resolve() -> None:
+    """Wherever torchrun is started for one machine, it is told an address and no name."""
+    options = " ".join(ON_THIS_MACHINE)
+    assert options == "--standalone --local-addr=127.0.0.1"
+    assert f"meeting=({options})" in (ROOT / "launch" / "_run.sh").read_text()
 
 
 def test_only_a_lone_process_whose_number_is_open_starts_more() -> None:

@@ -1,12 +1,16 @@
 """All commands x what people type as paths: one line, exit code 2, and nothing left behind."""
 
+import ctypes
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
 import pytest
 
 from fastgrpo.cli import main as cli
+from fastgrpo.core import config
 from fastgrpo.training.conditions import encode
 from tests import ROOT
 from tests.harness import runs
@@ -40,6 +44,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "sample --prompts": ("sample", RECIPE, "--prompts", "PATH", "--out", "OUT"),
     "sample --image": ("sample", RECIPE, "--prompt", "a", "--image", "PATH", "--out", "OUT"),
     "export run": ("export", "PATH", "OUT"),
+    "export DST": ("export", "EXPORT", "PATH"),
     "score FILES": ("score", "PATH", "--reward", "video_stats"),
     "score --recipe": ("score", "CLIP", "--recipe", "PATH"),
     "score --prompts": ("score", "CLIP", "--reward", "tiny_world", "--prompts", "PATH"),
@@ -52,12 +57,19 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "evaluate run": ("evaluate", "PATH"),
     "evaluate --json": ("evaluate", "OUT", "--json", "PATH"),
     "evaluate --markdown": ("evaluate", "OUT", "--markdown", "PATH"),
+    "evaluate --prompts": ("evaluate", "EXPORT", "--prompts", "PATH"),
+    "evaluate --rewards": ("evaluate", "EXPORT", "--rewards", "PATH.toml"),
+    "evaluate --token-file": (
+        "evaluate", "EXPORT", "--server", "http://127.0.0.1:1", "--token-file", "PATH",
+    ),
     "report run": ("report", "PATH"),
     "status run": ("status", "PATH"),
     "serve --recipe": ("serve-rewards", "--recipe", "PATH", "--token-file", "CLIP"),
     "serve --token-file": ("serve-rewards", "tiny_world", "--token-file", "PATH"),
     "serve --ready-file": ("serve-rewards", "tiny_world", "--ready-file", "PATH"),
     "convert SRC": ("convert-videoalign", "PATH", "OUT"),
+    "convert DST": ("convert-videoalign", "EXPORT", "PATH"),
+    "convert --base": ("convert-videoalign", "EXPORT", "OUT", "--base", "PATH"),
 }  # fmt: skip
 
 
@@ -71,12 +83,18 @@ def _file(folder: Path) -> str:
     return str(folder / "file")
 
 
+def _shut(folder: Path) -> str:
+    (folder / "shut").mkdir(mode=0o000)
+    return str(folder / "shut" / "below")
+
+
 KINDS: dict[str, Callable[[Path], str]] = {
     "empty": lambda folder: "",
     "blank": lambda folder: "  ",
     "NUL": lambda folder: f"{folder}/a\0b",
     "newline": lambda folder: f"{folder}/a\nb",
     "too long": lambda folder: f"{folder}/{LONG}",
+    "too long, here": lambda folder: LONG,
     "below a file": lambda folder: f"{_file(folder)}/below",
     "unset variable": lambda folder: "$FASTGRPO_UNSET/a",
     "unknown user": lambda folder: "~no-such-user/a",
@@ -85,12 +103,16 @@ KINDS: dict[str, Callable[[Path], str]] = {
     "a file": _file,
     "a folder": str,
     "in /proc": lambda folder: "/proc/fastgrpo/x",
+    "no permission": _shut,
 }
 
 
-FOLDERS = {"run.dir", "model.path", "model.network", "prompts.cache", "--out", "run", "SRC"}
+FOLDERS = {"run.dir", "model.path", "model.network", "prompts.cache", "--out", "run", "SRC", "DST"}
 """Paths of which a file is a mistake; of the others a folder is one."""
-MADE = {"run.dir", "prompts.cache", "--out"}
+MADE = {"run.dir", "prompts.cache", "--out", "DST"}
+WRITTEN = MADE | {"--json", "--markdown", "--picture", "--ready-file"}
+CAN = 1 << 1 | 1 << 2
+"""CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH of linux/capability.h: root's way past permissions."""
 
 
 def cases() -> Iterator[tuple[str, str]]:
@@ -119,30 +141,91 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return work
 
 
+class Capabilities(ctypes.Structure):
+    """struct __user_cap_data_struct, of 32 capabilities."""
+
+    _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]
+
+
+@contextmanager
+def permissions_count() -> Iterator[None]:
+    """Have this thread obey permissions inside, also where it is root's."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
+    now = (Capabilities * 2)()
+    assert not libc.capget(header, now)
+    before = now[0].effective
+    now[0].effective = before & ~CAN
+    assert not libc.capset(header, now)
+    try:
+        yield
+    finally:
+        now[0].effective = before
+        assert not libc.capset(header, now)
+
+
+@pytest.fixture(scope="module")
+def read_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file system that is read-only."""
+    disk = tmp_path_factory.mktemp("read_only")
+    command = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(disk)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def export_in(folder: Path) -> Path:
+    """What `fastgrpo export` writes: a whole model and the recipe, beside the working folder."""
+    export = folder.parent / "export"
+    export.mkdir()
+    for entry in (ROOT / "data" / "tiny_hunyuan_video").iterdir():
+        (export / entry.name).symlink_to(entry)
+    (export / "recipe.toml").write_text(config.load(runs.RECIPE).to_toml())
+    return export
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name.split()[1] in WRITTEN])
+def test_a_read_only_file_system_is_one_line(
+    command: str, read_only: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(command, str(read_only / "below"), folder, capsys)
+    assert "read-only" in said.lower() or "Read-only" in said, said
+
+
 @pytest.mark.parametrize(("command", "kind"), cases())
 def test_a_path_that_cannot_be_is_one_line_and_leaves_nothing(
     command: str, kind: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    refused(command, KINDS[kind](folder), folder, capsys)
+
+
+def refused(command: str, path: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a command refuses a path, leaving nothing."""
     clip = folder.parent / "clip.png"
     clip.write_text("not read")
-    path = KINDS[kind](folder)
     before = sorted(folder.rglob("*"))
     stand_ins = {
         "PATH": path,
         "OUT": str(folder / "out"),
         "CLIP": str(clip),
         "MODEL": str(ROOT / "data" / "tiny_hunyuan_video"),
+        "EXPORT": str(export_in(folder)),
     }
     arguments = list(COMMANDS[command])
     for word, text in stand_ins.items():
         arguments = [argument.replace(word, text) for argument in arguments]
     capsys.readouterr()
-    assert cli.main(arguments) == 2
+    with permissions_count():
+        assert cli.main(arguments) == 2
     said = capsys.readouterr()
     lines = said.err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("fastgrpo: "), said.err
     assert not any(letter in lines[0] for letter in "\0\r\x1b")
     assert sorted(folder.rglob("*")) == before, lines[0]
+    return lines[0]
 
 
 def test_check_tells_every_mistake_at_once(capsys: pytest.CaptureFixture[str]) -> None:

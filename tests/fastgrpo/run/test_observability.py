@@ -16,13 +16,17 @@ from typing import Any
 import pytest
 import torch
 
+from fastgrpo.core.errors import UserError
 from fastgrpo.core.memory import Peaks
+from fastgrpo.core.processes import OneRankError
 from fastgrpo.run import heartbeat
 from fastgrpo.run.heartbeat import FOLDER, Heartbeat, HeartbeatWriter, encoded
 from fastgrpo.run.rank_times import RankLog, Spread, hosts_of, spread, table
 from fastgrpo.run.stopwatch import Phase, Stopwatch
 from fastgrpo.run.terminal import PHASES
 from fastgrpo.tools import status as verdicts
+from fastgrpo.tools.report.ending import failed_alone
+from fastgrpo.tools.report.run_data import failure_of
 from fastgrpo.tools.status import lines, verdict
 from tests import ROOT
 from tests.harness import runs
@@ -381,6 +385,26 @@ def test_ranks_that_hang_together_or_are_gone_are_told_apart() -> None:
     failed = judged([*CROWD, replace(LONE, end="ValueError: no")])
     assert failed[0] == "rank 2 (node n1, pid 11) ended in rollout, iteration 7: ValueError: no"
     assert judged([replace(beat, end="done", time=0.0) for beat in (*CROWD, LONE)]) == []
+
+
+def test_the_cause_of_an_end_is_the_failure_that_came_first(tmp_path: Path) -> None:
+    """Others follow, as their collectives with that rank do."""
+    ended = [
+        replace(BEAT, rank=0, ranks=4, time=5.0, end="RuntimeError: connection closed by peer"),
+        replace(BEAT, rank=1, ranks=4, time=1.0, end="done"),
+        replace(BEAT, rank=2, ranks=4, time=2.0),
+        replace(BEAT, rank=3, ranks=4, time=4.0, end="RuntimeError: planted"),
+    ]
+    (tmp_path / FOLDER).mkdir()
+    for beat in ended:
+        (tmp_path / FOLDER / f"rank-{beat.rank}").write_bytes(encoded(beat))
+    assert failure_of(tmp_path) == "RuntimeError: planted"
+    alone = [failed_alone(tmp_path, rank, RuntimeError()) for rank in range(4)]
+    assert not any(alone), "no iteration was finished there"
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    alone = [failed_alone(tmp_path, rank, RuntimeError()) for rank in range(4)]
+    assert alone == [False, False, False, True]
+    assert failed_alone(tmp_path, 3, OneRankError()) and not failed_alone(tmp_path, 3, UserError())
 
 
 def test_a_heartbeat_tells_phase_place_and_end(tmp_path: Path) -> None:
