@@ -46,6 +46,8 @@ PACKAGES = {
     "fastgrpo.rewards.common": "rewards/common",
     "fastgrpo.rewards.networks": "rewards/networks",
     "fastgrpo.rewards.networks.clip": "rewards/networks/clip",
+    "fastgrpo.rewards.networks.hpsv3": "rewards/networks/hpsv3",
+    "fastgrpo.rewards.networks.qwen2_vl": "rewards/networks/qwen2_vl",
     "fastgrpo.rewards.networks.videoalign": "rewards/networks/videoalign",
     "fastgrpo.rewards.serving": "rewards/serving",
     "fastgrpo.rewards.serving.client": "rewards/serving/client",

@@ -23,6 +23,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward, RewardSize, Scores
 from tests.harness import servers
 from tests.harness.weights import clip
+from tests.harness.weights import hpsv3 as hpsv3_folder
 from tests.harness.weights import videoalign as videoalign_folder
 
 FPS = 8.0
@@ -46,8 +47,14 @@ def videoalign(folder: Path) -> RewardSpec:
     return videoalign_folder.spec(folder)
 
 
+def hpsv3(folder: Path) -> RewardSpec:
+    hpsv3_folder.write(folder)
+    return hpsv3_folder.spec(folder)
+
+
 WEIGHTS: dict[str, Callable[[Path], RewardSpec]] = {
     "hps": with_weights("hps", clip.write_hps),
+    "hpsv3": hpsv3,
     "clip_score": with_weights("clip_score", clip.write_open_clip),
     "pick_score": with_weights("pick_score", clip.write_transformers),
     "videoalign": videoalign,
