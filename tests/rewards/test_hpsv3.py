@@ -172,6 +172,7 @@ def test_the_suffix_and_the_hash_are_the_official_ones(tmp_path: Path) -> None:
     text = templates.read(file, TEMPLATE)
     assert text == "Look  \n{text_prompt}" + suffix
     assert not (tmp_path / "ran").exists()  # read and not run
+    assert (TEMPLATE.sha256[:8], TEMPLATE.sha256[-5:]) == ("f6ee5747", "7502c")
     with pytest.raises(UserError, match=f"not {TEMPLATE.sha256}"):
         templates.check(text, None, file, TEMPLATE)
     file.write_text('INSTRUCTION = "{text_prompt}"\n')
