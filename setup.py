@@ -46,6 +46,7 @@ PACKAGES = {
     "fastgrpo.rewards.common": "rewards/common",
     "fastgrpo.rewards.networks": "rewards/networks",
     "fastgrpo.rewards.networks.clip": "rewards/networks/clip",
+    "fastgrpo.rewards.networks.geneval": "rewards/networks/geneval",
     "fastgrpo.rewards.networks.hpsv3": "rewards/networks/hpsv3",
     "fastgrpo.rewards.networks.ocr": "rewards/networks/ocr",
     "fastgrpo.rewards.networks.qwen2_vl": "rewards/networks/qwen2_vl",
