@@ -46,6 +46,10 @@ PACKAGES = {
     "fastgrpo.rewards.common": "rewards/common",
     "fastgrpo.rewards.networks": "rewards/networks",
     "fastgrpo.rewards.networks.clip": "rewards/networks/clip",
+    "fastgrpo.rewards.networks.geneval": "rewards/networks/geneval",
+    "fastgrpo.rewards.networks.hpsv3": "rewards/networks/hpsv3",
+    "fastgrpo.rewards.networks.ocr": "rewards/networks/ocr",
+    "fastgrpo.rewards.networks.qwen2_vl": "rewards/networks/qwen2_vl",
     "fastgrpo.rewards.networks.videoalign": "rewards/networks/videoalign",
     "fastgrpo.rewards.serving": "rewards/serving",
     "fastgrpo.rewards.serving.client": "rewards/serving/client",
@@ -108,6 +112,7 @@ setup(
             "deepspeed>=0.19"
         ],  # for benchmarks.speed.cpu_adam alone: offload steps with torch's AdamW
         "lora": ["peft>=0.19"],
+        "ocr": ["rapidocr>=3.10,<3.11", "onnxruntime>=1.20"],
         "dev": [
             "peft>=0.19",
             "pytest>=9",
@@ -117,6 +122,8 @@ setup(
             "mypy>=2.4",
             "setuptools>=77",
             "pyarrow>=26",
+            "rapidocr>=3.10,<3.11",
+            "onnxruntime>=1.20",
         ],
     },
     entry_points={"console_scripts": ["fastgrpo = fastgrpo.cli.__main__:console"]},

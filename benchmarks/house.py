@@ -31,6 +31,7 @@ HEADS = ("product", "benchmarks", "tests")
 FLOORS_FILE = "tests/repository/test_repository.py"
 """The file whose literal FLOORS lists the packages of fastgrpo by floor, the lowest first."""
 NOT_CHOSEN = ("__init__.py", "__main__.py")
+REGISTRIES, ENTRIES = ("models", "rewards"), "the registry's files"
 COLUMNS, POSITIONS = 100, 4
 SHAPE = re.compile(r"\[[^\]]*\]|\bscalars?\b")
 NONE = re.compile(r"\bnone =|[;,] none\b")
@@ -111,13 +112,17 @@ def read_tree(root: Path) -> SourceTree:
 
 
 def entries(sources: Sequence[Source]) -> Iterator[Place]:
-    """Folders, each with the number of files and packages in it that a reader chooses among."""
+    """Folders, each with the number of files and packages in it that a reader chooses among.
+
+    The files of a registry are one: a recipe names them, and a table of the docs lists them.
+    """
     chosen: dict[str, set[str]] = defaultdict(set)
     for source in sources:
         parts = source.path.split("/")
         for depth in range(1, len(parts)):
+            folder, file = "/".join(parts[:depth]), depth == len(parts) - 1
             if parts[depth] not in NOT_CHOSEN:
-                chosen["/".join(parts[:depth])].add(parts[depth])
+                chosen[folder].add(ENTRIES if file and folder in REGISTRIES else parts[depth])
     for folder, names in chosen.items():
         yield Place(folder, 0, ", ".join(sorted(names)), len(names))
 

@@ -4,7 +4,7 @@ Liu et al. 2025, "Improving Video Generation with Human Feedback" (arXiv 2501.13
 github.com/KwaiVGI/VideoAlign. Scores equal the reference's: same frames, pixels, text, positions
 and weights. Departures from the reference:
 - a clip that cannot be judged has no score; the DanceGRPO code scores it -1;
-- a user's text is never read as a special token (see networks/videoalign/prompt.py);
+- a user's text is never read as a special token (see networks/qwen2_vl/reader.py);
 - adapters are folded into the weights in float32 and the head is applied in float32, where the
   reference's bfloat16 run rounds in between.
 """
@@ -23,6 +23,10 @@ from fastgrpo.core.config.checks import failing
 from fastgrpo.core.errors import UserError, UserErrors
 from fastgrpo.core.reward import Reward, RewardSize, Scores
 from fastgrpo.rewards.common import clips, options, weight_files
+from fastgrpo.rewards.networks.qwen2_vl import template as templates
+from fastgrpo.rewards.networks.qwen2_vl.body import EMBEDDING, Batch, rounds_frequencies
+from fastgrpo.rewards.networks.qwen2_vl.patches import View
+from fastgrpo.rewards.networks.qwen2_vl.reader import Reader
 from fastgrpo.rewards.networks.videoalign import sampling
 from fastgrpo.rewards.networks.videoalign.checkpoint import (
     BASE,
@@ -32,9 +36,9 @@ from fastgrpo.rewards.networks.videoalign.checkpoint import (
     read,
 )
 from fastgrpo.rewards.networks.videoalign.config import PARTS, Published, published
-from fastgrpo.rewards.networks.videoalign.network import EMBEDDING, Network, build
-from fastgrpo.rewards.networks.videoalign.preprocess import View, frame_indices, view
-from fastgrpo.rewards.networks.videoalign.prompt import Reader, check_template, read_template
+from fastgrpo.rewards.networks.videoalign.network import Network, build
+from fastgrpo.rewards.networks.videoalign.preprocess import frame_indices, view
+from fastgrpo.rewards.networks.videoalign.prompt import FORM, TEMPLATE
 
 log = logging.getLogger(__name__)
 
@@ -173,14 +177,13 @@ class VideoAlign(Reward):
         ids = torch.tensor(
             [one.ids + [self.reader.filler_id] * (longest - len(one.ids)) for one in inputs]
         )
-        marks = torch.tensor(
-            [[one.ids.index(mark) for mark in self.reader.mark_ids] for one in inputs]
+        batch = Batch(
+            ids=ids,
+            patches=torch.cat([one.view.patches for one in inputs]),
+            grids=torch.tensor([one.view.grid for one in inputs]),
+            marks=torch.tensor([self.reader.marks(one.ids) for one in inputs]),
         )
-        patches = torch.cat([one.view.patches for one in inputs])
-        grids = torch.tensor([one.view.grid for one in inputs])
-        scores: Tensor = self.network(
-            ids.to(device), patches.to(device), grids.to(device), marks.to(device)
-        )
+        scores: Tensor = self.network(batch.to(device))
         return scores.cpu()
 
 
@@ -200,12 +203,7 @@ def _template(spec: RewardSpec) -> tuple[Options, str]:
             f"rewards.frames={spec.frames}: videoalign chooses its frames by rewards.fps; leave it "
             "out."
         )
-    if chosen.template is None:
-        raise UserError(
-            "rewards.options.template: missing; name prompt_template.py of "
-            "https://github.com/KwaiVGI/VideoAlign, which is read and not run."
-        )
-    return chosen, read_template(Path(chosen.template))
+    return chosen, templates.read(templates.check_named(chosen.template, TEMPLATE), TEMPLATE)
 
 
 def load(spec: RewardSpec) -> VideoAlign:
@@ -216,21 +214,20 @@ def load(spec: RewardSpec) -> VideoAlign:
     chosen, template = _template(spec)
     device, dtype = options.device(spec), options.dtype(spec)
     assert chosen.template is not None
-    template_hash = check_template(template, chosen.template_sha256, Path(chosen.template))
+    file, accepted = Path(chosen.template), chosen.template_sha256
+    template_hash = templates.check(template, accepted, file, TEMPLATE)
     checkpoint = find(spec.path, chosen.base)
     settings = published(checkpoint.content, chosen.raw)
     check_precision(checkpoint, dtype)
     if checkpoint.tokenizer is None:
         raise UserError(f"rewards.options.base: no tokenizer.json; {BASE}.")
     tensors = read(checkpoint, dtype).tensors
-    coarse = chosen.coarse_rotary
-    if coarse is None:
-        embedding = tensors.get(EMBEDDING)
-        coarse = torch.bfloat16 in (dtype, None if embedding is None else embedding.dtype)
+    coarse = rounds_frequencies(chosen.coarse_rotary, dtype, tensors)
     source = str(checkpoint.files[-1])
     network = build(tensors, checkpoint.base, dtype, coarse=coarse, source=source)
     config = network.body.config
-    reader = Reader(checkpoint.tokenizer, template, config.video_token_id, len(tensors[EMBEDDING]))
+    rows = len(tensors[EMBEDDING])
+    reader = Reader(checkpoint.tokenizer, template, FORM, config.video_token_id, rows)
     network.to(device)
     scoring = {
         "template": template_hash,

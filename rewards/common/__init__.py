@@ -1,4 +1,4 @@
 """What several rewards share: options, choice of frames, weight files, thresholds, optical flow.
 
-Imports core alone. Read `options.py` first.
+Imports core and, for rows of prompt files, data. Read `options.py` first.
 """

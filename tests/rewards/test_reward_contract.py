@@ -5,6 +5,8 @@ with the rule.
 tiny random ones.
 """
 
+import importlib
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,15 +16,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastgrpo.rewards
 from fastgrpo import rewards
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward, RewardSize, Scores
+from fastgrpo.rewards.networks.geneval.rules import Found
+from fastgrpo.rewards.networks.ocr import engine
+from fastgrpo.rewards.serving.client.client import RewardClient
 from tests.harness import servers
 from tests.harness.weights import clip
+from tests.harness.weights import hpsv3 as hpsv3_folder
 from tests.harness.weights import videoalign as videoalign_folder
 
 FPS = 8.0
@@ -46,13 +52,80 @@ def videoalign(folder: Path) -> RewardSpec:
     return videoalign_folder.spec(folder)
 
 
+def hpsv3(folder: Path) -> RewardSpec:
+    hpsv3_folder.write(folder)
+    return hpsv3_folder.spec(folder)
+
+
+def geneval(folder: Path) -> RewardSpec:
+    """Rows that ask for three benches under each caption; the planted detector reads no weights."""
+    (folder / "clip").mkdir(parents=True)
+    clip.write_transformers(folder / "clip")
+    for name in ("config.json", "detector.pth"):
+        (folder / name).touch()
+    entry = {"class": "bench", "count": 3}
+    rows = [{"tag": "counting", "include": [entry], "prompt": p} for p in servers.CAPTIONS]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    hf = folder.name == "geneval_hf"
+    return RewardSpec(
+        name=folder.name,
+        weights={},
+        path=str(folder if hf else folder / "detector.pth"),
+        device="cpu",
+        options={"rows": str(folder / "rows.jsonl"), "clip": str(folder / "clip")},
+    )
+
+
+class Benches(nn.Module):
+    """A detector that finds as many benches as the bytes of a picture say, in place of one that
+    takes minutes for so many pictures.
+    """
+
+    def forward(self, pictures: Tensor) -> list[list[Found]]:
+        bench = Found("bench", 0.95, (0, 0, 1, 1), torch.ones(32, 32, dtype=torch.bool))
+        return [[bench] * (int(picture.sum()) % 4) for picture in pictures]
+
+
+def plant_detector(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, reader in (("geneval", "of_openmmlab"), ("geneval_hf", "of_transformers")):
+        module = importlib.import_module(f"fastgrpo.rewards.{name}")
+        monkeypatch.setattr(module, reader, lambda path: Benches())
+
+
 WEIGHTS: dict[str, Callable[[Path], RewardSpec]] = {
     "hps": with_weights("hps", clip.write_hps),
+    "hpsv3": hpsv3,
     "clip_score": with_weights("clip_score", clip.write_open_clip),
     "pick_score": with_weights("pick_score", clip.write_transformers),
     "videoalign": videoalign,
+    "geneval": geneval,
+    "geneval_hf": geneval,
 }
 """How a reward's tiny weights are made; a reward that needs none is not here."""
+
+
+LETTERS = "abcdefgh"
+
+
+def lettered() -> tuple[Tensor, list[str]]:
+    """The tiny world's clips, each with a prompt that asks for LETTERS."""
+    return servers.clips(), [f'a sign "{LETTERS}", seen {n} times' for n in range(6)]
+
+
+def plant_engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put in place of RapidOCR, which takes minutes for so many pictures and need not be here, one
+    that reads some of LETTERS off it.
+    """
+    monkeypatch.setattr(engine, "model_files", lambda: (folder / "model", folder / "model"))
+    monkeypatch.setattr(engine, "versions", dict)
+    monkeypatch.setattr(
+        engine, "build", lambda threads: lambda picture: LETTERS[int(picture.sum()) % 7 :]
+    )
+    (folder / "model").touch()
+
+
+CLIPS: dict[str, Callable[[], tuple[Tensor, list[str]]]] = {"ocr": lettered}
+"""Clips and prompts of a reward that judges no others than its own; else those of the tiny world."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +152,8 @@ def contract(spec: RewardSpec) -> list[str]:
         reward = rewards.load(spec)
     except UserError as error:
         return [f"load: {error}"]
-    case = Case(spec, reward, servers.clips(), servers.CAPTIONS)
+    clips, prompts = CLIPS.get(spec.name, lambda: (servers.clips(), servers.CAPTIONS))()
+    case = Case(spec, reward, clips, prompts)
     checks = (declaration, form, values, batches, odd_prompts, unread_prompts, frames, least_frames)
     return [f"{check.__name__}: {line}" for check in checks for line in check(case)]
 
@@ -217,10 +291,28 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("name", rewards.known())
-def test_every_reward_keeps_the_contract(name: str, tmp_path: Path) -> None:
+def test_every_reward_keeps_the_contract(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant_engine(tmp_path, monkeypatch)
+    plant_detector(monkeypatch)
     spec = WEIGHTS[name](tmp_path / name) if name in WEIGHTS else rewards.plain(name)
     (tmp_path / name).mkdir(exist_ok=True)
     assert contract(spec) == []
+    assert served(spec)
+
+
+def served(spec: RewardSpec) -> bool:
+    """Whether a server gives a reward's scores, of the frames alone that the reward looks at."""
+    clips, prompts = CLIPS.get(spec.name, lambda: (servers.clips(), servers.CAPTIONS))()
+    reward = rewards.load(spec)
+    with (
+        servers.running({spec.name: reward}) as url,
+        RewardClient([url], servers.TOKEN, [spec.name]) as client,
+    ):
+        client.wait_ready(30.0)
+        found = client.score(clips, prompts, FPS)[spec.name]
+    return close(table(found), table(reward(clips, prompts, FPS)))
 
 
 # ---- planted rewards
@@ -228,6 +320,9 @@ def test_every_reward_keeps_the_contract(name: str, tmp_path: Path) -> None:
 PLANTED = """
 import torch
 from fastgrpo.core.reward import Reward, RewardSize, Scores
+from fastgrpo.rewards.networks.geneval.rules import Found
+from fastgrpo.rewards.networks.ocr import engine
+from fastgrpo.rewards.serving.client.client import RewardClient
 
 {top}
 

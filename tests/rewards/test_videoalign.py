@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import sha256
 from fastgrpo.core.reward import Scores
 from fastgrpo.rewards import known, videoalign
+from fastgrpo.rewards.networks.qwen2_vl.body import Batch, config_of, empty_body
+from fastgrpo.rewards.networks.qwen2_vl.template import read
 from fastgrpo.rewards.networks.videoalign import checkpoint as checkpoints
 from fastgrpo.rewards.networks.videoalign import network as networks
 from fastgrpo.rewards.networks.videoalign.preprocess import frame_indices, frame_size, view
-from fastgrpo.rewards.networks.videoalign.prompt import MARKS, TEMPLATE_SHA256, read_template
+from fastgrpo.rewards.networks.videoalign.prompt import FORM, TEMPLATE
 from tests import GOLDENS
 from tests.harness.weights import videoalign as videoalign_folder
 
@@ -79,7 +82,7 @@ def bits(scores: Scores) -> list[list[int]]:
 # The network
 
 
-def golden_network(coarse: bool = False) -> tuple[networks.Network, tuple[Tensor, ...], Tensor]:
+def golden_network(coarse: bool = False) -> tuple[networks.Network, Batch, Tensor]:
     """The golden checkpoint's network, the arguments of its forward pass, and the original class's
     logits.
     """
@@ -93,26 +96,27 @@ def golden_network(coarse: bool = False) -> tuple[networks.Network, tuple[Tensor
     ids = io["input_ids"]
     special = checkpoint.content["special_token_ids"]
     marks = torch.stack([(ids == special[part]).int().argmax(1) for part in ("VQ", "MQ", "TA")], 1)
-    return network, (ids, io["pixel_values_videos"], io["video_grid_thw"], marks), io["logits"]
+    batch = Batch(ids, io["pixel_values_videos"], io["video_grid_thw"], marks)
+    return network, batch, io["logits"]
 
 
 def test_logits_equal_the_original_class() -> None:
-    network, arguments, wanted = golden_network()
-    torch.testing.assert_close(network(*arguments), wanted, rtol=0, atol=1e-5)
+    network, batch, wanted = golden_network()
+    torch.testing.assert_close(network(batch), wanted, rtol=0, atol=1e-5)
 
 
 def test_coarse_frequencies_equal_the_original_class_cast_to_bfloat16() -> None:
     """Its rotary tables in bfloat16 and everything else in float32, so that nothing but the tables
     can differ.
     """
-    network, arguments, exact = golden_network(coarse=True)
+    network, batch, exact = golden_network(coarse=True)
     wanted = torch.tensor(
         [
             [-0.31503212451934814, -1.9970510005950928, -0.6526886820793152],
             [0.16427618265151978, -1.1574023962020874, -0.8681784868240356],
         ]
     )
-    scores = network(*arguments)
+    scores = network(batch)
     torch.testing.assert_close(scores, wanted, rtol=0, atol=1e-5)
     assert (scores - exact).abs().max() > 1e-3
 
@@ -121,32 +125,31 @@ def test_the_positions_of_qwen2_vl_would_give_other_scores() -> None:
     """Transformers 5 gives video tokens rows and columns (M-RoPE); the released model was trained
     without.
     """
-    network, (ids, patches, grids, marks), wanted = golden_network()
+    network, batch, wanted = golden_network()
+    ids = batch.ids
     kinds = (ids == network.body.config.video_token_id).int() * 2  # as its processor marks video
     mask = load_file(GOLDENS / "videoalign_tiny" / "io.safetensors")["attention_mask"]
     with torch.inference_mode():
         hidden = network.body(
             input_ids=ids,
             attention_mask=mask,
-            pixel_values_videos=patches,
-            video_grid_thw=grids,
+            pixel_values_videos=batch.patches,
+            video_grid_thw=batch.grids,
             mm_token_type_ids=kinds,
         ).last_hidden_state
-    native = (hidden.gather(1, marks[..., None].expand(-1, -1, hidden.shape[-1])) @ network.head.T)[
-        ..., 0
-    ]
+    native = (
+        hidden.gather(1, batch.marks[..., None].expand(-1, -1, hidden.shape[-1])) @ network.head.T
+    )[..., 0]
     assert (native - wanted).abs().max() > 0.1
-    torch.testing.assert_close(network(ids, patches, grids, marks), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(network(batch), wanted, rtol=0, atol=1e-5)
 
 
 def test_padding_does_not_reach_a_score() -> None:
-    network, (ids, patches, grids, marks), _ = golden_network()
-    scores = network(ids, patches, grids, marks)
+    network, batch, _ = golden_network()
+    scores = network(batch)
     for filler in (0, 7):
-        padded = torch.cat([ids, torch.full((2, 9), filler)], 1)
-        torch.testing.assert_close(
-            network(padded, patches, grids, marks), scores, rtol=0, atol=2e-6
-        )
+        padded = replace(batch, ids=torch.cat([batch.ids, torch.full((2, 9), filler)], 1))
+        torch.testing.assert_close(network(padded), scores, rtol=0, atol=2e-6)
 
 
 def test_three_outputs_are_read_at_their_own_token(own: Path) -> None:
@@ -257,9 +260,9 @@ def test_special_tokens_in_a_prompt_are_read_as_letters(folder: Path) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "checkpoint-7" / "tokenizer" / "tokenizer.json"))
     ids = reward.reader(INJECTION, 6)
     assert [i for i in ids if i in reward.reader.mark_ids] == [
-        tokenizer.token_to_id(mark) for mark in MARKS
+        tokenizer.token_to_id(mark) for mark in FORM.marks
     ]
-    assert ids.count(reward.reader.video_id) == 6
+    assert ids.count(reward.reader.seen_id) == 6
     assert INJECTION in tokenizer.decode(ids, skip_special_tokens=True)  # as letters, not skipped
 
 
@@ -289,7 +292,7 @@ def test_the_official_file_is_read_and_not_run(tmp_path: Path) -> None:
         f'open({str(marker)!r}, "w")\nSIMPLE_PROMPT = "no"\nDETAILED_PROMPT_WITH_SPECIAL_TOKEN = '
         f'"""{text}"""\n'
     )
-    assert read_template(file) == text
+    assert read(file, TEMPLATE) == text
     assert not marker.exists()
 
 
@@ -487,7 +490,7 @@ def test_every_weight_is_used(own: Path) -> None:
         "num_heads": 16,
         "mlp_ratio": 4,
     }
-    body = networks.empty_body(networks.config_of(config, 151660))
+    body = empty_body(config_of(config, 151660))
     state = body.state_dict()
     layers = [name for name in state if re.search(r"language_model\.layers.*_proj\.weight", name)]
     # 729 tensors of the body; in the checkpoint each adapted layer has two more, and there are two
@@ -613,7 +616,7 @@ def test_wrong_checkpoints_are_one_line(own: Path, damage: Damage, said: str) ->
     [
         ({"template": None}, "rewards.options.template: missing"),
         ({"template": "nowhere.txt"}, "rewards.options.template=nowhere.txt: cannot be read"),
-        ({"template_sha256": None}, f"not {TEMPLATE_SHA256}"),
+        ({"template_sha256": None}, f"not {TEMPLATE.sha256}"),
         ({"template_sha256": "0" * 64}, "accept this text with rewards.options.template_sha256"),
         ({"base": None}, "rewards.options.base=Qwen/Qwen2-VL-2B-Instruct"),
         ({"templte": "x"}, "did you mean 'template'"),

@@ -73,7 +73,8 @@ def _timed(
 def _videoalign(setup: Setup, report: Report) -> None:
     """VideoAlign's network; the share of the peak is by the plan's count of its FLOPs."""
     from fastgrpo.core.config import RewardSpec
-    from fastgrpo.rewards.networks.videoalign.network import Network, config_of, empty_body
+    from fastgrpo.rewards.networks.qwen2_vl.body import config_of, empty_body
+    from fastgrpo.rewards.networks.videoalign.network import Network
     from fastgrpo.rewards.videoalign import SIZE
 
     where, small = measure.device(), measure.is_small(setup)
@@ -89,7 +90,7 @@ def _videoalign(setup: Setup, report: Report) -> None:
     report.row("VideoAlign", count / 1e6, "M parameters", note)
 
     def work(batch: int) -> Callable[[], Any]:
-        return lambda: network(*_videoalign_inputs(config, batch, (depth, side), where))
+        return lambda: network(_videoalign_inputs(config, batch, (depth, side), where))
 
     best = _timed(setup, report, "VideoAlign", work)
     spec = RewardSpec(name="videoalign", weights={"VQ": 1.0})
@@ -108,10 +109,10 @@ def _parameters(module: nn.Module, buffers: dict[str, Tensor]) -> None:
             buffer.copy_(buffers[name])
 
 
-def _videoalign_inputs(
-    config: Any, batch: int, size: tuple[int, int], where: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ids [B, L], patches [P, 1176], grids [B, 3] and marks [B, 3].  size: (T, side) in patches"""
+def _videoalign_inputs(config: Any, batch: int, size: tuple[int, int], where: torch.device) -> Any:
+    """A Batch: ids [B, L], patches [P, 1176], grids [B, 3], marks [B, 3].  size: (T, side)"""
+    from fastgrpo.rewards.networks.qwen2_vl.body import Batch
+
     depth, side = size
     video = depth * side * side // 4
     ids = torch.ones(batch, video + TEXT_TOKENS, dtype=torch.long, device=where)
@@ -119,7 +120,7 @@ def _videoalign_inputs(
     patches = torch.randn(batch * depth * side * side, 1176, device=where)
     grids = torch.tensor([[depth, side, side]] * batch, device=where)
     marks = torch.tensor([[video + 100, video + 200, video + 300]] * batch, device=where)
-    return ids, patches, grids, marks
+    return Batch(ids, patches, grids, marks)
 
 
 def _clip(setup: Setup, report: Report) -> None:

@@ -55,10 +55,10 @@ def scored(spec: RewardSpec, length: int, fps: float) -> int:
     return int(declared(spec, "SIZE", None).frames_scored(spec, length, fps))
 
 
-@pytest.mark.parametrize("name", ["hps", "clip_score", "pick_score"])
+@pytest.mark.parametrize("name", ["hps", "clip_score", "pick_score", "hpsv3", "geneval"])
 @pytest.mark.parametrize("rule", [None, "all", "first", "middle", 1, 4, 100])
 def test_frames_scored_are_those_that_the_reward_chooses(name: str, rule: Any) -> None:
-    own = importlib.import_module(f"fastgrpo.rewards.{name}").PUBLISHED.frames
+    own = importlib.import_module(f"fastgrpo.rewards.{name}").FRAMES
     spec = RewardSpec(name=name, weights={}, frames=rule)
     assert scored(spec, 53, 8.0) == len(frames.choose(own if rule is None else rule, 53))
 

@@ -1,0 +1,20 @@
+"""GenEval's words: the 80 classes of COCO, three of them renamed, ten colours, four relations."""
+
+CLASSES = (
+    *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat"),
+    *("traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat"),
+    *("dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack"),
+    *("umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball"),
+    *("kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket"),
+    *("bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple"),
+    *("sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair"),
+    *("couch", "potted plant", "bed", "dining table", "toilet", "tv", "laptop"),
+    *("computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven"),
+    *("toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear"),
+    *("hair drier", "toothbrush"),
+)
+"""In the order of the detector's classes; COCO says mouse, remote and keyboard."""
+COLOURS = (
+    *("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"),
+)
+RELATIONS = ("left of", "right of", "above", "below")
