@@ -47,6 +47,7 @@ PACKAGES = {
     "fastgrpo.rewards.networks": "rewards/networks",
     "fastgrpo.rewards.networks.clip": "rewards/networks/clip",
     "fastgrpo.rewards.networks.videoalign": "rewards/networks/videoalign",
+    "fastgrpo.rewards.networks.vlm": "rewards/networks/vlm",
     "fastgrpo.rewards.serving": "rewards/serving",
     "fastgrpo.rewards.serving.client": "rewards/serving/client",
     "fastgrpo.rewards.serving.server": "rewards/serving/server",

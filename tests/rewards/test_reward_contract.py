@@ -21,7 +21,7 @@ from fastgrpo import rewards
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward, RewardSize, Scores
-from tests.harness import servers
+from tests.harness import endpoint, servers
 from tests.harness.weights import clip
 from tests.harness.weights import videoalign as videoalign_folder
 
@@ -46,13 +46,23 @@ def videoalign(folder: Path) -> RewardSpec:
     return videoalign_folder.spec(folder)
 
 
+def vlm_judge(folder: Path) -> RewardSpec:
+    options = {
+        "endpoints": endpoint.shared(),
+        "model": endpoint.MODEL,
+        "question": "Is {prompt} bright?",
+    }
+    return RewardSpec(name="vlm_judge", weights={}, frames=2, options=options)
+
+
 WEIGHTS: dict[str, Callable[[Path], RewardSpec]] = {
     "hps": with_weights("hps", clip.write_hps),
     "clip_score": with_weights("clip_score", clip.write_open_clip),
     "pick_score": with_weights("pick_score", clip.write_transformers),
     "videoalign": videoalign,
+    "vlm_judge": vlm_judge,
 }
-"""How a reward's tiny weights are made; a reward that needs none is not here."""
+"""How a reward's tiny weights, or the endpoint that it asks, are made; a reward that needs none is not here."""
 
 
 @dataclass(frozen=True)
