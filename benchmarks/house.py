@@ -31,6 +31,8 @@ HEADS = ("product", "benchmarks", "tests")
 FLOORS_FILE = "tests/repository/test_repository.py"
 """The file whose literal FLOORS lists the packages of fastgrpo by floor, the lowest first."""
 NOT_CHOSEN = ("__init__.py", "__main__.py")
+REGISTRIES = ("models", "rewards")
+"""Folders whose files are the entries of a list that grows: of these a reader opens one by name."""
 COLUMNS, POSITIONS = 100, 4
 SHAPE = re.compile(r"\[[^\]]*\]|\bscalars?\b")
 NONE = re.compile(r"\bnone =|[;,] none\b")
@@ -111,13 +113,18 @@ def read_tree(root: Path) -> SourceTree:
 
 
 def entries(sources: Sequence[Source]) -> Iterator[Place]:
-    """Folders, each with the number of files and packages in it that a reader chooses among."""
+    """Folders, each with the number of files and packages in it that a reader chooses among.
+
+    A registry's own files are one entry.
+    """
     chosen: dict[str, set[str]] = defaultdict(set)
     for source in sources:
         parts = source.path.split("/")
         for depth in range(1, len(parts)):
-            if parts[depth] not in NOT_CHOSEN:
-                chosen["/".join(parts[:depth])].add(parts[depth])
+            folder, name = "/".join(parts[:depth]), parts[depth]
+            if name not in NOT_CHOSEN:
+                listed = folder in REGISTRIES and name.endswith(".py")
+                chosen[folder].add("*.py" if listed else name)
     for folder, names in chosen.items():
         yield Place(folder, 0, ", ".join(sorted(names)), len(names))
 

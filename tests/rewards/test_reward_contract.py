@@ -5,10 +5,12 @@ with the rule.
 tiny random ones.
 """
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import product
 from pathlib import Path
 
@@ -55,12 +57,46 @@ def vlm_judge(folder: Path) -> RewardSpec:
     return RewardSpec(name="vlm_judge", weights={}, frames=2, options=options)
 
 
+def checklist(folder: Path) -> RewardSpec:
+    folder.mkdir()
+    spec = vlm_judge(folder)
+    (folder / "questions").write_text("Is {prompt} bright?\nIs it not dark?\n")
+    (folder / "weights").write_text("[1.0, 0.5]")
+    files = {key: str(folder / key) for key in ("questions", "weights")}
+    options = {key: value for key, value in spec.options.items() if key != "question"}
+    options |= {"questions": files["questions"], "question_weights": files["weights"]}
+    return spec.model_copy(update={"name": "checklist", "options": options})
+
+
+def vision_reward(folder: Path) -> RewardSpec:
+    """Answers of the clips that are tried; others, such as shorter ones, have no score."""
+    folder.mkdir()
+    rows = [
+        {
+            "pixels": sha256(clip.numpy().tobytes()).hexdigest(),
+            "prompt": prompt,
+            "yes": [p / 6] * 29,
+        }
+        for p, (clip, prompt) in enumerate(zip(servers.clips(), servers.CAPTIONS, strict=True), 1)
+    ]
+    (folder / "scores").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "weights").write_text(json.dumps([0.1] * 29))
+    options = {
+        "scores": str(folder / "scores"),
+        "question_weights": str(folder / "weights"),
+        "weights_sha256": sha256((folder / "weights").read_bytes()).hexdigest(),
+    }
+    return RewardSpec(name="vision_reward", weights={}, options=options)
+
+
 WEIGHTS: dict[str, Callable[[Path], RewardSpec]] = {
     "hps": with_weights("hps", clip.write_hps),
     "clip_score": with_weights("clip_score", clip.write_open_clip),
     "pick_score": with_weights("pick_score", clip.write_transformers),
     "videoalign": videoalign,
     "vlm_judge": vlm_judge,
+    "checklist": checklist,
+    "vision_reward": vision_reward,
 }
 """How a reward's tiny weights, or the endpoint that it asks, are made; a reward that needs none is not here."""
 

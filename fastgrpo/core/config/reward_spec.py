@@ -11,9 +11,9 @@ from fastgrpo.core.config.paths import PATH, LocalOrHub
 
 class RewardSpec(Section):
     name: str
-    """A file of rewards/: clip_score, hps, pick_score, tiny_world, video_stats, videoalign,
-    vlm_judge; or the path of a file of your own, such as ./my_reward.py, which is then called
-    my_reward."""
+    """A file of rewards/: checklist, clip_score, hps, pick_score, tiny_world, video_stats,
+    videoalign, vision_reward, vlm_judge; or the path of a file of your own, such as
+    ./my_reward.py, which is then called my_reward."""
     file: Annotated[Path, PATH] | None = None
     """A file of your own, where `name` is not its path; None: the file of rewards/."""
     weights: dict[str, float]

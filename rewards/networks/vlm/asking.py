@@ -13,9 +13,10 @@ import math
 import threading
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from PIL import Image
@@ -48,9 +49,16 @@ class Asking(Reward):
     names: tuple[str, ...] = ()  # set by a subclass
 
     def __init__(
-        self, spec: RewardSpec, chosen: JudgeOptions, questions: Sequence[Question]
+        self,
+        spec: RewardSpec,
+        chosen: JudgeOptions,
+        questions: Sequence[Question],
+        settings: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
-        """Nothing is sent to the endpoints yet."""
+        """Nothing is sent to the endpoints yet.
+
+        settings: what else changes scores, for the fingerprint
+        """
         self.questions = tuple(questions)
         self.rule = frames.rule_of(spec, FRAMES)
         self.endpoints = open_endpoints(chosen)
@@ -68,6 +76,7 @@ class Asking(Reward):
                 "floor": chosen.floor,
                 "thinking": chosen.thinking,
                 "frames": self.rule,
+                **settings,
             },
         )
         self._log = logging.getLogger(type(self).__module__)
