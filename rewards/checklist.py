@@ -13,7 +13,9 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.rewards.common import checklist, options
 from fastgrpo.rewards.networks.vlm.answers import scale_of
 from fastgrpo.rewards.networks.vlm.asking import Asking, Question
-from fastgrpo.rewards.networks.vlm.options import JudgeOptions, refuse_weights
+from fastgrpo.rewards.networks.vlm.options import FREE, JudgeOptions, refuse_weights
+
+FREE_OPTIONS = FREE
 
 
 class Options(JudgeOptions):

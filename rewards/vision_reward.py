@@ -27,6 +27,7 @@ from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.rewards.common import checklist, clips, options, weight_files
 
 PARTS = ("VisionReward", "VisionReward_p")
+FREE_OPTIONS = ("scores", "question_weights")
 QUESTIONS = 29
 WEIGHTS_SHA256 = "0c6367f244ae64fa881e93f0033f2a4362176893ed2f946223ec64a57e3c9204"
 """SHA-256 of the authors' weight.json for video, whose weights add up to 6.27717."""

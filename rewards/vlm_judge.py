@@ -13,9 +13,10 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.rewards.common import options
 from fastgrpo.rewards.networks.vlm.answers import scale_of
 from fastgrpo.rewards.networks.vlm.asking import Asking, Question
-from fastgrpo.rewards.networks.vlm.options import JudgeOptions, read_text, refuse_weights
+from fastgrpo.rewards.networks.vlm.options import FREE, JudgeOptions, read_text, refuse_weights
 
 PARTS = ("judge",)
+FREE_OPTIONS = FREE
 
 
 class Options(JudgeOptions):

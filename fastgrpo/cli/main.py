@@ -39,12 +39,23 @@ EXAMPLES = (
     ("fastgrpo sample runs/t2v_tiny --against-base", "held-out clips, beside the base model's"),
     ("fastgrpo export runs/t2v_tiny exported", "a folder that diffusers loads"),
     ('fastgrpo score clip.mp4 --reward tiny_world --prompt "..."', "what a reward says of a file"),
+    ("fastgrpo check-reward ./my_reward.py", "does a reward of your own keep the contract"),
     ("fastgrpo evaluate runs/t2v_tiny", "base against trained, by several rewards"),
     ("fastgrpo report runs/t2v_tiny", "the report of a finished or running run"),
     ("fastgrpo status runs/t2v_tiny", "where each rank is: does it hang, and which one"),
     ("fastgrpo keys", "every recipe key, its default and meaning"),
 )
-ALONE = ("check", "plan", "keys", "export", "score", "serve-rewards", "report", "status")
+ALONE = (
+    "check",
+    "check-reward",
+    "plan",
+    "keys",
+    "export",
+    "score",
+    "serve-rewards",
+    "report",
+    "status",
+)
 """Commands that share no work with other ranks: each speaks, whatever a scheduler calls it."""
 EPILOG = "examples:\n" + "".join(
     f"{f'  {line:<62}{meaning}'.rstrip()}\n" for line, meaning in EXAMPLES

@@ -12,6 +12,18 @@ from fastgrpo.rewards.networks.vlm import endpoints
 
 Positive = Annotated[float, Field(gt=0, le=1000)]
 
+FREE = (
+    "endpoints",
+    "key_file",
+    "timeout_s",
+    "patience_s",
+    "at_once",
+    "question_file",
+    "questions",
+    "question_weights",
+)
+"""Options with which a run may go on otherwise: the fingerprint has what they decide of scores."""
+
 PROMPT = "{prompt}"
 """What stands in a question for the clip's prompt."""
 
