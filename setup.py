@@ -51,6 +51,7 @@ PACKAGES = {
     "fastgrpo.rewards.networks.ocr": "rewards/networks/ocr",
     "fastgrpo.rewards.networks.qwen2_vl": "rewards/networks/qwen2_vl",
     "fastgrpo.rewards.networks.videoalign": "rewards/networks/videoalign",
+    "fastgrpo.rewards.networks.vlm": "rewards/networks/vlm",
     "fastgrpo.rewards.serving": "rewards/serving",
     "fastgrpo.rewards.serving.client": "rewards/serving/client",
     "fastgrpo.rewards.serving.server": "rewards/serving/server",

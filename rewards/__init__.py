@@ -2,9 +2,11 @@
 
 The folder is the registry.
 A file `rewards/<name>.py` with a function `load(spec) -> Reward` is the reward `<name>`; adding one
-edits no other file. A recipe may also name such a file anywhere else by its path. At its top
-`LEAST_FRAMES = 2` says that the reward cannot judge shorter clips, `PARTS` names what it scores, and
-`check_spec(spec)` raises UserError for settings and files with which it could not load.
+edits no other file. A recipe may also name such a file anywhere else by its path, with
+`:function` where that is not `load`, or a reward that an installed package has an entry point of in
+the group `fastgrpo.rewards`. At a file's top `LEAST_FRAMES = 2` says that the reward cannot judge
+shorter clips, `PARTS` names what it scores, and `check_spec(spec)` raises UserError for settings and
+files with which it could not load, and `FREE_OPTIONS` are those of its options that change no score.
 common/ holds what several rewards share, networks/ what they look with, serving/ the way of scores
 between processes. Nothing here imports torch before a reward is loaded. Read `tiny_world.py` first,
 a reward without weights.
@@ -12,22 +14,49 @@ a reward without weights.
 
 import importlib
 import importlib.util
-import os
 import sys
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 from fastgrpo.core import registry
-from fastgrpo.core.config import RewardSpec
+from fastgrpo.core.config import RewardSpec, paths
 from fastgrpo.core.errors import UserError, blaming
 from fastgrpo.core.reward import Reward
 
 FOLDER = Path(__file__).parent
+GROUP = "fastgrpo.rewards"
+"""The group of entry points that other packages name their rewards in: name -> module:function."""
 
 
 def known() -> tuple[str, ...]:
-    """Names of the rewards in this folder: the files that define `load`."""
-    return registry.names(FOLDER, "load")
+    """Names of the rewards in this folder, the files that define `load`, and of installed ones."""
+    own = registry.names(FOLDER, "load")
+    return (*own, *sorted(entry_points(group=GROUP).names - set(own)))
+
+
+def _installed(spec: RewardSpec) -> EntryPoint | None:
+    """The entry point of an installed package that a spec means. None: the reward is a file's.
+
+    A file of this folder comes before an entry point of its name.
+    """
+    if spec.file is not None or _is_file(FOLDER / f"{spec.name}.py"):
+        return None
+    return next(iter(entry_points(group=GROUP, name=spec.name)), None)
+
+
+def _is_file(file: Path) -> bool:
+    """Whether a file is there; False for what cannot be a path."""
+    try:
+        return file.is_file()
+    except OSError:
+        return False
+
+
+def _function(spec: RewardSpec) -> str:
+    """The function that makes a spec's reward."""
+    entry = _installed(spec)
+    return spec.function or ("load" if entry is None else entry.attr)
 
 
 def load(spec: RewardSpec) -> Reward:
@@ -39,10 +68,10 @@ def load(spec: RewardSpec) -> Reward:
     check(spec)
     where = f"rewards.name={spec.name}"
     with blaming(where, file_of(spec), "correct the file, or install what it imports."):
-        reward = _module(spec).load(spec)
+        reward = getattr(_module(spec), _function(spec))(spec)
     if not isinstance(reward, Reward):
         raise UserError(
-            f"{where}: load() returned a {type(reward).__name__}, not a Reward; "
+            f"{where}: {_function(spec)}() returned a {type(reward).__name__}, not a Reward; "
             "let it inherit fastgrpo.core.reward.Reward."
         )
     if spec.threshold:  # imported by name like the rewards: it imports torch
@@ -54,7 +83,8 @@ def load(spec: RewardSpec) -> Reward:
 def _module(spec: RewardSpec) -> Any:
     """The file of a spec, imported. A file of the user's may import what lies beside it."""
     if spec.file is None:
-        return importlib.import_module(f"fastgrpo.rewards.{spec.name}")
+        entry = _installed(spec)
+        return importlib.import_module(entry.module if entry else f"fastgrpo.rewards.{spec.name}")
     folder = str(spec.file.parent)
     if folder not in sys.path:
         sys.path.append(folder)  # last, so that it takes no library's place
@@ -68,6 +98,9 @@ def _module(spec: RewardSpec) -> Any:
 
 def file_of(spec: RewardSpec) -> Path:
     """The file that defines a spec's reward; it need not be here, as of a server elsewhere."""
+    entry = _installed(spec)
+    if entry is not None:
+        return registry.file_of_module(entry.module) or Path(f"{entry.module}.py")
     return FOLDER / f"{spec.name}.py" if spec.file is None else spec.file
 
 
@@ -78,7 +111,7 @@ def declared(spec: RewardSpec, constant: str, default: Any) -> Any:
     Raises UserError where the file is here and not Python, or where what defines the name raises.
     """
     file = file_of(spec)
-    if not file.is_file():
+    if not _is_file(file):
         return default
     check(spec)
     where = f"rewards.name={spec.name}"
@@ -111,10 +144,11 @@ def check_settings(spec: RewardSpec) -> None:
 def plain(name: str) -> RewardSpec:
     """A reward with all settings at their defaults, as one that has no weights needs.
 
-    name: of a file of rewards/, or the path of a file of the user's, as typed at a command line
+    name: of a file of rewards/ or an installed reward, or the path of a file of the user's, as
+    typed at a command line
     """
-    own = name.endswith(".py")
-    return RewardSpec(name=os.path.abspath(name) if own else name, weights={})
+    own = paths.is_own_file(name)
+    return RewardSpec(name=paths.whole(name, "NAME") if own else name, weights={})
 
 
 def check(spec: RewardSpec, where: str = "rewards.name") -> None:
@@ -123,15 +157,25 @@ def check(spec: RewardSpec, where: str = "rewards.name") -> None:
     where: the key or option that names it
     """
     file = file_of(spec)
-    if spec.file is not None and not file.is_file():
+    if spec.function is not None and spec.file is None:
+        raise UserError(
+            f"rewards.function={spec.function}: only a file of your own has another function than "
+            "load; leave it out, or name the file."
+        )
+    if spec.file is not None and not _is_file(file):
         raise UserError(
             f"{where}={spec.file}: no such file; give the path of a Python file with a "
             "function load(spec) -> Reward."
         )
-    if not file.is_file():
+    if (entry := _installed(spec)) is not None and not _is_file(file):
         raise UserError(
-            f"{where}='{spec.name}': no such reward.{registry.nearest(spec.name, known())} Use one "
+            f"{where}={spec.name}: the entry point {entry.value} names a module that is not there; "
+            "install its package again."
+        )
+    if not _is_file(file):
+        raise UserError(
+            f"{where}={spec.name!r}: no such reward.{registry.nearest(spec.name, known())} Use one "
             f"of {', '.join(known())}, or the path of a file of your own, such as ./my_reward.py, "
             "with a function load(spec) -> Reward."
         )
-    registry.check(f"{where}={spec.name}", file, "load")
+    registry.check(f"{where}={spec.name}", file, _function(spec))

@@ -37,6 +37,7 @@ FRAMES = 4
 PARTS = ("OCR",)
 GOLDEN = {'a sign that says "OPEN"': "OPEN"}
 """The prompt of the clip that a server scores at its start, and the text that is drawn for it."""
+SHOWN = 6  # pictures of a text, each with a letter less than the one before
 
 
 class Options(Section):
@@ -71,6 +72,7 @@ class Ocr(Reward):
         prompt, text = next(iter((self.targets or GOLDEN).items()))
         self.golden = (drawn(text)[None], prompt, 8.0)
         self.golden_scores = None if self.targets else {PARTS[0]: 1.0}
+        self.examples = examples(list((self.targets or {'a sign "MONDAY"': "MONDAY"}).items()))
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
         """Mean similarity of the frames that are used, float32 [B] in [0, 1].
@@ -132,6 +134,20 @@ def drawn(text: str, size: int = 40) -> Tensor:
     picture = Image.new("RGB", (width + 2 * size, 3 * size), "white")
     ImageDraw.Draw(picture).text((size, size), shown, fill="black", font=font)
     return torch.from_numpy(np.array(picture))
+
+
+def examples(targets: Sequence[tuple[str, str]]) -> tuple[Tensor, list[str]]:
+    """Clips that show less and less of the text they are asked for.
+
+    targets: prompts and their texts, taken in turn;  returns uint8 [6, 9, H, W, 3] and the prompts
+    """
+    asked = [targets[n % len(targets)] for n in range(SHOWN)]
+    pictures = [drawn(text[: max(1, len(text) - n)]) for n, (_, text) in enumerate(asked)]
+    width = max(picture.shape[1] for picture in pictures)
+    white = torch.full((SHOWN, 9, pictures[0].shape[0], width, 3), 255, dtype=torch.uint8)
+    for n, picture in enumerate(pictures):
+        white[n, :, :, : picture.shape[1]] = picture
+    return white, [prompt for prompt, _ in asked]
 
 
 def check_spec(spec: RewardSpec) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import fastgrpo
+from fastgrpo import rewards
 from fastgrpo.checkpoint import explosion, identity, provenance
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
@@ -197,13 +198,21 @@ def _is_free(key: str) -> bool:
 
 
 def _flat(recipe: Recipe) -> dict[str, object]:
-    """Value by key, as an override names it: "run.seed", "rewards.0.dtype"."""
+    """Value by key, as an override names it: "run.seed", "rewards.0.dtype".
+
+    Of a reward's options those are left out that its file calls free: they change no score, such as
+    a judge's address, or their files are compared by the reward's fingerprint.
+    """
     tables: dict[str, dict[str, object]] = {}
     for section, content in recipe.model_dump(mode="json").items():
         if isinstance(content, list):
             tables |= {f"{section}.{n}": entry for n, entry in enumerate(content)}
         else:
             tables[section] = content
+    for n, spec in enumerate(recipe.rewards):
+        free = rewards.declared(spec, "FREE_OPTIONS", ())
+        kept = {key: value for key, value in spec.options.items() if key not in free}
+        tables[f"rewards.{n}"]["options"] = kept
     return {
         f"{table}.{key}": value for table, fields in tables.items() for key, value in fields.items()
     }

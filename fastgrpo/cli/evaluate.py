@@ -1,19 +1,22 @@
-"""`fastgrpo score` and `fastgrpo evaluate`."""
+"""`fastgrpo score`, `fastgrpo check-reward` and `fastgrpo evaluate`."""
 
 import argparse
 import re
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from fastgrpo.cli.options import add_which_weights, check_target, path, positive, step_of, text_of
 from fastgrpo.core.errors import UserError
 
 if TYPE_CHECKING:
+    from fastgrpo.tools.score.judges import Asked as AskedRewards
     from fastgrpo.tools.score.judges import Servers
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The parsers of both."""
+    """The parsers of the three."""
     _add_score(commands)
+    _add_check_reward(commands)
     _add_evaluate(commands)
 
 
@@ -49,6 +52,19 @@ def _add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="FILE",
         help="rewards of a recipe, or of a file with [[rewards]] alone",
     )
+    _add_settings(add)
+    _add_servers(command)
+    _add_clips(command)
+    command.add_argument(
+        "--json",
+        type=path("--json"),
+        metavar="OUT",
+        help="write everything there; - prints it, and no table",
+    )
+
+
+def _add_settings(add: Callable[..., object]) -> None:
+    """The options that set a reward's keys.  add: of the parser, or of a group of it"""
     add("--path", action="append", default=[], metavar="[NAME=]PATH", help="a reward's weights")
     add(
         "--option",
@@ -64,13 +80,32 @@ def _add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="[NAME.]key=value",
         help="another key: frames, dtype, device ...",
     )
-    _add_servers(command)
-    _add_clips(command)
+
+
+def _add_check_reward(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The parser of `fastgrpo check-reward`."""
+    command = commands.add_parser(
+        "check-reward",
+        help="does a reward, such as one of your own, keep the contract",
+        description="Try a reward on drawn clips: shapes, NaN, order and batches, odd prompts, frames, "
+        "the golden clip, behind a reward server, and the time for a clip. The exit code is 1 where "
+        "it breaks a rule. See docs/extending.md.",
+    )
+    command.set_defaults(action=_run_check_reward)
     command.add_argument(
-        "--json",
-        type=path("--json"),
-        metavar="OUT",
-        help="write everything there; - prints it, and no table",
+        "name",
+        metavar="FILE_OR_NAME",
+        help="./my_reward.py, ./my_reward.py:function, or a reward's name",
+    )
+    command.add_argument(
+        "--recipe",
+        type=path("--recipe"),
+        metavar="FILE",
+        help="take its settings from a recipe, or from a file with [[rewards]] alone",
+    )
+    _add_settings(command.add_argument)
+    command.add_argument(
+        "--no-server", action="store_true", help="leave out the check behind a reward server"
     )
 
 
@@ -190,15 +225,7 @@ def _run_score(arguments: argparse.Namespace) -> None:
             "--server: its rewards have their own settings; leave out --path, --option and --set."
         )
     check_target("--json", arguments.json)
-    specs = judges.specs(
-        judges.Asked(
-            names=tuple(arguments.reward),
-            file=arguments.recipe,
-            paths=tuple(arguments.path),
-            options=tuple(arguments.option),
-            settings=tuple(arguments.set),
-        )
-    )
+    specs = judges.specs(_asked_rewards(arguments, arguments.reward))
     wanted = score.Wanted(
         files=tuple(arguments.files),
         prompt=arguments.prompt,
@@ -211,6 +238,28 @@ def _run_score(arguments: argparse.Namespace) -> None:
         score.write("--json", arguments.json, result.to_json())
     if str(arguments.json) != "-":
         score.show(result)
+
+
+def _run_check_reward(arguments: argparse.Namespace) -> int:
+    """`fastgrpo check-reward`.  returns 0 where the reward keeps the contract, else 1"""
+    from fastgrpo.tools.check.reward import check_reward
+    from fastgrpo.tools.score import judges
+
+    (spec,) = judges.specs(_asked_rewards(arguments, [arguments.name]))
+    return check_reward(spec, not arguments.no_server)
+
+
+def _asked_rewards(arguments: argparse.Namespace, names: Sequence[str]) -> "AskedRewards":
+    """The rewards of these names, with the settings of the command line."""
+    from fastgrpo.tools.score.judges import Asked
+
+    return Asked(
+        names=tuple(names),
+        file=arguments.recipe,
+        paths=tuple(arguments.path),
+        options=tuple(arguments.option),
+        settings=tuple(arguments.set),
+    )
 
 
 def _run_evaluate(arguments: argparse.Namespace) -> None:

@@ -39,12 +39,23 @@ EXAMPLES = (
     ("fastgrpo sample runs/t2v_tiny --against-base", "held-out clips, beside the base model's"),
     ("fastgrpo export runs/t2v_tiny exported", "a folder that diffusers loads"),
     ('fastgrpo score clip.mp4 --reward tiny_world --prompt "..."', "what a reward says of a file"),
+    ("fastgrpo check-reward ./my_reward.py", "does a reward of your own keep the contract"),
     ("fastgrpo evaluate runs/t2v_tiny", "base against trained, by several rewards"),
     ("fastgrpo report runs/t2v_tiny", "the report of a finished or running run"),
     ("fastgrpo status runs/t2v_tiny", "where each rank is: does it hang, and which one"),
     ("fastgrpo keys", "every recipe key, its default and meaning"),
 )
-ALONE = ("check", "plan", "keys", "export", "score", "serve-rewards", "report", "status")
+ALONE = (
+    "check",
+    "check-reward",
+    "plan",
+    "keys",
+    "export",
+    "score",
+    "serve-rewards",
+    "report",
+    "status",
+)
 """Commands that share no work with other ranks: each speaks, whatever a scheduler calls it."""
 EPILOG = "examples:\n" + "".join(
     f"{f'  {line:<62}{meaning}'.rstrip()}\n" for line, meaning in EXAMPLES
@@ -158,10 +169,10 @@ def console(argv: Sequence[str] | None = None) -> NoReturn:
         if not ctrl_c.received and not isinstance(error, KeyboardInterrupt):
             traceback.print_exc()
         code = 1
-    ctrl_c.end_at_once()
+    ended = "fastgrpo: ended by Ctrl-C\n" if SPOKEN_FOR not in os.environ and rank() == 0 else ""
+    ctrl_c.end_at_once(ended)
     if ctrl_c.received:
-        if SPOKEN_FOR not in os.environ and rank() == 0:
-            print("fastgrpo: ended by Ctrl-C", file=sys.stderr)
+        sys.stderr.write(ended)
         code = INTERRUPTED
     elif reason := reason or output.refused():
         print(f"fastgrpo: standard output: {reason}; what it should say is lost", file=sys.stderr)

@@ -34,7 +34,8 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "rewards",
         nargs="*",
         metavar="NAME",
-        help="files of rewards/, such as tiny_world; with --recipe: section.key=value overrides",
+        help="rewards, such as tiny_world or ./my_reward.py; with --recipe: section.key=value "
+        "overrides",
     )
     serve.add_argument(
         "--recipe",
@@ -157,14 +158,17 @@ def serve_rewards(arguments: argparse.Namespace) -> None:
 def served_specs(arguments: argparse.Namespace) -> "list[RewardSpec]":
     """The rewards that serve-rewards is asked for."""
     from fastgrpo.core import config
-    from fastgrpo.rewards import plain
+    from fastgrpo.rewards import check, plain
 
     if arguments.recipe is None:
         if not arguments.rewards or arguments.only:
             raise UserError(
                 "serve-rewards: nothing to serve; name rewards, or give --recipe (and then --only)."
             )
-        return [plain(name) for name in arguments.rewards]
+        named = [plain(name) for name in arguments.rewards]
+        for spec in named:
+            check(spec)
+        return named
     recipe = config.load(arguments.recipe, arguments.rewards)
     specs = [spec for spec in recipe.rewards if spec.where == "server"]
     missing = [name for name in arguments.only or () if name not in [spec.name for spec in specs]]

@@ -43,6 +43,18 @@ def blaming(where: str, file: Path, remedy: str) -> Iterator[None]:
         raise UserError(f"{where}: {described(error, file)}; {remedy}") from None
 
 
+class Unavailable(Exception):
+    """What a reward asks elsewhere does not answer: no fault of the clips, and it may come back.
+
+    Whoever called asks again with the same clips, for as long as the recipe waits for scores.
+    """
+
+    def __init__(self, trouble: str, progress: bool) -> None:
+        """progress: whether some of the call's questions were answered, and are kept."""
+        super().__init__(trouble)
+        self.progress = progress
+
+
 class Exploded(UserError):
     """Weights or gradients that are not finite any more: the run cannot go on from them."""
 

@@ -4,10 +4,12 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import secrets
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastgrpo.core.errors import UserError
+
+log = logging.getLogger(__name__)
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -69,6 +73,37 @@ def read_json_or_none(file: Path) -> dict[str, Any] | None:
         return load_json(file)
     except (OSError, ValueError, TypeError):
         return None
+
+
+def read_secret(file: Path, where: str, what: str) -> str:
+    """A token or key in a file. Raises UserError where a header cannot carry the content.
+
+    where: the key or option that names the file;  what: what it holds, for messages
+    """
+    try:
+        secret = file.read_text().strip()
+        mode = stat.S_IMODE(file.stat().st_mode)
+    except OSError as error:
+        raise UserError(f"{where}={file}: {error.strerror}; write {what} into it.") from None
+    except UnicodeDecodeError:
+        secret = ""
+    check_secret(secret, f"{where}={file}")
+    if mode & 0o077:
+        may = "read and change" if mode & 0o022 else "read"
+        log.warning(
+            "%s=%s: others on this machine may %s it (mode %o); run chmod 600 on it",
+            where,
+            file,
+            may,
+            mode,
+        )
+    return secret
+
+
+def check_secret(secret: str, where: str) -> None:
+    """Raise UserError, which does not quote it, for a token or key that no header can carry."""
+    if not secret or not secret.isascii() or not secret.isprintable():
+        raise UserError(f"{where}: no usable token in it; write one line of printable characters.")
 
 
 def is_lfs_pointer(file: Path) -> bool:

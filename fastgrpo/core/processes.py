@@ -179,10 +179,20 @@ class CtrlC:
         if signal.getsignal(signal.SIGINT) == self._hear:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def end_at_once(self) -> None:
-        """Let a press from now on end the process where it stands: it is ending anyway."""
+    def end_at_once(self, line: str) -> None:
+        """Let a press from now on end the process where it stands: it is ending anyway.
+
+        line: what a press says that is the first; empty: nothing
+        """
+
+        def end(number: int, frame: FrameType | None) -> None:
+            if not self.received:
+                with contextlib.suppress(OSError):
+                    os.write(2, line.encode())
+            os._exit(INTERRUPTED)
+
         if signal.getsignal(signal.SIGINT) == self._hear:
-            signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+            signal.signal(signal.SIGINT, end)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self.received:

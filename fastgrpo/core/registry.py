@@ -8,6 +8,7 @@ statements that those need.
 
 import ast
 import difflib
+import importlib.util
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -51,6 +52,20 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """A question after the name that was meant, such as " Did you mean flux?"; empty: none is near."""
     near = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+def file_of_module(name: str) -> Path | None:
+    """The file of an installed module, found without importing anything. None: it is not there."""
+    top, *below = name.split(".")
+    found = importlib.util.find_spec(top)
+    if found is None or not below:
+        return None if found is None or found.origin is None else Path(found.origin)
+    for folder in found.submodule_search_locations or ():
+        start = Path(folder, *below[:-1])
+        for file in (start / f"{below[-1]}.py", start / below[-1] / "__init__.py"):
+            if file.is_file():
+                return file
+    return None
 
 
 def top_level(file: Path) -> tuple[str, ...]:

@@ -66,6 +66,10 @@ class Reward(ABC):
     golden_scores: Mapping[str, float] | None = None
     """What the golden clip must score, by part, where that is written down; preflight compares."""
 
+    examples: tuple[Tensor, Sequence[str]] | None = None
+    """Six clips that differ in their scores, uint8 [6, 9, H, W, 3], and their prompts, with which
+    `fastgrpo check-reward` tries the reward. None: clips of the tiny world."""
+
     @property
     @abstractmethod
     def names(self) -> tuple[str, ...]:

@@ -4,14 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastgrpo.rewards.serving import wire
+from fastgrpo.rewards.serving.client.persist import ReplicaMismatch
 
 Spec = dict[str, dict[str, Any]]  # reward -> what /v1/spec says of it
 GOLDEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """Tolerance of the golden clip's scores, by dtype: another GPU rounds otherwise."""
-
-
-class ReplicaMismatch(Exception):
-    """A replica whose scores are not those of the others."""
 
 
 def read_spec(body: bytes) -> Spec:

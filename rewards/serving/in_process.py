@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward, Scores
-from fastgrpo.rewards.serving.judge import judge_batch, told
+from fastgrpo.rewards.serving.judge import OUTAGE_S, judge_batch, patiently, told
 from fastgrpo.rewards.serving.loaded_reward import Served, golden_clip, load_served
 from fastgrpo.rewards.serving.visiting import VisitingWeights
 
@@ -29,13 +29,20 @@ class ScorerInProcess:
 
     at_once = 1  # rewards need not be thread-safe
 
-    def __init__(self, specs: Sequence[RewardSpec], device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        specs: Sequence[RewardSpec],
+        device: torch.device | None = None,
+        outage_s: float = OUTAGE_S,
+    ) -> None:
         """Load the rewards.
 
         device: the trainer's. None: the CPU
+        outage_s: seconds without any answer to a reward that asks elsewhere
         Raises UserError for a mistake in a spec.
         """
         self.device = device or torch.device("cpu")
+        self.outage_s = outage_s
         self.served = {spec.name: load_served(spec) for spec in specs}
         self.names = tuple(self.served)
         self._lock = threading.Lock()
@@ -59,7 +66,8 @@ class ScorerInProcess:
         """Scores of B clips by each reward, NaN and invalid where a reward had none.
 
         pixels: uint8 [B, F, H, W, 3];  prompts: B texts;  fps: frames per second
-        Raises UserError where the GPU has no room for a reward.
+        Raises UserError where the GPU has no room for a reward, and where what a reward asks
+        elsewhere has not answered for `outage_s`.
         """
         with self._present():
             result: dict[str, Scores] = {}
@@ -67,17 +75,23 @@ class ScorerInProcess:
                 size = one.spec.batch_size
                 with room_for(one.spec):
                     parts = [
-                        judge_batch(
-                            one.reward,
-                            pixels[i : i + size],
-                            prompts[i : i + size],
-                            one.spec.fps or fps,
-                            tell=partial(self._tell, one),
-                        )
+                        self._judge(one, pixels[i : i + size], prompts[i : i + size], fps)
                         for i in range(0, len(pixels), size)
                     ]
                 result[name] = join(parts)
             return result
+
+    def _judge(self, one: Served, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
+        """One reward's scores of one batch.  pixels: uint8 [B, F, H, W, 3]"""
+        judge = partial(
+            judge_batch,
+            one.reward,
+            pixels,
+            prompts,
+            one.spec.fps or fps,
+            tell=partial(self._tell, one),
+        )
+        return patiently(one.name, judge, self.outage_s)
 
     def try_out(self, frames: int, size: tuple[int, int], fps: float) -> None:
         """Score a clip of noise in a run's form by each reward, before anything else is loaded.
@@ -91,7 +105,9 @@ class ScorerInProcess:
             with self._present():
                 for one in self.served.values():
                     with room_for(one.spec):
-                        one.try_out(clip, golden_clip(one.reward)[1], one.spec.fps or fps)
+                        prompt, rate = golden_clip(one.reward)[1], one.spec.fps or fps
+                        trial = partial(one.try_out, clip, prompt, rate)
+                        patiently(one.name, trial, self.outage_s)
         finally:
             self.release()
 

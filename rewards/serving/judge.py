@@ -1,18 +1,25 @@
 """One batch of clips through one reward: a score that is missing is NaN."""
 
 import logging
+import random
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fastgrpo.core.errors import described
+from fastgrpo.core.config.checks import LONGEST_WAIT_S
+from fastgrpo.core.errors import Unavailable, UserError, described
 from fastgrpo.core.reward import Reward, Scores
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
+OUTAGE_S = 300.0
+"""Seconds without any answer to a reward that asks elsewhere, after which nobody waits for it."""
 
 Tell = Callable[[Reward, Exception, int], None]
 
@@ -36,8 +43,8 @@ def judge_batch(
     than there are clips.
     tell: takes what was raised, and B; None: it is logged by its class and place, without its text,
     which may quote a prompt
-    Raises torch.OutOfMemoryError as the reward does: no fault of the clips, and the next batch
-    would fare no better.
+    Raises torch.OutOfMemoryError, Unavailable and UserError as the reward does: no fault of the
+    clips, and the next batch would fare no better.
     """
     values = torch.full((len(reward.names), len(pixels)), float("nan"))
     try:
@@ -45,7 +52,7 @@ def judge_batch(
             scores = reward(pixels, prompts, fps)
         table, valid = tabulated(reward, scores, len(pixels))
         values = table.masked_fill(~valid, float("nan"))
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, Unavailable, UserError):
         raise
     # a reward is anyone's code: whatever it raises, the run goes on without these scores
     except Exception as error:
@@ -53,6 +60,29 @@ def judge_batch(
     finite = torch.isfinite(values)
     values = values.masked_fill(~finite, float("nan"))
     return Scores({part: values[n].clone() for n, part in enumerate(reward.names)}, finite.any(0))
+
+
+def patiently(name: str, call: Callable[[], T], outage_s: float) -> T:
+    """Result of a call of the reward `name`, once what it asks elsewhere answers.
+
+    Raises UserError after `outage_s` seconds in which nothing did.
+    """
+    start = since = time.monotonic()
+    while True:
+        try:
+            return call()
+        except Unavailable as trouble:
+            now = time.monotonic()
+            since = now if trouble.progress else since
+            # other ranks wait, too, and not for ever
+            if now - since > outage_s or now - start > max(LONGEST_WAIT_S - outage_s, outage_s):
+                raise UserError(
+                    f"rewards.name={name}: no scores after {now - start:.0f} s ({trouble}); see "
+                    "that what it asks runs and is not overloaded, or raise server.outage_s. The "
+                    "newest checkpoint is intact: start again to go on from it."
+                ) from None
+            log.warning("rewards.name=%s: %s; trying again", name, trouble)
+            time.sleep(random.uniform(0.1, 1.0))  # so that ranks do not knock together
 
 
 def tabulated(reward: Reward, scores: Scores, count: int) -> tuple[Tensor, Tensor]:

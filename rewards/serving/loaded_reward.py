@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fastgrpo import rewards
 from fastgrpo.core.config import RewardSpec
-from fastgrpo.core.errors import UserError
+from fastgrpo.core.errors import Unavailable, UserError
 from fastgrpo.core.reward import Reward
 from fastgrpo.data.tiny_world import shapes
 from fastgrpo.rewards.serving import wire
-from fastgrpo.rewards.serving.judge import tabulated, told
+from fastgrpo.rewards.serving.judge import OUTAGE_S, patiently, tabulated, told
 
 log = logging.getLogger(__name__)
 
@@ -110,12 +110,15 @@ class Served:
         """Score the golden clip, several times at once and alone: as a trial, and for clients.
 
         Raises UserError where the reward fails at it, other than by a ValueError: that clip may not
-        be its kind.
+        be its kind. What it asks elsewhere is waited for.
         """
         clip, prompt, fps = golden_clip(self.reward)
         try:
-            self._scores(clip, prompt, fps, self._at_once)
-            table = self._scores(clip, prompt, fps, 1)
+            for count in (self._at_once, 1):
+                trial = partial(self._scores, clip, prompt, fps, count)
+                table = patiently(self.name, trial, OUTAGE_S)
+        except UserError:
+            raise
         except ValueError as error:
             said = told(error, self.file)  # of our own clip and prompt, which are no secret
             log.warning("%s cannot judge the golden clip: %s", self.name, said)
@@ -131,11 +134,12 @@ class Served:
     def try_out(self, clip: Tensor, prompt: str, fps: float) -> None:
         """Score a clip of the run's own form, several times at once.  clip: uint8 [F, H, W, 3]
 
-        Raises UserError where the reward raises, or gives other than one score for each.
+        Raises UserError where the reward raises, or gives other than one score for each, and
+        Unavailable as the reward does.
         """
         try:
             self._scores(clip, prompt, fps, self._at_once)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, Unavailable, UserError):
             raise
         except Exception as error:  # anyone's code
             raise self._refused(error, f"a clip of {list(clip.shape)}") from None

@@ -6,30 +6,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
-import numpy as np
 import torch
 import uvicorn
-from torch import Tensor
 
 from fastgrpo.core.reward import Reward, Scores
-from fastgrpo.data.tiny_world import shapes
 from fastgrpo.rewards import plain
 from fastgrpo.rewards.serving import wire
 from fastgrpo.rewards.serving.loaded_reward import Served
 from fastgrpo.rewards.serving.server.admission import Limits
 from fastgrpo.rewards.serving.server.app import make_app
 from fastgrpo.rewards.serving.server.process import serving
+from fastgrpo.tools.check.reward_contract import CAPTIONS, clips
+
+__all__ = ["CAPTIONS", "TOKEN", "clips", "post", "running", "same"]
 
 TOKEN = "a token of the tests"
-MEANINGS = shapes.meanings()[0][:6]
-CAPTIONS = [shapes.caption(meaning, i) for i, meaning in enumerate(MEANINGS)]
-
-
-def clips() -> Tensor:
-    """uint8 [6, 9, 32, 32, 3], imperfect, so that the scores use all their bits."""
-    noise = np.random.default_rng(0).normal(0.0, 6.0, (6, 9, 32, 32, 3))
-    pixels = np.stack([shapes.draw(meaning) for meaning in MEANINGS]) + noise
-    return torch.from_numpy(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
 def same(a: dict[str, Scores], b: dict[str, Scores]) -> bool:

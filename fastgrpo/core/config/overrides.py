@@ -86,7 +86,7 @@ def with_paths(value: Any, keys: tuple[str, ...], base: Path | None = None) -> A
         return paths.whole(value, where, base)
     if kind == paths.PATH_OR_HUB:
         return paths.whole_or_hub(value, where, base)
-    own_file = keys[0] == "rewards" and keys[-1] == "name" and value.endswith(".py")
+    own_file = keys[0] == "rewards" and keys[-1] == "name" and paths.is_own_file(value)
     if own_file and value.startswith(("./", "../", "/", "~", "$")):
         return paths.whole(value, where, base)
     if len(keys) == 4 and keys[2] == "options" and _names_a_file(value):

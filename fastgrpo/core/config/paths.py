@@ -25,6 +25,7 @@ HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", 
 FILE_KINDS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json", ".txt", ".gz", ".toml")
 """What ends so is a file, not a hub repository's name."""
 LONGEST_HUB_NAME = 96
+OWN_FILE = re.compile(r".*\.py(:[A-Za-z_]\w*)?", re.ASCII | re.DOTALL)
 WRONG_PLACE = {
     errno.EACCES: "no permission",
     errno.EEXIST: "there is a file of that name",
@@ -107,6 +108,13 @@ def is_hub_id(text: str) -> bool:
     name = match["name"]
     fits = len(name) <= LONGEST_HUB_NAME and "--" not in name and ".." not in name
     return fits and not name.endswith((".git", "-", ".", *FILE_KINDS))
+
+
+def is_own_file(text: str) -> bool:
+    """Whether a reward's name is a path: of a file of Python, or of a function in it, after a
+    colon.
+    """
+    return OWN_FILE.fullmatch(text) is not None
 
 
 def hub_name(text: str) -> tuple[str, str | None]:

@@ -6,16 +6,20 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from fastgrpo.core.config.base import Positive, Section
-from fastgrpo.core.config.paths import PATH, LocalOrHub
+from fastgrpo.core.config.paths import PATH, LocalOrHub, is_own_file
 
 
 class RewardSpec(Section):
     name: str
-    """A file of rewards/: clip_score, geneval, geneval_hf, hps, hpsv3, ocr, pick_score, tiny_world,
-    video_stats, videoalign; or the path of a file of your own, such as ./my_reward.py, which is
-    then called my_reward."""
+    """A file of rewards/: checklist, clip_score, geneval, geneval_hf, hps, hpsv3, ocr, pick_score,
+    tiny_world, video_stats, videoalign, vision_reward, vlm_judge; the name of an installed
+    package's; or the path of a file of your own, such as ./my_reward.py, which is then called
+    my_reward."""
     file: Annotated[Path, PATH] | None = None
     """A file of your own, where `name` is not its path; None: the file of rewards/."""
+    function: str | None = None
+    """The function of a file of your own that makes the reward, where it is not load; the name
+    ./my_reward.py:bright sets both, and the reward is then called bright."""
     weights: dict[str, float]
     """Weight of each part's advantage; 0 = a held-out monitor: scored and logged, never trained
     on."""
@@ -49,9 +53,13 @@ class RewardSpec(Section):
     def _name_of_file(cls, tree: Any) -> Any:
         """Take a path in place of the name apart: the reward is called as its file."""
         name = tree.get("name") if isinstance(tree, dict) else None
-        if not isinstance(name, str) or not name.endswith(".py"):
+        if not isinstance(name, str) or not is_own_file(name):
             return tree
-        path = Path(name)
+        text, _, function = name.rpartition(":") if not name.endswith(".py") else (name, "", "load")
+        path = Path(text)
         if not path.is_absolute():
             raise ValueError(f"write the path of '{name}' as ./{name}")
-        return {"file": path} | tree | {"name": path.stem}
+        found: dict[str, Any] = {"file": path} | tree
+        if function == "load":
+            return found | {"name": path.stem}
+        return found | {"function": function, "name": function}

@@ -198,11 +198,16 @@ def _of_reward(recipe: Recipe, spec: RewardSpec) -> Checks:
     elsewhere = spec.where == "server" and bool(spec.urls or recipe.server.urls)
     if spec.file is not None or spec.name not in rewards.known():
         where = f"rewards.{recipe.rewards.index(spec)}.name"
-        own: Checks = [partial(rewards.check, spec, where), partial(check_frames, recipe, spec)]
-        return [] if elsewhere else own
-    checks: Checks = [partial(check_frames, recipe, spec)]
-    if (parts := rewards.parts(spec)) is not None:
-        checks.append(partial(check_parts, spec, parts))
+        named: Checks = [partial(rewards.check, spec, where)]
+        if elsewhere or failing(named):  # of a file that is not there nothing else can be said
+            return [] if elsewhere else named
+    checks: Checks = [partial(check_frames, recipe, spec), partial(_check_parts, spec)]
     if not elsewhere:
         checks.append(partial(rewards.check_settings, spec))
     return checks
+
+
+def _check_parts(spec: RewardSpec) -> None:
+    """Raise UserError for a weight or threshold of a part that the reward's file does not name."""
+    if (parts := rewards.parts(spec)) is not None:
+        check_parts(spec, parts)

@@ -262,7 +262,7 @@ def opened(
         with ExitStack() as stack:
             yield _behind(specs, servers, stack)
         return
-    inside = ScorerInProcess(specs, device)
+    inside = ScorerInProcess(specs, device, OUTAGE_S)
     recorders = {}
     for name, served in inside.served.items():
         served.reward = recorders[name] = RecordingReward(served.reward)

@@ -1,8 +1,6 @@
 """The sources of scores: rewards in the trainer's process, and clients of reward servers."""
 
-import logging
 import os
-import stat
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,16 +9,15 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from fastgrpo import rewards
-from fastgrpo.core.config import Recipe, RewardSpec, Video
+from fastgrpo.core.config import Recipe, RewardSpec
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.files import check_secret, read_secret
 from fastgrpo.core.processes import local_world_size
 from fastgrpo.core.reward import Scores
 from fastgrpo.parallel.world import World
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.rewards.serving.server.child import LOG, launch_beside
-
-log = logging.getLogger(__name__)
 
 EVENTS = ("requests_failed", "requests_turned_away", "requests_bad", "clips_given_up")
 """The events that sources count; see rewards/serving/client/client.py."""
@@ -71,7 +68,7 @@ def open_rewards(recipe: Recipe, world: World, stack: ExitStack) -> list[Source]
     sources: list[Source] = []
     parts: dict[str, Sequence[str]] = {}
     if inside:
-        loaded = world.run_on_all_ranks(lambda: _load(inside, recipe.video, world))
+        loaded = world.run_on_all_ranks(lambda: _load(inside, recipe, world))
         parts |= {name: served.reward.names for name, served in loaded.served.items()}
         sources.append(loaded)
     if outside:
@@ -95,9 +92,10 @@ def open_rewards(recipe: Recipe, world: World, stack: ExitStack) -> list[Source]
     return sources
 
 
-def _load(specs: Sequence[RewardSpec], video: Video, world: World) -> ScorerInProcess:
+def _load(specs: Sequence[RewardSpec], recipe: Recipe, world: World) -> ScorerInProcess:
     """The rewards in this process, tried out: what they raise is told before anything costly."""
-    loaded = ScorerInProcess(specs, world.device)
+    video = recipe.video
+    loaded = ScorerInProcess(specs, world.device, recipe.server.outage_s)
     loaded.try_out(video.frames, (video.height, video.width), video.fps)
     return loaded
 
@@ -203,10 +201,7 @@ def token_of(file: Path | None, where: str = "server.token_file") -> str:
         raise UserError(
             f"{where}: missing; running servers want a token: name its file, or set FASTGRPO_TOKEN."
         )
-    if not token.isascii() or not token.isprintable():
-        raise UserError(
-            "FASTGRPO_TOKEN: no usable token; set it to one line of printable characters."
-        )
+    check_secret(token, "FASTGRPO_TOKEN")
     return token
 
 
@@ -215,26 +210,4 @@ def read_token(file: Path, where: str = "server.token_file") -> str:
 
     where: the key or option that names the file
     """
-    try:
-        token = file.read_text().strip()
-        mode = stat.S_IMODE(file.stat().st_mode)
-    except OSError as error:
-        raise UserError(
-            f"{where}={file}: {error.strerror}; write the servers' bearer token into it."
-        ) from None
-    except UnicodeDecodeError:
-        token = ""
-    if not token or not token.isascii() or not token.isprintable():
-        raise UserError(
-            f"{where}={file}: no usable token in it; write one line of printable characters."
-        )
-    if mode & 0o077:
-        may = "read and change" if mode & 0o022 else "read"
-        log.warning(
-            "%s=%s: others on this machine may %s it (mode %o); run chmod 600 on it",
-            where,
-            file,
-            may,
-            mode,
-        )
-    return token
+    return read_secret(file, where, "the servers' bearer token")

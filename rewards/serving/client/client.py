@@ -18,8 +18,16 @@ from fastgrpo.core.config.checks import LONGEST_WAIT_S
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Scores
 from fastgrpo.rewards.serving import wire
-from fastgrpo.rewards.serving.client.replicas import LONGEST_PAUSE_S, Patience, Replica, Replicas
-from fastgrpo.rewards.serving.handshake import ReplicaMismatch, Spec, compare, differs, read_spec
+from fastgrpo.rewards.serving.client.persist import (
+    Bad,
+    Busy,
+    GivenUp,
+    ReplicaMismatch,
+    persist,
+    retry_after,
+)
+from fastgrpo.rewards.serving.client.replicas import Replica, Replicas
+from fastgrpo.rewards.serving.handshake import Spec, compare, differs, read_spec
 from fastgrpo.rewards.serving.in_process import join
 
 log = logging.getLogger(__name__)
@@ -27,22 +35,9 @@ T = TypeVar("T")
 
 # a batch of more pixels goes as several requests, well below the server's cap
 REQUEST_BYTES = 64 * 2**20
-ATTEMPTS = 2  # at a request that a living server does not answer well, before its clips are invalid
 # share of the time limit for which a clip may wait to be scored; the rest is for scoring it
 PATIENCE = 0.8
 ASK_TIMEOUT_S = 5.0  # for what takes no scoring
-
-
-class Busy(Exception):
-    """A server that will take the same request later."""
-
-    def __init__(self, said: str, pause_s: float) -> None:
-        super().__init__(said)
-        self.pause_s = pause_s
-
-
-class Bad(Exception):
-    """An answer of a living server that is no good: late, an error of its own, or nonsense."""
 
 
 class RewardClient:
@@ -177,38 +172,19 @@ class RewardClient:
         None: living replicas answered badly.
         Raises UserError in an outage, and for an answer that trying again would not change.
         """
-        bad, last = 0, None
+
+        def attempt(replica: Replica) -> T:
+            if not replica.known:
+                self._meet(replica)
+                self.replicas.live()
+            return call(replica)
+
         # less what one more request may take at the end
-        patience = Patience(self.replicas, LONGEST_WAIT_S - 2 * self.timeout_s)
-        while True:
-            replica = self.replicas.take(last)
-            pause, turned_away = 0.0, False
-            try:
-                if not replica.known:
-                    self._meet(replica)
-                    self.replicas.live()
-                result = call(replica)
-                self.replicas.succeeded(replica)
-                return result
-            except ReplicaMismatch as mismatch:
-                self.replicas.bar(replica, str(mismatch))
-            except Busy as busy:
-                turned_away = True
-                self._count("requests_turned_away")
-                pause = self.replicas.busy(replica, str(busy), busy.pause_s)
-            except Bad as trouble:
-                bad += 1
-                self._count("requests_bad")
-                self.replicas.failed(replica, str(trouble), lives=True)
-            except httpx.RequestError as error:
-                self._count("requests_failed")
-                self.replicas.failed(replica, f"{type(error).__name__}: {error}")
-            finally:
-                self.replicas.release(replica)
-            if bad >= ATTEMPTS or patience.ends(turned_away):
-                return None
-            time.sleep(pause)
-            last = replica
+        longest_s = LONGEST_WAIT_S - 2 * self.timeout_s
+        try:
+            return persist(self.replicas, attempt, longest_s, self._count)
+        except GivenUp:
+            return None
 
     def _count(self, event: str, number: int = 1) -> None:
         with self._lock:
@@ -356,7 +332,7 @@ def check_answer(replica: Replica, response: httpx.Response) -> None:
         )
     # 504: its turn did not come in time; the server scores others' clips
     if status in (408, 429, 504):
-        raise Busy(f"status {status}", seconds(response.headers.get("retry-after"), 0.5))
+        raise Busy(f"status {status}", retry_after(response, 0.5))
     if status in (502, 503):
         raise httpx.NetworkError(f"status {status}")
     if status >= 500:
@@ -371,18 +347,6 @@ def nothing(parts: Sequence[str], count: int) -> Scores:
     return Scores(
         {part: torch.full((count,), math.nan) for part in parts},
         torch.zeros(count, dtype=torch.bool),
-    )
-
-
-def seconds(text: str | None, default: float) -> float:
-    """Seconds of a Retry-After header, at most LONGEST_PAUSE_S.
-
-    default: where the header is absent or a date
-    """
-    return (
-        min(float(text), LONGEST_PAUSE_S)
-        if text is not None and text.isascii() and text.isdigit()
-        else default
     )
 
 

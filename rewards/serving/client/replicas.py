@@ -16,11 +16,22 @@ log = logging.getLogger(__name__)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
 
 
+class Outage(UserError):
+    """No server has answered for as long as may be."""
+
+    def __init__(self, message: str, trouble: str) -> None:
+        """trouble: what the last one did instead."""
+        super().__init__(message)
+        self.trouble = trouble
+
+
 @dataclass(kw_only=True)
 class Replica:
     """One server as its client sees it. Times are of time.monotonic."""
 
     url: str
+    kind: str = "reward server"
+    key: str = "server.urls"  # the recipe's key that names it
     under_way: int = 0  # requests
     failures: int = 0  # in a row
     rests_until: float = 0.0  # no request before
@@ -32,12 +43,12 @@ class Replica:
     @property
     def name(self) -> str:
         """What the log calls it."""
-        return f"reward server {self.url if self.log_file is None else 'beside the trainer'}"
+        return f"{self.kind} {self.url if self.log_file is None else 'beside the trainer'}"
 
     @property
     def where(self) -> str:
         """What a message to the user begins with."""
-        return f"server.urls={self.url}" if self.log_file is None else self.name
+        return f"{self.key}={self.url}" if self.log_file is None else self.name
 
     @property
     def see(self) -> str:
@@ -60,8 +71,16 @@ class Replicas:
     nothing has succeeded anywhere for `outage_s` since a failure is it an outage.
     """
 
-    def __init__(self, urls: Sequence[str], outage_s: float) -> None:
-        self.all = [Replica(url=url) for url in dict.fromkeys(url.rstrip("/") for url in urls)]
+    def __init__(
+        self,
+        urls: Sequence[str],
+        outage_s: float,
+        kind: str = "reward server",
+        key: str = "server.urls",
+    ) -> None:
+        """kind: what messages call them;  key: the recipe's key that names them."""
+        names = dict.fromkeys(url.rstrip("/") for url in urls)
+        self.all = [Replica(url=url, kind=kind, key=key) for url in names]
         self.outage_s = outage_s
         self._lock = threading.Lock()
         self._random = random.Random()  # its own, so that pauses disturb no one's random numbers
@@ -73,7 +92,7 @@ class Replicas:
         """A replica for one request, once there is one that takes it; give it back with `release`.
 
         other_than: taken only where there is no other.
-        Raises UserError in an outage, or where all are barred.
+        Raises Outage in an outage, UserError where all are barred.
         """
         while True:
             with self._lock:
@@ -163,10 +182,11 @@ class Replicas:
             return
         assert self._last_trouble is not None  # noted with the trouble
         replica, trouble = self._last_trouble
-        raise UserError(
-            f"{replica.where}: no scores for {self.outage_s:g} s ({trouble}); see that the reward "
-            f"server runs and is not overloaded ({replica.see}), or raise server.outage_s. The "
-            "newest checkpoint is intact: start again to go on from it."
+        raise Outage(
+            f"{replica.where}: no scores for {self.outage_s:g} s ({trouble}); see that the "
+            f"{replica.kind} runs and is not overloaded ({replica.see}), or raise "
+            "server.outage_s. The newest checkpoint is intact: start again to go on from it.",
+            f"{replica.url}: {trouble}",
         )
 
 

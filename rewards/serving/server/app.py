@@ -11,7 +11,8 @@
 A request is refused by its headers before its body is read: wrong token 401, no Content-Length 411,
 too long 413. Where too many bytes wait, the request waits unread, too, and then gets 429. SIGTERM
 drains: no new request is taken, and those that were taken are answered; what takes longer than a
-minute gets 503 with Retry-After, so that its sender asks another server.
+minute gets 503 with Retry-After, so that its sender asks another server. So does a request whose
+reward asks elsewhere, such as vlm_judge, while nothing answers there.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 
 from fastapi import FastAPI, HTTPException, Request, Response
 
-from fastgrpo.core.errors import UserError
+from fastgrpo.core.errors import Unavailable, UserError
 from fastgrpo.rewards.serving import wire
 from fastgrpo.rewards.serving.loaded_reward import Served
 from fastgrpo.rewards.serving.server import logs
@@ -38,7 +39,13 @@ from fastgrpo.rewards.serving.server.admission import (
     patience,
     read_body,
 )
-from fastgrpo.rewards.serving.server.batcher import Batcher, Expired, Failed, TooLarge
+from fastgrpo.rewards.serving.server.batcher import (
+    Batcher,
+    Expired,
+    Failed,
+    Refused,
+    TooLarge,
+)
 from fastgrpo.rewards.serving.server.metrics import Meters
 
 log = logging.getLogger(__name__)
@@ -116,6 +123,12 @@ class ServerState:
                 raise Refusal(413, str(error), close=False) from None
             except Expired:
                 raise Refusal(504, f"not scored within {seconds:.3g} s", close=False) from None
+            except Unavailable:
+                raise Refusal(
+                    503, "what it asks does not answer", close=False, headers={"Retry-After": "1"}
+                ) from None
+            except Refused as mistake:
+                raise Refusal(422, str(mistake), close=False) from None
             except Failed:
                 raise Refusal(500, "not scored; see the server's log", close=False) from None
         identities = {name: self.served[name].identity for name in by_name}

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgrpo.core.errors import Unavailable, UserError
 from fastgrpo.core.reward import Scores
 from fastgrpo.core.units import MIB
 from fastgrpo.rewards.serving.judge import judge_batch
@@ -66,6 +67,10 @@ class Failed(Exception):
     """A batch that could not be scored, by no fault of its clips."""
 
 
+class Refused(Exception):
+    """A reward that no clip would get a score of until its settings are corrected."""
+
+
 class Batcher:
     """The queue before the rewards of one process, and the thread that scores.
 
@@ -99,8 +104,9 @@ class Batcher:
         """Each reward's scores of the clips of one request.
 
         Raises TooLarge for a clip that needs more memory than there is, Expired where one waits
-        until after the deadline, Failed where its batch could not be scored, and WireError where a
-        frame that a reward looks at was not sent; then no clip of the request waits any more.
+        until after the deadline, Failed where its batch could not be scored, Unavailable and Refused
+        as a reward does, and WireError where a frame that a reward looks at was not sent; then no
+        clip of the request waits any more.
         """
         loop = asyncio.get_running_loop()
         # before any of them waits: all do, or none
@@ -161,7 +167,7 @@ class Batcher:
         except Exception as error:
             log.critical("scoring has ended: %s", raised_at(error))
             for jobs in self._waiting.values():
-                fail(jobs)
+                fail(jobs, Failed())
             raise
 
     async def _loop(self) -> None:
@@ -226,12 +232,18 @@ class Batcher:
             for job, row, valid in zip(jobs, table, scores.valid.tolist(), strict=True):
                 if not job.result.done():  # its request was dropped
                     job.result.set_result((row, valid))
+        except Unavailable as trouble:
+            log.warning("%s has no scores for now: %s", key.reward, trouble)
+            fail(jobs, trouble)
+        except UserError as mistake:
+            log.error("%s gives no scores: %s", key.reward, mistake)
+            fail(jobs, Refused(str(mistake)))
         # an error of the batch itself, such as no memory: no clip's fault, and the next one goes on
         except Exception as error:
             log.error(
                 "a batch of %d clips for %s failed: %s", len(jobs), key.reward, raised_at(error)
             )
-            fail(jobs)
+            fail(jobs, Failed())
 
     def _judge(self, key: Key, jobs: Sequence[Job]) -> Scores:
         """Score a batch; in the scoring thread."""
@@ -247,11 +259,11 @@ def raised_at(error: Exception) -> str:
     return f"{type(error).__name__} at {frame.filename}:{frame.lineno}"
 
 
-def fail(jobs: Iterable[Job]) -> None:
+def fail(jobs: Iterable[Job], reason: Exception) -> None:
     """Tell the senders that there will be no score."""
     for job in jobs:
         if not job.result.done():
-            job.result.set_exception(Failed())
+            job.result.set_exception(reason)
 
 
 def batch(clips: Sequence[Tensor], of: int, at: tuple[int, ...] | None) -> Tensor:

@@ -110,6 +110,20 @@ def test_another_number_of_rewards_is_another_recipe() -> None:
         )
 
 
+def test_a_judge_may_move_and_not_ask_otherwise() -> None:
+    def judge(**options: str) -> config.Recipe:
+        text = ", ".join(f"{key}='{value}'" for key, value in options.items())
+        return config.load(
+            runs.RECIPE,
+            [f"rewards=[{{name='vlm_judge', weights={{judge=1.0}}, options={{{text}}}}}]"],
+        )
+
+    before = judge(endpoints="http://a", model="m", question="q")
+    check_same_recipe(before, judge(endpoints="http://b", model="m", question="q", key_file="k"))
+    with pytest.raises(UserError, match=r"rewards\.0\.options: .*'question': 'r'"):
+        check_same_recipe(before, judge(endpoints="http://a", model="m", question="r"))
+
+
 REWARDS = [
     "rewards=[{name='tiny_world', weights={VQ=1.0, MQ=1.0, TA=1.0}}, {name='video_stats', "
     "weights={sharp=0.0}}]",

@@ -80,6 +80,7 @@ def commands(run: Path, scratch: Path) -> dict[str, list[str]]:
         "plan": [str(runs.RECIPE), "--gpus", "1", "--gpu", "h100"],
         "sample": [str(run), "--out", str(scratch / "bilder"), "--limit", "1"],
         "export": [str(run), str(scratch / "exportiert")],
+        "check-reward": ["tiny_world"],
         "score": [str(clip), "--reward", "video_stats"],
         "evaluate": [str(run), "--limit", "1", "--set", "rewards.0.where=process"],
         "keys": [],
@@ -112,7 +113,7 @@ def end(words: list[str], first: Callable[[int], None], folder: Path) -> tuple[i
 
 
 NAMES = list(commands(Path(), Path(os.devnull).parent / "shm"))
-LONG = ("train", "preflight", "embed", "sample", "evaluate", "serve-rewards")
+LONG = ("train", "preflight", "embed", "check-reward", "sample", "evaluate", "serve-rewards")
 BY_NAME = [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in NAMES]
 
 

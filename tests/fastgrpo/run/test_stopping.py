@@ -175,7 +175,7 @@ def test_signals_are_only_remembered_inside_the_context() -> None:
     for number in stopping.SIGNALS:
         with Signals() as signals:
             assert not signals.received
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)  # to this thread, which sees it before the next line
             assert signals.received
     assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
 

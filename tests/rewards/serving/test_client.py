@@ -24,7 +24,8 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.parallel.world import TIMEOUT
 from fastgrpo.rewards import load, plain
-from fastgrpo.rewards.serving.client.client import Busy, RewardClient
+from fastgrpo.rewards.serving.client.client import RewardClient
+from fastgrpo.rewards.serving.client.persist import Busy
 from fastgrpo.rewards.serving.client.replicas import Replica, Replicas
 from tests.harness import forks
 from tests.harness.servers import CAPTIONS, TOKEN, clips, running, same
@@ -303,7 +304,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in ("client", "replicas"):
+    for module in ("client", "persist", "replicas"):
         monkeypatch.setattr(f"fastgrpo.rewards.serving.client.{module}.time", clock)
     monkeypatch.setattr(
         RewardClient, "_meet", lambda self, replica: setattr(replica, "known", True)

@@ -21,11 +21,13 @@ import httpx
 import pytest
 import torch
 
+from fastgrpo.core.config import RewardSpec
 from fastgrpo.rewards import plain
 from fastgrpo.rewards.serving import wire
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from tests import ROOT
+from tests.harness import endpoint
 from tests.harness.servers import CAPTIONS, TOKEN, clips, same
 
 COUNT = 10_000
@@ -34,12 +36,25 @@ MAX_BODY, MAX_WAITING = 16 * MIB, 48 * MIB
 SERVER = f"""
 import sys
 from pathlib import Path
+from fastgrpo.core.config import RewardSpec
 from fastgrpo.rewards import plain
 from fastgrpo.rewards.serving.server.admission import Limits
 from fastgrpo.rewards.serving.server.process import serve
 limits = Limits(max_body={MAX_BODY}, max_waiting={MAX_WAITING}, body_timeout_s=3.0, head_timeout_s=1.0)
-serve([plain("tiny_world")], "127.0.0.1", 0, sys.stdin.read(), Path(sys.argv[1]), limits)
+judge = RewardSpec.model_validate_json(sys.argv[2])
+serve([plain("tiny_world"), judge], "127.0.0.1", 0, sys.stdin.read(), Path(sys.argv[1]), limits)
 """
+
+NAMES = ("tiny_world", "vlm_judge")
+JUDGE = RewardSpec(
+    name="vlm_judge",
+    weights={},
+    options={
+        "endpoints": endpoint.shared(),
+        "model": endpoint.MODEL,
+        "question": "Is it {prompt}?",
+    },
+)
 
 
 @dataclass
@@ -68,7 +83,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
     ready, log = folder / "ready", folder / "log"
     with log.open("wb") as output:
         child = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(ready)],
+            [sys.executable, "-c", SERVER, str(ready), JUDGE.model_dump_json()],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=output,
@@ -100,7 +115,8 @@ def damaged(rng: random.Random) -> bytes:
         torch.full((frames, size, size, 3), rng.randrange(256), dtype=torch.uint8)
         for _ in range(rng.randint(1, 3))
     ]
-    good = wire.encode_request(pixels, ["a red circle"] * len(pixels), 8.0, ["tiny_world"])
+    name = rng.choice(NAMES)
+    good = wire.encode_request(pixels, ["a red circle"] * len(pixels), 8.0, [name])
     (length,) = struct.unpack("<Q", good[:8])
     text, data = good[8 : 8 + length], good[8 + length :]
     match rng.randrange(8):
@@ -155,14 +171,14 @@ def damaged(rng: random.Random) -> bytes:
                 )
             )
             fps = rng.choice(("NaN", "0", "8", inside[:50]))
-            request = f'{{"prompts": {inside}, "fps": {fps}, "rewards": ["tiny_world"]}}'
+            request = f'{{"prompts": {inside}, "fps": {fps}, "rewards": ["{name}"]}}'
             return framed(json.dumps({"__metadata__": {"request": request}}).encode(), data)
         case _:  # frames that are not there
             at = [rng.randint(-2, 300) for _ in range(rng.randint(0, 5))]
             asked = {
                 "prompts": ["p"] * len(pixels),
                 "fps": 8.0,
-                "rewards": ["tiny_world"],
+                "rewards": [name],
                 "frames": [{"of": rng.choice((0, 3, 10**9, -1)), "at": at}] * rng.randint(0, 3),
             }
             header = json.loads(text) | {"__metadata__": {"request": json.dumps(asked)}}
@@ -183,7 +199,8 @@ def fitting(body: bytes) -> int:
     the oracle.
     """
     try:
-        return 200 if wire.decode_request(bytearray(body)).rewards == ["tiny_world"] else 422
+        asked = wire.decode_request(bytearray(body)).rewards
+        return 200 if set(asked) <= set(NAMES) else 422
     except wire.WireError:
         return 400
 
@@ -278,8 +295,8 @@ def test_ten_thousand_malformed_requests(server: Child) -> None:
     bodies = [damaged(rng) for _ in range(COUNT)]
     fits = [fitting(body) for body in bodies]
     assert fits.count(400) > 0.97 * COUNT
-    expected = ScorerInProcess([plain("tiny_world")]).score(clips(), CAPTIONS, 8.0)
-    with RewardClient([server.url], TOKEN, ["tiny_world"]) as client:
+    expected = ScorerInProcess([plain("tiny_world"), JUDGE]).score(clips(), CAPTIONS, 8.0)
+    with RewardClient([server.url], TOKEN, NAMES) as client:
         assert same(client.score(clips(), CAPTIONS, 8.0), expected)
     before = server.memory()
 
@@ -303,7 +320,7 @@ def test_ten_thousand_malformed_requests(server: Child) -> None:
         f"{server.memory('VmHWM')} MiB"
     )
     assert server.memory("VmHWM") < before + 100
-    with RewardClient([server.url], TOKEN, ["tiny_world"]) as client:
+    with RewardClient([server.url], TOKEN, NAMES) as client:
         assert same(client.score(clips(), CAPTIONS, 8.0), expected)
     text = server.log.read_text()
     assert TOKEN not in text and "a red circle" not in text and '"status": 500' not in text

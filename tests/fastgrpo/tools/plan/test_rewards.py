@@ -55,6 +55,12 @@ def scored(spec: RewardSpec, length: int, fps: float) -> int:
     return int(declared(spec, "SIZE", None).frames_scored(spec, length, fps))
 
 
+@pytest.mark.parametrize("where", ["process", "server"])
+def test_a_judge_behind_an_endpoint_takes_nothing_of_the_gpus(where: str) -> None:
+    asked = recipe(f"rewards=[{{name='vlm_judge', weights={{judge=1.0}}, where='{where}'}}]")
+    assert rewards.of_node(subject(asked, 8, 8).job) == rewards.Load(0.0, 0.0, 0.0)
+
+
 @pytest.mark.parametrize("name", ["hps", "clip_score", "pick_score", "hpsv3", "geneval"])
 @pytest.mark.parametrize("rule", [None, "all", "first", "middle", 1, 4, 100])
 def test_frames_scored_are_those_that_the_reward_chooses(name: str, rule: Any) -> None:
