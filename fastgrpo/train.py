@@ -37,7 +37,7 @@ from fastgrpo.tools.report.report import write_report
 from fastgrpo.training import methods, rollout
 from fastgrpo.training.evaluation import Evaluation, compare, evaluate
 from fastgrpo.training.method import Experience
-from fastgrpo.training.rollout import Dealing, Plan, SharedPrefix, Trajectory
+from fastgrpo.training.rollout import Dealing, SharedPrefix, Trajectory
 from fastgrpo.training.scoring.scorer import Scored, reward_metrics
 from fastgrpo.training.scoring.sources import NoScores
 from fastgrpo.training.update import update
@@ -157,20 +157,17 @@ def iterate(session: Session) -> None:
 
     # 2. trajectories of the current policy, and their rewards
     dealing = Dealing(
-        conditions=conditions,
-        group_size=group,
-        batch_size=recipe.rollout.at_once,
-        world=session.world,
+        conditions=conditions, plan=plan, batch_size=recipe.rollout.at_once, world=session.world
     )
-    trajectories, scored = draw(session, plan=plan, texts=texts, dealing=dealing, watch=watch)
+    trajectories, scored = draw(session, texts=texts, dealing=dealing, watch=watch)
     check_validity(recipe, scored, iteration, session.scorer.hint)
 
-    # 3. advantages within each prompt's group, summed over rewards
+    # 3. advantages within each prompt's group, or each noise's, summed over rewards
     advantages = combined_advantages(
         scored.values,
         valid=scored.valid,
         weights=recipe.weights,
-        group_size=group,
+        group_size=recipe.advantage_size,
         objective=objective,
     )
     selected = scored.valid
@@ -197,8 +194,10 @@ def iterate(session: Session) -> None:
     watch.lap("update")
 
     ranks = session.ranks.gather(iteration, watch)
-    flat = (advantages.reshape(-1, group) == 0).all(1)
+    flat = (advantages.reshape(-1, recipe.advantage_size) == 0).all(1)
     metrics |= {alarms.GROUPS: float(flat.sum()), alarms.EMPTY: float(flat.all())}
+    if methods.traits(recipe).noisy_steps:
+        metrics |= dealing.metrics()
     metrics |= reward_metrics(scored, recipe.weights, group) | watch.metrics() | ranks.metrics()
     session.tracker.log(iteration, metrics, ranks.note())
     session.progress.iteration += 1
@@ -240,7 +239,7 @@ def tell_alarms(session: Session, metrics: dict[str, float]) -> None:
 
 
 def draw(
-    session: Session, plan: Plan, texts: list[str], dealing: Dealing, watch: Stopwatch
+    session: Session, texts: list[str], dealing: Dealing, watch: Stopwatch
 ) -> tuple[dict[int, Trajectory], Scored]:
     """Roll out in batches; each batch is scored while the next is drawn.
 
@@ -255,11 +254,12 @@ def draw(
         method.drawing_weights(session.trainer),
         sharding.rollout_weights(network, recipe.distributed, dtype, world, arriving) as whole,
     ):
-        dealing = replace(dealing, lockstep=not whole)
+        plan = replace(dealing.plan, lockstep=not whole)
+        dealing = replace(dealing, plan=plan)
         prefixes: dict[int, SharedPrefix] = {}
         rounds = poll_before(dealing.prefix_rounds() if plan.shared_noise else ())
-        for prompts, _ in watch.pieces(rounds, "rollout", then="rollout"):
-            prefixes |= rollout.shared_prefixes(policy, plan, conditions, prompts)
+        for batch, _ in watch.pieces(rounds, "rollout", then="rollout"):
+            prefixes |= rollout.shared_prefixes(policy, plan, conditions, batch)
         for batch, counts in watch.pieces(poll_before(dealing.rounds()), "rollout", then="reward"):
             drawn = method.sample(
                 policy,
@@ -274,7 +274,8 @@ def draw(
             trajectories |= drawn.trajectories
             own = world.part(len(batch))  # ranks that share sequences divide decoding and scoring
             if own:
-                final, slots = drawn.final[own.start : own.stop], batch[own.start : own.stop]
+                rows = slice(own.start, own.stop)
+                final, slots = drawn.final[rows], drawn.slots[rows]
                 prompts_of = [texts[slot // plan.group_size] for slot in slots]
                 session.scorer.submit(slots, final, policy.decode(final), prompts_of)
             watch.lap("decode")

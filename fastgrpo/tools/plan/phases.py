@@ -192,7 +192,7 @@ def _rollout_work(job: Job) -> tuple[float, float]:
     windows.
     """
     recipe, states, forwards = job.recipe, 0.0, 0.0
-    samples, prompts = network_calls.busiest(recipe, job.groups)
+    samples, prefixes = network_calls.busiest(recipe, job.groups)
     batch = recipe.rollout.at_once
     for first, share in network_calls.first_steps(recipe).items():
         steps = network_calls.grid_steps(recipe, first)
@@ -201,9 +201,9 @@ def _rollout_work(job: Job) -> tuple[float, float]:
         )
         if methods.traits(recipe).old_velocities:
             single += recipe.steps_trained
-        states += share * (prompts * shared + samples * single)
+        states += share * (prefixes * shared + samples * single)
         forwards += share * (
-            math.ceil(prompts / batch) * shared + math.ceil(samples / batch) * single
+            math.ceil(prefixes / batch) * shared + math.ceil(samples / batch) * single
         )
     return states, forwards
 

@@ -42,7 +42,11 @@ def plan_of(asked: Recipe, iteration: int) -> Plan:
         eta=0.3,
         shared_noise=asked.rollout.shared_noise,
         latent_shape=(1,),
+        noises=asked.rollout.seeds_per_prompt,
         window=noisy,
+        own_steps=window.steps_of_prompts(
+            asked.rollout, iteration, asked.run.seed, asked.prompts.per_iteration
+        ),
         trained=asked.steps_trained,
         choice=asked.objective.timestep_choice,
     )
@@ -72,6 +76,10 @@ SWITCHES = [
     ("rollout.shared_noise=false",),
     ("rollout.window=3", "rollout.window_schedule=first", "rollout.tail_steps=2"),
     ("rollout.window=2", "rollout.window_schedule=random"),
+    ("rollout.seeds_per_prompt=3",),
+    ("rollout.seeds_per_prompt=2", "rollout.window=2", "rollout.window_schedule=random"),
+    ("rollout.window=1", "rollout.window_schedule=per_prompt", "rollout.seeds_per_prompt=3"),
+    ("rollout.window=1", "rollout.window_schedule=per_prompt", "rollout.window_pool=3"),
     ("objective.timestep_choice=first",),
     ("objective.timestep_choice=last", "objective.timestep_fraction=0.3"),
     ("objective.timestep_fraction=1.0",),
@@ -85,7 +93,7 @@ def test_states_of_the_update(switches: tuple[str, ...], updates: int) -> None:
         counted = []
         for iteration in range(60):
             plan = plan_of(asked, iteration)
-            told = network_calls.of_iteration(asked, plan.first, groups)
+            told = network_calls.of_iteration(asked, plan.firsts.start, groups)
             counted.append(states(asked, plan, groups))
             assert told.update_least <= counted[-1] <= told.update_most
         assert sum(counted) / len(counted) == pytest.approx(told.update, rel=0.02)
