@@ -20,13 +20,16 @@ prompts with noisy steps of their own f is a mean.
 """
 
 import math
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.config.window import noisy_count, window_start, window_starts
 from fastgrpo.parallel.mesh import contiguous_part
 from fastgrpo.training import methods
+
+DRAWS = 200  # iterations over which a mean is taken where prompts draw steps of their own
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,8 @@ def first_steps(recipe: Recipe) -> dict[int, float]:
     return shares
 
 
-def _shares(recipe: Recipe, groups: int) -> Iterator[tuple[int, int]]:
-    """(noise, samples from it) for each group of ranks that has any, dealt as `World.share` deals
+def _shares(recipe: Recipe, groups: int) -> Iterator[tuple[int, int, int]]:
+    """(group of ranks, noise, samples from it) where a group has any, dealt as `World.share` deals
     them.
     """
     prompts, total = recipe.prompts.per_iteration, recipe.rollout.samples_per_prompt
@@ -141,7 +144,11 @@ def _shares(recipe: Recipe, groups: int) -> Iterator[tuple[int, int]]:
     for group in range(groups):
         share = contiguous_part(prompts * total, groups, group)
         for number in range(share.start // size, -(-share.stop // size) if share else 0):
-            yield number, min(share.stop, (number + 1) * size) - max(share.start, number * size)
+            yield (
+                group,
+                number,
+                min(share.stop, (number + 1) * size) - max(share.start, number * size),
+            )
 
 
 def _update(recipe: Recipe, groups: int) -> tuple[int, float, int, int]:
@@ -159,7 +166,7 @@ def _update(recipe: Recipe, groups: int) -> tuple[int, float, int, int]:
         return transitions, float(transitions), transitions, transitions
     share, noises = _share_of_first(recipe), rollout.noises_per_prompt
     expected = 0.0
-    for _, here in _shares(recipe, groups):
+    for _, _, here in _shares(recipe, groups):
         for trained, probability in _trained(size, kept, here):
             members = trained / updates
             # so many samples, or one more with this probability
@@ -203,3 +210,44 @@ def busiest(recipe: Recipe, groups: int) -> tuple[int, int]:
     shares = [contiguous_part(prompts * total, groups, group) for group in range(groups)]
     visits = [-(-share.stop // size) - share.start // size if share else 0 for share in shares]
     return max(zip(map(len, shares), visits, strict=True))
+
+
+def rollout_work(recipe: Recipe, groups: int) -> tuple[float, float]:
+    """(states evaluated, forwards) of the busiest group of ranks in an iteration's rollout.
+
+    The mean over the run's windows. Where each prompt has a noisy step of its own, a group with
+    early ones shares less and the others wait for it: the mean over DRAWS iterations of that kind.
+    Forwards are those of ranks that keep step with each other.
+    """
+    rollout = recipe.rollout
+    if rollout.window_schedule == "per_prompt" and rollout.shared_noise:
+        draw, pool = random.Random(0), window_starts(rollout)
+        found = [
+            _drawn_work(recipe, groups, draw.choices(pool, k=recipe.prompts.per_iteration))
+            for _ in range(DRAWS)
+        ]
+        return sum(of[0] for of in found) / DRAWS, sum(of[1] for of in found) / DRAWS
+    states = forwards = 0.0
+    (samples, prefixes), batch = busiest(recipe, groups), rollout.at_once
+    for first, share in first_steps(recipe).items():
+        steps = grid_steps(recipe, first)
+        shared, single = (first + 1, steps - first - 1) if rollout.shared_noise else (0, steps)
+        if methods.traits(recipe).old_velocities:
+            single += recipe.steps_trained
+        states += share * (prefixes * shared + samples * single)
+        forwards += share * (
+            math.ceil(prefixes / batch) * shared + math.ceil(samples / batch) * single
+        )
+    return states, forwards
+
+
+def _drawn_work(recipe: Recipe, groups: int, firsts: Sequence[int]) -> tuple[float, float]:
+    """`rollout_work` of one iteration.  firsts: by prompt its noisy step"""
+    steps, batch = recipe.rollout.steps, recipe.rollout.at_once
+    states: dict[int, int] = {}
+    for group, number, here in _shares(recipe, groups):
+        first = firsts[number // recipe.rollout.noises_per_prompt]
+        states[group] = states.get(group, 0) + first + 1 + here * (steps - first - 1)
+    samples, prefixes = busiest(recipe, groups)
+    forwards = math.ceil(prefixes / batch) * (max(firsts) + 1)
+    return max(states.values()), forwards + math.ceil(samples / batch) * (steps - 1 - min(firsts))
