@@ -45,6 +45,7 @@ class TrainingSet:
     grid: Tensor  # float32 [T + 1] from 1 to 0, on the device
     eta: float  # as the sampler takes it on this grid
     shape: tuple[int, ...]  # (C, F, H, W) of a latent
+    scout_grid: Tensor | None = None  # float32 [S + 1]; None: no scouts
 
     def batch(self, recipe: Recipe, iteration: int) -> tuple[list[str], list[Condition]]:
         """The prompts of an iteration, and their conditions on the device."""
@@ -156,7 +157,7 @@ def open_session(
         recipe=recipe,
         world=world,
         stop=stop,
-        training=_training_set(encoded, recipe.rollout, grid, shape),
+        training=_training_set(encoded, recipe.rollout, policy, grid, shape),
         heldout=_heldout(encoded, heldout_grid, shape),
         trainer=trainer,
         scorer=scorer,
@@ -198,13 +199,23 @@ def _open_trainer(policy: Policy, recipe: Recipe, world: World, encoded: Encoded
 
 
 def _training_set(
-    encoded: Encoded, settings: Rollout, grid: Tensor, shape: tuple[int, ...]
+    encoded: Encoded, settings: Rollout, policy: Policy, grid: Tensor, shape: tuple[int, ...]
 ) -> TrainingSet:
     """The training prompts.  grid: [T + 1]"""
     texts = [prompt.text for prompt in encoded.train]
     conditions = encoded.conditions.part(slice(len(texts)))
     eta = samplers.noise_level(settings.sampler, settings.eta, grid)
-    return TrainingSet(texts=texts, conditions=conditions, grid=grid, eta=eta, shape=shape)
+    scout_grid = None
+    if settings.scouts is not None:
+        scout_grid = policy.time_grid(settings.scout_steps, settings.shift, shape).to(grid.device)
+    return TrainingSet(
+        texts=texts,
+        conditions=conditions,
+        grid=grid,
+        eta=eta,
+        shape=shape,
+        scout_grid=scout_grid,
+    )
 
 
 def _heldout(encoded: Encoded, grid: Tensor, shape: tuple[int, ...]) -> HeldOut:

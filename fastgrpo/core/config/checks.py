@@ -145,6 +145,41 @@ def _check_seeds(recipe: Recipe) -> None:
         )
 
 
+def _check_scouts(recipe: Recipe) -> None:
+    """Candidates that are drawn cheaply, so that the best and the worst are drawn again."""
+    rollout = recipe.rollout
+    if rollout.scouts is None:
+        if rollout.scout_dtype is not None:
+            raise UserError(
+                f"rollout.scout_dtype={rollout.scout_dtype}: has no effect without scouts; set "
+                "rollout.scouts or leave it out."
+            )
+        return
+    noises = rollout.noises_per_prompt
+    if noises == 1:
+        raise UserError(
+            f"rollout.scouts={rollout.scouts}: a prompt's samples share one noise, so that there "
+            "are no best and worst; set rollout.seeds_per_prompt above 1 or "
+            "rollout.shared_noise=false."
+        )
+    if noises % 2 or rollout.scouts <= noises:
+        raise UserError(
+            f"rollout.scouts={rollout.scouts}: must be above the {noises} noises of a prompt that "
+            "are drawn again, half of them the best, half the worst, so an even number "
+            "(rollout.seeds_per_prompt, or rollout.samples_per_prompt without shared noise)."
+        )
+    if rollout.scout_steps >= rollout.steps:
+        raise UserError(
+            f"rollout.scout_steps={rollout.scout_steps}: a scout is to be cheaper than a sample of "
+            f"rollout.steps={rollout.steps}; use fewer."
+        )
+    if rollout.scout_dtype == recipe.model.dtype:
+        raise UserError(
+            f"rollout.scout_dtype={rollout.scout_dtype}: is the precision of model.dtype already; "
+            "leave it out."
+        )
+
+
 def _check_samples(recipe: Recipe) -> None:
     """The samples of a prompt that are trained."""
     group_size, trained = recipe.rollout.samples_per_prompt, recipe.samples_trained
@@ -240,6 +275,7 @@ CHECKS = (
     _check_rollout,
     _check_per_prompt,
     _check_seeds,
+    _check_scouts,
     _check_samples,
     _check_updates,
     _check_rewards,

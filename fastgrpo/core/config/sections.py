@@ -161,6 +161,13 @@ class Rollout(Section):
     seeds_per_prompt: Positive = 1
     """M: initial noises of a group where shared_noise = true, each shared by samples_per_prompt / M
     samples that part at the first noisy step (TempFlow's branches)."""
+    scouts: Positive | None = None
+    """Candidates of each prompt that the ODE draws and the rewards score before the rollout, whose
+    noises are those of the best and the worst half of them (Sol-RL). None: noises by their keys."""
+    scout_steps: Annotated[int, Field(ge=2)] = 6
+    """Denoising steps of a scout."""
+    scout_dtype: Literal["bfloat16"] | None = None
+    """Precision of a scout's matrix products; None: model.dtype."""
     sampler: Literal["dance", "flow", "linear", "precise", "cps"] = "dance"
     """The noisy steps' transition: the paper's constant noise level, Flow-GRPO's, one that falls
     linearly with the time (Flash-GRPO), SAGE-GRPO's or Flow-CPS'; see

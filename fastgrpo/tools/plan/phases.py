@@ -190,6 +190,7 @@ def _decode(subject: Subject, machine: Machine, whole: bool) -> Phase:
     """This rank's clips through the VAE, in tiles where the family decodes so."""
     job, vae, video = subject.job, subject.auxiliary, subject.job.recipe.video
     samples = network_calls.busiest(job.recipe, job.groups)[0]
+    samples += network_calls.busiest_scouts(job.recipe, job.groups)
     own = math.ceil(samples / job.sp)
     size = (video.frames, video.height, video.width)
     tile, stride = vae.tile or size, vae.stride if vae.tile else size

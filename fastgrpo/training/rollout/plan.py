@@ -31,6 +31,8 @@ class Plan:
     latent_shape: tuple[int, ...]  # (C, F, H, W)
     noises: int = 1  # of a group that shares them, each by as many samples
     window: range | None = None  # the noisy steps; None: all but the last
+    candidates: tuple[tuple[int, ...], ...] = ()
+    """By prompt the numbers of its noises; empty: those of the first samples that share them."""
     own_steps: tuple[int, ...] = ()
     """By prompt its one noisy step, of those in the window; empty: the whole window is noisy."""
     trained: int | None = None  # transitions trained per sample; None: all noisy ones
@@ -93,8 +95,10 @@ class Plan:
         keys: list[noise.Key] = []
         for slot in slots:
             prompt, sample = divmod(slot, self.group_size)
-            first = sample - sample % self.sharing  # of those with this noise
-            keys.append(("initial", self.seed, self.iteration, prompt, first))
+            number = sample - sample % self.sharing  # the first of those with this noise
+            if self.candidates:
+                number = self.candidates[prompt][sample // self.sharing]
+            keys.append(("initial", self.seed, self.iteration, prompt, number))
         return noise.normal(keys, self.latent_shape, device)
 
     def step_noise(self, slots: Sequence[int], step: int, device: torch.device) -> Tensor:

@@ -7,6 +7,7 @@ of each that its samples share:
 
     rollout, shared noise         P [M (f + 1) + G (S - f - 1)]
     rollout, independent noise    P G S
+    scouts, N of C steps          P N C before the rollout
     update                        transitions, those from a shared state counted once per
     optimizer step DiffusionNFT, c chosen times  P G (S + c) in the rollout, the old policy's
     velocities included; P G c in the update
@@ -38,6 +39,7 @@ class Evaluations:
 
     shared: int  # rollout: by states that a group has in common
     single: int  # rollout: by states of one sample each
+    scouts: int  # by candidates, before the rollout
     transitions: int  # that the update trains, at most one evaluation each
     update: float  # forwards with a backward, expected
     update_least: int
@@ -67,7 +69,8 @@ def of_iteration(recipe: Recipe, first: int, groups: int = 1) -> Evaluations:
     update = _update(recipe, groups)
     reference = update[1] if methods.needs_initial_policy(recipe) else 0.0
     again = update[1] * share_again(recipe, groups)
-    return Evaluations(shared, single, *update, reference, again)
+    scouts = prompts * (rollout.scouts or 0) * rollout.scout_steps
+    return Evaluations(shared, single, scouts, *update, reference, again)
 
 
 def share_again(recipe: Recipe, groups: int = 1) -> float:
@@ -217,8 +220,20 @@ def rollout_work(recipe: Recipe, groups: int) -> tuple[float, float]:
 
     The mean over the run's windows. Where each prompt has a noisy step of its own, a group with
     early ones shares less and the others wait for it: the mean over DRAWS iterations of that kind.
-    Forwards are those of ranks that keep step with each other.
+    Forwards are those of ranks that keep step with each other. Scouts are counted in model.dtype.
     """
+    states, forwards = _samples_work(recipe, groups)
+    scouts, steps = busiest_scouts(recipe, groups), recipe.rollout.scout_steps
+    return states + scouts * steps, forwards + math.ceil(scouts / recipe.rollout.at_once) * steps
+
+
+def busiest_scouts(recipe: Recipe, groups: int) -> int:
+    """Candidates of the group of ranks with the most of them, in an iteration."""
+    return math.ceil(recipe.prompts.per_iteration * (recipe.rollout.scouts or 0) / groups)
+
+
+def _samples_work(recipe: Recipe, groups: int) -> tuple[float, float]:
+    """`rollout_work` of the samples alone."""
     rollout = recipe.rollout
     if rollout.window_schedule == "per_prompt" and rollout.shared_noise:
         draw, pool = random.Random(0), window_starts(rollout)
@@ -242,7 +257,7 @@ def rollout_work(recipe: Recipe, groups: int) -> tuple[float, float]:
 
 
 def _drawn_work(recipe: Recipe, groups: int, firsts: Sequence[int]) -> tuple[float, float]:
-    """`rollout_work` of one iteration.  firsts: by prompt its noisy step"""
+    """`_samples_work` of one iteration.  firsts: by prompt its noisy step"""
     steps, batch = recipe.rollout.steps, recipe.rollout.at_once
     states: dict[int, int] = {}
     for group, number, here in _shares(recipe, groups):
