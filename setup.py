@@ -22,6 +22,7 @@ PACKAGES = {
     "fastgrpo.run.failures": "fastgrpo/run/failures",
     "fastgrpo.training": "fastgrpo/training",
     "fastgrpo.training.methods": "fastgrpo/training/methods",
+    "fastgrpo.training.rollout": "fastgrpo/training/rollout",
     "fastgrpo.training.scoring": "fastgrpo/training/scoring",
     "fastgrpo.training.conditions": "fastgrpo/training/conditions",
     "fastgrpo.checkpoint": "fastgrpo/checkpoint",

@@ -12,7 +12,7 @@ from fastgrpo.algorithm import samplers, window
 from fastgrpo.checkpoint.checkpoints import Checkpoints, Progress
 from fastgrpo.checkpoint.provenance import check_rewards
 from fastgrpo.checkpoint.resume import check_groups, claim_folder, holds_run, prepare_folder
-from fastgrpo.core.config import Recipe
+from fastgrpo.core.config import Recipe, Rollout
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import only_run_in
 from fastgrpo.core.policy import Condition, Policy, move
@@ -43,7 +43,9 @@ class TrainingSet:
     texts: Sequence[str]
     conditions: Sequence[Condition]  # one per text, from the cache on demand
     grid: Tensor  # float32 [T + 1] from 1 to 0, on the device
+    eta: float  # as the sampler takes it on this grid
     shape: tuple[int, ...]  # (C, F, H, W) of a latent
+    scout_grid: Tensor | None = None  # float32 [S + 1]; None: no scouts
 
     def batch(self, recipe: Recipe, iteration: int) -> tuple[list[str], list[Condition]]:
         """The prompts of an iteration, and their conditions on the device."""
@@ -54,17 +56,20 @@ class TrainingSet:
 
     def plan(self, recipe: Recipe, iteration: int) -> Plan:
         """The plan of an iteration's samples."""
-        settings = recipe.rollout
-        noisy = window.noisy_steps(settings, iteration, recipe.run.seed)
+        settings, seed = recipe.rollout, recipe.run.seed
+        noisy = window.noisy_steps(settings, iteration, seed)
+        count = recipe.prompts.per_iteration
         return Plan(
-            seed=recipe.run.seed,
+            seed=seed,
             iteration=iteration,
             group_size=settings.samples_per_prompt,
             grid=window.shortened(self.grid, noisy, settings.tail_steps),
-            eta=settings.eta,
+            eta=self.eta,
             shared_noise=settings.shared_noise,
             latent_shape=self.shape,
+            noises=settings.seeds_per_prompt,
             window=noisy,
+            own_steps=window.steps_of_prompts(settings, iteration, seed, count),
             trained=recipe.steps_trained,
             choice=recipe.objective.timestep_choice,
             sampler=settings.sampler,
@@ -152,7 +157,7 @@ def open_session(
         recipe=recipe,
         world=world,
         stop=stop,
-        training=_training_set(encoded, grid, shape),
+        training=_training_set(encoded, recipe.rollout, policy, grid, shape),
         heldout=_heldout(encoded, heldout_grid, shape),
         trainer=trainer,
         scorer=scorer,
@@ -193,11 +198,24 @@ def _open_trainer(policy: Policy, recipe: Recipe, world: World, encoded: Encoded
     return trainer
 
 
-def _training_set(encoded: Encoded, grid: Tensor, shape: tuple[int, ...]) -> TrainingSet:
+def _training_set(
+    encoded: Encoded, settings: Rollout, policy: Policy, grid: Tensor, shape: tuple[int, ...]
+) -> TrainingSet:
     """The training prompts.  grid: [T + 1]"""
     texts = [prompt.text for prompt in encoded.train]
     conditions = encoded.conditions.part(slice(len(texts)))
-    return TrainingSet(texts=texts, conditions=conditions, grid=grid, shape=shape)
+    eta = samplers.noise_level(settings.sampler, settings.eta, grid)
+    scout_grid = None
+    if settings.scouts is not None:
+        scout_grid = policy.time_grid(settings.scout_steps, settings.shift, shape).to(grid.device)
+    return TrainingSet(
+        texts=texts,
+        conditions=conditions,
+        grid=grid,
+        eta=eta,
+        shape=shape,
+        scout_grid=scout_grid,
+    )
 
 
 def _heldout(encoded: Encoded, grid: Tensor, shape: tuple[int, ...]) -> HeldOut:

@@ -6,6 +6,7 @@ a run resumes exactly.
 """
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -18,9 +19,9 @@ from fastgrpo.checkpoint.provenance import record_provenance
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import Exploded, UserError
 from fastgrpo.core.files import nan_to_null, replace_text, sha256
+from fastgrpo.core.policy import Condition
 from fastgrpo.core.processes import OneRankError, rank
 from fastgrpo.data import video_reader
-from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import open_world
 from fastgrpo.run.failures import alarms, lost_folder, out_of_memory
 from fastgrpo.run.stopping import Stopped, answer, answer_mistake
@@ -31,11 +32,13 @@ from fastgrpo.tools.preflight import checks, largest_batch
 from fastgrpo.tools.preflight.finding import Parts
 from fastgrpo.tools.report.ending import told
 from fastgrpo.tools.report.report import write_report
-from fastgrpo.training import methods, rollout
+from fastgrpo.training import methods
 from fastgrpo.training.evaluation import Evaluation, compare, evaluate
 from fastgrpo.training.method import Experience
-from fastgrpo.training.rollout import Dealing, Plan, SharedPrefix, Trajectory
+from fastgrpo.training.rollout import Dealing, Plan
+from fastgrpo.training.scoring.drawing import Rollouts
 from fastgrpo.training.scoring.scorer import Scored, reward_metrics
+from fastgrpo.training.scoring.scouts import Scouted, candidates, scout
 from fastgrpo.training.scoring.sources import NoScores
 from fastgrpo.training.update import update
 
@@ -135,21 +138,20 @@ def iterate(session: Session) -> None:
     plan = methods.of(objective.kind).plan(session.training.plan(recipe, iteration))
 
     # 2. trajectories of the current policy, and their rewards
+    rollouts = rollouts_of(session, texts, watch)
+    plan, scouted = scouted_plan(session, rollouts, conditions, plan)
     dealing = Dealing(
-        conditions=conditions,
-        group_size=group,
-        batch_size=recipe.rollout.at_once,
-        world=session.world,
+        conditions=conditions, plan=plan, batch_size=recipe.rollout.at_once, world=session.world
     )
-    trajectories, scored = draw(session, plan=plan, texts=texts, dealing=dealing, watch=watch)
+    trajectories, scored = rollouts.draw(dealing)
     check_validity(recipe, scored, iteration, session.scorer.hint)
 
-    # 3. advantages within each prompt's group, summed over rewards
+    # 3. advantages within each prompt's group, or each noise's, summed over rewards
     advantages = combined_advantages(
         scored.values,
         valid=scored.valid,
         weights=recipe.weights,
-        group_size=group,
+        group_size=recipe.advantage_size,
         objective=objective,
     )
     selected = scored.valid
@@ -176,13 +178,39 @@ def iterate(session: Session) -> None:
     watch.lap("update")
 
     ranks = session.ranks.gather(iteration, watch)
-    flat = (advantages.reshape(-1, group) == 0).all(1)
+    flat = (advantages.reshape(-1, recipe.advantage_size) == 0).all(1)
     metrics |= {alarms.GROUPS: float(flat.sum()), alarms.EMPTY: float(flat.all())}
+    metrics |= dealing.metrics() if methods.traits(recipe).noisy_steps else {}
+    metrics |= scouted.metrics(recipe, scored) if scouted is not None else {}
     metrics |= reward_metrics(scored, recipe.weights, group) | watch.metrics() | ranks.metrics()
     session.tracker.log(iteration, metrics, ranks.note())
     session.progress.iteration += 1
     session.progress.seconds += metrics["seconds/total"]
     tell_alarms(session, metrics)
+
+
+def rollouts_of(session: Session, texts: Sequence[str], watch: Stopwatch) -> Rollouts:
+    """What an iteration's samples are drawn and scored with.  texts: of its prompts"""
+    return Rollouts(
+        recipe=session.recipe,
+        trainer=session.trainer,
+        scorer=session.scorer,
+        texts=texts,
+        watch=watch,
+        poll_before=session.stop.poll_before,
+    )
+
+
+def scouted_plan(
+    session: Session, rollouts: Rollouts, conditions: Sequence[Condition], plan: Plan
+) -> tuple[Plan, Scouted | None]:
+    """The plan with the noises that scouts choose, where the recipe has scouts."""
+    recipe, grid = session.recipe, session.training.scout_grid
+    if recipe.rollout.scouts is None or grid is None:
+        return plan, None
+    scouted = scout(rollouts, conditions, candidates(plan, recipe.rollout.scouts, grid))
+    check_validity(recipe, scouted.scored, plan.iteration, session.scorer.hint)
+    return replace(plan, candidates=scouted.chosen), scouted
 
 
 def tell_alarms(session: Session, metrics: dict[str, float]) -> None:
@@ -214,50 +242,6 @@ def tell_alarms(session: Session, metrics: dict[str, float]) -> None:
             kept = "no checkpoint is of before"
         tracker.message(f"iteration {done}: {'; '.join(lost)}; {kept}")
     session.checkpoints.prune(progress)
-
-
-def draw(
-    session: Session, plan: Plan, texts: list[str], dealing: Dealing, watch: Stopwatch
-) -> tuple[dict[int, Trajectory], Scored]:
-    """Roll out in batches; each batch is scored while the next is drawn.
-
-    returns this rank's trajectories by slot, and all ranks' scores
-    """
-    recipe, policy, world = session.recipe, session.policy, session.world
-    conditions = dealing.conditions
-    method, poll_before = methods.of(recipe.objective.kind), session.stop.poll_before
-    network, dtype, arriving = policy.network, recipe.model.torch_dtype, session.scorer.arriving
-    trajectories: dict[int, Trajectory] = {}
-    with (
-        method.drawing_weights(session.trainer),
-        sharding.rollout_weights(network, recipe.distributed, dtype, world, arriving) as whole,
-    ):
-        dealing = replace(dealing, lockstep=not whole)
-        prefixes: dict[int, SharedPrefix] = {}
-        rounds = poll_before(dealing.prefix_rounds() if plan.shared_noise else ())
-        for prompts, _ in watch.pieces(rounds, "rollout", then="rollout"):
-            prefixes |= rollout.shared_prefixes(policy, plan, conditions, prompts)
-        for batch, counts in watch.pieces(poll_before(dealing.rounds()), "rollout", then="reward"):
-            drawn = method.sample(
-                policy,
-                plan=plan,
-                conditions=conditions,
-                slots=batch,
-                prefixes=prefixes,
-            )
-            watch.lap("rollout", then="decode")
-            if not counts:
-                continue
-            trajectories |= drawn.trajectories
-            own = world.part(len(batch))  # ranks that share sequences divide decoding and scoring
-            if own:
-                final, slots = drawn.final[own.start : own.stop], batch[own.start : own.stop]
-                prompts_of = [texts[slot // plan.group_size] for slot in slots]
-                session.scorer.submit(slots, final, policy.decode(final), prompts_of)
-            watch.lap("decode")
-    scored = session.scorer.collect(dealing.total, lambda: watch.lap("reward", then="wait"))
-    watch.lap("wait", then="update")
-    return trajectories, scored
 
 
 def check_validity(recipe: Recipe, scored: Scored, iteration: int, hint: str) -> None:

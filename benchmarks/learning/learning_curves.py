@@ -1,10 +1,11 @@
 """Reward against seconds of training: every step noisy, a window of noisy steps, and no
-trajectories at all (NFT).
+trajectories at all (NFT); by name also a noisy step of each prompt's own, from one, two or four
+noises, and scouts before NFT.
 
-    python -m benchmarks.learning.learning_curves                          the demo's length, three
-    seeds each python -m benchmarks.learning.learning_curves --iterations 20 --seeds 1 --only full
-    window python -m benchmarks.learning.learning_curves --window rollout.window=2
-    rollout.window_schedule=first
+    python -m benchmarks.learning.learning_curves                  the demo's length, three seeds each
+    python -m benchmarks.learning.learning_curves --iterations 20 --seeds 1 --only full window
+    python -m benchmarks.learning.learning_curves --only full prompt-1 prompt-2 prompt-4 scouts
+    python -m benchmarks.learning.learning_curves --window rollout.window=2
 
 Held-out prompts are evaluated on the way, outside the seconds that are counted. It prints how long
 each recipe took to reach the held-out reward at which the full one ended, and draws
@@ -45,6 +46,36 @@ COMMON = (
 )
 WINDOW = ("rollout.window=2", "rollout.window_every=19", "rollout.tail_steps=2")
 NFT = ("objective.kind=nft", "rollout.shared_noise=false", "optimizer.ema_decay=0.5")
+PER_PROMPT = (
+    "rollout.window=1",
+    "rollout.window_schedule=per_prompt",
+    "rollout.sampler=linear",
+    "rollout.eta=1.0",
+    "objective.step_weights=gradient",
+)
+SCOUTS = (
+    *NFT,
+    "rollout.scouts=24",
+    "rollout.scout_steps=3",
+    "rollout.samples_per_prompt=8",
+    "objective.best_of_n=none",
+)
+ARMS = (
+    Variant("full", "every step noisy"),
+    Variant("window", "a window of noisy steps", WINDOW),
+    Variant("nft", "DiffusionNFT", NFT),
+    Variant("prompt-1", "a noisy step per prompt, one noise", PER_PROMPT),
+    *(
+        Variant(
+            f"prompt-{noises}",
+            f"a noisy step per prompt, {noises} noises",
+            (*PER_PROMPT, f"rollout.seeds_per_prompt={noises}"),
+        )
+        for noises in (2, 4)
+    ),
+    Variant("scouts", "DiffusionNFT, 8 of 24 scouts", SCOUTS),
+)
+USUAL = ("full", "window", "nft")
 
 
 def paces(
@@ -129,7 +160,11 @@ def main() -> None:
         "--rounds", type=int, default=16, help="iterations that are timed (default: %(default)s)"
     )
     parser.add_argument(
-        "--only", nargs="+", choices=("full", "window", "nft"), default=("full", "window", "nft")
+        "--only",
+        nargs="+",
+        choices=[arm.name for arm in ARMS],
+        default=USUAL,
+        help=f"recipes; the first one's end is everyone's goal (default: {' '.join(USUAL)})",
     )
     parser.add_argument(
         "--window", nargs="+", default=WINDOW, metavar="KEY=VALUE", help="overrides of that recipe"
@@ -149,11 +184,8 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=PICTURE, help="default: %(default)s")
     arguments = parser.parse_args()
     cli.quiet_libraries()
-    variants = (
-        Variant("full", "every step noisy"),
-        Variant("window", "a window of noisy steps", tuple(arguments.window)),
-        Variant("nft", "DiffusionNFT", tuple(arguments.nft)),
-    )
+    typed = {"window": tuple(arguments.window), "nft": tuple(arguments.nft)}
+    variants = [replace(arm, overrides=typed.get(arm.name, arm.overrides)) for arm in ARMS]
     length = (
         f"run.iterations={arguments.iterations}",
         f"optimizer.decay_updates={arguments.iterations}",

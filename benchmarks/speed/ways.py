@@ -23,10 +23,11 @@ from fastgrpo.parallel.world import World
 from fastgrpo.run.tracker import read_metrics
 from fastgrpo.session import Session, TrainingSet, claim
 from fastgrpo.session import open_session as open_ours
-from fastgrpo.training.rollout import Plan
+from fastgrpo.training.rollout import Dealing, Plan
+from fastgrpo.training.scoring.drawing import Rollouts
 from fastgrpo.training.scoring.scorer import Scored
 
-draw = train.draw
+draw = Rollouts.draw
 PHASES = ("rollout", "decode", "reward", "update")
 PLAIN = (
     "rollout.batch_size=1",
@@ -62,8 +63,8 @@ class Ours:
         self.collect = session.scorer.collect
         session.scorer.collect = self._collect  # type: ignore[method-assign]
 
-    def _draw(self, *arguments: Any, **named: Any) -> Any:
-        drawn = draw(*arguments, **named)
+    def _draw(self, rollouts: Rollouts, dealing: Dealing) -> Any:
+        drawn = draw(rollouts, dealing)
         self.kept = held_bytes([part for part in drawn if not isinstance(part, Scored)])
         return drawn
 
@@ -73,7 +74,11 @@ class Ours:
 
     def iterate(self) -> dict[str, float]:
         start = time.perf_counter()
-        with redirect_stdout(io.StringIO()), mock.patch.object(train, "draw", self._draw):
+
+        def noted(rollouts: Rollouts, dealing: Dealing) -> Any:
+            return self._draw(rollouts, dealing)
+
+        with redirect_stdout(io.StringIO()), mock.patch.object(Rollouts, "draw", noted):
             train.iterate(self.session)
         total = time.perf_counter() - start
         file = self.session.recipe.run.dir / "metrics.jsonl"

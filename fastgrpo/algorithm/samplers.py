@@ -68,6 +68,32 @@ def flow_transition(
     return _noisy_step(x, v, t=t, t_next=t_next, variance=level * (t - t_next))
 
 
+def linear_transition(
+    x: Tensor,
+    v: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    eta: float,
+) -> tuple[Tensor, Tensor]:
+    """Flash-GRPO's step: DanceGRPO's step with a noise level eta t, linear in the time.
+
+    The level that the coefficients of arXiv 2605.15980 imply is s_last + (s_first - s_last) t, with
+    the grid's second and last time. The last is 0 here; the second is in eta, see `noise_level`.
+
+    x, v: [B, ...] float32;  t, t_next: scalars or [B];  returns mean [B, ...] and std, [B, 1, ...]
+    """
+    t, t_next = column(t, x), column(t_next, x)
+    return _noisy_step(x, v, t=t, t_next=t_next, variance=(eta * t) ** 2 * (t - t_next))
+
+
+def noise_level(name: str, eta: float, grid: Tensor) -> float:
+    """The eta that a recipe's sampler takes on a grid: "linear" has its level at t = 1 from there.
+
+    Called once per run, since it waits for the device.  grid: float32 [T + 1] from 1 to 0
+    """
+    return eta * float(grid[1]) if name == "linear" else eta
+
+
 def precise_transition(
     x: Tensor,
     v: Tensor,
@@ -150,6 +176,7 @@ def squared_distance(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 known: Mapping[str, Sampler] = {
     "dance": Sampler(sde_transition, gaussian_log_prob),
     "flow": Sampler(flow_transition, gaussian_log_prob),
+    "linear": Sampler(linear_transition, gaussian_log_prob),
     "cps": Sampler(cps_transition, squared_distance),
     "precise": Sampler(precise_transition, gaussian_log_prob),
 }

@@ -3,7 +3,8 @@
 DanceGRPO draws every step but the last from the SDE. With a window only w consecutive steps are
 noisy; the others follow the ODE and are never trained (MixGRPO, arXiv 2507.21802, section 3;
 Flow-GRPO-Fast). A sample's group shares all steps up to the first noisy one, and the steps after
-the window can be made longer.
+the window can be made longer. Or each prompt has one noisy step of its own, from a pool of them
+(Flash-GRPO, arXiv 2605.15980).
 """
 
 from torch import Tensor
@@ -14,12 +15,29 @@ from fastgrpo.core.config.window import noisy_count, window_start, window_starts
 
 
 def noisy_steps(settings: Rollout, iteration: int, seed: int) -> range:
-    """The steps with noise in an iteration, at most 0 .. T - 2: the last step is deterministic."""
+    """The steps with noise in an iteration, at most 0 .. T - 2: the last step is deterministic.
+
+    With a window for each prompt: the pool of them all, see `steps_of_prompts`.
+    """
+    if settings.window_schedule == "per_prompt":
+        return window_starts(settings)
     start = window_start(settings, iteration)
     if start is None:
         starts = window_starts(settings)
         start = starts[noise.permutation(len(starts), ("window", seed, iteration))[0]]
     return range(start, start + noisy_count(settings))
+
+
+def steps_of_prompts(settings: Rollout, iteration: int, seed: int, prompts: int) -> tuple[int, ...]:
+    """The one noisy step of each of an iteration's prompts; empty where all have the same window.
+
+    Each is drawn uniformly from the pool, by a key of its own.
+    """
+    if settings.window_schedule != "per_prompt":
+        return ()
+    pool = window_starts(settings)
+    keys: list[noise.Key] = [("window", seed, iteration, prompt) for prompt in range(prompts)]
+    return tuple(pool[noise.permutation(len(pool), key)[0]] for key in keys)
 
 
 def shortened(grid: Tensor, noisy: range, tail_steps: int | None) -> Tensor:

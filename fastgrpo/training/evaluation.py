@@ -133,10 +133,9 @@ def evaluate(
     ):
         dealing = Dealing(
             conditions=heldout.conditions,
-            group_size=seeds,
+            plan=replace(plan, lockstep=not whole),
             batch_size=recipe.rollout.at_once,
             world=world,
-            lockstep=not whole,
         )
         for batch, counts in poll_before(dealing.rounds()):
             latents = _latents(trainer.policy, plan, heldout.conditions, batch)

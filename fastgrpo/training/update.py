@@ -148,9 +148,9 @@ def update(
             # transitions
             (loss * (world.groups / step.transitions)).backward()
         norms.append(trainer.step())
-    evaluated_again = sum(len(batch) for own in again for batch in own)
     return _metrics(totals, norms, trainer, world) | {
-        "update/evaluated_again": float(evaluated_again)
+        "update/evaluations": float(sum(1 for step in steps for _ in step.states())),
+        "update/evaluated_again": float(sum(len(batch) for own in again for batch in own)),
     }
 
 
@@ -180,9 +180,9 @@ def _alike(experience: Experience, batch: MicroBatch) -> list[bool]:
     plan, drawn = experience.plan, experience.batch_sizes
     alike = []
     for step, slots in batch:
-        shared = plan.shared_noise and step == plan.first
         sizes = [drawn.get(slot, (0, 0)) for slot in slots]
-        alike += [size[0 if shared else 1] == len(batch) for size in sizes]
+        column = 0 if plan.is_shared(slots[0], step) else 1
+        alike += [size[column] == len(batch) for size in sizes]
     return alike
 
 
@@ -280,9 +280,8 @@ def _states(slots: Sequence[int], plan: Plan) -> list[State]:
     slots_of: dict[tuple[int, int, int | None], list[int]] = {}
     for slot in slots:
         for step in plan.chosen(slot):
-            equal = plan.shared_noise and step == plan.first
-            state = (step, slot // plan.group_size, None if equal else slot)
-            slots_of.setdefault(state, []).append(slot)
+            own = None if plan.is_shared(slot, step) else slot
+            slots_of.setdefault((step, slot // plan.sharing, own), []).append(slot)
     return [(step, tuple(members)) for (step, _, _), members in slots_of.items()]
 
 

@@ -28,6 +28,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.data import video, video_reader
 from fastgrpo.parallel.world import World
 from fastgrpo.tools.report.run_data import read_run
+from fastgrpo.training import methods
 from fastgrpo.training.evaluation import Evaluation, compare
 from tests.harness.runs import RECIPE
 
@@ -221,8 +222,10 @@ def test_every_switch_of_the_ablations_is_a_recipe() -> None:
             assert seen.setdefault(variant.name, variant.overrides) == variant.overrides, (
                 "one folder, one recipe"
             )
-    for variant_overrides in (learning_curves.WINDOW, learning_curves.NFT):
-        config.load(RECIPE, [*learning_curves.COMMON, *variant_overrides])
+    for arm in learning_curves.ARMS:
+        methods.check(config.load(RECIPE, [*learning_curves.COMMON, *arm.overrides]))
+    names = [arm.name for arm in learning_curves.ARMS]
+    assert len(set(names)) == len(names) and set(learning_curves.USUAL) <= set(names)
 
 
 def test_tables_stand_between_their_markers() -> None:

@@ -91,6 +91,18 @@ MESHES: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "ddpo": (2, "cpu_ddpo", ("objective.kind=ddpo", "objective.normalise=global")),
     "dppo_best_of_n": (2, "cpu_dppo", ("objective.kind=dppo", "objective.best_of_n=2")),
     "nft": (2, "cpu_nft", ("objective.kind=nft", "rollout.shared_noise=false")),
+    "scouts": (
+        2,
+        "cpu_scouts",
+        (
+            "rollout.window=1",
+            "rollout.window_schedule=per_prompt",
+            "rollout.seeds_per_prompt=2",
+            "rollout.scouts=4",
+            "rollout.scout_steps=2",
+            "distributed.rollout_weights=sharded",
+        ),
+    ),
 }
 """By name: ranks, the CPU's job, overrides."""
 

@@ -44,10 +44,10 @@ PLANTS = {
         "mixed",
     ),
     "item_in_loop": Plant(
-        "fastgrpo/training/rollout.py",
+        "fastgrpo/training/rollout/sampling.py",
         STEP,
         STEP + "        assert mean.abs().max().item() < 1e9\n",
-        "new: sync item, fastgrpo/training/rollout.py",
+        "new: sync item, fastgrpo/training/rollout/sampling.py",
     ),
     "host_tensor_in_collective": Plant(
         "fastgrpo/training/update.py",
@@ -119,7 +119,7 @@ PLANTS = {
         "hang destroy_process_group",
     ),
     "state_pinned_early": Plant(
-        "fastgrpo/training/rollout.py",
+        "fastgrpo/training/rollout/sampling.py",
         '    return to_host(x) if plan.store == "host" and x.is_cuda else x.clone()',
         '    return to_host(x).clone() if plan.store == "host" and x.is_cuda else x.clone()',
         "red before training: ratio",

@@ -58,3 +58,29 @@ def test_a_launch_file_trains_on_two_ranks(name: str, tmp_path: Path) -> None:
             and line["reward/invalid"] == 0
         )
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t2v_hunyuan", "i2v_skyreels", "t2i_flux", "t2i_sd", "t2v_wan"])
+def test_every_family_trains_a_noisy_step_of_each_prompts_own(name: str, tmp_path: Path) -> None:
+    """Two noises of each prompt, chosen by scouts in bfloat16, and rows of several times in a
+    micro-batch, on two ranks.
+    """
+    family, _ = LAUNCH[name]
+    model = tmp_path / "model"
+    importlib.import_module(f"tests.harness.folders.{family}").write(model)
+    settings = arguments(name, model, tmp_path / "run", with_images(tmp_path))
+    settings += ["rollout.window=1", "rollout.window_schedule=per_prompt"]
+    settings += ["rollout.seeds_per_prompt=2", "objective.step_weights=gradient"]
+    settings += ["rollout.scouts=4", "rollout.scout_steps=3", "rollout.scout_dtype=bfloat16"]
+    settings += [f"rollout.sampler={'dance' if family == 'stable_diffusion' else 'linear'}"]
+    result = forks.run(str(ROOT / "launch" / f"{name}.sh"), settings, ranks=2)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    lines = runs.metrics(tmp_path / "run")
+    assert [line["iteration"] for line in lines] == [0, 1]
+    for line in lines:
+        assert line["update/max_log_ratio_first"] <= 1e-6
+        assert line["update/transitions"] == 2 * 4 and line["update/grad_norm"] > 0
+        assert line["update/evaluations"] == 2 * 2
+        assert line["scouts/evaluations"] == 2 * 4 * 3 and line["scouts/invalid"] == 0
+        assert line["rollout/noisy_step_max"] <= 4 and line["reward/invalid"] == 0

@@ -87,6 +87,99 @@ def _check_rollout(recipe: Recipe) -> None:
         )
 
 
+def _check_per_prompt(recipe: Recipe) -> None:
+    """The keys of a noisy step of each prompt's own."""
+    rollout = recipe.rollout
+    if rollout.window_schedule != "per_prompt":
+        if rollout.window_pool is not None:
+            raise UserError(
+                f"rollout.window_pool={rollout.window_pool}: has no effect without "
+                "rollout.window_schedule=per_prompt; set that or leave it out."
+            )
+        return
+    if rollout.window != 1:
+        given = "none" if rollout.window is None else rollout.window
+        raise UserError(
+            f"rollout.window={given}: with rollout.window_schedule=per_prompt each prompt has one "
+            "noisy step; set rollout.window=1."
+        )
+    if rollout.tail_steps is not None:
+        raise UserError(
+            f"rollout.tail_steps={rollout.tail_steps}: shortens one grid for all prompts, and with "
+            "rollout.window_schedule=per_prompt their windows end at different steps; leave it out."
+        )
+    if rollout.window_pool is not None and rollout.window_pool >= rollout.steps:
+        raise UserError(
+            f"rollout.window_pool={rollout.window_pool}: must be below rollout.steps="
+            f"{rollout.steps}, whose last is never noisy."
+        )
+
+
+def _check_seeds(recipe: Recipe) -> None:
+    """Initial noises of a prompt that several of its samples share."""
+    rollout, objective = recipe.rollout, recipe.objective
+    group_size, seeds = rollout.samples_per_prompt, rollout.seeds_per_prompt
+    if seeds > 1 and not rollout.shared_noise:
+        raise UserError(
+            f"rollout.seeds_per_prompt={seeds}: has no effect with rollout.shared_noise=false, "
+            "where each sample has a noise of its own; leave one of them out."
+        )
+    if seeds > 1 and (group_size % seeds or group_size // seeds < 2):
+        fitting = [str(n) for n in range(1, group_size // 2 + 1) if group_size % n == 0]
+        raise UserError(
+            f"rollout.seeds_per_prompt={seeds}: must leave two or more of the {group_size} samples "
+            f"to each noise, and as many to all; use one of {', '.join(fitting)}, or "
+            "rollout.shared_noise=false."
+        )
+    if objective.advantage_group == "prompt":
+        return
+    if seeds == 1:
+        raise UserError(
+            "objective.advantage_group=seed: a prompt's samples must come from several noises, each "
+            "shared; set rollout.seeds_per_prompt above 1 or leave it out."
+        )
+    if objective.normalise == "global":
+        raise UserError(
+            "objective.advantage_group=seed: has no effect with objective.normalise=global, which "
+            "knows no groups; leave it out."
+        )
+
+
+def _check_scouts(recipe: Recipe) -> None:
+    """Candidates that are drawn cheaply, so that the best and the worst are drawn again."""
+    rollout = recipe.rollout
+    if rollout.scouts is None:
+        if rollout.scout_dtype is not None:
+            raise UserError(
+                f"rollout.scout_dtype={rollout.scout_dtype}: has no effect without scouts; set "
+                "rollout.scouts or leave it out."
+            )
+        return
+    noises = rollout.noises_per_prompt
+    if noises == 1:
+        raise UserError(
+            f"rollout.scouts={rollout.scouts}: a prompt's samples share one noise, so that there "
+            "are no best and worst; set rollout.seeds_per_prompt above 1 or "
+            "rollout.shared_noise=false."
+        )
+    if noises % 2 or rollout.scouts <= noises:
+        raise UserError(
+            f"rollout.scouts={rollout.scouts}: must be above the {noises} noises of a prompt that "
+            "are drawn again, half of them the best, half the worst, so an even number "
+            "(rollout.seeds_per_prompt, or rollout.samples_per_prompt without shared noise)."
+        )
+    if rollout.scout_steps >= rollout.steps:
+        raise UserError(
+            f"rollout.scout_steps={rollout.scout_steps}: a scout is to be cheaper than a sample of "
+            f"rollout.steps={rollout.steps}; use fewer."
+        )
+    if rollout.scout_dtype == recipe.model.dtype:
+        raise UserError(
+            f"rollout.scout_dtype={rollout.scout_dtype}: is the precision of model.dtype already; "
+            "leave it out."
+        )
+
+
 def _check_samples(recipe: Recipe) -> None:
     """The samples of a prompt that are trained."""
     group_size, trained = recipe.rollout.samples_per_prompt, recipe.samples_trained
@@ -180,6 +273,9 @@ CHECKS = (
     _check_model,
     _check_prompts,
     _check_rollout,
+    _check_per_prompt,
+    _check_seeds,
+    _check_scouts,
     _check_samples,
     _check_updates,
     _check_rewards,

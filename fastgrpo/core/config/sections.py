@@ -158,15 +158,29 @@ class Rollout(Section):
     """Time-grid shift; None: what the model folder's scheduler says."""
     shared_noise: bool = True
     """Every sample of a group starts from the same noise (the paper's choice)."""
-    sampler: Literal["dance", "flow", "precise", "cps"] = "dance"
-    """The noisy steps' transition: the paper's constant noise level, Flow-GRPO's, SAGE-GRPO's or
-    Flow-CPS'; see docs/guides/algorithms/algorithms.md."""
+    seeds_per_prompt: Positive = 1
+    """M: initial noises of a group where shared_noise = true, each shared by samples_per_prompt / M
+    samples that part at the first noisy step (TempFlow's branches)."""
+    scouts: Positive | None = None
+    """Candidates of each prompt that the ODE draws and the rewards score before the rollout, whose
+    noises are those of the best and the worst half of them (Sol-RL). None: noises by their keys."""
+    scout_steps: Annotated[int, Field(ge=2)] = 6
+    """Denoising steps of a scout."""
+    scout_dtype: Literal["bfloat16"] | None = None
+    """Precision of a scout's matrix products; None: model.dtype."""
+    sampler: Literal["dance", "flow", "linear", "precise", "cps"] = "dance"
+    """The noisy steps' transition: the paper's constant noise level, Flow-GRPO's, one that falls
+    linearly with the time (Flash-GRPO), SAGE-GRPO's or Flow-CPS'; see
+    docs/guides/algorithms/algorithms.md."""
     window: Positive | None = None
     """Noisy steps; the others follow the ODE and are never trained (MixGRPO). None: all but the
     last."""
-    window_schedule: Literal["first", "random", "progressive"] = "progressive"
-    """Where the window lies: at high noise, anew in each iteration, or moving from high noise to
-    low and again."""
+    window_schedule: Literal["first", "random", "progressive", "per_prompt"] = "progressive"
+    """Where the window lies: at high noise, anew in each iteration, moving from high noise to low
+    and again, or anew for each prompt (Flash-GRPO; window = 1)."""
+    window_pool: Positive | None = None
+    """window_schedule = per_prompt: the first steps, so many, that a prompt's noisy step is drawn
+    from; None: all but the last."""
     window_every: Positive = 25
     """Iterations after which a progressive window moves on."""
     window_stride: Positive = 1
@@ -186,6 +200,11 @@ class Rollout(Section):
         assert self.batch_size != "auto"
         return self.batch_size
 
+    @property
+    def noises_per_prompt(self) -> int:
+        """Different initial noises among a prompt's samples."""
+        return self.seeds_per_prompt if self.shared_noise else self.samples_per_prompt
+
     def with_batch_size(self, size: int) -> "Rollout":
         """The section with that number of samples per forward pass."""
         return self.model_copy(update={"batch_size": size})
@@ -199,6 +218,9 @@ class Objective(Section):
     normalise: Literal["group", "batch", "largest_std", "global"] = "group"
     """Advantages: by each group's mean and std (the paper), then over the batch (GDPO), by the
     largest group's std (LongCat), or of the summed rewards over all samples (DDPO)."""
+    advantage_group: Literal["prompt", "seed"] = "prompt"
+    """Samples whose rewards an advantage compares: a prompt's, or those from one initial noise
+    (rollout.seeds_per_prompt)."""
     step_weights: Literal["equal", "gradient", "noise"] = "equal"
     """Weights of the steps' losses: equal, the inverse of the gradient's usual size, or the noise
     level (TempFlow)."""
@@ -346,6 +368,13 @@ class Recipe(Section):
     def samples_trained(self) -> int:
         """Samples of a group that the update uses."""
         return self.objective.best_of_n or self.rollout.samples_per_prompt
+
+    @property
+    def advantage_size(self) -> int:
+        """Samples of a group whose rewards are compared."""
+        of_prompt = self.rollout.samples_per_prompt
+        per_seed = self.objective.advantage_group == "seed"
+        return of_prompt // self.rollout.seeds_per_prompt if per_seed else of_prompt
 
     @property
     def steps_trained(self) -> int:

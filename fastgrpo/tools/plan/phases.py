@@ -30,7 +30,6 @@ from fastgrpo.tools.plan.costs.compute import (
 from fastgrpo.tools.plan.gpus import Achieved, Gpu
 from fastgrpo.tools.plan.subject import Subject
 from fastgrpo.tools.plan.workload import network_calls
-from fastgrpo.training import methods
 
 # the rollout holds the whole weights where this many times their size is free, see
 # fastgrpo.parallel.world
@@ -176,7 +175,7 @@ def _load(subject: Subject, machine: Machine) -> Phase:
 def _rollout(subject: Subject, machine: Machine, whole: bool) -> Phase:
     job = subject.job
     batch = min(job.recipe.rollout.at_once, network_calls.busiest(job.recipe, job.groups)[0])
-    states, forwards = _rollout_work(job)
+    states, forwards = network_calls.rollout_work(job.recipe, job.groups)
     flops = forward(job, 1).total * states
     weights = gather_whole(job) if whole else gather_blocks(job, math.ceil(forwards))
     sent = weights + exchanged(job, 1).times(states)
@@ -187,31 +186,11 @@ def _rollout(subject: Subject, machine: Machine, whole: bool) -> Phase:
     return Phase("rollout", memory, flops, *route(job, sent), _seconds(job, machine, compute, sent))
 
 
-def _rollout_work(job: Job) -> tuple[float, float]:
-    """(states evaluated, forwards) of the busiest rank in an iteration, the mean over the run's
-    windows.
-    """
-    recipe, states, forwards = job.recipe, 0.0, 0.0
-    samples, prompts = network_calls.busiest(recipe, job.groups)
-    batch = recipe.rollout.at_once
-    for first, share in network_calls.first_steps(recipe).items():
-        steps = network_calls.grid_steps(recipe, first)
-        shared, single = (
-            (first + 1, steps - first - 1) if recipe.rollout.shared_noise else (0, steps)
-        )
-        if methods.traits(recipe).old_velocities:
-            single += recipe.steps_trained
-        states += share * (prompts * shared + samples * single)
-        forwards += share * (
-            math.ceil(prompts / batch) * shared + math.ceil(samples / batch) * single
-        )
-    return states, forwards
-
-
 def _decode(subject: Subject, machine: Machine, whole: bool) -> Phase:
     """This rank's clips through the VAE, in tiles where the family decodes so."""
     job, vae, video = subject.job, subject.auxiliary, subject.job.recipe.video
     samples = network_calls.busiest(job.recipe, job.groups)[0]
+    samples += network_calls.busiest_scouts(job.recipe, job.groups)
     own = math.ceil(samples / job.sp)
     size = (video.frames, video.height, video.width)
     tile, stride = vae.tile or size, vae.stride if vae.tile else size

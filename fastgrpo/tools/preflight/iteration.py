@@ -132,7 +132,9 @@ def short(plan: Plan) -> Plan:
     noisy, last = plan.noisy, plan.steps
     times = sorted({0, noisy.start, noisy.stop - 1, noisy.stop, last})
     window = range(times.index(noisy.start), times.index(noisy.stop))
-    return replace(plan, grid=plan.grid[times], window=window, trained=None)
+    # the last one for the first prompt, which may be the only one that is drawn
+    own_steps = tuple(window[-1 - number % len(window)] for number in range(len(plan.own_steps)))
+    return replace(plan, grid=plan.grid[times], window=window, own_steps=own_steps, trained=None)
 
 
 def noisy_plan(parts: Parts) -> Plan:
@@ -154,19 +156,21 @@ def run(parts: Parts, plan: Plan, probe: Probe, clips: int | None, meter: Meter)
     clips: the most of this rank's samples that are decoded and scored; None: all
     """
     recipe, world, policy = parts.recipe, parts.world, parts.policy
-    dealing = _dealing(parts)
+    dealing = _dealing(parts, plan)
     batches = [dealing.samples_of(group)[0] for group in range(world.groups)]
     batch = batches[world.group]
     own = list(world.part(len(batch)))[:clips]
-    arriving = parts.scorer.arriving
-    with sharding.rollout_weights(policy.network, recipe.distributed, parts.dtype, world, arriving):
+    settings, arriving = recipe.distributed, parts.scorer.arriving
+    with sharding.rollout_weights(policy.network, settings, parts.dtype, world, arriving) as whole:
+        plan = replace(plan, lockstep=not whole)
         drawn, decoded = _draw_and_decode(parts, plan, batch, own, meter)
-        _submit(parts, [batch[row] for row in own], drawn.final[own], decoded)
+        _submit(parts, [drawn.slots[row] for row in own], drawn.final[own], decoded)
         if any(source.shares_device for source in parts.scorer.sources):
             _draw_and_decode(parts, plan, batch, own, meter)
     with meter.phase("reward"):
         scores = parts.scorer.collect(parts.total)
-    slots = [slot for rank in gathered([batch[row] for row in own], world) for slot in rank]
+    of_ranks = gathered([drawn.slots[row] for row in own], world)
+    slots = [slot for of_rank in of_ranks for slot in of_rank]
     selected = torch.zeros(parts.total, dtype=torch.bool)
     selected[[slot for members in batches for slot in members]] = True
     seconds: list[float] = []
@@ -199,11 +203,11 @@ def run(parts: Parts, plan: Plan, probe: Probe, clips: int | None, meter: Meter)
     )
 
 
-def _dealing(parts: Parts) -> Dealing:
+def _dealing(parts: Parts, plan: Plan) -> Dealing:
     """The run's first iteration as it is dealt."""
     return Dealing(
         conditions=parts.conditions,
-        group_size=parts.plan.group_size,
+        plan=plan,
         batch_size=parts.recipe.rollout.at_once,
         world=parts.world,
     )
@@ -225,9 +229,9 @@ def _draw(parts: Parts, plan: Plan, slots: list[int]) -> Drawn:
     """Draw one batch on noisy trajectories."""
     policy, conditions = parts.policy, parts.conditions
     prefixes: dict[int, SharedPrefix] = {}
-    if plan.shared_noise:  # in the run's own batch of prompts, which has those of the samples
-        prompts = _dealing(parts).prompts_of(parts.world.group)[0]
-        prefixes = rollout.shared_prefixes(policy, plan, conditions, prompts)
+    if plan.shared_noise:  # the run's own batch of them, which has those of the samples
+        batch = _dealing(parts, plan).prefixes_of(parts.world.group)[0]
+        prefixes = rollout.shared_prefixes(policy, plan, conditions, batch)
     return rollout.sample(policy, plan=plan, conditions=conditions, slots=slots, prefixes=prefixes)
 
 

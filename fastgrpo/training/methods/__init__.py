@@ -56,6 +56,13 @@ def check(recipe: Recipe) -> None:
             "own choice."
         )
     registry.declared(_file(recipe.objective.kind), "check", check_noise)(recipe)
+    rollout = recipe.rollout
+    if rollout.scouts is not None and traits(recipe).noisy_steps and rollout.window is None:
+        raise UserError(
+            f"rollout.scouts={rollout.scouts}: with noise in every step a sample's initial noise "
+            "decides little of it; set rollout.window=1 and rollout.window_schedule=per_prompt, or "
+            "objective.kind=nft."
+        )
 
 
 def needs_initial_policy(recipe: Recipe) -> bool:

@@ -176,7 +176,7 @@ def test_dppo_stops_exactly_what_is_too_far_and_goes_further() -> None:
     assert torch.equal(objectives.outside_divergence(given, settings), far) and far.sum() == 4
 
 
-@pytest.mark.parametrize("name", ["dance", "flow", "cps"])
+@pytest.mark.parametrize("name", ["dance", "flow", "linear", "cps"])
 def test_step_weights_equalise_the_gradients_and_have_mean_one(name: str) -> None:
     grid, eta, steps = time_grid(10, 3.0), 0.4, range(2, 7)
     sampler = samplers.known[name]
@@ -185,9 +185,16 @@ def test_step_weights_equalise_the_gradients_and_have_mean_one(name: str) -> Non
     slope = {
         "dance": dt.sqrt() / eta * (1 + eta**2 * (1 - t) / (2 * t)),
         "flow": dt.sqrt() / (eta * (t / (1 - t)).sqrt()) * (1 + eta**2 / 2),
+        # Flash-GRPO's c, of the level s = eta t
+        "linear": dt.sqrt() / (eta * t) + eta * t * dt.sqrt() * (1 - t) / (2 * t),
         "cps": 2 * std * ((1 - t_next) * t - t_next * math.cos(eta * math.pi / 2) * (1 - t)),
     }[name]
-    noise = {"dance": eta * dt.sqrt(), "flow": eta * (t / (1 - t) * dt).sqrt(), "cps": std}[name]
+    noise = {
+        "dance": eta * dt.sqrt(),
+        "flow": eta * (t / (1 - t) * dt).sqrt(),
+        "linear": eta * t * dt.sqrt(),
+        "cps": std,
+    }[name]
     for kind, raw in (("equal", torch.ones(5)), ("gradient", 1 / slope), ("noise", noise)):
         weights = objectives.step_weights(kind, grid=grid, steps=steps, eta=eta, sampler=sampler)
         torch.testing.assert_close(weights[2:7], raw / raw.mean(), rtol=1e-4, atol=0)

@@ -21,7 +21,13 @@ from fastgrpo.core.errors import UserError
 from tests.harness import runs
 
 MEAN, STD = 0.7, 0.4  # of the data in the closed form
-ETA = {"dance": 0.3, "flow": 0.7, "cps": 0.8, "precise": 0.7}  # their authors' levels
+ETA = {
+    "dance": 0.3,
+    "flow": 0.7,
+    "linear": 1.0,
+    "cps": 0.8,
+    "precise": 0.7,
+}  # their authors' levels
 
 
 def exact_velocity(x: Tensor, t: Tensor, std: float) -> Tensor:
@@ -45,7 +51,7 @@ def drawn(name: str, eta: float, steps: int, std: float) -> list[tuple[Tensor, T
     return [*states, (grid[-1], clean_estimate(x, exact_velocity(x, grid[-2], std), grid[-2]))]
 
 
-@pytest.mark.parametrize("name", ["dance", "flow", "precise"])
+@pytest.mark.parametrize("name", ["dance", "flow", "linear", "precise"])
 def test_the_stochastic_differential_equations_keep_the_marginal(name: str) -> None:
     x = drawn(name, ETA[name], 200, STD)[-1][1]
     assert x.mean().item() == pytest.approx(MEAN, abs=0.02)
@@ -126,6 +132,21 @@ def test_the_noise_levels_are_those_of_the_papers() -> None:
             transition(x, v=x, t=one, t_next=b, eta=0.7)[1], torch.tensor(0.7)
         )
     torch.testing.assert_close(samplers.cps_transition(x, v=x, t=a, t_next=b, eta=1.0)[1], b)
+
+
+def test_the_linear_level_is_between_the_grids_second_time_and_its_last() -> None:
+    """s = eta (s_last + (s_first - s_last) t), and DanceGRPO's step with that level."""
+    grid, eta = time_grid(20, 3.0), 0.9
+    generator = torch.Generator().manual_seed(0)
+    x, v = torch.randn(2, 3, 4, generator=generator), torch.randn(2, 3, 4, generator=generator)
+    scaled = samplers.noise_level("linear", eta, grid)
+    for t, t_next in pairwise(grid[:11]):
+        level = eta * (grid[-1] + (grid[1] - grid[-1]) * t)
+        mean, std = samplers.known["linear"].transition(x, v=v, t=t, t_next=t_next, eta=scaled)
+        expected, spread = sde_transition(x, v=v, t=t, t_next=t_next, eta=level.item())
+        torch.testing.assert_close(mean, expected)
+        torch.testing.assert_close(std, spread)
+    assert samplers.noise_level("dance", eta, grid) == eta
 
 
 def test_cps_leaves_out_the_variance() -> None:

@@ -48,9 +48,7 @@ def unmoved(
     sizes: of the rollout's batches and of the update's
     """
     plan: Plan = replace(tiny.plan(policy), trained=TRAINED)
-    dealing = Dealing(
-        conditions=conditions, group_size=tiny.GROUP, batch_size=sizes[0], world=world
-    )
+    dealing = Dealing(conditions=conditions, plan=plan, batch_size=sizes[0], world=world)
     trainer = Trainer.create(policy, tiny.settings(sizes[1], updates=UPDATES, lr=1e-30), None)
     trainer.rounds_by_batch = by_batch
     with rounding.by_batch():
@@ -111,5 +109,5 @@ def test_unequal_batches_are_evaluated_again_but_for_the_first_step(
     plan = replace(tiny.plan(policy), trained=TRAINED)
     metrics = unmoved(policy, conditions, world, (2, 3))
     later = SLOTS // UPDATES * TRAINED
-    shared = sum(plan.first in plan.chosen(slot) for slot in range(SLOTS))
+    shared = sum(plan.firsts.start in plan.chosen(slot) for slot in range(SLOTS))
     assert later - shared <= metrics["update/evaluated_again"] <= later

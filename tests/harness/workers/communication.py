@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,10 +85,9 @@ if __name__ == "__main__":
         ):
             dealing = rollout.Dealing(
                 conditions=conditions,
-                group_size=tiny.GROUP,
+                plan=replace(plan, lockstep=not whole),
                 batch_size=4,
                 world=world,
-                lockstep=not whole,
             )
             prefixes: dict[int, rollout.SharedPrefix] = {}
             first_rounds, rounds = list(dealing.prefix_rounds()), list(dealing.rounds())

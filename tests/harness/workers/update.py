@@ -1,7 +1,8 @@
 """One rank: writes trajectories and gradients.
 
 argv: file, rollout batch, update batch, then two objects in JSON: the recipe's [distributed]
-section, and what else differs: `kept`, the slots that are trained, and `window`, the noisy steps
+section, and what else differs: `kept`, the slots that are trained, `window`, the noisy steps,
+`own_steps`, those of each prompt, and, as lists of one, `noises` and `trained` of the plan
 """
 
 import json
@@ -26,7 +27,13 @@ if __name__ == "__main__":
         other = json.loads(sys.argv[5])
         plan = tiny.plan(policy)
         if "window" in other:
-            plan = replace(plan, window=range(*other["window"]), trained=2)
+            plan = replace(
+                plan,
+                window=range(*other["window"]),
+                own_steps=tuple(other.get("own_steps", ())),
+                noises=other.get("noises", [1])[0],
+                trained=other.get("trained", [2])[0],
+            )
         kept = torch.zeros(len(tiny.PROMPTS) * tiny.GROUP, dtype=torch.bool)
         kept[other.get("kept", slice(None))] = True
         everything = replace(plan, trained=None)

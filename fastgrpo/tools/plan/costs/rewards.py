@@ -54,8 +54,10 @@ def _beside(spec: RewardSpec, recipe: Recipe) -> bool:
 def of_node(job: Job) -> Load:
     """Weights and FLOPs of the rewards on the busiest GPU of a node."""
     recipe, ranks = job.recipe, min(job.ranks_per_node, job.gpus)
-    own = math.ceil(network_calls.busiest(recipe, job.groups)[0] / job.sp)
-    total = recipe.prompts.per_iteration * recipe.rollout.samples_per_prompt
+    samples = network_calls.busiest(recipe, job.groups)[0]
+    own = math.ceil((samples + network_calls.busiest_scouts(recipe, job.groups)) / job.sp)
+    of_prompt = recipe.rollout.samples_per_prompt + (recipe.rollout.scouts or 0)
+    total = recipe.prompts.per_iteration * of_prompt
     passing, staying, flops = 0.0, Counter[int](), Counter[int]()
     for spec in recipe.rewards:
         beside = _beside(spec, recipe)

@@ -2,29 +2,35 @@
 
 An evaluation is one sample's state through the network once; classifier-free guidance makes two
 forwards of it, and in the update a backward follows. With G samples per prompt, S steps on the grid
-(shortened behind a window by `rollout.tail_steps`), the first noisy step f, and P prompts:
+(shortened behind a window by `rollout.tail_steps`), the first noisy step f, P prompts and M noises
+of each that its samples share:
 
-    rollout, shared noise         P [(f + 1) + G (S - f - 1)]
+    rollout, shared noise         P [M (f + 1) + G (S - f - 1)]
     rollout, independent noise    P G S
-    update                        transitions, those from a group's shared state counted once per
+    scouts, N of C steps          P N C before the rollout
+    update                        transitions, those from a shared state counted once per
     optimizer step DiffusionNFT, c chosen times  P G (S + c) in the rollout, the old policy's
     velocities included; P G c in the update
 
-States before the first noisy step, and the one at it, are equal for a group, so f + 1 evaluations
-serve all G samples. Where a group's samples lie on several ranks, each of them computes what its
-own share needs: the sums below run over (group of ranks, prompt). The last step's evaluation gives
-the clean estimate. With `timestep_choice = "random"` it is chance how many of a group's samples
-chose the shared step: an expectation, and the bounds that always hold.
+States before the first noisy step, and the one at it, are equal for samples of one noise, so f + 1
+evaluations serve all G / M of them. Where they lie on several ranks, each of them computes what its
+own share needs: the sums below run over (group of ranks, noise). The last step's evaluation gives
+the clean estimate. With `timestep_choice = "random"` it is chance how many of them chose the shared
+step, and with Best-of-N how many are trained: an expectation, and the bounds that always hold. Of
+prompts with noisy steps of their own f is a mean.
 """
 
 import math
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.config.window import noisy_count, window_start, window_starts
 from fastgrpo.parallel.mesh import contiguous_part
 from fastgrpo.training import methods
+
+DRAWS = 200  # iterations over which a mean is taken where prompts draw steps of their own
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Evaluations:
 
     shared: int  # rollout: by states that a group has in common
     single: int  # rollout: by states of one sample each
+    scouts: int  # by candidates, before the rollout
     transitions: int  # that the update trains, at most one evaluation each
     update: float  # forwards with a backward, expected
     update_least: int
@@ -53,7 +60,7 @@ def of_iteration(recipe: Recipe, first: int, groups: int = 1) -> Evaluations:
     """
     rollout, prompts = recipe.rollout, recipe.prompts.per_iteration
     samples, steps = prompts * rollout.samples_per_prompt, grid_steps(recipe, first)
-    visits = sum(1 for _ in _shares(prompts, rollout.samples_per_prompt, groups))
+    visits = sum(1 for _ in _shares(recipe, groups))
     shared, single = 0, samples * steps
     if rollout.shared_noise:
         shared, single = visits * (first + 1), samples * (steps - first - 1)
@@ -62,7 +69,8 @@ def of_iteration(recipe: Recipe, first: int, groups: int = 1) -> Evaluations:
     update = _update(recipe, groups)
     reference = update[1] if methods.needs_initial_policy(recipe) else 0.0
     again = update[1] * share_again(recipe, groups)
-    return Evaluations(shared, single, *update, reference, again)
+    scouts = prompts * (rollout.scouts or 0) * rollout.scout_steps
+    return Evaluations(shared, single, scouts, *update, reference, again)
 
 
 def share_again(recipe: Recipe, groups: int = 1) -> float:
@@ -77,13 +85,13 @@ def share_again(recipe: Recipe, groups: int = 1) -> float:
     later = (updates - 1) / updates
     if recipe.rollout.at_once != size or size == 1:
         return later * (recipe.rollout.at_once != size)
-    samples, prompts = busiest(recipe, groups)
+    samples, prefixes = busiest(recipe, groups)
     batches, each = dealt(recipe, groups)
     states = batches * each  # of a group of ranks in an optimizer step
     shared = 0.0
     if recipe.rollout.shared_noise and _share_of_first(recipe):
-        shared = min(1.0, prompts / states)
-    alike = shared * _full(prompts, size) + (1 - shared) * _full(samples, size)
+        shared = min(1.0, prefixes / states)
+    alike = shared * _full(prefixes, size) + (1 - shared) * _full(samples, size)
     full = max(0.0, (each - size + 1) * size / each)  # the share that is in batches of this size
     return later * (1 - full * alike**size)
 
@@ -114,8 +122,8 @@ def grid_steps(recipe: Recipe, first: int) -> int:
 
 
 def first_steps(recipe: Recipe) -> dict[int, float]:
-    """Where the first noisy step lies, with its share of the run's iterations; an expectation for a
-    random window.
+    """Where the first noisy step lies, with its share of the run's iterations and prompts; an
+    expectation for a random window.
     """
     rollout = recipe.rollout
     if rollout.window is None or rollout.window_schedule == "first":
@@ -130,44 +138,62 @@ def first_steps(recipe: Recipe) -> dict[int, float]:
     return shares
 
 
-def _shares(prompts: int, size: int, groups: int) -> Iterator[tuple[int, int]]:
-    """(prompt, samples of it) for each group of ranks that has any, dealt as `World.share` deals
+def _shares(recipe: Recipe, groups: int) -> Iterator[tuple[int, int, int]]:
+    """(group of ranks, noise, samples from it) where a group has any, dealt as `World.share` deals
     them.
     """
+    prompts, total = recipe.prompts.per_iteration, recipe.rollout.samples_per_prompt
+    size = total // recipe.rollout.noises_per_prompt
     for group in range(groups):
-        share = contiguous_part(prompts * size, groups, group)
-        for prompt in range(share.start // size, -(-share.stop // size) if share else 0):
-            yield prompt, min(share.stop, (prompt + 1) * size) - max(share.start, prompt * size)
+        share = contiguous_part(prompts * total, groups, group)
+        for number in range(share.start // size, -(-share.stop // size) if share else 0):
+            yield (
+                group,
+                number,
+                min(share.stop, (number + 1) * size) - max(share.start, number * size),
+            )
 
 
 def _update(recipe: Recipe, groups: int) -> tuple[int, float, int, int]:
     """(transitions, evaluations expected, at least, at most).
 
-    Per optimizer step and (group of ranks, prompt): m samples that choose c of w noisy steps each,
+    Per optimizer step and (group of ranks, noise): m samples that choose c of w noisy steps each,
     m c transitions. A sample's choice has the shared step with probability c / w, so that m c / w
     transitions become 1 - (1 - c / w)^m evaluations.
     """
-    size, kept = recipe.rollout.samples_per_prompt, recipe.samples_trained
+    rollout, kept = recipe.rollout, recipe.samples_trained
     updates, chosen = recipe.optimizer.updates_per_iteration, recipe.steps_trained
-    transitions = recipe.prompts.per_iteration * kept * chosen
-    if not recipe.rollout.shared_noise:
+    prompts, size = recipe.prompts.per_iteration, rollout.samples_per_prompt
+    transitions = prompts * kept * chosen
+    if not rollout.shared_noise:
         return transitions, float(transitions), transitions, transitions
-    share = _share_of_first(recipe)
+    share, noises = _share_of_first(recipe), rollout.noises_per_prompt
     expected = 0.0
-    for _, here in _shares(recipe.prompts.per_iteration, size, groups):
-        members = here * kept / size / updates
-        # so many samples, or one more with this probability
-        whole, more = (
-            int(members),
-            members % 1,
-        )
-        none = (1 - share) ** whole * (1 - more * share)
-        expected += updates * (members * (chosen - share) + 1 - none)
-    least = recipe.prompts.per_iteration * (kept * (chosen - 1) + updates) if share else transitions
+    for _, _, here in _shares(recipe, groups):
+        for trained, probability in _trained(size, kept, here):
+            members = trained / updates
+            # so many samples, or one more with this probability
+            whole, more = int(members), members % 1
+            none = (1 - share) ** whole * (1 - more * share)
+            expected += probability * updates * (members * (chosen - share) + 1 - none)
+    together = math.ceil(kept / updates / (size // noises))  # noises at least, of a step's samples
+    least = prompts * (kept * (chosen - 1) + updates * together) if share else transitions
     most = transitions
-    if groups == 1 and share in (0.0, 1.0):  # nothing is left to chance
+    in_each_step = noises == 1 or (kept == size and not size // noises % updates)
+    if groups == 1 and share in (0.0, 1.0) and in_each_step:  # nothing is left to chance
+        if share:
+            least = prompts * (kept * (chosen - 1) + updates * noises)
         most, expected = least, float(least)
     return transitions, expected, least, most
+
+
+def _trained(size: int, kept: int, here: int) -> Iterator[tuple[int, float]]:
+    """How many of `here` samples are among the `kept` of a prompt's `size`, each with its
+    probability, as if rewards did not depend on the noise.
+    """
+    for trained in range(max(0, kept - size + here), min(here, kept) + 1):
+        ways = math.comb(here, trained) * math.comb(size - here, kept - trained)
+        yield trained, ways / math.comb(size, kept)
 
 
 def _share_of_first(recipe: Recipe) -> float:
@@ -179,10 +205,64 @@ def _share_of_first(recipe: Recipe) -> float:
 
 
 def busiest(recipe: Recipe, groups: int) -> tuple[int, int]:
-    """(samples, prompts they belong to) of the group of ranks with the most work: the others wait
+    """(samples, noises they start from) of the group of ranks with the most work: the others wait
     for it.
     """
-    size, prompts = recipe.rollout.samples_per_prompt, recipe.prompts.per_iteration
-    shares = [contiguous_part(prompts * size, groups, group) for group in range(groups)]
+    total, prompts = recipe.rollout.samples_per_prompt, recipe.prompts.per_iteration
+    size = total // recipe.rollout.noises_per_prompt
+    shares = [contiguous_part(prompts * total, groups, group) for group in range(groups)]
     visits = [-(-share.stop // size) - share.start // size if share else 0 for share in shares]
     return max(zip(map(len, shares), visits, strict=True))
+
+
+def rollout_work(recipe: Recipe, groups: int) -> tuple[float, float]:
+    """(states evaluated, forwards) of the busiest group of ranks in an iteration's rollout.
+
+    The mean over the run's windows. Where each prompt has a noisy step of its own, a group with
+    early ones shares less and the others wait for it: the mean over DRAWS iterations of that kind.
+    Forwards are those of ranks that keep step with each other. Scouts are counted in model.dtype.
+    """
+    states, forwards = _samples_work(recipe, groups)
+    scouts, steps = busiest_scouts(recipe, groups), recipe.rollout.scout_steps
+    return states + scouts * steps, forwards + math.ceil(scouts / recipe.rollout.at_once) * steps
+
+
+def busiest_scouts(recipe: Recipe, groups: int) -> int:
+    """Candidates of the group of ranks with the most of them, in an iteration."""
+    return math.ceil(recipe.prompts.per_iteration * (recipe.rollout.scouts or 0) / groups)
+
+
+def _samples_work(recipe: Recipe, groups: int) -> tuple[float, float]:
+    """`rollout_work` of the samples alone."""
+    rollout = recipe.rollout
+    if rollout.window_schedule == "per_prompt" and rollout.shared_noise:
+        draw, pool = random.Random(0), window_starts(rollout)
+        found = [
+            _drawn_work(recipe, groups, draw.choices(pool, k=recipe.prompts.per_iteration))
+            for _ in range(DRAWS)
+        ]
+        return sum(of[0] for of in found) / DRAWS, sum(of[1] for of in found) / DRAWS
+    states = forwards = 0.0
+    (samples, prefixes), batch = busiest(recipe, groups), rollout.at_once
+    for first, share in first_steps(recipe).items():
+        steps = grid_steps(recipe, first)
+        shared, single = (first + 1, steps - first - 1) if rollout.shared_noise else (0, steps)
+        if methods.traits(recipe).old_velocities:
+            single += recipe.steps_trained
+        states += share * (prefixes * shared + samples * single)
+        forwards += share * (
+            math.ceil(prefixes / batch) * shared + math.ceil(samples / batch) * single
+        )
+    return states, forwards
+
+
+def _drawn_work(recipe: Recipe, groups: int, firsts: Sequence[int]) -> tuple[float, float]:
+    """`_samples_work` of one iteration.  firsts: by prompt its noisy step"""
+    steps, batch = recipe.rollout.steps, recipe.rollout.at_once
+    states: dict[int, int] = {}
+    for group, number, here in _shares(recipe, groups):
+        first = firsts[number // recipe.rollout.noises_per_prompt]
+        states[group] = states.get(group, 0) + first + 1 + here * (steps - first - 1)
+    samples, prefixes = busiest(recipe, groups)
+    forwards = math.ceil(prefixes / batch) * (max(firsts) + 1)
+    return max(states.values()), forwards + math.ceil(samples / batch) * (steps - 1 - min(firsts))

@@ -13,7 +13,7 @@ from fastgrpo.core.config import Recipe
 from fastgrpo.parallel.world import World
 from fastgrpo.tools.plan.workload import network_calls
 from fastgrpo.training import update
-from fastgrpo.training.rollout import Plan
+from fastgrpo.training.rollout import Dealing, Plan
 from tests import ROOT
 
 TINY = ROOT / "launch" / "t2v_tiny.toml"
@@ -42,7 +42,11 @@ def plan_of(asked: Recipe, iteration: int) -> Plan:
         eta=0.3,
         shared_noise=asked.rollout.shared_noise,
         latent_shape=(1,),
+        noises=asked.rollout.seeds_per_prompt,
         window=noisy,
+        own_steps=window.steps_of_prompts(
+            asked.rollout, iteration, asked.run.seed, asked.prompts.per_iteration
+        ),
         trained=asked.steps_trained,
         choice=asked.objective.timestep_choice,
     )
@@ -72,6 +76,10 @@ SWITCHES = [
     ("rollout.shared_noise=false",),
     ("rollout.window=3", "rollout.window_schedule=first", "rollout.tail_steps=2"),
     ("rollout.window=2", "rollout.window_schedule=random"),
+    ("rollout.seeds_per_prompt=3",),
+    ("rollout.seeds_per_prompt=2", "rollout.window=2", "rollout.window_schedule=random"),
+    ("rollout.window=1", "rollout.window_schedule=per_prompt", "rollout.seeds_per_prompt=3"),
+    ("rollout.window=1", "rollout.window_schedule=per_prompt", "rollout.window_pool=3"),
     ("objective.timestep_choice=first",),
     ("objective.timestep_choice=last", "objective.timestep_fraction=0.3"),
     ("objective.timestep_fraction=1.0",),
@@ -85,7 +93,7 @@ def test_states_of_the_update(switches: tuple[str, ...], updates: int) -> None:
         counted = []
         for iteration in range(60):
             plan = plan_of(asked, iteration)
-            told = network_calls.of_iteration(asked, plan.first, groups)
+            told = network_calls.of_iteration(asked, plan.firsts.start, groups)
             counted.append(states(asked, plan, groups))
             assert told.update_least <= counted[-1] <= told.update_most
         assert sum(counted) / len(counted) == pytest.approx(told.update, rel=0.02)
@@ -138,3 +146,37 @@ def test_the_busiest_group_of_ranks() -> None:
     assert network_calls.busiest(recipe(), 1) == (30, 5)
     assert network_calls.busiest(recipe(), 4) == (8, 2)
     assert network_calls.busiest(recipe(), 60) == (1, 1)
+
+
+PER_PROMPT = ("rollout.window=1", "rollout.window_schedule=per_prompt", "rollout.batch_size=4")
+
+
+@pytest.mark.parametrize("noises", [1, 3])
+def test_the_group_of_ranks_with_early_steps_is_waited_for(noises: int) -> None:
+    """Of steps as the run draws them: the rows that the busiest group's rollout evaluates."""
+    asked = recipe(*PER_PROMPT, f"rollout.seeds_per_prompt={noises}", "rollout.window_pool=4")
+    conditions = [{"text": torch.zeros(1)}] * 5
+    for groups in (1, 4):
+        most = []
+        for iteration in range(300):
+            plan, rows = plan_of(asked, iteration), []
+            for group in range(groups):
+                cpu, mesh = torch.device("cpu"), cast(Any, None)
+                world = World(rank=group, size=groups, device=cpu, mesh=mesh)
+                dealing = Dealing(conditions=conditions, plan=plan, batch_size=4, world=world)
+                slots = [slot for batch in dealing.samples_of(group) for slot in batch]
+                prefixes = [prefix for batch in dealing.prefixes_of(group) for prefix in batch]
+                ode = sum(plan.first_of(prefix // noises) + 1 for prefix in prefixes)
+                rows.append(ode + sum(8 - plan.first_of(slot // 6) - 1 for slot in slots))
+            most.append(max(rows))
+            if groups == 1:
+                assert dealing.metrics()["rollout/evaluations"] == rows[0]
+        told, _ = network_calls.rollout_work(asked, groups)
+        assert told == pytest.approx(sum(most) / len(most), rel=0.02)
+
+
+def test_what_is_saved_is_in_the_plan() -> None:
+    """A window of one step for all costs what it did, wherever the prompts' steps are equal."""
+    one = recipe(*PER_PROMPT, "rollout.window_pool=1")
+    first = recipe("rollout.window=1", "rollout.window_schedule=first", "rollout.batch_size=4")
+    assert network_calls.rollout_work(one, 2) == network_calls.rollout_work(first, 2)
