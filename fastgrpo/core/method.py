@@ -20,8 +20,9 @@ class Traits:
 
     False: it draws with the ODE, every step may be trained, and the update noises the samples
     again."""
-    old_velocities: bool = False
-    """The rollout also evaluates the policy that drew the sample at each chosen step."""
+    average_key: str | None = None
+    """The key of [objective] that, above 0, has the update evaluate the moving average of the
+    weights at each state that it trains, before its first optimizer step. None: never."""
     average_draws: bool = False
     """The moving average of the weights draws the samples; the trained weights are set aside
     meanwhile.
@@ -36,10 +37,10 @@ class Traits:
 
         chosen: transitions trained per sample;  noisy: steps that draw noise
         A chosen transition has the state before it and after it, and transitions that follow each
-        other share one, so 2 chosen, and never more states than noisy + 1. Without noisy steps: a
-        noised state and a velocity for each chosen step, and the sample itself.
+        other share one, so 2 chosen, and never more states than noisy + 1. Without noisy steps: the
+        sample itself, which the update noises again.
         """
-        return min(2 * chosen, noisy + 1) if self.noisy_steps else 2 * chosen + 1
+        return min(2 * chosen, noisy + 1) if self.noisy_steps else 1
 
 
 def check_noise(recipe: "Recipe") -> None:

@@ -199,8 +199,6 @@ def _rollout_work(job: Job) -> tuple[float, float]:
         shared, single = (
             (first + 1, steps - first - 1) if recipe.rollout.shared_noise else (0, steps)
         )
-        if methods.traits(recipe).old_velocities:
-            single += recipe.steps_trained
         states += share * (prompts * shared + samples * single)
         forwards += share * (
             math.ceil(prompts / batch) * shared + math.ceil(samples / batch) * single
@@ -264,9 +262,12 @@ def _update(subject: Subject, machine: Machine) -> Phase:
     sent = sent + tokens_of_update(job, 1).times(states)
     sent = sent + between_replicas(job).times(recipe.optimizer.updates_per_iteration)
     several = batches > recipe.optimizer.updates_per_iteration
-    memory = (
-        memory_costs.update(job, batch, several) | _kept(subject) | _others(subject, scoring=False)
-    )
+    memory = memory_costs.update(job, batch, several)
+    if methods.evaluates_average(recipe.objective):
+        before = memory_costs.evaluation(job, batch)
+        memory = max(memory, before, key=lambda parts: sum(parts.values()))
+    memory |= memory_costs.velocities(job, states) | _kept(subject)
+    memory |= _others(subject, scoring=False)
     compute = machine.compute(flops, machine.achieved.update)
     seconds = _seconds(job, machine, compute, sent)
     seconds += recipe.optimizer.updates_per_iteration * _step_seconds(job, machine, batches)

@@ -2,8 +2,9 @@
 
 Zheng et al., arXiv 2509.16117. There are no noisy steps, log-probabilities or trajectories. The old
 policy, which is the moving average of the trained one's weights, draws with the ODE, each sample
-from noise of its own. Of a sample are kept x_0 and, at each chosen time, a noised x_t with the old
-policy's velocity; the update evaluates the trained policy once for each x_t.
+from noise of its own. Of a sample x_0 alone is kept. The update noises the selected samples again,
+at each of their chosen times, with keyed noise; it evaluates the old policy there before its first
+optimizer step, and the trained policy once in its step.
 
 Departures from the paper: the average moves with every optimizer step by a fixed decay, where the
 paper's decay rises over the run; the times are those of the grid.
@@ -29,7 +30,7 @@ from fastgrpo.training.trainer import Trainer, averaged_weights
 
 TRAITS = Traits(
     noisy_steps=False,
-    old_velocities=True,
+    average_key="nft_beta",  # which is always above 0
     average_draws=True,
     clips_ratio=False,
     reference_key="nft_kl",
@@ -97,22 +98,15 @@ class DiffusionNFT:
         """Draw a batch with the weights of the old policy, which the network must have.
 
         conditions: one per prompt of the iteration;  prefixes: not used
-        returns trajectories with x_0 as the state after the last step, and a noised state and its
-          velocity for each chosen step
+        returns trajectories with x_0 alone, as the state after the last step
         """
         condition = stack([conditions[slot // plan.group_size] for slot in slots])
         noise_at_one = plan.initial_noise(slots, plan.grid.device)
         final = sample_ode(policy, noise_at_one, plan.grid, condition)
-        trajectories = {}
-        for slot, x_0 in zip(slots, final, strict=True):
-            trajectories[slot] = Trajectory({plan.steps: stored(x_0, plan)})
-        chosen = [plan.chosen(slot) for slot in slots]
-        for steps in zip(*chosen, strict=True):  # as many for each sample
-            x, t = noised(plan, slots, steps, final)
-            v = policy.velocity(x, t, condition)
-            for row, (slot, step) in enumerate(zip(slots, steps, strict=True)):
-                trajectories[slot].states[step] = stored(x[row], plan)
-                trajectories[slot].velocities[step] = stored(v[row], plan)
+        trajectories = {
+            slot: Trajectory({plan.steps: stored(x_0, plan)})
+            for slot, x_0 in zip(slots, final, strict=True)
+        }
         return Drawn(slots, final, trajectories)
 
     def losses(
@@ -139,15 +133,19 @@ class NoisedLosses:
     experience: Experience
     objective: Objective
 
+    def states(self, transitions: Sequence[tuple[int, int]]) -> Tensor:
+        """The samples noised again, [B, C, F, H, W] float32."""
+        slots, steps = [slot for slot, _ in transitions], [step for _, step in transitions]
+        return noised(self.experience.plan, slots, steps, self._samples(slots))[0]
+
     def __call__(self, batch: Batch) -> Losses:
         """Contrast the trained and the old policy's velocities at the batch's noised samples."""
         plan, trajectories = self.experience.plan, self.experience.trajectories
-        x_0 = [trajectories[slot].states[plan.steps] for slot, _ in batch.transitions]
         v_old = [trajectories[slot].velocities[step] for slot, step in batch.transitions]
         advantages = [self.experience.advantages[slot] for slot, _ in batch.transitions]
         noised_samples = Noised(
             x=batch.x,
-            x_0=self.experience.stacked(x_0),
+            x_0=self._samples([slot for slot, _ in batch.transitions]),
             t=torch.stack([plan.grid[step] for _, step in batch.transitions]),
             v=batch.v,
             v_old=self.experience.stacked(v_old),
@@ -168,6 +166,17 @@ class NoisedLosses:
 
     def evaluate_old(self, batch: Batch) -> None:
         """Do nothing: there is no ratio."""
+
+    def evaluate_average(self, batch: Batch) -> None:
+        """Keep the velocities of the old policy, which is the average."""
+        for (slot, step), v_old in zip(batch.transitions, batch.v, strict=True):
+            kept = self.experience.trajectories[slot].velocities
+            kept[step] = stored(v_old, self.experience.plan)
+
+    def _samples(self, slots: Sequence[int]) -> Tensor:
+        """The samples x_0, [B, C, F, H, W] float32."""
+        plan, kept = self.experience.plan, self.experience.trajectories
+        return self.experience.stacked([kept[slot].states[plan.steps] for slot in slots])
 
 
 def noised(
