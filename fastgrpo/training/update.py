@@ -194,15 +194,19 @@ def _before(
     steps: Sequence[OptimizerStep],
 ) -> Iterator[Evaluation]:
     """What is evaluated before the first optimizer step, for its losses and those of later ones."""
-    if methods.traits_of(objective.kind).noisy_steps:
-        groups = _drawn_otherwise(trainer, experience, steps[1:])
+    traits, later = methods.traits_of(objective.kind), steps[1:]
+    if traits.has_ratio:
+        noisy = traits.noisy_steps  # else the rollout has no log-probabilities
+        groups = _drawn_otherwise(trainer, experience, later) if noisy else _by_group(later)
         yield nullcontext(), groups, losses_of.evaluate_old
     if steps and methods.evaluates_average(objective):
-        groups = [[] for _ in steps[0].batches]
-        for step in steps:
-            for own, batches in zip(groups, step.batches, strict=True):
-                own += batches
-        yield averaged_weights(trainer), groups, losses_of.evaluate_average
+        yield averaged_weights(trainer), _by_group(steps), losses_of.evaluate_average
+
+
+def _by_group(steps: Sequence[OptimizerStep]) -> list[list[MicroBatch]]:
+    """The micro-batches of several optimizer steps by group of ranks."""
+    all_steps = zip(*(step.batches for step in steps), strict=True)
+    return [[batch for batches in of_group for batch in batches] for of_group in all_steps]
 
 
 def _drawn_otherwise(

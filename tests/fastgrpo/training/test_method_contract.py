@@ -30,6 +30,7 @@ MEMBERS = ("check_policy", "plan", "drawing_weights", "sample", "losses", "zero_
 OVERRIDES = ["rollout.steps=5", "video.frames=9", "video.height=24", "video.width=40"]
 FITTING: dict[str, list[str]] = {
     "ddpo": ["objective.normalise=global"],
+    "awm": ["rollout.shared_noise=false", "optimizer.ema_decay=0.9"],
     "nft": ["rollout.shared_noise=false", "optimizer.ema_decay=0.5"],
 }
 """Keys beside objective.kind with which a method works; none for one that takes the defaults."""
@@ -102,8 +103,11 @@ def _losses_broken(
     condition = {name: torch.stack([tensor, tensor]) for name, tensor in conditions[0].items()}
     with torch.no_grad(), sharding.gathered(policy.network):
         v = policy.velocity(x, t, condition)
+    predicted = Batch(transitions=steps, x=x, v=v.clone(), v_reference=None)
     if traits.average_key:
-        losses_of.evaluate_average(Batch(transitions=steps, x=x, v=v, v_reference=None))
+        losses_of.evaluate_average(predicted)
+    if traits.has_ratio and not traits.noisy_steps:  # whose rollout keeps no log-probability
+        losses_of.evaluate_old(predicted)
     v.requires_grad_()
     losses: Losses = losses_of(Batch(transitions=steps, x=x, v=v, v_reference=None))
     broken = [

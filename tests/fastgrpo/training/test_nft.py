@@ -21,7 +21,8 @@ from fastgrpo.core.policy import Condition, Policy, stack
 from fastgrpo.parallel.world import World
 from fastgrpo.training import methods, rollout
 from fastgrpo.training.method import Experience
-from fastgrpo.training.methods.nft import METHOD, noised
+from fastgrpo.training.methods.nft import METHOD
+from fastgrpo.training.methods.noised_samples import noised
 from fastgrpo.training.rollout import Drawn, Plan
 from fastgrpo.training.trainer import Trainer
 from fastgrpo.training.update import update
@@ -272,6 +273,7 @@ def test_a_run_draws_from_the_average(tmp_path: Path) -> None:
             "optimizer.ema_decay=0: with objective.kind=nft the moving average",
         ),
         (["rollout.window=2"], "rollout.window: has no effect with objective.kind=nft"),
+        (["rollout.sampler=cps"], "rollout.sampler=cps: has no effect with objective.kind=nft"),
         (
             ["objective.step_weights=noise"],
             "objective.step_weights=noise: has no effect with objective.kind=nft",
@@ -297,6 +299,30 @@ def test_settings_that_do_not_go_with_it_are_named(overrides: list[str], complai
         methods.check(config.load(runs.RECIPE, [*good, *overrides]))
 
 
+AWM = ("objective.kind=awm", "rollout.shared_noise=false", "optimizer.ema_decay=0.9")
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("rollout.shared_noise=true", "rollout.shared_noise=true: objective.kind=awm draws"),
+        ("optimizer.ema_decay=0", "optimizer.ema_decay=0: objective.awm_average=0.1 pulls to"),
+        ("rollout.window=2", "rollout.window: has no effect with objective.kind=awm"),
+        ("rollout.sampler=flow", "rollout.sampler=flow: has no effect with objective.kind=awm"),
+        ("objective.step_weights=noise", "objective.step_weights=noise: has no effect with"),
+        ("objective.kl_weight=0.1", "objective.kl_weight=0.1: is of noisy steps"),
+    ],
+)
+def test_settings_that_do_not_go_with_awm_are_named(override: str, complaint: str) -> None:
+    methods.check(config.load(runs.RECIPE, AWM))
+    without = ("objective.awm_average=0", "optimizer.ema_decay=0")
+    methods.check(config.load(runs.RECIPE, [*AWM, *without]))
+    assert not methods.needs_initial_policy(config.load(runs.RECIPE, AWM))
+    assert methods.needs_initial_policy(config.load(runs.RECIPE, [*AWM, "objective.awm_kl=0.1"]))
+    with pytest.raises(UserError, match=f"^{re.escape(complaint)}"):
+        methods.check(config.load(runs.RECIPE, [*AWM, override]))
+
+
 class Diffusion:
     """A policy whose steps are DDIM's."""
 
@@ -307,6 +333,10 @@ class Diffusion:
 
 
 def test_a_diffusion_model_is_refused(policy: Policy) -> None:
-    METHOD.check_policy(policy, tiny.device())
-    with pytest.raises(UserError, match=r"objective\.kind=nft: is made for rectified flows"):
-        METHOD.check_policy(Diffusion(), tiny.device())  # type: ignore[arg-type]
+    for kind in KINDS:
+        method = methods.of(kind)
+        method.check_policy(policy, tiny.device())
+        with pytest.raises(
+            UserError, match=rf"objective\.kind={kind}: is made for rectified flows"
+        ):
+            method.check_policy(Diffusion(), tiny.device())  # type: ignore[arg-type]

@@ -68,8 +68,8 @@ def share_again(recipe: Recipe, groups: int = 1) -> float:
 
     An expectation. The moving average is evaluated at every state, where the objective looks at it.
     Old log-probabilities of noisy steps are evaluated for micro-batches of optimizer steps after
-    the first, in bfloat16, with a state that was not drawn in a batch of their size: see
-    `training.update`.
+    the first, in bfloat16, with a state that was not drawn in a batch of their size; of
+    samples noised again, whose rollout has none, for all of later steps: see `training.update`.
     """
     average = 1.0 if methods.evaluates_average(recipe.objective) else 0.0
     return average + _share_of_old(recipe, groups)
@@ -78,9 +78,11 @@ def share_again(recipe: Recipe, groups: int = 1) -> float:
 def _share_of_old(recipe: Recipe, groups: int) -> float:
     """The share of the states that are evaluated for their old log-probability."""
     updates, size = recipe.optimizer.updates_per_iteration, recipe.optimizer.batch_size
-    if recipe.model.dtype == "float32" or not methods.traits(recipe).noisy_steps:
+    traits, later = methods.traits(recipe), (updates - 1) / updates
+    if not traits.noisy_steps:
+        return later if traits.has_ratio else 0.0
+    if recipe.model.dtype == "float32":
         return 0.0
-    later = (updates - 1) / updates
     if recipe.rollout.at_once != size or size == 1:
         return later * (recipe.rollout.at_once != size)
     samples, prompts = busiest(recipe, groups)
