@@ -1,10 +1,10 @@
 """Reward against seconds of training: every step noisy, a window of noisy steps, and no
-trajectories at all (NFT).
+trajectories at all (NFT and AWM).
 
-    python -m benchmarks.learning.learning_curves                          the demo's length, three
-    seeds each python -m benchmarks.learning.learning_curves --iterations 20 --seeds 1 --only full
-    window python -m benchmarks.learning.learning_curves --window rollout.window=2
-    rollout.window_schedule=first
+    python -m benchmarks.learning.learning_curves           the demo's length, three seeds each
+    python -m benchmarks.learning.learning_curves --iterations 20 --seeds 1 --only full window
+    python -m benchmarks.learning.learning_curves --only full nft nft_clip_1 nft_clip_2 awm
+    python -m benchmarks.learning.learning_curves --window rollout.window=2
 
 Held-out prompts are evaluated on the way, outside the seconds that are counted. It prints how long
 each recipe took to reach the held-out reward at which the full one ended, and draws
@@ -45,6 +45,15 @@ COMMON = (
 )
 WINDOW = ("rollout.window=2", "rollout.window_every=19", "rollout.tail_steps=2")
 NFT = ("objective.kind=nft", "rollout.shared_noise=false", "optimizer.ema_decay=0.5")
+AWM = (
+    "objective.kind=awm",
+    "rollout.shared_noise=false",
+    "optimizer.ema_decay=0.9",
+    "objective.clip_range=1e-5",
+)
+USUAL = ("full", "window", "nft")
+CLIPS = (1, 2)
+"""NFT's objective.advantage_clip, beside the 5 that is its default."""
 
 
 def paces(
@@ -116,6 +125,25 @@ def table(trained: Sequence[Trained]) -> str:
     return "\n".join(lines)
 
 
+def variants(window: Sequence[str], nft: Sequence[str], awm: Sequence[str]) -> tuple[Variant, ...]:
+    """All recipes that can be compared, with the overrides of each."""
+    clips = [
+        Variant(
+            f"nft_clip_{clip}",
+            f"DiffusionNFT, advantages within ±{clip}",
+            (*nft, f"objective.advantage_clip={clip}"),
+        )
+        for clip in CLIPS
+    ]
+    return (
+        Variant("full", "every step noisy"),
+        Variant("window", "a window of noisy steps", tuple(window)),
+        Variant("nft", "DiffusionNFT", tuple(nft)),
+        *clips,
+        Variant("awm", "AWM", tuple(awm)),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -129,13 +157,20 @@ def main() -> None:
         "--rounds", type=int, default=16, help="iterations that are timed (default: %(default)s)"
     )
     parser.add_argument(
-        "--only", nargs="+", choices=("full", "window", "nft"), default=("full", "window", "nft")
+        "--only",
+        nargs="+",
+        choices=[variant.name for variant in variants(WINDOW, NFT, AWM)],
+        default=USUAL,
+        help="default: %(default)s",
     )
     parser.add_argument(
         "--window", nargs="+", default=WINDOW, metavar="KEY=VALUE", help="overrides of that recipe"
     )
     parser.add_argument(
-        "--nft", nargs="+", default=NFT, metavar="KEY=VALUE", help="overrides of that recipe"
+        "--nft", nargs="+", default=NFT, metavar="KEY=VALUE", help="overrides of those recipes"
+    )
+    parser.add_argument(
+        "--awm", nargs="+", default=AWM, metavar="KEY=VALUE", help="overrides of that recipe"
     )
     parser.add_argument(
         "--common", nargs="+", default=(), metavar="KEY=VALUE", help="overrides of all recipes"
@@ -149,18 +184,14 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=PICTURE, help="default: %(default)s")
     arguments = parser.parse_args()
     cli.quiet_libraries()
-    variants = (
-        Variant("full", "every step noisy"),
-        Variant("window", "a window of noisy steps", tuple(arguments.window)),
-        Variant("nft", "DiffusionNFT", tuple(arguments.nft)),
-    )
+    every = variants(arguments.window, arguments.nft, arguments.awm)
     length = (
         f"run.iterations={arguments.iterations}",
         f"optimizer.decay_updates={arguments.iterations}",
     )
     common, chosen = (
         [*COMMON, *length, *arguments.common],
-        [v for v in variants if v.name in arguments.only],
+        [v for v in every if v.name in arguments.only],
     )
     trained = train_all(
         RECIPE,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from benchmarks.learning import ablations, before_after, campaign, learning_curves
+from benchmarks.learning import ablations, before_after, campaign, learning_curves, pictures
 from benchmarks.learning.campaign import Trained, Variant
 from benchmarks.speed import public_way
 from benchmarks.speed.meters import counted
@@ -28,6 +28,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.data import video, video_reader
 from fastgrpo.parallel.world import World
 from fastgrpo.tools.report.run_data import read_run
+from fastgrpo.training import methods
 from fastgrpo.training.evaluation import Evaluation, compare
 from tests.harness.runs import RECIPE
 
@@ -219,8 +220,12 @@ def test_every_switch_of_the_ablations_is_a_recipe() -> None:
             assert seen.setdefault(variant.name, variant.overrides) == variant.overrides, (
                 "one folder, one recipe"
             )
-    for variant_overrides in (learning_curves.WINDOW, learning_curves.NFT):
-        config.load(RECIPE, [*learning_curves.COMMON, *variant_overrides])
+    curves = learning_curves.variants(
+        learning_curves.WINDOW, learning_curves.NFT, learning_curves.AWM
+    )
+    assert len({variant.name for variant in curves}) == len(curves) <= len(pictures.COLOURS)
+    for variant in curves:
+        methods.check(config.load(RECIPE, [*learning_curves.COMMON, *variant.overrides]))
 
 
 def test_tables_stand_between_their_markers() -> None:
