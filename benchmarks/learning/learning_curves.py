@@ -1,9 +1,10 @@
 """Reward against seconds of training: every step noisy, a window of noisy steps, and no
-trajectories at all (NFT); by name also a noisy step of each prompt's own, from one, two or four
-noises, and scouts before NFT.
+trajectories at all (NFT); by name also NFT's advantage clips, AWM, a noisy step of each prompt's
+own, from one, two or four noises, and scouts before NFT.
 
     python -m benchmarks.learning.learning_curves                  the demo's length, three seeds each
     python -m benchmarks.learning.learning_curves --iterations 20 --seeds 1 --only full window
+    python -m benchmarks.learning.learning_curves --only full nft nft-clip-1 nft-clip-2 awm
     python -m benchmarks.learning.learning_curves --only full prompt-1 prompt-2 prompt-4 scouts
     python -m benchmarks.learning.learning_curves --window rollout.window=2
 
@@ -46,6 +47,12 @@ COMMON = (
 )
 WINDOW = ("rollout.window=2", "rollout.window_every=19", "rollout.tail_steps=2")
 NFT = ("objective.kind=nft", "rollout.shared_noise=false", "optimizer.ema_decay=0.5")
+AWM = (
+    "objective.kind=awm",
+    "rollout.shared_noise=false",
+    "optimizer.ema_decay=0.9",
+    "objective.clip_range=1e-5",
+)
 PER_PROMPT = (
     "rollout.window=1",
     "rollout.window_schedule=per_prompt",
@@ -64,6 +71,15 @@ ARMS = (
     Variant("full", "every step noisy"),
     Variant("window", "a window of noisy steps", WINDOW),
     Variant("nft", "DiffusionNFT", NFT),
+    *(
+        Variant(
+            f"nft-clip-{clip}",
+            f"DiffusionNFT, advantages within {clip}",
+            (*NFT, f"objective.advantage_clip={clip}"),
+        )
+        for clip in (1, 2)  # beside the 5 that is the default
+    ),
+    Variant("awm", "AWM", AWM),
     Variant("prompt-1", "a noisy step per prompt, one noise", PER_PROMPT),
     *(
         Variant(
@@ -173,6 +189,9 @@ def main() -> None:
         "--nft", nargs="+", default=NFT, metavar="KEY=VALUE", help="overrides of that recipe"
     )
     parser.add_argument(
+        "--awm", nargs="+", default=AWM, metavar="KEY=VALUE", help="overrides of that recipe"
+    )
+    parser.add_argument(
         "--common", nargs="+", default=(), metavar="KEY=VALUE", help="overrides of all recipes"
     )
     parser.add_argument(
@@ -184,15 +203,15 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=PICTURE, help="default: %(default)s")
     arguments = parser.parse_args()
     cli.quiet_libraries()
-    typed = {"window": tuple(arguments.window), "nft": tuple(arguments.nft)}
-    variants = [replace(arm, overrides=typed.get(arm.name, arm.overrides)) for arm in ARMS]
+    typed = {name: tuple(getattr(arguments, name)) for name in ("window", "nft", "awm")}
+    arms = [replace(arm, overrides=typed.get(arm.name, arm.overrides)) for arm in ARMS]
     length = (
         f"run.iterations={arguments.iterations}",
         f"optimizer.decay_updates={arguments.iterations}",
     )
     common, chosen = (
         [*COMMON, *length, *arguments.common],
-        [v for v in variants if v.name in arguments.only],
+        [arm for arm in arms if arm.name in arguments.only],
     )
     trained = train_all(
         RECIPE,

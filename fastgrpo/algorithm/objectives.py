@@ -4,6 +4,7 @@ Every log-probability and divergence is a mean over the latent's dimensions, see
 docs/guides/algorithms/algorithms.md says when to use which.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -177,6 +178,60 @@ def nft(noised: Noised, objective: Objective) -> Tensor:
     positive = _reconstruction(noised.x - t * (noised.v_old + change), noised.x_0)
     negative = _reconstruction(noised.x - t * (noised.v_old - change), noised.x_0)
     return most / beta * (q * positive + (1 - q) * negative)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matched:
+    """B samples noised again, scored by `matching_log_prob`; float32."""
+
+    log_prob: Tensor  # [B]: the trained policy's
+    old_log_prob: Tensor  # [B]: the old policy's at the same times and noise, without gradient
+    advantage: Tensor  # [B]
+
+
+def matching_error(x: Tensor, x_0: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    """Mean squared error of a velocity against e - x_0, where x = (1 - t) x_0 + t e.
+
+    x, x_0, v: [B, ...] float32;  t: [B], above 0;  returns [B]
+    """
+    target = (x - x_0) / column(t, x)
+    return (v - target).square().flatten(1).mean(1)
+
+
+def matching_log_prob(error: Tensor, t: Tensor, weighting: str) -> Tensor:
+    """AWM's log-probability of a sample: -g of the matching error l at time t.
+
+    uniform: l;  t: t l;  t2: t^2 l;  huber: t (sqrt(l + 1e-10) - 1e-5);
+    ghuber: t / p ((l + 1e-10)^p - 1e-10^p) with p = 1/4.
+    The last two bound the pull of a sample that is matched badly. Advantage-weighted
+    matching, arXiv 2509.25050, and the forms in which others have tried it.
+
+    error, t: [B];  returns [B]
+    """
+    small, power = 1e-10, 0.25
+    if weighting == "uniform":
+        return -error
+    if weighting == "huber":
+        return -t * ((error + small).sqrt() - math.sqrt(small))
+    if weighting == "ghuber":
+        return -t / power * ((error + small) ** power - small**power)
+    return -(t ** {"t": 1, "t2": 2}[weighting]) * error
+
+
+def awm(matched: Matched, objective: Objective) -> Tensor:
+    """AWM: -min(r A, clip(r, 1 - c, 1 + c) A) with r = exp(log_prob - old_log_prob).
+
+    arXiv 2509.25050, with log-probabilities by `matching_log_prob` and c objective.clip_range, of
+    order 1e-5.  returns [B], the loss of each sample
+    """
+    r = (matched.log_prob - matched.old_log_prob).exp()
+    return _clipped(r, matched.advantage, objective.clip_range)
+
+
+def outside_matched(matched: Matched, objective: Objective) -> Tensor:
+    """Whether AWM's ratio is outside the clip range.  returns bool [B]"""
+    r = (matched.log_prob - matched.old_log_prob).exp()
+    return (r - 1).abs() > objective.clip_range
 
 
 def _reconstruction(estimate: Tensor, x_0: Tensor) -> Tensor:

@@ -223,8 +223,9 @@ def _alone(job: "Job") -> "tuple[Job, list[str]]":
         left_out.append("raw weights")
     if job.second_network:
         left_out.append("initial policy")
+    reference = methods.traits(recipe).reference_key
     changed = {
         "optimizer": recipe.optimizer.model_copy(update={"ema_decay": 0.0}),
-        "objective": recipe.objective.model_copy(update={"kl_weight": 0.0, "nft_kl": 0.0}),
+        "objective": recipe.objective.model_copy(update={reference: 0.0}),
     }
     return replace(job, recipe=recipe.model_copy(update=changed)), left_out

@@ -20,8 +20,11 @@ class Traits:
 
     False: it draws with the ODE, every step may be trained, and the update noises the samples
     again."""
-    old_velocities: bool = False
-    """The rollout also evaluates the policy that drew the sample at each chosen step."""
+    has_ratio: bool = True
+    """The loss compares the trained policy's log-probability with the old one's."""
+    average_key: str | None = None
+    """The key of [objective] that, above 0, has the update evaluate the moving average of the
+    weights at each state that it trains, before its first optimizer step. None: never."""
     average_draws: bool = False
     """The moving average of the weights draws the samples; the trained weights are set aside
     meanwhile.
@@ -39,10 +42,43 @@ class Traits:
 
         chosen: transitions trained per sample;  noisy: steps that draw noise
         A chosen transition has the state before it and after it, and transitions that follow each
-        other share one, so 2 chosen, and never more states than noisy + 1. Without noisy steps: a
-        noised state and a velocity for each chosen step, and the sample itself.
+        other share one, so 2 chosen, and never more states than noisy + 1. Without noisy steps: the
+        sample itself, which the update noises again.
         """
-        return min(2 * chosen, noisy + 1) if self.noisy_steps else 2 * chosen + 1
+        return min(2 * chosen, noisy + 1) if self.noisy_steps else 1
+
+
+def check_without_noise(recipe: "Recipe", distance: str) -> None:
+    """Raise UserError for keys that only noisy steps have, for a method without such steps.
+
+    distance: the method's own key of the distance from the initial policy
+    """
+    rollout, objective = recipe.rollout, recipe.objective
+    kind = f"objective.kind={objective.kind}"
+    if rollout.shared_noise:
+        raise UserError(
+            f"rollout.shared_noise=true: {kind} draws without noise on the way, so all "
+            "samples of a group would be the same; set rollout.shared_noise=false."
+        )
+    if rollout.window is not None:
+        raise UserError(
+            f"rollout.window: has no effect with {kind}, where no step is noisy; leave it out."
+        )
+    if rollout.sampler != "dance":
+        raise UserError(
+            f"rollout.sampler={rollout.sampler}: has no effect with {kind}, where no step is "
+            "noisy; leave it out."
+        )
+    if objective.step_weights != "equal":
+        raise UserError(
+            f"objective.step_weights={objective.step_weights}: has no effect with {kind}; leave "
+            "it out."
+        )
+    if objective.kl_weight:
+        raise UserError(
+            f"objective.kl_weight={objective.kl_weight}: is of noisy steps, and {kind} has none; "
+            f"use objective.{distance}."
+        )
 
 
 def check_noise(recipe: "Recipe") -> None:

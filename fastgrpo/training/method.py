@@ -65,6 +65,12 @@ class Losses:
 class LossesOf(Protocol):
     """A function from a micro-batch to its losses, made once per update."""
 
+    def states(self, transitions: Sequence[tuple[int, int]]) -> Tensor:
+        """The states at which the policies are evaluated.
+
+        transitions: B pairs of slot and step;  returns [B, C, F, H, W] float32, on the device
+        """
+
     def __call__(self, batch: Batch) -> Losses:
         """The losses of a micro-batch's transitions."""
 
@@ -72,6 +78,13 @@ class LossesOf(Protocol):
         """Take the batch's predictions for the old policy's, in place of the rollout's.
 
         Called before the first optimizer step, for micro-batches of later ones.
+        """
+
+    def evaluate_average(self, batch: Batch) -> None:
+        """Keep the batch's predictions, which are the moving average's.
+
+        Called before the first optimizer step, for every micro-batch, where `Traits.average_key`
+        asks for it.
         """
 
 

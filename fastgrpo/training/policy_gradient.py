@@ -92,6 +92,11 @@ class TransitionLosses:
     sampler: samplers.Sampler
     step_weights: Tensor  # float32 [T]
 
+    def states(self, transitions: Sequence[tuple[int, int]]) -> Tensor:
+        """The states before the transitions, [B, C, F, H, W] float32, as the rollout kept them."""
+        kept = self.experience.trajectories
+        return self.experience.stacked([kept[slot].states[step] for slot, step in transitions])
+
     def __call__(self, batch: Batch) -> Losses:
         """Score the batch's transitions."""
         plan, objective = self.experience.plan, self.objective
@@ -131,6 +136,9 @@ class TransitionLosses:
             trajectory.log_probs[step] = terms.log_prob[row].clone()
             if self.method.needs_old_mean:
                 trajectory.means[step] = rollout.stored(terms.mean[row], self.experience.plan)
+
+    def evaluate_average(self, batch: Batch) -> None:
+        """Do nothing: the loss of a noisy step does not look at the average."""
 
     def _times(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The times before and after the batch's steps, each [B]."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fastgrpo.core.config import Optimizer
@@ -123,13 +124,25 @@ class Trainer:
 @contextmanager
 def averaged_weights(trainer: Trainer) -> Iterator[None]:
     """Put the moving average in place of the policy's weights inside, where the recipe has one."""
-    parameters = dict(trainer.policy.network.named_parameters())
+    network = trainer.policy.network
+    _reshard(network)
+    parameters = dict(network.named_parameters())
     raw = {name: parameters[name].detach().clone() for name in trainer.ema}
     _copy(trainer.ema, parameters)
     try:
         yield
     finally:
+        _reshard(network)
         _copy(raw, parameters)
+
+
+def _reshard(network: nn.Module) -> None:
+    """Give up the whole weights that FSDP2 keeps of the root after a forward.
+
+    They would not see the shards change.
+    """
+    if isinstance(network, FSDPModule):
+        network.reshard()
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ the clip range nothing is learned from a negative advantage (benchmarks/speed/ra
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,13 +35,15 @@ from fastgrpo.core.policy import shape_key, stack
 from fastgrpo.parallel.exchange import between_groups
 from fastgrpo.parallel.world import World
 from fastgrpo.training import methods
-from fastgrpo.training.method import Batch, Experience, Losses
+from fastgrpo.training.method import Batch, Experience, Losses, LossesOf
 from fastgrpo.training.rollout import Plan, Trajectory, stored
-from fastgrpo.training.trainer import Trainer
+from fastgrpo.training.trainer import Trainer, averaged_weights
 
 State = tuple[int, tuple[int, ...]]  # a step, and the slots whose sample is in this state before it
 MicroBatch = list[State]  # an empty one keeps step with other ranks
 Value = tuple[int, str, int]  # slot, the field of its trajectory, and the step in it
+Evaluation = tuple[AbstractContextManager[None], list[list[MicroBatch]], Callable[[Batch], None]]
+"""Whose weights the network has inside; by group of ranks, what is evaluated; who keeps it."""
 
 
 @dataclass
@@ -122,22 +125,22 @@ def update(
         skipped = (experience.advantages == 0).tolist()
     steps = _optimizer_steps(trainer, experience, skipped, world)
     experience = _with_dealt(experience.on(world.device), steps, objective, world)
-    losses_of = method.losses(trainer.policy, experience, objective)
-    has_ratio = methods.traits_of(objective.kind).noisy_steps
-    again = _drawn_otherwise(trainer, experience, steps[1:] if has_ratio else [])
-    for batch in poll_before(in_step(again, world.group)):
-        with torch.no_grad():
-            if batch:
-                losses_of.evaluate_old(_predict(trainer, experience, batch))
-            else:
-                _dummy_loss(trainer, experience, world)
+    losses_of, evaluated = method.losses(trainer.policy, experience, objective), 0
+    for weights, groups, keep in _before(trainer, objective, experience, losses_of, steps):
+        with weights, torch.no_grad():
+            for batch in poll_before(in_step(groups, world.group)):
+                if batch:
+                    keep(_predict(trainer, experience, losses_of, batch))
+                else:
+                    _dummy_loss(trainer, experience, world)
+        evaluated += sum(len(batch) for own in groups for batch in own)
     for step in steps:
         batches = step.of(world.group)
         for number, batch in enumerate(batches if norms else poll_before(batches), 1):
             if world.mesh.ndim == 2:  # replicas need to agree before the step only
                 network.set_requires_all_reduce(number == len(batches))  # type: ignore[operator]
             if batch:
-                losses = losses_of(_predict(trainer, experience, batch, first=not norms))
+                losses = losses_of(_predict(trainer, experience, losses_of, batch, not norms))
                 totals.add(losses)
                 if not norms:
                     totals.add_drawn(losses, _alike(experience, batch))
@@ -150,7 +153,7 @@ def update(
         norms.append(trainer.step())
     return _metrics(totals, norms, trainer, world) | {
         "update/evaluations": float(sum(1 for step in steps for _ in step.states())),
-        "update/evaluated_again": float(sum(len(batch) for own in again for batch in own)),
+        "update/evaluated_again": float(evaluated),
     }
 
 
@@ -184,6 +187,29 @@ def _alike(experience: Experience, batch: MicroBatch) -> list[bool]:
         column = 0 if plan.is_shared(slots[0], step) else 1
         alike += [size[column] == len(batch) for size in sizes]
     return alike
+
+
+def _before(
+    trainer: Trainer,
+    objective: Objective,
+    experience: Experience,
+    losses_of: LossesOf,
+    steps: Sequence[OptimizerStep],
+) -> Iterator[Evaluation]:
+    """What is evaluated before the first optimizer step, for its losses and those of later ones."""
+    traits, later = methods.traits_of(objective.kind), steps[1:]
+    if traits.has_ratio:
+        noisy = traits.noisy_steps  # else the rollout has no log-probabilities
+        groups = _drawn_otherwise(trainer, experience, later) if noisy else _by_group(later)
+        yield nullcontext(), groups, losses_of.evaluate_old
+    if steps and methods.evaluates_average(objective):
+        yield averaged_weights(trainer), _by_group(steps), losses_of.evaluate_average
+
+
+def _by_group(steps: Sequence[OptimizerStep]) -> list[list[MicroBatch]]:
+    """The micro-batches of several optimizer steps by group of ranks."""
+    all_steps = zip(*(step.batches for step in steps), strict=True)
+    return [[batch for batches in of_group for batch in batches] for of_group in all_steps]
 
 
 def _drawn_otherwise(
@@ -230,23 +256,25 @@ def _with_dealt(
     experience: Experience, steps: Sequence[OptimizerStep], objective: Objective, world: World
 ) -> Experience:
     """The experience, with what this group needs of states that other groups drew."""
-    plan, has_velocities = experience.plan, methods.traits_of(objective.kind).old_velocities
+    plan, noisy = experience.plan, methods.traits_of(objective.kind).noisy_steps
     total, numel = len(experience.conditions) * plan.group_size, math.prod(plan.latent_shape)
     drew = {slot: group for group in range(world.groups) for slot in world.share(total, group)}
-    moves: dict[tuple[int, int], list[Value]] = {}  # (from, to) -> values, in one order everywhere
+    # (from, to) -> values, each once and in one order everywhere
+    moves: dict[tuple[int, int], dict[Value, None]] = {}
     for step in steps:
         for group, state in step.states():
             if (owner := drew[state[1][0]]) != group:
-                values = moves.setdefault((owner, group), [])
-                values += _values(state, plan, has_velocities)
+                moves.setdefault((owner, group), {}).update(
+                    dict.fromkeys(_values(state, plan, noisy))
+                )
     if not moves:
         return experience
     outgoing, wanted = list[Tensor](), list[list[Value]]()
     for group in range(world.groups):
-        values = moves.get((world.group, group), [])
+        values = list(moves.get((world.group, group), {}))
         parts = [_value(experience, value).reshape(-1) for value in values]
         outgoing.append(torch.cat([torch.empty(0, device=world.device), *parts]))
-        wanted.append(moves.get((group, world.group), []))
+        wanted.append(list(moves.get((group, world.group), {})))
     lengths = [[1 if kind == "log_probs" else numel for _, kind, _ in v] for v in wanted]
     received = between_groups(outgoing, [sum(of_group) for of_group in lengths], world)
     trajectories = dict(experience.trajectories)
@@ -265,12 +293,15 @@ def _value(experience: Experience, value: Value) -> Tensor:
     return own[step].to(experience.plan.grid.device, non_blocking=True)
 
 
-def _values(state: State, plan: Plan, has_velocities: bool) -> list["Value"]:
-    """What the losses of a state's transitions need of trajectories."""
+def _values(state: State, plan: Plan, noisy: bool) -> list[Value]:
+    """What the losses of a state's transitions need of trajectories.
+
+    noisy: the transitions are noisy steps; else samples that are noised again
+    """
     step, slots = state
+    if not noisy:
+        return [(slot, "states", plan.steps) for slot in slots]
     of_each = [("states", step + 1), ("log_probs", step)]
-    if has_velocities:
-        of_each = [("states", plan.steps), ("velocities", step)]
     values = [(slot, kind, at) for slot in slots for kind, at in of_each]
     return [(slots[0], "states", step), *values]
 
@@ -286,14 +317,18 @@ def _states(slots: Sequence[int], plan: Plan) -> list[State]:
 
 
 def _predict(
-    trainer: Trainer, experience: Experience, states: MicroBatch, first: bool = False
+    trainer: Trainer,
+    experience: Experience,
+    losses_of: LossesOf,
+    states: MicroBatch,
+    first: bool = False,
 ) -> Batch:
     """Evaluate each state once, and give a row for each transition from it.
 
     first: no optimizer step was taken since the samples were drawn
     """
-    plan, trajectories = experience.plan, experience.trajectories
-    x = experience.stacked([trajectories[slots[0]].states[step] for step, slots in states])
+    plan = experience.plan
+    x = losses_of.states([(slots[0], step) for step, slots in states])
     t = torch.stack([plan.grid[step] for step, _ in states])
     condition = stack([experience.conditions[slots[0] // plan.group_size] for _, slots in states])
     v, v_reference = trainer.policy.velocity(x, t, condition), None
@@ -312,7 +347,7 @@ def _predict(
 def _dummy_loss(trainer: Trainer, experience: Experience, world: World) -> Tensor:
     """A loss of zero with the forwards and backward of one, which are collectives.
 
-    Without gradients it stands for a micro-batch that is evaluated for its old log-probabilities.
+    Without gradients it stands for a micro-batch that is evaluated before the first step.
 
     returns a scalar
     """

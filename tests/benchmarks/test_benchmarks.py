@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from benchmarks.learning import ablations, before_after, campaign, learning_curves
+from benchmarks.learning import ablations, before_after, campaign, learning_curves, pictures
 from benchmarks.learning.campaign import Trained, Variant
 from benchmarks.speed import public_way
 from benchmarks.speed.meters import counted
@@ -225,7 +225,8 @@ def test_every_switch_of_the_ablations_is_a_recipe() -> None:
     for arm in learning_curves.ARMS:
         methods.check(config.load(RECIPE, [*learning_curves.COMMON, *arm.overrides]))
     names = [arm.name for arm in learning_curves.ARMS]
-    assert len(set(names)) == len(names) and set(learning_curves.USUAL) <= set(names)
+    assert len(set(names)) == len(names) <= len(pictures.COLOURS)
+    assert set(learning_curves.USUAL) <= set(names)
 
 
 def test_tables_stand_between_their_markers() -> None:

@@ -18,7 +18,7 @@ from fastgrpo.models.loading import policies
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.training import rollout
-from fastgrpo.training.method import Experience
+from fastgrpo.training.method import Experience, Method
 from fastgrpo.training.rollout import Drawn, Plan, Trajectory
 from fastgrpo.training.trainer import Trainer
 from fastgrpo.training.update import update
@@ -105,6 +105,30 @@ def draw(
         return rollout.draw(policy, the_plan, conditions, share, batch_size)
 
 
+def draw_by(
+    method: Method,
+    trainer: Trainer,
+    the_plan: Plan,
+    conditions: list[Condition],
+    slots: range,
+    batch_size: int,
+) -> Drawn:
+    """The slots' samples as a method without shared noise draws them, with its own weights."""
+    network, parts = trainer.policy.network, []
+    with method.drawing_weights(trainer), sharding.gathered(network):
+        for batch in rollout.batches(slots, conditions, GROUP, batch_size):
+            parts.append(method.sample(trainer.policy, the_plan, conditions, batch, {}))
+    final = {slot: x for part in parts for slot, x in zip(part.slots, part.final, strict=True)}
+    kept = {slot: trajectory for part in parts for slot, trajectory in part.trajectories.items()}
+    return Drawn(list(slots), torch.stack([final[slot] for slot in slots]), kept)
+
+
+def move_average(trainer: Trainer) -> None:
+    """Have the moving average differ from the trained weights, alike on any mesh."""
+    for value in trainer.ema.values():
+        value.mul_(1.02)
+
+
 def states(drawn: Drawn, the_plan: Plan) -> Tensor:
     """[B, T, C, F, H, W]: each sample's state before each step, of a plan that trains every noisy
     step.
@@ -139,11 +163,12 @@ def run_update(
     conditions: list[Condition],
     world: World,
     kept: Tensor | None = None,
+    objective: Objective = Objective(clip_range=1e-4),  # noqa: B008  it is frozen
 ) -> dict[str, float]:
     kept = torch.ones(len(PROMPTS) * GROUP, dtype=torch.bool) if kept is None else kept
     return update(
         trainer,
-        Objective(clip_range=1e-4),
+        objective,
         Experience(
             plan=the_plan,
             trajectories=trajectories,
@@ -155,5 +180,9 @@ def run_update(
     )
 
 
-def settings(batch_size: int, updates: int = 1, lr: float = 1e-4) -> Optimizer:
-    return Optimizer(lr=lr, batch_size=batch_size, updates_per_iteration=updates)
+def settings(
+    batch_size: int, updates: int = 1, lr: float = 1e-4, ema_decay: float = 0.0
+) -> Optimizer:
+    return Optimizer(
+        lr=lr, batch_size=batch_size, updates_per_iteration=updates, ema_decay=ema_decay
+    )

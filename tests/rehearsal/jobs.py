@@ -91,6 +91,7 @@ MESHES: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "ddpo": (2, "cpu_ddpo", ("objective.kind=ddpo", "objective.normalise=global")),
     "dppo_best_of_n": (2, "cpu_dppo", ("objective.kind=dppo", "objective.best_of_n=2")),
     "nft": (2, "cpu_nft", ("objective.kind=nft", "rollout.shared_noise=false")),
+    "awm": (2, "cpu_awm", ("objective.kind=awm", "rollout.shared_noise=false")),
     "scouts": (
         2,
         "cpu_scouts",

@@ -10,9 +10,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fastgrpo import models
 from tests import ROOT
 from tests.harness import forks, runs
 from tests.harness.folders.launch_files import LAUNCH, arguments, with_images
@@ -20,6 +22,42 @@ from tests.harness.folders.launch_files import LAUNCH, arguments, with_images
 
 def test_every_launch_file_is_tried_here() -> None:
     assert {file.stem for file in (ROOT / "launch").glob("*.toml")} == {*LAUNCH, "t2v_tiny"}
+
+
+WITHOUT_NOISE = {
+    "nft": ["optimizer.ema_decay=0.5", "objective.nft_kl=0.01"],
+    "awm": ["optimizer.ema_decay=0.9", "objective.clip_range=1e-5"],
+}
+"""Methods of samples that are noised again, with keys that they want."""
+OF_FAMILIES = {"hunyuan_video": "t2v_hunyuan", "skyreels_i2v": "i2v_skyreels"}
+OF_FAMILIES |= {"flux": "t2i_flux", "wan": "t2v_wan"}
+"""A launch file of every family of rectified flows."""
+
+
+@pytest.mark.parametrize("kind", WITHOUT_NOISE)
+@pytest.mark.parametrize("family", OF_FAMILIES)
+def test_every_flow_trains_without_noisy_steps(family: str, kind: str, tmp_path: Path) -> None:
+    name = OF_FAMILIES[family]
+    lines = trained(name, tmp_path, f"objective.kind={kind}", *WITHOUT_NOISE[kind])
+    for line in lines:
+        again, transitions = line["update/evaluated_again"], line["update/transitions"]
+        assert again >= transitions > 0 < line["update/grad_norm"]
+        assert line["update/max_log_ratio_first"] == 0.0 == line["reward/invalid"]
+
+
+def test_every_flow_is_tried_here() -> None:
+    assert set(OF_FAMILIES) == set(models.known()) - {"stable_diffusion"}
+
+
+def trained(name: str, folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    """The metrics of two iterations on two ranks by a launch file with a tiny folder."""
+    importlib.import_module(f"tests.harness.folders.{LAUNCH[name][0]}").write(folder / "model")
+    settings = arguments(name, folder / "model", folder / "run", with_images(folder))
+    free = ("rollout.shared_noise=false", "optimizer.updates_per_iteration=1")
+    file = str(ROOT / "launch" / f"{name}.sh")
+    result = forks.run(file, [*settings, *free, *overrides], ranks=2)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return runs.metrics(folder / "run")
 
 
 @pytest.mark.parametrize("name", LAUNCH)

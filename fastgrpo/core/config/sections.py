@@ -213,7 +213,7 @@ class Rollout(Section):
 class Objective(Section):
     kind: str = "grpo"
     """The training method, a file of fastgrpo/training/methods/: grpo, guard (GRPO-Guard), dppo
-    (Flow-DPPO), ddpo, or nft (DiffusionNFT), which needs no trajectories; see
+    (Flow-DPPO), ddpo, or nft (DiffusionNFT) and awm, which need no trajectories; see
     docs/guides/algorithms/algorithms.md."""
     normalise: Literal["group", "batch", "largest_std", "global"] = "group"
     """Advantages: by each group's mean and std (the paper), then over the batch (GDPO), by the
@@ -231,10 +231,18 @@ class Objective(Section):
     """kind = nft: how far the implicit positive and negative policies lie from the old one."""
     nft_kl: Annotated[float, Field(ge=0)] = 1e-4
     """kind = nft: weight of the squared difference from the initial policy's velocity; 0 = none."""
+    awm_weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "ghuber"
+    """kind = awm: the log-probability's form, by the matching error and its time."""
+    awm_average: Annotated[float, Field(ge=0)] = 0.1
+    """kind = awm: weight of the squared difference from the velocity of the weights' moving average,
+    a guard against collapse; 0 = none."""
+    awm_kl: Annotated[float, Field(ge=0)] = 0.0
+    """kind = awm: weight of the squared difference from the initial policy's velocity; 0 = none."""
     clip_range: Rate = 1e-4
     """Clip range of the ratio; small because log-probs are means over the latent's dimensions."""
     advantage_clip: Rate = 5.0
-    """Advantages are clamped to +- this."""
+    """Advantages are clamped to +- this. With kind = nft it also sets how much good and bad samples
+    contrast: 1, 2 or 5, see docs/guides/algorithms/algorithms.md."""
     min_spread: Rate = 1e-6
     """A group whose rewards' standard deviation is below this teaches nothing: advantage 0."""
     timestep_fraction: Annotated[float, Field(gt=0, le=1)] = 0.6

@@ -30,6 +30,7 @@ from fastgrpo.tools.plan.costs.compute import (
 from fastgrpo.tools.plan.gpus import Achieved, Gpu
 from fastgrpo.tools.plan.subject import Subject
 from fastgrpo.tools.plan.workload import network_calls
+from fastgrpo.training import methods
 
 # the rollout holds the whole weights where this many times their size is free, see
 # fastgrpo.parallel.world
@@ -243,9 +244,12 @@ def _update(subject: Subject, machine: Machine) -> Phase:
     sent = sent + tokens_of_update(job, 1).times(states)
     sent = sent + between_replicas(job).times(recipe.optimizer.updates_per_iteration)
     several = batches > recipe.optimizer.updates_per_iteration
-    memory = (
-        memory_costs.update(job, batch, several) | _kept(subject) | _others(subject, scoring=False)
-    )
+    memory = memory_costs.update(job, batch, several)
+    if methods.evaluates_average(recipe.objective):
+        before = memory_costs.evaluation(job, batch)
+        memory = max(memory, before, key=lambda parts: sum(parts.values()))
+    memory |= memory_costs.velocities(job, states) | _kept(subject)
+    memory |= _others(subject, scoring=False)
     compute = machine.compute(flops, machine.achieved.update)
     seconds = _seconds(job, machine, compute, sent)
     seconds += recipe.optimizer.updates_per_iteration * _step_seconds(job, machine, batches)

@@ -24,6 +24,7 @@ KINDS = (  # of memory, in the order in which the picture stacks them
     "reduced",
     "activations",
     "trajectories",
+    "velocities",
     "VAE",
     "rewards",
     "text encoders",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastgrpo.core import registry
-from fastgrpo.core.config import Recipe
+from fastgrpo.core.config import Objective, Recipe
 from fastgrpo.core.config.window import noisy_count
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.method import Traits, check_noise
@@ -69,6 +69,12 @@ def needs_initial_policy(recipe: Recipe) -> bool:
     """Whether the objective measures against the policy before training."""
     weights = recipe.objective.model_dump()
     return bool(weights[traits(recipe).reference_key])
+
+
+def evaluates_average(objective: Objective) -> bool:
+    """Whether the update evaluates the moving average of the weights at the states it trains."""
+    key = traits_of(objective.kind).average_key
+    return key is not None and bool(objective.model_dump()[key])
 
 
 def latents_kept(recipe: Recipe) -> int:

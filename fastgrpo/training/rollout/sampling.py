@@ -44,7 +44,7 @@ class Trajectory:
     means: dict[int, Tensor] = field(default_factory=dict)
     """For steps whose old mean the update evaluated itself: [C, F, H, W] float32."""
     velocities: dict[int, Tensor] = field(default_factory=dict)
-    """For each chosen step, for nft alone: the old policy's, [C, F, H, W] float32."""
+    """For steps at which the update evaluated the moving average: [C, F, H, W] float32."""
 
 
 @dataclass

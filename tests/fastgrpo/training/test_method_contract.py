@@ -1,6 +1,7 @@
 """Whatever method lies in training/methods keeps what the loop, the plan and preflight rely on."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from fastgrpo.tools.plan.costs import memory
 from fastgrpo.tools.plan.subject import subject
 from fastgrpo.tools.preflight import largest_batch
 from fastgrpo.training import methods
-from fastgrpo.training.method import Batch, Experience, Losses, Method
+from fastgrpo.training.method import Batch, Experience, Losses, LossesOf, Method
 from fastgrpo.training.rollout import Drawn, Plan, shared_prefixes
 from fastgrpo.training.trainer import Trainer
 from tests.harness import runs, tiny
@@ -29,6 +30,7 @@ MEMBERS = ("check_policy", "plan", "drawing_weights", "sample", "losses", "zero_
 OVERRIDES = ["rollout.steps=5", "video.frames=9", "video.height=24", "video.width=40"]
 FITTING: dict[str, list[str]] = {
     "ddpo": ["objective.normalise=global"],
+    "awm": ["rollout.shared_noise=false", "optimizer.ema_decay=0.9"],
     "nft": ["rollout.shared_noise=false", "optimizer.ema_decay=0.5"],
 }
 """Keys beside objective.kind with which a method works; none for one that takes the defaults."""
@@ -75,11 +77,16 @@ def contract(method: Any, traits: Traits, policy: Policy, conditions: list[Condi
     again = draw(method, policy, plan, conditions)
     if not torch.equal(again.final, drawn.final):
         broken.append("sample: another result the second time; draw with the plan's keyed noise")
-    return broken + _losses_broken(method, policy, plan, conditions, drawn)
+    return broken + _losses_broken(method, traits, policy, plan, conditions, drawn)
 
 
 def _losses_broken(
-    method: Any, policy: Policy, plan: Plan, conditions: list[Condition], drawn: Drawn
+    method: Any,
+    traits: Traits,
+    policy: Policy,
+    plan: Plan,
+    conditions: list[Condition],
+    drawn: Drawn,
 ) -> list[str]:
     """What is wrong with the losses of two transitions whose advantages are 1 and -1."""
     steps = [(slot, plan.chosen(slot)[0]) for slot in (0, 1)]
@@ -90,15 +97,19 @@ def _losses_broken(
         advantages=torch.tensor([1.0, -1.0], device=tiny.device()),
         selected=torch.ones(2, dtype=torch.bool),
     )
-    x = experience.stacked([drawn.trajectories[slot].states[step] for slot, step in steps])
+    losses_of = method.losses(policy, experience, Objective())
+    x = losses_of.states(steps)
     t = torch.stack([plan.grid[step] for _, step in steps])
     condition = {name: torch.stack([tensor, tensor]) for name, tensor in conditions[0].items()}
     with torch.no_grad(), sharding.gathered(policy.network):
         v = policy.velocity(x, t, condition)
+    predicted = Batch(transitions=steps, x=x, v=v.clone(), v_reference=None)
+    if traits.average_key:
+        losses_of.evaluate_average(predicted)
+    if traits.has_ratio and not traits.noisy_steps:  # whose rollout keeps no log-probability
+        losses_of.evaluate_old(predicted)
     v.requires_grad_()
-    losses: Losses = method.losses(policy, experience, Objective())(
-        Batch(transitions=steps, x=x, v=v, v_reference=None)
-    )
+    losses: Losses = losses_of(Batch(transitions=steps, x=x, v=v, v_reference=None))
     broken = [
         f"losses: {name} is not one number per transition"
         for name, value in vars(losses).items()
@@ -162,9 +173,20 @@ class Faulty:
             setattr(self, name, planted.get(name, getattr(sound, name)))
 
 
+class Planted:
+    """The losses of a sound method, but for those that a test plants."""
+
+    def __init__(self, sound: LossesOf, losses: Callable[[Batch], Losses]) -> None:
+        self.states, self.losses = sound.states, losses
+
+    def __call__(self, batch: Batch) -> Losses:
+        return self.losses(batch)
+
+
 def constant_losses(policy: Policy, experience: Experience, objective: Objective) -> Any:
     zero = torch.zeros(2)
-    return lambda batch: Losses(
+    sound = methods.of("grpo").losses(policy, experience, objective)
+    losses = lambda batch: Losses(  # noqa: E731
         loss=0.0 * batch.v.flatten(1).sum(1),
         outside=zero,
         kl=zero,
@@ -172,11 +194,12 @@ def constant_losses(policy: Policy, experience: Experience, objective: Objective
         drawn_log_ratio=zero,
         drawn_outside=zero,
     )
+    return Planted(sound, losses)
 
 
 def summed_losses(policy: Policy, experience: Experience, objective: Objective) -> Any:
-    losses_of = methods.of("grpo").losses(policy, experience, objective)
-    return lambda batch: replace(losses_of(batch), loss=losses_of(batch).loss.sum())
+    sound = methods.of("grpo").losses(policy, experience, objective)
+    return Planted(sound, lambda batch: replace(sound(batch), loss=sound(batch).loss.sum()))
 
 
 def unkeyed(
@@ -207,11 +230,9 @@ def test_a_faulty_method_is_named(
 def test_a_method_that_declares_too_little_is_named(
     policy: Policy, conditions: list[Condition]
 ) -> None:
-    wrong = replace(methods.traits_of("nft"), noisy_steps=True, reference_key="kl_weight")
-    plan = methods.of("nft").plan(tiny.plan(policy, shared_noise=False))
-    kept = draw(methods.of("nft"), policy, replace(plan, group_size=2), conditions).trajectories[0]
-    held = len(kept.states) + len(kept.velocities)
-    assert held == methods.traits_of("nft").latents_kept(3, 5) > wrong.latents_kept(3, 4)
+    wrong = replace(methods.traits_of("grpo"), noisy_steps=False)
+    broken = contract(methods.of("grpo"), wrong, policy, conditions)
+    assert broken == ["TRAITS: 5 latents are kept of a sample, declared are 1"]
 
 
 # --- bytes of waiting trajectories: one source for the plan and for rollout.batch_size=auto

@@ -165,7 +165,7 @@ def run(
     ranks: int,
     rollout_batch: int,
     update_batch: int,
-    other: dict[str, list[int]] | None = None,
+    other: dict[str, Any] | None = None,
     **distributed: int,
 ) -> dict[str, Any]:
     arguments = [str(file), str(rollout_batch), str(update_batch), json.dumps(distributed)]

@@ -2,7 +2,8 @@
 
 argv: file, rollout batch, update batch, then two objects in JSON: the recipe's [distributed]
 section, and what else differs: `kept`, the slots that are trained, `window`, the noisy steps,
-`own_steps`, those of each prompt, and, as lists of one, `noises` and `trained` of the plan
+`own_steps`, those of each prompt, as lists of one `noises` and `trained` of the plan, and
+`objective`, of a method without noisy steps, whose moving average differs from its weights
 """
 
 import json
@@ -11,10 +12,11 @@ from dataclasses import replace
 
 import torch
 
-from fastgrpo.core.config import Distributed
+from fastgrpo.core.config import Distributed, Objective
 from fastgrpo.core.processes import leave
 from fastgrpo.parallel.sharding import shard
 from fastgrpo.parallel.world import open_world
+from fastgrpo.training import methods
 from tests.harness import tiny
 
 if __name__ == "__main__":
@@ -25,7 +27,9 @@ if __name__ == "__main__":
         conditions = tiny.encode()
         shard(policy, world, torch.float32)
         other = json.loads(sys.argv[5])
-        plan = tiny.plan(policy)
+        objective = Objective(**{"clip_range": 1e-4} | other.get("objective", {}))
+        method, noisy = methods.of(objective.kind), "objective" not in other
+        plan = method.plan(tiny.plan(policy, shared_noise=noisy))
         if "window" in other:
             plan = replace(
                 plan,
@@ -37,8 +41,14 @@ if __name__ == "__main__":
         kept = torch.zeros(len(tiny.PROMPTS) * tiny.GROUP, dtype=torch.bool)
         kept[other.get("kept", slice(None))] = True
         everything = replace(plan, trained=None)
-        drawn = tiny.draw(policy, everything, conditions, world, rollout_batch)
-        trainer = tiny.Recorder.create(policy, tiny.settings(update_batch, updates=2), None)
+        settings = tiny.settings(update_batch, updates=2, ema_decay=0.0 if noisy else 0.5)
+        trainer = tiny.Recorder.create(policy, settings, None)
+        tiny.move_average(trainer)
+        if noisy:
+            drawn = tiny.draw(policy, everything, conditions, world, rollout_batch)
+        else:
+            share = world.share(len(kept))
+            drawn = tiny.draw_by(method, trainer, plan, conditions, share, rollout_batch)
         metrics = tiny.run_update(
             trainer,
             the_plan=plan,
@@ -46,6 +56,7 @@ if __name__ == "__main__":
             conditions=conditions,
             world=world,
             kept=kept,
+            objective=objective,
         )
         total = len(tiny.PROMPTS) * tiny.GROUP
         # each row from one rank
@@ -53,7 +64,7 @@ if __name__ == "__main__":
         rows = len(share)
         gradients = trainer.gradients  # type: ignore[attr-defined]
         result = {"gradients": gradients, "metrics": metrics}
-        if "window" not in other:
+        if noisy and "window" not in other:
             result |= {
                 "states": world.combine(tiny.states(drawn, everything)[:rows], share, total),
                 "final": world.combine(drawn.final[:rows], share, total),

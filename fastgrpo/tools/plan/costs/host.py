@@ -37,6 +37,10 @@ def _of_rank(job: Job) -> dict[str, float]:
         found["trajectories"] = _pinned(4 * math.prod(job.latent)) * (
             methods.latents_kept(recipe) * samples
         )
+        if methods.evaluates_average(recipe.objective):
+            batches, each = network_calls.dealt(recipe, job.groups)
+            states = recipe.optimizer.updates_per_iteration * batches * math.ceil(each)
+            found["velocities"] = _pinned(4 * math.prod(job.latent)) * states
     if recipe.checkpoint.background:
         found["checkpoint"] = (MASTER + MOMENTS + average) * trained
     return found

@@ -44,9 +44,12 @@ def raw_weights(job: Job) -> dict[str, float]:
     """Bytes of the trained weights, which DiffusionNFT sets aside while their moving average draws
     and decodes.
     """
-    recipe = job.recipe
-    drawn_by_average = methods.traits(recipe).average_draws and recipe.optimizer.ema_decay
-    if not drawn_by_average or recipe.distributed.offload:
+    return _set_aside(job) if methods.traits(job.recipe).average_draws else {}
+
+
+def _set_aside(job: Job) -> dict[str, float]:
+    """Bytes of the trained weights while their moving average has their place."""
+    if not job.recipe.optimizer.ema_decay or job.recipe.distributed.offload:
         return {}
     return {"raw weights": MASTER * _trained(job)}
 
@@ -101,8 +104,25 @@ def update(job: Job, batch: int, accumulated: bool = True) -> dict[str, float]:
 
 
 def rollout(job: Job, batch: int, gathered: bool) -> dict[str, float]:
-    """Bytes at the peak of a forward without gradients.  gathered: the rank holds the whole weights
+    """Bytes at the peak of the rollout, by kind.
 
+    batch: samples per forward;  gathered: the rank holds the whole weights
+    """
+    return states(job) | raw_weights(job) | _forward(job, batch, gathered)
+
+
+def evaluation(job: Job, batch: int) -> dict[str, float]:
+    """Bytes at the peak of the moving average's forwards before the first optimizer step, by kind.
+
+    batch: states in a micro-batch
+    """
+    return states(job) | _set_aside(job) | _forward(job, batch, gathered=False)
+
+
+def _forward(job: Job, batch: int, gathered: bool) -> dict[str, float]:
+    """Bytes of weights and activations at the peak of a forward without gradients.
+
+    gathered: the rank holds the whole weights
     Else FSDP2 holds a block's weights and, until the next block's are there, the buffer that they
     were gathered into, beside the buffers of the blocks ahead.
     """
@@ -120,9 +140,7 @@ def rollout(job: Job, batch: int, gathered: bool) -> dict[str, float]:
         )
         now = (whole if gathered else weights, unit.forward(passed) + outside)
         best = max(best, now, key=sum)
-    return (
-        states(job) | raw_weights(job) | dict(zip(("gathered", "activations"), best, strict=True))
-    )
+    return dict(zip(("gathered", "activations"), best, strict=True))
 
 
 def _passed(job: Job, batch: int, recomputed: bool = False) -> Batch:
@@ -180,3 +198,14 @@ def trajectories(job: Job, samples: int) -> float:
     if job.recipe.rollout.store == "host":
         return 0.0
     return float(4 * math.prod(job.latent) * methods.latents_kept(job.recipe) * samples)
+
+
+def velocities(job: Job, trained: float) -> dict[str, float]:
+    """Bytes of the moving average's velocities, float32, which the update evaluates beforehand.
+
+    trained: states of this rank in an iteration
+    """
+    recipe = job.recipe
+    if recipe.rollout.store == "host" or not methods.evaluates_average(recipe.objective):
+        return {}
+    return {"velocities": float(4 * math.prod(job.latent) * trained)}

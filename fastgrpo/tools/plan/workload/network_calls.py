@@ -9,8 +9,8 @@ of each that its samples share:
     rollout, independent noise    P G S
     scouts, N of C steps          P N C before the rollout
     update                        transitions, those from a shared state counted once per
-    optimizer step DiffusionNFT, c chosen times  P G (S + c) in the rollout, the old policy's
-    velocities included; P G c in the update
+    optimizer step
+    moving average                the update's once more, where the objective looks at it
 
 States before the first noisy step, and the one at it, are equal for samples of one noise, so f + 1
 evaluations serve all G / M of them. Where they lie on several ranks, each of them computes what its
@@ -45,7 +45,7 @@ class Evaluations:
     update_least: int
     update_most: int
     reference: float  # forwards of the initial policy, without a backward, expected
-    again: float  # forwards for old log-probabilities, without a backward, expected
+    again: float  # forwards of the old policy or the average, without a backward, expected
 
     @property
     def rollout(self) -> int:
@@ -64,8 +64,6 @@ def of_iteration(recipe: Recipe, first: int, groups: int = 1) -> Evaluations:
     shared, single = 0, samples * steps
     if rollout.shared_noise:
         shared, single = visits * (first + 1), samples * (steps - first - 1)
-    if methods.traits(recipe).old_velocities:
-        single += samples * recipe.steps_trained
     update = _update(recipe, groups)
     reference = update[1] if methods.needs_initial_policy(recipe) else 0.0
     again = update[1] * share_again(recipe, groups)
@@ -74,15 +72,25 @@ def of_iteration(recipe: Recipe, first: int, groups: int = 1) -> Evaluations:
 
 
 def share_again(recipe: Recipe, groups: int = 1) -> float:
-    """The share of the update's states that are evaluated before it for their old log-probability.
+    """The evaluations before the first optimizer step, as a share of the update's states.
 
-    An expectation. They are micro-batches of optimizer steps after the first, in bfloat16, with a
-    state that was not drawn in a batch of their size: see `training.update`.
+    An expectation. The moving average is evaluated at every state, where the objective looks at it.
+    Old log-probabilities of noisy steps are evaluated for micro-batches of optimizer steps after
+    the first, in bfloat16, with a state that was not drawn in a batch of their size; of
+    samples noised again, whose rollout has none, for all of later steps: see `training.update`.
     """
+    average = 1.0 if methods.evaluates_average(recipe.objective) else 0.0
+    return average + _share_of_old(recipe, groups)
+
+
+def _share_of_old(recipe: Recipe, groups: int) -> float:
+    """The share of the states that are evaluated for their old log-probability."""
     updates, size = recipe.optimizer.updates_per_iteration, recipe.optimizer.batch_size
-    if recipe.model.dtype == "float32" or not methods.traits(recipe).noisy_steps:
+    traits, later = methods.traits(recipe), (updates - 1) / updates
+    if not traits.noisy_steps:
+        return later if traits.has_ratio else 0.0
+    if recipe.model.dtype == "float32":
         return 0.0
-    later = (updates - 1) / updates
     if recipe.rollout.at_once != size or size == 1:
         return later * (recipe.rollout.at_once != size)
     samples, prefixes = busiest(recipe, groups)
@@ -247,8 +255,6 @@ def _samples_work(recipe: Recipe, groups: int) -> tuple[float, float]:
     for first, share in first_steps(recipe).items():
         steps = grid_steps(recipe, first)
         shared, single = (first + 1, steps - first - 1) if rollout.shared_noise else (0, steps)
-        if methods.traits(recipe).old_velocities:
-            single += recipe.steps_trained
         states += share * (prefixes * shared + samples * single)
         forwards += share * (
             math.ceil(prefixes / batch) * shared + math.ceil(samples / batch) * single

@@ -53,6 +53,9 @@ def test_waiting_trajectories_are_one_block_per_latent() -> None:
     latent = planner.plan(recipe, 1, CARD).subject.job.latent
     block = rounded(4 * latent[0] * latent[1] * latent[2] * latent[3])
     assert host("rollout.store=host")["trajectories"] == block * 6 * 160
+    nft = ("objective.kind=nft", "rollout.shared_noise=false", "optimizer.ema_decay=0.5")
+    found = host("rollout.store=host", *nft, "objective.best_of_n=8")
+    assert (found["trajectories"], found["velocities"]) == (block * 160, block * 80 * 4)
 
 
 def test_a_checkpoint_in_the_background_is_a_copy_of_the_states() -> None:

@@ -2,6 +2,7 @@
 send.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -49,9 +50,7 @@ def recipe(*overrides: str, name: str = "t2v_tiny") -> Recipe:
 
 
 def test_trajectories_of_nft_are_what_its_samples_hold() -> None:
-    """c noised states, c velocities and x_0: with 3 of 5 steps more than the steps that GRPO's
-    states stop at.
-    """
+    """x_0 alone, which the update noises again."""
     policy, slots = tiny.load_policy(), list(range(tiny.GROUP))
     drawn = METHOD.sample(
         policy, METHOD.plan(tiny.plan(policy, shared_noise=False)), tiny.encode(), slots, {}
@@ -65,6 +64,18 @@ def test_trajectories_of_nft_are_what_its_samples_hold() -> None:
     job = subject(asked, 1, 8).job
     assert asked.steps_trained == 3
     assert memory.trajectories(job, len(slots)) == held
+
+
+def test_velocities_are_those_of_the_trained_states() -> None:
+    """Of 12 samples 6 are selected, with 3 states each; none is on the device with store=host."""
+    small = ("rollout.steps=5", "video.frames=9", "video.height=24", "video.width=40")
+    few = ("prompts.per_iteration=3", "rollout.samples_per_prompt=4", "objective.best_of_n=2")
+    job = subject(recipe(*NFT, *small, *few), 1, 8).job
+    latent = tiny.plan(tiny.load_policy(), shared_noise=False).latent_shape
+    states, _ = phases._update_work(job)
+    assert memory.velocities(job, states) == {"velocities": 4 * math.prod(latent) * 6 * 3}
+    assert not memory.velocities(subject(recipe(*NFT, "rollout.store=host"), 1, 8).job, states)
+    assert not memory.velocities(subject(recipe(*small), 1, 8).job, states)
 
 
 def test_raw_weights_are_what_the_average_displaces(monkeypatch: pytest.MonkeyPatch) -> None:

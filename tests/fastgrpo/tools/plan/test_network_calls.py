@@ -114,6 +114,39 @@ def test_states_of_the_rollout() -> None:
     assert network_calls.of_iteration(recipe(), 0, groups=10).shared == 10
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_average_is_evaluated_for_selected_samples_alone(dtype: str) -> None:
+    """DiffusionNFT: P G S in the rollout, P G' c of the average and of the update each."""
+    asked = recipe(
+        "objective.kind=nft",
+        "rollout.shared_noise=false",
+        "optimizer.ema_decay=0.5",
+        "objective.best_of_n=2",
+        f"model.dtype={dtype}",
+    )
+    told = network_calls.of_iteration(asked, 0)
+    assert asked.steps_trained == 5
+    assert (told.rollout, told.again, told.update) == (5 * 6 * 8, 5 * 2 * 5, 5 * 2 * 5)
+
+
+@pytest.mark.parametrize(
+    ("average", "updates", "again"), [(0.1, 1, 1.0), (0.1, 2, 1.5), (0, 2, 0.5)]
+)
+def test_awm_evaluates_the_average_and_the_old_policy_of_later_steps(
+    average: float, updates: int, again: float
+) -> None:
+    asked = recipe(
+        "objective.kind=awm",
+        "rollout.shared_noise=false",
+        "optimizer.ema_decay=0.9",
+        "objective.best_of_n=2",
+        f"objective.awm_average={average}",
+        f"optimizer.updates_per_iteration={updates}",
+    )
+    told = network_calls.of_iteration(asked, 0)
+    assert (told.rollout, told.again, told.update) == (5 * 6 * 8, again * 5 * 2 * 5, 5 * 2 * 5)
+
+
 def test_windows_that_move_are_averaged() -> None:
     asked = recipe("rollout.window=2", "rollout.window_every=4", "run.iterations=10")
     assert network_calls.first_steps(asked) == pytest.approx({0: 0.4, 1: 0.4, 2: 0.2})
