@@ -175,10 +175,10 @@ def _template(spec: RewardSpec) -> tuple[Options, str, str]:
 def _local_files(spec: RewardSpec) -> None:
     """Raise UserError where files that are not on the hub are missing; nothing is fetched."""
     if spec.path is None or not paths.is_hub_id(spec.path):
-        weights = _weights(spec)
-        base = options.parse(spec, Options).base
-        if base is not None and not paths.is_hub_id(base):
-            _base_files(base, weights)
+        _weights(spec)
+    base = options.parse(spec, Options).base
+    if base is not None and not paths.is_hub_id(base):
+        _base_files(base, Path())
 
 
 def _weights(spec: RewardSpec) -> Path:
@@ -186,10 +186,14 @@ def _weights(spec: RewardSpec) -> Path:
     return weight_files.locate(spec.path, [FILE], beside=[], where="rewards.path", remedy=REMEDY)
 
 
-def _base_files(base: str | None, weights: Path) -> tuple[Path, Path]:
-    """The base model's config.json and tokenizer.json. Raises UserError where one is missing."""
+def _base_files(base: str | None, folder: Path) -> tuple[Path, Path]:
+    """The base model's config.json and tokenizer.json.
+
+    folder: of the weights, where they are looked for without a base
+    Raises UserError where one is missing.
+    """
     names = ("config.json", "tokenizer.json")
-    beside = [weights.parent / name for name in names]
+    beside = [folder / name for name in names]
     if base is None and all(file.is_file() for file in beside):
         return beside[0], beside[1]
     config, tokenizer = (
@@ -209,7 +213,7 @@ def load(spec: RewardSpec) -> HPSv3:
     chosen, template, template_hash = _template(spec)
     device, dtype = options.device(spec), options.dtype(spec)
     file = _weights(spec)
-    config_file, tokenizer_file = _base_files(chosen.base, file)
+    config_file, tokenizer_file = _base_files(chosen.base, file.parent)
     base: dict[str, Any] = weight_files.read_json(config_file)
     tensors = renamed(weight_files.read(file), str(file))
     coarse = rounds_frequencies(chosen.coarse_rotary, dtype, tensors)

@@ -457,3 +457,12 @@ def test_the_transformers_folder_is_named_when_it_is_none(files: Path) -> None:
     shutil.rmtree(files / "hf")
     with pytest.raises(UserError, match=r"no folder with a config\.json; give the downloaded"):
         rewards.check_settings(spec(files, "geneval_hf"))
+
+
+def test_what_lies_beside_the_weights_changes_no_identity(files: Path) -> None:
+    before = rewards.load(spec(files, "geneval_hf")).fingerprint
+    (files / "hf" / "README.md").write_text("a note")
+    assert rewards.load(spec(files, "geneval_hf")).fingerprint == before
+    config = files / "hf" / "config.json"
+    config.write_text(config.read_text().rstrip() + "\n\n")
+    assert rewards.load(spec(files, "geneval_hf")).fingerprint != before

@@ -369,6 +369,10 @@ def test_the_base_files_are_found_beside_the_weights(own: Path) -> None:
         ({"path": "nowhere.safetensors"}, "rewards.path=nowhere.safetensors: no such file"),
         ({"options": {"template": None}}, "rewards.options.template: missing; name hpsv3/dataset"),
         ({"options": {"template_sha256": None}}, f"not {TEMPLATE.sha256}"),
+        (
+            {"path": "MizzenAI/HPSv3", "options": {"base": "./nowhere"}},
+            "rewards.options.base=./nowhere: no such file or folder",
+        ),
         ({"options": {"base": "nowhere"}}, "rewards.options.base=nowhere: no such file or folder"),
         ({"options": {"bse": "x"}}, "did you mean 'base'"),
         ({"device": "gpu"}, "rewards.device=gpu"),

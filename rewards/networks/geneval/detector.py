@@ -156,14 +156,7 @@ def of_transformers(folder: Path) -> Detector:
             f"rewards.path={folder}: no Mask2Former of transformers ({problem}); download "
             "facebook/mask2former-swin-small-coco-instance."
         ) from None
-    file = weight_files.locate(
-        str(folder),
-        ("model.safetensors", "pytorch_model.bin"),
-        beside=[],
-        where="rewards.path",
-        remedy="download the whole repository",
-    )
-    tensors = weight_files.read(file)
+    tensors = weight_files.read(weights_in(folder))
     head = nn.Linear(body.config.hidden_dim, len(CLASSES) + 1)
     given = {name: t for name, t in tensors.items() if name.startswith(openmmlab.HEAD)}
     _check(given, {openmmlab.HEAD + name: t for name, t in head.state_dict().items()}, str(folder))
@@ -172,6 +165,17 @@ def of_transformers(folder: Path) -> Detector:
         raise UserError(f"rewards.path={folder}: lacks {lacking[0]}; download it again.")
     _fill(head, tensors)
     return _frozen(body.float(), head)
+
+
+def weights_in(folder: Path) -> Path:
+    """The file of weights that transformers takes of a folder. Raises UserError without one."""
+    return weight_files.locate(
+        str(folder),
+        ("model.safetensors", "pytorch_model.bin"),
+        beside=[],
+        where="rewards.path",
+        remedy="download the whole repository",
+    )
 
 
 def _check(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> None:

@@ -18,7 +18,7 @@ from fastgrpo.rewards.common.frames import Rule, choose, rule_of
 from fastgrpo.rewards.networks.clip import clip_reward
 from fastgrpo.rewards.networks.geneval import colours
 from fastgrpo.rewards.networks.geneval.colours import Colours
-from fastgrpo.rewards.networks.geneval.detector import Detector
+from fastgrpo.rewards.networks.geneval.detector import Detector, weights_in
 from fastgrpo.rewards.networks.geneval.rules import (
     Found,
     Specification,
@@ -202,7 +202,7 @@ def load(
     asked, (chosen, clip) = _asked(spec), _clip(spec)
     path, device = locate(spec), options.device(spec)
     colour = colours.build(spec, clip, chosen.tokenizer)
-    files = sorted(path.glob("*.*")) if path.is_dir() else [path]
+    files = [path / "config.json", weights_in(path)] if path.is_dir() else [path]
     assert chosen.rows is not None  # _asked
     scoring = {"clip": colour.clip.fingerprint, "frames": rule_of(spec, FRAMES), "parts": names}
     settings = Settings(
