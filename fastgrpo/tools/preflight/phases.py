@@ -42,11 +42,12 @@ def measured(parts: Parts, done: Iteration, meter: Meter, saving_s: float) -> li
     rounds = max(len(list(batches)) for batches in dealt)
     own = dict(meter.seconds) | {"update": statistics.median(done.micro_batches), "save": saving_s}
     seconds, peaks = _largest(own, world), _largest(meter.peaks, world)
-    clips = len(done.decoded.pixels)
+    clips, scouting = len(done.decoded.pixels), scout_rounds(parts)
+    of_rollout = rounds + scouting * recipe.rollout.scout_steps / steps
     work = {
-        "rollout": (f"{batch} samples, {steps} steps", float(rounds)),
-        "decode": (f"{clips} clips", float(rounds)),
-        "reward": (f"{clips} clips per rank", float(rounds)),
+        "rollout": (f"{batch} samples, {steps} steps", of_rollout),
+        "decode": (f"{clips} clips", float(rounds + scouting)),
+        "reward": (f"{clips} clips per rank", float(rounds + scouting)),
         "update": (f"a micro-batch of {recipe.optimizer.batch_size}", float(micro_batches(parts))),
         "save": ("a checkpoint", 1 / recipe.checkpoint.every),
     }
@@ -60,6 +61,13 @@ def _largest(values: Mapping[str, float], world: World) -> dict[str, float]:
     """The largest of the ranks' values, by name."""
     everyone = gathered(values, world)
     return {name: max(of_rank[name] for of_rank in everyone) for name in values}
+
+
+def scout_rounds(parts: Parts) -> int:
+    """The most batches of scouts of an iteration and rank."""
+    settings = parts.recipe.rollout
+    own = math.ceil(len(parts.texts) * (settings.scouts or 0) / parts.world.groups)
+    return math.ceil(own / settings.at_once)
 
 
 def micro_batches(parts: Parts) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.run.stopwatch import Stopwatch
 from fastgrpo.tools.plan.workload import network_calls
+from fastgrpo.tools.preflight.phases import scout_rounds
 from fastgrpo.training import methods, rollout
 from fastgrpo.training.scoring.drawing import Rollouts
 from fastgrpo.training.scoring.scorer import Scored
@@ -252,3 +254,14 @@ def test_scouts_are_in_the_plan() -> None:
         each = math.ceil(18 / groups)
         assert more[0] - less[0] == each * 3
         assert more[1] - less[1] == math.ceil(each / 5) * 3
+
+
+def test_scouts_are_in_preflights_sum() -> None:
+    """Three prompts of six, in batches of five, on one group of ranks and on two."""
+    for groups, rounds in ((1, 4), (2, 2)):
+        parts: Any = SimpleNamespace(
+            recipe=recipe_of(*NFT), texts=tiny.PROMPTS, world=SimpleNamespace(groups=groups)
+        )
+        assert scout_rounds(parts) == rounds
+    parts.recipe = recipe_of(*NFT, "rollout.scouts=none")
+    assert scout_rounds(parts) == 0
