@@ -23,7 +23,12 @@ from fastgrpo.core.method import Traits, check_without_noise
 from fastgrpo.training.method import Batch, Losses
 from fastgrpo.training.methods.noised_samples import NoisedLosses, NoisedSamples, squared_distance
 
-TRAITS = Traits(noisy_steps=False, average_key="awm_average", reference_key="awm_kl")
+TRAITS = Traits(
+    noisy_steps=False,
+    average_key="awm_average",
+    reference_key="awm_kl",
+    own_keys=("clip_range", "awm_weighting", "awm_average", "awm_kl"),
+)
 
 
 def check(recipe: Recipe) -> None:
