@@ -31,8 +31,7 @@ HEADS = ("product", "benchmarks", "tests")
 FLOORS_FILE = "tests/repository/test_repository.py"
 """The file whose literal FLOORS lists the packages of fastgrpo by floor, the lowest first."""
 NOT_CHOSEN = ("__init__.py", "__main__.py")
-REGISTRIES = ("models", "rewards")
-"""Folders whose files are the entries of a list that grows: of these a reader opens one by name."""
+REGISTRIES, ENTRIES = ("models", "rewards"), "the registry's files"
 COLUMNS, POSITIONS = 100, 4
 SHAPE = re.compile(r"\[[^\]]*\]|\bscalars?\b")
 NONE = re.compile(r"\bnone =|[;,] none\b")
@@ -115,16 +114,15 @@ def read_tree(root: Path) -> SourceTree:
 def entries(sources: Sequence[Source]) -> Iterator[Place]:
     """Folders, each with the number of files and packages in it that a reader chooses among.
 
-    A registry's own files are one entry.
+    The files of a registry are one: a recipe names them, and a table of the docs lists them.
     """
     chosen: dict[str, set[str]] = defaultdict(set)
     for source in sources:
         parts = source.path.split("/")
         for depth in range(1, len(parts)):
-            folder, name = "/".join(parts[:depth]), parts[depth]
-            if name not in NOT_CHOSEN:
-                listed = folder in REGISTRIES and name.endswith(".py")
-                chosen[folder].add("*.py" if listed else name)
+            folder, file = "/".join(parts[:depth]), depth == len(parts) - 1
+            if parts[depth] not in NOT_CHOSEN:
+                chosen[folder].add(ENTRIES if file and folder in REGISTRIES else parts[depth])
     for folder, names in chosen.items():
         yield Place(folder, 0, ", ".join(sorted(names)), len(names))
 

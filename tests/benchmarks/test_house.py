@@ -88,16 +88,16 @@ def test_entries_of_a_folder_are_files_and_packages_without_its_face() -> None:
         "a/b/__init__.py",
         "a/b/two.py",
         "a/b/three.py",
-        "rewards/one.py",
-        "rewards/two.py",
-        "rewards/common/three.py",
+        "rewards/hps.py",
+        "rewards/ocr.py",
+        "rewards/common/frames.py",
     )
     found = counts(())["entries"].places([Source(path, "") for path in paths])
     assert {place.file: place.what for place in found} == {
         "a": "b, one.py",
         "a/b": "three.py, two.py",
-        "rewards": "*.py, common",
-        "rewards/common": "three.py",
+        "rewards": "common, the registry's files",
+        "rewards/common": "frames.py",
     }
 
 

@@ -105,7 +105,7 @@ def test_every_reward_keeps_the_contract(name: str, tmp_path: Path) -> None:
 
 PLANTED = """
 import torch
-from fastgrpo.tools.check.reward_contract import contract
+from fastgrpo.core.reward import Reward, RewardSize, Scores
 
 {top}
 

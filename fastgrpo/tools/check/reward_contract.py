@@ -41,12 +41,25 @@ def clips() -> Tensor:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """Clips to try a reward with, which must differ, and a prompt for each."""
+
+    pixels: Tensor  # uint8 [B, F, H, W, 3]
+    prompts: list[str]
+
+
+def drawn() -> Tried:
+    """The tiny world's clips."""
+    return Tried(clips(), CAPTIONS)
+
+
+@dataclass(frozen=True)
 class Case:
     """A reward, and the clips that it is tried with."""
 
     spec: RewardSpec
     reward: Reward
-    pixels: Tensor  # uint8 [6, 9, 32, 32, 3]
+    pixels: Tensor  # uint8 [B, F, H, W, 3]
     prompts: list[str]
 
     @property
@@ -61,13 +74,17 @@ class Case:
             )
 
 
-def contract(spec: RewardSpec, rules: Sequence[str] | None = None) -> dict[str, list[str]]:
+def contract(
+    spec: RewardSpec, rules: Sequence[str] | None = None, tried: Tried | None = None
+) -> dict[str, list[str]]:
     """What a reward breaks, by rule; an empty list where it keeps one.
 
     rules: None: all of RULES but `server`, which starts a process
+    tried: None: drawn clips
     Raises UserError where the reward cannot be loaded.
     """
-    case = Case(spec, rewards.load(spec), clips(), CAPTIONS)
+    tried = tried or drawn()
+    case = Case(spec, rewards.load(spec), tried.pixels, tried.prompts)
     chosen = [name for name in RULES if name != "server"] if rules is None else rules
     return {name: _broken(RULES[name][0], case) for name in chosen}
 
@@ -84,13 +101,13 @@ def _broken(rule: Callable[[Case], Iterator[str]], case: Case) -> list[str]:
     return found
 
 
-def seconds_per_clip(spec: RewardSpec) -> float:
-    """Seconds for one clip of nine frames of 32 x 32, in a batch of clips it has not seen."""
-    reward, pixels = rewards.load(spec), clips()
+def seconds_per_clip(spec: RewardSpec, tried: Tried) -> float:
+    """Seconds for one clip, in a batch of clips that the reward has not seen."""
+    reward, pixels = rewards.load(spec), tried.pixels
     with torch.no_grad():
-        reward(pixels, CAPTIONS, FPS)  # the first call may take longer
+        reward(pixels, tried.prompts, FPS)  # the first call may take longer
         start = time.perf_counter()
-        reward(255 - pixels, CAPTIONS, FPS)
+        reward(255 - pixels, tried.prompts, FPS)
     return (time.perf_counter() - start) / len(pixels)
 
 
@@ -207,7 +224,7 @@ def frames(case: Case) -> Iterator[str]:
 
 def least_frames(case: Case) -> Iterator[str]:
     """The shortest clip that is judged has LEAST_FRAMES frames."""
-    for length in range(1, max(case.least, 4) + 1):
+    for length in range(1, min(max(case.least, 4), case.pixels.shape[1]) + 1):
         try:
             case.scores(case.pixels[:2, :length], case.prompts[:2])
             if length < case.least:
@@ -223,6 +240,7 @@ def table(scores: Scores) -> Tensor:
 
 
 def close(a: Tensor, b: Tensor) -> bool:
+    """Whether two tables of scores, float32 [B, parts], are equal but for rounding."""
     return torch.allclose(a, b, rtol=ROUNDING, atol=ROUNDING)
 
 
