@@ -313,7 +313,7 @@ def test_mistakes_are_one_line(
     clip = folder / "0.mp4"
     two = ("--reward", "tiny_world", "--reward", "video_stats")
     cases = {
-        (clip,): "--reward: missing; name one of clip_score, hps,",
+        (clip,): f"--reward: missing; name one of {', '.join(rewards.known())}, or",
         (clip, "--reward", "hsp"): "rewards.name='hsp': no such reward",
         (clip, "--reward", "hps", "--reward", "hps"): "--reward=hps: is named twice",
         (
