@@ -105,6 +105,12 @@ def _add_check_reward(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     )
     _add_settings(command.add_argument)
     command.add_argument(
+        "--clips",
+        type=path("--clips"),
+        metavar="FOLDER",
+        help="try it on these clips, with their prompts beside them (default: drawn ones)",
+    )
+    command.add_argument(
         "--no-server", action="store_true", help="leave out the check behind a reward server"
     )
 
@@ -242,11 +248,12 @@ def _run_score(arguments: argparse.Namespace) -> None:
 
 def _run_check_reward(arguments: argparse.Namespace) -> int:
     """`fastgrpo check-reward`.  returns 0 where the reward keeps the contract, else 1"""
-    from fastgrpo.tools.check.reward import check_reward
+    from fastgrpo.tools.check.reward import check_reward, clips_of
     from fastgrpo.tools.score import judges
 
     (spec,) = judges.specs(_asked_rewards(arguments, [arguments.name]))
-    return check_reward(spec, not arguments.no_server)
+    tried = None if arguments.clips is None else clips_of(arguments.clips)
+    return check_reward(spec, tried, not arguments.no_server)
 
 
 def _asked_rewards(arguments: argparse.Namespace, names: Sequence[str]) -> "AskedRewards":

@@ -13,10 +13,12 @@ from fastgrpo.cli.main import main
 from fastgrpo.core import config
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
+from fastgrpo.data.video import write_mp4
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.rewards.serving.loaded_reward import load_served
 from fastgrpo.rewards.serving.server.child import launch_beside
+from fastgrpo.tools.check.reward import clips_of
 from fastgrpo.tools.check.reward_contract import CAPTIONS, RULES, clips, contract
 from tests import ROOT
 from tests.harness import runs
@@ -248,3 +250,25 @@ def test_what_cannot_be_loaded_is_one_line_and_exit_code_2(
     assert main(["check-reward", f"{two}:bright"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "ModuleNotFoundError" in line and "two.py:1" in line
+
+
+def test_it_may_be_tried_on_clips_of_the_users_own(
+    two: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    command = ["check-reward", f"{two}:bright", "--no-server", "--clips", str(folder)]
+    for n, clip in enumerate(clips()[:3, :5]):
+        write_mp4(folder / f"{n}.mp4", clip.repeat_interleave(8, 1).repeat_interleave(8, 2), 8.0)
+        (folder / f"{n}.txt").write_text(f"a prompt {n}")
+        if n == 0:
+            assert main(command) == 2
+            assert "has one clip; give two or more" in capsys.readouterr().err
+    found = clips_of(folder)
+    assert found.pixels.shape == (3, 5, 256, 256, 3)
+    assert found.prompts == ["a prompt 0", "a prompt 1", "a prompt 2"]
+    assert main(command) == 0
+    assert "ms per clip of 5 frames of 256 x 256." in capsys.readouterr().out
+    write_mp4(folder / "3.mp4", clips()[0].repeat_interleave(8, 1).repeat_interleave(8, 2), 8.0)
+    assert main(command) == 2
+    assert "3.mp4 has [9, 256, 256, 3], and 0.mp4 [5, 256, 256, 3]" in capsys.readouterr().err

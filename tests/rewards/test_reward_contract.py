@@ -22,7 +22,7 @@ from fastgrpo.rewards.networks.geneval.rules import Found
 from fastgrpo.rewards.networks.ocr import engine
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.tools.check import reward_contract
-from fastgrpo.tools.check.reward_contract import RULES, contract
+from fastgrpo.tools.check.reward_contract import RULES, Tried, contract
 from tests.harness import endpoint, servers
 from tests.harness.weights import clip
 from tests.harness.weights import hpsv3 as hpsv3_folder
@@ -31,10 +31,10 @@ from tests.harness.weights import videoalign as videoalign_folder
 
 def broken(spec: RewardSpec) -> list[str]:
     """What a reward breaks, each line beginning with the rule's name; empty for a good one."""
-    rules, examples = None, None
+    rules, tried = None, None
     if spec.name in CLIPS:  # whose planted engine reads no golden clip
-        rules, examples = [*(RULES.keys() - {"server", "golden"})], CLIPS[spec.name]()
-    found = contract(spec, rules, examples)
+        rules, tried = [*(RULES.keys() - {"server", "golden"})], Tried(*CLIPS[spec.name]())
+    found = contract(spec, rules, tried)
     return [f"{rule}: {line}" for rule, lines in found.items() for line in lines]
 
 

@@ -239,6 +239,13 @@ def test_what_passes_costs_time_alone(fault: str, stub: Stub) -> None:
     assert len(stub.asked) == 4
 
 
+def test_a_proxy_that_knows_no_model_for_a_while_costs_time_alone(stub: Stub) -> None:
+    reward = judge(stub.url, patience_s=8.0)
+    assert right(reward(clips()[:1], CAPTIONS[:1], 8.0), clips()[:1])
+    stub.script.extend([Reply(status=404)] * 2)
+    assert right(reward(clips()[1:2], CAPTIONS[1:2], 8.0), clips()[1:2])
+
+
 def test_one_of_two_endpoints_is_dead(stub: Stub, caplog: pytest.LogCaptureFixture) -> None:
     dead = endpoint.refused()
     with caplog.at_level(logging.WARNING):

@@ -41,19 +41,35 @@ def clips() -> Tensor:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """Clips to try a reward with, which must differ, and a prompt for each."""
+
+    pixels: Tensor  # uint8 [B, F, H, W, 3]
+    prompts: list[str]
+
+
+def examples(reward: Reward) -> Tried:
+    """The reward's own; where it has none, the tiny world's clips."""
+    if reward.examples is None:
+        return Tried(clips(), CAPTIONS)
+    pixels, prompts = reward.examples
+    return Tried(pixels, list(prompts))
+
+
+@dataclass(frozen=True)
 class Case:
     """A reward, and the clips that it is tried with."""
 
     spec: RewardSpec
     reward: Reward
-    pixels: Tensor  # uint8 [6, 9, H, W, 3]
-    prompts: Sequence[str]
+    pixels: Tensor  # uint8 [B, F, H, W, 3]
+    prompts: list[str]
 
     @property
     def least(self) -> int:
         return rewards.least_frames(self.spec)
 
-    def scores(self, pixels: Tensor | None = None, prompts: Sequence[str] | None = None) -> Scores:
+    def scores(self, pixels: Tensor | None = None, prompts: list[str] | None = None) -> Scores:
         """Scores of these clips, or of others.  pixels: uint8 [B, F, H, W, 3]"""
         with torch.no_grad():
             return self.reward(
@@ -61,20 +77,18 @@ class Case:
             )
 
 
-Examples = tuple[Tensor, Sequence[str]]  # as Reward.examples
-
-
 def contract(
-    spec: RewardSpec, rules: Sequence[str] | None = None, examples: Examples | None = None
+    spec: RewardSpec, rules: Sequence[str] | None = None, tried: Tried | None = None
 ) -> dict[str, list[str]]:
     """What a reward breaks, by rule; an empty list where it keeps one.
 
     rules: None: all of RULES but `server`, which starts a process
-    examples: None: the reward's own
+    tried: None: the reward's examples
     Raises UserError where the reward cannot be loaded.
     """
     reward = rewards.load(spec)
-    case = Case(spec, reward, *(examples or _examples(reward)))
+    tried = tried or examples(reward)
+    case = Case(spec, reward, tried.pixels, tried.prompts)
     chosen = [name for name in RULES if name != "server"] if rules is None else rules
     return {name: _broken(RULES[name][0], case) for name in chosen}
 
@@ -91,20 +105,20 @@ def _broken(rule: Callable[[Case], Iterator[str]], case: Case) -> list[str]:
     return found
 
 
-def _examples(reward: Reward) -> Examples:
-    return reward.examples or (clips(), CAPTIONS)
+def seconds_per_clip(spec: RewardSpec, tried: Tried | None) -> tuple[float, str]:
+    """Seconds for one clip, in a batch of clips that the reward has not seen, and the clips' size.
 
-
-def seconds_per_clip(spec: RewardSpec) -> tuple[float, str]:
-    """Seconds for one clip, in a batch of clips that the reward has not seen, and the clip's size."""
+    tried: None: the reward's examples
+    """
     reward = rewards.load(spec)
-    pixels, prompts = _examples(reward)
+    tried = tried or examples(reward)
     with torch.no_grad():
-        reward(pixels, prompts, FPS)  # the first call may take longer
+        reward(tried.pixels, tried.prompts, FPS)  # the first call may take longer
         start = time.perf_counter()
-        reward(255 - pixels, prompts, FPS)
-    taken = (time.perf_counter() - start) / len(pixels)
-    return taken, f"{pixels.shape[1]} frames of {pixels.shape[2]} x {pixels.shape[3]}"
+        reward(255 - tried.pixels, tried.prompts, FPS)
+    _, frames, height, width, _ = tried.pixels.shape
+    seconds = (time.perf_counter() - start) / len(tried.pixels)
+    return seconds, f"{frames} frames of {height} x {width}"
 
 
 def declaration(case: Case) -> Iterator[str]:
@@ -220,7 +234,7 @@ def frames(case: Case) -> Iterator[str]:
 
 def least_frames(case: Case) -> Iterator[str]:
     """The shortest clip that is judged has LEAST_FRAMES frames."""
-    for length in range(1, max(case.least, 4) + 1):
+    for length in range(1, min(max(case.least, 4), case.pixels.shape[1]) + 1):
         try:
             case.scores(case.pixels[:2, :length], case.prompts[:2])
             if length < case.least:

@@ -117,7 +117,10 @@ class Endpoints:
                 f"{KEY_FILE}: {replica.url} refuses the key ({status}); write the right one into "
                 f"that file, or into {KEY_VARIABLE}."
             )
-        if status == 404 or response.is_redirect:
+        missing = status == 404 or response.is_redirect
+        if missing and self.answered:  # a proxy before one that starts again
+            raise httpx.NetworkError(f"status {status}")
+        if missing:
             raise UserError(
                 f"{replica.where}: no chat completions there, or no such model ({status}"
                 f"{self._quoted(content)}); correct the address or rewards.options.model."

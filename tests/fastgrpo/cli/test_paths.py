@@ -49,6 +49,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "check-reward FILE": ("check-reward", "PATH.py"),
     "check-reward FUNCTION": ("check-reward", "PATH.py:bright"),
     "check-reward --recipe": ("check-reward", "tiny_world", "--recipe", "PATH"),
+    "check-reward --clips": ("check-reward", "tiny_world", "--no-server", "--clips", "PATH"),
     "check-reward --path": ("check-reward", "hps", "--path", "PATH"),
     "score FILES": ("score", "PATH", "--reward", "video_stats"),
     "score --recipe": ("score", "CLIP", "--recipe", "PATH"),
