@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 class Traits:
     """How a method draws its samples and what it keeps of them; the defaults are GRPO's."""
 
+    title: str = ""
+    """Its name with its source, as a model card says it. Empty: the file's name."""
     noisy_steps: bool = True
     """The rollout draws noisy transitions, which the update scores.
 

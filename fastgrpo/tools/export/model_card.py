@@ -12,17 +12,19 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import null_to_nan, read_json
 from fastgrpo.models.loading import diffusers_folder
 from fastgrpo.run.tracker import read_metrics
+from fastgrpo.training import methods
 
 
 def write(file: Path, run: Path, recipe: Recipe, weights: Weights, dtype: str) -> None:
     """Write a README.md with the front matter that the hub reads."""
     step = int(weights.checkpoint.name.removeprefix("step-"))
     apart = not (file.parent / "model_index.json").exists()
+    method = methods.traits(recipe).title or recipe.objective.kind
     lines = [
         *front_matter(recipe),
         f"# {run.resolve().name}, {weights.label}",
         "",
-        f"Trained by GRPO (DanceGRPO, arXiv 2505.07818) with fastgrpo from {base_name(recipe)}: "
+        f"Trained by {method} with fastgrpo from {base_name(recipe)}: "
         f"{step} of {recipe.run.iterations} iterations, {recipe.prompts.per_iteration} prompts x "
         f"{recipe.rollout.samples_per_prompt} samples each. The weights are the "
         f"{'moving average' if weights.averaged else 'raw ones'}, in {dtype}.",
@@ -49,7 +51,16 @@ def front_matter(recipe: Recipe) -> list[str]:
     """YAML between dashes; the base model only where it is a hub id."""
     name = recipe.model.network or recipe.model.path
     base = [f"base_model: {paths.hub_name(name)[0]}"] if is_hub_id(name) else []
-    return ["---", "library_name: diffusers", *base, "tags:", "- grpo", "- fastgrpo", "---", ""]
+    return [
+        "---",
+        "library_name: diffusers",
+        *base,
+        "tags:",
+        f"- {recipe.objective.kind}",
+        "- fastgrpo",
+        "---",
+        "",
+    ]
 
 
 def is_hub_id(name: str) -> bool:

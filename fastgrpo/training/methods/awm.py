@@ -24,6 +24,7 @@ from fastgrpo.training.method import Batch, Losses
 from fastgrpo.training.methods.noised_samples import NoisedLosses, NoisedSamples, squared_distance
 
 TRAITS = Traits(
+    title="AWM (arXiv 2509.25050)",
     noisy_steps=False,
     average_key="awm_average",
     reference_key="awm_kl",

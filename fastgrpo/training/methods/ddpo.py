@@ -6,9 +6,10 @@ The loss is GRPO's expression, with advantages over all samples of an iteration.
 from fastgrpo.algorithm import objectives
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.method import check_noise
+from fastgrpo.core.method import Traits, check_noise
 from fastgrpo.training.policy_gradient import PolicyGradient
 
+TRAITS = Traits(title="DDPO (arXiv 2305.13301)")
 METHOD = PolicyGradient(objectives.ddpo, objectives.outside_clip_range)
 
 

@@ -7,5 +7,9 @@ from fastgrpo.algorithm import objectives
 from fastgrpo.core.method import Traits
 from fastgrpo.training.policy_gradient import PolicyGradient
 
-TRAITS = Traits(clips_ratio=False, own_keys=("max_kl", "kl_weight"))
+TRAITS = Traits(
+    title="Flow-DPPO (arXiv 2606.11025)",
+    clips_ratio=False,
+    own_keys=("max_kl", "kl_weight"),
+)
 METHOD = PolicyGradient(objectives.dppo, objectives.outside_divergence, needs_old_mean=True)

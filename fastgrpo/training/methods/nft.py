@@ -20,6 +20,7 @@ from fastgrpo.training.method import Batch, Losses
 from fastgrpo.training.methods.noised_samples import NoisedLosses, NoisedSamples, squared_distance
 
 TRAITS = Traits(
+    title="DiffusionNFT (arXiv 2509.16117)",
     noisy_steps=False,
     has_ratio=False,
     average_key="nft_beta",  # which is always above 0

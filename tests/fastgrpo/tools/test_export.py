@@ -173,6 +173,7 @@ def test_the_card_says_what_it_is(exported: Path) -> None:
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\n") and "# run, step 2, EMA" in card
     assert "Mean over the samples of iteration 2: weighted sum" in card and "| TA |" in card
+    assert "Trained by GRPO (DanceGRPO, arXiv 2505.07818) with fastgrpo" in card
     assert "ema_decay = 0.5" in card and "# a HunyuanVideoPipeline" in card
 
 

@@ -131,6 +131,8 @@ def test_every_method_keeps_the_contract(
 ) -> None:
     assert not contract(methods.of(name), methods.traits_of(name), policy, conditions)
     methods.check(recipe(name))
+    title, others = methods.traits_of(name).title, {*methods.known()} - {name}
+    assert title and title not in {methods.traits_of(other).title for other in others}
 
 
 @pytest.mark.parametrize("name", methods.known())
