@@ -9,6 +9,11 @@ def contiguous_part(total: int, parts: int, index: int) -> range:
     return range(index * total // parts, (index + 1) * total // parts)
 
 
+def divisors(number: int) -> list[int]:
+    """All divisors, the smallest first."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
 def mesh_shape(settings: Distributed, size: int, ranks_of_node: int) -> tuple[int, int]:
     """(replicas, ranks over which each replica is sharded) of a world of `size` ranks.
 
@@ -16,7 +21,7 @@ def mesh_shape(settings: Distributed, size: int, ranks_of_node: int) -> tuple[in
     Raises UserError where sp and shard do not divide the ranks.
     """
     sp, shard = settings.sp, settings.shard or min(ranks_of_node, size)
-    fitting = [n for n in range(1, size + 1) if size % n == 0]
+    fitting = divisors(size)
     if size % sp:
         raise UserError(
             f"distributed.sp={sp}: does not divide the {size} ranks; "

@@ -48,7 +48,7 @@ KeptBy = Mapping[int, Kept]
 """By the bytes of a number in compute precision, 2 or 4."""
 
 
-@dataclass
+@dataclass(eq=False)
 class TokenBlock(Block):
     """A transformer's block, whose activations are proportional to its tokens."""
 

@@ -22,7 +22,7 @@ diffusers recomputes its resnets and inner transformer blocks: what lies between
 FORWARD = 51.0  # likewise, without gradients: a transformer at work and the skips, in bfloat16
 
 
-@dataclass
+@dataclass(eq=False)
 class Level(Block):
     """A level of the UNet, whose activations are proportional to the latent's places.
 

@@ -55,7 +55,7 @@ class Attention:
     shared: bool = True
 
 
-@dataclass
+@dataclass(eq=False)
 class Unit:
     """Parameters that are gathered, reduced and recomputed together: a block, or what lies outside
     all blocks.
@@ -67,6 +67,7 @@ class Unit:
     attentions: list[Attention] = field(default_factory=list)
     # counted once: a search asks a thousand times
     _padded: dict[int, int] = field(default_factory=dict, repr=False)
+    _adapted: dict[tuple[int, tuple[str, ...]], "Unit"] = field(default_factory=dict, repr=False)
 
     @property
     def parameters(self) -> int:
@@ -212,6 +213,13 @@ def adapters(unit: Unit, rank: int, targets: Sequence[str]) -> Unit:
     """The adapters of a unit's linear layers: A [rank, in] and B [out, rank] beside each that is a
     target.
     """
+    key = (rank, tuple(targets))
+    if key not in unit._adapted:
+        unit._adapted[key] = _adapters(unit, rank, targets)
+    return unit._adapted[key]
+
+
+def _adapters(unit: Unit, rank: int, targets: Sequence[str]) -> Unit:
     found = Unit(unit.name)
     for product in unit.products:
         if product.linear and any(

@@ -91,15 +91,20 @@ class Machine:
 
 def iteration_phases(subject: Subject, machine: Machine) -> list[Phase]:
     """All phases in their order."""
+    load, reward, save = other_phases(subject, machine)
+    drawing = drawing_phases(subject, machine)
+    return [load, *drawing, reward, update_phase(subject, machine), save]
+
+
+def drawing_phases(subject: Subject, machine: Machine) -> tuple[Phase, Phase]:
+    """Rollout and decoding, which share the rollout's weights."""
     whole = holds_whole(subject, machine)
-    return [
-        _load(subject, machine),
-        _rollout(subject, machine, whole),
-        _decode(subject, machine, whole),
-        _reward(subject, machine),
-        _update(subject, machine),
-        _save(subject, machine),
-    ]
+    return _rollout(subject, machine, whole), _decode(subject, machine, whole)
+
+
+def other_phases(subject: Subject, machine: Machine) -> tuple[Phase, Phase, Phase]:
+    """Loading, rewards and saving: all but what computes with the network."""
+    return _load(subject, machine), _reward(subject, machine), _save(subject, machine)
 
 
 def holds_whole(subject: Subject, machine: Machine) -> bool:
@@ -247,7 +252,8 @@ def _reward(subject: Subject, machine: Machine) -> Phase:
     return Phase("reward", memory, flops, seconds=machine.compute(flops, machine.achieved.reward))
 
 
-def _update(subject: Subject, machine: Machine) -> Phase:
+def update_phase(subject: Subject, machine: Machine) -> Phase:
+    """All optimizer steps of an iteration."""
     job, recipe = subject.job, subject.job.recipe
     states, batches = _update_work(job)
     batch = min(

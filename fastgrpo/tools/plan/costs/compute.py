@@ -10,6 +10,7 @@ same formulas for whole tensors, and the tests count both.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from fastgrpo.core.config import Recipe
 from fastgrpo.models.sizes.units import (
@@ -103,36 +104,51 @@ class Flops:
         )
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """What FLOPs of a unit depend on, beside the unit."""
+
+    video: int
+    local: int
+    text: int
+    sp: int
+
+
 def forward(job: Job, batch: int, units: Iterable[Unit] | None = None) -> Flops:
     """One forward over `batch` states, guidance's second branch included."""
     samples, found = batch * job.branches, Flops()
+    tokens, lora = _Tokens(job.video, job.local, job.text, job.sp), job.recipe.lora
     for unit in job.network.units if units is None else units:
-        products = sum(p.flops * _positions(job, unit, p.name, p.where) for p in unit.products)
-        attention = sum(_attention(job, a) for a in unit.attentions)
-        found = found + Flops(samples * products, samples * attention)
-        if job.lora:
-            extra = adapters(unit, job.recipe.lora.rank, job.recipe.lora.targets).products
-            found = found + Flops(
-                adapters=samples * sum(p.flops * _positions(job, unit, "", p.where) for p in extra)
-            )
+        whole = unit is job.network.rest
+        products, attention = _of_unit(unit, whole, tokens)
+        extra = (
+            _of_unit(adapters(unit, lora.rank, lora.targets), whole, tokens)[0]
+            if lora.rank
+            else 0.0
+        )
+        found = found + Flops(samples * products, samples * attention, samples * extra)
     return found
 
 
-def _positions(job: Job, unit: Unit, name: str, where: str) -> int:
-    """How often a matrix is applied for a sample.
+@lru_cache(maxsize=1024)  # a search asks ten thousand times
+def _of_unit(unit: Unit, whole: bool, tokens: _Tokens) -> tuple[float, float]:
+    """FLOPs of a sample's products and attention.
 
-    The patch embedding sees the tokens before they are split.
+    whole: outside the blocks, where the patch embedding sees the tokens before they are split
     """
-    whole = unit is job.network.rest and name != "proj_out"
-    video = job.video if whole else job.local
-    return {VIDEO: video, TEXT: job.text, BOTH: video + job.text, SAMPLE: 1}[where]
+    products = 0.0
+    for product in unit.products:
+        video = tokens.video if whole and product.name != "proj_out" else tokens.local
+        count = {VIDEO: video, TEXT: tokens.text, BOTH: video + tokens.text, SAMPLE: 1}
+        products += product.flops * count[product.where]
+    return products, sum(_attention(attention, tokens) for attention in unit.attentions)
 
 
-def _attention(job: Job, attention: Attention) -> float:
-    counts = {VIDEO: job.video, TEXT: job.text, BOTH: job.video + job.text}
+def _attention(attention: Attention, tokens: _Tokens) -> float:
+    counts = {VIDEO: tokens.video, TEXT: tokens.text, BOTH: tokens.video + tokens.text}
     queries = counts[attention.queries] * attention.area
     keys = counts[attention.keys] * (attention.area if attention.keys == VIDEO else 1.0)
-    return 4.0 * queries * keys * attention.width / (job.sp if attention.shared else 1)
+    return 4.0 * queries * keys * attention.width / (tokens.sp if attention.shared else 1)
 
 
 def update(job: Job, batch: int) -> Flops:
