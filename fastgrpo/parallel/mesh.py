@@ -20,7 +20,8 @@ def mesh_shape(settings: Distributed, size: int, ranks_of_node: int) -> tuple[in
     By default a replica lies within a node: layer-wise gathers then stay off the slower network.
     Raises UserError where sp and shard do not divide the ranks.
     """
-    sp, shard = settings.sp, settings.shard or min(ranks_of_node, size)
+    sp, asked = settings.sp, settings.shard
+    shard = size if asked == "all" else asked or min(ranks_of_node, size)
     fitting = divisors(size)
     if size % sp:
         raise UserError(

@@ -10,6 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastgrpo.core.config import Model
 
 Shape = tuple[int, ...]
 VIDEO, TEXT, BOTH, SAMPLE = "video", "text", "both", "sample"
@@ -84,12 +88,12 @@ class Unit:
             )
         return self._padded[shards]
 
-    def repeated(self, every: int, number: int) -> float:
-        """Share of the forward that the backward computes again.
+    def repeated(self, settings: "Model", number: int) -> float:
+        """Share of the forward that the backward computes again where nothing of it is kept.
 
-        every: n where every n-th unit is recomputed, 0 for none;  number: this unit's
+        number: this unit's
         """
-        return 1.0 if every and number % every == 0 else 0.0
+        return float(settings.recomputes(number))
 
     def linear(
         self, name: str, inputs: int, outputs: int, where: str, bias: bool = True, area: float = 1.0
@@ -169,6 +173,12 @@ class Block(Unit, ABC):
     @abstractmethod
     def stored(self, batch: Batch) -> float:
         """Bytes kept from the forward to the backward."""
+
+    def moved(self, batch: Batch) -> float:
+        """Bytes that a recomputation reads and writes which keeps what attention and linear layers
+        gave.
+        """
+        return 0.0
 
     @abstractmethod
     def working(self, batch: Batch) -> float:

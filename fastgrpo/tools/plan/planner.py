@@ -22,6 +22,7 @@ from fastgrpo.training import methods
 
 CURVE = (8, 16, 32, 64, 128, 256, 512)
 # share of the parameters outside the blocks, from which a plan warns
+LEAST_WAITING = 0.005  # share of the update, from which a plan tells it
 LARGE_REST, LARGE_REST_GIB = (
     0.02,
     0.25,
@@ -140,6 +141,11 @@ def warnings(found: Plan) -> list[str]:
             f"{rest / 1e6:,.1f} M parameters ({rest / job.network.parameters:.1%}) lie outside the "
             "sharded blocks, "
             f"most in {largest}: {whole:.2f} GiB are whole on each GPU during the update"
+        )
+    waiting = network_calls.waiting(job.recipe, job.groups)
+    if waiting > LEAST_WAITING:
+        lines.append(
+            f"{waiting:.1%} of the update the ranks wait for each other: states are dealt whole"
         )
     if methods.traits(job.recipe).noisy_steps:
         lines.append(_old_log_probs(found))

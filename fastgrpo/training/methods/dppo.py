@@ -7,5 +7,5 @@ from fastgrpo.algorithm import objectives
 from fastgrpo.core.method import Traits
 from fastgrpo.training.policy_gradient import PolicyGradient
 
-TRAITS = Traits(clips_ratio=False)
+TRAITS = Traits(clips_ratio=False, old_means=True)
 METHOD = PolicyGradient(objectives.dppo, objectives.outside_divergence, needs_old_mean=True)

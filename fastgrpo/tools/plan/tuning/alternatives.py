@@ -58,7 +58,7 @@ def _tuned(pair: tuple[Choice, Plan]) -> Alternative | None:
     choice, changed = pair
     tuned = tune(changed)
     given_up = tuple(choices.override(key, to) for key, to in choice.items())
-    return tuned and Alternative(given_up, tuned)
+    return None if tuned is None else Alternative(given_up, tuned)
 
 
 def _fitting(given: Plan, line: Sequence[Choice], text: int | None) -> tuple[Choice, Plan] | None:

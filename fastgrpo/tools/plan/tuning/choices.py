@@ -6,20 +6,23 @@ a test compares.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from fastgrpo import models
 from fastgrpo.core.config import Recipe
 from fastgrpo.parallel.mesh import divisors
+from fastgrpo.tools.plan.costs.compute import Job
 from fastgrpo.tools.plan.subject import Subject
 from fastgrpo.tools.plan.workload import network_calls
 
 Choice = Mapping[str, Any]
 """Values by the names of their keys."""
 ROLLOUT_BATCH, UPDATE_BATCH = "rollout.batch_size", "optimizer.batch_size"
-RECOMPUTED, KEPT = "model.gradient_checkpointing", "model.keep_attention"
+RECOMPUTED, KEPT = "model.gradient_checkpointing", "model.keep"
 LARGEST_BATCH = 64
+SHARES = 20  # of the blocks that are recomputed
 FRUGAL: Choice = {
     "distributed.offload": True,
     "distributed.prefetch": 1,
@@ -29,7 +32,7 @@ FRUGAL: Choice = {
     ROLLOUT_BATCH: 1,
     UPDATE_BATCH: 1,
     RECOMPUTED: True,
-    KEPT: False,
+    KEPT: "nothing",
 }
 """What takes the least of a GPU's memory, for any number of ranks that share a sequence."""
 QUICKEST: Choice = {
@@ -79,7 +82,7 @@ def frames(given: Subject) -> Iterator[Choice]:
     inside = min(job.ranks_per_node, job.gpus)
     keys: dict[str, Sequence[Any]] = {
         "distributed.sp": sequence_ranks(given),
-        "distributed.shard": [n for n in divisors(job.gpus) if n % inside == 0 or inside % n == 0],
+        "distributed.shard": _shards(job, inside),
         "distributed.offload": [False, True],
         "distributed.prefetch": sorted({recipe.distributed.prefetch, 1}),
         "rollout.store": ["device", "host"],
@@ -87,6 +90,12 @@ def frames(given: Subject) -> Iterator[Choice]:
     for values in product(*keys.values()):
         for placed in _placements(recipe):
             yield {**dict(zip(keys, values, strict=True)), **placed}
+
+
+def _shards(job: Job, inside: int) -> list[int | str]:
+    """Ranks of a part of a node, of whole nodes, all of them.  inside: ranks of a node"""
+    parts = [n for n in divisors(job.gpus) if n % inside == 0 or inside % n == 0]
+    return ["all" if n == job.gpus else n for n in parts]
 
 
 def sequence_ranks(given: Subject) -> list[int]:
@@ -116,8 +125,17 @@ def _placements(recipe: Recipe) -> Iterator[Choice]:
     yield from seen
 
 
-def batches(recipe: Recipe, samples: int) -> Iterator[Choice]:
-    """Batch sizes of rollout and update.  samples: of a rank
+@dataclass(frozen=True)
+class Batches:
+    """Batch sizes of rollout and update."""
+
+    together: list[Choice]  # of both at once; one empty choice where they are free of each other
+    drawn: list[Choice]  # of the rollout by itself, likewise
+    trained: list[Choice]  # of the update by itself, likewise
+
+
+def batches(recipe: Recipe, samples: int) -> Batches:
+    """Batch sizes that are worth trying.  samples: of a rank
 
     In bfloat16 the same for both where old log-probabilities count: else states would be evaluated
     once more, see `network_calls.share_again`.
@@ -125,15 +143,18 @@ def batches(recipe: Recipe, samples: int) -> Iterator[Choice]:
     sizes = [2**n for n in range(LARGEST_BATCH.bit_length()) if 2**n <= samples]
     drawn = sorted({*sizes, min(recipe.rollout.at_once, samples)})
     trained = sorted({*sizes, recipe.optimizer.batch_size})
-    # of one state each, where no batch is ever alike: that asks whether batches matter at all
     apart = changed(recipe, {ROLLOUT_BATCH: 1, UPDATE_BATCH: 2})
-    if network_calls.share_again(apart) > 0:
-        pairs = [(size, size) for size in sorted({*drawn, *trained})]
-    else:
-        pairs = list(product(drawn, trained))
+    if network_calls.share_again(apart) == 0:
+        return Batches(
+            [{}], [{ROLLOUT_BATCH: n} for n in drawn], [{UPDATE_BATCH: n} for n in trained]
+        )
+    pairs = [(size, size) for size in sorted({*drawn, *trained})]
     given = (recipe.rollout.at_once, recipe.optimizer.batch_size)
-    for pair in dict.fromkeys([given, *pairs]):
-        yield dict(zip((ROLLOUT_BATCH, UPDATE_BATCH), pair, strict=True))
+    together: list[Choice] = [
+        {ROLLOUT_BATCH: drawn_one, UPDATE_BATCH: trained_one}
+        for drawn_one, trained_one in dict.fromkeys([given, *pairs])
+    ]
+    return Batches(together, [{}], [{}])
 
 
 def drawing(recipe: Recipe) -> Iterator[Choice]:
@@ -143,11 +164,11 @@ def drawing(recipe: Recipe) -> Iterator[Choice]:
             yield {"distributed.rollout_weights": weights, "model.decode_batch": decoded}
 
 
-def recomputing(blocks: int) -> Iterator[list[Choice]]:
+def recomputing() -> Iterator[list[Choice]]:
     """Values of the keys that only the update feels: lists from the least recomputed to the most.
 
     Further on in a list a plan takes more time and less memory.
     """
-    shares: list[Any] = [n for n in range(blocks, 1, -1) if blocks % n == 0 or n < 10]
-    for kept in (True, False):
+    shares = [share / SHARES for share in range(1, SHARES)]
+    for kept in ("products", "attention", "nothing"):
         yield [{RECOMPUTED: share, KEPT: kept} for share in (False, *shares, True)]

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 
 from fastgrpo.core.errors import UserError
 from fastgrpo.tools.plan import phases
@@ -23,7 +24,7 @@ from fastgrpo.tools.plan.workload import network_calls
 from fastgrpo.training import methods
 
 MARGIN = 0.05  # share of the usable memory that a tuned plan leaves free
-WORTH = 0.002  # share of the seconds below which a key is left as it is
+WORTH = 0.01  # share of the seconds below which a key is left as it is
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def fits_somehow(given: Plan) -> bool:
         frugal = {
             **choices.FRUGAL,
             "distributed.sp": sp,
-            "distributed.shard": given.subject.job.gpus,
+            "distributed.shard": "all",
         }
         tried = _tried(given, frugal)
         if tried is not None and roomy(tried):
@@ -113,29 +114,43 @@ class _Search:
 
     def _bounds(self) -> Iterator[tuple[float, Choice]]:
         """Frames that a run would accept, with seconds that none of their plans goes below."""
-        recipe, known = self.given.subject.job.recipe, dict[str, float]()
+        known: dict[str, float] = {}
         for frame in choices.frames(self.given.subject):
-            groups = self.given.subject.job.gpus // frame["distributed.sp"]
-            samples = max(1, network_calls.busiest(recipe, groups)[0])
-            for batches in choices.batches(recipe, samples):
-                quickest = {**frame, **batches, **choices.QUICKEST}
+            for together in self._batches(frame).together:
+                choice = {**frame, **together}
+                quickest = {**choice, **choices.QUICKEST}
                 key = str(quickest)
-                try:
-                    if key not in known:
-                        known[key] = self._seconds(self._subject(quickest))
-                except UserError:
-                    known[key] = math.inf
+                if key not in known:
+                    known[key] = self._least(quickest)
                 if known[key] < math.inf:
-                    yield known[key], {**frame, **batches}
+                    yield known[key], choice
+
+    def _least(self, frame: Choice) -> float:
+        """Seconds of a frame's quickest phases, whatever their memory; inf: a run refuses it."""
+        batches, machine = self._batches(frame), self.given.machine
+        try:
+            others = phases.other_phases(self._subject(frame), machine)
+        except UserError:
+            return math.inf
+        drawing = min(
+            _seconds(phases.drawing_phases(self._subject({**frame, **size}), machine))
+            for size in batches.drawn
+        )
+        update = min(
+            phases.update_phase(self._subject({**frame, **size}), machine).seconds
+            for size in batches.trained
+        )
+        return phases.iteration_seconds(others, self.given.every) + drawing + update
+
+    def _batches(self, frame: Choice) -> choices.Batches:
+        job = self.given.subject.job
+        groups = job.gpus // frame["distributed.sp"]
+        return choices.batches(job.recipe, max(1, network_calls.busiest(job.recipe, groups)[0]))
 
     def _subject(self, choice: Choice) -> Subject:
         return with_recipe(
             self.given.subject, choices.changed(self.given.subject.job.recipe, choice)
         )
-
-    def _seconds(self, subject: Subject) -> float:
-        found = phases.iteration_phases(subject, self.given.machine)
-        return phases.iteration_seconds(found, self.given.every)
 
     def _inside(self, frame: Choice) -> tuple[float, Choice] | None:
         """Seconds and values of a frame's quickest plan that fits."""
@@ -154,7 +169,10 @@ class _Search:
     def _drawing(self, frame: Choice) -> tuple[tuple[Phase, ...], Choice] | None:
         """Rollout and decoding, as quick as they fit."""
         fitting = []
-        for choice in choices.drawing(self.given.subject.job.recipe):
+        for size, weights in product(
+            self._batches(frame).drawn, choices.drawing(self.given.subject.job.recipe)
+        ):
+            choice = {**size, **weights}
             found = phases.drawing_phases(self._subject({**frame, **choice}), self.given.machine)
             if all(map(partial(_fits, self.given), found)):
                 fitting.append((found, choice))
@@ -163,20 +181,19 @@ class _Search:
     def _update(self, frame: Choice) -> tuple[Phase, Choice] | None:
         """The update, as quick as it fits: in each list the first that fits, by bisection."""
         fitting = []
-        for line in choices.recomputing(len(self.given.subject.job.network.blocks)):
+        for size, line in product(self._batches(frame).trained, choices.recomputing()):
             low, high = 0, len(line) - 1
-            last = self._updated(frame, line[high])
-            if not _fits(self.given, last):
+            found = self._updated({**frame, **size}, line[high])
+            if not _fits(self.given, found):
                 continue
-            found = last
             while low < high:
                 middle = (low + high) // 2
-                tried = self._updated(frame, line[middle])
+                tried = self._updated({**frame, **size}, line[middle])
                 if _fits(self.given, tried):
                     found, high = tried, middle
                 else:
                     low = middle + 1
-            fitting.append((found, line[high]))
+            fitting.append((found, {**size, **line[high]}))
         return min(fitting, key=lambda pair: pair[0].seconds, default=None)
 
     def _updated(self, frame: Choice, choice: Choice) -> Phase:

@@ -1,6 +1,8 @@
 """`fastgrpo plan --tune`: against every plan of its space, and against what a resumed run accepts."""
 
+import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -26,22 +28,29 @@ def plan(name: str, gpus: int, card: str, *overrides: str) -> Plan:
 
 def every_choice(given: Plan) -> list[choices.Choice]:
     """The whole space that is searched."""
-    recipe, blocks = given.subject.job.recipe, len(given.subject.job.network.blocks)
+    recipe = given.subject.job.recipe
     found: list[choices.Choice] = []
     for frame in choices.frames(given.subject):
         samples = network_calls.busiest(recipe, given.subject.job.gpus // frame["distributed.sp"])[
             0
         ]
-        updates = [choice for line in choices.recomputing(blocks) for choice in line]
-        parts = choices.batches(recipe, samples), choices.drawing(recipe), updates
-        found += [{**frame, **a, **b, **c} for a, b, c in product(*map(list, parts))]
+        sizes = choices.batches(recipe, samples)
+        updates = [choice for line in choices.recomputing() for choice in line]
+        parts = sizes.together, sizes.drawn, sizes.trained, choices.drawing(recipe), updates
+        for several in product(*map(list, parts)):
+            found.append({**frame, **{k: v for one in several for k, v in one.items()}})
     return found
 
 
 def test_no_key_changes_results() -> None:
     """As a resumed run says, which refuses those that would."""
     free = {*resume.FREE_TO_CHANGE, *resume.FREE_SECTIONS}
-    keys = {key for choice in every_choice(plan("t2i_sd", 2, "h800")) for key in choice}
+    given = plan("t2i_sd", 2, "h800")
+    recipe = given.subject.job.recipe
+    sizes = choices.batches(recipe, 8)
+    lines = [choice for line in choices.recomputing() for choice in line]
+    several = *choices.frames(given.subject), *choices.drawing(recipe), *lines
+    keys = {key for choice in (*several, *sizes.drawn, *sizes.trained) for key in choice}
     for key in keys | set(choices.FRUGAL) | set(choices.QUICKEST):
         section, *_, name = key.split(".")
         of_rewards = section == "rewards" and name in resume.FREE_OF_REWARDS
@@ -60,8 +69,8 @@ def test_no_plan_of_the_space_is_quicker(card: str, monkeypatch: pytest.MonkeyPa
             if frame["rollout.store"] == "device" and not frame["distributed.offload"]
         ]
 
-    def shorter(blocks: int) -> list[list[choices.Choice]]:
-        return [[line[0], line[4], line[-1]] for line in all_shares(blocks)]
+    def shorter() -> list[list[choices.Choice]]:
+        return [[line[0], line[9], line[-1]] for line in all_shares()]
 
     all_shares = choices.recomputing
     monkeypatch.setattr(choices, "frames", few)
@@ -80,14 +89,16 @@ def test_no_plan_of_the_space_is_quicker(card: str, monkeypatch: pytest.MonkeyPa
 )
 def test_the_overrides_make_the_tuned_plan(name: str, gpus: int, card: str) -> None:
     """Pasted behind the command; each win is the difference to the plan without it."""
-    given = plan(name, gpus, card)
+    plain = ("model.gradient_checkpointing=true", "model.keep=attention", "distributed.shard=none")
+    given = plan(name, gpus, card, *plain)
     tuned = search.tune(given)
-    assert tuned is not None and tuned == search.tune(given)
-    again = plan(name, gpus, card, *tuned.overrides)
+    assert tuned is not None
+    again = plan(name, gpus, card, *plain, *tuned.overrides)
     assert again.seconds == tuned.plan.seconds and search.roomy(again)
     assert not given.fits or tuned.plan.seconds < given.seconds
     for win in tuned.wins:
-        without = plan(name, gpus, card, *(o for o in tuned.overrides if o != win.override))
+        others = (o for o in tuned.overrides if o != win.override)
+        without = plan(name, gpus, card, *plain, *others)
         assert win.seconds == without.seconds - again.seconds
         assert win.memory == without.worst.peak - again.worst.peak
         assert win.needed != search.roomy(without)
@@ -96,11 +107,12 @@ def test_the_overrides_make_the_tuned_plan(name: str, gpus: int, card: str) -> N
 def test_batches_of_rollout_and_update_stay_alike_where_rounding_counts() -> None:
     """In bfloat16 with several optimizer steps; else they are free of each other."""
     together = plan("t2v_hunyuan", 8, "h800").subject.job.recipe
-    pairs = [tuple(choice.values()) for choice in choices.batches(together, 8)]
+    pairs = [tuple(choice.values()) for choice in choices.batches(together, 8).together]
     assert pairs == [(1, 1), (2, 2), (4, 4), (8, 8)]
     for override in ("optimizer.updates_per_iteration=1", "model.dtype=float32"):
         apart = plan("t2v_hunyuan", 8, "h800", override).subject.job.recipe
-        assert len(list(choices.batches(apart, 8))) == 16
+        free = choices.batches(apart, 8)
+        assert (len(free.together), len(free.drawn), len(free.trained)) == (1, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -149,3 +161,18 @@ def test_the_command_tunes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--lora=32: has no effect without --tune" in capsys.readouterr().err
     assert cli.main(["plan", file, "lora.rank=8", *machine, "--tune", "--lora", "32"]) == 2
     assert "--lora=32: the recipe trains adapters already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", sorted(LAUNCH.glob("*.toml")), ids=lambda file: file.stem)
+def test_launch_files_say_what_their_plan_says(file: Path) -> None:
+    """Seconds and GiB on the GPUs that the file is meant for, with the margin left."""
+    told = re.search(
+        r"^# Plan: (\d+) x (\S+): (\S+) s .*, (\S+) GiB at the peak\.", file.read_text(), re.M
+    )
+    if file.stem == "t2v_tiny":
+        assert told is None
+        return
+    assert told is not None
+    found = plan(file.stem, int(told[1]), told[2])
+    assert (f"{found.seconds:,.0f}", f"{found.worst.peak / 2**30:.1f}") == (told[3], told[4])
+    assert search.roomy(found)
