@@ -33,6 +33,7 @@ PACKAGES = {
     "fastgrpo.tools.plan": "fastgrpo/tools/plan",
     "fastgrpo.tools.plan.costs": "fastgrpo/tools/plan/costs",
     "fastgrpo.tools.plan.simulation": "fastgrpo/tools/plan/simulation",
+    "fastgrpo.tools.plan.tuning": "fastgrpo/tools/plan/tuning",
     "fastgrpo.tools.plan.workload": "fastgrpo/tools/plan/workload",
     "fastgrpo.tools.preflight": "fastgrpo/tools/preflight",
     "fastgrpo.tools.report": "fastgrpo/tools/report",

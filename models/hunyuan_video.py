@@ -71,11 +71,11 @@ HEADS: dict[str, Any] = {
 PUBLISHED = (("", CHANNELS | TEXT_WIDTHS | DEPTH | HEADS),)
 """Parts of a hub id, in lower case, and the network's config; a plan takes the first that fits."""
 DUAL_KEPT = {  # bytes per token and channel, by the bytes of a number
-    2: Kept((22.0, 6.0), (56.1, 56.1), (66.1, 48.0), 2.0),
+    2: Kept((22.0, 6.0), (56.1, 56.1), (66.1, 48.0), 2.0, moved=(246.4, 130.4)),
     4: Kept((44.0, 12.0), (112.1, 96.1), (132.1, 75.0), 4.0),
 }
 SINGLE_KEPT = {
-    2: Kept((34.0, 20.0), (54.1, 54.1), (68.1, 68.1)),
+    2: Kept((34.0, 20.0), (54.1, 54.1), (68.1, 68.1), moved=(242.4, 136.4)),
     4: Kept((60.0, 60.0), (108.1, 100.1), (136.1, 128.1)),
 }
 AUXILIARY = AuxiliaryModels(

@@ -71,7 +71,7 @@ PUBLISHED = (
 )
 """Parts of a hub id, in lower case, and the network's config; a plan takes the first that fits."""
 KEPT = {  # bytes per token and channel, by the bytes of a number, feed-forward left out
-    2: Kept((27.1, 0.0), (70.1, 12.0), (86.1, 12.0), 2.0),
+    2: Kept((27.1, 0.0), (70.1, 12.0), (86.1, 12.0), 2.0, moved=(338.1, 0.0)),
     4: Kept((54.2, 0.0), (96.1, 24.0), (121.2, 24.0), 4.0),
 }
 HIDDEN_KEPT = {2: 4.0, 4: 8.0}  # bytes per token and channel of the feed-forward's inner layer

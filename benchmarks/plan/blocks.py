@@ -4,7 +4,8 @@ FakeTensorMode on the CPU, diffusers' eager kernels, no sharding. The bytes are 
 numbers of tokens, so that three runs with different numbers give the coefficients.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks import ROOT
 from fastgrpo.core import config
+from fastgrpo.models.loading.policies import recomputing
 from fastgrpo.parallel import sequence_parallel, world
 from fastgrpo.tools.plan.simulation import rank
 from fastgrpo.tools.plan.simulation.rank import Sizes
@@ -65,7 +68,7 @@ KINDS: tuple[
         VIDEO,
     ),
 )
-COSTS = ("forward", "saved", "working")
+COSTS = ("forward", "saved", "working", "moved")
 
 
 def calibrate() -> None:
@@ -243,7 +246,40 @@ def _measured(block: nn.Module, arguments: Any, keywords: Any) -> dict[str, floa
         found["saved"] = _total(tracker, "current") - held
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
     found["working"] = _total(tracker, "peak") - held
+    found["moved"] = float(
+        _moved_back(partial(recomputing("products"), block), arguments, keywords)
+        - _moved_back(block, arguments, keywords)
+    )
     return found
+
+
+def _moved_back(run: Callable[..., Any], arguments: Any, keywords: Any) -> int:
+    """Bytes that a block's backward reads and writes, a recomputation included."""
+    outputs = [
+        leaf for leaf in tree_leaves(run(*arguments, **keywords)) if isinstance(leaf, Tensor)
+    ]
+    with Moved() as counted:
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+    return counted.bytes
+
+
+class Moved(TorchDispatchMode):
+    """Counts the bytes that operators read and write: of each its inputs and outputs, of views
+    none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        written = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        places = {x.untyped_storage()._cdata for x in read}
+        if written and not any(x.untyped_storage()._cdata in places for x in written):
+            self.bytes += sum(x.numel() * x.itemsize for x in (*read, *written))
+        return out
 
 
 def _tracker(block: nn.Module, inputs: list[Tensor]) -> MemTracker:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import ROOT
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
+from fastgrpo.parallel.mesh import mesh_shape
 from fastgrpo.tools.plan.costs import compute
 from fastgrpo.tools.plan.costs import memory as memory_costs
 from fastgrpo.tools.plan.costs.compute import Job
@@ -54,6 +55,7 @@ REAL: dict[
     "tiny": (TINY, (8, 3, 16, 16), 16, 32),
     "middle": (MIDDLE, (16, 3, 16, 16), 32, 1),
 }
+PLAIN = ("distributed.prefetch=0", "model.gradient_checkpointing=true", "model.keep=nothing")
 FEW = {"num_layers": 2, "num_single_layers": 3}
 FAMILIES: dict[
     str, tuple[str, Mapping[str, Any], tuple[int, int, int, int], int, Sequence[str]]
@@ -89,7 +91,13 @@ FAMILIES: dict[
         512,
         ("distributed.sp=4",),
     ),
-    "stable_diffusion": ("t2i_sd", SD_1, (4, 1, 64, 64), 77, ()),
+    "stable_diffusion": (
+        "t2i_sd",
+        SD_1,
+        (4, 1, 64, 64),
+        77,
+        ("model.gradient_checkpointing=false",),
+    ),
     "stable_diffusion, recomputed": (
         "t2i_sd",
         SD_1,
@@ -108,7 +116,8 @@ def job(
     gpus: int,
 ) -> Job:
     """A job for a network that is in no folder."""
-    planned, shards = family_plan(recipe.model.family, settings), recipe.distributed.shard or gpus
+    planned = family_plan(recipe.model.family, settings)
+    shards = mesh_shape(recipe.distributed, gpus, gpus)[1]
     return Job(
         recipe=recipe,
         network=planned.network,
@@ -269,7 +278,7 @@ def against_simulation(names: Sequence[str]) -> None:
     for name in names:
         recipe_name, settings, latent, text, overrides = FAMILIES[name]
         recipe = config.load(
-            ROOT / "launch" / f"{recipe_name}.toml", [*overrides, "distributed.prefetch=0"]
+            ROOT / "launch" / f"{recipe_name}.toml", [*PLAIN, "model.keep=attention", *overrides]
         )
         exact = simulate(recipe, settings, Sizes(latent, text), Ranks(8, 8))
         closed = job(recipe, settings, latent, text, 8)
@@ -298,7 +307,7 @@ def table(sizes: Sequence[int]) -> None:
 
     latent = (16, 14, 60, 60)
     for sp in sizes:
-        overrides = [f"distributed.sp={sp}", "distributed.shard=64", "distributed.prefetch=0"]
+        overrides = [f"distributed.sp={sp}", "distributed.shard=64", *PLAIN]
         recipe = config.load(ROOT / "launch" / "t2v_hunyuan.toml", overrides)
         passes = (HELD, *PASSES[:2])
         exact = simulate(

@@ -31,7 +31,7 @@ FREE_TO_CHANGE = (
     "run.preflight",
     "run.deterministic",
     "model.gradient_checkpointing",
-    "model.keep_attention",
+    "model.keep",
     "model.decode_batch",
     "prompts.train",  # what is in the files is compared, see check_same_inputs
     "prompts.heldout",

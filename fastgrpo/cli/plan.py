@@ -26,11 +26,17 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="does a recipe fit on so many GPUs, how long will it take",
         description="On any machine, without a GPU: peak memory, FLOPs, bytes on the wire and "
         "seconds of each phase, GPU-hours of the run and on other numbers of GPUs; where it does "
-        "not fit, recipes near it that do. Nothing is downloaded. The exit code is 1 where it does "
-        "not fit. See docs/guides/planning.md.",
+        "not fit, or with --tune, the quickest recipe near it that does. Nothing is downloaded. "
+        "The exit code is 1 where it does not fit. See docs/guides/planning.md.",
     )
     command.set_defaults(action=_run_plan)
     add_recipe(command)
+    _add_machine(command)
+    _add_answers(command)
+
+
+def _add_machine(command: argparse.ArgumentParser) -> None:
+    """What the recipe runs on."""
     add = command.add_argument
     add("--gpus", type=positive, required=True, metavar="N", help="how many GPUs")
     add(
@@ -66,6 +72,23 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         metavar="FILE",
         help="numbers and shares that python -m benchmarks.gpu measured; --set overrides them",
     )
+
+
+def _add_answers(command: argparse.ArgumentParser) -> None:
+    """What is asked beside the plan, and where the answers go."""
+    add = command.add_argument
+    add(
+        "--tune",
+        action="store_true",
+        help="search the keys that change speed and memory alone for the quickest plan with 5 %% "
+        "of the memory left, and say what each override wins",
+    )
+    add(
+        "--lora",
+        type=positive,
+        metavar="RANK",
+        help="with --tune: also tune with adapters of this rank, which is another algorithm",
+    )
     add(
         "--simulate",
         action="store_true",
@@ -93,12 +116,15 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     from fastgrpo.tools.plan import planner, tables
     from fastgrpo.tools.plan.gpus import Achieved, calibrated, changed, gpu
     from fastgrpo.tools.plan.phases import Machine
+    from fastgrpo.tools.plan.tuning.answer import answer_of
 
     if arguments.picture and arguments.picture.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(
             f"--picture={arguments.picture}: no format of that name; use .png, .svg or .pdf."
         )
     check_target("--picture", arguments.picture)
+    if arguments.lora and not arguments.tune:
+        raise UserError(f"--lora={arguments.lora}: has no effect without --tune; add it.")
     recipe = recipe_of(arguments)
     card, achieved = gpu(arguments.gpu), Achieved()
     if arguments.calibration:
@@ -108,17 +134,15 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     result = planner.plan(
         recipe, arguments.gpus, machine, ranks_per_node=arguments.ranks_per_node, text=text
     )
-    changes = (
-        [] if result.fits else planner.advice(result, arguments.recipe, arguments.overrides, text)
-    )
+    answer = answer_of(result, arguments.lora, text) if arguments.tune or not result.fits else None
     plans = planner.curve(recipe, machine, arguments.ranks_per_node, text)
     simulated = _simulate(result) if arguments.simulate else None
     if arguments.picture:
         tables.picture(result, arguments.picture)
     if arguments.json:
-        print(json.dumps(tables.as_json(result, plans, changes, simulated), indent=1))
+        print(json.dumps(tables.as_json(result, plans, answer, simulated), indent=1))
     else:
-        tables.show(result, plans, changes, simulated)
+        tables.show(result, plans, answer, simulated)
     return 0 if result.fits else 1
 
 

@@ -33,6 +33,9 @@ class Traits:
     """
     clips_ratio: bool = True
     """The objective clips the plain ratio at objective.clip_range."""
+    old_means: bool = False
+    """The update keeps the old policy's mean of each transition that it evaluates before its first
+    step."""
     reference_key: str = "kl_weight"
     """The key of [objective] that, above 0, asks for the initial policy."""
 

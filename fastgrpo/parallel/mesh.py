@@ -9,14 +9,20 @@ def contiguous_part(total: int, parts: int, index: int) -> range:
     return range(index * total // parts, (index + 1) * total // parts)
 
 
+def divisors(number: int) -> list[int]:
+    """All divisors, the smallest first."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
 def mesh_shape(settings: Distributed, size: int, ranks_of_node: int) -> tuple[int, int]:
     """(replicas, ranks over which each replica is sharded) of a world of `size` ranks.
 
     By default a replica lies within a node: layer-wise gathers then stay off the slower network.
     Raises UserError where sp and shard do not divide the ranks.
     """
-    sp, shard = settings.sp, settings.shard or min(ranks_of_node, size)
-    fitting = [n for n in range(1, size + 1) if size % n == 0]
+    sp, asked = settings.sp, settings.shard
+    shard = size if asked == "all" else asked or min(ranks_of_node, size)
+    fitting = divisors(size)
     if size % sp:
         raise UserError(
             f"distributed.sp={sp}: does not divide the {size} ranks; "

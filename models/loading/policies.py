@@ -4,7 +4,7 @@ The one file of this folder that asks the registry. The class that model_index.j
 compared here with the family's PIPELINES, so that the families' files need not know of each other.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -25,6 +25,11 @@ from fastgrpo.core.policy import Encoder, Policy
 from fastgrpo.models.loading import diffusers_folder, streaming
 from fastgrpo.models.loading.lora import add_adapters
 from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence
+
+ATTENTION = ("scaled_dot_product", "flash_attn")
+"""Also kernels that torch does not bring, which register an operator of that name."""
+KEPT = {"attention": ATTENTION, "products": (*ATTENTION, "aten.mm", "aten.addmm")}
+"""By model.keep, the operators whose results a recomputed block keeps: the dearest to compute."""
 
 
 def outline(settings: Model, device: torch.device, lora: Lora | None = None) -> Policy:
@@ -77,19 +82,14 @@ def configure(policy: Policy, settings: Model) -> None:
     network: Any = policy.network
     policy.share_sequence = share_sequence(settings.family)
     if settings.gradient_checkpointing:
-        left_out = {
-            id(b) for n, b in enumerate(policy.blocks) if n % int(settings.gradient_checkpointing)
-        }
+        left_out = {id(b) for n, b in enumerate(policy.blocks) if not settings.recomputes(n)}
 
-        recompute: Any = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        if settings.keep_attention:
-            keep = partial(create_selective_checkpoint_contexts, _kept_of_a_block)
-            recompute = partial(recompute, context_fn=keep)
+        recompute = recomputing(settings.keep)
 
         def run(module: nn.Module, *inputs: object) -> object:
             if id(module) in left_out:
                 return module(*inputs)
-            return recompute(module, *inputs)  # no block draws
+            return recompute(module, *inputs)
 
         network.enable_gradient_checkpointing(run)
     if settings.attention is not None:
@@ -106,16 +106,29 @@ def configure(policy: Policy, settings: Model) -> None:
             ) from None
 
 
-def _kept_of_a_block(
-    context: SelectiveCheckpointContext, operator: Any, *args: Any, **kwargs: Any
-) -> CheckpointPolicy:
-    """Keep what attention gave, the dearest part of a block of many tokens; compute the rest again.
+def recomputing(keep: str) -> Callable[..., Any]:
+    """Call a block so that its backward computes it again, but for what is kept.
 
-    Also of kernels that torch does not bring, which register an operator of that name.
+    keep: as model.keep;  returns (block, *inputs) -> the block's outputs
     """
+    recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # no block draws
+    if keep == "nothing":
+        return recompute
+    chosen = partial(_kept_of_a_block, KEPT[keep])
+    return partial(recompute, context_fn=partial(create_selective_checkpoint_contexts, chosen))
+
+
+def _kept_of_a_block(
+    kept: tuple[str, ...],
+    context: SelectiveCheckpointContext,
+    operator: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> CheckpointPolicy:
+    """Keep the results of some operators; compute the rest again.  kept: parts of their names"""
     name = str(operator)
-    kept = "scaled_dot_product" in name or "flash_attn" in name
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    found = any(part in name for part in kept)
+    return CheckpointPolicy.MUST_SAVE if found else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def share_sequence(family: str) -> ShareSequence:

@@ -34,6 +34,8 @@ class Kept:
     saved: tuple[float, float]  # kept for the backward where the block is not recomputed
     working: tuple[float, float]  # the most at once in the block's backward, what is saved included
     exchange: float = 0.0  # more per video token with sequence parallelism: packed for other ranks
+    # read and written by a recomputation that keeps what attention and linear layers gave
+    moved: tuple[float, float] = (0.0, 0.0)
 
     def with_more(self, video: float) -> "Kept":
         """With so many bytes more per video token, saved and in the backward."""
@@ -48,7 +50,7 @@ KeptBy = Mapping[int, Kept]
 """By the bytes of a number in compute precision, 2 or 4."""
 
 
-@dataclass
+@dataclass(eq=False)
 class TokenBlock(Block):
     """A transformer's block, whose activations are proportional to its tokens."""
 
@@ -67,6 +69,10 @@ class TokenBlock(Block):
     def working(self, batch: Batch) -> float:
         inputs = self.inputs(batch) if batch.recomputed else 0.0
         return inputs + self._bytes(batch, self.kept[batch.element].working)
+
+    def moved(self, batch: Batch) -> float:
+        video, text = self.kept[batch.element].moved
+        return batch.width * (video * batch.video + text * batch.text)
 
     def _bytes(self, batch: Batch, per_token: tuple[float, float]) -> float:
         more = self.kept[batch.element].exchange if batch.shared else 0.0

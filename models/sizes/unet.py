@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastgrpo.core.config import Model
 from fastgrpo.models.sizes.units import SAMPLE, TEXT, VIDEO, Attention, Batch, Block, Network, Unit
 
 OF_RESNET, OF_OUTPUT, OF_TRANSFORMER = 8.7, 3.3, 62.2
@@ -22,7 +23,7 @@ diffusers recomputes its resnets and inner transformer blocks: what lies between
 FORWARD = 51.0  # likewise, without gradients: a transformer at work and the skips, in bfloat16
 
 
-@dataclass
+@dataclass(eq=False)
 class Level(Block):
     """A level of the UNet, whose activations are proportional to the latent's places.
 
@@ -32,8 +33,8 @@ class Level(Block):
     area: float = 1.0  # places per place of the latent
     saved: float = 0.0  # bytes per place of the latent kept for the backward, in bfloat16
 
-    def repeated(self, every: int, number: int) -> float:
-        return AGAIN if every else 0.0
+    def repeated(self, settings: Model, number: int) -> float:
+        return AGAIN if settings.gradient_checkpointing else 0.0
 
     def forward(self, batch: Batch) -> float:
         return FORWARD * batch.width * batch.video * batch.element / 2

@@ -10,6 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastgrpo.core.config import Model
 
 Shape = tuple[int, ...]
 VIDEO, TEXT, BOTH, SAMPLE = "video", "text", "both", "sample"
@@ -55,7 +59,7 @@ class Attention:
     shared: bool = True
 
 
-@dataclass
+@dataclass(eq=False)
 class Unit:
     """Parameters that are gathered, reduced and recomputed together: a block, or what lies outside
     all blocks.
@@ -67,6 +71,7 @@ class Unit:
     attentions: list[Attention] = field(default_factory=list)
     # counted once: a search asks a thousand times
     _padded: dict[int, int] = field(default_factory=dict, repr=False)
+    _adapted: dict[tuple[int, tuple[str, ...]], "Unit"] = field(default_factory=dict, repr=False)
 
     @property
     def parameters(self) -> int:
@@ -83,12 +88,12 @@ class Unit:
             )
         return self._padded[shards]
 
-    def repeated(self, every: int, number: int) -> float:
-        """Share of the forward that the backward computes again.
+    def repeated(self, settings: "Model", number: int) -> float:
+        """Share of the forward that the backward computes again where nothing of it is kept.
 
-        every: n where every n-th unit is recomputed, 0 for none;  number: this unit's
+        number: this unit's
         """
-        return 1.0 if every and number % every == 0 else 0.0
+        return float(settings.recomputes(number))
 
     def linear(
         self, name: str, inputs: int, outputs: int, where: str, bias: bool = True, area: float = 1.0
@@ -169,6 +174,12 @@ class Block(Unit, ABC):
     def stored(self, batch: Batch) -> float:
         """Bytes kept from the forward to the backward."""
 
+    def moved(self, batch: Batch) -> float:
+        """Bytes that a recomputation reads and writes which keeps what attention and linear layers
+        gave.
+        """
+        return 0.0
+
     @abstractmethod
     def working(self, batch: Batch) -> float:
         """The most bytes at once in the backward, what is kept included."""
@@ -212,6 +223,13 @@ def adapters(unit: Unit, rank: int, targets: Sequence[str]) -> Unit:
     """The adapters of a unit's linear layers: A [rank, in] and B [out, rank] beside each that is a
     target.
     """
+    key = (rank, tuple(targets))
+    if key not in unit._adapted:
+        unit._adapted[key] = _adapters(unit, rank, targets)
+    return unit._adapted[key]
+
+
+def _adapters(unit: Unit, rank: int, targets: Sequence[str]) -> Unit:
     found = Unit(unit.name)
     for product in unit.products:
         if product.linear and any(

@@ -51,38 +51,64 @@ def test_a_network_without_a_choice_says_so(tmp_path: Path) -> None:
         policies.load(Model(family="stable_diffusion", path=str(tmp_path), attention="native"), CPU)
 
 
-class Attending(TorchDispatchMode):
-    """Counts the calls of attention's forward operator."""
+class Calls(TorchDispatchMode):
+    """Counts the calls of attention's forward operator, and of linear layers' products."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls = 0
+        self.attention = self.linear = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
-        self.calls += "scaled_dot_product" in name and "backward" not in name
+        self.attention += "scaled_dot_product" in name and "backward" not in name
+        self.linear += name in ("aten.mm.default", "aten.addmm.default")
         return func(*args, **(kwargs or {}))
 
 
-def test_kept_attention_is_not_computed_again() -> None:
-    """The same gradients, bit for bit, with half the calls of attention."""
+@pytest.mark.parametrize(
+    ("asked", "blocks"),
+    [
+        (False, []),
+        (True, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        (1, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        (4, [0, 4, 8]),
+        (0.3, [3, 6, 9]),
+        (0.7, [1, 2, 4, 5, 7, 8, 9]),
+    ],
+)
+def test_a_share_of_the_blocks_is_recomputed(asked: bool | int | float, blocks: list[int]) -> None:
+    """Evenly spread; 0.7 of ten blocks are seven of them."""
+    model = Model(family="hunyuan_video", path="x", gradient_checkpointing=asked)
+    assert [n for n in range(10) if model.recomputes(n)] == blocks
+    assert model.gradient_checkpointing == asked and type(model.gradient_checkpointing) is type(
+        asked
+    )
+
+
+def test_what_is_kept_is_not_computed_again() -> None:
+    """The same gradients, bit for bit, with no more calls of what is kept than without
+    recomputation.
+    """
     condition, t = move(stack(tiny.encode()[:1]), CPU), torch.tensor([0.6])
     calls, gradients = [], []
     for changes in (
         {},
         {"gradient_checkpointing": True},
-        {"gradient_checkpointing": True, "keep_attention": True},
+        {"gradient_checkpointing": True, "keep": "attention"},
+        {"gradient_checkpointing": True, "keep": "products"},
+        {"gradient_checkpointing": 0.5, "keep": "products"},
     ):
         policy = policies.load(settings(None).model_copy(update=changes), CPU)
         shape = policy.latent_shape(tiny.VIDEO)
         x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
-        with Attending() as counted:
+        with Calls() as counted:
             policy.velocity(x, t, condition).square().mean().backward()
-        calls.append(counted.calls)
+        calls.append((counted.attention, counted.linear))
         gradients.append({name: p.grad for name, p in policy.network.named_parameters()})
-    plain, recomputed, kept = calls
-    blocks = len(policy.blocks)
-    assert recomputed == plain + blocks and kept == plain
+    plain, again, attention, products, half = calls
+    assert again[0] == plain[0] + len(policy.blocks) and again[1] > plain[1]
+    assert attention == (plain[0], again[1])
+    assert products == half == plain
     for name, grad in gradients[0].items():
         for other in gradients[1:]:
             same = other[name]

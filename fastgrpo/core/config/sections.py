@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import torch
 
 
+ROUNDING = 1e-9  # 0.7 x 10 is 7, and a little less in binary
+
+
 class Run(Section):
     dir: Annotated[Path, PATH]
     """Folder of the run; everything that the run writes lies in it."""
@@ -65,18 +68,26 @@ class Model(Section):
     half the cost."""
     negative_prompt: str | None = None
     """The text of the unconditional branch where cfg > 1; None: the empty text."""
-    gradient_checkpointing: bool | Positive = False
-    """Recompute blocks in the backward pass, all or every n-th (a UNet: all): more time, far less
-    memory."""
-    keep_attention: bool = False
-    """Recomputed blocks keep what attention gave, a number per token and channel, and do not attend
-    again: the same gradients. Of no effect where no block is recomputed."""
+    gradient_checkpointing: bool | Positive | Annotated[float, Field(gt=0, lt=1)] = False
+    """Recompute blocks in the backward pass: all, every n-th, or a share of them such as 0.8, evenly
+    spread (a UNet: all). More time, far less memory."""
+    keep: Literal["nothing", "attention", "products"] = "nothing"
+    """What recomputed blocks keep of their forward and do not compute again: what attention gave, a
+    number per token and channel, or that and what every linear layer gave. The same gradients. Of
+    no effect where no block is recomputed."""
     attention: str | None = None
     """Attention kernel by diffusers' name, such as flash or _native_cudnn; None: torch's own
     choice. Kernels without a backward, such as sage, are refused in training."""
     decode_batch: Positive | None = None
     """Clips per VAE decode; None: a rollout batch at once (of images as many as kernels can count:
     7 of 1024 x 1024). Changes speed and memory, and pixels up to rounding."""
+
+    def recomputes(self, block: int) -> bool:
+        """Whether a block is recomputed in the backward.  block: its number in the network"""
+        asked = self.gradient_checkpointing
+        if isinstance(asked, float):
+            return math.floor((block + 1) * asked + ROUNDING) > math.floor(block * asked + ROUNDING)
+        return bool(asked) and block % int(asked) == 0
 
     @property
     def torch_dtype(self) -> "torch.dtype":
@@ -289,9 +300,10 @@ class Distributed(Section):
     sp: Positive = 1
     """Ranks that share each sequence (Ulysses); must divide the network's heads and the ranks of a
     node."""
-    shard: Positive | None = None
-    """Ranks over which the weights are sharded, a multiple of sp; the other ranks replicate. None:
-    a node's ranks where there are several nodes (HSDP), else all."""
+    shard: Positive | Literal["all"] | None = None
+    """Ranks over which the weights are sharded, a multiple of sp; the other ranks replicate. all:
+    every rank, across nodes; None: a node's ranks where there are several nodes (HSDP), else
+    all."""
     rollout_weights: Literal["auto", "gathered", "sharded"] = "auto"
     """Hold the whole weights during the rollout, gathered once, or gather each block for each step;
     auto = gathered where the free memory allows."""

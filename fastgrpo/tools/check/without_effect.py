@@ -105,7 +105,7 @@ RULES = (
     Rule("prompts", ("heldout_share",), own_heldout),
     Rule("prompts", ("column", "nsfw_columns"), no_column),
     Rule("prompts", ("max_nsfw",), no_nsfw),
-    Rule("model", ("keep_attention",), nothing_recomputed),
+    Rule("model", ("keep",), nothing_recomputed),
     Rule("server", ("urls",), not_asked),
     Rule("server", ("token_file",), no_running_server),
     Rule("server", ("start_timeout_s", "request_timeout_s", "outage_s"), no_server),

@@ -17,6 +17,7 @@ from fastgrpo.tools.plan.costs.compute import (
     Job,
     Sent,
     between_replicas,
+    dealt_states,
     exchanged,
     forward,
     gather_blocks,
@@ -77,6 +78,10 @@ class Machine:
     def compute(self, flops: float, share: float) -> float:
         return flops / (self.card.tflops * 1e12 * share)
 
+    def move(self, moved: float) -> float:
+        """Seconds of work that waits for the GPU's own memory.  moved: bytes read and written"""
+        return moved / (self.card.memory_gbs * self.achieved.memory * 1e9)
+
     def send(self, link: float, network: float) -> float:
         """Seconds of a transfer whose parts run beside each other."""
         card, achieved = self.card, self.achieved
@@ -91,15 +96,20 @@ class Machine:
 
 def iteration_phases(subject: Subject, machine: Machine) -> list[Phase]:
     """All phases in their order."""
+    load, reward, save = other_phases(subject, machine)
+    drawing = drawing_phases(subject, machine)
+    return [load, *drawing, reward, update_phase(subject, machine), save]
+
+
+def drawing_phases(subject: Subject, machine: Machine) -> tuple[Phase, Phase]:
+    """Rollout and decoding, which share the rollout's weights."""
     whole = holds_whole(subject, machine)
-    return [
-        _load(subject, machine),
-        _rollout(subject, machine, whole),
-        _decode(subject, machine, whole),
-        _reward(subject, machine),
-        _update(subject, machine),
-        _save(subject, machine),
-    ]
+    return _rollout(subject, machine, whole), _decode(subject, machine, whole)
+
+
+def other_phases(subject: Subject, machine: Machine) -> tuple[Phase, Phase, Phase]:
+    """Loading, rewards and saving: all but what computes with the network."""
+    return _load(subject, machine), _reward(subject, machine), _save(subject, machine)
 
 
 def holds_whole(subject: Subject, machine: Machine) -> bool:
@@ -124,15 +134,18 @@ def route(job: Job, sent: Sent) -> tuple[float, float]:
     weights, tokens = sent.gather + sent.scatter, sent.exchange + sent.collect
     ranks = min(job.ranks_per_node, job.gpus)
     link, network = weights, weights / ranks if job.shards > ranks else 0.0
-    for count, inside in ((sent.reduce, job.gpus <= ranks), (tokens, job.sp <= ranks)):
+    for count, inside in (
+        (sent.reduce + sent.dealt, job.gpus <= ranks),
+        (tokens, job.sp <= ranks),
+    ):
         link, network = (link + count, network) if inside else (link, network + count)
     return link, network
 
 
 def _seconds(job: Job, machine: Machine, compute: float, sent: Sent) -> float:
     weights = Sent(sent.gather, sent.scatter, sent.reduce)
-    tokens = Sent(exchange=sent.exchange, collect=sent.collect)
-    return max(compute, machine.send(*route(job, weights))) + machine.send(*route(job, tokens))
+    apart = Sent(exchange=sent.exchange, collect=sent.collect, dealt=sent.dealt)
+    return max(compute, machine.send(*route(job, weights))) + machine.send(*route(job, apart))
 
 
 def _vae(subject: Subject) -> float:
@@ -154,8 +167,12 @@ def _others(subject: Subject, scoring: bool) -> dict[str, float]:
 def _kept(subject: Subject) -> dict[str, float]:
     """What waits for the update: the chosen transitions of this rank's samples."""
     job = subject.job
-    samples, _ = network_calls.busiest(job.recipe, job.groups)
-    return {"trajectories": memory_costs.trajectories(job, samples)}
+    return {"trajectories": memory_costs.trajectories(job, _samples(job))}
+
+
+def _samples(job: Job) -> int:
+    """Samples of the busiest rank."""
+    return network_calls.busiest(job.recipe, job.groups)[0]
 
 
 def _load(subject: Subject, machine: Machine) -> Phase:
@@ -227,7 +244,8 @@ def _reward(subject: Subject, machine: Machine) -> Phase:
     return Phase("reward", memory, flops, seconds=machine.compute(flops, machine.achieved.reward))
 
 
-def _update(subject: Subject, machine: Machine) -> Phase:
+def update_phase(subject: Subject, machine: Machine) -> Phase:
+    """All optimizer steps of an iteration."""
     job, recipe = subject.job, subject.job.recipe
     states, batches = _update_work(job)
     batch = min(
@@ -243,14 +261,17 @@ def _update(subject: Subject, machine: Machine) -> Phase:
         sent = sent + gather_blocks(job, math.ceil(batches * again))
     sent = sent + tokens_of_update(job, 1).times(states)
     sent = sent + between_replicas(job).times(recipe.optimizer.updates_per_iteration)
+    sent = sent + dealt_states(job)
     several = batches > recipe.optimizer.updates_per_iteration
     memory = memory_costs.update(job, batch, several)
     if methods.evaluates_average(recipe.objective):
         before = memory_costs.evaluation(job, batch)
         memory = max(memory, before, key=lambda parts: sum(parts.values()))
-    memory |= memory_costs.velocities(job, states) | _kept(subject)
+    kept = memory_costs.trajectories(job, _samples(job)) + memory_costs.old_means(job, states)
+    memory |= memory_costs.velocities(job, states) | {"trajectories": kept}
     memory |= _others(subject, scoring=False)
     compute = machine.compute(flops, machine.achieved.update)
+    compute += machine.move(memory_costs.moved(job, 1) * states)
     seconds = _seconds(job, machine, compute, sent)
     seconds += recipe.optimizer.updates_per_iteration * _step_seconds(job, machine, batches)
     return Phase("update", memory, flops, *route(job, sent), seconds)
@@ -259,8 +280,8 @@ def _update(subject: Subject, machine: Machine) -> Phase:
 def _update_work(job: Job) -> tuple[float, int]:
     """(states evaluated, micro-batches) in an iteration, of the busiest rank.
 
-    All ranks' states are dealt evenly in each optimizer step; the exchange of those that move, a
-    few latents, is not counted.
+    All ranks' states are dealt evenly in each optimizer step; for those that move, see
+    `compute.dealt_states`.
     """
     updates = job.recipe.optimizer.updates_per_iteration
     batches, size = network_calls.dealt(job.recipe, job.groups)
@@ -274,22 +295,27 @@ def _step_seconds(job: Job, machine: Machine, batches: int) -> float:
     trained = sum(reduced_bytes(job, unit) for unit in job.network.units) / 4 / job.shards
     count = STEP_BYTES + (AVERAGE_BYTES if job.recipe.optimizer.ema_decay else 0)
     if not job.recipe.distributed.offload:
-        return trained * count / (machine.card.memory_gbs * machine.achieved.memory * 1e9)
+        return machine.move(trained * count)
     # two gathers and the gradient
     per_batch = 3 * 4 * trained * batches / job.recipe.optimizer.updates_per_iteration
     return (trained * count + per_batch) / (machine.card.host_gbs * 1e9)
 
 
 def _save(subject: Subject, machine: Machine) -> Phase:
-    """Masters, moments and the moving average, each value written once by the ranks together."""
+    """Masters, moments and the moving average, each value written once by the ranks together.
+
+    Replicas share the writing: DCP gives each value to the one with the least to write so far. In
+    the background the run waits until a rank's own part is in the host's memory.
+    """
     job = subject.job
     trained = sum(reduced_bytes(job, unit) for unit in job.network.units) / 4
     count = 12 + (4 if job.recipe.optimizer.ema_decay else 0)
     nodes = max(1, job.gpus // job.ranks_per_node)
-    writers = min(nodes, math.ceil(job.shards / min(job.ranks_per_node, job.gpus)))
-    seconds = trained * count / (machine.achieved.disk_gbs * 1e9 * writers)
+    seconds = trained * count / (machine.achieved.disk_gbs * 1e9 * nodes)
+    if job.recipe.checkpoint.background:
+        seconds = trained * count / job.shards / (machine.card.host_gbs * 1e9)
     memory = memory_costs.states(job) | _others(subject, scoring=False)
-    return Phase("save", memory, seconds=0.0 if job.recipe.checkpoint.background else seconds)
+    return Phase("save", memory, seconds=seconds)
 
 
 def iteration_seconds(found: Iterable[Phase], every: int) -> float:

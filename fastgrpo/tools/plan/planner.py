@@ -1,5 +1,6 @@
-"""Does a recipe fit on so many GPUs, how long will it take, and what to change: the answer of
-`fastgrpo plan`.
+"""Does a recipe fit on so many GPUs, and how long will it take: the answer of `fastgrpo plan`.
+
+What to change is `tuning/`'s to say.
 
 In closed form by default, in about a second and without torch; `--simulate` runs one rank with the
 full-size network and no memory behind it (simulation/rank.py) and puts its figures beside.
@@ -8,14 +9,8 @@ docs/guides/planning.md compares the two.
 
 import math
 from bisect import bisect
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, product
-from pathlib import Path
-from typing import Any
 
-from fastgrpo import models
-from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.units import GIB
@@ -27,17 +22,11 @@ from fastgrpo.training import methods
 
 CURVE = (8, 16, 32, 64, 128, 256, 512)
 # share of the parameters outside the blocks, from which a plan warns
+LEAST_WAITING = 0.005  # share of the update, from which a plan tells it
 LARGE_REST, LARGE_REST_GIB = (
     0.02,
     0.25,
 )
-ADVICE = 5  # recipes that are named
-# more than the usual number are tried only where fewer do not do
-USUAL_CHANGES, MOST_CHANGES = (
-    3,
-    6,
-)
-LORA_RANK = 32
 
 
 @dataclass(frozen=True)
@@ -73,19 +62,6 @@ class Plan:
         """Seconds of the run, loading included; evaluations and the encoding of prompts are not."""
         load = sum(phase.seconds for phase in self.phases if phase.name == "load")
         return (self.seconds * self.iterations + load) * self.subject.job.gpus / 3600
-
-
-@dataclass(frozen=True)
-class Change:
-    """A recipe near the given one that fits, and what it takes."""
-
-    overrides: tuple[str, ...]
-    plan: Plan
-
-    @property
-    def learns_otherwise(self) -> bool:
-        """Whether adapters are trained in place of all weights."""
-        return any(override.startswith("lora.") for override in self.overrides)
 
 
 def plan(
@@ -153,96 +129,6 @@ def curve(recipe: Recipe, machine: Machine, ranks_per_node: int, text: int | Non
     return plans
 
 
-def advice(given: Plan, file: Path, overrides: Sequence[str], text: int | None) -> list[Change]:
-    """Recipes near the given one that fit, the quickest first, those that train something else
-    last.
-
-    file, overrides: where the given recipe comes from; the changes are more overrides of it
-    """
-    found: list[Change] = []
-    for count in range(1, MOST_CHANGES + 1):
-        if count > USUAL_CHANGES and found:
-            break
-        for changes in _nearby(given.subject.job, count):
-            try:
-                recipe = config.load(file, [*overrides, *changes])
-                tried = plan(
-                    recipe,
-                    gpus=given.subject.job.gpus,
-                    machine=given.machine,
-                    ranks_per_node=given.subject.job.ranks_per_node,
-                    text=text,
-                )
-            except UserError:
-                continue
-            if tried.fits:
-                found.append(Change(changes, tried))
-    found.sort(
-        key=lambda change: (change.learns_otherwise, change.plan.seconds, len(change.overrides))
-    )
-    return _distinct(found)
-
-
-def _distinct(found: Sequence[Change]) -> list[Change]:
-    """The first few, leaving out those that only add changes to a quicker one."""
-    chosen: list[Change] = []
-    for change in found:
-        if len(chosen) < ADVICE and not any(
-            set(c.overrides) < set(change.overrides) for c in chosen
-        ):
-            chosen.append(change)
-    return chosen
-
-
-def _nearby(job: compute.Job, count: int) -> Iterator[tuple[str, ...]]:
-    """Overrides that change so many keys of a recipe."""
-    for keys in combinations(_choices(job), count):
-        for values in product(*(alternatives for _, alternatives in keys)):
-            yield tuple(
-                f"{key}={_toml(value)}" for (key, _), value in zip(keys, values, strict=True)
-            )
-
-
-def _choices(job: compute.Job) -> list[tuple[str, list[Any]]]:
-    """What may be changed, and to which other values."""
-    recipe, heads = job.recipe, job.network.heads
-    shares = recipe.model.family in models.with_function("share_sequence")
-    sizes = [
-        n
-        for n in (1, 2, 4, 8)
-        if heads % n == 0 and job.gpus % n == 0 and job.ranks_per_node % n == 0
-    ]
-    mesh = sorted(
-        {min(job.ranks_per_node, job.gpus), 2 * job.ranks_per_node, job.gpus} - {job.shards}
-    )
-    wanted: list[tuple[str, Any, list[Any]]] = [
-        ("distributed.sp", job.sp, sizes if shares else []),
-        ("distributed.shard", job.shards, mesh),
-        ("model.gradient_checkpointing", int(recipe.model.gradient_checkpointing), [True]),
-        ("model.keep_attention", recipe.model.keep_attention, [False]),
-        (
-            "optimizer.batch_size",
-            recipe.optimizer.batch_size,
-            [1, recipe.optimizer.batch_size // 2],
-        ),
-        ("rollout.batch_size", recipe.rollout.at_once, [1]),
-        ("rollout.store", recipe.rollout.store, ["host"]),
-        ("distributed.rollout_weights", recipe.distributed.rollout_weights, ["sharded"]),
-        ("model.decode_batch", recipe.model.decode_batch, [1]),
-        ("distributed.offload", recipe.distributed.offload, [True]),
-        ("lora.rank", recipe.lora.rank, [] if job.lora else [LORA_RANK]),
-    ]
-    others = [
-        (key, sorted({v for v in values if v != old and (v or v is False)}, key=str))
-        for key, old, values in wanted
-    ]
-    return [(key, values) for key, values in others if values]
-
-
-def _toml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def warnings(found: Plan) -> list[str]:
     """What a person should know beside the numbers."""
     job, lines = found.subject.job, list(found.subject.notes)
@@ -255,6 +141,11 @@ def warnings(found: Plan) -> list[str]:
             f"{rest / 1e6:,.1f} M parameters ({rest / job.network.parameters:.1%}) lie outside the "
             "sharded blocks, "
             f"most in {largest}: {whole:.2f} GiB are whole on each GPU during the update"
+        )
+    waiting = network_calls.waiting(job.recipe, job.groups)
+    if waiting > LEAST_WAITING:
+        lines.append(
+            f"{waiting:.1%} of the update the ranks wait for each other: states are dealt whole"
         )
     if methods.traits(job.recipe).noisy_steps:
         lines.append(_old_log_probs(found))

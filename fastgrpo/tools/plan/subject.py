@@ -29,6 +29,7 @@ class Subject:
 
     job: Job
     auxiliary: AuxiliaryModels
+    multiple: int  # pixels that height and width are multiples of
     notes: tuple[str, ...]
 
 
@@ -39,20 +40,17 @@ def subject(recipe: Recipe, gpus: int, ranks_per_node: int, text: int | None = N
     groups of ranks, a size that the model cannot take, a reward server that not all nodes reach.
     """
     check_family(recipe.model.family)
-    replicas, shards = mesh_shape(recipe.distributed, gpus, min(ranks_per_node, gpus))
-    _check_samples(recipe, gpus)
-    rewards.check(recipe, gpus, ranks_per_node)
     config, notes = network_config(recipe)
     planned = family_plan(recipe.model.family, config)
-    net, auxiliary = planned.network, auxiliary_models(recipe, planned.auxiliary, notes)
-    check_sharing(recipe, net.heads)
+    replicas, shards = _checked_mesh(recipe, planned.network.heads, gpus, ranks_per_node)
+    auxiliary = auxiliary_models(recipe, planned.auxiliary, notes)
     latent = latent_shape(recipe, auxiliary, planned.patch)
     tokens, video = text or auxiliary.text, math.prod(latent[1:]) // planned.patch**2
     if text is None:
         notes.append(f"texts of {tokens} tokens, the longest; --text-tokens for others")
     job = Job(
         recipe=recipe,
-        network=net,
+        network=planned.network,
         latent=latent,
         video=video,
         text=tokens,
@@ -61,7 +59,26 @@ def subject(recipe: Recipe, gpus: int, ranks_per_node: int, text: int | None = N
         replicas=replicas,
         shards=shards,
     )
-    return Subject(job, auxiliary, tuple(notes))
+    return Subject(job, auxiliary, auxiliary.space * planned.patch, tuple(notes))
+
+
+def with_recipe(given: Subject, recipe: Recipe) -> Subject:
+    """The same network and sizes with a recipe that differs in how they are trained.
+
+    Raises UserError for what a run would refuse, as `subject` does.
+    """
+    job = given.job
+    replicas, shards = _checked_mesh(recipe, job.network.heads, job.gpus, job.ranks_per_node)
+    return replace(given, job=replace(job, recipe=recipe, replicas=replicas, shards=shards))
+
+
+def _checked_mesh(recipe: Recipe, heads: int, gpus: int, ranks_per_node: int) -> tuple[int, int]:
+    """(replicas, shards). Raises UserError for a mesh, samples or rewards that a run refuses."""
+    mesh = mesh_shape(recipe.distributed, gpus, min(ranks_per_node, gpus))
+    _check_samples(recipe, gpus)
+    rewards.check(recipe, gpus, ranks_per_node)
+    check_sharing(recipe, heads)
+    return mesh
 
 
 def check_family(name: str) -> None:

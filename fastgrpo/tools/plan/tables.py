@@ -10,7 +10,9 @@ from rich.table import Table
 from fastgrpo.core.units import GIB
 from fastgrpo.run.terminal import open_console
 from fastgrpo.tools.plan.gpus import Achieved
-from fastgrpo.tools.plan.planner import Change, Plan, warnings
+from fastgrpo.tools.plan.planner import Plan, warnings
+from fastgrpo.tools.plan.tuning.answer import Answer
+from fastgrpo.tools.plan.tuning.search import MARGIN, Tuned
 
 KINDS = (  # of memory, in the order in which the picture stacks them
     "weights",
@@ -32,7 +34,7 @@ KINDS = (  # of memory, in the order in which the picture stacks them
 
 
 def show(
-    found: Plan, plans: Sequence[Plan], changes: Sequence[Change], simulated: dict[str, Any] | None
+    found: Plan, plans: Sequence[Plan], answer: Answer | None, simulated: dict[str, Any] | None
 ) -> None:
     """Print all of it."""
     console = open_console()
@@ -57,8 +59,8 @@ def show(
             left_out = " and ".join(simulated["left_out"])
             line = f"both without {left_out}, of which a simulated rank has none"
             console.print(line, highlight=False, soft_wrap=True)
-    if not found.fits:
-        _changes(console, changes)
+    if answer is not None:
+        _answer(console, found, answer)
     console.print(_curve(plans))
     assumed = _assumed(found.machine.achieved)
     line = f"of the GPUs, assumed where no --set or --calibration says otherwise: {assumed}"
@@ -110,22 +112,49 @@ def _memory(found: Plan) -> Table:
     return table
 
 
-def _changes(console: Console, changes: Sequence[Change]) -> None:
-    if not changes:
-        console.print(
-            "no neighbouring recipe fits on these GPUs: use more of them, or larger ones",
-            highlight=False,
+def _answer(console: Console, found: Plan, answer: Answer) -> None:
+    """The tuned recipe and the ways to another, as lines to add to the command."""
+
+    def tell(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    if answer.tuned is None:
+        tell(f"nothing with the same results fits with {MARGIN:.0%} of the memory left")
+    else:
+        tell(
+            f"tuned, with the same results: {_figures(answer.tuned.plan)}; as it is: {_figures(found)}"
         )
+        _overrides(console, answer.tuned)
+    if answer.adapters is not None:
+        tell(f"tuned with adapters, another algorithm: {_figures(answer.adapters.tuned.plan)}")
+        tell(f"  {' '.join(answer.adapters.overrides)}")
+    if answer.alternatives:
+        tell("with other results these fit, tuned, the least given up first:")
+    for one in answer.alternatives:
+        tell(f"  {' '.join(one.overrides)}    # {_figures(one.tuned.plan)}")
+    if answer.tuned is None and not answer.alternatives:
+        tell("nothing near it fits on these GPUs: use more of them, or larger ones")
+
+
+def _overrides(console: Console, tuned: Tuned) -> None:
+    """What each override wins, and all of them in one line."""
+    if not tuned.wins:
+        console.print("  it is the quickest already", highlight=False)
         return
-    kinds = ("these fit", False), ("these fit and train adapters alone", True)
-    for title, otherwise in kinds:
-        of_kind = [change for change in changes if change.learns_otherwise == otherwise]
-        if of_kind:
-            line = f"{title}, the quickest first; add the line to the command:"
-            console.print(line, highlight=False, soft_wrap=True)
-        for change in of_kind:
-            line = f"  {' '.join(change.overrides)}    # {_figures(change.plan)}"
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+    table = Table(title="what each override wins: the plan without it")
+    table.add_column("override", no_wrap=True)
+    for column in ("s per iteration", "peak GiB", "fits"):
+        table.add_column(column, justify="right")
+    for win in tuned.wins:
+        table.add_row(
+            win.override,
+            f"{win.seconds:+,.1f}",
+            f"{win.memory / GIB:+,.1f}",
+            "no" if win.needed else "yes",
+        )
+    console.print(table)
+    line = f"  {' '.join(tuned.overrides)}"
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _figures(plan: Plan) -> str:
@@ -195,7 +224,7 @@ def _assumed(achieved: Achieved) -> str:
 
 
 def as_json(
-    found: Plan, plans: Sequence[Plan], changes: Sequence[Change], simulated: dict[str, Any] | None
+    found: Plan, plans: Sequence[Plan], answer: Answer | None, simulated: dict[str, Any] | None
 ) -> dict[str, Any]:
     """All of it; memory in bytes, seconds, FLOPs."""
     job = found.subject.job
@@ -214,14 +243,12 @@ def as_json(
         "seconds_per_iteration": found.seconds,
         "gpu_hours": found.gpu_hours,
         "notes": warnings(found),
-        "changes": [
-            {
-                "overrides": list(c.overrides),
-                "seconds_per_iteration": c.plan.seconds,
-                "peak": c.plan.worst.peak,
-                "host_bytes_per_node": sum(c.plan.host.values()),
-            }
-            for c in changes
+        "tuned": answer and answer.tuned and _tuned_json(answer.tuned, answer.tuned.overrides),
+        "tuned_with_adapters": answer
+        and answer.adapters
+        and _tuned_json(answer.adapters.tuned, answer.adapters.overrides),
+        "alternatives": [
+            _tuned_json(one.tuned, one.overrides) for one in (answer.alternatives if answer else ())
         ],
         "curve": [
             {
@@ -233,6 +260,16 @@ def as_json(
             for p in plans
         ],
         "simulated": simulated,
+    }
+
+
+def _tuned_json(tuned: Tuned, overrides: Sequence[str]) -> dict[str, Any]:
+    return {
+        "overrides": list(overrides),
+        "seconds_per_iteration": tuned.plan.seconds,
+        "peak": tuned.plan.worst.peak,
+        "host_bytes_per_node": sum(tuned.plan.host.values()),
+        "wins": [vars(win) for win in tuned.wins],
     }
 
 

@@ -10,6 +10,7 @@ from fastgrpo.training.policy_gradient import PolicyGradient
 TRAITS = Traits(
     title="Flow-DPPO (arXiv 2606.11025)",
     clips_ratio=False,
+    old_means=True,
     own_keys=("max_kl", "kl_weight"),
 )
 METHOD = PolicyGradient(objectives.dppo, objectives.outside_divergence, needs_old_mean=True)

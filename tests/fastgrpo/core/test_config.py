@@ -114,7 +114,8 @@ def test_text_is_text_whatever_it_looks_like() -> None:
         ),
         (
             "model.gradient_checkpointing=-1",
-            "model.gradient_checkpointing=-1: must be true or false, or a whole number above 0.",
+            "model.gradient_checkpointing=-1: must be true or false, or a whole number above 0, or a "
+            "finite number above 0 and below 1.",
         ),
         ("rewards.0.frames=frist", "or all, first or middle; did you mean first?"),
         ("rewards.0.weights={XX='a'}", "rewards.0.weights.XX='a': must be a finite number."),

@@ -31,7 +31,7 @@ IN_VAIN = [  # the overrides, the key among them that has no effect, and the rea
     (("prompts.heldout_share=0.5",), "with prompts.heldout"),
     (("prompts.column=text",), "a .txt file has no columns"),
     (("prompts.max_nsfw=0.1",), "without prompts.nsfw_columns"),
-    (("model.keep_attention=true",), "without model.gradient_checkpointing"),
+    (("model.keep=attention",), "without model.gradient_checkpointing"),
     (("server.token_file=/t",), "without server.urls"),
     (("server.outage_s=9", "rewards.0.where=process"), without_effect.PROCESS),
     (("server.urls=['http://a:1']", "rewards.0.urls=['http://b:1']"),
@@ -45,7 +45,7 @@ IN_USE = [
     ("rollout.window=3", "rollout.window_every=3", "rollout.window_stride=2"),
     ("rollout.window=3", "objective.timestep_choice=first", "objective.timestep_fraction=0.3"),
     ("prompts.heldout=none", "prompts.heldout_share=0.5"),
-    ("model.gradient_checkpointing=2", "model.keep_attention=true"),
+    ("model.gradient_checkpointing=2", "model.keep=attention"),
     ("server.urls=['http://a:1']", "server.token_file=/t", "server.outage_s=9"),
 ]
 

@@ -10,6 +10,7 @@ same formulas for whole tensors, and the tests count both.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from fastgrpo.core.config import Recipe
 from fastgrpo.models.sizes.units import (
@@ -22,6 +23,7 @@ from fastgrpo.models.sizes.units import (
     Unit,
     adapters,
 )
+from fastgrpo.tools.plan.workload import network_calls
 from fastgrpo.training import methods
 
 BACKWARD = 2.0  # products per product of the forward: the gradients of inputs and of weights
@@ -103,55 +105,86 @@ class Flops:
         )
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """What FLOPs of a unit depend on, beside the unit."""
+
+    video: int
+    local: int
+    text: int
+    sp: int
+
+
 def forward(job: Job, batch: int, units: Iterable[Unit] | None = None) -> Flops:
     """One forward over `batch` states, guidance's second branch included."""
     samples, found = batch * job.branches, Flops()
+    tokens, lora = _Tokens(job.video, job.local, job.text, job.sp), job.recipe.lora
     for unit in job.network.units if units is None else units:
-        products = sum(p.flops * _positions(job, unit, p.name, p.where) for p in unit.products)
-        attention = sum(_attention(job, a) for a in unit.attentions)
-        found = found + Flops(samples * products, samples * attention)
-        if job.lora:
-            extra = adapters(unit, job.recipe.lora.rank, job.recipe.lora.targets).products
-            found = found + Flops(
-                adapters=samples * sum(p.flops * _positions(job, unit, "", p.where) for p in extra)
-            )
+        whole = unit is job.network.rest
+        products, attention = _of_unit(unit, whole, tokens)
+        extra = (
+            _of_unit(adapters(unit, lora.rank, lora.targets), whole, tokens)[0]
+            if lora.rank
+            else 0.0
+        )
+        found = found + Flops(samples * products, samples * attention, samples * extra)
     return found
 
 
-def _positions(job: Job, unit: Unit, name: str, where: str) -> int:
-    """How often a matrix is applied for a sample.
+@lru_cache(maxsize=1024)  # a search asks ten thousand times
+def _of_unit(unit: Unit, whole: bool, tokens: _Tokens, linear: bool = False) -> tuple[float, float]:
+    """FLOPs of a sample's products and attention.
 
-    The patch embedding sees the tokens before they are split.
+    whole: outside the blocks, where the patch embedding sees the tokens before they are split
+    linear: of linear layers alone, without convolutions
     """
-    whole = unit is job.network.rest and name != "proj_out"
-    video = job.video if whole else job.local
-    return {VIDEO: video, TEXT: job.text, BOTH: video + job.text, SAMPLE: 1}[where]
+    products = 0.0
+    for product in unit.products:
+        if linear and not product.linear:
+            continue
+        video = tokens.video if whole and product.name != "proj_out" else tokens.local
+        count = {VIDEO: video, TEXT: tokens.text, BOTH: video + tokens.text, SAMPLE: 1}
+        products += product.flops * count[product.where]
+    return products, sum(_attention(attention, tokens) for attention in unit.attentions)
 
 
-def _attention(job: Job, attention: Attention) -> float:
-    counts = {VIDEO: job.video, TEXT: job.text, BOTH: job.video + job.text}
+def _attention(attention: Attention, tokens: _Tokens) -> float:
+    counts = {VIDEO: tokens.video, TEXT: tokens.text, BOTH: tokens.video + tokens.text}
     queries = counts[attention.queries] * attention.area
     keys = counts[attention.keys] * (attention.area if attention.keys == VIDEO else 1.0)
-    return 4.0 * queries * keys * attention.width / (job.sp if attention.shared else 1)
+    return 4.0 * queries * keys * attention.width / (tokens.sp if attention.shared else 1)
 
 
 def update(job: Job, batch: int) -> Flops:
     """Forward, recomputation and backward of a micro-batch; frozen weights have no gradients of
     their own.
     """
-    found = Flops()
-    every = int(job.recipe.model.gradient_checkpointing)
+    found, backward = Flops(), 1.0 if job.lora else BACKWARD
     for number, unit in enumerate(job.network.units):
-        once = forward(job, batch, [unit])
-        again = unit.repeated(every, number) if unit is not job.network.rest else 0.0
-        attended = 0.0 if job.recipe.model.keep_attention else again
-        backward = 1.0 if job.lora else BACKWARD
+        once, again = forward(job, batch, [unit]), recomputed(job, batch, unit, number)
         found = found + Flops(
-            once.products * (1 + again + backward),
-            once.attention * (1 + attended + ATTENTION_BACKWARD),
-            once.adapters * (1 + again + BACKWARD),
+            once.products * (1 + backward) + again.products,
+            once.attention * (1 + ATTENTION_BACKWARD) + again.attention,
+            once.adapters * (1 + BACKWARD) + again.adapters,
         )
     return found
+
+
+def recomputed(job: Job, batch: int, unit: Unit, number: int) -> Flops:
+    """What the backward of a unit computes again.  number: of the unit
+
+    Linear layers' results that are kept leave a UNet's convolutions.
+    """
+    settings = job.recipe.model
+    share = 0.0 if unit is job.network.rest else unit.repeated(settings, number)
+    once = forward(job, batch, [unit])
+    if not share or settings.keep == "nothing":
+        return Flops(share * once.products, share * once.attention, share * once.adapters)
+    if settings.keep == "attention":
+        return Flops(share * once.products, 0.0, share * once.adapters)
+    tokens = _Tokens(job.video, job.local, job.text, job.sp)
+    linear = batch * job.branches * _of_unit(unit, False, tokens, linear=True)[0]
+    return Flops(max(0.0, share * once.products - linear))
 
 
 @dataclass(frozen=True)
@@ -163,11 +196,13 @@ class Sent:
     reduce: float = 0.0  # between replicas
     exchange: float = 0.0  # between the ranks of a sequence group: tokens for heads, and back
     collect: float = 0.0  # between them: the text's heads, and the velocity
+    dealt: float = 0.0  # between groups of ranks: states that another group evaluates
 
     def __add__(self, other: "Sent") -> "Sent":
         return Sent(
             self.gather + other.gather, scatter=self.scatter + other.scatter, reduce=self.reduce + other.reduce,
             exchange=self.exchange + other.exchange, collect=self.collect + other.collect,
+            dealt=self.dealt + other.dealt,
         )  # fmt: skip
 
     def times(self, count: float) -> "Sent":
@@ -177,6 +212,7 @@ class Sent:
             reduce=self.reduce * count,
             exchange=self.exchange * count,
             collect=self.collect * count,
+            dealt=self.dealt * count,
         )
 
 
@@ -230,8 +266,8 @@ def tokens_of_update(job: Job, batch: int) -> Sent:
 
     Forward, recomputation and backward, and the initial policy's forward.
     """
-    every, blocks = int(job.recipe.model.gradient_checkpointing), len(job.network.blocks)
-    again = math.ceil(blocks / every) / blocks if every else 0.0
+    blocks = range(len(job.network.blocks))
+    again = sum(map(job.recipe.model.recomputes, blocks)) / len(blocks)
     return _tokens(job, batch, 2 + again + job.reference, 2 + job.reference)
 
 
@@ -239,6 +275,19 @@ def between_replicas(job: Job) -> Sent:
     """The gradient's shards, agreed between replicas once per optimizer step."""
     gradient = sum(reduced_bytes(job, unit) for unit in job.network.units) / job.shards
     return Sent(reduce=2 * gradient * (job.replicas - 1) / job.replicas)
+
+
+def dealt_states(job: Job) -> Sent:
+    """Latents that change ranks before an iteration's update: of each transition the state before
+    it and after it, with DiffusionNFT the sample, a noised state and a velocity.
+
+    Expected of a group of ranks that has its mean of an optimizer step's samples, for those above
+    that mean.
+    """
+    recipe = job.recipe
+    latents = 2 if methods.traits(recipe).noisy_steps else 3
+    moving = network_calls.samples_moved(recipe, job.groups) * recipe.steps_trained
+    return Sent(dealt=4.0 * math.prod(job.latent) * latents * moving)
 
 
 def exchanged(job: Job, batch: int) -> Sent:

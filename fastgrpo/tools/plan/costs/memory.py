@@ -9,8 +9,9 @@ follows from shapes.
 
 import math
 
-from fastgrpo.models.sizes.units import BOTH, TEXT, VIDEO, Batch, Block
+from fastgrpo.models.sizes.units import BOTH, SAMPLE, TEXT, VIDEO, Batch, Block, adapters
 from fastgrpo.tools.plan.costs.compute import Job, gathered_bytes, reduced_bytes
+from fastgrpo.tools.plan.workload import network_calls
 from fastgrpo.training import methods
 
 GRADIENT, MOMENTS, MASTER = 4, 8, 4  # bytes per trained parameter: all float32
@@ -77,7 +78,7 @@ def update(job: Job, batch: int, accumulated: bool = True) -> dict[str, float]:
         _passed_back(job, block, number, batch) for number, block in enumerate(network.blocks)
     ]
     held = [
-        block.stored(of) + _kept_attention(job, block, of)
+        block.stored(of) + _kept(job, block, of)
         for block, of in zip(network.blocks, passed, strict=True)
     ]
     in_order = (*network.apart, *network.blocks)
@@ -158,19 +159,48 @@ def _passed(job: Job, batch: int, recomputed: bool = False) -> Batch:
 
 def _passed_back(job: Job, block: Block, number: int, batch: int) -> Batch:
     """The same in an update, where the number of a block says whether it is recomputed."""
-    every = int(job.recipe.model.gradient_checkpointing)
-    return _passed(job, batch, recomputed=block.repeated(every, number) > 0)
+    return _passed(job, batch, recomputed=block.repeated(job.recipe.model, number) > 0)
 
 
-def _kept_attention(job: Job, block: Block, batch: Batch) -> float:
-    """Bytes of attention's outputs and logarithms of sums that a recomputed block keeps."""
-    if not (batch.recomputed and job.recipe.model.keep_attention):
+def moved(job: Job, batch: int) -> float:
+    """Bytes that the recomputation in an update reads and writes where linear layers' results are
+    kept.
+
+    Elsewhere the share of the peak that is achieved stands for this as well: FLOPs are computed
+    again.
+    """
+    if job.recipe.model.keep != "products":
         return 0.0
-    tokens = {VIDEO: batch.video, TEXT: batch.text, BOTH: batch.video + batch.text}
-    heads = job.network.heads
+    passed = [_passed_back(job, b, number, batch) for number, b in enumerate(job.network.blocks)]
     return sum(
+        block.moved(of)
+        for block, of in zip(job.network.blocks, passed, strict=True)
+        if of.recomputed
+    )
+
+
+def _kept(job: Job, block: Block, batch: Batch) -> float:
+    """Bytes of what a recomputed block keeps beside its inputs: attention's outputs with the
+    logarithms of sums, linear layers' outputs.
+    """
+    keep = job.recipe.model.keep
+    if not batch.recomputed or keep == "nothing":
+        return 0.0
+    tokens = {VIDEO: batch.video, TEXT: batch.text, BOTH: batch.video + batch.text, SAMPLE: 0}
+    heads = job.network.heads
+    found = sum(
         tokens[attention.queries] * attention.area * (job.element * attention.width + 4 * heads)
         for attention in block.attentions
+    )
+    if keep == "attention":
+        return found
+    lora = job.recipe.lora
+    units = (block, adapters(block, lora.rank, lora.targets)) if job.lora else (block,)
+    return found + sum(
+        tokens[product.where] * product.area * job.element * product.outputs
+        for unit in units
+        for product in unit.products
+        if product.linear
     )
 
 
@@ -209,3 +239,14 @@ def velocities(job: Job, trained: float) -> dict[str, float]:
     if recipe.rollout.store == "host" or not methods.evaluates_average(recipe.objective):
         return {}
     return {"velocities": float(4 * math.prod(job.latent) * trained)}
+
+
+def old_means(job: Job, states: float) -> float:
+    """Bytes of the old policy's means, float32, of what is evaluated again before the update.
+
+    states: that this rank evaluates in an iteration, about one a transition
+    """
+    again = network_calls.share_again(job.recipe, job.groups)
+    if job.recipe.rollout.store == "host" or not methods.traits(job.recipe).old_means:
+        return 0.0
+    return 4.0 * math.prod(job.latent) * again * states

@@ -24,6 +24,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.config.window import noisy_count, window_start, window_starts
@@ -115,6 +116,38 @@ def dealt(recipe: Recipe, groups: int = 1) -> tuple[int, float]:
     return batches, max(1.0, states / groups / batches)
 
 
+def waiting(recipe: Recipe, groups: int = 1) -> float:
+    """Share of the update in which groups of ranks wait, since states are dealt whole."""
+    batches, size = dealt(recipe, groups)
+    states = _update(recipe, groups)[1] / recipe.optimizer.updates_per_iteration / groups
+    return 1 - states / (batches * math.ceil(size))
+
+
+def samples_moved(recipe: Recipe, groups: int) -> float:
+    """Samples of the middle group of ranks that others train, expected over an iteration.
+
+    An optimizer step has so many of each prompt by chance (hypergeometric), and a group hands on
+    what it has above its mean. The dealing's rounding to whole micro-batches is left out.
+    """
+    size, updates = recipe.rollout.samples_per_prompt, recipe.optimizer.updates_per_iteration
+    drawn = recipe.samples_trained // updates
+    share = contiguous_part(recipe.prompts.per_iteration * size, groups, groups // 2)
+    own = [here for _, here in _share(share, size)]
+    chances = {0: 1.0}
+    for here in own:
+        of_prompt = {
+            n: math.comb(here, n) * math.comb(size - here, drawn - n) / math.comb(size, drawn)
+            for n in range(min(here, drawn) + 1)
+            if drawn - n <= size - here
+        }
+        summed: dict[int, float] = {}
+        for (a, p), (b, q) in product(chances.items(), of_prompt.items()):
+            summed[a + b] = summed.get(a + b, 0.0) + p * q
+        chances = summed
+    mean = sum(own) * drawn / size
+    return updates * sum(p * max(0.0, n - mean) for n, p in chances.items())
+
+
 def _full(count: int, size: int) -> float:
     """The share of so many that is in full batches."""
     return (count - count % size) / count
@@ -153,13 +186,17 @@ def _shares(recipe: Recipe, groups: int) -> Iterator[tuple[int, int, int]]:
     prompts, total = recipe.prompts.per_iteration, recipe.rollout.samples_per_prompt
     size = total // recipe.rollout.noises_per_prompt
     for group in range(groups):
-        share = contiguous_part(prompts * total, groups, group)
-        for number in range(share.start // size, -(-share.stop // size) if share else 0):
-            yield (
-                group,
-                number,
-                min(share.stop, (number + 1) * size) - max(share.start, number * size),
-            )
+        for number, here in _share(contiguous_part(prompts * total, groups, group), size):
+            yield group, number, here
+
+
+def _share(share: range, size: int) -> Iterator[tuple[int, int]]:
+    """(prompt or noise, samples of it) of one group of ranks.
+
+    share: its samples of all;  size: samples of each prompt, or of each noise
+    """
+    for number in range(share.start // size, -(-share.stop // size) if share else 0):
+        yield number, min(share.stop, (number + 1) * size) - max(share.start, number * size)
 
 
 def _update(recipe: Recipe, groups: int) -> tuple[int, float, int, int]:
