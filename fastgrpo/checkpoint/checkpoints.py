@@ -37,7 +37,7 @@ from fastgrpo.checkpoint.reader import number, published
 from fastgrpo.checkpoint.stored_state import StoredState, ValuesWithoutCode
 from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.files import flush, problem_of, read_json, replace_text
+from fastgrpo.core.files import flush, problem_of, read_json
 from fastgrpo.parallel.world import World
 from fastgrpo.training.trainer import Trainer
 
@@ -94,6 +94,7 @@ class Checkpoints:
                 f"checkpoint {path.name} is damaged ({problem}): set aside as {aside.name}"
             )
         self._compare_with_noted(path, damaged)
+        self.world.on_main(lambda: disk.name_latest(self.folder, path))
         if path is None:
             return Progress()
         state = _state(trainer)
@@ -292,7 +293,7 @@ class Checkpoints:
                 flush(file)
             flush(partial)
             os.rename(partial, path)
-            replace_text(self.folder / "latest", path.name + "\n", on_disk=True)
+            disk.name_latest(self.folder, path)
             flush(self.folder)
             if self.beginning is not None:
                 identity.note(self.folder.parent, self.beginning.run, path.name)
@@ -329,11 +330,7 @@ class Checkpoints:
             if not path.is_dir():
                 return False
             disk.set_aside(path, path.with_suffix(".exploded"))
-            newest = self.newest()
-            if newest is None:
-                (self.folder / "latest").unlink(missing_ok=True)
-            else:
-                replace_text(self.folder / "latest", newest.name + "\n", on_disk=True)
+            disk.name_latest(self.folder, self.newest())
             return True
 
         return self.world.on_main(set_aside)

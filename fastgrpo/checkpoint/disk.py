@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Container, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fastgrpo.checkpoint.reader import published
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.files import problem_of, remove, sha256
+from fastgrpo.core.files import problem_of, remove, replace_text, sha256
 
 HEADER_BYTES = 2048  # of each tensor in a part, and its entry in the metadata
 SPARE_BYTES = 2**20  # left for the run's other files
@@ -70,6 +71,23 @@ def fresh(folder: Path, needed: int) -> str | None:
 def hashes(files: Iterable[Path]) -> dict[str, tuple[int, str]]:
     """Size in bytes and SHA-256 of each file, by its name."""
     return {file.name: (file.stat().st_size, sha256(file)) for file in files}
+
+
+def name_latest(folder: Path, newest: Path | None) -> None:
+    """Have `latest` name the newest checkpoint, and be gone where there is none.
+
+    A run killed between a checkpoint's rename and this, or one whose newest was set aside, leaves
+    the name of one that is older, or that the next pruning removes.
+    """
+    file = folder / "latest"
+    if newest is None:
+        file.unlink(missing_ok=True)
+        return
+    text = f"{newest.name}\n"
+    with suppress(FileNotFoundError):
+        if file.read_bytes() == text.encode():
+            return
+    replace_text(file, text, on_disk=True)
 
 
 def prune(folder: Path, keep: int, kept: Container[str]) -> None:

@@ -25,6 +25,7 @@ def test_a_kill_while_saving_leaves_the_earlier_checkpoint(tmp_path: Path) -> No
             (folder / "checkpoints" / "latest").write_text("step-2\n")
         out = runs.succeed(folder, [*INSIDE, "run.iterations=3"])
         assert damaged.is_dir() and not partial.exists()
+        assert (folder / "checkpoints" / "latest").read_text() == "step-3\n"
         assert f"resumed from checkpoint step-{2 if crash == 'after writing' else 3}" in out
 
 
