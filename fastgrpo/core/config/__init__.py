@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from fastgrpo.core.config.messages import all_keys
     from fastgrpo.core.config.overrides import value_of
-    from fastgrpo.core.config.reward_spec import RewardSpec
+    from fastgrpo.core.config.reward_spec import RewardSpec, Server
     from fastgrpo.core.config.sections import (
         Checkpoint,
         Distributed,
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
         Recipe,
         Rollout,
         Run,
-        Server,
         Track,
         Video,
     )
@@ -72,7 +71,7 @@ FILES = {
     "loading": ("describe", "load", "load_with_mistakes", "parse", "read_tree", "section"),
     "messages": ("all_keys",),
     "overrides": ("value_of",),
-    "reward_spec": ("RewardSpec",),
+    "reward_spec": ("RewardSpec", "Server"),
 }
 """The file of each name; of all others it is sections.py."""
 

@@ -1,11 +1,11 @@
-"""One `[[rewards]]` block of a recipe: which reward, its weights, and where and how it scores."""
+"""The keys of `[[rewards]]`, which reward, its weights, and where and how it scores, and `[server]`."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from fastgrpo.core.config.base import Positive, Section
+from fastgrpo.core.config.base import Fraction, Positive, Rate, Section
 from fastgrpo.core.config.paths import PATH, LocalOrHub, is_own_file
 
 
@@ -63,3 +63,19 @@ class RewardSpec(Section):
         if function == "load":
             return found | {"name": path.stem}
         return found | {"function": function, "name": function}
+
+
+class Server(Section):
+    urls: tuple[str, ...] = ()
+    """Running reward servers; None: the first rank starts one beside the trainer and stops it at
+    the end."""
+    token_file: Annotated[Path, PATH] | None = None
+    """File with the bearer token of the servers in `urls`; unset: FASTGRPO_TOKEN has it."""
+    start_timeout_s: Rate = 120.0
+    """Seconds to wait until a server is ready."""
+    request_timeout_s: Rate = 60.0
+    """Seconds that one request may take."""
+    outage_s: Rate = 300.0
+    """Seconds of failing requests, retried, after which the run ends with a message."""
+    max_invalid: Fraction = 0.2
+    """Share of samples without a valid score in one iteration above which the run ends."""

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from fastgrpo.core.config.base import Count, Fraction, Positive, Rate, Section
 from fastgrpo.core.config.paths import PATH, LocalOrHub, LocalPath
-from fastgrpo.core.config.reward_spec import RewardSpec
+from fastgrpo.core.config.reward_spec import RewardSpec, Server
 
 if TYPE_CHECKING:
     import torch
@@ -313,22 +313,6 @@ class Distributed(Section):
     prefetch: Count = 1
     """Blocks whose weights are asked for ahead of the one that computes; 0 = the engine's way.
     Speed and memory."""
-
-
-class Server(Section):
-    urls: tuple[str, ...] = ()
-    """Running reward servers; None: the first rank starts one beside the trainer and stops it at
-    the end."""
-    token_file: Annotated[Path, PATH] | None = None
-    """File with the bearer token of the servers in `urls`; unset: FASTGRPO_TOKEN has it."""
-    start_timeout_s: Rate = 120.0
-    """Seconds to wait until a server is ready."""
-    request_timeout_s: Rate = 60.0
-    """Seconds that one request may take."""
-    outage_s: Rate = 300.0
-    """Seconds of failing requests, retried, after which the run ends with a message."""
-    max_invalid: Fraction = 0.2
-    """Share of samples without a valid score in one iteration above which the run ends."""
 
 
 class Checkpoint(Section):
