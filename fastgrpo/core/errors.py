@@ -4,9 +4,22 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
-class UserError(ValueError):
+class Sent(Exception):
+    """An error that ranks can send each other, whatever its constructor takes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without the constructor, which would take the message alone for its arguments."""
+        return _again, (type(self), self.args), self.__dict__
+
+
+def _again(kind: type[Sent], args: tuple[object, ...]) -> Sent:
+    return kind.__new__(kind, *args)
+
+
+class UserError(Sent, ValueError):
     """A mistake of the user's. The message reads `where=value: what is wrong; what to do`."""
 
 
@@ -43,7 +56,7 @@ def blaming(where: str, file: Path, remedy: str) -> Iterator[None]:
         raise UserError(f"{where}: {described(error, file)}; {remedy}") from None
 
 
-class Unavailable(Exception):
+class Unavailable(Sent):
     """What a reward asks elsewhere does not answer: no fault of the clips, and it may come back.
 
     Whoever called asks again with the same clips, for as long as the recipe waits for scores.

@@ -444,7 +444,7 @@ def test_every_block_is_sharded(folder: Path, cpu_world: World) -> None:
         (
             "",
             {"_class_name": "StableDiffusionXLPipeline"},
-            "not a StableDiffusionPipeline; correct model.family or the",
+            "not a StableDiffusionPipeline; correct the path. There are the families",
         ),
         (
             "",

@@ -423,7 +423,7 @@ def test_the_full_size_network_is_wrapped_block_by_block(
         (
             "",
             {"_class_name": "WanImageToVideoPipeline"},
-            "not a WanPipeline; correct model.family or the path",
+            "not a WanPipeline; correct the path. There are the families",
         ),
         (
             "",

@@ -62,7 +62,7 @@ def geneval(folder: Path) -> RewardSpec:
     """Rows that ask for three benches under each caption; the planted detector reads no weights."""
     (folder / "clip").mkdir(parents=True)
     clip.write_transformers(folder / "clip")
-    for name in ("config.json", "detector.pth"):
+    for name in ("config.json", "model.safetensors", "detector.pth"):
         (folder / name).touch()
     entry = {"class": "bench", "count": 3}
     rows = [{"tag": "counting", "include": [entry], "prompt": p} for p in servers.CAPTIONS]
