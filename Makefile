@@ -9,7 +9,7 @@ SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.stamp
-PYTEST := -q -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := -q -n 2 --dist loadfile --no-loadscope-reorder --durations 20 --durations-min 8
 RECENT := import pip, sys; sys.exit(sys.version_info < (3, 11))
 
 .PHONY: demo test test-fast rehearse lint venv clean
