@@ -87,7 +87,7 @@ def _add_check_reward(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     command = commands.add_parser(
         "check-reward",
         help="does a reward, such as one of your own, keep the contract",
-        description="Try a reward on drawn clips: shapes, NaN, order and batches, odd prompts, frames, "
+        description="Try a reward on a few clips: shapes, NaN, order and batches, odd prompts, frames, "
         "the golden clip, behind a reward server, and the time for a clip. The exit code is 1 where "
         "it breaks a rule. See docs/extending.md.",
     )
@@ -108,7 +108,8 @@ def _add_check_reward(commands: "argparse._SubParsersAction[argparse.ArgumentPar
         "--clips",
         type=path("--clips"),
         metavar="FOLDER",
-        help="try it on these clips, with their prompts beside them (default: drawn ones)",
+        help="try it on these clips, with their prompts beside them (default: its own examples, or "
+        "drawn ones)",
     )
     command.add_argument(
         "--no-server", action="store_true", help="leave out the check behind a reward server"

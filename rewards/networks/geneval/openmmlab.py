@@ -33,83 +33,45 @@ HEAD = "class_predictor."
 DROPPED = re.compile(r"backbone\.stages\.\d+\.blocks\.\d+\.attn\.w_msa\.relative_position_index")
 SWIN, DECODER = "pixel_level_module.encoder.swin", "pixel_level_module.decoder"
 BLOCK, LAYER = rf"{SWIN}.encoder.layers.\1.blocks.\2", r"transformer_module.decoder.layers.\1"
+OLD_BLOCK = r"backbone\.stages\.(\d+)\.blocks\.(\d+)\."
+OLD_LAYER = r"panoptic_head\.transformer_decoder\.layers\.(\d+)\."
+PIXELS = r"panoptic_head\.pixel_decoder\."
+OLD_ENCODER = rf"{PIXELS}encoder\.layers\.(\d+)\."
 RULES = tuple(
     (re.compile(pattern + r"(?=\.|$|_)"), name)
     for pattern, name in (
         (r"backbone\.patch_embed\.projection", f"{SWIN}.embeddings.patch_embeddings.projection"),
         (r"backbone\.patch_embed\.norm", f"{SWIN}.embeddings.norm"),
-        (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.norm1", rf"{BLOCK}.layernorm_before"),
-        (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.norm2", rf"{BLOCK}.layernorm_after"),
-        (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.w_msa\.qkv", rf"{BLOCK}.attention.QKV"),
+        (rf"{OLD_BLOCK}norm1", rf"{BLOCK}.layernorm_before"),
+        (rf"{OLD_BLOCK}norm2", rf"{BLOCK}.layernorm_after"),
+        (rf"{OLD_BLOCK}attn\.w_msa\.qkv", rf"{BLOCK}.attention.QKV"),
+        (rf"{OLD_BLOCK}attn\.w_msa\.proj", rf"{BLOCK}.attention.o_proj"),
         (
-            r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.w_msa\.proj",
-            rf"{BLOCK}.attention.o_proj",
-        ),
-        (
-            r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.w_msa\.relative_position_bias_table",
+            rf"{OLD_BLOCK}attn\.w_msa\.relative_position_bias_table",
             rf"{BLOCK}.attention.relative_position_bias.relative_position_bias_table",
         ),
-        (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.ffn\.layers\.0\.0", rf"{BLOCK}.mlp.fc1"),
-        (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.ffn\.layers\.1", rf"{BLOCK}.mlp.fc2"),
+        (rf"{OLD_BLOCK}ffn\.layers\.0\.0", rf"{BLOCK}.mlp.fc1"),
+        (rf"{OLD_BLOCK}ffn\.layers\.1", rf"{BLOCK}.mlp.fc2"),
         (r"backbone\.stages\.(\d+)\.downsample", rf"{SWIN}.encoder.layers.\1.downsample"),
         (r"backbone\.norm(\d)", r"pixel_level_module.encoder.hidden_states_norms.STAGE\1"),
-        (r"panoptic_head\.pixel_decoder\.input_convs", f"{DECODER}.input_projections"),
-        (
-            r"panoptic_head\.pixel_decoder\.encoder\.layers\.(\d+)\.attentions\.0",
-            rf"{DECODER}.encoder.layers.\1.self_attn",
-        ),
-        (
-            r"panoptic_head\.pixel_decoder\.encoder\.layers\.(\d+)\.norms\.0",
-            rf"{DECODER}.encoder.layers.\1.self_attn_layer_norm",
-        ),
-        (
-            r"panoptic_head\.pixel_decoder\.encoder\.layers\.(\d+)\.norms\.1",
-            rf"{DECODER}.encoder.layers.\1.final_layer_norm",
-        ),
-        (
-            r"panoptic_head\.pixel_decoder\.encoder\.layers\.(\d+)\.ffns\.0\.layers\.0\.0",
-            rf"{DECODER}.encoder.layers.\1.fc1",
-        ),
-        (
-            r"panoptic_head\.pixel_decoder\.encoder\.layers\.(\d+)\.ffns\.0\.layers\.1",
-            rf"{DECODER}.encoder.layers.\1.fc2",
-        ),
-        (r"panoptic_head\.pixel_decoder\.level_encoding\.weight", f"{DECODER}.level_embed"),
-        (r"panoptic_head\.pixel_decoder\.lateral_convs\.0", f"{DECODER}.adapter_1"),
-        (r"panoptic_head\.pixel_decoder\.output_convs\.0", f"{DECODER}.layer_1"),
-        (r"panoptic_head\.pixel_decoder\.mask_feature", f"{DECODER}.mask_projection"),
-        (
-            r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.attentions\.0\.attn",
-            rf"{LAYER}.cross_attn",
-        ),
-        (
-            r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.attentions\.1\.attn\.in_proj",
-            rf"{LAYER}.self_attn.QKV",
-        ),
-        (
-            r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.attentions\.1\.attn\.out_proj",
-            rf"{LAYER}.self_attn.out_proj",
-        ),
-        (
-            r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.norms\.0",
-            rf"{LAYER}.cross_attn_layer_norm",
-        ),
-        (
-            r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.norms\.1",
-            rf"{LAYER}.self_attn_layer_norm",
-        ),
-        (
-            r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.norms\.2",
-            rf"{LAYER}.final_layer_norm",
-        ),
-        (
-            r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.ffns\.0\.layers\.0\.0",
-            rf"{LAYER}.fc1",
-        ),
-        (
-            r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.ffns\.0\.layers\.1",
-            rf"{LAYER}.fc2",
-        ),
+        (rf"{PIXELS}input_convs", f"{DECODER}.input_projections"),
+        (rf"{OLD_ENCODER}attentions\.0", rf"{DECODER}.encoder.layers.\1.self_attn"),
+        (rf"{OLD_ENCODER}norms\.0", rf"{DECODER}.encoder.layers.\1.self_attn_layer_norm"),
+        (rf"{OLD_ENCODER}norms\.1", rf"{DECODER}.encoder.layers.\1.final_layer_norm"),
+        (rf"{OLD_ENCODER}ffns\.0\.layers\.0\.0", rf"{DECODER}.encoder.layers.\1.fc1"),
+        (rf"{OLD_ENCODER}ffns\.0\.layers\.1", rf"{DECODER}.encoder.layers.\1.fc2"),
+        (rf"{PIXELS}level_encoding\.weight", f"{DECODER}.level_embed"),
+        (rf"{PIXELS}lateral_convs\.0", f"{DECODER}.adapter_1"),
+        (rf"{PIXELS}output_convs\.0", f"{DECODER}.layer_1"),
+        (rf"{PIXELS}mask_feature", f"{DECODER}.mask_projection"),
+        (rf"{OLD_LAYER}attentions\.0\.attn", rf"{LAYER}.cross_attn"),
+        (rf"{OLD_LAYER}attentions\.1\.attn\.in_proj", rf"{LAYER}.self_attn.QKV"),
+        (rf"{OLD_LAYER}attentions\.1\.attn\.out_proj", rf"{LAYER}.self_attn.out_proj"),
+        (rf"{OLD_LAYER}norms\.0", rf"{LAYER}.cross_attn_layer_norm"),
+        (rf"{OLD_LAYER}norms\.1", rf"{LAYER}.self_attn_layer_norm"),
+        (rf"{OLD_LAYER}norms\.2", rf"{LAYER}.final_layer_norm"),
+        (rf"{OLD_LAYER}ffns\.0\.layers\.0\.0", rf"{LAYER}.fc1"),
+        (rf"{OLD_LAYER}ffns\.0\.layers\.1", rf"{LAYER}.fc2"),
         (r"panoptic_head\.transformer_decoder\.post_norm", "transformer_module.decoder.layernorm"),
         (r"panoptic_head\.query_embed", "transformer_module.queries_embedder"),
         (r"panoptic_head\.query_feat", "transformer_module.queries_features"),
