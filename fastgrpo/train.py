@@ -290,11 +290,8 @@ def evaluate_now(session: Session) -> Evaluation:
         iteration=session.progress.iteration,
         poll_before=session.stop.poll_before,
     )
-    invalid, clips, lost = (
-        evaluation.missing("sum"),
-        len(evaluation.prompts),
-        evaluation.not_finite,
-    )
+    clips, lost = len(evaluation.prompts), evaluation.not_finite
+    invalid = evaluation.missing("sum")
     if lost and session.progress.iteration and invalid == clips:
         raise Exploded(
             f"optimizer.lr={session.recipe.optimizer.lr:g}: the weights have exploded: {lost} of "

@@ -1,4 +1,4 @@
-"""The keys of `[[rewards]]`, which reward, its weights, and where and how it scores, and `[server]`."""
+"""Keys of `[[rewards]]`: which reward, its weights, where and how it scores; and of `[server]`."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal

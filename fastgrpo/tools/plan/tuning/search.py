@@ -1,10 +1,10 @@
 """The quickest plan that fits, among recipes with the same results.
 
 Branch and bound. A frame, the keys that all phases feel, has a bound: its seconds with whatever
-takes the most memory and the least time. Frames are searched from the least bound on, until the next bound
-is no better than the best plan found. Inside a frame the phases are apart: the rollout's keys and
-the update's are each searched for the quickest that fits. So the answer is exact for the values of
-`choices`, and the same each time.
+takes the most memory and the least time. Frames are searched from the least bound on, until the
+next bound is no better than the best plan found. Inside a frame the phases are apart: the rollout's
+keys and the update's are each searched for the quickest that fits. So the answer is exact for the
+values of `choices`, and the same each time.
 """
 
 import math
