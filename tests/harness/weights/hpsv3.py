@@ -39,15 +39,6 @@ def base_config() -> dict[str, Any]:
     return videoalign.base_config(videoalign.new_tokenizer()) | {"tie_word_embeddings": False}
 
 
-def options(folder: Path) -> dict[str, str | int | float | bool]:
-    """rewards.options that fit the folder."""
-    return {
-        "base": str(folder / "base"),
-        "template": str(folder / "template.txt"),
-        "template_sha256": hashlib.sha256(TEMPLATE.encode()).hexdigest(),
-    }
-
-
 def spec(folder: Path, batch_size: int = 8, **more: str | bool) -> RewardSpec:
     """A recipe's entry for the folder. more: further options"""
     return RewardSpec(
@@ -56,7 +47,7 @@ def spec(folder: Path, batch_size: int = 8, **more: str | bool) -> RewardSpec:
         path=str(folder),
         device="cpu",
         batch_size=batch_size,
-        options=options(folder) | more,
+        options=videoalign.options(folder, TEMPLATE) | more,
     )
 
 

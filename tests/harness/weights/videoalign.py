@@ -71,12 +71,12 @@ def write(folder: Path) -> None:
     torch.save(state(config, tokenizer.get_vocab_size()), step / "model.pth")
 
 
-def options(folder: Path) -> dict[str, str | int | float | bool]:
-    """rewards.options that fit the folder."""
+def options(folder: Path, template: str = TEMPLATE) -> dict[str, str | int | float | bool]:
+    """rewards.options that fit the folder, in whose template.txt this text was written."""
     return {
         "base": str(folder / "base"),
         "template": str(folder / "template.txt"),
-        "template_sha256": hashlib.sha256(TEMPLATE.encode()).hexdigest(),
+        "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
     }
 
 

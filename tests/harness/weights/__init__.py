@@ -1,0 +1,1 @@
+"""Tiny weights of rewards in the published layouts."""
