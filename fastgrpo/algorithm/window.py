@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgrpo.algorithm import noise
 from fastgrpo.core.config import Rollout
-from fastgrpo.core.config.window import noisy_count, window_start, window_starts
+from fastgrpo.core.config.rollout import noisy_count, window_start, window_starts
 
 
 def noisy_steps(settings: Rollout, iteration: int, seed: int) -> range:

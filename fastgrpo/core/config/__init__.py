@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastgrpo.core.config.messages import all_keys
     from fastgrpo.core.config.overrides import value_of
     from fastgrpo.core.config.reward_spec import RewardSpec, Server
+    from fastgrpo.core.config.rollout import Rollout
     from fastgrpo.core.config.sections import (
         Checkpoint,
         Distributed,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
         Optimizer,
         Prompts,
         Recipe,
-        Rollout,
         Run,
         Track,
         Video,
@@ -72,6 +72,7 @@ FILES = {
     "messages": ("all_keys",),
     "overrides": ("value_of",),
     "reward_spec": ("RewardSpec", "Server"),
+    "rollout": ("Rollout",),
 }
 """The file of each name; of all others it is sections.py."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fastgrpo.core import registry
 from fastgrpo.core.config import Objective, Recipe
-from fastgrpo.core.config.window import noisy_count
+from fastgrpo.core.config.rollout import noisy_count
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.method import Traits, check_noise
 

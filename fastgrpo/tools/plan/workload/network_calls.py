@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from fastgrpo.core.config import Recipe
-from fastgrpo.core.config.window import noisy_count, window_start, window_starts
+from fastgrpo.core.config.rollout import noisy_count, window_start, window_starts
 from fastgrpo.parallel.mesh import contiguous_part
 from fastgrpo.training import methods
 
