@@ -326,6 +326,19 @@ def test_ten_thousand_malformed_requests(server: Child) -> None:
     assert TOKEN not in text and "a red circle" not in text and '"status": 500' not in text
 
 
+RESET = b"reset"
+"""In place of the last words: where the machine is too busy for the server to have read all before
+its timer ends, the system tells of the end by a reset."""
+
+
+def last_words(connection: socket.socket) -> bytes:
+    """What the server said before it ended the connection."""
+    try:
+        return connection.recv(100)
+    except ConnectionResetError:
+        return RESET
+
+
 def test_slow_and_silent_senders_do_not_stay_and_others_are_served(server: Child) -> None:
     good = wire.encode_request(list(clips()[:1]), CAPTIONS[:1], 8.0, ["tiny_world"])
     lines = {
@@ -351,11 +364,11 @@ def test_slow_and_silent_senders_do_not_stay_and_others_are_served(server: Child
                 time.sleep(0.1)
         for what, some in connections.items():
             for connection in some:
-                said = connection.recv(100)
-                assert said.startswith(b"HTTP/1.1 408") if "body" in what else said == b"", (
-                    what,
-                    said,
+                said = last_words(connection)
+                ended = said == RESET or (
+                    said.startswith(b"HTTP/1.1 408") if "body" in what else said == b""
                 )
+                assert ended, (what, said)
     finally:
         for connection in (trickling, *(c for some in connections.values() for c in some)):
             connection.close()
