@@ -473,11 +473,11 @@ def test_a_run_trains_by_it_through_an_outage_and_never_tells_the_key(
     where: str, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FASTGRPO_JUDGE_KEY", KEY)
-    # two requests of each kind of fault, on the way
-    stub.script.extend(one for one in PASSING.values() if not one.late_s for _ in range(2))
+    # on the way; what each kind of fault costs is the test above's
+    stub.script.extend(PASSING[fault] for fault in ("502", "cut mid-body", "503") for _ in range(2))
     options = f"endpoints='{stub.url}',model='{MODEL}',question='Is {{prompt}} bright?'"
     reward = f"{{name='vlm_judge',where='{where}',weights={{judge=1.0}},options={{{options}}}}}"
-    said = runs.started(tmp_path / "run", [*runs.SMALLER[:-1], f"rewards=[{reward}]"])
+    said = runs.forked(tmp_path / "run", [*runs.SMALLER[:-1], f"rewards=[{reward}]"])
     assert said.returncode == 0, said.stdout + said.stderr
     assert set(stub.keys) == {f"Bearer {KEY}"} and not stub.script
     rows = runs.metrics(tmp_path / "run")
