@@ -169,7 +169,7 @@ def answer(question: Question, arguments: argparse.Namespace) -> list[Trained]:
         RECIPE,
         common=common,
         variants=question.variants,
-        seeds=arguments.seeds,
+        seeds=range(arguments.seeds),
         folder=arguments.folder,
     )
     pictures.compare(
