@@ -23,6 +23,7 @@ from fastgrpo.core.files import replace_text
 from fastgrpo.parallel.world import open_world
 from fastgrpo.run.tracker import Row
 from fastgrpo.session import claim, open_session
+from fastgrpo.tools.plan.workload import network_calls
 from fastgrpo.tools.report.run_data import Evaluation, Run, read_run
 from fastgrpo.training import methods
 from fastgrpo.training.trainer import Trainer
@@ -81,11 +82,15 @@ class Trained:
         returns as long as `curve`
         """
         recipe = config.load(self.runs[0].folder / "recipe.toml")
-        weights = dict(EVALUATED)
+        weights, always = dict(EVALUATED), 0.0
         if methods.needs_initial_policy(recipe):  # which no metric counts, at the states trained
             weights["update/evaluations"] += 1.0
+        if not methods.traits(recipe).noisy_steps:  # nor a rollout without noise
+            always = float(network_calls.of_iteration(recipe, first=0).rollout)
         return np.cumsum(
-            self._mean_row(lambda row: sum(row.get(key, 0.0) * of for key, of in weights.items()))
+            self._mean_row(
+                lambda row: always + sum(row.get(key, 0.0) * of for key, of in weights.items())
+            )
         )
 
     def _mean_row(self, of_row: Callable[[Row], float]) -> Array:

@@ -128,12 +128,19 @@ def test_the_cost_of_a_reward_lies_between_two_evaluations() -> None:
     assert list(found) == pytest.approx([15.0, 0.0, np.inf])
 
 
-def run_of(folder: Path, overrides: list[str], rewards_at: dict[int, float], rows: int) -> Run:
+def run_of(
+    folder: Path,
+    overrides: list[str],
+    rewards_at: dict[int, float],
+    rows: int,
+    noisy: bool = True,
+) -> Run:
     """A run's folder with its curves alone: two prompts of one clip each."""
     (folder / "evaluation").mkdir(parents=True)
     recipe = config.load(RECIPE, [*overrides, f"run.dir={folder}", f"run.iterations={rows}"])
     (folder / "recipe.toml").write_text(recipe.to_toml())
-    row = {"seconds/total": 2.0, "rollout/evaluations": 5.0, "update/evaluations": 3.0}
+    row = {"seconds/total": 2.0, "update/evaluations": 3.0}
+    row |= {"rollout/evaluations": 5.0} if noisy else {}
     row |= {f"reward/{part}": 1.0 for part in learning_curves.PARTS}
     lines = [json.dumps({"iteration": at, **row}) for at in range(rows)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -174,9 +181,10 @@ def test_a_table_has_every_axis_of_a_shorter_run(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
-def test_the_initial_policy_counts_as_an_evaluation(tmp_path: Path) -> None:
-    run = run_of(tmp_path / "nft", [*arms.NFT], {0: 1.0, 1: 2.0}, 1)
-    assert list(Trained(Variant("nft", "nft"), [run], []).evaluations()) == [5 + 3 * 4]
+def test_what_no_metric_counts_is_an_evaluation_too(tmp_path: Path) -> None:
+    """NFT's rollout, 10 prompts of 16 samples in 6 steps, and its initial policy."""
+    run = run_of(tmp_path / "nft", [*arms.NFT], {0: 1.0, 1: 2.0}, 1, noisy=False)
+    assert list(Trained(Variant("nft", "nft"), [run], []).evaluations()) == [960 + 3 * 4]
 
 
 def full(*overrides: str) -> Any:
