@@ -63,11 +63,39 @@ def test_every_switch_of_the_ablations_is_a_recipe() -> None:
             assert seen.setdefault(variant.name, variant.overrides) == variant.overrides, (
                 "one folder, one recipe"
             )
+        names = {variant.name for variant in question.variants}
+        for claim in question.claims:
+            assert {claim.variant, claim.other or claim.variant} <= names
     for arm in arms.ARMS:
         methods.check(config.load(RECIPE, [*arms.COMMON, *arm.variant.overrides]))
     names = [arm.name for arm in arms.ARMS]
     assert len(set(names)) == len(names) and set(arms.USUAL) <= set(names)
     assert len(arms.USUAL) <= len(pictures.COLOURS)
+
+
+def test_a_claim_shows_where_its_interval_has_its_sign(tmp_path: Path) -> None:
+    """Runs of two seeds: one variant ends 0.5 above the other with both, the third by chance."""
+    ends = {"base": (1.0, 1.2), "more": (1.5, 1.7), "unsure": (0.0, 2.5)}
+    trained = [
+        Trained(
+            Variant(name, name),
+            [
+                run_of(tmp_path / f"{name}-{seed}", [], {0: 1.0, 1: end}, 1)
+                for seed, end in enumerate(of_seeds)
+            ],
+            [],
+        )
+        for name, of_seeds in ends.items()
+    ]
+    rows = [
+        ablations.Claim("x", name, other="base", sign=sign).row(trained)
+        for name, sign in (("more", 1), ("more", -1), ("unsure", 1))
+    ]
+    assert [row[-1] for row in rows] == ["yes", "no, the contrary", "cannot be told"]
+    assert rows[0][1:3] == ["+0.500", "+0.500 .. +0.500"], "runs of one seed are paired"
+    assert ablations.Claim("x", "base", other=None, sign=1).row(trained)[1] == "+0.100"
+    fewer = [trained[0], Trained(trained[1].variant, trained[1].runs[:1], [])]
+    assert "ended early" in ablations.Claim("x", "more", other="base", sign=1).row(fewer)[1]
 
 
 def test_tables_stand_between_their_markers() -> None:
