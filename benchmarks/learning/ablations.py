@@ -1,18 +1,19 @@
 """The paper's ablations on the tiny world: every switch, each run in a folder of its own, one
 picture per question.
 
-    python -m benchmarks.learning.ablations                                    fifteen runs python
-    -m benchmarks.learning.ablations --iterations 76 --seeds 3          longer runs, three of each
-    python -m benchmarks.learning.ablations --only eta noise                   some of the questions
-    python -m benchmarks.learning.ablations --without-seconds                  on a machine that
-    does other work as well
+    python -m benchmarks.learning.ablations                                   fifteen short runs
+    python -m benchmarks.learning.ablations --iterations 76 --seeds 3      longer, three of each
+    python -m benchmarks.learning.ablations --only eta noise               some of the questions
+    python -m benchmarks.learning.ablations --without-seconds    on a machine that is not idle
 
 A finished run is not run again, so that the command can be stopped and started, and only draws
 where all is done. It writes docs/pictures/ablations/NAME.png and figures.json, and the tables of
 docs/guides/algorithms/ablations.md between their markers; the text around them is written by hand.
 
 Variants are compared by the sum of all three parts, whatever they were trained on: held-out
-prompts, ODE sampler, the same noise before and after, mean of the seeds.
+prompts, ODE sampler, the same noise before and after, mean of the seeds. Intervals are over prompts
+and, with more than one, over seeds; where the paper claims a difference, its interval says whether
+that shows.
 """
 
 import argparse
@@ -53,17 +54,51 @@ command line.
 
 
 @dataclass(frozen=True)
+class Claim:
+    """What the paper says of a variant, as a difference whose sign can be looked up."""
+
+    words: str
+    variant: str
+    other: str | None  # the variant that it is set against; None: itself before training
+    sign: int  # of the difference, 1 or -1
+    parts: tuple[str, ...] = PARTS
+
+    def row(self, trained: Sequence[Trained]) -> list[str]:
+        """The claim, the difference here with its interval, and whether it shows."""
+        found = {one.variant.name: one for one in trained}
+        one = found[self.variant]
+        gain = one.against(found[self.other], self.parts) if self.other else one.gain(self.parts)
+        if gain is None:
+            return [self.words, "a run ended early", "", ""]
+        low, high = sorted((self.sign * gain.low, self.sign * gain.high))
+        verdict = "yes" if low > 0 else "no, the contrary" if high < 0 else "cannot be told"
+        return [
+            self.words,
+            f"{gain.difference:+.3f}",
+            f"{gain.low:+.3f} .. {gain.high:+.3f}",
+            verdict,
+        ]
+
+
+@dataclass(frozen=True)
 class Question:
     """One ablation: what is varied beside the recipe as it stands."""
 
     name: str
     title: str
     variants: tuple[Variant, ...]
+    claims: tuple[Claim, ...] = ()
 
 
 def rewards(weights: str, threshold: str = "{}") -> str:
     """The override that trains on other parts; parts of weight 0 are still scored."""
     return f'rewards=[{{name="tiny_world", where="process", weights={weights}, threshold={threshold}}}]'
+
+
+def binary(threshold: str) -> str:
+    """The override that trains on whether parts reach their thresholds."""
+    weights = "{VQ=0.0, MQ=0.0, TA=0.0, VQ_above=1.0, MQ_above=1.0, TA_above=1.0}"
+    return rewards(weights, threshold)
 
 
 QUESTIONS = (
@@ -73,6 +108,11 @@ QUESTIONS = (
         (
             Variant("base", "shared by the group"),
             Variant("independent", "independent", ("rollout.shared_noise=false",)),
+        ),
+        (
+            Claim(
+                "independent noise is worse than shared noise", "independent", other="base", sign=-1
+            ),
         ),
     ),
     Question(
@@ -103,6 +143,7 @@ QUESTIONS = (
             Variant("base", "eta 0.7 (recipe)"),
             Variant("eta-1.0", "eta 1.0", ("rollout.eta=1.0",)),
         ),
+        (Claim("0.1 is too small: worse than 0.3", "eta-0.1", other="eta-0.3", sign=-1),),
     ),
     Question(
         "best_of_n",
@@ -119,23 +160,28 @@ QUESTIONS = (
             ),
             Variant("base", "12 drawn, all trained"),
         ),
+        (
+            Claim(
+                "the extremes of more samples learn faster per update",
+                "best-8-of-16",
+                other="all-of-8",
+                sign=1,
+            ),
+        ),
     ),
     Question(
         "binary",
         "Binary reward",
         (
             Variant("base", "scores"),
+            Variant("binary", "scores at least 0.6", (binary("{VQ=0.6, MQ=0.6, TA=0.6}"),)),
             Variant(
-                "binary",
-                "scores at least 0.6",
-                (
-                    rewards(
-                        "{VQ=0.0, MQ=0.0, TA=0.0, VQ_above=1.0, MQ_above=1.0, TA_above=1.0}",
-                        "{VQ=0.6, MQ=0.6, TA=0.6}",
-                    ),
-                ),
+                "binary-each",  # what about half of the samples of training reach at its beginning
+                "VQ at least 0.5, MQ and TA 0.6",
+                (binary("{VQ=0.5, MQ=0.6, TA=0.6}"),),
             ),
         ),
+        (Claim("a binary reward teaches", "binary-each", other=None, sign=1),),
     ),
     Question(
         "rewards",
@@ -145,6 +191,10 @@ QUESTIONS = (
             Variant("vq-mq", "VQ and MQ", (rewards("{VQ=1.0, MQ=1.0, TA=0.0}"),)),
             Variant("base", "VQ, MQ and TA"),
         ),
+        (
+            Claim("of several rewards each rises less: VQ alone", "vq", "base", 1, parts=("VQ",)),
+            Claim("and what was added rises: MQ", "vq-mq", "vq", 1, parts=("MQ",)),
+        ),
     ),
     Question(
         "ddpo",
@@ -153,6 +203,7 @@ QUESTIONS = (
             Variant("base", "GRPO"),
             Variant("ddpo", "DDPO", ("objective.kind=ddpo", "objective.normalise=global")),
         ),
+        (Claim("DDPO is worse than GRPO on a flow", "ddpo", other="base", sign=-1),),
     ),
 )
 
@@ -169,7 +220,7 @@ def answer(question: Question, arguments: argparse.Namespace) -> list[Trained]:
         RECIPE,
         common=common,
         variants=question.variants,
-        seeds=arguments.seeds,
+        seeds=range(arguments.seeds),
         folder=arguments.folder,
     )
     pictures.compare(
@@ -207,6 +258,15 @@ def table(trained: Sequence[Trained], with_seconds: bool) -> str:
         cells += [f"{one.metric('seconds/total'):.2f}"] if with_seconds else []
         rows.append([one.variant.label, *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def claims(question: Question, trained: Sequence[Trained]) -> str:
+    """Markdown: each claim of the paper, and whether its sign shows; empty where there is none."""
+    if not question.claims:
+        return ""
+    rows = [["the paper", "difference here", "95 % interval", "shows"], ["---"] * 4]
+    rows += [claim.row(trained) for claim in question.claims]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n\n"
 
 
 def put(page: str, name: str, content: str) -> str:
@@ -254,7 +314,8 @@ def setting(arguments: argparse.Namespace) -> str:
 
 def write(question: Question, trained: Sequence[Trained], timed: bool, how: str) -> None:
     """One question's table in the page, and its figures in the file beside its picture."""
-    block = f"![{question.title}](../../pictures/ablations/{question.name}.png)\n\n{table(trained, timed)}\n\n{how}"
+    block = f"![{question.title}](../../pictures/ablations/{question.name}.png)\n\n{table(trained, timed)}\n\n"
+    block += claims(question, trained) + how
     replace_text(PAGE, put(PAGE.read_text(encoding="utf-8"), question.name, block))
     file = PICTURES / "figures.json"
     told = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from benchmarks.learning.intervals import Array, Clips, Gain, paired
 from fastgrpo import train
 from fastgrpo.checkpoint.checkpoints import Progress
 from fastgrpo.core import config
@@ -21,14 +21,23 @@ from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
 from fastgrpo.parallel.world import open_world
+from fastgrpo.run.tracker import Row
 from fastgrpo.session import claim, open_session
+from fastgrpo.tools.plan.workload import network_calls
 from fastgrpo.tools.report.run_data import Evaluation, Run, read_run
+from fastgrpo.training import methods
 from fastgrpo.training.trainer import Trainer
 
-Array = NDArray[np.float64]
-RESAMPLES = 10_000
 COMPARED = ("video", "rollout", "objective", "optimizer", "rewards", "evaluate")
 """Sections in which a run's recipe must be the one that is asked for."""
+BACKWARD = 2.0  # forwards that a backward is worth
+EVALUATED = {
+    "rollout/evaluations": 1.0,
+    "scouts/evaluations": 1.0,
+    "update/evaluated_again": 1.0,
+    "update/evaluations": 1.0 + BACKWARD,
+}
+"""The metrics that count evaluations of the network, and how many forwards each stands for."""
 
 
 @dataclass(frozen=True)
@@ -41,37 +50,21 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Gain:
-    """Two means of held-out clips, and their paired difference with its 95 % interval."""
-
-    before: float
-    after: float
-    difference: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Trained:
     """The runs of one variant, one per seed."""
 
     variant: Variant
     runs: list[Run]
     failures: list[str]  # why runs ended early, one line each
-    pace: Array | None = (
-        None  # seconds of each iteration, measured in turn with other variants'; none = as they ran
-    )
+    pace: Array | None = None
+    """Seconds of each iteration, measured in turn with other variants'; None: as they ran."""
 
     def curve(self, parts: Sequence[str]) -> Array:
         """The sum of these parts' mean training rewards, mean of the runs.
 
         returns [iterations that all runs have]
         """
-        curves = [
-            np.array([sum(row[f"reward/{p}"] for p in parts) for row in run.rows])
-            for run in self.runs
-        ]
-        return np.mean([curve[: min(map(len, curves))] for curve in curves], axis=0)
+        return self._mean_row(lambda row: sum(row[f"reward/{part}"] for part in parts))
 
     def seconds(self) -> Array:
         """Seconds of training up to the end of each iteration, mean of the runs.
@@ -80,21 +73,43 @@ class Trained:
         """
         if self.pace is not None:
             return np.cumsum(self.pace)[: min(len(run.rows) for run in self.runs)]
-        spent = [np.cumsum([row["seconds/total"] for row in run.rows]) for run in self.runs]
-        return np.mean([one[: min(map(len, spent))] for one in spent], axis=0)
+        return np.cumsum(self._mean_row(lambda row: row["seconds/total"]))
 
-    def heldout_curve(self, parts: Sequence[str]) -> tuple[Array, Array]:
-        """Held-out reward over seconds of training, means of the runs.
+    def evaluations(self) -> Array:
+        """Evaluations of the network up to the end of each iteration, mean of the runs; a backward
+        counts as BACKWARD more.
 
-        returns [evaluations] each
+        returns as long as `curve`
         """
-        common = min(len(run.evaluations) for run in self.runs)
-        reward = [
-            [np.nanmean(_sum(one, parts)) for one in run.evaluations[:common]] for run in self.runs
-        ]
-        spent = np.concatenate([[0.0], self.seconds()])
-        iterations = [one.iteration for one in self.runs[0].evaluations[:common]]
-        return spent[iterations], np.mean(reward, axis=0)
+        recipe = config.load(self.runs[0].folder / "recipe.toml")
+        weights, always = dict(EVALUATED), 0.0
+        if methods.needs_initial_policy(recipe):  # which no metric counts, at the states trained
+            weights["update/evaluations"] += 1.0
+        if not methods.traits(recipe).noisy_steps:  # nor a rollout without noise
+            always = float(network_calls.of_iteration(recipe, first=0).rollout)
+        return np.cumsum(
+            self._mean_row(
+                lambda row: always + sum(row.get(key, 0.0) * of for key, of in weights.items())
+            )
+        )
+
+    def _mean_row(self, of_row: Callable[[Row], float]) -> Array:
+        """A number of each iteration that all runs have, mean of the runs.  returns [iterations]"""
+        common = min(len(run.rows) for run in self.runs)
+        return np.mean([[of_row(row) for row in run.rows[:common]] for run in self.runs], axis=0)
+
+    def heldout_at(self) -> list[int]:
+        """The iterations after which all runs have a held-out evaluation."""
+        return [one.iteration for one in self.runs[0].evaluations[: self._common()]]
+
+    def heldout_curve(self, parts: Sequence[str]) -> Clips:
+        """The sum of these parts in each of those evaluations, [evaluations, runs, clips]."""
+        evaluations = [run.evaluations[: self._common()] for run in self.runs]
+        scores = [[_sum(one, parts) for one in of_run] for of_run in evaluations]
+        return Clips(self.runs[0].evaluations[0].prompts, np.stack(scores, axis=1))
+
+    def _common(self) -> int:
+        return min(len(run.evaluations) for run in self.runs)
 
     def metric(self, name: str) -> float:
         """Mean of a metric over all iterations of all runs that have it; NaN where none has."""
@@ -102,7 +117,7 @@ class Trained:
         return float(np.mean(found)) if found else float("nan")
 
     def gain(self, parts: Sequence[str]) -> Gain | None:
-        """From the first held-out evaluation to the last, on the sum of these parts; none where a
+        """From the first held-out evaluation to the last, on the sum of these parts; None where a
         run ended early.
         """
         if not self.finished:
@@ -112,10 +127,10 @@ class Trained:
         )
 
     def against(self, other: "Trained", parts: Sequence[str]) -> Gain | None:
-        """From another variant's held-out clips after training to this one's, of the same prompts
-        and noise.
+        """From another variant's held-out clips after training to this one's, of the same prompts,
+        noise and seeds; None where a run ended early or one has more seeds.
         """
-        if not (self.finished and other.finished):
+        if not (self.finished and other.finished) or len(self.runs) != len(other.runs):
             return None
         return paired(
             self.runs[0].evaluations[0].prompts, other.heldout(parts), self.heldout(parts)
@@ -127,48 +142,25 @@ class Trained:
         return not self.failures and all(len(run.evaluations) > 1 for run in self.runs)
 
     def heldout(self, parts: Sequence[str], evaluation: int = -1) -> Array:
-        """The sum of these parts in an evaluation, by default the last, mean of the runs.
-
-        returns [clips]
-        """
-        return np.mean([_sum(run.evaluations[evaluation], parts) for run in self.runs], axis=0)
+        """The sum of these parts in an evaluation, by default the last.  returns [runs, clips]"""
+        return np.stack([_sum(run.evaluations[evaluation], parts) for run in self.runs])
 
 
 def _sum(evaluation: Evaluation, parts: Sequence[str]) -> Array:
-    """Of each clip.  returns [clips]"""
+    """The sum of these parts' scores of each clip.  returns [clips]"""
     return np.sum([evaluation.scores[part] for part in parts], axis=0)
-
-
-def paired(prompts: Sequence[str], before: Array, after: Array) -> Gain:
-    """Clips' scores before and after, as one gain: prompts are resampled with all their clips
-    (bootstrap, 10,000).
-
-    prompts: one per clip;  before, after: [clips], NaN where a clip has no score
-    """
-    usable = np.isfinite(before) & np.isfinite(after)
-    names = list(dict.fromkeys(prompts))
-    group = np.array([names.index(prompt) for prompt in prompts])
-    difference = np.where(usable, after - before, 0.0)
-    sums = np.bincount(group, weights=difference, minlength=len(names))
-    counts = np.bincount(group, weights=usable, minlength=len(names))
-    drawn = np.random.default_rng(0).integers(len(names), size=(RESAMPLES, len(names)))
-    low, high = np.percentile(sums[drawn].sum(1) / np.maximum(counts[drawn].sum(1), 1), [2.5, 97.5])
-    first, last = float(before[usable].mean()), float(after[usable].mean())
-    return Gain(first, after=last, difference=last - first, low=float(low), high=float(high))
 
 
 def train_all(
     file: Path,
     common: Sequence[str],
     variants: Sequence[Variant],
-    seeds: int,
+    seeds: Sequence[int],
     folder: Path,
     every: int = 0,
     tell: Callable[[str], None] = print,
 ) -> list[Trained]:
-    """Every variant of a recipe with seeds 0 ..
-
-    seeds - 1, each run in a folder of its own below `folder`.
+    """Every variant of a recipe with every seed, each run in a folder of its own below `folder`.
 
     every: evaluate the held-out prompts also after each so many iterations; 0 = only before and
     after
@@ -178,7 +170,7 @@ def train_all(
     trained = []
     for variant in variants:
         runs, failures = [], []
-        for seed in range(seeds):
+        for seed in seeds:
             place = folder / f"{variant.name}-{seed}"
             cache = f"prompts.cache={folder / 'embeddings'}"
             recipe = config.load(

@@ -1,6 +1,6 @@
 """Pictures of runs for the documentation: small PNG files that read on light and dark pages."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.learning.campaign import Trained
+from benchmarks.learning.intervals import Array
 from fastgrpo.tools.report.charts import smoothed
 
 # Okabe and Ito's
@@ -68,16 +69,31 @@ def gains(axis: Axes, trained: Sequence[Trained], parts: Sequence[str]) -> None:
     label(axis, "held-out, after − before", "")
 
 
-def over_time(trained: Sequence[Trained], parts: Sequence[str], file: Path) -> None:
-    """Training reward, and held-out reward where it was taken, over seconds of training."""
-    figure = Figure(figsize=(8.0, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for colour, one in zip(COLOURS, trained, strict=False):
-        left.plot(one.seconds(), smoothed(one.curve(parts)), color=colour, label=one.variant.label)
-        x, y = one.heldout_curve(parts)
-        right.plot(x, y, "o-", color=colour, markersize=4)
-    label(left, "seconds of training", f"training reward, {' + '.join(parts)}")
-    label(right, "seconds of training", "held-out reward, ODE sampler")
+def over_costs(
+    trained: Sequence[Trained],
+    parts: Sequence[str],
+    costs: Mapping[str, Sequence[Array]],
+    file: Path,
+) -> None:
+    """Held-out reward against what it cost, a panel for each cost; the first one's end is dashed.
+
+    costs: by name, of each of `trained` what was spent up to each evaluation, [evaluations]
+    """
+    figure = Figure(figsize=(3.4 * len(costs) + 0.6, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(costs), sharey=True)
+    rewards = [one.heldout_curve(parts).mean() for one in trained]
+    for axis, (name, spent) in zip(np.atleast_1d(panels), costs.items(), strict=True):
+        axis.axhline(rewards[0][-1], color="0.6", linewidth=1, linestyle="--")
+        for colour, one, x, y in zip(COLOURS, trained, spent, rewards, strict=False):
+            title = one.variant.label if axis is np.atleast_1d(panels)[0] else None
+            axis.plot(x, y, "o-", color=colour, markersize=3, label=title)
+        label(
+            axis,
+            name,
+            f"held-out reward, {' + '.join(parts)}"
+            if not axis.get_subplotspec().colspan.start
+            else "",
+        )
     figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     save(figure, file)
 

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from benchmarks.learning import ablations, before_after, campaign, learning_curves, pictures
-from benchmarks.learning.campaign import Trained, Variant
+from benchmarks.learning import before_after
 from benchmarks.speed import public_way
 from benchmarks.speed.meters import counted
 from benchmarks.speed.ways import Ours, Theirs, Way, open_ways
-from fastgrpo import rewards
 from fastgrpo.algorithm.advantages import combined_advantages
 from fastgrpo.algorithm.objectives import Terms, grpo
 from fastgrpo.algorithm.transitions import gaussian_log_prob, sde_transition
@@ -27,9 +25,6 @@ from fastgrpo.core.config import Objective
 from fastgrpo.core.errors import UserError
 from fastgrpo.data import video, video_reader
 from fastgrpo.parallel.world import World
-from fastgrpo.tools.report.run_data import read_run
-from fastgrpo.training import methods
-from fastgrpo.training.evaluation import Evaluation, compare
 from tests.harness.runs import RECIPE
 
 PROMPTS, GROUP, STEPS, TRAINED = 2, 4, 5, 3
@@ -184,90 +179,6 @@ def record(way: Way) -> list[Tensor]:
 
     optimizer.register_step_pre_hook(keep)
     return found
-
-
-def test_the_gain_and_its_interval_are_the_evaluations() -> None:
-    generator = np.random.default_rng(3)
-    prompts = [prompt for prompt in "abcdef" for _ in range(3)]
-    before, after = generator.normal(size=(2, 18))
-    after[4] = np.nan
-    one, other = (
-        Evaluation(
-            iteration=n,
-            prompts=prompts,
-            seeds=[0] * 18,
-            scores={"VQ": list(v)},
-            weights={"VQ": 1.0},
-            clips=[],
-        )
-        for n, v in enumerate((before, after))
-    )
-    expected: Any = compare(one, other)
-    gain = campaign.paired(prompts, before, after)
-    assert gain.difference == pytest.approx(expected["difference"]["VQ"])
-    assert (gain.low, gain.high) == pytest.approx(tuple(expected["ci95"]["VQ"]))
-
-
-def test_every_switch_of_the_ablations_is_a_recipe() -> None:
-    seen: dict[str, tuple[str, ...]] = {}
-    for question in ablations.QUESTIONS:
-        for variant in question.variants:
-            recipe = config.load(RECIPE, [*ablations.COMMON, *variant.overrides])
-            assert set(ablations.PARTS) <= set(recipe.weights), (
-                "every part is scored, so that variants compare"
-            )
-            assert all(
-                set(spec.weights) <= set(rewards.load(spec).names) for spec in recipe.rewards
-            )
-            assert seen.setdefault(variant.name, variant.overrides) == variant.overrides, (
-                "one folder, one recipe"
-            )
-    for arm in learning_curves.ARMS:
-        methods.check(config.load(RECIPE, [*learning_curves.COMMON, *arm.overrides]))
-    names = [arm.name for arm in learning_curves.ARMS]
-    assert len(set(names)) == len(names) <= len(pictures.COLOURS)
-    assert set(learning_curves.USUAL) <= set(names)
-
-
-def test_tables_stand_between_their_markers() -> None:
-    page = "above\n<!-- eta -->\nold\n<!-- end of eta -->\nbelow\n"
-    assert ablations.put(page, "eta", "new") == page.replace("old", "new")
-    with pytest.raises(UserError, match="lacks the markers '<!-- noise -->'"):
-        ablations.put(page, "noise", "new")
-    on_disk = (RECIPE.parent.parent / ablations.PAGE).read_text(encoding="utf-8")
-    for question in ablations.QUESTIONS:
-        ablations.put(on_disk, question.name, "")
-
-
-def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(tmp_path: Path) -> None:
-    recipe = config.load(RECIPE, [f"run.dir={tmp_path}", "run.iterations=3"])
-    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
-    (tmp_path / "failed.txt").write_text("optimizer.max_skipped=3: too many\n")
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"iteration": 0, "reward/VQ": 0.5, "seconds/total": 2.0}\n'
-    )
-    told: list[str] = []
-    assert (
-        campaign.ensure(recipe, 0, told.append) == "optimizer.max_skipped=3: too many" and not told
-    )
-    failed = Trained(
-        Variant("v", "label"), [read_run(tmp_path)], ["optimizer.max_skipped=3: too many"]
-    )
-    assert "ended: optimizer.max_skipped=3: too many" in ablations.table(
-        [failed], with_seconds=True
-    )
-    other = config.load(RECIPE, [f"run.dir={tmp_path}", "run.iterations=3", "rollout.eta=0.1"])
-    with pytest.raises(UserError, match=r"a run of another recipe \(rollout\)"):
-        campaign.ensure(other, 0, told.append)
-
-
-def test_the_time_to_a_reward_lies_between_two_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = Trained(Variant("v", "label"), [], [])
-    curve = (np.array([0.0, 10.0, 30.0]), np.array([1.0, 1.2, 1.6]))
-    monkeypatch.setattr(Trained, "heldout_curve", lambda self, parts: curve)
-    assert learning_curves.reached(trained, 1.3) == pytest.approx(15.0)
-    assert learning_curves.reached(trained, 0.9) == 0.0
-    assert np.isnan(learning_curves.reached(trained, 1.7))
 
 
 def test_before_and_after_stand_side_by_side(tmp_path: Path) -> None:
