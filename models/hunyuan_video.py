@@ -83,6 +83,7 @@ AUXILIARY = AuxiliaryModels(
     time=4,
     channels=16,
     text=MAX_TEXT_TOKENS,
+    trimmed=True,
     encoders=8.15e9,
     vae=0.2465e9,
     decode_flops=17.6e6,

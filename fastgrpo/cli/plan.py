@@ -43,7 +43,8 @@ def _add_machine(command: argparse.ArgumentParser) -> None:
         "--gpu",
         required=True,
         metavar="NAME",
-        help="h800, h100, h200, a100-80, a100-40, l40s or 4090",
+        help="h800, h100, h200, b200, mi300x, a100-80, a100-40, rtx-pro-6000, l40s, a6000, 5090, "
+        "4090, 3090, l4 or a10g",
     )
     add(
         "--ranks-per-node",

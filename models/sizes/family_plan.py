@@ -22,6 +22,7 @@ class AuxiliaryModels:
     decode_bytes: float  # per pixel of a tile at work, in bfloat16
     tile: tuple[int, int, int] | None = None  # frames, height, width; None: the whole clip
     stride: tuple[int, int, int] = (1, 1, 1)
+    trimmed: bool = False  # whether a text keeps its own length; else all are padded to `text`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,9 @@
 to achieve.
 
 Peaks are dense, bfloat16 with float32 accumulation. Bandwidths are one GPU's, in one direction:
-NVLink's 900 GB/s of an H100 count both. Where a card has no NVLink, its GPUs exchange over PCIe.
+NVLink's 900 GB/s of an H100 count both. Where a card has no NVLink, or one that joins two cards
+alone, its GPUs exchange over PCIe; an MI300X has seven links of 64 GB/s, one to each other of a
+node.
 The network is what such nodes are usually sold with, a card per GPU; yours may differ: every number
 can be overridden.
 """
@@ -17,7 +19,12 @@ from fastgrpo.core.files import read_json
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU of a node. Sources: NVIDIA's data sheets; memory as nvidia-smi shows it."""
+    """One GPU of a node.
+
+    Sources: NVIDIA's data sheets of H100, H200, A100, L40S, L4 and HGX B200; its white papers of
+    GA102 (3090, A6000), Ada (4090) and RTX Blackwell (5090, RTX PRO 6000); AWS' page of g5 for
+    A10G; AMD's data sheet of MI300X. Memory is as nvidia-smi shows it.
+    """
 
     name: str
     tflops: float  # bfloat16, dense
@@ -62,19 +69,30 @@ _TABLE = (
     ("h800", 989, 79.6, 3350, 200, 50, 55),
     ("h100", 989, 79.6, 3350, 450, 50, 55),
     ("h200", 989, 140.4, 4800, 450, 50, 55),
+    ("b200", 2250, 179.0, 8000, 900, 50, 55),
+    ("mi300x", 1307, 191.9, 5300, 448, 50, 55),
     ("a100-80", 312, 79.2, 2039, 300, 25, 25),
     ("a100-40", 312, 39.4, 1555, 300, 25, 25),
+    ("rtx-pro-6000", 504, 95.6, 1792, 50, 12.5, 50),
     ("l40s", 362, 44.4, 864, 25, 12.5, 25),
+    ("a6000", 155, 47.5, 768, 25, 12.5, 25),
+    ("5090", 209, 31.8, 1792, 50, 12.5, 50),
     ("4090", 165, 23.5, 1008, 25, 12.5, 25),
+    ("3090", 71, 23.5, 936, 25, 12.5, 25),
+    ("l4", 121, 22.5, 300, 25, 12.5, 25),
+    ("a10g", 70, 22.2, 600, 25, 12.5, 25),
 )
 GPUS = tuple(Gpu(*row) for row in _TABLE)
 
 
 def gpu(name: str) -> Gpu:
     """The GPU of this name. Raises UserError where the table has none."""
-    wanted = name.lower().replace("_", "-").removeprefix("nvidia-").removeprefix("rtx-")
+    wanted = name.lower().replace("_", "-").replace(" ", "-")
+    for maker in ("nvidia-", "amd-", "instinct-", "geforce-", "rtx-"):
+        wanted = wanted.removeprefix(maker)
     for known in GPUS:
-        if wanted in (known.name, known.name.replace("-", "")):
+        own = known.name.removeprefix("rtx-")
+        if wanted in (own, own.replace("-", "")):
             return known
     raise UserError(
         f"--gpu={name}: not in the table; use one of {', '.join(known.name for known in GPUS)}."

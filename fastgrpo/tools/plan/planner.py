@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.units import GIB
+from fastgrpo.parallel.mesh import divisors
 from fastgrpo.tools.plan.costs import compute, host
 from fastgrpo.tools.plan.phases import Machine, Phase, iteration_phases, iteration_seconds
 from fastgrpo.tools.plan.subject import Subject, subject
 from fastgrpo.tools.plan.workload import batch_size, network_calls
 from fastgrpo.training import methods
 
-CURVE = (8, 16, 32, 64, 128, 256, 512)
+CURVE = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # share of the parameters outside the blocks, from which a plan warns
 LEAST_WAITING = 0.005  # share of the update, from which a plan tells it
 LARGE_REST, LARGE_REST_GIB = (
@@ -116,17 +117,44 @@ def _has_room(found: Plan) -> bool:
     )
 
 
-def curve(recipe: Recipe, machine: Machine, ranks_per_node: int, text: int | None) -> list[Plan]:
-    """The same recipe on 8 to 512 GPUs, as far as a run would accept them."""
-    plans = []
-    for gpus in CURVE:
-        try:
-            plans.append(
-                plan(recipe, gpus=gpus, machine=machine, ranks_per_node=ranks_per_node, text=text)
-            )
-        except UserError:
-            continue
-    return plans
+@dataclass(frozen=True)
+class Scaled:
+    """A recipe on another number of GPUs."""
+
+    gpus: int
+    plan: Plan | None  # None: a run would refuse it
+    override: str = ""  # without which it would
+    refused: str = ""  # why
+
+    @property
+    def label(self) -> str:
+        """The GPUs, with what has to be changed for them."""
+        changed = self.override.removeprefix("distributed.")
+        return f"{self.gpus}, {changed}" if changed else str(self.gpus)
+
+
+def curve(recipe: Recipe, machine: Machine, ranks_per_node: int, text: int | None) -> list[Scaled]:
+    """The same recipe on 1 to 512 GPUs.
+
+    Where there are more ranks than samples, the fewest ranks that share a sample's sequence.
+    """
+
+    def scaled(gpus: int) -> Scaled:
+        shared = (n for n in divisors(min(gpus, ranks_per_node)) if n > recipe.distributed.sp)
+        refused = ""
+        for sp in (recipe.distributed.sp, *shared):
+            section = recipe.distributed.model_copy(update={"sp": sp})
+            changed = recipe.model_copy(update={"distributed": section})
+            override = f"distributed.sp={sp}" if sp != recipe.distributed.sp else ""
+            try:
+                found = plan(changed, gpus, machine, ranks_per_node=ranks_per_node, text=text)
+            except UserError as error:
+                refused = refused or str(error)
+            else:
+                return Scaled(gpus, found, override)
+        return Scaled(gpus, None, refused=refused)
+
+    return [scaled(gpus) for gpus in CURVE]
 
 
 def warnings(found: Plan) -> list[str]:

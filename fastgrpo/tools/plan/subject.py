@@ -19,6 +19,7 @@ from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
 from fastgrpo.parallel.mesh import mesh_shape
 from fastgrpo.tools.plan.costs import rewards
 from fastgrpo.tools.plan.costs.compute import Job
+from fastgrpo.tools.plan.workload import text_length
 
 VAE_CHANNELS = 128  # of the published VAEs' first level, for which a family's bytes and FLOPs are
 
@@ -47,7 +48,8 @@ def subject(recipe: Recipe, gpus: int, ranks_per_node: int, text: int | None = N
     latent = latent_shape(recipe, auxiliary, planned.patch)
     tokens, video = text or auxiliary.text, math.prod(latent[1:]) // planned.patch**2
     if text is None:
-        notes.append(f"texts of {tokens} tokens, the longest; --text-tokens for others")
+        tokens, note = _text_tokens(recipe, auxiliary)
+        notes.append(note)
     job = Job(
         recipe=recipe,
         network=planned.network,
@@ -60,6 +62,19 @@ def subject(recipe: Recipe, gpus: int, ranks_per_node: int, text: int | None = N
         shards=shards,
     )
     return Subject(job, auxiliary, auxiliary.space * planned.patch, tuple(notes))
+
+
+def _text_tokens(recipe: Recipe, auxiliary: AuxiliaryModels) -> tuple[int, str]:
+    """(tokens of the longest text that the network sees, a note that says so)."""
+    found = text_length.longest(recipe.prompts) if auxiliary.trimmed else None
+    if found is None or found >= auxiliary.text:
+        return auxiliary.text, (
+            f"texts of {auxiliary.text} tokens, the longest; --text-tokens for others"
+        )
+    return found, (
+        f"texts of {found} tokens, as many as prompts.train's longest has at "
+        f"{text_length.BYTES_PER_TOKEN} bytes each; --text-tokens for others"
+    )
 
 
 def with_recipe(given: Subject, recipe: Recipe) -> Subject:

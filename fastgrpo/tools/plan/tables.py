@@ -10,7 +10,7 @@ from rich.table import Table
 from fastgrpo.core.units import GIB
 from fastgrpo.run.terminal import open_console
 from fastgrpo.tools.plan.gpus import Achieved
-from fastgrpo.tools.plan.planner import Plan, warnings
+from fastgrpo.tools.plan.planner import Plan, Scaled, warnings
 from fastgrpo.tools.plan.tuning.answer import Answer
 from fastgrpo.tools.plan.tuning.search import MARGIN, Tuned
 
@@ -34,7 +34,7 @@ KINDS = (  # of memory, in the order in which the picture stacks them
 
 
 def show(
-    found: Plan, plans: Sequence[Plan], answer: Answer | None, simulated: dict[str, Any] | None
+    found: Plan, plans: Sequence[Scaled], answer: Answer | None, simulated: dict[str, Any] | None
 ) -> None:
     """Print all of it."""
     console = open_console()
@@ -62,6 +62,10 @@ def show(
     if answer is not None:
         _answer(console, found, answer)
     console.print(_curve(plans))
+    for one in plans:
+        if one.refused:
+            line = f"on {one.gpus} a run would refuse it: {one.refused}"
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
     assumed = _assumed(found.machine.achieved)
     line = f"of the GPUs, assumed where no --set or --calibration says otherwise: {assumed}"
     console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -182,7 +186,7 @@ def host_line(found: Plan) -> str:
     )
 
 
-def _curve(plans: Sequence[Plan]) -> Table:
+def _curve(plans: Sequence[Scaled]) -> Table:
     table = Table(title="the same recipe on other numbers of GPUs")
     for column in (
         "GPUs",
@@ -193,16 +197,16 @@ def _curve(plans: Sequence[Plan]) -> Table:
         "fits",
     ):
         table.add_column(column, justify="right")
-    for plan in plans:
-        hours = plan.gpu_hours / plan.subject.job.gpus
-        table.add_row(
-            str(plan.subject.job.gpus),
-            brief(plan.seconds),
-            brief(hours, 1),
-            brief(plan.gpu_hours),
-            f"{plan.worst.peak / GIB:.1f}",
-            "yes" if plan.fits else "no",
-        )
+    for one in plans:
+        if one.plan is not None:
+            table.add_row(
+                one.label,
+                brief(one.plan.seconds),
+                brief(one.plan.gpu_hours / one.gpus, 1),
+                brief(one.plan.gpu_hours),
+                f"{one.plan.worst.peak / GIB:.1f}",
+                "yes" if one.plan.fits else "no",
+            )
     return table
 
 
@@ -224,7 +228,7 @@ def _assumed(achieved: Achieved) -> str:
 
 
 def as_json(
-    found: Plan, plans: Sequence[Plan], answer: Answer | None, simulated: dict[str, Any] | None
+    found: Plan, plans: Sequence[Scaled], answer: Answer | None, simulated: dict[str, Any] | None
 ) -> dict[str, Any]:
     """All of it; memory in bytes, seconds, FLOPs."""
     job = found.subject.job
@@ -250,16 +254,20 @@ def as_json(
         "alternatives": [
             _tuned_json(one.tuned, one.overrides) for one in (answer.alternatives if answer else ())
         ],
-        "curve": [
-            {
-                "gpus": p.subject.job.gpus,
-                "seconds_per_iteration": p.seconds,
-                "gpu_hours": p.gpu_hours,
-                "fits": p.fits,
-            }
-            for p in plans
-        ],
+        "curve": [_scaled_json(one) for one in plans],
         "simulated": simulated,
+    }
+
+
+def _scaled_json(one: Scaled) -> dict[str, Any]:
+    found = one.plan
+    return {
+        "gpus": one.gpus,
+        "overrides": [one.override] if one.override else [],
+        "refused": one.refused or None,
+        "seconds_per_iteration": found and found.seconds,
+        "gpu_hours": found and found.gpu_hours,
+        "fits": found is not None and found.fits,
     }
 
 

@@ -368,11 +368,36 @@ def test_the_command_prints_json_and_a_picture_and_exits_by_the_answer(
     )
     told = json.loads(capsys.readouterr().out)
     assert told["fits"] and told["parameters"] == 12_821_012_544
-    assert [row["gpus"] for row in told["curve"]] == [8, 16, 32, 64, 128, 256]  # 384 samples
+    assert [row["gpus"] for row in told["curve"]] == [2**n for n in range(10)]
+    assert [row["overrides"] for row in told["curve"]] == [[]] * 9 + [["distributed.sp=2"]]
     assert file.read_bytes().startswith(b"\x89PNG")
     assert cli.main(["plan", str(T2V), "--gpus", "8", "--gpu", "4090", "video.height=240"]) == 1
     shown = capsys.readouterr().out
     assert "does not fit" in shown and "distributed.offload=true" in shown
+
+
+def test_every_number_of_gpus_has_a_plan_or_the_reason_why_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """384 samples on 512 ranks share sequences; Stable Diffusion, which cannot, is refused."""
+    assert cli.main(["plan", str(T2V), "--gpus", "64", "--gpu", "h800"]) == 0
+    shown = capsys.readouterr().out
+    assert "512, sp=2" in shown and "a run would refuse" not in shown
+    sd = str(LAUNCH / "t2i_sd.toml")
+    assert cli.main(["plan", sd, "--gpus", "8", "--gpu", "h800"]) == 0
+    (line,) = (one for one in capsys.readouterr().out.splitlines() if "would refuse" in one)
+    assert line.startswith("on 512 a run would refuse it: prompts.per_iteration=32: 384 samples")
+    given = ["distributed.sp=2", "--gpus", "8", "--gpu", "h800"]
+    assert cli.main(["plan", str(T2V), *given]) in (0, 1)
+    assert "on 1 a run would refuse it: distributed.sp=2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("RTX 5090", "5090"), ("rtx_pro_6000", "rtx-pro-6000"), ("AMD-MI300X", "mi300x")],
+)
+def test_gpus_are_found_by_the_names_people_write(name: str, found: str) -> None:
+    assert gpu(name).name == found
 
 
 def test_a_plan_needs_neither_torch_nor_diffusers() -> None:

@@ -94,7 +94,8 @@ def test_the_overrides_make_the_tuned_plan(name: str, gpus: int, card: str) -> N
     tuned = search.tune(given)
     assert tuned is not None
     again = plan(name, gpus, card, *plain, *tuned.overrides)
-    assert again.seconds == tuned.plan.seconds and search.roomy(again)
+    assert again.seconds == tuned.plan.seconds
+    assert again.worst.peak <= 0.95 * again.machine.usable()  # 5 % are left
     assert not given.fits or tuned.plan.seconds < given.seconds
     for win in tuned.wins:
         others = (o for o in tuned.overrides if o != win.override)
@@ -119,8 +120,11 @@ def test_batches_of_rollout_and_update_stay_alike_where_rounding_counts() -> Non
     "name", sorted(file.stem for file in LAUNCH.glob("*.toml") if file.stem != "t2v_tiny")
 )
 def test_every_launch_file_has_an_answer_on_few_gpus(name: str) -> None:
-    """The quickest that fits, or what to give up."""
-    for card, gpus in product(GPUS, (1, 2, 4, 8)):
+    """The quickest that fits, or what to give up: what fits on the card with the least memory fits
+    on all.
+    """
+    card = min(GPUS, key=lambda one: one.memory_gib)
+    for gpus in (1, 2, 4, 8):
         given = plan(name, gpus, card.name)
         smallest = [{**alternatives._smaller(given, frames=1)[-1], "lora.rank": 8}]
         fits = search.fits_somehow(given)
@@ -175,4 +179,4 @@ def test_launch_files_say_what_their_plan_says(file: Path) -> None:
     assert told is not None
     found = plan(file.stem, int(told[1]), told[2])
     assert (f"{found.seconds:,.0f}", f"{found.worst.peak / 2**30:.1f}") == (told[3], told[4])
-    assert search.roomy(found)
+    assert found.worst.peak <= 0.95 * found.machine.usable()
