@@ -15,6 +15,7 @@ PACKAGES = {
     "fastgrpo": "fastgrpo",
     "fastgrpo.algorithm": "fastgrpo/algorithm",
     "fastgrpo.cli": "fastgrpo/cli",
+    "fastgrpo.cli.evaluation": "fastgrpo/cli/evaluation",
     "fastgrpo.core": "fastgrpo/core",
     "fastgrpo.core.config": "fastgrpo/core/config",
     "fastgrpo.parallel": "fastgrpo/parallel",
@@ -29,6 +30,7 @@ PACKAGES = {
     "fastgrpo.tools": "fastgrpo/tools",
     "fastgrpo.tools.check": "fastgrpo/tools/check",
     "fastgrpo.tools.evaluate": "fastgrpo/tools/evaluate",
+    "fastgrpo.tools.evaluate.benchmark": "fastgrpo/tools/evaluate/benchmark",
     "fastgrpo.tools.export": "fastgrpo/tools/export",
     "fastgrpo.tools.plan": "fastgrpo/tools/plan",
     "fastgrpo.tools.plan.costs": "fastgrpo/tools/plan/costs",
@@ -82,7 +84,7 @@ setup(
     package_dir=PACKAGES,
     package_data={
         "fastgrpo": ["py.typed"],
-        "fastgrpo.data": ["*.txt", "tiny_hunyuan_video/**"],
+        "fastgrpo.data": ["*.txt", "geneval/*", "tiny_hunyuan_video/**"],
     },
     include_package_data=False,
     install_requires=[

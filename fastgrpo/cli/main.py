@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastgrpo import __version__
-from fastgrpo.cli import evaluate, options, plan, report, sample, serve, train
+from fastgrpo.cli import options, plan, report, sample, serve, train
+from fastgrpo.cli.evaluation import evaluate, score
 from fastgrpo.core.errors import UserError, UserErrors
 from fastgrpo.core.processes import (
     INTERRUPTED,
@@ -41,6 +42,7 @@ EXAMPLES = (
     ('fastgrpo score clip.mp4 --reward tiny_world --prompt "..."', "what a reward says of a file"),
     ("fastgrpo check-reward ./my_reward.py", "does a reward of your own keep the contract"),
     ("fastgrpo evaluate runs/t2v_tiny", "base against trained, by several rewards"),
+    ("fastgrpo evaluate runs/t2i_sd --benchmark geneval --weights weights", "a benchmark of it"),
     ("fastgrpo report runs/t2v_tiny", "the report of a finished or running run"),
     ("fastgrpo status runs/t2v_tiny", "where each rank is: does it hang, and which one"),
     ("fastgrpo keys", "every recipe key, its default and meaning"),
@@ -78,7 +80,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_embed(commands)
     plan.add(commands)
     sample.add(commands)
-    evaluate.add(commands)
+    score.add_score(commands)
+    score.add_check_reward(commands)
+    evaluate.add_evaluate(commands)
     train.add_keys(commands)
     serve.add(commands)
     report.add_report(commands)

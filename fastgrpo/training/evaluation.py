@@ -233,9 +233,20 @@ def _interval(sums: np.ndarray, counts: np.ndarray) -> list[float]:
 
     sums, counts: float64 [prompts]: the sum over each prompt's clips, and their number, above 0
     """
-    if len(counts) < 2:
-        return [math.nan, math.nan]
-    shape = (RESAMPLES, len(counts))
-    resampled = np.random.default_rng(0).integers(len(counts), size=shape)
-    means = sums[resampled].sum(1) / counts[resampled].sum(1)
+    means = resampled_means(sums, counts, 0)
     return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
+
+
+def resampled_means(sums: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
+    """Bootstrap means over resampled prompts, float64 [RESAMPLES]; NaN with fewer than two prompts,
+    which say nothing of others.
+
+    sums, counts: float64 [prompts]: the sum over each prompt's clips, and their number, above 0
+    seed: the same one resamples the same prompts
+    """
+    if len(counts) < 2:
+        return np.full(RESAMPLES, math.nan)
+    shape = (RESAMPLES, len(counts))
+    resampled = np.random.default_rng(seed).integers(len(counts), size=shape)
+    means: np.ndarray = sums[resampled].sum(1) / counts[resampled].sum(1)
+    return means

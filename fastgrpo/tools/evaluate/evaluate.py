@@ -26,7 +26,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.tools.sample import sample
 from fastgrpo.tools.sample.sample import Drawn
-from fastgrpo.tools.sample.source import Asked, find
+from fastgrpo.tools.sample.source import Asked, Source, find
 from fastgrpo.tools.sample.work import UNCUT, Cut, Work
 from fastgrpo.tools.score import judges
 from fastgrpo.tools.score.judges import Judges, Servers
@@ -129,11 +129,11 @@ class Result:
             "caption": self.caption(),
             "rewards": [spec.model_dump(mode="json", exclude=without) for spec in self.plan.specs],
             "table": {key: _or_null(vars(column)) for key, column in self.columns.items()},
-            "clips": [self._clip(number) for number in range(len(work.clips))],
+            "clips": [self.clip(number) for number in range(len(work.clips))],
         }
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
-    def _clip(self, number: int) -> dict[str, Any]:
+    def clip(self, number: int) -> dict[str, Any]:
         """The row of one clip, as JSON."""
         clip = self.plan.work.clips[number]
         row: dict[str, Any] = {"prompt": clip.prompt.text, "seed": clip.seed}
@@ -156,9 +156,15 @@ def evaluate(asked: Asked, wanted: Wanted) -> Result | None:
 
     returns the comparison on the main rank; None on the others
     """
-    with open_world() as world, ExitStack() as stack:
+    with open_world() as world:
         plan = world.on_main(lambda: prepare(asked, wanted))
-        opened = _open(plan, wanted.servers, world, stack)
+        return measure(plan, wanted.servers, world)
+
+
+def measure(plan: Plan, servers: Servers, world: World) -> Result | None:
+    """Sample both sides and judge them; on every rank.  returns None on other than the main rank"""
+    with ExitStack() as stack:
+        opened = _open(plan, servers, world, stack)
         parts = {spec.name: _parts(spec, opened) for spec in plan.specs}
         drawn, cut = _draw(plan.work, world)
         gc.collect()  # the network's memory goes before the rewards need theirs
@@ -174,6 +180,18 @@ def prepare(asked: Asked, wanted: Wanted) -> Plan:
 
     Raises UserError for options that do not go together.
     """
+    source, recipe = sides(asked), recipe_of(asked)
+    seeds = wanted.seeds or recipe.evaluate.seeds
+    chosen = sample.choose_prompts(source, sample.Wanted(file=wanted.file, limit=wanted.limit))
+    clips, batches = sample.deal(chosen, range(seeds), wanted.batch_size)
+    return Plan(Work(source, clips, batches, True), _specs(recipe.rewards, wanted.rewards), seeds)
+
+
+def sides(asked: Asked) -> Source:
+    """The trained weights with their base; with step 0 the base on both sides.
+
+    Raises UserError where there is no base.
+    """
     itself = asked.step == 0
     source = find(replace(asked, step="newest") if itself else asked)
     if source.base is None:
@@ -181,16 +199,12 @@ def prepare(asked: Asked, wanted: Wanted) -> Plan:
             f"source={asked.source}: a base model, or a folder without a recipe that names its "
             "own; give a run folder or an export."
         )
-    recipe = _recipe_of(asked)
-    seeds = wanted.seeds or recipe.evaluate.seeds
-    chosen = sample.choose_prompts(source, sample.Wanted(file=wanted.file, limit=wanted.limit))
-    clips, batches = sample.deal(chosen, range(seeds), wanted.batch_size)
     if itself:
         source = replace(source, snapshot=replace(source.base, label="step 0"))
-    return Plan(Work(source, clips, batches, True), _specs(recipe.rewards, wanted.rewards), seeds)
+    return source
 
 
-def _recipe_of(asked: Asked) -> Recipe:
+def recipe_of(asked: Asked) -> Recipe:
     """The recipe that was named, or the one in the folder."""
     if asked.recipe is None:
         return identity.recipe_of(Path(asked.source), asked.overrides)

@@ -3,7 +3,6 @@ several rewards say.
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from fastgrpo import rewards
 from fastgrpo.algorithm import noise
-from fastgrpo.checkpoint.checkpoints import Checkpoints, Progress
 from fastgrpo.cli import main as cli
 from fastgrpo.core import config
-from fastgrpo.core.config import Checkpoint
 from fastgrpo.core.policy import Policy, Prompt, move, stack
 from fastgrpo.models.loading import policies
-from fastgrpo.parallel import sharding
-from fastgrpo.parallel.world import World, open_world
+from fastgrpo.parallel.world import World
 from fastgrpo.tools.evaluate import evaluate
 from fastgrpo.tools.evaluate import table as results_table
 from fastgrpo.tools.evaluate.evaluate import Column, Plan, Result
@@ -31,11 +26,8 @@ from fastgrpo.tools.sample import sample, sample_files
 from fastgrpo.tools.sample.source import Asked, find
 from fastgrpo.tools.sample.work import Work
 from fastgrpo.training import rollout
-from fastgrpo.training.trainer import Trainer
-from tests.harness import forks, runs, tiny
-from tests.harness.tiny import FOLDER
+from tests.harness import forks, judged, runs, tiny
 
-CPU = torch.device("cpu")
 BOTH = ("--rewards", "tiny_world", "video_stats")
 SHORT = ("--limit", "5", "--seeds", "2", "--steps", "4")
 PARTS = ("VQ", "MQ", "TA")
@@ -46,36 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has undone what was done to its base model: noise on the weights of the shipped
     tiny one.
     """
-    folder = tmp_path_factory.mktemp("judged")
-    base = folder / "base"
-    shutil.copytree(FOLDER, base)
-    file = base / "transformer" / "diffusion_pytorch_model.safetensors"
-    generator = torch.Generator().manual_seed(0)
-    weights = load_file(file)
-    for name, tensor in weights.items():
-        if tensor.ndim > 1 and tensor.is_floating_point():
-            weights[name] = tensor + 0.5 * tensor.std() * torch.randn(
-                tensor.shape, generator=generator
-            )
-    file.chmod(0o644)
-    save_file(weights, file, {"format": "pt"})
-    recipe = config.load(
-        runs.RECIPE, [f"model.path={base}", f"run.dir={folder / 'run'}", "rewards.0.where=process"]
-    )
-    recipe.run.dir.mkdir()
-    (recipe.run.dir / "recipe.toml").write_text(recipe.to_toml())
-    with open_world() as world:
-        policy = policies.load(
-            recipe.model.model_copy(update={"path": str(FOLDER)}), CPU, recipe.lora
-        )
-        sharding.shard(policy, world, torch.float32)
-        trainer = Trainer.create(
-            policy, recipe.optimizer.model_copy(update={"ema_decay": 0.0}), None
-        )
-        checkpoints = Checkpoints(recipe.run.dir / "checkpoints", Checkpoint(), world)
-        checkpoints.save(trainer, Progress(iteration=7))
-        checkpoints.finish()
-    return recipe.run.dir
+    return judged.write(tmp_path_factory.mktemp("judged"))
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], run: Path, *options: str) -> dict[str, Any]:

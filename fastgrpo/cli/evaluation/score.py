@@ -1,26 +1,19 @@
-"""`fastgrpo score`, `fastgrpo check-reward` and `fastgrpo evaluate`."""
+"""`fastgrpo score` and `fastgrpo check-reward`: what rewards say of files, and if they may."""
 
 import argparse
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from fastgrpo.cli.options import add_which_weights, check_target, path, positive, step_of, text_of
+from fastgrpo.cli.evaluation.servers import add_servers, asked_servers
+from fastgrpo.cli.options import check_target, path, text_of
 from fastgrpo.core.errors import UserError
 
 if TYPE_CHECKING:
     from fastgrpo.tools.score.judges import Asked as AskedRewards
-    from fastgrpo.tools.score.judges import Servers
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The parsers of the three."""
-    _add_score(commands)
-    _add_check_reward(commands)
-    _add_evaluate(commands)
-
-
-def _add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The parser of `fastgrpo score`."""
     command = commands.add_parser(
         "score",
@@ -53,7 +46,7 @@ def _add_score(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="rewards of a recipe, or of a file with [[rewards]] alone",
     )
     _add_settings(add)
-    _add_servers(command)
+    add_servers(command)
     _add_clips(command)
     command.add_argument(
         "--json",
@@ -82,7 +75,7 @@ def _add_settings(add: Callable[..., object]) -> None:
     )
 
 
-def _add_check_reward(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_check_reward(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The parser of `fastgrpo check-reward`."""
     command = commands.add_parser(
         "check-reward",
@@ -136,97 +129,11 @@ def _add_clips(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """The parser of `fastgrpo evaluate`."""
-    command = commands.add_parser(
-        "evaluate",
-        help="base against trained on held-out prompts, by several rewards",
-        description="Draw the same prompts from the same noise with the base model and the trained "
-        "one, and compare them by rewards: means, the paired difference and its 95 % interval, "
-        "rewards as columns. Runs in this process or, under torchrun, over all ranks, with the "
-        "same result. --step 0 compares the base with itself: all differences are then 0.",
-    )
-    command.set_defaults(action=_run_evaluate)
-    command.add_argument("run", type=path("run"), help="a run folder or an export")
-    add_which_weights(command)
-    add = command.add_argument_group("by what").add_argument
-    add(
-        "--rewards",
-        nargs="+",
-        default=[],
-        metavar="NAME|FILE",
-        help="rewards by name, or files of [[rewards]] (default: those of the run's recipe)",
-    )
-    add(
-        "--prompts",
-        type=path("--prompts"),
-        metavar="FILE",
-        help="a file of prompts (default: the recipe's held-out ones)",
-    )
-    add("--limit", type=positive, metavar="N", help="the first N prompts")
-    add("--seeds", type=positive, metavar="K", help="clips per prompt (default: evaluate.seeds)")
-    add(
-        "--steps",
-        type=positive,
-        metavar="N",
-        help="denoising steps (default: evaluate.steps, or rollout.steps)",
-    )
-    add(
-        "--batch-size",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="clips of one prompt per forward pass (default: 1)",
-    )
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="section.key=value",
-        help="any recipe key; may be repeated",
-    )
-    _add_servers(command)
-    _add_results(command)
-
-
-def _add_results(command: argparse.ArgumentParser) -> None:
-    """The options that say where the comparison is written."""
-    add = command.add_argument_group("results").add_argument
-    add(
-        "--json",
-        type=path("--json"),
-        metavar="OUT",
-        help="write the table and every clip's scores there; - prints them",
-    )
-    add(
-        "--markdown",
-        type=path("--markdown"),
-        metavar="OUT",
-        help="write the table there as Markdown; - prints it",
-    )
-
-
-def _add_servers(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--server",
-        action="append",
-        default=[],
-        metavar="URL",
-        help="ask this running server instead; may be repeated",
-    )
-    command.add_argument(
-        "--token-file",
-        type=path("--token-file"),
-        metavar="FILE",
-        help="the server's bearer token (default: FASTGRPO_TOKEN)",
-    )
-
-
 def _run_score(arguments: argparse.Namespace) -> None:
     """`fastgrpo score`: print the table."""
     from fastgrpo.tools.score import judges, score
 
-    servers = _asked_servers(arguments)
+    servers = asked_servers(arguments)
     if servers.urls and (arguments.path or arguments.option or arguments.set):
         raise UserError(
             "--server: its rewards have their own settings; leave out --path, --option and --set."
@@ -268,50 +175,6 @@ def _asked_rewards(arguments: argparse.Namespace, names: Sequence[str]) -> "Aske
         options=tuple(arguments.option),
         settings=tuple(arguments.set),
     )
-
-
-def _run_evaluate(arguments: argparse.Namespace) -> None:
-    """`fastgrpo evaluate`: print the table."""
-    from diffusers.utils import logging
-
-    from fastgrpo.tools.evaluate import evaluate, table
-    from fastgrpo.tools.sample.source import Asked
-    from fastgrpo.tools.score import score
-
-    targets = {"--json": arguments.json, "--markdown": arguments.markdown}
-    for option, file in targets.items():
-        check_target(option, file)
-    choice = Asked(
-        source=str(arguments.run),
-        step=step_of(arguments.step),
-        raw=arguments.raw_weights,
-        changes={"rollout": {"steps": arguments.steps}} if arguments.steps else {},
-        overrides=tuple(arguments.set),
-    )
-    wanted = evaluate.Wanted(
-        rewards=tuple(arguments.rewards),
-        file=text_of(arguments.prompts),
-        limit=arguments.limit,
-        seeds=arguments.seeds,
-        batch_size=arguments.batch_size,
-        servers=_asked_servers(arguments),
-    )
-    logging.disable_progress_bar()  # every rank would show its own
-    result = evaluate.evaluate(choice, wanted)
-    if result is None:
-        return
-    if arguments.json is not None:
-        score.write("--json", arguments.json, result.to_json())
-    if arguments.markdown is not None:
-        score.write("--markdown", arguments.markdown, table.markdown(result))
-    if "-" not in map(str, targets.values()):
-        table.show(result)
-
-
-def _asked_servers(arguments: argparse.Namespace) -> "Servers":
-    from fastgrpo.tools.score.judges import Servers
-
-    return Servers(tuple(arguments.server), arguments.token_file)
 
 
 def size(text: str) -> tuple[int, int]:
