@@ -96,8 +96,8 @@ def _run(session: Session) -> dict[str, object] | None:
         on_the_way(session, course)  # of an attempt that was stopped before it
         while session.progress.iteration < session.recipe.run.iterations:
             iterate(session)
-            on_the_way(session, course)
-            save(session)
+            if on_the_way(session, course):
+                save(session)
         checkpoints.end_saving(session.trainer, session.progress)
         return finish(session, course)
     except Stopped:  # the unfinished iteration has not changed the weights
@@ -303,14 +303,16 @@ def open_course(session: Session, before: Evaluation) -> Course:
     return course
 
 
-def on_the_way(session: Session, course: Course) -> None:
+def on_the_way(session: Session, course: Course) -> bool:
     """Evaluate where it is due after the iterations done, and heed the alarm.
 
     What was evaluated already, by an attempt that ended since, is not evaluated again.
+
+    returns whether these iterations' weights are still the run's, which may have gone back
     """
     recipe, progress, done = session.recipe, session.progress, session.progress.iteration
     if not course.due(done):
-        return
+        return True
     seconds = time.perf_counter()
     if done not in course.evaluations:
         course.add(evaluate_now(session))
@@ -324,6 +326,7 @@ def on_the_way(session: Session, course: Course) -> None:
         progress.note_heldout(float(np.nanmean(evaluation.columns()["sum"])), f"step-{done}")
     if monitors:
         heed(session, course, course.answer(monitors, done, progress.best))
+    return session.progress.iteration == done
 
 
 def heed(session: Session, course: Course, alarm: Alarm) -> None:

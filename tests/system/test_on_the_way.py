@@ -14,6 +14,7 @@ from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import Hacked
 from fastgrpo.run.stopping import Stopped
+from fastgrpo.session import Session
 from fastgrpo.training.evaluation import Evaluation
 from fastgrpo.training.evaluation.course import read_alarms
 from tests.harness import runs
@@ -84,7 +85,7 @@ def test_a_stopped_run_has_each_evaluation_once(
     made: list[int] = []
     real = train.evaluate_now
 
-    def evaluate(session: train.Session) -> Evaluation:
+    def evaluate(session: Session) -> Evaluation:
         iteration = session.progress.iteration
         if moment == "during" and iteration == 2 and 2 not in made:
             made.append(2)
@@ -111,7 +112,7 @@ def hacked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     made: list[int] = []
     real = train.evaluate_now
 
-    def evaluate(session: train.Session) -> Evaluation:
+    def evaluate(session: Session) -> Evaluation:
         evaluation = real(session)
         made.append(evaluation.iteration)
         shift = {"VQ": evaluation.iteration, "sharpness": -1e3 * (evaluation.iteration > 2)}
@@ -128,22 +129,24 @@ HACKED = (*ON_THE_WAY, "evaluate.alarm_after=1", "evaluate.alarm_returns=1")
 
 
 def test_an_alarm_goes_back_to_the_best_and_then_ends_the_run(
-    hacked: list[int], tmp_path: Path
+    hacked: list[int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
     settings = recipe(folder, *HACKED, "evaluate.alarm=return")
-    with pytest.raises(Hacked, match=r"sharpness got worse in 1 evaluation, so the reward"):
+    with pytest.raises(Hacked, match=r"sharpness got worse in 1 evaluation, so the"):
         train.train(settings)
+    told = capfd.readouterr().out
+    assert "back to step-2, with 0.5 of the rate" in told and "goes on without" not in told
     assert hacked == [0, 2, 4, 4]
     lrs = [row["lr"] for row in runs.metrics(folder) if "lr" in row]
     assert [row["iteration"] for row in runs.metrics(folder) if "lr" in row] == [0, 1, 2, 3]
     factors = np.array(lrs) / settings.optimizer.lr
-    decay = 1 - 0.9 * np.maximum(2 * np.arange(4) + 1, 0) / settings.optimizer.decay_updates
+    decay = 1 - 0.9 * (2 * np.arange(4) + 2) / settings.optimizer.decay_updates
     assert factors == pytest.approx(decay * [1, 1, 0.5, 0.5])
     first, last = read_alarms(folder)
     assert (first.iteration, first.back_to, first.lr_factor) == (4, 2, 0.5)
     assert (last.iteration, last.back_to, last.lr_factor) == (4, None, 0.5)
-    assert first.monitors == last.monitors == ["sharpness"]
+    assert "sharpness" in first.monitors and "sharpness" in last.monitors
     # what it ended with is saved, and started again it goes on where a person says so
     with pytest.raises(Hacked, match="the run went back"):
         train.train(settings)
