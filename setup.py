@@ -26,6 +26,7 @@ PACKAGES = {
     "fastgrpo.training.rollout": "fastgrpo/training/rollout",
     "fastgrpo.training.scoring": "fastgrpo/training/scoring",
     "fastgrpo.training.conditions": "fastgrpo/training/conditions",
+    "fastgrpo.training.evaluation": "fastgrpo/training/evaluation",
     "fastgrpo.checkpoint": "fastgrpo/checkpoint",
     "fastgrpo.tools": "fastgrpo/tools",
     "fastgrpo.tools.check": "fastgrpo/tools/check",

@@ -6,22 +6,22 @@ a run resumes exactly.
 """
 
 import json
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-import torch
+import numpy as np
 
 from fastgrpo.algorithm import selection
 from fastgrpo.algorithm.advantages import combined_advantages
 from fastgrpo.checkpoint import explosion, identity
 from fastgrpo.checkpoint.provenance import record_provenance
 from fastgrpo.core.config import Recipe
-from fastgrpo.core.errors import Exploded, UserError
+from fastgrpo.core.errors import Exploded, Hacked, UserError
 from fastgrpo.core.files import nan_to_null, replace_text, sha256
 from fastgrpo.core.policy import Condition
 from fastgrpo.core.processes import OneRankError, rank
-from fastgrpo.data import video_reader
 from fastgrpo.parallel.world import open_world
 from fastgrpo.run.failures import alarms, lost_folder, out_of_memory
 from fastgrpo.run.stopping import Stopped, answer, answer_mistake
@@ -34,12 +34,15 @@ from fastgrpo.tools.report.ending import told
 from fastgrpo.tools.report.report import write_report
 from fastgrpo.training import methods
 from fastgrpo.training.evaluation import Evaluation, compare, evaluate
+from fastgrpo.training.evaluation.course import Alarm, Course, clean, log_clips, write_alarms
+from fastgrpo.training.evaluation.course import metrics as metrics_of
 from fastgrpo.training.method import Experience
 from fastgrpo.training.rollout import Dealing, Plan
 from fastgrpo.training.scoring.drawing import Rollouts
-from fastgrpo.training.scoring.scorer import Scored, reward_metrics
+from fastgrpo.training.scoring.scorer import reward_metrics
 from fastgrpo.training.scoring.scouts import Scouted, candidates, scout
 from fastgrpo.training.scoring.sources import NoScores
+from fastgrpo.training.scoring.validity import check_validity
 from fastgrpo.training.update import update
 
 
@@ -79,9 +82,9 @@ def run(session: Session) -> dict[str, object] | None:
 
 def _run(session: Session) -> dict[str, object] | None:
     """Do what `run` does, wherever the memory suffices."""
-    progress, checkpoints = session.progress, session.checkpoints
+    checkpoints = session.checkpoints
     try:
-        if not progress.iteration:
+        if not session.progress.iteration:
             if session.recipe.run.preflight:
                 checks.quick(Parts.of(session), session.tracker.message)
             session.world.on_main(lambda: record_provenance(session.recipe, session.scorer.sources))
@@ -89,28 +92,37 @@ def _run(session: Session) -> dict[str, object] | None:
         checkpoints.beginning = session.world.on_main(
             lambda: identity.begin(session.recipe.run.dir)
         )
-        while progress.iteration < session.recipe.run.iterations:
+        course = open_course(session, before)
+        on_the_way(session, course)  # of an attempt that was stopped before it
+        while session.progress.iteration < session.recipe.run.iterations:
             iterate(session)
-            session.ranks.heart.enter("save")
-            last = session.recipe.run.iterations
-            problem = checkpoints.save_if_due(session.trainer, progress, last)
-            if problem is not None:  # a save that fails does not end the run
-                session.tracker.message(f"training goes on without it: {problem}")
-        checkpoints.end_saving(session.trainer, progress)
-        return finish(session, before)
+            if on_the_way(session, course):
+                save(session)
+        checkpoints.end_saving(session.trainer, session.progress)
+        return finish(session, course)
     except Stopped:  # the unfinished iteration has not changed the weights
         session.trainer.optimizer.zero_grad(set_to_none=True)
-        checkpoints.end_saving(session.trainer, progress)
+        checkpoints.end_saving(session.trainer, session.progress)
         session.stop.tell()
+        done = session.progress.iteration
         session.tracker.message(
-            f"asked to stop: saved after {progress.iteration} iterations; start again to go on",
+            f"asked to stop: saved after {done} iterations; start again to go on"
         )
         return None
     except Exploded as failure:
         raise UserError(f"{failure} {leave_exploded(session, failure)}") from None
-    except NoScores:  # the weights are those of the last finished iteration
-        checkpoints.end_saving(session.trainer, progress)
+    except (NoScores, Hacked):  # the weights are those of the last finished iteration
+        checkpoints.end_saving(session.trainer, session.progress)
         raise
+
+
+def save(session: Session) -> None:
+    """Save a checkpoint where one is due. A save that fails does not end the run."""
+    session.ranks.heart.enter("save")
+    recipe, progress = session.recipe, session.progress
+    problem = session.checkpoints.save_if_due(session.trainer, progress, recipe.run.iterations)
+    if problem is not None:
+        session.tracker.message(f"training goes on without it: {problem}")
 
 
 def leave_exploded(session: Session, failure: Exploded) -> str:
@@ -244,33 +256,6 @@ def tell_alarms(session: Session, metrics: dict[str, float]) -> None:
     session.checkpoints.prune(progress)
 
 
-def check_validity(recipe: Recipe, scored: Scored, iteration: int, hint: str) -> None:
-    """End the run where too many samples have no score."""
-    share = 1.0 - scored.valid.float().mean().item()
-    limit = recipe.server.max_invalid
-    if share <= limit:
-        return
-    lost = [
-        1.0 - own.float().mean().item() for own in (scored.latents_finite, scored.pixels_finite)
-    ]
-    what = "latents" if lost[0] > limit else "pixels"
-    if max(lost) > limit and not iteration:
-        raise NoScores(
-            f"model.dtype={recipe.model.dtype}: before any training the {what} of {max(lost):.0%} of "
-            "the samples are not finite; try float32, or compare model.path with the published files."
-        )
-    if max(lost) > limit:
-        raise Exploded(
-            f"optimizer.lr={recipe.optimizer.lr:g}: the weights have exploded: the {what} of "
-            f"{max(lost):.0%} of the samples of iteration {iteration + 1} are not finite; lower it.",
-            drawn=True,
-        )
-    raise NoScores(
-        f"server.max_invalid={limit}: {share:.0%} of the samples of iteration {iteration + 1} have "
-        f"no valid score ({hint}); correct that. The newest checkpoint is intact."
-    )
-
-
 def baseline(session: Session) -> Evaluation:
     """The held-out evaluation before training, read from its file when the run is resumed."""
     if session.progress.iteration:
@@ -307,10 +292,74 @@ def evaluate_now(session: Session) -> Evaluation:
     return evaluation
 
 
-def finish(session: Session, before: Evaluation) -> dict[str, object]:
+def open_course(session: Session, before: Evaluation) -> Course:
+    """The evaluations that the run has made so far, and the learning rate that follows."""
+    recipe, done = session.recipe, session.progress.iteration
+    for notice in session.world.on_main(lambda: clean(recipe, done)):
+        session.tracker.message(notice)
+    course = Course.read(recipe, before, done)
+    session.progress.judge_by(bool(recipe.evaluate.every))
+    session.trainer.lr_factor = course.lr_factor
+    return course
+
+
+def on_the_way(session: Session, course: Course) -> bool:
+    """Evaluate where it is due after the iterations done, and heed the alarm.
+
+    What was evaluated already, by an attempt that ended since, is not evaluated again.
+
+    returns whether these iterations' weights are still the run's, which may have gone back
+    """
+    recipe, progress, done = session.recipe, session.progress, session.progress.iteration
+    if not course.due(done):
+        return True
+    seconds = time.perf_counter()
+    if done not in course.evaluations:
+        course.add(evaluate_now(session))
+    evaluation = course.evaluations[done]
+    monitors = course.raised()
+    if not session.tracker.has(done - 1, "heldout/sum"):
+        own = {"evaluation/alarm": float(len(monitors))}
+        own |= {"evaluation/seconds": time.perf_counter() - seconds}
+        session.tracker.log(done - 1, metrics_of(course.before, evaluation) | own)
+    if not course.finding(done).hacked and session.checkpoints.due(done, recipe.run.iterations):
+        progress.note_heldout(float(np.nanmean(evaluation.columns()["sum"])), f"step-{done}")
+    if monitors:
+        heed(session, course, course.answer(monitors, done, progress.best))
+    return session.progress.iteration == done
+
+
+def heed(session: Session, course: Course, alarm: Alarm) -> None:
+    """Say that the reward may be hacked, and end the run or go back where the recipe wants it."""
+    recipe, best, what = session.recipe, session.progress.best, course.told(alarm)
+    if alarm.back_to is not None or alarm not in course.alarms:
+        course.alarms.append(alarm)
+        session.world.on_main(lambda: write_alarms(recipe.run.dir, course.alarms))
+    look = f"look at the clips in evaluation/step-{alarm.iteration}"
+    if alarm.action == "warn":
+        session.tracker.message(f"{what}; {look}")
+        return
+    if alarm.back_to is None or best is None:
+        spent = f" {course.returns} times the run went back to the best checkpoint"
+        why = f", and{spent if course.returns else ' no checkpoint is of before'}"
+        raise Hacked(
+            f"evaluate.alarm={alarm.action}: {what}{why if alarm.action == 'return' else ''}; {look} "
+            "and change the rewards, or go on with evaluate.alarm=warn."
+        )
+    session.progress = session.checkpoints.go_back(session.trainer, best)
+    session.trainer.lr_factor = alarm.lr_factor
+    course.rewind(alarm.back_to)
+    session.world.on_main(lambda: clean(recipe, session.progress.iteration))
+    session.tracker.rewind(alarm.back_to)
+    session.tracker.message(f"{what}; back to {best}, with {alarm.lr_factor:g} of the rate")
+
+
+def finish(session: Session, course: Course) -> dict[str, object]:
     """Evaluate again, compare, write summary.json and the report."""
-    session.tracker.message("evaluating the held-out prompts after training")
-    after = evaluate_now(session)
+    before, after = course.before, course.evaluations.get(session.progress.iteration)
+    if after is None:
+        session.tracker.message("evaluating the held-out prompts after training")
+        after = evaluate_now(session)
     folder, tracker = session.recipe.run.dir, session.tracker
     compared = compare(before, after)
     session.checkpoints.prune(session.progress)
@@ -332,26 +381,8 @@ def finish(session: Session, before: Evaluation) -> dict[str, object]:
         for when in ("before", "after"):
             values = {f"heldout_{when}/{part}": mean for part, mean in compared[when].items()}
             tracker.summary(values)
-        log_clips(session, after)
+        log_clips(session.recipe, tracker, after)
         write_report(folder)
 
     session.world.on_main(write)
     return summary
-
-
-def log_clips(session: Session, after: Evaluation) -> None:
-    """Show held-out clips in the tracker's video panels."""
-    recipe = session.recipe
-    if not after.clips or not recipe.track.wandb:
-        return
-    folder = recipe.run.dir / "evaluation"
-    clips = torch.stack([video_reader.read(folder / clip).pixels for clip in after.clips])
-    captions = list(dict.fromkeys(after.prompts))[: len(clips)]
-    iteration = session.progress.iteration - 1
-    session.tracker.videos(
-        iteration,
-        name="heldout",
-        clips=clips,
-        captions=captions,
-        fps=recipe.video.fps,
-    )

@@ -152,7 +152,7 @@ class Checkpoints:
                 f"checkpoint {path.name}: the weights are not finite, so that it is not written; "
                 "lower optimizer.lr and go on from the checkpoint before."
             )
-        best_before = progress.best_reward, progress.best
+        best_before = progress.best_without(path.name)
 
         def forget_best() -> None:
             progress.best_reward, progress.best = best_before
@@ -189,11 +189,29 @@ class Checkpoints:
 
         returns what went wrong, as `save`
         """
-        done = progress.iteration
         problem = self.poll()
-        if done % self.settings.every == 0 or done == iterations:
+        if self.due(progress.iteration, iterations):
             problem = self.save(trainer, progress) or problem
         return problem
+
+    def due(self, done: int, iterations: int) -> bool:
+        """Whether a checkpoint is saved after so many iterations of the run's."""
+        return done % self.settings.every == 0 or done == iterations
+
+    def go_back(self, trainer: Trainer, name: str) -> Progress:
+        """Remove the checkpoints after one of them and continue from that, on every rank."""
+        self.finish()
+
+        def remove_later() -> None:
+            """Newest first: what a kill leaves is a run that goes on from where it was."""
+            for path in published(self.folder):
+                if number(path) > number(Path(name)):
+                    disk.remove_checkpoint(path)
+            if self.beginning is not None:
+                identity.note(self.folder.parent, self.beginning.run, name)
+
+        self.world.on_main(remove_later)
+        return self.load(trainer)
 
     def end_saving(self, trainer: Trainer, progress: Progress) -> None:
         """Wait for the save that is under way.

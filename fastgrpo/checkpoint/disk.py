@@ -91,15 +91,17 @@ def name_latest(folder: Path, newest: Path | None) -> None:
 
 
 def prune(folder: Path, keep: int, kept: Container[str]) -> None:
-    """Remove all checkpoints but the newest ones, and those that are kept for what they are.
-
-    Renamed first: a half-removed folder must not look whole.
-    """
+    """Remove all checkpoints but the newest ones, and those that are kept for what they are."""
     for path in published(folder)[keep:]:
         if path.name not in kept:
-            doomed = path.with_suffix(".partial")
-            os.rename(path, doomed)
-            remove(doomed)
+            remove_checkpoint(path)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint, renamed first: a half-removed folder must not look whole."""
+    doomed = path.with_suffix(".partial")
+    os.rename(path, doomed)
+    remove(doomed)
 
 
 def set_aside(path: Path, aside: Path) -> None:

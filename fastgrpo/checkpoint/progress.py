@@ -1,7 +1,8 @@
 """The state of a run beside weights and optimizer state: its course, and a collapse of the policy.
 
 A checkpoint holds weights that no sample has been drawn with yet. So the best one is only taken for
-the best once the next iteration has drawn with it, and never while the policy is collapsed.
+the best once the next iteration has drawn with it, and never while the policy is collapsed. Where
+held-out prompts are evaluated on the way, the best is the checkpoint with the best evaluation.
 """
 
 import math
@@ -24,6 +25,7 @@ class Progress:
     iteration: int = 0  # iterations done
     best_reward: float | None = None  # the highest mean training reward between two checkpoints
     best: str | None = None  # the checkpoint that ended that span
+    by_heldout: bool = False  # the best one is by the held-out reward instead
     rewards: tuple[float, ...] = ()  # of the iterations since the last checkpoint
     seconds: float = 0.0  # of training, over all attempts
     rollout_batch: int = 0  # rollout.batch_size where it was "auto"; 0 = the recipe has a number
@@ -92,8 +94,29 @@ class Progress:
         usual = max([*changes, 1e-3 * abs(past[-1])])
         return len(past) >= LEAST and past[-1] - reward > DROP * usual
 
+    def judge_by(self, heldout: bool) -> None:
+        """Say what the best checkpoint is chosen by; another choice begins anew."""
+        if heldout != self.by_heldout:
+            self.best_reward = self.best = self.best_before = None
+        self.by_heldout = heldout
+
+    def note_heldout(self, reward: float, checkpoint: str) -> None:
+        """Note a checkpoint that is about to be saved as the best where its held-out mean is."""
+        if self.best_reward is None or reward > self.best_reward:
+            self.best_before = (self.best_reward, self.best)
+            self.best_reward, self.best = reward, checkpoint
+
+    def best_without(self, checkpoint: str) -> tuple[float | None, str | None]:
+        """`best_reward` and `best` should this checkpoint, whose samples are scored, not be saved."""
+        if self.by_heldout and self.best == checkpoint and self.best_before is not None:
+            return self.best_before
+        return self.best_reward, self.best
+
     def close_span(self, checkpoint: str) -> None:
         """Note a checkpoint as the best where the mean reward since the last one is the highest."""
+        if self.by_heldout:
+            self.best_before, self.rewards = None, ()
+            return
         rewards = [reward for reward in self.rewards if math.isfinite(reward)]
         self.best_before = None
         if rewards and not self.alarmed:

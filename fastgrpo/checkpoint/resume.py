@@ -40,6 +40,11 @@ FREE_TO_CHANGE = (
     "rollout.store",
     "optimizer.batch_size",
     "evaluate.clips",
+    "evaluate.every",
+    "evaluate.alarm",
+    "evaluate.alarm_after",
+    "evaluate.alarm_lr",
+    "evaluate.alarm_returns",
 )
 FREE_OF_REWARDS = ("file", "where", "urls", "device", "batch_size", "path")
 """Keys of a reward that move its scores to another place or pace, and change none.

@@ -77,6 +77,13 @@ class Exploded(UserError):
         self.drawn = drawn
 
 
+class Hacked(UserError):
+    """A reward that rises while the clips get worse, where the recipe ends the run for it.
+
+    The weights can still be saved.
+    """
+
+
 class UserErrors(UserError):
     """Several mistakes, a line for each."""
 

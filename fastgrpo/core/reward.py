@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -106,6 +106,14 @@ class Reward(ABC):
     def modules(self) -> Sequence[nn.Module]:
         """The networks, whose weights leave a GPU that is shared between phases."""
         return ()
+
+
+@runtime_checkable
+class ImageEncoder(Protocol):
+    """A reward whose network gives images vectors, as a CLIP: how alike clips are can be told."""
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Unit vectors of images, uint8 [N, H, W, 3]: float32 [N, E], on the CPU."""
 
 
 class RewardWrapper(Reward):

@@ -103,6 +103,8 @@ def plain_line(rows: Sequence[Row], total: int, note: str = "") -> str:
     note: what else is worth saying, at the line's end
     """
     row = rows[-1]
+    if "heldout/sum" in row:
+        return f"iteration {row['iteration'] + 1:.0f}/{total}  " + _held_out(row)
     if "reward/sum" not in row:
         return f"iteration {row['iteration'] + 1:.0f}/{total}  " + _others(row)
     scores = " ".join(f"{part} {row[f'reward/{part}']:.2f}" for part in parts(row))
@@ -125,8 +127,18 @@ def _timed(row: Row) -> list[str]:
     return [phase for phase in timed if phase != "wait" or row["seconds/wait"] >= 0.05]
 
 
+def _held_out(row: Row) -> str:
+    """An evaluation on the way: `held-out 1.94 (+0.05, +0.01 .. +0.12)  VQ 0.55 ... sharpness 129`.
+
+    In brackets the change since before training and its 95 % interval.
+    """
+    change, low, high = (row[f"heldout_{name}/sum"] for name in ("change", "low", "high"))
+    scores = " ".join(f"{part} {row[f'heldout/{part}']:.3g}" for part in parts(row, "heldout/"))
+    return f"held-out {row['heldout/sum']:.3f} ({change:+.3f}, {low:+.3f} .. {high:+.3f})  {scores}"
+
+
 def _others(row: Row) -> str:
-    """Metrics that are not an iteration's, such as an evaluation: `heldout sum 2.20 VQ 0.80`."""
+    """Metrics that are not an iteration's: `group name 2.2 other 0.8`."""
     groups: dict[str, list[str]] = {}
     for name, value in row.items():
         if name not in ("iteration", "time"):

@@ -5,7 +5,10 @@ read `iteration + 1`. Names of metrics: `reward/sum`, `reward/<part>`, `reward/i
 `group_std/<part>`, `seconds/<phase>` and `seconds/total` of rank 0, `update/...`, `lr`; of several
 ranks `seconds_min/<phase>`, `seconds_median/<phase>`, `seconds_max/<phase>`, `slowest/<phase>` and
 `slowest/rank` (a rank); `resident_gib/<phase>`, on a GPU `allocated_gib/<phase>` and
-`reserved_gib/<phase>`: the largest peak of any rank. wandb's summary also has
+`reserved_gib/<phase>`: the largest peak of any rank. An evaluation on the way has a line of its own
+under the last iteration's number: `heldout/<part>` the mean, `heldout_change/<part>` its change
+since before training with the 95 % interval from `heldout_low/<part>` to `heldout_high/<part>`,
+`evaluation/alarm` the monitors that alarm, `evaluation/seconds`. wandb's summary also has
 `heldout_before/<part>` and `heldout_after/<part>`. Everything is written inside the run's folder.
 """
 
@@ -108,8 +111,22 @@ class Tracker:
         else:
             self.message(plain_line(self._rows, self.total, note))
 
+    def has(self, iteration: int, name: str) -> bool:
+        """Whether a metric of an iteration is logged; on other ranks than the main one never."""
+        return any(row["iteration"] == iteration and name in row for row in self._rows)
+
+    def rewind(self, start_iteration: int) -> None:
+        """Drop the lines of iterations that the run does again.
+
+        wandb keeps its own, and takes no step a second time.
+        """
+        if not self.main:
+            return
+        self._rows = [row for row in self._rows if row["iteration"] < start_iteration]
+        self._write_again()
+
     def _write_again(self) -> None:
-        """Make a file of metrics that somebody removed again."""
+        """Write the file of metrics anew."""
         self._file.close()
         path = self.run_dir / "metrics.jsonl"
         replace_text(path, "".join(map(_line, self._rows)))

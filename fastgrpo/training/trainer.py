@@ -29,6 +29,7 @@ class Trainer:
     ema: dict[str, Tensor] = field(default_factory=dict)
     updates: int = 0  # optimizer steps taken
     skipped: int = 0  # optimizer steps left out for non-finite gradients
+    lr_factor: float = 1.0  # of the recipe's rate, below 1 once the run went back
 
     @classmethod
     def create(
@@ -71,9 +72,10 @@ class Trainer:
     def lr(self) -> float:
         """The rate of the next optimizer step: a linear warm-up, then the recipe's decay."""
         warmup, decay = self.settings.warmup_updates, self.settings.decay_updates
+        lr = self.settings.lr * self.lr_factor
         if self.updates < warmup or not decay:
-            return self.settings.lr * min(1.0, (self.updates + 1) / (warmup + 1))
-        return self.settings.lr * max(0.1, 1.0 - 0.9 * (self.updates - warmup) / decay)
+            return lr * min(1.0, (self.updates + 1) / (warmup + 1))
+        return lr * max(0.1, 1.0 - 0.9 * (self.updates - warmup) / decay)
 
     def step(self) -> Tensor:
         """Clip the gradient, take a step, move the average.  returns the norm, a float32 scalar

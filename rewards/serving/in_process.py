@@ -7,11 +7,12 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.reward import Reward, Scores
+from fastgrpo.core.reward import ImageEncoder, Reward, RewardWrapper, Scores
 from fastgrpo.rewards.serving.judge import OUTAGE_S, judge_batch, patiently, told
 from fastgrpo.rewards.serving.loaded_reward import Served, golden_clip, load_served
 from fastgrpo.rewards.serving.visiting import VisitingWeights
@@ -110,6 +111,32 @@ class ScorerInProcess:
                         patiently(one.name, trial, self.outage_s)
         finally:
             self.release()
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether one of the rewards is a CLIP, which has image vectors."""
+        return self._clip() is not None
+
+    def image_vectors(self, pixels: Tensor) -> Tensor:
+        """The mean unit vector of each clip's frames, by the first reward that is a CLIP.
+
+        pixels: uint8 [B, F, H, W, 3];  returns float32 [B, E], on the CPU
+        """
+        clip = self._clip()
+        assert clip is not None
+        with self._present(), torch.inference_mode():
+            vectors = clip.image_features(rearrange(pixels, "b f h w c -> (b f) h w c"))
+        return rearrange(vectors, "(b f) e -> b f e", b=len(pixels)).mean(1).clone()
+
+    def _clip(self) -> ImageEncoder | None:
+        """The first reward that is a CLIP, also one with a threshold."""
+        for one in self.served.values():
+            reward = one.reward
+            while isinstance(reward, RewardWrapper):
+                reward = reward.reward
+            if isinstance(reward, ImageEncoder):
+                return reward
+        return None
 
     @contextmanager
     def _present(self) -> Iterator[None]:

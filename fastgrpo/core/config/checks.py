@@ -269,6 +269,24 @@ def check_address(key: str, url: str) -> None:
         )
 
 
+def _check_alarm(recipe: Recipe) -> None:
+    """A run that is to go back needs a checkpoint of each evaluation."""
+    every, saved = recipe.evaluate.every, recipe.checkpoint.every
+    if recipe.evaluate.alarm != "return" or not every:
+        return
+    if every % saved:
+        raise UserError(
+            f"evaluate.every={every}: evaluate.alarm=return goes back to the checkpoint of an "
+            f"evaluation; use a multiple of checkpoint.every={saved}, or set checkpoint.every to a "
+            f"divisor of {every}."
+        )
+    if not recipe.checkpoint.keep_best:
+        raise UserError(
+            "checkpoint.keep_best=false: evaluate.alarm=return goes back to the best checkpoint; "
+            "leave it out, or set evaluate.alarm=stop."
+        )
+
+
 CHECKS = (
     _check_model,
     _check_prompts,
@@ -280,6 +298,7 @@ CHECKS = (
     _check_updates,
     _check_rewards,
     _check_weights,
+    _check_alarm,
     _check_waiting,
     _check_addresses,
     _check_token,

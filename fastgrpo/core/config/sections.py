@@ -259,7 +259,8 @@ class Checkpoint(Section):
     keep: Positive = 2
     """Newest checkpoints kept, and one more until samples of the newest weights are scored."""
     keep_best: bool = True
-    """Keep also the checkpoint with the best mean training reward since the one before."""
+    """Keep also the checkpoint with the best mean training reward since the one before, or with
+    evaluate.every the best held-out reward."""
     background: bool = False
     """Write while training goes on: the state is copied to host memory first, and one save runs at
     a time."""
@@ -267,13 +268,26 @@ class Checkpoint(Section):
 
 class Evaluate(Section):
     prompts: Positive = 24
-    """Held-out prompts evaluated before and after training with the ODE sampler."""
+    """Held-out prompts evaluated with the ODE sampler before and after training, and on the way."""
     seeds: Positive = 2
     """Fixed seeds per prompt."""
     steps: Positive | None = None
     """Denoising steps; None: rollout.steps."""
     clips: Count = 8
     """Held-out prompts whose clips are kept for the report."""
+    every: Count = 0
+    """Iterations between evaluations on the way, which change no weight; 0 = only before and after.
+    Evaluations then also measure monitors of reward hacking, and the best checkpoint is the one
+    with the best held-out reward."""
+    alarm: Literal["off", "warn", "stop", "return"] = "warn"
+    """What to do where the held-out reward rises while a monitor gets worse: nothing, say so, end
+    the run, or go back to the best checkpoint with a lower learning rate."""
+    alarm_after: Positive = 2
+    """Evaluations in a row that must show it before the alarm is raised."""
+    alarm_lr: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """alarm = return: the learning rate is multiplied by this at each return."""
+    alarm_returns: Positive = 3
+    """alarm = return: the alarm after so many returns ends the run."""
 
 
 class Track(Section):

@@ -96,6 +96,18 @@ def not_asked(recipe: Recipe) -> str | None:
     return no_server(recipe) or ("every reward names its own urls" if own else None)
 
 
+def never_on_the_way(recipe: Recipe) -> str | None:
+    """Why there is no alarm."""
+    return None if recipe.evaluate.every else "without evaluate.every"
+
+
+def never_returns(recipe: Recipe) -> str | None:
+    """Why a run does not go back."""
+    choice = recipe.evaluate.alarm
+    goes = None if choice == "return" else f"with evaluate.alarm={choice}"
+    return never_on_the_way(recipe) or goes
+
+
 RULES = (
     Rule("rollout", ("window_schedule",), without_window),
     Rule("rollout", ("window_every", "window_stride"), not_progressive),
@@ -106,6 +118,8 @@ RULES = (
     Rule("prompts", ("column", "nsfw_columns"), no_column),
     Rule("prompts", ("max_nsfw",), no_nsfw),
     Rule("model", ("keep",), nothing_recomputed),
+    Rule("evaluate", ("alarm", "alarm_after"), never_on_the_way),
+    Rule("evaluate", ("alarm_lr", "alarm_returns"), never_returns),
     Rule("server", ("urls",), not_asked),
     Rule("server", ("token_file",), no_running_server),
     Rule("server", ("start_timeout_s", "request_timeout_s", "outage_s"), no_server),

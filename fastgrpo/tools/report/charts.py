@@ -32,6 +32,8 @@ class Series:
     _: KW_ONLY
     marks: bool = False
     """Whether the points are large rings joined by a dashed line (evaluations)."""
+    bounds: NDArray[np.float64] | None = None
+    """[N, 2], the interval of each marked point, drawn through its ring; NaN: none."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +55,23 @@ class Frame:
 
 
 def curves(
-    label: str, series: Sequence[Series], smooth: bool = True, from_zero: bool = False
+    label: str,
+    series: Sequence[Series],
+    smooth: bool = True,
+    from_zero: bool = False,
+    unit: str = "iteration",
 ) -> str:
     """Curves over iterations. Dots are the values.
 
     With smooth, lines are their Gaussian means (see `smoothed`).
     label: what a screen reader says;  from_zero: the vertical axis starts at 0
+    unit: of the horizontal axis
     """
     drawn = [_finite(curve) for curve in series]
     drawn = [curve for curve in drawn if len(curve.x)]
     if not drawn:
         return '<p class="note">No values yet.</p>'
-    every_y = np.concatenate([curve.y for curve in drawn])
+    every_y = np.concatenate([values for curve in drawn for values in _extent(curve)])
     low, high = (
         (min(0.0, every_y.min()), every_y.max()) if from_zero else (every_y.min(), every_y.max())
     )
@@ -74,7 +81,7 @@ def curves(
     frame = Frame(
         (left, max(right, left + 1)), (min(marks[0], float(low)), max(marks[-1], float(high)))
     )
-    body = _axes(frame, marks, whole_ticks(*frame.x))
+    body = axes(frame, marks, whole_ticks(*frame.x), unit)
     body += "".join(_dots(curve, frame, faint=smooth) for curve in drawn if not curve.marks)
     for curve in drawn:
         averaged = smooth and not curve.marks
@@ -83,7 +90,7 @@ def curves(
             line, frame, "line" if averaged else "line dashed" if curve.marks else "line thin"
         )
     body += "".join(_rings(curve, frame) for curve in drawn if curve.marks)
-    return _svg(label, body)
+    return svg(label, body)
 
 
 def stacked_bars(
@@ -98,7 +105,7 @@ def stacked_bars(
     means = np.stack([heights[stretch].mean(0) for stretch in stretches])
     marks = ticks(0.0, float(means.sum(1).max()))
     frame = Frame((0.0, float(len(heights))), (0.0, marks[-1]))
-    body = _axes(frame, marks, whole_ticks(0, len(heights)))
+    body = axes(frame, marks, whole_ticks(0, len(heights)))
     for stretch, bar in zip(stretches, means, strict=True):
         left, right = frame.px(stretch[0]), frame.px(stretch[-1] + 1)
         gap = min(1.5, 0.2 * (right - left))
@@ -114,7 +121,7 @@ def stacked_bars(
                 f"<title>{where}: {escape(name)} {value:.2f} s</title></rect>"
             )
             bottom += float(value)
-    return _svg(label, body)
+    return svg(label, body)
 
 
 def level_bars(
@@ -152,7 +159,7 @@ def level_bars(
             )
             start = float(value)
         body += f'<text class="value" x="{px(start) + 6:.1f}" y="{y + 19}">{start:.2f} GiB</text>'
-    return _svg(label, body, bottom + 24)
+    return svg(label, body, bottom + 24)
 
 
 def interval(low: float, mid: float, high: float, limits: tuple[float, float], colour: str) -> str:
@@ -216,10 +223,22 @@ def _finite(series: Series) -> Series:
     if len(x) > MOST_POINTS:
         x = np.array([part.mean() for part in np.array_split(x, MOST_POINTS)])
         y = np.array([part.mean() for part in np.array_split(y, MOST_POINTS)])
-    return Series(series.name, series.colour, x, y, marks=series.marks)
+    bounds = None if series.bounds is None else series.bounds[finite]
+    bounds = bounds if bounds is not None and len(bounds) == len(x) else None  # else averaged
+    return Series(series.name, series.colour, x, y, marks=series.marks, bounds=bounds)
 
 
-def _axes(frame: Frame, y_ticks: Sequence[float], x_ticks: Sequence[float]) -> str:
+def _extent(series: Series) -> list[NDArray[np.float64]]:
+    """What a curve reaches: its values, and the bounds that are known."""
+    if series.bounds is None:
+        return [series.y]
+    return [series.y, series.bounds[np.isfinite(series.bounds)]]
+
+
+def axes(
+    frame: Frame, y_ticks: Sequence[float], x_ticks: Sequence[float], unit: str = "iteration"
+) -> str:
+    """Lines and numbers of both axes.  unit: of the horizontal one"""
     body = ""
     for tick in y_ticks:
         y = frame.py(tick)
@@ -227,13 +246,11 @@ def _axes(frame: Frame, y_ticks: Sequence[float], x_ticks: Sequence[float]) -> s
         body += f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_tick(tick)}</text>'
     for tick in x_ticks:
         x = frame.px(tick)
-        body += (
-            f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{tick:.0f}</text>'
-        )
+        body += f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{_tick(tick)}</text>'
     middle = (LEFT + WIDTH - RIGHT) / 2
     return (
         body + f'<text class="unit" x="{middle:.0f}" y="{HEIGHT - 2}" '
-        'text-anchor="middle">iteration</text>'
+        f'text-anchor="middle">{escape(unit)}</text>'
     )
 
 
@@ -262,6 +279,11 @@ def _line(series: Series, frame: Frame, style: str) -> str:
 
 def _rings(series: Series, frame: Frame) -> str:
     rings = ""
+    known = np.full((len(series.x), 2), np.nan) if series.bounds is None else series.bounds
+    for x, (low, high) in zip(series.x, known, strict=True):
+        if math.isfinite(low + high):
+            rings += f'<line class="thin" x1="{frame.px(x):.1f}" x2="{frame.px(x):.1f}" '
+            rings += f'y1="{frame.py(low):.1f}" y2="{frame.py(high):.1f}"/>'
     for x, y in zip(series.x, series.y, strict=True):
         note = f"{escape(series.name)}, after {x:.0f} iterations: {y:.4g}"
         rings += f'<circle cx="{frame.px(x):.1f}" cy="{frame.py(y):.1f}" r="5.5">'
@@ -269,7 +291,8 @@ def _rings(series: Series, frame: Frame) -> str:
     return f'<g class="s-{series.colour} stroke ring">{rings}</g>'
 
 
-def _svg(label: str, body: str, height: float = HEIGHT) -> str:
+def svg(label: str, body: str, height: float = HEIGHT) -> str:
+    """A drawing with its label for screen readers."""
     return (
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'
     )

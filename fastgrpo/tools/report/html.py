@@ -69,7 +69,7 @@ svg .zero { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 2; }
 svg .line { fill: none; stroke-width: 2.4; stroke-linejoin: round; stroke-linecap: round; }
 svg .thin { stroke-width: 1.5; }
 svg .dashed { stroke-width: 1.6; stroke-dasharray: 5 4; }
-svg .faint { opacity: .38; }
+svg .faint { opacity: .38; } svg .half { opacity: .6; }
 svg .ring { fill: var(--card); stroke-width: 2.4; }
 .fill { fill: var(--c); } .stroke { stroke: var(--c); stroke-linecap: round; }
 .swatch { display: inline-block; width: .75em; height: .75em; border-radius: 3px;
@@ -89,6 +89,11 @@ svg .ring { fill: var(--card); stroke-width: 2.4; }
 .pair figure { margin: 0; }
 .pair video, .pair img { display: block; width: 100%; height: auto; border-radius: 6px;
   border: 1px solid var(--rule); }
+.strip { display: flex; gap: 8px; }
+.strip figure { margin: 0; flex: none; text-align: center; }
+.strip img { display: block; height: 96px; width: auto; border-radius: 6px;
+  border: 1px solid var(--rule); }
+.strips { display: grid; gap: 14px; margin-top: 14px; }
 .pixelated { image-rendering: pixelated; }
 .clips h3 { font-weight: 500; min-height: 2.9em; }
 .clips .card > p { margin: 0; }

@@ -1,8 +1,8 @@
 """A run as one HTML page, made only of the files in its folder: gain, course and cost.
 
-Reads metrics.jsonl, recipe.toml, environment.json, summary.json, evaluation/step-N.json and their
-clips; all but the first may be missing, as in a run that is still under way. The page needs no
-network: clips and drawings are inside.
+Reads metrics.jsonl, recipe.toml, environment.json, summary.json, evaluation/step-N.json, their
+clips and alarms.json; all but the first may be missing, as in a run that is still under way. The
+page needs no network: clips and drawings are inside.
 """
 
 import math
@@ -20,6 +20,8 @@ from fastgrpo.run.output import printable
 from fastgrpo.run.terminal import duration
 from fastgrpo.tools.report.charts import Series, curves, interval, smoothing_width, stacked_bars
 from fastgrpo.tools.report.clips import clips, when
+from fastgrpo.tools.report.figures import alarms as alarm_lines
+from fastgrpo.tools.report.figures import course, distributions, strips
 from fastgrpo.tools.report.html import chart, legend, page, table
 from fastgrpo.tools.report.ranks import memory, phase_colour, ranks
 from fastgrpo.tools.report.run_data import Run, read_run
@@ -70,6 +72,9 @@ def write_report(run_dir: Path) -> Path:
         headline(run, name),
         held_out_table(run),
         clips(run),
+        strips(run),
+        course(run),
+        distributions(run),
         reward_curves(run),
         timings(run),
         memory(run),
@@ -151,8 +156,8 @@ def progress(run: Run) -> str:
         )
     else:
         text = ""
-    told = alarms.shortfalls(alarms.of_run(run.rows), len(run.rows))
-    return "".join(f'<p class="banner">{escape(line)}</p>' for line in (text, *told) if line)
+    lines = (text, *alarm_lines(run), *alarms.shortfalls(alarms.of_run(run.rows), len(run.rows)))
+    return "".join(f'<p class="banner">{escape(line)}</p>' for line in lines if line)
 
 
 def held_out_table(run: Run) -> str:

@@ -4,7 +4,7 @@ All but metrics.jsonl may be missing.
 """
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,8 @@ class Evaluation:
     prompts: list[str]
     scores: dict[str, NDArray[np.float64]]  # the parts, and first their weighted sum
     clips: list[Path]  # of the first prompts, in order
+    monitors: dict[str, bool] = field(default_factory=dict)
+    """The parts of weight 0, each with whether more of it is worse."""
 
     def means(self) -> dict[str, float]:
         return {
@@ -89,8 +91,11 @@ class Run:
 
     @property
     def monitors(self) -> dict[str, bool]:
-        """The parts of weight 0, each with whether more of it is worse."""
-        found: dict[str, bool] = {}
+        """The parts of weight 0, each with whether more of it is worse.
+
+        Of the recipe, and of evaluations on the way, which have some of their own.
+        """
+        found = dict(self.evaluations[-1].monitors) if self.evaluations else {}
         try:
             for spec in tomllib.loads(self.recipe).get("rewards", ()):
                 judge = RewardSpec.model_validate(spec)
@@ -99,7 +104,7 @@ class Run:
                     part: part in worse for part, weight in spec["weights"].items() if not weight
                 }
         except (tomllib.TOMLDecodeError, ValueError, KeyError, TypeError, AttributeError):
-            return {}  # not a recipe of this version: nothing is known
+            pass  # not a recipe of this version: nothing more is known
         return found
 
     def verdict(self, part: str) -> Verdict:
@@ -249,11 +254,20 @@ def read_evaluation(path: Path) -> Evaluation:
             prompts=prompts,
             scores={"sum": np.sum(weighted, axis=0), **scores},
             clips=[path.parent / clip for clip in clips],
+            monitors=_monitors(content, weights),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path}: not an evaluation ({error!r}); run the evaluation again"
         ) from error
+
+
+def _monitors(content: dict[str, Any], weights: dict[str, float]) -> dict[str, bool]:
+    """An evaluation's parts of weight 0, each with whether more is worse, where it says so."""
+    if "worse_when_higher" not in content:  # of an earlier version
+        return {}
+    worse = list(content["worse_when_higher"])
+    return {part: part in worse for part, weight in weights.items() if not weight}
 
 
 def _check_compared(run_dir: Path, summary: dict[str, Any]) -> None:

@@ -103,18 +103,43 @@ def test_a_broken_line_inside_the_file_is_named(tmp_path: Path, broken: str) -> 
         read_metrics(path)
 
 
+HELD_OUT = {
+    "heldout/sum": 2.2,
+    "heldout/VQ": 0.8,
+    "heldout/grid": 0.01234,
+    "heldout_change/sum": 0.31,
+    "heldout_low/sum": 0.1,
+    "heldout_high/sum": 0.52,
+}
+
+
+def test_iterations_that_are_done_again_lose_their_lines(tmp_path: Path) -> None:
+    tracked, _ = tracker(tmp_path)
+    for iteration in range(3):
+        tracked.log(iteration, METRICS)
+    tracked.log(1, HELD_OUT)
+    assert tracked.has(1, "heldout/sum") and not tracked.has(2, "heldout/sum")
+    tracked.rewind(1)
+    tracked.log(1, METRICS)
+    tracked.close()
+    assert [row["iteration"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
+    assert not tracked.has(1, "heldout/sum")
+
+
 def test_the_plain_line_says_it_all(tmp_path: Path) -> None:
     tracked, output = tracker(tmp_path)
     tracked.message("resumed from checkpoint [step-11]")
     tracked.log(11, METRICS)
-    tracked.log(11, {"heldout/sum": 2.2, "heldout/VQ": 0.8})
+    tracked.log(11, HELD_OUT)
+    tracked.log(11, {"other/number": 2.25})
     tracked.log(12, METRICS | {"reward/invalid": 3.0, "seconds/wait": 0.01}, "slow: rank 5")
     tracked.close()
     assert output.getvalue().splitlines() == [
         "resumed from checkpoint [step-11]",
         "iteration 12/90  reward 2.113 (VQ 0.71 MQ 0.66 TA 0.74)"
         "  8.1 s (rollout 2.0 decode 0.6 reward 0.1 update 5.2)  eta 11 min",
-        "iteration 12/90  heldout sum 2.2 VQ 0.8",
+        "iteration 12/90  held-out 2.200 (+0.310, +0.100 .. +0.520)  VQ 0.8 grid 0.0123",
+        "iteration 12/90  other number 2.25",
         "iteration 13/90  reward 2.113 (VQ 0.71 MQ 0.66 TA 0.74)"
         "  8.1 s (rollout 2.0 decode 0.6 reward 0.1 update 5.2)  eta 10 min  invalid scores: 3  "
         "slow: rank 5",

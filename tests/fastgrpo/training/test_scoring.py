@@ -29,9 +29,9 @@ from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.rewards.serving.loaded_reward import Served
 from fastgrpo.run.failures import alarms
-from fastgrpo.train import check_validity
 from fastgrpo.training.scoring.scorer import Scored, Scorer, reward_metrics, union_length
 from fastgrpo.training.scoring.sources import Address, NoScores, _servers, open_rewards
+from fastgrpo.training.scoring.validity import check_validity
 from tests.harness import runs
 from tests.harness.servers import TOKEN, running
 

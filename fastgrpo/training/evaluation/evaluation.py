@@ -1,14 +1,16 @@
-"""Held-out evaluation before and after training, and the paired difference.
+"""Held-out evaluation before training, on the way and after it, and the paired difference.
 
 Prompts and seeds are fixed and the sampler is the ODE's. The seeds do not depend on the run's seed,
-so that all runs of a recipe are judged on the same noise.
+so that all runs of a recipe are judged on the same noise; nor does anything that training draws
+depend on them.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from fastgrpo.core.policy import Condition, Policy, move, stack
 from fastgrpo.data import video
 from fastgrpo.parallel import sharding
 from fastgrpo.training import rollout
+from fastgrpo.training.evaluation import monitors
 from fastgrpo.training.rollout import Dealing, Plan, Round
 from fastgrpo.training.scoring.scorer import Scorer
 from fastgrpo.training.trainer import Trainer, averaged_weights
@@ -39,6 +42,7 @@ class Evaluation:
     weights: dict[str, float]
     clips: list[str]  # files, relative to the folder evaluation/, of the first prompts' first seed
     not_finite: int = 0  # clips whose latents or pixels were not finite, which have no score
+    worse_when_higher: list[str] = field(default_factory=list)  # of the parts of weight 0
 
     @classmethod
     def read(cls, file: Path) -> "Evaluation":
@@ -124,13 +128,55 @@ def evaluate(
     if world.main:
         clips.mkdir(parents=True, exist_ok=True)
     world.barrier()
-    plan = _plan(heldout, seeds)
     clips_kept = min(recipe.evaluate.clips, len(heldout.prompts))
-    network, dtype = trainer.policy.network, recipe.model.torch_dtype
-    with (
-        averaged_weights(trainer),
-        sharding.rollout_weights(network, recipe.distributed, dtype, world) as whole,
-    ):
+    watched = monitors.Monitors.of(recipe, scorer)
+
+    def keep(slots: list[int], pixels: Tensor) -> None:
+        """Measure clips, and write those that are shown.  pixels: uint8 [B, F, H, W, 3]"""
+        if watched is not None:
+            watched.see(slots, pixels)
+        for slot, clip in zip(slots, pixels, strict=True):
+            if slot % seeds == 0 and slot // seeds < clips_kept:
+                video.write_mp4(clips / f"{slot // seeds:03d}.mp4", clip, recipe.video.fps)
+
+    total = len(heldout.prompts) * seeds
+    with averaged_weights(trainer):
+        _draw(trainer.policy, recipe, heldout, scorer, keep=keep, poll_before=poll_before)
+    scored = scorer.collect(total)
+    finite = scored.latents_finite & scored.pixels_finite
+    measured = {} if watched is None else watched.collect(world, total, seeds)
+    own = {part: column for part, column in measured.items() if part not in recipe.weights}
+    columns = scored.values | {part: c.masked_fill(~finite, math.nan) for part, c in own.items()}
+    evaluation = Evaluation(
+        iteration=iteration,
+        prompts=[prompt for prompt in heldout.prompts for _ in range(seeds)],
+        seeds=list(range(seeds)) * len(heldout.prompts),
+        scores={part: values.tolist() for part, values in columns.items()},
+        weights=dict(recipe.weights) | dict.fromkeys(own, 0.0),
+        clips=[f"step-{iteration}/{number:03d}.mp4" for number in range(clips_kept)],
+        not_finite=int((~finite).sum()),
+        worse_when_higher=monitors.worse_when_higher(recipe),
+    )
+    world.on_main(lambda: evaluation.write(folder / f"step-{iteration}.json"))
+    return evaluation
+
+
+def _draw(
+    policy: Policy,
+    recipe: Recipe,
+    heldout: HeldOut,
+    scorer: Scorer,
+    *,
+    keep: Callable[[list[int], Tensor], None],
+    poll_before: Callable[[Iterable[Round]], Iterable[Round]],
+) -> None:
+    """Draw this rank's share of the clips and submit them to the scorer.
+
+    keep: called with a batch's slots and pixels, uint8 [B, F, H, W, 3]
+    """
+    world, seeds = scorer.world, recipe.evaluate.seeds
+    plan, dtype = _plan(heldout, seeds), recipe.model.torch_dtype
+    with sharding.rollout_weights(policy.network, recipe.distributed, dtype, world) as whole:
         dealing = Dealing(
             conditions=heldout.conditions,
             plan=replace(plan, lockstep=not whole),
@@ -138,29 +184,14 @@ def evaluate(
             world=world,
         )
         for batch, counts in poll_before(dealing.rounds()):
-            latents = _latents(trainer.policy, plan, heldout.conditions, batch)
+            latents = _latents(policy, plan, heldout.conditions, batch)
             own = world.part(len(batch))
             latents, slots = latents[own.start : own.stop], batch[own.start : own.stop]
             if not slots or not counts:
                 continue
-            decoded = trainer.policy.decode(latents)
-            prompts = [heldout.prompts[slot // seeds] for slot in slots]
-            scorer.submit(slots, latents, decoded, prompts)
-            for slot, clip in zip(slots, decoded.pixels, strict=True):
-                if slot % seeds == 0 and slot // seeds < clips_kept:
-                    video.write_mp4(clips / f"{slot // seeds:03d}.mp4", clip, recipe.video.fps)
-    scored = scorer.collect(dealing.total)
-    evaluation = Evaluation(
-        iteration=iteration,
-        prompts=[prompt for prompt in heldout.prompts for _ in range(seeds)],
-        seeds=list(range(seeds)) * len(heldout.prompts),
-        scores={part: values.tolist() for part, values in scored.values.items()},
-        weights=dict(recipe.weights),
-        clips=[f"step-{iteration}/{number:03d}.mp4" for number in range(clips_kept)],
-        not_finite=int((~(scored.latents_finite & scored.pixels_finite)).sum()),
-    )
-    world.on_main(lambda: evaluation.write(folder / f"step-{iteration}.json"))
-    return evaluation
+            decoded = policy.decode(latents)
+            scorer.submit(slots, latents, decoded, [heldout.prompts[n // seeds] for n in slots])
+            keep(slots, decoded.pixels)
 
 
 def _plan(heldout: HeldOut, seeds: int) -> Plan:
@@ -189,7 +220,7 @@ def _latents(
     return rollout.sample_ode(policy, x, plan.grid, condition)
 
 
-def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, object]]:
+def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
     """Means before and after, their paired difference and its bootstrap 95 % interval.
 
     For the weighted sum and for each part. Prompts are resampled with all their seeds, since clips
@@ -204,13 +235,15 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, object
             "evaluation/step-0.json: was made of other held-out prompts; choose another run.dir, "
             "or restore the file of prompts.heldout."
         )
-    result: dict[str, dict[str, object]] = {
+    result: dict[str, dict[str, Any]] = {
         name: {} for name in ("before", "after", "difference", "ci95", "pairs")
     }
     names = list(dict.fromkeys(before.prompts))
     group = np.array([names.index(prompt) for prompt in before.prompts])
     later = after.columns()
     for part, first in before.columns().items():
+        if part not in later:  # a monitor of evaluations on the way, which the recipe had then
+            continue
         usable = np.isfinite(first) & np.isfinite(later[part])
         difference = np.where(usable, later[part] - first, 0.0)
         sums = np.bincount(group, weights=difference, minlength=len(names))
@@ -221,6 +254,17 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, object
         result["ci95"][part] = _interval(sums[counts > 0], counts[counts > 0])
         result["pairs"][part] = int(usable.sum())
     return result
+
+
+def mean_interval(evaluation: Evaluation, part: str) -> list[float]:
+    """The bootstrap's 95 % interval of a part's mean, over resampled prompts; NaN as `compare`."""
+    values = evaluation.columns()[part]
+    names = list(dict.fromkeys(evaluation.prompts))
+    group = np.array([names.index(prompt) for prompt in evaluation.prompts])
+    usable = np.isfinite(values)
+    sums = np.bincount(group, weights=np.where(usable, values, 0.0), minlength=len(names))
+    counts = np.bincount(group, weights=usable, minlength=len(names))
+    return _interval(sums[counts > 0], counts[counts > 0])
 
 
 def _mean(values: np.ndarray) -> float:
