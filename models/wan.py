@@ -1,4 +1,4 @@
-"""Wan 2.1, text-to-video (Wan Team 2025, arXiv 2503.20314), 1.3 B and 14 B.
+"""Wan 2.1 (1.3 B and 14 B) and Wan 2.2 TI2V-5B, text-to-video (Wan Team 2025, arXiv 2503.20314).
 
 diffusers' unmodified classes. Text is UMT5's states of the prompt's own tokens, followed by zeros
 up to the network's 512 places, without a mask: a condition holds the former, `velocity` adds the
@@ -10,22 +10,23 @@ steps, which are UniPC's of first order, since a policy's transition depends on 
 alone. So its ODE equals diffusers' WanPipeline with FlowMatchEulerDiscreteScheduler of the same
 shift, where the folder names that scheduler, and with UniPC of first order, where it names UniPC;
 but for UniPC's rounding the network's times down to whole numbers.
+
+Wan 2.2's 5 B model has a VAE of 16 x 16 pixels per latent place. Its pipeline gives each token a
+time of its own (expand_timesteps), which from text alone are all the same: so one time per sample,
+without a modulation [tokens, 6, width] in each block, is the same function. Image-to-video is
+`wan_i2v.py`.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKLWan,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-    WanTransformer3DModel,
-)
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -35,24 +36,17 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Decoded
 from fastgrpo.models.attention.pairwise_rotary import SharedAttention
 from fastgrpo.models.loading import diffusers_folder, streaming
+from fastgrpo.models.loading.schedule import EULER, UNIPC, Schedule
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
 from fastgrpo.models.sizes.transformer_blocks import Kept, TokenBlock
 from fastgrpo.models.sizes.units import ATTENDING, SAMPLE, TEXT, VIDEO, Attention, Network, Unit
 from fastgrpo.models.text_encoders.umt5 import TextEncoder
-from fastgrpo.parallel.sequence_parallel import (
-    Layout,
-    ShareSequence,
-)
+from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence
 
 NETWORK = "transformer"
 PARTS = ("vae", "text_encoder", "scheduler", "tokenizer")
 PIPELINES = ("WanPipeline",)  # whose folders this family reads
 MAX_TEXT_TOKENS = 512  # where the tokenizer does not say fewer; the pipeline's own number
-UNIPC_SETTINGS = {  # of a flow model; without them UniPC's sigmas are not times
-    "use_flow_sigmas": True,
-    "prediction_type": "flow_prediction",
-    "final_sigmas_type": "zero",
-}
 LARGE: dict[str, Any] = {  # 14 B
     "patch_size": (1, 2, 2),
     "num_attention_heads": 40,
@@ -65,7 +59,15 @@ LARGE: dict[str, Any] = {  # 14 B
     "num_layers": 40,
     "cross_attn_norm": True,
 }
+TI2V_5B = LARGE | {
+    "num_attention_heads": 24,
+    "in_channels": 48,
+    "out_channels": 48,
+    "ffn_dim": 14336,
+    "num_layers": 30,
+}
 PUBLISHED = (
+    ("ti2v-5b", TI2V_5B),
     ("1.3b", LARGE | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
     ("", LARGE),
 )
@@ -82,52 +84,23 @@ AUXILIARY = AuxiliaryModels(
     text=MAX_TEXT_TOKENS,
     encoders=5.68e9,
     vae=0.1269e9,
+    vae_width=96,
+    vae_bytes=4,
     decode_flops=8.7e6,
     decode_bytes=2544,
     tile=(4, 1288, 1288),
     stride=(4, 1024, 1024),
 )
-# latent height or width (1280 pixels) from which the VAE decodes in tiles, to bound its memory
-TILED_ABOVE = 160
-
-
-class Schedule:
-    """The times of the folder's scheduler."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        where = "model.path: scheduler/scheduler_config.json"
-        kinds = {
-            kind.__name__: kind
-            for kind in (UniPCMultistepScheduler, FlowMatchEulerDiscreteScheduler)
-        }
-        name = config.get("_class_name")
-        if name not in kinds:
-            raise UserError(
-                f"{where} is a {name}, not one of {', '.join(kinds)}; correct model.family."
-            )
-        self.kind: Any = kinds[name]
-        self.shift_key = "flow_shift" if self.kind is UniPCMultistepScheduler else "shift"
-        fixed: dict[str, Any] = {"use_dynamic_shifting": False}  # the pipeline does not say by what
-        fixed |= (
-            UNIPC_SETTINGS if self.kind is UniPCMultistepScheduler else {"invert_sigmas": False}
-        )
-        known = self.kind.from_config(config).config
-        for key, value in fixed.items():
-            if known[key] != value:
-                raise UserError(
-                    f"{where} has {key}={known[key]}; Wan 2.1 wants {value}, set it there."
-                )
-        self.config = dict(config)
-        self.timesteps: int = known.num_train_timesteps  # the network's time at t = 1
-
-    def grid(self, steps: int, shift: float | None) -> Tensor:
-        """returns float32 [steps + 1], falling to 0.  shift: in place of the folder's"""
-        scheduler = self.kind.from_config(
-            self.config if shift is None else self.config | {self.shift_key: shift}
-        )
-        scheduler.set_timesteps(steps)
-        times: Tensor = scheduler.sigmas
-        return times
+AUXILIARY_5B = replace(
+    AUXILIARY,
+    space=16,
+    channels=48,
+    vae=0.7047e9,
+    vae_width=160,
+    decode_flops=18.4e6,
+    decode_bytes=2703,
+)
+TILED_ABOVE = 1280  # pixels of height or width: then the VAE decodes in tiles, to bound its memory
 
 
 def share_sequence(network: Any, layout: Layout) -> None:
@@ -230,7 +203,8 @@ class Wan:
     @torch.no_grad()
     def decode(self, x: Tensor) -> Decoded:
         """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
-        self.vae.use_tiling = max(x.shape[-2:]) > TILED_ABOVE
+        side = max(x.shape[-2:]) * self.vae.config.scale_factor_spatial
+        self.vae.use_tiling = side > TILED_ABOVE
         latents = (x * self.latent_std + self.latent_mean).to(self.vae.dtype)
         parts = latents.split(self.decode_batch or len(x))
         with diffusers_folder.tf32_convolutions():  # the VAE is in float32
@@ -274,7 +248,7 @@ def load(settings: Model, device: torch.device) -> Wan:
         )
     where = diffusers_folder.pipeline_folder(settings, PARTS)
     check_pipeline(diffusers_folder.read_json(where / "model_index.json"), settings)
-    schedule = Schedule(diffusers_folder.scheduler_config(where))
+    schedule = Schedule(diffusers_folder.scheduler_config(where), (UNIPC, EULER), "Wan")
     vae = diffusers_folder.read(AutoencoderKLWan, where / "vae", torch.float32)
     network = diffusers_folder.network_folder(settings, NETWORK)
     check_network(diffusers_folder.read_json(network / "config.json"), where, vae.config, settings)
@@ -291,17 +265,13 @@ def load(settings: Model, device: torch.device) -> Wan:
 
 
 def check_pipeline(index: Mapping[str, Any], settings: Model) -> None:
-    """Raise UserError for Wan 2.2, whose pipelines have two networks or a time for each token."""
+    """Raise UserError for Wan 2.2's A14B, whose pipeline has two networks."""
     two = any(index.get("transformer_2") or ())
-    for key, told in (
-        ("transformer_2", two),
-        *((k, index.get(k)) for k in ("boundary_ratio", "expand_timesteps")),
-    ):
+    for key, told in (("transformer_2", two), ("boundary_ratio", index.get("boundary_ratio"))):
         if told:
             raise UserError(
-                f"model.path={settings.path}: model_index.json has {key}, as Wan 2.2 does; use a "
-                "text-to-video "
-                "model of Wan 2.1."
+                f"model.path={settings.path}: model_index.json has {key}, as Wan 2.2 A14B with its "
+                "two networks does; use Wan 2.2 TI2V-5B, or a text-to-video model of Wan 2.1."
             )
 
 
@@ -321,11 +291,12 @@ def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Mo
         raise UserError(
             f"{named}: the network has {taken} channels in and {given} "
             f"out{' and sees images' if images else ''}, the "
-            f"VAE {vae.z_dim}; use a text-to-video model of Wan 2.1."
+            f"VAE {vae.z_dim}; use a text-to-video model of Wan 2.1, or Wan 2.2 TI2V-5B."
         )
     if not isinstance(patch, list) or len(patch) != 3 or patch[0] != 1 or patch[1] != patch[2]:
         raise UserError(
-            f"{named}: the network's patch_size is {patch}, not [1, n, n]; use a model of Wan 2.1."
+            f"{named}: the network's patch_size is {patch}, not [1, n, n]; use a model of Wan 2.1, "
+            "or Wan 2.2 TI2V-5B."
         )
     made = diffusers_folder.read_json(where / "text_encoder" / "config.json").get("d_model")
     if config.get("text_dim") != made:
@@ -339,8 +310,9 @@ def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Mo
 def plan(config: Mapping[str, Any]) -> FamilyPlan:
     """Sizes of this family with a network of this config."""
     sides, network = config["patch_size"], _sizes(config)
+    beside = AUXILIARY_5B if config["in_channels"] == TI2V_5B["in_channels"] else AUXILIARY
     return FamilyPlan(
-        network=network, patch=sides[-1], auxiliary=AUXILIARY, text_width=config["text_dim"]
+        network=network, patch=sides[-1], auxiliary=beside, text_width=config["text_dim"]
     )
 
 

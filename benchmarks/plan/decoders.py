@@ -42,13 +42,30 @@ def _hunyuan() -> Any:
     return vae
 
 
+def _wan_2_2() -> Any:
+    """The VAE of TI2V-5B: patches of 2 x 2 pixels, levels that add what they shrink or grow."""
+    return AutoencoderKLWan(
+        base_dim=160,
+        decoder_base_dim=256,
+        z_dim=48,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        latents_mean=[0.0] * 48,
+        latents_std=[1.0] * 48,
+    )
+
+
 Pixels = tuple[int, int, int]
 DECODERS: dict[
     str, tuple[Callable[[], Any], Pixels]
-] = {  # (frames, height, width) of the clip that is decoded
+] = {  # by a family and what a hub id has in it: (frames, height, width) of a clip to decode
     "hunyuan_video": (_hunyuan, (17, 256, 256)),
     "flux": (lambda: _image(16, quantised=False), (1, 720, 720)),
     "wan": (AutoencoderKLWan, (9, 480, 832)),
+    "wan ti2v-5b": (_wan_2_2, (9, 480, 832)),
     "stable_diffusion": (lambda: _image(4, quantised=True), (1, 512, 512)),
 }
 
@@ -80,12 +97,12 @@ class Held(TorchDispatchMode):
         self.now -= size
 
 
-def costs(family: str, size: Pixels) -> tuple[float, float]:
+def costs(name: str, size: Pixels) -> tuple[float, float]:
     """(FLOPs, bytes at the peak beyond weights and latent) of decoding one clip.
 
     size: frames, height, width
     """
-    facts, (frames, height, width) = planned(family), size
+    facts, (frames, height, width) = planned(name), size
     latent = [
         facts.channels,
         (frames - 1) // facts.time + 1,
@@ -93,7 +110,7 @@ def costs(family: str, size: Pixels) -> tuple[float, float]:
         width // facts.space,
     ]
     with FakeTensorMode(), torch.device("cpu"), torch.no_grad():
-        vae = DECODERS[family][0]()
+        vae = DECODERS[name][0]()
         for parameter in vae.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
         z = torch.zeros(1, *latent, dtype=torch.bfloat16)
@@ -105,31 +122,32 @@ def costs(family: str, size: Pixels) -> tuple[float, float]:
     return float(flops.get_total_flops()), float(held.most)
 
 
-def planned(family: str) -> AuxiliaryModels:
-    """What the family's plan says of its VAE."""
-    return family_plan(family, published(family)).auxiliary
+def planned(name: str) -> AuxiliaryModels:
+    """What the family's plan says of its VAE.  name: of DECODERS"""
+    family, _, named = name.partition(" ")
+    return family_plan(family, published(family, named)).auxiliary
 
 
-def per_pixel(family: str) -> tuple[float, float]:
+def per_pixel(name: str) -> tuple[float, float]:
     """(FLOPs, bytes) per pixel of what is decoded at once: a tile, an image, of Wan the frames of
     one latent frame.
     """
-    facts, (_, size) = planned(family), DECODERS[family]
-    flops, held = costs(family, size)
-    if family != "wan":
+    facts, (_, size) = planned(name), DECODERS[name]
+    flops, held = costs(name, size)
+    if not name.startswith("wan"):
         return flops / math.prod(size), held / math.prod(size)
     frames, height, width = size
-    shorter, _ = costs(family, (frames - facts.time, height, width))
+    shorter, _ = costs(name, (frames - facts.time, height, width))
     pixels = facts.time * height * width
     return (flops - shorter) / pixels, held / pixels
 
 
 def calibrate() -> None:
     """Print both of each family beside the plan's."""
-    for family in DECODERS:
-        (flops, held), facts = per_pixel(family), planned(family)
+    for name in DECODERS:
+        (flops, held), facts = per_pixel(name), planned(name)
         print(
-            f"bfloat16  {family:<17} decoding, per pixel: {flops / 1e6:.1f} MFLOP (plan "
+            f"bfloat16  {name:<17} decoding, per pixel: {flops / 1e6:.1f} MFLOP (plan "
             f"{facts.decode_flops / 1e6:.1f})"
             f", {held:,.0f} bytes (plan {facts.decode_bytes:,.0f})",
             flush=True,

@@ -18,6 +18,8 @@ class AuxiliaryModels:
     text: int  # tokens of the longest text
     encoders: float  # parameters of the text encoders
     vae: float  # parameters of the VAE
+    vae_width: int = 128  # first of its block_out_channels, or its base_dim
+    vae_bytes: int = 0  # of each of its numbers; 0: as many as in compute precision
     decode_flops: float  # per pixel that a tile covers
     decode_bytes: float  # per pixel of a tile at work, in bfloat16
     tile: tuple[int, int, int] | None = None  # frames, height, width; None: the whole clip

@@ -300,8 +300,8 @@ FAULTS = {
         r"load: its parameters are not \(settings, device\)",
     ),
     "a constant out of sight": (
-        "TILED_ABOVE = 160",
-        "if PARTS:\n    MAX_TEXT_TOKENS = 226\nTILED_ABOVE = 160",
+        "TILED_ABOVE = 1280",
+        "if PARTS:\n    MAX_TEXT_TOKENS = 226\nTILED_ABOVE = 1280",
         "MAX_TEXT_TOKENS: declared is not what an import gives",
     ),
     "a plan with torch": (

@@ -1,4 +1,4 @@
-"""Wan 2.1 against diffusers' own pipeline, which is the oracle: text features, times, ODE latents,
+"""Wan 2.1 and 2.2 TI2V-5B against diffusers' own pipeline, which is the oracle: text features, times, ODE latents,
 pixels, gradients.
 
 The official pipeline's solver is of second order; it is given an Euler scheduler, or UniPC of first
@@ -60,6 +60,8 @@ REAL: dict[
     "rope_max_seq_len": 1024,
     "text_dim": 4096,
 }
+REAL_TI2V_5B = REAL | {"ffn_dim": 14336, "in_channels": 48, "num_attention_heads": 24}
+REAL_TI2V_5B |= {"out_channels": 48}
 REAL_14B = REAL | {"ffn_dim": 13824, "num_attention_heads": 40, "num_layers": 40}
 
 
@@ -77,6 +79,14 @@ class UniPCWithExactTimes(UniPCMultistepScheduler):  # type: ignore[misc]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("wan")
     files.write(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ti2v(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wan 2.2's 5 B model."""
+    path = tmp_path_factory.mktemp("ti2v")
+    files.write_ti2v(path)
     return path
 
 
@@ -204,7 +214,7 @@ def test_ode_equals_the_pipeline_with_euler(
         pipeline=official(euler),
         steps=steps,
         cfg=cfg,
-        video=VIDEO.model_copy(update={"frames": frames}),
+        video=clip(frames),
     )
 
 
@@ -213,6 +223,49 @@ def test_ode_equals_the_pipeline_with_unipc_of_first_order(
     folder: Path, steps: int, cfg: float
 ) -> None:
     assert_equals_the_pipeline(folder, official(folder, first_order(folder, steps)), steps, cfg)
+
+
+@pytest.mark.parametrize(("steps", "cfg", "frames"), [(4, 1.0, 5), (5, 5.0, 9)])
+def test_ode_equals_wan_2_2s_pipeline_with_a_time_for_each_token(
+    ti2v: Path, steps: int, cfg: float, frames: int
+) -> None:
+    pipeline, video = official(ti2v, first_order(ti2v, steps)), clip(frames)
+    assert pipeline.config.expand_timesteps
+    assert_equals_the_pipeline(ti2v, pipeline, steps=steps, cfg=cfg, video=video)
+    assert load(ti2v).latent_shape(video) == (8, (frames - 1) // 4 + 1, 4, 6)
+
+
+def clip(frames: int) -> Video:
+    return VIDEO.model_copy(update={"frames": frames})
+
+
+def strongly_guided(self: Wan, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    self.cfg += 0.1
+    return velocity(self, x, t, condition)
+
+
+def rounded(self: Wan, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    return predict(self, x, (1000 * t).floor() / 1000, text)
+
+
+def of_another_mean(self: Wan, x: Tensor) -> Any:
+    return decode(self, x + 0.1)
+
+
+velocity, predict, decode = Wan.velocity, Wan._predict, Wan.decode
+FAULTS: dict[str, tuple[Any, str, Any]] = {
+    "guidance": (Wan, "velocity", strongly_guided),
+    "rounded time": (Wan, "_predict", rounded),
+    "another mean of the latent": (Wan, "decode", of_another_mean),
+    "half of the places for text": (wan, "text_tokens", lambda where: files.LONGEST // 2),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(ti2v: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*FAULTS[fault])
+    with pytest.raises(AssertionError):
+        assert_equals_the_pipeline(ti2v, official(ti2v, first_order(ti2v, 3)), steps=3, cfg=3.0)
 
 
 def test_ode_tends_to_the_official_pipelines(folder: Path) -> None:
@@ -385,16 +438,19 @@ def test_decoding_in_parts_and_in_tiles(folder: Path, monkeypatch: pytest.Monkey
     assert (whole.int() - policy.decode(x).pixels.int()).abs().max() <= 1, (
         "a small latent is decoded whole"
     )
-    monkeypatch.setattr(wan, "TILED_ABOVE", 11)
+    monkeypatch.setattr(wan, "TILED_ABOVE", 47)
     tiled = policy.decode(x).pixels
     assert 0 < (tiled.float() - whole.float()).abs().mean() < 0.3 * whole.float().std()
-    monkeypatch.setattr(wan, "TILED_ABOVE", 12)
+    monkeypatch.setattr(wan, "TILED_ABOVE", 48)
     assert (whole.int() - policy.decode(x).pixels.int()).abs().max() <= 1, (
         "whatever was decoded before"
     )
 
 
-@pytest.mark.parametrize(("config", "count"), [(REAL, 1_418_996_800), (REAL_14B, 14_288_491_584)])
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [(REAL, 1_418_996_800), (REAL_14B, 14_288_491_584), (REAL_TI2V_5B, 4_999_787_712)],
+)
 def test_the_full_size_network_is_wrapped_block_by_block(
     config: dict[str, Any], count: int
 ) -> None:
@@ -428,10 +484,9 @@ def test_the_full_size_network_is_wrapped_block_by_block(
         (
             "",
             {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
-            "has transformer_2, as Wan 2.2 does; use",
+            "has transformer_2, as Wan 2.2 A14B with its two networks does; use Wan 2.2 TI2V-5B",
         ),
-        ("", {"boundary_ratio": 0.875}, "has boundary_ratio, as Wan 2.2 does"),
-        ("", {"expand_timesteps": True}, "has expand_timesteps, as Wan 2.2 does"),
+        ("", {"boundary_ratio": 0.875}, "has boundary_ratio, as Wan 2.2 A14B"),
         (
             "scheduler",
             {"_class_name": "DDIMScheduler"},
@@ -440,22 +495,22 @@ def test_the_full_size_network_is_wrapped_block_by_block(
         (
             "scheduler",
             {"use_flow_sigmas": False},
-            "has use_flow_sigmas=False; Wan 2.1 wants True, set it there",
+            "has use_flow_sigmas=False; Wan wants True, set it there",
         ),
         (
             "scheduler",
             {"prediction_type": "epsilon"},
-            "has prediction_type=epsilon; Wan 2.1 wants flow_prediction",
+            "has prediction_type=epsilon; Wan wants flow_prediction",
         ),
         (
             "scheduler",
             {"final_sigmas_type": "sigma_min"},
-            "has final_sigmas_type=sigma_min; Wan 2.1 wants zero",
+            "has final_sigmas_type=sigma_min; Wan wants zero",
         ),
         (
             "scheduler",
             {"use_dynamic_shifting": True},
-            "has use_dynamic_shifting=True; Wan 2.1 wants False",
+            "has use_dynamic_shifting=True; Wan wants False",
         ),
         (
             "transformer",

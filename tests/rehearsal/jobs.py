@@ -158,7 +158,7 @@ def launches() -> list[Job]:
                 name=name,
                 module=str(ROOT / "launch" / f"{name}.sh"),
                 arguments=(*settings, "run.iterations=1"),
-                materials=(family, *(["images"] if family == "skyreels_i2v" else [])),
+                materials=(family, *(["images"] if launch_files.reads_image(name) else [])),
                 gb=MORE_GB.get(name, GB),
                 like=f"cpu_{name}",
             )
@@ -189,7 +189,7 @@ def rounding() -> list[Job]:
                 name=f"rounds_{name}",
                 module=str(ROOT / "launch" / f"{name}.sh"),
                 arguments=(*settings, *unmoved),
-                materials=(family, *(["images"] if family == "skyreels_i2v" else [])),
+                materials=(family, *(["images"] if launch_files.reads_image(name) else [])),
                 gb=MORE_GB.get(name, GB),
                 rounds=True,
             )

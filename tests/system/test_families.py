@@ -13,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers import DiffusionPipeline
 
 from fastgrpo import models
+from fastgrpo.core import config
+from fastgrpo.models.loading import policies
+from fastgrpo.tools.export.export import Export, export
 from tests import ROOT
 from tests.harness import forks, runs
 from tests.harness.folders.launch_files import LAUNCH, arguments, with_images
@@ -96,6 +101,30 @@ def test_a_launch_file_trains_on_two_ranks(name: str, tmp_path: Path) -> None:
             and line["reward/invalid"] == 0
         )
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"] == 2
+    if name.endswith("_lora"):
+        assert_resumes_and_exports(name, [file, *settings], tmp_path)
+
+
+def assert_resumes_and_exports(name: str, command: list[str], folder: Path) -> None:
+    """A run of two iterations goes on to a third; diffusers loads what is exported of it."""
+    file, *settings = command
+    result = forks.run(file, [*settings, "run.iterations=3"], ranks=2)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert [line["iteration"] for line in runs.metrics(folder / "run")] == [0, 1, 2]
+    export(Export(folder / "run", folder / "exported", lora="merged"))
+    pipeline = DiffusionPipeline.from_pretrained(folder / "exported")
+    recipe = config.load(folder / "run" / "recipe.toml")
+    index = json.loads((folder / "model" / "model_index.json").read_text())
+    family, kind = recipe.model.family, index["_class_name"]
+    assert type(pipeline).__name__ == models.declared(family, "PIPELINE", kind)
+    trained, base = (
+        policies.load(recipe.model.model_copy(update={"path": str(path)}), torch.device("cpu"))
+        for path in (folder / "exported", folder / "model")
+    )
+    exported = getattr(pipeline, models.declared(family, "NETWORK")).state_dict()
+    for policy, same in ((trained, True), (base, False)):
+        state = policy.network.state_dict()
+        assert all(torch.equal(state[key], exported[key]) for key in exported) == same, name
 
 
 @pytest.mark.slow

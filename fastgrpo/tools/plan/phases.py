@@ -149,7 +149,12 @@ def _seconds(job: Job, machine: Machine, compute: float, sent: Sent) -> float:
 
 
 def _vae(subject: Subject) -> float:
-    return subject.auxiliary.vae * subject.job.element
+    return subject.auxiliary.vae * _vae_element(subject)
+
+
+def _vae_element(subject: Subject) -> int:
+    """Bytes of a number in the VAE."""
+    return subject.auxiliary.vae_bytes or subject.job.element
 
 
 def _others(subject: Subject, scoring: bool) -> dict[str, float]:
@@ -217,8 +222,9 @@ def _decode(subject: Subject, machine: Machine, whole: bool) -> Phase:
     at_once = min(math.ceil(min(samples, job.recipe.rollout.at_once) / job.sp), own)
     at_once = min(at_once, job.recipe.model.decode_batch or at_once)
     tile_pixels = math.prod(min(t, length) for t, length in zip(tile, size, strict=True))
-    working = at_once * vae.decode_bytes * job.element / 2 * tile_pixels
-    clips = at_once * math.prod(size) * 3 * (2 * job.element + 4 + 1)
+    element = _vae_element(subject)
+    working = at_once * vae.decode_bytes * element / 2 * tile_pixels
+    clips = at_once * math.prod(size) * 3 * (2 * element + 4 + 1)
     rollout = memory_costs.rollout(job, 1, whole)
     rollout.pop("activations")
     if not whole:

@@ -21,8 +21,6 @@ from fastgrpo.tools.plan.costs import rewards
 from fastgrpo.tools.plan.costs.compute import Job
 from fastgrpo.tools.plan.workload import text_length
 
-VAE_CHANNELS = 128  # of the published VAEs' first level, for which a family's bytes and FLOPs are
-
 
 @dataclass(frozen=True)
 class Subject:
@@ -192,7 +190,7 @@ def auxiliary_models(
     if found is None:
         return published
     config = read_json(found, "model.path", "download that folder again")
-    widths = config.get("block_out_channels") or [config.get("base_dim", 96) * VAE_CHANNELS / 96]
+    widths = config.get("block_out_channels") or [config.get("base_dim", published.vae_width)]
     space = config.get("spatial_compression_ratio") or config.get("scale_factor_spatial")
     time = (
         config.get("temporal_compression_ratio")
@@ -200,7 +198,7 @@ def auxiliary_models(
         or published.time
     )
     channels = config.get("latent_channels") or config.get("z_dim", published.channels)
-    scale = widths[0] / VAE_CHANNELS
+    scale = widths[0] / published.vae_width
     if scale != 1:
         notes.append(
             "decoding and text encoders of another size than the published: scaled by the VAE's "

@@ -1,4 +1,4 @@
-"""How a launch file is tried with a tiny folder: its family, its frames, the overrides of a page."""
+"""How a launch file is tried with a tiny folder: which one, its frames, the overrides of a page."""
 
 import json
 import re
@@ -17,8 +17,16 @@ LAUNCH = {
     "t2i_flux": ("flux", 1),
     "t2i_sd": ("stable_diffusion", 1),
     "t2v_wan": ("wan", 5),
+    "t2v_wan22": ("wan_i2v", 5),
+    "t2v_wan22_lora": ("wan_i2v", 5),
 }
-"""By a launch file's name: its family, and frames of a clip."""
+"""By a launch file's name: its tiny folder, by the family that alone reads it, and a clip's frames.
+"""
+
+
+def reads_image(name: str) -> bool:
+    """Whether a launch file's prompts have reference images."""
+    return name.startswith("i2v_")
 
 
 def overrides() -> list[str]:
@@ -47,8 +55,10 @@ def arguments(name: str, model: Path | str, run: Path | str, prompts: Path | str
 
     prompts: the file of `with_images`, which image-to-video alone takes
     """
-    family, frames = LAUNCH[name]
+    folder, frames = LAUNCH[name]
     extra = [f"model.path={model}", f"run.dir={run}", f"video.frames={frames}"]
-    if family == "skyreels_i2v":
-        extra += [f"model.network={model}/transformer", f"prompts.train={prompts}"]
+    if reads_image(name):
+        extra += [f"prompts.train={prompts}"]
+    if folder == "skyreels_i2v":
+        extra += [f"model.network={model}/transformer"]
     return [*overrides(), *extra]

@@ -1,12 +1,13 @@
 """A tiny random Wan 2.1 in the layout of the 1.3 B model: UMT5 by characters, 2 blocks, a VAE of 4x
-in time and space.
+in time and space; and a Wan 2.2 in that of TI2V-5B, whose VAE sees patches and has 8x in space.
 
-Four times, not eight: so few pixels give as many latent values as float32 log-probabilities, their
-means, need.
+Four times, not eight, and eight, not sixteen: so few pixels give as many latent values as float32
+log-probabilities, their means, need.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
@@ -59,17 +60,29 @@ def transformer() -> WanTransformer3DModel:
     )
 
 
-def vae() -> AutoencoderKLWan:
-    return AutoencoderKLWan(
-        base_dim=8,
-        z_dim=CHANNELS,
-        dim_mult=[1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[True, True],
-        latents_mean=[0.1 * n - 0.3 for n in range(CHANNELS)],
-        latents_std=[1 + 0.2 * n for n in range(CHANNELS)],
-        scale_factor_temporal=4,
-        scale_factor_spatial=4,
+def vae(**more: Any) -> AutoencoderKLWan:
+    sizes = {
+        "base_dim": 8,
+        "z_dim": CHANNELS,
+        "dim_mult": [1, 1, 1],
+        "num_res_blocks": 1,
+        "temperal_downsample": [True, True],
+        "latents_mean": [0.1 * n - 0.3 for n in range(CHANNELS)],
+        "latents_std": [1 + 0.2 * n for n in range(CHANNELS)],
+        "scale_factor_temporal": 4,
+        "scale_factor_spatial": 4,
+    }
+    return AutoencoderKLWan(**sizes | more)
+
+
+def vae_2_2() -> AutoencoderKLWan:
+    return vae(
+        decoder_base_dim=12,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=8,
     )
 
 
@@ -77,6 +90,16 @@ def write(folder: Path) -> None:
     """Random weights, the same on every call; what text and time do to the prediction is enlarged,
     to be seen.
     """
+    save(folder, vae, SCHEDULER)
+
+
+def write_ti2v(folder: Path) -> None:
+    """The same for Wan 2.2 TI2V-5B, whose one folder serves text-to-video and image-to-video."""
+    save(folder, vae_2_2, SCHEDULER | {"flow_shift": 5.0}, expand_timesteps=True)
+
+
+def save(folder: Path, decoder: Any, scheduler: dict[str, Any], **index: bool) -> None:
+    """A WanPipeline's folder.  index: of model_index.json"""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pieces = t5.tokenizer(LONGEST)
@@ -90,11 +113,12 @@ def write(folder: Path) -> None:
         pipeline = WanPipeline(
             pieces,
             UMT5EncoderModel(UMT5Config(vocab_size=len(pieces), **t5.SIZES)),
-            vae(),
-            UniPCMultistepScheduler.from_config(SCHEDULER),
+            decoder(),
+            UniPCMultistepScheduler.from_config(scheduler),
             network,
+            **index,
         )
         pipeline.save_pretrained(folder)
         (folder / "scheduler" / "scheduler_config.json").write_text(
-            json.dumps(SCHEDULER, indent=2) + "\n"
+            json.dumps(scheduler, indent=2) + "\n"
         )
