@@ -39,6 +39,7 @@ PACKAGES = {
     "fastgrpo.tools.report": "fastgrpo/tools/report",
     "fastgrpo.tools.sample": "fastgrpo/tools/sample",
     "fastgrpo.tools.score": "fastgrpo/tools/score",
+    "fastgrpo.tools.study": "fastgrpo/tools/study",
     "fastgrpo.models": "models",
     "fastgrpo.models.attention": "models/attention",
     "fastgrpo.models.loading": "models/loading",

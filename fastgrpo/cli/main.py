@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastgrpo import __version__
-from fastgrpo.cli import evaluate, options, plan, report, sample, serve, train
+from fastgrpo.cli import evaluate, options, plan, report, sample, serve, study, train
 from fastgrpo.core.errors import UserError, UserErrors
 from fastgrpo.core.processes import (
     INTERRUPTED,
@@ -41,6 +41,7 @@ EXAMPLES = (
     ('fastgrpo score clip.mp4 --reward tiny_world --prompt "..."', "what a reward says of a file"),
     ("fastgrpo check-reward ./my_reward.py", "does a reward of your own keep the contract"),
     ("fastgrpo evaluate runs/t2v_tiny", "base against trained, by several rewards"),
+    ("fastgrpo study runs/t2v_tiny --pairs 24", "blind pairs of the two for human raters"),
     ("fastgrpo report runs/t2v_tiny", "the report of a finished or running run"),
     ("fastgrpo status runs/t2v_tiny", "where each rank is: does it hang, and which one"),
     ("fastgrpo keys", "every recipe key, its default and meaning"),
@@ -79,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add(commands)
     sample.add(commands)
     evaluate.add(commands)
+    study.add(commands)
     train.add_keys(commands)
     serve.add(commands)
     report.add_report(commands)
