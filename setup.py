@@ -20,6 +20,7 @@ PACKAGES = {
     "fastgrpo.parallel": "fastgrpo/parallel",
     "fastgrpo.run": "fastgrpo/run",
     "fastgrpo.run.failures": "fastgrpo/run/failures",
+    "fastgrpo.run.tracking": "fastgrpo/run/tracking",
     "fastgrpo.training": "fastgrpo/training",
     "fastgrpo.training.methods": "fastgrpo/training/methods",
     "fastgrpo.training.rollout": "fastgrpo/training/rollout",
