@@ -24,7 +24,7 @@ from fastgrpo.run.heartbeat import HeartbeatWriter
 from fastgrpo.run.rank_times import Ranks
 from fastgrpo.run.stopping import Signals, Stop
 from fastgrpo.run.tracker import Tracker
-from fastgrpo.run.wandb_run import Wandb
+from fastgrpo.run.tracking.wandb_run import Wandb
 from fastgrpo.training import methods
 from fastgrpo.training.conditions import encode
 from fastgrpo.training.conditions.encode import Encoded
@@ -242,6 +242,8 @@ def _open_tracker(recipe: Recipe, world: World, start: int) -> Tracker:
             start_iteration=start,
             wandb=_wandb(recipe),
         )
+        if recipe.track.tensorboard:
+            tracker.write_events()
     except UserError as error:
         mistake = error
     world.raise_if_any_failed(mistake)

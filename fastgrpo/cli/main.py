@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from fastgrpo import __version__
 from fastgrpo.cli import options, plan, report, sample, serve, train
-from fastgrpo.cli.evaluation import evaluate, score
+from fastgrpo.cli.evaluation import evaluate, score, study
 from fastgrpo.core.errors import UserError, UserErrors
 from fastgrpo.core.processes import (
     INTERRUPTED,
@@ -43,6 +43,7 @@ EXAMPLES = (
     ("fastgrpo check-reward ./my_reward.py", "does a reward of your own keep the contract"),
     ("fastgrpo evaluate runs/t2v_tiny", "base against trained, by several rewards"),
     ("fastgrpo evaluate runs/t2i_sd --benchmark geneval --weights weights", "a benchmark of it"),
+    ("fastgrpo study runs/t2v_tiny --pairs 24", "blind pairs of the two for human raters"),
     ("fastgrpo report runs/t2v_tiny", "the report of a finished or running run"),
     ("fastgrpo status runs/t2v_tiny", "where each rank is: does it hang, and which one"),
     ("fastgrpo keys", "every recipe key, its default and meaning"),
@@ -83,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     score.add_score(commands)
     score.add_check_reward(commands)
     evaluate.add_evaluate(commands)
+    study.add(commands)
     train.add_keys(commands)
     serve.add(commands)
     report.add_report(commands)

@@ -118,13 +118,13 @@ def add_which_weights(command: argparse.ArgumentParser) -> None:
     )
 
 
-def step_of(text: str) -> Any:
-    """The value of --step: "best", "newest" or a number."""
+def step_of(text: str, option: str = "--step") -> Any:
+    """The value of an option that names a checkpoint: "best", "newest" or a number."""
     if text in ("best", "newest"):
         return text
     number = text.removeprefix("step-")
     if not number.isdecimal():
-        raise UserError(f"--step={text}: not a checkpoint; use a number, best or newest.")
+        raise UserError(f"{option}={text}: not a checkpoint; use a number, best or newest.")
     return int(number)
 
 

@@ -1,4 +1,4 @@
-"""The numbers of a run: a JSON line per iteration, a live display or plain lines, and wandb.
+"""The numbers of a run: a JSON line per iteration, a live display or plain lines, wandb, TensorBoard.
 
 Iterations count from 0, as in `for iteration in range(start_iteration, total_iterations)`; people
 read `iteration + 1`. Names of metrics: `reward/sum`, `reward/<part>`, `reward/invalid`,
@@ -30,7 +30,8 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import open_to_append, replace_text
 from fastgrpo.data import video
 from fastgrpo.run.terminal import dashboard, open_console, plain_line
-from fastgrpo.run.wandb_run import Wandb, WandbRun, start_wandb
+from fastgrpo.run.tracking.event_file import EventFile
+from fastgrpo.run.tracking.wandb_run import Wandb, WandbRun, start_wandb
 
 Row = dict[str, float]  # one line of metrics.jsonl; NaN where it says null
 
@@ -60,7 +61,9 @@ class Tracker:
     ) -> None:
         self.run_dir, self.main, self.total = run_dir, main, total_iterations
         self._rows: list[Row] = []
+        self._start = start_iteration
         self._wandb: WandbRun | None = None
+        self._events: EventFile | None = None
         self._live: Live | None = None
         if not main:
             return
@@ -81,6 +84,11 @@ class Tracker:
             screen = dashboard(self._rows, self.total, run_dir.name)
             self._live = Live(screen, console=self._console, refresh_per_second=4)
             self._live.start()
+
+    def write_events(self) -> None:
+        """From now on write every number for TensorBoard, too, into run_dir/tensorboard."""
+        if self.main:
+            self._events = EventFile(self.run_dir / "tensorboard", self._start, self.message)
 
     def log(self, iteration: int, metrics: Mapping[str, float], note: str = "") -> None:
         """Append the line {"iteration": ..., "time": unix seconds, ...} and show it with a note.
@@ -106,6 +114,8 @@ class Tracker:
             # wandb refuses a step that it has: iterations repeated after a resume equal those it
             # refuses
             self._wandb.attempt(lambda run: run.log(dict(metrics), step=iteration))
+        if self._events is not None:
+            self._events.write(iteration, metrics)
         if self._live is not None:
             self._live.update(dashboard(self._rows, self.total, self.run_dir.name, note))
         else:

@@ -1,1 +1,3 @@
-"""The commands that judge: `evaluate`, `reproduce`, `score`, `check-reward`. Read `evaluate.py` first."""
+"""The commands that judge: `evaluate`, `reproduce`, `study`, `score`, `check-reward`. Read
+`evaluate.py` first.
+"""

@@ -295,6 +295,9 @@ class Track(Section):
     """Log to Weights & Biases as well; offline where no key is at hand."""
     project: str = "fastgrpo"
     entity: str | None = None
+    tensorboard: bool = False
+    """Write every number for TensorBoard as well, into run.dir/tensorboard; no package is needed,
+    but to look: tensorboard --logdir RUNS."""
 
 
 class Recipe(Section):

@@ -22,7 +22,7 @@ from rich.console import Console
 from fastgrpo.core.errors import UserError
 from fastgrpo.run.terminal import BLOCKS, dashboard, duration, trend
 from fastgrpo.run.tracker import Tracker, keep_before, read_metrics
-from fastgrpo.run.wandb_run import Wandb, WandbRun, has_wandb_key
+from fastgrpo.run.tracking.wandb_run import Wandb, WandbRun, has_wandb_key
 from tests import ROOT
 
 METRICS = {
@@ -226,7 +226,7 @@ UNREACHABLE_RUN = """
 import sys
 from pathlib import Path
 from fastgrpo.run.tracker import Tracker
-from fastgrpo.run.wandb_run import Wandb
+from fastgrpo.run.tracking.wandb_run import Wandb
 with Tracker(Path(sys.argv[1]), True, 1, 0, Wandb(project="p")) as tracked:
     tracked.log(0, {"reward/sum": 0.5})
     tracked.summary({"heldout_after/sum": 1.25})
@@ -264,7 +264,7 @@ import sys
 from pathlib import Path
 import torch
 from fastgrpo.run.tracker import Tracker
-from fastgrpo.run.wandb_run import Wandb
+from fastgrpo.run.tracking.wandb_run import Wandb
 start, end = int(sys.argv[2]), int(sys.argv[3])
 with Tracker(Path(sys.argv[1]), True, 6, start, Wandb(project="p", config={"seed": 7})) as tracked:
     for i in range(start, end):
