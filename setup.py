@@ -1,8 +1,9 @@
 """What is installed, and under which names.
 
-`models/`, `rewards/` and `data/` stand at the top of the repository and install as
-`fastgrpo.models`, `fastgrpo.rewards` and `fastgrpo.data`. The links `fastgrpo/models -> ../models`
-(likewise the other two) let mypy, editors and a checkout that is not installed see the same names.
+`models/`, `rewards/`, `data/` and `launch/` stand at the top of the repository and install as
+`fastgrpo.models`, `fastgrpo.rewards`, `fastgrpo.data` and `fastgrpo.launch`. The links
+`fastgrpo/models -> ../models` (likewise the others) let mypy, editors and a checkout that is not
+installed see the same names.
 Every folder with Python files is listed here; a test checks it.
 """
 
@@ -16,6 +17,7 @@ PACKAGES = {
     "fastgrpo.algorithm": "fastgrpo/algorithm",
     "fastgrpo.cli": "fastgrpo/cli",
     "fastgrpo.cli.evaluation": "fastgrpo/cli/evaluation",
+    "fastgrpo.cli.start": "fastgrpo/cli/start",
     "fastgrpo.core": "fastgrpo/core",
     "fastgrpo.core.config": "fastgrpo/core/config",
     "fastgrpo.parallel": "fastgrpo/parallel",
@@ -44,6 +46,7 @@ PACKAGES = {
     "fastgrpo.tools.sample": "fastgrpo/tools/sample",
     "fastgrpo.tools.score": "fastgrpo/tools/score",
     "fastgrpo.tools.study": "fastgrpo/tools/study",
+    "fastgrpo.tools.start": "fastgrpo/tools/start",
     "fastgrpo.models": "models",
     "fastgrpo.models.attention": "models/attention",
     "fastgrpo.models.loading": "models/loading",
@@ -62,6 +65,7 @@ PACKAGES = {
     "fastgrpo.rewards.serving": "rewards/serving",
     "fastgrpo.rewards.serving.client": "rewards/serving/client",
     "fastgrpo.rewards.serving.server": "rewards/serving/server",
+    "fastgrpo.launch": "launch",
     "fastgrpo.data": "data",
     "fastgrpo.data.tiny_world": "data/tiny_world",
 }
@@ -88,6 +92,7 @@ setup(
     package_data={
         "fastgrpo": ["py.typed"],
         "fastgrpo.data": ["*.txt", "geneval/*", "tiny_hunyuan_video/**"],
+        "fastgrpo.launch": ["*.toml", "*.sh"],
     },
     include_package_data=False,
     install_requires=[

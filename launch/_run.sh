@@ -3,6 +3,9 @@
 #
 #   bash launch/_run.sh LAUNCH_FILE [section.key=value ...]
 #
+# The launch file and its recipe may lie in any folder; this file lies in a checkout or where fastgrpo is installed.
+#
+# FASTGRPO_PYTHON     the python that has fastgrpo; default: the checkout's .venv, else python3
 # FASTGRPO_PROCESSES  processes per node; default: one per GPU, and without a GPU two (one on a single core)
 # OMP_NUM_THREADS     threads per process; default: the node's cores shared out, at most 8
 # FASTGRPO_SETTLED    set here and by fastgrpo/core/processes.py: recipe checked, number of processes settled
@@ -29,17 +32,16 @@ gpus() { # as torch counts them: a container may lack nvidia-smi, and CUDA_VISIB
 
 file=$(realpath "$1")
 shift
-root=$(dirname "$(dirname "$file")")
+root=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")") # of a checkout
 recipe=${file%.sh}.toml
 
-python=$root/.venv/bin/python
-[[ -x $python ]] || python=$(command -v python3 || command -v python) ||
-    fail "PATH: no python3; run 'make venv' in $root."
+python=$(command -v "${FASTGRPO_PYTHON:-$root/.venv/bin/python}" || command -v python3 || command -v python) ||
+    fail "PATH: no python3; run 'make venv' in the checkout, or activate an environment."
 
 # Under torchrun --no-python every rank comes through here: each goes straight to the Python half.
 [[ -z ${TORCHELASTIC_RUN_ID:-} ]] || exec "$python" "$file" "$@"
 
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+[[ ! -d $root/fastgrpo ]] || export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 cores=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 processes=${FASTGRPO_PROCESSES-$(gpus)}
 [[ -n ${FASTGRPO_PROCESSES+set} || $processes != 0 ]] || processes=$((cores >= 2 ? 2 : 1))
@@ -50,7 +52,7 @@ threads=$((threads < 1 ? 1 : threads > 8 ? 8 : threads))
 
 if [[ -z ${FASTGRPO_MASTER:-} ]]; then
     "$python" -c "import importlib.util as i, sys; sys.exit(i.find_spec('torch') is None)" ||
-        fail "python=$python: no torch there; run 'make venv' in $root, or activate the right environment."
+        fail "python=$python: no torch there; run 'make venv' in the checkout, or activate the right environment."
     # A mistake in the recipe is told before processes start.
     resolved=$("$python" -m fastgrpo.cli check "$recipe" "$@")
     [[ -z $job ]] || run_job "$python" "$file" "$@" <<<"$resolved"

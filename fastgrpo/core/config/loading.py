@@ -15,6 +15,9 @@ from fastgrpo.core.config.sections import Recipe
 from fastgrpo.core.errors import UserError
 
 S = TypeVar("S", bound=Section)
+PATHS = """Paths: in a recipe's file ./ and ../ begin at the file. Other relative paths, those of
+overrides and run.dir begin at the working folder. ~ and $NAME are as in a shell, and builtin:NAME
+is what comes with the package."""
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -117,7 +120,7 @@ def _one_line(error: ValidationError, section: tuple[str, ...] = ()) -> str:
 
 def describe() -> str:
     """Every key with its default and meaning, for `fastgrpo keys`."""
-    lines = []
+    lines = [PATHS]
     for name, field in Recipe.model_fields.items():
         section = RewardSpec if name == "rewards" else field.annotation
         assert isinstance(section, type) and issubclass(section, Section)

@@ -1,18 +1,21 @@
 """What people type as a path, turned into one: for the recipe's keys and every command's options.
 
-`~` and `$NAME` stand for what a shell makes of them; what cannot be a path is refused in one line.
-A recipe's paths are recorded as whole paths, so that a run's folder says where its files lie from
-any working folder, and no folder is taken for a hub id.
+`~` and `$NAME` stand for what a shell makes of them, `builtin:NAME` for what comes with the
+package; what cannot be a path is refused in one line. A recipe's paths are recorded as whole paths,
+so that a run's folder says where its files lie from any working folder, and no folder is taken for
+a hub id. What comes with the package is recorded by its name, so that a run folder may be moved to
+a machine that has the package elsewhere.
 """
 
 import errno
+import importlib.util
 import os
 import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastgrpo.core.errors import UserError
 
@@ -20,6 +23,9 @@ PATH, PATH_OR_HUB = "path", "path or hub id"
 """What marks a recipe's key as a path, recorded whole, or as a path or a hub id."""
 LocalPath = Annotated[str, PATH]
 LocalOrHub = Annotated[str, PATH_OR_HUB]
+BUILTIN = "builtin:"
+"""Begins the name of a prompt file or model that comes with the package, such as
+builtin:prompts_video."""
 VARIABLE = re.compile(r"\$(\w+|\{\w+\})", re.ASCII)
 HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 FILE_KINDS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json", ".txt", ".gz", ".toml")
@@ -42,11 +48,52 @@ WRONG_PLACE = {
 """What the operating system says of a path, in words; a full disk has a line of its own."""
 
 
+def installed_folder(name: str) -> Path:
+    """The folder of a part of the package, such as "data", as installed or in a checkout."""
+    found = importlib.util.find_spec(f"fastgrpo.{name}")
+    assert found is not None and found.submodule_search_locations
+    return Path(found.submodule_search_locations[0]).resolve()
+
+
+def builtins() -> dict[str, Path]:
+    """Name -> prompt file or model folder that comes with the package."""
+    return {
+        entry.stem: entry
+        for entry in sorted(installed_folder("data").iterdir())
+        if entry.suffix == ".txt" or (entry / "model_index.json").is_file()
+    }
+
+
+def _builtin(text: str, where: str) -> str:
+    """The path of a `builtin:` name. Raises UserError for an unknown one."""
+    known = builtins()
+    name = text.removeprefix(BUILTIN)
+    if name not in known:
+        raise UserError(
+            f"{where}={text}: nothing of that name comes with the package; use one of "
+            f"{', '.join(BUILTIN + one for one in known)}."
+        )
+    return str(known[name])
+
+
+def portable(value: Any) -> Any:
+    """A tree of a recipe's values with what comes with the package by its `builtin:` name."""
+    if isinstance(value, dict):
+        return {key: portable(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [portable(below) for below in value]
+    if not isinstance(value, str) or not value.startswith(str(installed_folder("data"))):
+        return value
+    names = {str(path): BUILTIN + name for name, path in builtins().items()}
+    return names.get(value, value)
+
+
 def expanded(text: str, where: str) -> str:
     """The path that a person typed, with `~` and `$NAME` as a shell would have them.
 
-    A path with a `$` that exists as it is written is taken so.  where: the key or option
-    Raises UserError for what is no path, an unset variable, and an unknown user's `~`.
+    `builtin:NAME` is what comes with the package. A path with a `$` that exists as it is written is
+    taken so.  where: the key or option
+    Raises UserError for what is no path, an unset variable, and an unknown name or user's `~`.
     """
     if not text.strip():
         raise UserError(f"{where}: empty; give a path, and . for the working folder.")
@@ -54,6 +101,8 @@ def expanded(text: str, where: str) -> str:
         raise UserError(f"{where}={text!r}: has a control character; correct the path.")
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise UserError(f"{where}={text!a}: is not UTF-8; rename that file or folder.")
+    if text.startswith(BUILTIN):
+        return _builtin(text, where)
     if "$" in text and not _exists(text):
         text = VARIABLE.sub(lambda match: _variable(match[1].strip("{}"), text, where), text)
     if text.startswith("~"):

@@ -6,7 +6,8 @@ really used.
 
 Paths: in the file, a path that starts with `./` or `../` is relative to the file, so that a recipe
 works from any folder; in an override it is relative to where the command is typed, as is `run.dir`
-always. `~` and `$NAME` stand for what a shell makes of them.
+always. `~` and `$NAME` stand for what a shell makes of them, `builtin:NAME` for what comes with the
+package.
 """
 
 import math
@@ -17,7 +18,7 @@ import tomli_w
 from pydantic import Field
 
 from fastgrpo.core.config.base import Count, Fraction, Positive, Rate, Section
-from fastgrpo.core.config.paths import PATH, LocalOrHub, LocalPath
+from fastgrpo.core.config.paths import PATH, LocalOrHub, LocalPath, portable
 from fastgrpo.core.config.reward_spec import RewardSpec, Server
 from fastgrpo.core.config.rollout import Rollout
 
@@ -53,8 +54,8 @@ class Model(Section):
     family: str
     """A file of models/: flux, hunyuan_video, skyreels_i2v, stable_diffusion, wan."""
     path: LocalOrHub
-    """Folder in the diffusers layout, or a hub id, NAME or NAME@REVISION: transformer/ or unet/,
-    vae/, text_encoder/, scheduler/, ..."""
+    """Folder in the diffusers layout, builtin:tiny_hunyuan_video, or a hub id, NAME or
+    NAME@REVISION: transformer/ or unet/, vae/, text_encoder/, scheduler/, ..."""
     network: LocalOrHub | None = None
     """Folder or hub id with the network alone, where it is not in `path` (SkyReels over
     HunyuanVideo's other parts)."""
@@ -121,7 +122,8 @@ class Video(Section):
 
 class Prompts(Section):
     train: LocalPath
-    """Prompts: a file, folder or pattern of .txt (UTF-8), .json, .jsonl, .csv, .tsv or .parquet."""
+    """Prompts: a file, folder or pattern of .txt (UTF-8), .json, .jsonl, .csv, .tsv or .parquet;
+    builtin:prompts_video, builtin:prompts_image and builtin:tiny_world_train come along."""
     heldout: LocalPath | None = None
     """Prompts of the evaluation before and after; no prompt of `train` may occur. None: take
     heldout_share of `train`."""
@@ -344,4 +346,4 @@ class Recipe(Section):
 
     def to_toml(self) -> str:
         """The resolved recipe as TOML; unset optional fields are left out."""
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+        return tomli_w.dumps(portable(self.model_dump(mode="json", exclude_none=True)))

@@ -213,17 +213,39 @@ def test_a_bad_number_of_processes_is_one_line(
     assert result.stderr.startswith("fastgrpo: FASTGRPO_PROCESSES=many: not a number")
 
 
-def test_a_copy_in_another_folder_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    """Outside slurm, which runs a copy, too: nobody could tell where the file comes from."""
-    copy = tmp_path / "my_run.sh"
-    shutil.copy(ROOT / "launch" / "t2v_tiny.sh", copy)
-    environment = {name: text for name, text in os.environ.items() if "SLURM" not in name}
-    result = subprocess.run(
-        ["bash", str(copy)], capture_output=True, text=True, env=environment, check=False
-    )
-    assert result.returncode == 2 and not result.stdout
+@pytest.fixture
+def elsewhere(tree: Path, tmp_path: Path) -> Path:
+    """A launch file and its recipe in a folder of their own, beside an installed package."""
+    (tree / "launch" / "__init__.py").touch()
+    (tree / "fastgrpo" / "launch").symlink_to("../launch")
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    shutil.copy(ROOT / "launch" / "t2v_tiny.sh", folder / "mine.sh")
+    (folder / "mine.toml").touch()
+    return folder / "mine.sh"
+
+
+@pytest.mark.parametrize("command", [["bash"], [sys.executable], TORCHRUN])
+@pytest.mark.timeout(150)
+def test_a_copy_in_another_folder_starts_the_installed_package(
+    tree: Path, elsewhere: Path, tmp_path: Path, command: list[str]
+) -> None:
+    variables = {"PYTHONPATH": str(tree), "FASTGRPO_PROCESSES": "1", "SLURM_JOB_ID": "7"}
+    variables |= {"SLURM_NNODES": "1"}  # as inside an allocation
+    (line,) = told(start([*command, str(elsewhere), "run.seed=3"], cwd=tmp_path, **variables))
+    assert line["argv"] == ["train", str(elsewhere.with_suffix(".toml")), "run.seed=3"]
+    assert line["cwd"] == str(tmp_path)
+
+
+def test_a_copy_without_the_package_is_one_line_and_exit_code_2(
+    elsewhere: Path, tmp_path: Path
+) -> None:
+    path = programs(tmp_path, {"python3": "exit 1"})
+    result = start(["bash", str(elsewhere)], cwd=tmp_path, PATH=path)
+    assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
-        f"fastgrpo: {copy}: runs in launch/ alone; put it there, or use fastgrpo train RECIPE.\n"
+        "fastgrpo: FASTGRPO_PYTHON=python3: no fastgrpo there; activate its environment, or name "
+        "its python.\n"
     )
 
 

@@ -185,3 +185,16 @@ def test_every_key_is_described() -> None:
     for key in config.all_keys():
         assert key.split(".")[-1] in text
     tomllib.loads(config.load(RECIPE).to_toml())
+
+
+def test_what_comes_with_the_package_is_recorded_by_its_name(tmp_path: Path) -> None:
+    recipe = config.load(RECIPE)
+    assert Path(recipe.prompts.train).is_file() and Path(recipe.model.path).is_dir()
+    text = recipe.to_toml()
+    assert 'path = "builtin:tiny_hunyuan_video"' in text and str(ROOT) not in text
+    (tmp_path / "again.toml").write_text(text)
+    assert config.load(tmp_path / "again.toml") == recipe
+    with pytest.raises(
+        UserError, match=r"model\.path=builtin:tiny: nothing .*; use one of .*video"
+    ):
+        config.load(RECIPE, ["model.path=builtin:tiny"])
