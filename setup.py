@@ -45,7 +45,7 @@ PACKAGES = {
     "fastgrpo.tools.report": "fastgrpo/tools/report",
     "fastgrpo.tools.sample": "fastgrpo/tools/sample",
     "fastgrpo.tools.score": "fastgrpo/tools/score",
-    "fastgrpo.tools.study": "fastgrpo/tools/study",
+    "fastgrpo.tools.evaluate.study": "fastgrpo/tools/evaluate/study",
     "fastgrpo.tools.start": "fastgrpo/tools/start",
     "fastgrpo.models": "models",
     "fastgrpo.models.attention": "models/attention",

@@ -68,8 +68,8 @@ def test_every_switch_of_the_ablations_is_a_recipe() -> None:
             assert {claim.variant, claim.other or claim.variant} <= names
     for arm in arms.ARMS:
         methods.check(config.load(RECIPE, [*arms.COMMON, *arm.variant.overrides]))
-    names = [arm.name for arm in arms.ARMS]
-    assert len(set(names)) == len(names) and set(arms.USUAL) <= set(names)
+    known = [arm.name for arm in arms.ARMS]
+    assert len(set(known)) == len(known) and set(arms.USUAL) <= set(known)
     assert len(arms.USUAL) <= len(pictures.COLOURS)
 
 

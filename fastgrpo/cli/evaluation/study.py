@@ -83,8 +83,8 @@ def _build(arguments: argparse.Namespace) -> None:
     """Write a study's folder, and say what to do with it."""
     from diffusers.utils import logging
 
+    from fastgrpo.tools.evaluate.study import build
     from fastgrpo.tools.sample.source import Asked
-    from fastgrpo.tools.study import build
 
     for option in ("json", "markdown"):
         if getattr(arguments, option) is not None:
@@ -117,9 +117,9 @@ def _build(arguments: argparse.Namespace) -> None:
 
 def _read(arguments: argparse.Namespace) -> None:
     """Print what the votes of a study say."""
+    from fastgrpo.tools.evaluate.study import analyse, build, votes
+    from fastgrpo.tools.evaluate.study.blinding import read_key
     from fastgrpo.tools.score import score
-    from fastgrpo.tools.study import analyse, build, votes
-    from fastgrpo.tools.study.blinding import read_key
 
     for option in BUILDING:
         if getattr(arguments, option) is not None:

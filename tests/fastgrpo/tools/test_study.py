@@ -17,9 +17,9 @@ from fastgrpo.cli import main as cli
 from fastgrpo.core.errors import UserError
 from fastgrpo.data import video, video_reader
 from fastgrpo.data.tiny_world import shapes
-from fastgrpo.tools.study import analyse, build, page
-from fastgrpo.tools.study.analyse import Result, Tally, krippendorff, wilson
-from fastgrpo.tools.study.blinding import (
+from fastgrpo.tools.evaluate.study import analyse, build, page
+from fastgrpo.tools.evaluate.study.analyse import Result, Tally, krippendorff, wilson
+from fastgrpo.tools.evaluate.study.blinding import (
     AGAINST,
     KEY,
     RUN,
@@ -32,7 +32,7 @@ from fastgrpo.tools.study.blinding import (
     shown,
     study_id,
 )
-from fastgrpo.tools.study.votes import read_votes
+from fastgrpo.tools.evaluate.study.votes import read_votes
 from tests.harness.browser import browser, needs_browser
 
 SECRET = "5e" * 32

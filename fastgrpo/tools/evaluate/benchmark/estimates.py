@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgrpo.training.evaluation import resampled_means
+from fastgrpo.training.evaluation.evaluation import resampled_means
 
 Floats = NDArray[np.float64]
 CHUNKS = 10

@@ -8,9 +8,9 @@ line as they are saved, so that a reload goes on where the rater was.
 import json
 from html import escape
 
+from fastgrpo.tools.evaluate.study.blinding import Key
 from fastgrpo.tools.report.clips import SMALL
 from fastgrpo.tools.report.html import STYLE
-from fastgrpo.tools.study.blinding import Key
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._\-]{0,39}"
 """A rater's name, which becomes part of a file's name."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.tools.study.blinding import Key, Pair, shown
-from fastgrpo.tools.study.page import NAME_PATTERN
+from fastgrpo.tools.evaluate.study.blinding import Key, Pair, shown
+from fastgrpo.tools.evaluate.study.page import NAME_PATTERN
 
 CHOICES = ("left", "right", "tie")
 

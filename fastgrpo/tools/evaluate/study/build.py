@@ -23,11 +23,11 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.data import video
 from fastgrpo.data.images import read_image
 from fastgrpo.parallel.world import World, open_world
+from fastgrpo.tools.evaluate.study import page
+from fastgrpo.tools.evaluate.study.blinding import AGAINST, KEY, RUN, Key, Pair, opaque, study_id
 from fastgrpo.tools.sample import sample
 from fastgrpo.tools.sample.source import Asked, Source, find
 from fastgrpo.tools.sample.work import Clip, Job
-from fastgrpo.tools.study import page
-from fastgrpo.tools.study.blinding import AGAINST, KEY, RUN, Key, Pair, opaque, study_id
 
 PAGE, CLIPS, VOTES = "page", "clips", "votes"
 QUESTION = "Which one is better for this text?"

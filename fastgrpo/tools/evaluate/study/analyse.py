@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from fastgrpo.core.files import nan_to_null
+from fastgrpo.tools.evaluate.study.blinding import AGAINST, RUN, Key
+from fastgrpo.tools.evaluate.study.votes import CHOICES, Vote, raters_of
 from fastgrpo.tools.score import score
-from fastgrpo.tools.study.blinding import AGAINST, RUN, Key
-from fastgrpo.tools.study.votes import CHOICES, Vote, raters_of
 
 Z95 = NormalDist().inv_cdf(0.975)
 RESAMPLES = 10_000
