@@ -171,7 +171,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seeds", type=int, default=3)
     add("--first-seed", type=int, default=0, help="the others follow it (default: %(default)s)")
     add("--every", type=int, default=8, help="iterations between evaluations (%(default)s)")
-    add("--rounds", type=int, default=16, help="iterations that are timed (%(default)s)")
+    add(
+        "--rounds",
+        type=int,
+        default=16,
+        help="iterations that are timed; 0: the seconds are the runs' own (default: %(default)s)",
+    )
     add(
         "--only",
         nargs="+",
@@ -232,10 +237,12 @@ def main() -> None:
         folder=arguments.folder,
         every=arguments.every,
     )
-    cache = f"prompts.cache={arguments.folder / 'embeddings'}"
-    load = os.getloadavg()[0]
-    timed = paces(common, variants, cache, arguments.rounds)
-    trained = [replace(one, pace=pace) for one, pace in zip(trained, timed, strict=True)]
+    load, how = os.getloadavg()[0], "the runs' own seconds"
+    if arguments.rounds:
+        cache = f"prompts.cache={arguments.folder / 'embeddings'}"
+        timed = paces(common, variants, cache, arguments.rounds)
+        trained = [replace(one, pace=pace) for one, pace in zip(trained, timed, strict=True)]
+        how = f"seconds of {arguments.rounds} paired iterations"
     curves = [
         [at_evaluations(one, axis) for axis in spent(one, each)]
         for one, each in zip(trained, hours, strict=True)
@@ -246,8 +253,7 @@ def main() -> None:
     print(table(trained, hours))
     print(
         f"{date.today()}, {os.cpu_count()} cores of {platform.machine()}, {arguments.seeds} seeds "
-        f"from {arguments.first_seed}, seconds of {arguments.rounds} paired iterations; load before "
-        f"{load:.1f}"
+        f"from {arguments.first_seed}, {how}; load before {load:.1f}"
     )
     leave(0)
 
