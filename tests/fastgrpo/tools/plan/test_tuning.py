@@ -1,6 +1,7 @@
 """`fastgrpo plan --tune`: against every plan of its space, and against what a resumed run accepts."""
 
 import re
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import pytest
 from fastgrpo.checkpoint import resume
 from fastgrpo.cli import main as cli
 from fastgrpo.core import config
-from fastgrpo.tools.plan import planner
-from fastgrpo.tools.plan.gpus import GPUS, Achieved, gpu
+from fastgrpo.tools.plan import phases, planner
+from fastgrpo.tools.plan.gpus import GPUS, Achieved, changed, gpu
 from fastgrpo.tools.plan.phases import Machine
 from fastgrpo.tools.plan.planner import Plan
 from fastgrpo.tools.plan.subject import Subject
@@ -82,6 +83,31 @@ def test_no_plan_of_the_space_is_quicker(card: str, monkeypatch: pytest.MonkeyPa
     plans = (search._tried(given, choice) for choice in every_choice(given))
     best = min(found.seconds for found in plans if found is not None and search.roomy(found))
     assert best <= tuned.plan.seconds <= best * (1 + search.WORTH)
+
+
+@pytest.mark.parametrize("network_gbs", [50, 0.2])
+def test_each_phase_is_the_quickest_that_fits(network_gbs: float) -> None:
+    """Of one frame's values for rollout and update, all tried. The update feels recomputation
+    where the network is fast, the rollout where the weights are where it is slow.
+    """
+    recipe = config.load(LAUNCH / "t2v_hunyuan.toml", ["rollout.samples_per_prompt=4"])
+    card, achieved = changed(gpu("h800"), Achieved(), {"network_gbs": network_gbs})
+    given = planner.plan(recipe, 64, Machine(card, achieved))
+    frame = next(f for f in choices.frames(given.subject) if f["distributed.shard"] == "all")
+    within, looked = partial(search._fits, given), search._Search(given)
+    lines = [choice for line in choices.recomputing() for choice in line]
+    update, drawing = looked._update(frame), looked._drawing(frame)
+    assert update is not None and drawing is not None
+    updates = [looked._updated(frame, choice) for choice in lines]
+    trained = {one.seconds for one in updates if within(one)}
+    assert update[0].seconds == min(trained)
+    several = [
+        phases.drawing_phases(looked._subject({**frame, **choice}), given.machine)
+        for choice in choices.drawing(recipe)
+    ]
+    drawn = {search._seconds(two) for two in several if all(map(within, two))}
+    assert search._seconds(drawing[0]) == min(drawn)
+    assert len(trained if network_gbs == 50 else drawn) > 1
 
 
 @pytest.mark.parametrize(
