@@ -12,6 +12,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fastgrpo.algorithm import selection
 from fastgrpo.algorithm.advantages import combined_advantages
@@ -38,6 +40,7 @@ from fastgrpo.training.evaluation.course import Alarm, Course, clean, log_clips,
 from fastgrpo.training.evaluation.course import metrics as metrics_of
 from fastgrpo.training.method import Experience
 from fastgrpo.training.rollout import Dealing, Plan
+from fastgrpo.training.scoring.differentiable import InProcessJudge
 from fastgrpo.training.scoring.drawing import Rollouts
 from fastgrpo.training.scoring.scorer import reward_metrics
 from fastgrpo.training.scoring.scouts import Scouted, candidates, scout
@@ -147,7 +150,7 @@ def iterate(session: Session) -> None:
 
     # 1. a batch of prompts
     texts, conditions = session.training.batch(recipe, iteration)
-    plan = methods.of(objective.kind).plan(session.training.plan(recipe, iteration))
+    plan = methods.of(objective.kind).plan(session.training.plan(recipe, iteration), objective)
 
     # 2. trajectories of the current policy, and their rewards
     rollouts = rollouts_of(session, texts, watch)
@@ -166,9 +169,7 @@ def iterate(session: Session) -> None:
         group_size=recipe.advantage_size,
         objective=objective,
     )
-    selected = scored.valid
-    if objective.best_of_n:
-        selected = selection.best_of_n(advantages, scored.valid, group, objective.best_of_n)
+    selected = selected_samples(recipe, advantages, scored.valid)
 
     # 4. optimizer steps on a subset of the timesteps
     experience = Experience(
@@ -178,6 +179,7 @@ def iterate(session: Session) -> None:
         advantages=advantages,
         selected=selected,
         batch_sizes=dealing.batch_sizes(),
+        judge=judge_of(session, texts),
     )
     del trajectories  # what was not selected goes now
     metrics = update(
@@ -188,6 +190,7 @@ def iterate(session: Session) -> None:
         poll_before=session.stop.poll_before,
     )
     watch.lap("update")
+    session.scorer.release()
 
     ranks = session.ranks.gather(iteration, watch)
     flat = (advantages.reshape(-1, recipe.advantage_size) == 0).all(1)
@@ -199,6 +202,25 @@ def iterate(session: Session) -> None:
     session.progress.iteration += 1
     session.progress.seconds += metrics["seconds/total"]
     tell_alarms(session, metrics)
+
+
+def selected_samples(recipe: Recipe, advantages: Tensor, valid: Tensor) -> Tensor:
+    """The samples that the update trains.
+
+    advantages: float32 [N];  valid: bool [N];  returns bool [N]
+    """
+    group, keep = recipe.rollout.samples_per_prompt, recipe.objective.best_of_n
+    return selection.best_of_n(advantages, valid, group, keep) if keep else valid
+
+
+def judge_of(session: Session, texts: Sequence[str]) -> InProcessJudge | None:
+    """The rewards with their gradient, where the method's loss has it.  texts: of the prompts"""
+    recipe = session.recipe
+    if not methods.traits(recipe).differentiates:
+        return None
+    return InProcessJudge(
+        policy=session.policy, recipe=recipe, texts=texts, sources=session.scorer.sources
+    )
 
 
 def rollouts_of(session: Session, texts: Sequence[str], watch: Stopwatch) -> Rollouts:

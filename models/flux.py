@@ -221,16 +221,18 @@ class Flux:
     transition = staticmethod(transitions.sde_transition)
     clean_estimate = staticmethod(transitions.clean_estimate)
 
-    @torch.no_grad()
-    def decode(self, x: Tensor) -> Decoded:
-        """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
+    def frames(self, x: Tensor) -> Tensor:
+        """Latents [B, C, F, H, W] float32 to the VAE's frames [B, 3, F, H, W], about -1 to 1."""
         vae: Any = self.vae
         vae.use_tiling = max(x.shape[-2:]) > TILED_ABOVE
         latents = (x / vae.config.scaling_factor + vae.config.shift_factor).squeeze(2).to(vae.dtype)
-        parts = latents.split(self.decode_batch or diffusers_folder.images_at_once(vae, latents))
-        return Decoded.joined(
-            [diffusers_folder.to_pixels(vae.decode(part).sample.unsqueeze(2)) for part in parts]
-        )
+        frames: Tensor = vae.decode(latents).sample.unsqueeze(2)
+        return frames
+
+    def decode(self, x: Tensor) -> Decoded:
+        """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
+        at_once = self.decode_batch or diffusers_folder.images_at_once(self.vae, x)
+        return diffusers_folder.decode(self.frames, x, at_once)
 
 
 def pack(x: Tensor) -> Tensor:

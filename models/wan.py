@@ -200,17 +200,17 @@ class Wan:
     transition = staticmethod(transitions.sde_transition)
     clean_estimate = staticmethod(transitions.clean_estimate)
 
-    @torch.no_grad()
-    def decode(self, x: Tensor) -> Decoded:
-        """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
+    def frames(self, x: Tensor) -> Tensor:
+        """Latents [B, C, F, H, W] float32 to the VAE's frames [B, 3, F, H, W], about -1 to 1."""
         side = max(x.shape[-2:]) * self.vae.config.scale_factor_spatial
         self.vae.use_tiling = side > TILED_ABOVE
         latents = (x * self.latent_std + self.latent_mean).to(self.vae.dtype)
-        parts = latents.split(self.decode_batch or len(x))
         with diffusers_folder.tf32_convolutions():  # the VAE is in float32
-            return Decoded.joined(
-                [diffusers_folder.to_pixels(self.vae.decode(part).sample) for part in parts]
-            )
+            return self.vae.decode(latents).sample
+
+    def decode(self, x: Tensor) -> Decoded:
+        """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
+        return diffusers_folder.decode(self.frames, x, self.decode_batch or len(x))
 
 
 def text_tokens(where: Path) -> int:

@@ -6,7 +6,8 @@ edits no other file. A recipe may also name such a file anywhere else by its pat
 `:function` where that is not `load`, or a reward that an installed package has an entry point of in
 the group `fastgrpo.rewards`. At a file's top `LEAST_FRAMES = 2` says that the reward cannot judge
 shorter clips, `PARTS` names what it scores, and `check_spec(spec)` raises UserError for settings and
-files with which it could not load, and `FREE_OPTIONS` are those of its options that change no score.
+files with which it could not load, `FREE_OPTIONS` are those of its options that change no score, and
+`DIFFERENTIABLE = True` says that it has `Reward.differentiable`.
 common/ holds what several rewards share, networks/ what they look with, serving/ the way of scores
 between processes. Nothing here imports torch before a reward is loaded. Read `tiny_world.py` first,
 a reward without weights.
@@ -128,6 +129,11 @@ def parts(spec: RewardSpec) -> tuple[str, ...] | None:
     """The parts that a reward scores: PARTS in its file. None: its file does not say."""
     found: tuple[str, ...] | None = declared(spec, "PARTS", None)
     return found
+
+
+def differentiable(spec: RewardSpec) -> bool:
+    """Whether a reward gives gradients: DIFFERENTIABLE in its file."""
+    return bool(declared(spec, "DIFFERENTIABLE", False))
 
 
 def check_settings(spec: RewardSpec) -> None:

@@ -21,6 +21,7 @@ FRAMES = "first"
 SIZE = RewardSize(parameters=0.99e9, tokens=729 + 77, frames_scored=count_by(FRAMES))
 
 PARTS = ("CLIP",)
+DIFFERENTIABLE = True
 PUBLISHED = clip_reward.Published(
     part=PARTS[0],
     files=(

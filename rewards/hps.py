@@ -16,6 +16,7 @@ FRAMES = "first"
 SIZE = RewardSize(parameters=0.99e9, tokens=257 + 77, frames_scored=count_by(FRAMES))
 
 PARTS = ("HPS",)
+DIFFERENTIABLE = True
 PUBLISHED = clip_reward.Published(
     part=PARTS[0],
     files=("HPS_v2.1_compressed.pt", "HPS_v2.1_compressed.safetensors"),

@@ -18,6 +18,7 @@ FRAMES = "all"
 SIZE = RewardSize(parameters=0.99e9, tokens=257 + 77, frames_scored=count_by(FRAMES))
 
 PARTS = ("PickScore",)
+DIFFERENTIABLE = True
 PUBLISHED = clip_reward.Published(
     part=PARTS[0],
     files=("model.safetensors", "pytorch_model.bin"),

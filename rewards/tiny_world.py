@@ -2,7 +2,8 @@
 
 Every score is made of bell-shaped marks in physical units (pixels of the 32-pixel canvas, steps of
 the 0..255 colour scale), so it changes a little when the pixels change a little, and a bad clip
-still tells a worse one apart. Only a clip without any object gets exactly nothing.
+still tells a worse one apart. Only a clip without any object gets exactly nothing. So they have a
+gradient, too, which passes by what is chosen or counted: the nearest colour, the masks of shapes.
 
   VQ  the object is crisp, one, of the right area and of a plain palette colour; the background is
       plain
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgrpo.core.config import RewardSpec
@@ -24,10 +24,9 @@ from fastgrpo.core.reward import Reward, Scores
 from fastgrpo.data.tiny_world import shapes
 from fastgrpo.rewards.common import options
 
-Array = NDArray[np.float64]
-
 LEAST_FRAMES = 3  # for a path
 PARTS = ("VQ", "MQ", "TA")
+DIFFERENTIABLE = True
 FAINTEST = 110.0
 """Colour distance from the background below which an object is only partly there.
 
@@ -40,54 +39,67 @@ SPREAD = 0.2  # most second moment of a drawn shape (the triangle) per square of
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """Measurements of a clip, for the rules; lengths in pixels of the 32-pixel canvas."""
+    """Measurements of a clip, for the rules, float64; lengths in pixels of the 32-pixel canvas."""
 
-    rgb: Array  # [F, N, N, 3], 0..255
-    distance: Array  # [F, N, N] colour distance from the background
-    cover: Array  # [F, N, N] how much of a pixel the object covers, 0..1
-    colour: Array  # [3] mean colour of the object's interior over the clip
-    area: Array  # [F] square pixels
-    centroid: Array  # [F, 2] (x, y)
-    radius: Array  # [F, N, N] distance of each pixel's centre from the centroid
-    presence: Array  # [F] 0..1, is there an object
+    rgb: Tensor  # [F, N, N, 3], 0..255
+    distance: Tensor  # [F, N, N] colour distance from the background
+    cover: Tensor  # [F, N, N] how much of a pixel the object covers, 0..1
+    colour: Tensor  # [3] mean colour of the object's interior over the clip
+    area: Tensor  # [F] square pixels
+    centroid: Tensor  # [F, 2] (x, y)
+    radius: Tensor  # [F, N, N] distance of each pixel's centre from the centroid
+    presence: Tensor  # [F] 0..1, is there an object
 
 
-def bell(error: Array, tolerance: float) -> Array:
-    """1 / (1 + (error / tolerance)^2): 1 at no error, 1/2 at the tolerance, a long tail beyond."""
+def bell(error: Tensor, tolerance: float) -> Tensor:
+    """1 / (1 + (error / tolerance)^2): 1 at no error, 1/2 at the tolerance, a long tail beyond.
+
+    error: [...];  returns like it
+    """
     return 1.0 / (1.0 + (error / tolerance) ** 2)
 
 
-def smoothstep(x: Array, low: float, high: float) -> Array:
-    """0 below low, 1 above high, a cubic without corners between."""
-    s = np.clip((x - low) / (high - low), 0.0, 1.0)
+def smoothstep(x: Tensor, low: float, high: float) -> Tensor:
+    """0 below low, 1 above high, a cubic without corners between.  x: [...];  returns like it"""
+    s = ((x - low) / (high - low)).clamp(0.0, 1.0)
     return s * s * (3.0 - 2.0 * s)
 
 
-def look(pixels: NDArray[np.uint8]) -> View:
+def root(squares: Tensor) -> Tensor:
+    """The square root, with a finite slope at 0.  squares: [...];  returns like it"""
+    return (squares + 1e-12).sqrt()
+
+
+def palette() -> Tensor:
+    """The palette's colours, float64 [6, 3]."""
+    return torch.tensor(list(shapes.COLOURS.values()), dtype=torch.float64)
+
+
+def look(pixels: Tensor) -> View:
     """Find the object: whatever differs from the background.
 
-    pixels: uint8 [F, N, N, 3]
+    pixels: [F, N, N, 3], 0..255
     """
-    rgb = pixels.astype(np.float64)
+    rgb = pixels.double()
     size = rgb.shape[1]
-    distance = np.sqrt(((rgb - np.array(shapes.BACKGROUND)) ** 2).sum(-1))
+    distance = root(((rgb - torch.tensor(shapes.BACKGROUND)) ** 2).sum(-1))
     weight = distance**4  # the interior, not the edge, says how strong the object's colour is
     strength = (weight * distance).sum() / (weight.sum() + 1e-9)
-    share = np.minimum(distance / max(strength, FAINTEST), 1.0)
+    share = (distance / strength.clamp(min=FAINTEST)).clamp(max=1.0)
     # in proportion, so the centroid is exact; faint noise is no object
     cover = share * smoothstep(share, 0.08, 0.35)
     inside = share**8
     colour = (inside[..., None] * rgb).sum((0, 1, 2)) / (inside.sum() + 1e-30)
 
     pixel = (shapes.CANVAS / size) ** 2
-    axis = (np.arange(size) + 0.5) * shapes.CANVAS / size
+    axis = (torch.arange(size, dtype=torch.float64) + 0.5) * shapes.CANVAS / size
     total = cover.sum((1, 2))
     # A pinch of weight in the canvas' middle keeps the centroid defined, and smooth, as an object
     # fades away.
     pinch = 0.01 / pixel
     x = ((cover.sum(1) * axis).sum(1) + pinch * shapes.CANVAS / 2) / (total + pinch)
     y = ((cover.sum(2) * axis).sum(1) + pinch * shapes.CANVAS / 2) / (total + pinch)
-    radius = np.sqrt(
+    radius = root(
         (axis[None, None, :] - x[:, None, None]) ** 2
         + (axis[None, :, None] - y[:, None, None]) ** 2
     )
@@ -99,127 +111,137 @@ def look(pixels: NDArray[np.uint8]) -> View:
         cover=cover,
         colour=colour,
         area=area,
-        centroid=np.stack([x, y], 1),
+        centroid=torch.stack([x, y], 1),
         radius=radius,
         presence=presence,
     )
 
 
-def palette_distance(colour: Array) -> Array:
+def palette_distance(colour: Tensor) -> Tensor:
     """Distance of a colour, float64 [..., 3], from each colour of the palette: [..., 6]."""
-    palette = np.array(list(shapes.COLOURS.values()), dtype=np.float64)
-    return np.asarray(np.sqrt(((colour[..., None, :] - palette) ** 2).sum(-1)))
+    return root(((colour[..., None, :] - palette()) ** 2).sum(-1))
 
 
-def visual_quality(view: View) -> float:
+def visual_quality(view: View) -> Tensor:
     """Visual quality, 0 to 1, mean over frames.
 
     Crisp edge, plain background, plain palette colour, one compact object of the right area.
+    returns a scalar
     """
     pixel = (shapes.CANVAS / view.rgb.shape[1]) ** 2
-    root_area = np.sqrt(view.area + 1.0)
+    root_area = (view.area + 1.0).sqrt()
 
     # An edge one pixel wide has a known amount of half-covered pixels; a blurred one has more.
-    edge = (4.0 * view.cover * (1.0 - view.cover)).sum((1, 2)) * np.sqrt(pixel) / root_area
-    crisp = bell(np.maximum(edge - PERIMETER, 0.0), 4.0)
+    edge = (4.0 * view.cover * (1.0 - view.cover)).sum((1, 2)) * pixel**0.5 / root_area
+    crisp = bell((edge - PERIMETER).clamp(min=0.0), 4.0)
 
     outside = smoothstep(view.radius, OBJECT_REACH - 1.5, OBJECT_REACH)
-    dirt = np.sqrt((outside * view.distance**2).sum((1, 2)) / (outside.sum((1, 2)) + 1e-9))
+    dirt = root((outside * view.distance**2).sum((1, 2)) / (outside.sum((1, 2)) + 1e-9))
     clean = bell(dirt, 18.0)
 
-    nearest = int(palette_distance(view.colour).argmin())
-    paint = np.array(list(shapes.COLOURS.values())[nearest])
+    paint = palette()[palette_distance(view.colour).argmin()]
     inside = view.cover**8
-    off = np.sqrt(
+    off = root(
         (inside * ((view.rgb - paint) ** 2).sum(-1)).sum((1, 2)) / (inside.sum((1, 2)) + 1e-30)
     )
     plain = bell(off, 55.0)
 
-    usual = np.mean([shapes.area(s) for s in shapes.SHAPES])
-    right_area = bell(np.log((view.area + 1.0) / (usual + 1.0)), 0.45)
+    usual = sum(shapes.area(s) for s in shapes.SHAPES) / len(shapes.SHAPES)
+    right_area = bell(((view.area + 1.0) / (usual + 1.0)).log(), 0.45)
     moment = (view.cover * view.radius**2).sum((1, 2)) * pixel / (view.area + 1.0)
-    compact = bell(np.maximum(moment / (view.area + 1.0) - SPREAD, 0.0), 0.15)
-    return float((view.presence * crisp * clean * plain * right_area * compact).mean())
+    compact = bell((moment / (view.area + 1.0) - SPREAD).clamp(min=0.0), 0.15)
+    return (view.presence * crisp * clean * plain * right_area * compact).mean()
 
 
-def velocity(view: View) -> Array:
+def velocity(view: View) -> Tensor:
     """Least-squares slope of the path, canvas pixels per frame: float64 [2], (x, y)."""
-    time = np.arange(len(view.centroid)) - (len(view.centroid) - 1) / 2
-    return np.asarray((time[:, None] * view.centroid).sum(0) / (time**2).sum())
+    time = torch.arange(len(view.centroid), dtype=torch.float64) - (len(view.centroid) - 1) / 2
+    return (time[:, None] * view.centroid).sum(0) / (time**2).sum()
 
 
-def motion_quality(view: View, speed: float) -> float:
+def motion_quality(view: View, speed: float) -> Tensor:
     """Motion quality, 0 to 1: a smooth path at the asked speed, with the object in every frame.
 
-    speed: canvas pixels per frame
+    speed: canvas pixels per frame;  returns a scalar
     """
-    second = np.diff(view.centroid, n=2, axis=0)
-    smooth = bell(np.sqrt((second**2).sum(1).mean()), 1.2)
-    actual = np.sqrt((velocity(view) ** 2).sum())
+    second = view.centroid.diff(n=2, dim=0)
+    smooth = bell(root((second**2).sum(1).mean()), 1.2)
+    actual = root((velocity(view) ** 2).sum())
     # the same for twice and half: an error of 1/3
     right_speed = bell((actual - speed) / (actual + speed), 0.2)
     # harmonic mean: an empty frame in nine leaves 0.28
     there = 1.0 / (1.0 / (view.presence + 0.05)).mean() - 0.05
-    return float(smooth * right_speed * there)
+    return smooth * right_speed * there
 
 
-def colour_match(view: View, colour: str) -> float:
+def colour_match(view: View, colour: str) -> Tensor:
     """Match of the colour, 0 to 1.
 
     Half for being near the asked colour, half for being nearer to it than to the others.
+    returns a scalar
     """
     away = palette_distance(view.colour)
     asked = list(shapes.COLOURS).index(colour)
-    share = np.exp(-(away - away.min()) / 20.0)
-    return float(0.5 * bell(away[asked], 70.0) + 0.5 * share[asked] / share.sum())
+    share = (-away / 20.0).softmax(0)
+    return 0.5 * bell(away[asked], 70.0) + 0.5 * share[asked]
 
 
-def shape_match(view: View, shape: str) -> float:
+def shape_match(view: View, shape: str) -> Tensor:
     """Match of the shape, 0 to 1.
 
     Half for the overlap with the asked shape, half for overlapping it more than the others.
+    returns a scalar
     """
     size = view.rgb.shape[1]
     # Coverage from eight points of a pixel, no two in a row or column: an upright edge gets eight
     # levels, not three.
     column, row = np.arange(8), np.arange(8) * 3 % 8
     nudges = (np.stack([column, row], 1)[:, None] - 3.5) / 8 * shapes.CANVAS / size
+    centres = (view.centroid.detach().numpy()[None] - nudges).reshape(-1, 2)
     overlap = []
     for candidate in shapes.SHAPES:
-        points = shapes.shape_mask(
-            candidate, (view.centroid[None] - nudges).reshape(-1, 2), size, supersample=1
-        )
+        points = torch.from_numpy(shapes.shape_mask(candidate, centres, size, supersample=1))
         mask = points.reshape(len(nudges), *view.cover.shape).mean(0)
-        overlap.append(np.minimum(mask, view.cover).sum() / np.maximum(mask, view.cover).sum())
-    iou = np.array(overlap)
+        both, either = torch.minimum(mask, view.cover), torch.maximum(mask, view.cover)
+        overlap.append(both.sum() / either.sum())
+    iou = torch.stack(overlap)
     asked = shapes.SHAPES.index(shape)
-    share = np.exp((iou - iou.max()) / 0.03)
-    return float(0.5 * bell(1.0 - iou[asked], 0.4) + 0.5 * share[asked] / share.sum())
+    share = (iou / 0.03).softmax(0)
+    return 0.5 * bell(1.0 - iou[asked], 0.4) + 0.5 * share[asked]
 
 
-def direction_match(view: View, direction: str) -> float:
+def direction_match(view: View, direction: str) -> Tensor:
     """Match of the direction, ((1 + cos) / 2)^2 of the angle, 0 for an object that does not move.
 
     1 along the asked direction, 1/4 across it, 0 against it.
+    returns a scalar
     """
     along = velocity(view) * (len(view.centroid) - 1)
-    moved = float(np.sqrt((along**2).sum()))
-    cosine = float((along * np.array(shapes.DIRECTIONS[direction])).sum()) / (moved + 1e-9)
+    moved = root((along**2).sum())
+    cosine = (along * torch.tensor(shapes.DIRECTIONS[direction])).sum() / (moved + 1e-9)
     # 0.8 px: what jitter alone may add up to
     return (0.5 + 0.5 * cosine) ** 2 * moved**2 / (moved**2 + 0.8**2)
 
 
-def text_alignment(view: View, meaning: shapes.Meaning) -> float:
+def text_alignment(view: View, meaning: shapes.Meaning) -> Tensor:
     """Square of the mean of the three matches, so that the last mistake counts most.
 
-    0 for an empty clip.
+    0 for an empty clip.  returns a scalar
     """
     matches = (
         colour_match(view, meaning.colour),
         shape_match(view, meaning.shape),
         direction_match(view, meaning.direction),
     )
-    return float(view.presence.mean()) * (sum(matches) / len(matches)) ** 2
+    return view.presence.mean() * torch.stack(matches).mean() ** 2
+
+
+def judge(clip: Tensor, meaning: shapes.Meaning, fps: float) -> Tensor:
+    """The three parts of one clip.  clip: [F, N, N, 3], 0..255;  returns float64 [3]"""
+    view = look(clip)
+    speed = shapes.SPEEDS[meaning.speed] * shapes.FPS / fps
+    parts = visual_quality(view), motion_quality(view, speed), text_alignment(view, meaning)
+    return torch.stack(parts)
 
 
 class TinyWorld(Reward):
@@ -241,22 +263,24 @@ class TinyWorld(Reward):
         Raises ValueError for pixels of another form or a count that does not fit the prompts.
         """
         check(pixels, prompts, fps)
-        values = np.full((len(prompts), len(PARTS)), np.nan, dtype=np.float32)
-        for i, prompt in enumerate(prompts):
+        scores = self.differentiable(pixels, prompts, fps)
+        return Scores(scores, torch.stack([*scores.values()]).isfinite().all(0))
+
+    def differentiable(
+        self, frames: Tensor, prompts: Sequence[str], fps: float
+    ) -> dict[str, Tensor]:
+        """The same of frames that need not be whole numbers, with their gradient.
+
+        frames: [B, F, N, N, 3], 0..255;  returns float32 [B] by part, NaN for a prompt that is no
+        caption of this world
+        """
+        frames, nothing = frames.cpu(), torch.full((len(PARTS),), float("nan"))
+        rows = []
+        for clip, prompt in zip(frames, prompts, strict=True):
             meaning = shapes.parse(prompt)
-            if meaning is None:
-                continue
-            view = look(pixels[i].numpy())
-            speed = shapes.SPEEDS[meaning.speed] * shapes.FPS / fps
-            values[i] = (
-                visual_quality(view),
-                motion_quality(view, speed),
-                text_alignment(view, meaning),
-            )
-        scores = torch.from_numpy(values)
-        return Scores(
-            {name: scores[:, n].clone() for n, name in enumerate(PARTS)}, ~scores.isnan().any(1)
-        )
+            rows.append(nothing if meaning is None else judge(clip, meaning, fps).float())
+        scores = torch.stack(rows).unbind(1)
+        return dict(zip(PARTS, scores, strict=True))
 
     def memory(self, frames: int, height: int, width: int) -> float:
         """Bytes for one clip: its masks at eight points of every pixel, in float64."""

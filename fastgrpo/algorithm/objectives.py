@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from fastgrpo.algorithm.samplers import Sampler
 from fastgrpo.algorithm.transitions import column, gaussian_kl
@@ -232,6 +233,31 @@ def outside_matched(matched: Matched, objective: Objective) -> Tensor:
     """Whether AWM's ratio is outside the clip range.  returns bool [B]"""
     r = (matched.log_prob - matched.old_log_prob).exp()
     return (r - 1).abs() > objective.clip_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preferred:
+    """B pairs of samples noised by one noise at one time; float32."""
+
+    better: Tensor  # [B]: squared error of the better sample's velocity, less the initial policy's
+    worse: Tensor  # [B]: the same of the worse sample
+    t: Tensor  # [B]
+
+
+def dpo(pairs: Preferred, objective: Objective) -> Tensor:
+    """Diffusion-DPO for flows: -log sigmoid(-(beta_t / 2) (d_better - d_worse)).
+
+    Wallace et al., arXiv 2311.12908; Flow-DPO, arXiv 2501.13918. d is |v - u|^2 less that of the
+    initial policy, u = e - x_0, and |.|^2 the mean over dimensions. beta_t is beta, or beta
+    (1 - t)^2: the error of the noise that v implies is 1 - t times that of v. For sums over D
+    dimensions, or in a derivation that sums over T steps, beta is that of here over D, over T.
+
+    returns [B], the loss of each pair
+    """
+    beta = objective.dpo_beta * torch.ones_like(pairs.t)
+    if objective.dpo_weighting == "noise":
+        beta = beta * (1 - pairs.t) ** 2
+    return softplus(beta / 2 * (pairs.better - pairs.worse))
 
 
 def _reconstruction(estimate: Tensor, x_0: Tensor) -> Tensor:

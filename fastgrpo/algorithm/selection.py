@@ -25,6 +25,26 @@ def best_of_n(advantages: Tensor, valid: Tensor, group_size: int, keep: int) -> 
     return selected
 
 
+def pairs(advantages: Tensor, selected: Tensor, group_size: int) -> list[tuple[int, int]]:
+    """Pairs of each prompt's selected samples, (better, worse), which prefer by advantage.
+
+    The best with the worst, the second best with the second worst, and so on. Pairs of equal
+    advantages are left out, as in a group whose rewards are equal: nothing is preferred there.
+
+    advantages: float32 [N];  selected: bool [N]
+    """
+    found: list[tuple[int, int]] = []
+    values, taken = advantages.tolist(), selected.tolist()
+    for start in range(0, len(values), group_size):
+        members = [i for i in range(start, start + group_size) if taken[i]]
+        order = sorted(members, key=lambda i: (values[i], i))
+        half = len(order) // 2
+        for worse, better in zip(order[:half], order[::-1][:half], strict=True):
+            if values[better] > values[worse]:
+                found.append((better, worse))
+    return found
+
+
 def choose_timesteps(steps: range, count: int, choice: str, key: noise.Key) -> list[int]:
     """`count` of the noisy steps, the only ones that can be trained, in increasing order.
 

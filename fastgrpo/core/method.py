@@ -22,6 +22,15 @@ class Traits:
 
     False: it draws with the ODE, every step may be trained, and the update noises the samples
     again."""
+    keeps_states: bool = False
+    """Without noisy steps: the update needs the states before the chosen steps, not the samples."""
+    differentiates: bool = False
+    """The loss has the rewards' gradient, through the decoder: they must be in the process."""
+    pairs: bool = False
+    """The loss compares two samples of a prompt, the better and the worse one, at one time: the
+    selected ones are paired by their advantages, and a micro-batch has whole pairs."""
+    figures: tuple[str, ...] = ()
+    """Names of the method's own figures of a transition, see `training.method.Losses.figures`."""
     has_ratio: bool = True
     """The loss compares the trained policy's log-probability with the old one's."""
     average_key: str | None = None
@@ -48,9 +57,11 @@ class Traits:
         chosen: transitions trained per sample;  noisy: steps that draw noise
         A chosen transition has the state before it and after it, and transitions that follow each
         other share one, so 2 chosen, and never more states than noisy + 1. Without noisy steps: the
-        sample itself, which the update noises again.
+        sample itself, which the update noises again, or the chosen states.
         """
-        return min(2 * chosen, noisy + 1) if self.noisy_steps else 1
+        if self.noisy_steps:
+            return min(2 * chosen, noisy + 1)
+        return chosen if self.keeps_states else 1
 
 
 def check_without_noise(recipe: "Recipe", distance: str) -> None:

@@ -141,6 +141,12 @@ class Policy(Protocol):
         x, v: [B, C, F, H, W] float32;  t: a scalar or [B];  returns like x
         """
 
+    def frames(self, x: Tensor) -> Tensor:
+        """Latents [B, C, F, H, W] float32 to the VAE's frames [B, 3, F, H, W], about -1 to 1.
+
+        With the frames' gradient in the latents; the VAE is frozen.
+        """
+
     def decode(self, x: Tensor) -> Decoded:
         """Latents [B, C, F, H, W] to pixels, each clip marked where they are not finite."""
 

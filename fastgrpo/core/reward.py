@@ -85,6 +85,18 @@ class Reward(ABC):
         Raises ValueError for pixels of a size that the reward cannot judge.
         """
 
+    def differentiable(
+        self, frames: Tensor, prompts: Sequence[str], fps: float
+    ) -> dict[str, Tensor]:
+        """The scores of B clips with their gradient in the frames, where `DIFFERENTIABLE = True`
+        stands at the top of the reward's file: objective.kind = "refl" trains on them.
+
+        frames: float32 [B, F, H, W, 3], 0 to 255, not rounded;  fps: frames per second
+        returns float32 [B] for each part, on the frames' device or the CPU; of whole numbers the
+        scores of `__call__`
+        """
+        raise NotImplementedError
+
     def frames_used(self, frames: int, fps: float) -> list[int] | None:
         """Indices of the frames that change the scores of a clip of `frames` frames.
 
@@ -132,6 +144,12 @@ class RewardWrapper(Reward):
     def frames_used(self, frames: int, fps: float) -> list[int] | None:
         """Indices of the frames that the inner reward looks at. None: all of them."""
         return self.reward.frames_used(frames, fps)
+
+    def differentiable(
+        self, frames: Tensor, prompts: Sequence[str], fps: float
+    ) -> dict[str, Tensor]:
+        """The inner reward's scores.  frames: float32 [B, F, H, W, 3];  returns float32 [B] each"""
+        return self.reward.differentiable(frames, prompts, fps)
 
     def memory(self, frames: int, height: int, width: int) -> float:
         """What the inner reward takes."""

@@ -25,6 +25,8 @@ class Experience:
     selected: Tensor  # bool [N]: the samples that the update trains
     batch_sizes: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     """`Dealing.batch_sizes`; a sample that is missing was drawn in batches of unknown size."""
+    judge: "Judge | None" = None  # where the loss differentiates the rewards
+    paired: bool = False  # the losses compare pairs of samples, see `Traits.pairs`; set by `update`
 
     def on(self, device: torch.device) -> "Experience":
         """The same experience with its advantages on the device."""
@@ -39,11 +41,23 @@ class Experience:
         return torch.stack([row.to(device, non_blocking=True) for row in rows])
 
 
+class Judge(Protocol):
+    """The rewards of samples with their gradient; see `scoring.differentiable`."""
+
+    def __call__(self, x_0: Tensor, slots: Sequence[int]) -> Tensor:
+        """The weighted sum of the rewards.
+
+        x_0: [B, C, F, H, W] float32, the samples of B slots;  returns float32 [B]
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """A micro-batch's B transitions with the networks' predictions."""
 
-    transitions: list[tuple[int, int]]  # slot, step
+    transitions: list[
+        tuple[int, int]
+    ]  # slot, step; of pairs the better sample's before the other's
     x: Tensor  # [B, C, F, H, W] float32: the states before the steps
     v: Tensor  # [B, C, F, H, W] float32: the trained policy's prediction, with its gradient
     v_reference: Tensor | None  # [B, C, F, H, W] float32: the initial policy's, without gradient
@@ -60,6 +74,8 @@ class Losses:
     log_ratio: Tensor  # log-probability under the trained policy, less that under the old policy
     drawn_log_ratio: Tensor  # the same, less the rollout's log-probability
     drawn_outside: Tensor  # bool [B]: `outside` by the rollout's values
+    figures: Mapping[str, Tensor] = field(default_factory=dict)
+    """The method's own figures by the names of `Traits.figures`; their means are metrics."""
 
 
 class LossesOf(Protocol):
@@ -97,7 +113,7 @@ class Method(Protocol):
         Called once per run, since the check may wait for the device.
         """
 
-    def plan(self, plan: Plan) -> Plan:
+    def plan(self, plan: Plan, objective: Objective) -> Plan:
         """The iteration's plan as this method draws it."""
 
     def drawing_weights(self, trainer: Trainer) -> AbstractContextManager[None]:

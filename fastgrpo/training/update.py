@@ -1,9 +1,9 @@
 """Trajectories and advantages to optimizer steps.
 
-The unit of work is a state: a sample at a chosen step, or a whole group where its samples are still
-equal, so that one forward and backward serves all their transitions. An optimizer step's states are
-dealt evenly to the groups of ranks (`algorithm.dealing`), whoever drew them: what their losses need
-travels in one exchange before the first step. Samples of advantage 0, such
+The unit of work is a state, see `micro_batches.py`: where a group's samples are still equal, one
+forward and backward serves all their transitions. An optimizer step's states are dealt evenly to
+the groups of ranks (`algorithm.dealing`), whoever drew them: what their losses need travels in one
+exchange before the first step. Samples of advantage 0, such
 as those of a group with equal rewards, count in the objective's mean and are not evaluated.
 Micro-batches mix samples and steps but not text lengths. Every rank runs the same number of
 micro-batches, the missing ones with a loss of zero, so that collectives stay in step.
@@ -28,19 +28,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastgrpo.algorithm import selection
-from fastgrpo.algorithm.dealing import deal
 from fastgrpo.core.config import Objective
-from fastgrpo.core.policy import shape_key, stack
+from fastgrpo.core.method import Traits
+from fastgrpo.core.policy import stack
 from fastgrpo.parallel.exchange import between_groups
 from fastgrpo.parallel.world import World
 from fastgrpo.training import methods
 from fastgrpo.training.method import Batch, Experience, Losses, LossesOf
+from fastgrpo.training.micro_batches import (
+    MicroBatch,
+    OptimizerStep,
+    State,
+    by_group,
+    in_step,
+    optimizer_steps,
+    rows,
+)
 from fastgrpo.training.rollout import Plan, Trajectory, stored
 from fastgrpo.training.trainer import Trainer, averaged_weights
 
-State = tuple[int, tuple[int, ...]]  # a step, and the slots whose sample is in this state before it
-MicroBatch = list[State]  # an empty one keeps step with other ranks
 Value = tuple[int, str, int]  # slot, the field of its trajectory, and the step in it
 Evaluation = tuple[AbstractContextManager[None], list[list[MicroBatch]], Callable[[Batch], None]]
 """Whose weights the network has inside; by group of ranks, what is evaluated; who keeps it."""
@@ -54,13 +60,15 @@ class Totals:
     drawn: Tensor  # float64 [2], of the first optimizer step: see `add_drawn`
     max_log_ratio: Tensor  # scalar
     max_log_ratio_first: Tensor  # scalar, of the first step's policy and the rollout's: about 0
+    figures: dict[str, Tensor]  # float64 scalars: the method's own, see Traits.figures
 
     @classmethod
-    def zeros(cls, device: torch.device) -> "Totals":
+    def zeros(cls, device: torch.device, figures: Sequence[str] = ()) -> "Totals":
         """The sums of no transitions."""
         zero = torch.zeros((), device=device)
         values, drawn = (torch.zeros(n, dtype=torch.float64, device=device) for n in (4, 2))
-        return cls(values, drawn, zero, zero)
+        own = {name: zero.double() for name in figures}
+        return cls(values, drawn, zero, zero, own)
 
     @torch.no_grad()
     def add(self, losses: Losses) -> None:
@@ -68,6 +76,10 @@ class Totals:
         count = torch.ones_like(losses.loss)
         sums = [value.sum() for value in (losses.loss, losses.outside, count, losses.kl)]
         self.values += torch.stack([value.double() for value in sums])
+        self.figures = {
+            name: total + losses.figures[name].double().sum()
+            for name, total in self.figures.items()
+        }
         self.max_log_ratio = torch.maximum(self.max_log_ratio, losses.log_ratio.abs().max())
 
     @torch.no_grad()
@@ -88,23 +100,6 @@ class Totals:
         self.max_log_ratio_first = torch.maximum(self.max_log_ratio_first, largest)
 
 
-@dataclass(frozen=True)
-class OptimizerStep:
-    """The work of one optimizer step."""
-
-    transitions: int  # of all ranks
-    batches: list[list[MicroBatch]]  # by group of ranks
-
-    def of(self, group: int) -> list[MicroBatch]:
-        """A group's micro-batches, with empty ones to the number of the group with the most."""
-        return in_step(self.batches, group) or [[]]
-
-    def states(self) -> Iterator[tuple[int, State]]:
-        """Every state, with the group of ranks that evaluates it."""
-        for group, batches in enumerate(self.batches):
-            yield from ((group, state) for batch in batches for state in batch)
-
-
 def update(
     trainer: Trainer,
     objective: Objective,
@@ -118,12 +113,14 @@ def update(
       in place of one
     returns metrics, equal on every rank
     """
-    method = methods.of(objective.kind)
-    network, totals, norms = trainer.policy.network, Totals.zeros(world.device), list[Tensor]()
+    method, traits = methods.of(objective.kind), methods.traits_of(objective.kind)
+    network, norms = trainer.policy.network, list[Tensor]()
+    totals = Totals.zeros(world.device, traits.figures)
+    experience = replace(experience, paired=traits.pairs)
     skipped = [False] * len(experience.advantages)
     if not method.zero_advantage_teaches(objective):
         skipped = (experience.advantages == 0).tolist()
-    steps = _optimizer_steps(trainer, experience, skipped, world)
+    steps = optimizer_steps(experience, trainer.settings, skipped, world)
     experience = _with_dealt(experience.on(world.device), steps, objective, world)
     losses_of, evaluated = method.losses(trainer.policy, experience, objective), 0
     for weights, groups, keep in _before(trainer, objective, experience, losses_of, steps):
@@ -152,30 +149,14 @@ def update(
             (loss * (world.groups / step.transitions)).backward()
         norms.append(trainer.step())
     return _metrics(totals, norms, trainer, world) | {
-        "update/evaluations": float(sum(1 for step in steps for _ in step.states())),
+        "update/evaluations": float(_rows(steps, traits.pairs)),
         "update/evaluated_again": float(evaluated),
     }
 
 
-def _optimizer_steps(
-    trainer: Trainer, experience: Experience, skipped: Sequence[bool], world: World
-) -> list[OptimizerStep]:
-    """The work of all ranks, without optimizer steps that have no transitions.
-
-    skipped: [N], whether a sample is counted without being evaluated
-    """
-    plan, settings = experience.plan, trainer.settings
-    key = ("minibatches", plan.seed, plan.iteration)
-    steps = []
-    for members in selection.minibatches(
-        experience.selected, plan.group_size, settings.updates_per_iteration, key
-    ):
-        transitions = sum(len(plan.chosen(slot)) for slot in members)
-        if transitions:
-            active = [slot for slot in members if not skipped[slot]]
-            batches = _micro_batches(active, experience, settings.batch_size, world)
-            steps.append(OptimizerStep(transitions, batches))
-    return steps
+def _rows(steps: Sequence[OptimizerStep], paired: bool) -> int:
+    """The rows that the network sees in the optimizer steps, of all ranks."""
+    return sum(len(rows(state, paired)) for step in steps for _, state in step.states())
 
 
 def _alike(experience: Experience, batch: MicroBatch) -> list[bool]:
@@ -200,16 +181,10 @@ def _before(
     traits, later = methods.traits_of(objective.kind), steps[1:]
     if traits.has_ratio:
         noisy = traits.noisy_steps  # else the rollout has no log-probabilities
-        groups = _drawn_otherwise(trainer, experience, later) if noisy else _by_group(later)
+        groups = _drawn_otherwise(trainer, experience, later) if noisy else by_group(later)
         yield nullcontext(), groups, losses_of.evaluate_old
     if steps and methods.evaluates_average(objective):
-        yield averaged_weights(trainer), _by_group(steps), losses_of.evaluate_average
-
-
-def _by_group(steps: Sequence[OptimizerStep]) -> list[list[MicroBatch]]:
-    """The micro-batches of several optimizer steps by group of ranks."""
-    all_steps = zip(*(step.batches for step in steps), strict=True)
-    return [[batch for batches in of_group for batch in batches] for of_group in all_steps]
+        yield averaged_weights(trainer), by_group(steps), losses_of.evaluate_average
 
 
 def _drawn_otherwise(
@@ -224,49 +199,20 @@ def _drawn_otherwise(
     return groups
 
 
-def in_step(batches: Sequence[list[MicroBatch]], group: int) -> list[MicroBatch]:
-    """A group's micro-batches, with empty ones to the number of the group with the most."""
-    if not batches:
-        return []
-    most = max(map(len, batches))
-    return batches[group] + [[] for _ in range(most - len(batches[group]))]
-
-
-def _micro_batches(
-    members: Sequence[int],
-    experience: Experience,
-    size: int,
-    world: World,
-) -> list[list[MicroBatch]]:
-    """All ranks' states, dealt to the groups of ranks in batches of one text length."""
-    own: list[dict[object, list[State]]] = []
-    plan, conditions = experience.plan, experience.conditions
-    total = len(conditions) * plan.group_size
-    for group in range(world.groups):
-        share = world.share(total, group)
-        by_shape: dict[object, list[State]] = {}
-        for state in _states([slot for slot in members if slot in share], plan):
-            prompt = state[1][0] // plan.group_size
-            by_shape.setdefault(shape_key(conditions[prompt]), []).append(state)
-        own.append(by_shape)
-    return deal(own, size)
-
-
 def _with_dealt(
     experience: Experience, steps: Sequence[OptimizerStep], objective: Objective, world: World
 ) -> Experience:
     """The experience, with what this group needs of states that other groups drew."""
-    plan, noisy = experience.plan, methods.traits_of(objective.kind).noisy_steps
+    plan, traits = experience.plan, methods.traits_of(objective.kind)
     total, numel = len(experience.conditions) * plan.group_size, math.prod(plan.latent_shape)
     drew = {slot: group for group in range(world.groups) for slot in world.share(total, group)}
     # (from, to) -> values, each once and in one order everywhere
     moves: dict[tuple[int, int], dict[Value, None]] = {}
     for step in steps:
         for group, state in step.states():
-            if (owner := drew[state[1][0]]) != group:
-                moves.setdefault((owner, group), {}).update(
-                    dict.fromkeys(_values(state, plan, noisy))
-                )
+            for value in _values(state, plan, traits):
+                if (owner := drew[value[0]]) != group:
+                    moves.setdefault((owner, group), {})[value] = None
     if not moves:
         return experience
     outgoing, wanted = list[Tensor](), list[list[Value]]()
@@ -293,27 +239,14 @@ def _value(experience: Experience, value: Value) -> Tensor:
     return own[step].to(experience.plan.grid.device, non_blocking=True)
 
 
-def _values(state: State, plan: Plan, noisy: bool) -> list[Value]:
-    """What the losses of a state's transitions need of trajectories.
-
-    noisy: the transitions are noisy steps; else samples that are noised again
-    """
+def _values(state: State, plan: Plan, traits: Traits) -> list[Value]:
+    """What the losses of a state's transitions need of trajectories."""
     step, slots = state
-    if not noisy:
-        return [(slot, "states", plan.steps) for slot in slots]
+    if not traits.noisy_steps:
+        return [(slot, "states", step if traits.keeps_states else plan.steps) for slot in slots]
     of_each = [("states", step + 1), ("log_probs", step)]
     values = [(slot, kind, at) for slot in slots for kind, at in of_each]
     return [(slots[0], "states", step), *values]
-
-
-def _states(slots: Sequence[int], plan: Plan) -> list[State]:
-    """The distinct states before the slots' chosen steps."""
-    slots_of: dict[tuple[int, int, int | None], list[int]] = {}
-    for slot in slots:
-        for step in plan.chosen(slot):
-            own = None if plan.is_shared(slot, step) else slot
-            slots_of.setdefault((step, slot // plan.sharing, own), []).append(slot)
-    return [(step, tuple(members)) for (step, _, _), members in slots_of.items()]
 
 
 def _predict(
@@ -323,24 +256,25 @@ def _predict(
     states: MicroBatch,
     first: bool = False,
 ) -> Batch:
-    """Evaluate each state once, and give a row for each transition from it.
+    """Evaluate each state once, a pair's two samples beside each other; a row for each transition.
 
     first: no optimizer step was taken since the samples were drawn
     """
     plan = experience.plan
-    x = losses_of.states([(slots[0], step) for step, slots in states])
-    t = torch.stack([plan.grid[step] for step, _ in states])
-    condition = stack([experience.conditions[slots[0] // plan.group_size] for _, slots in states])
+    seen = [row for state in states for row in rows(state, experience.paired)]
+    x = losses_of.states(seen)
+    t = torch.stack([plan.grid[step] for _, step in seen])
+    condition = stack([experience.conditions[slot // plan.group_size] for slot, _ in seen])
     v, v_reference = trainer.policy.velocity(x, t, condition), None
     if trainer.reference is not None and torch.is_grad_enabled():
         with torch.no_grad():
             v_reference = trainer.reference.velocity(x, t, condition)
     transitions = [(slot, step) for step, slots in states for slot in slots]
-    if len(transitions) > len(states):
-        rows = [row for row, (_, slots) in enumerate(states) for _ in slots]
-        x, v = (torch.stack([states_of.unbind()[row] for row in rows]) for states_of in (x, v))
+    if len(transitions) > len(seen):  # several samples are still in one state
+        of_state = [row for row, (_, slots) in enumerate(states) for _ in slots]
+        x, v = (torch.stack([states_of.unbind()[row] for row in of_state]) for states_of in (x, v))
         if v_reference is not None:
-            v_reference = torch.stack([v_reference[row] for row in rows])
+            v_reference = torch.stack([v_reference[row] for row in of_state])
     return Batch(transitions=transitions, x=x, v=v, v_reference=v_reference, first=first)
 
 
@@ -369,12 +303,12 @@ def _metrics(
     world: World,
 ) -> dict[str, float]:
     """All groups' totals as numbers.  norms: scalars, one per optimizer step"""
-    sums = torch.cat([totals.values, totals.drawn])
+    sums = torch.cat([totals.values, totals.drawn, *(one[None] for one in totals.figures.values())])
     dist.all_reduce(sums)
     sums /= world.size // world.groups  # the ranks of a group count the same transitions
     extremes = torch.stack([totals.max_log_ratio_first, totals.max_log_ratio])
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    loss, clipped, count, kl, drawn_outside, drawn = sums.tolist()
+    loss, clipped, count, kl, drawn_outside, drawn, *figures = sums.tolist()
     first, largest = extremes.tolist()
     finite = [norm for norm in torch.stack(norms).tolist() if math.isfinite(norm)] if norms else []
     metrics = {
@@ -387,6 +321,8 @@ def _metrics(
         "update/skipped": float(trainer.skipped),
         "lr": trainer.lr,
     }
+    for name, total in zip(totals.figures, figures, strict=True):
+        metrics[f"update/{name}"] = total / max(count, 1.0)
     if drawn:
         metrics["update/outside_first"] = drawn_outside / drawn
     return metrics | ({"update/kl": kl / max(count, 1.0)} if trainer.reference is not None else {})

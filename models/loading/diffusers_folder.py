@@ -6,7 +6,7 @@ configs by the families; nothing of a checkpoint is assumed here but its layout.
 """
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -371,6 +371,12 @@ def image_only(video: Video, name: str) -> None:
     """Raise UserError for a clip where the family draws images."""
     if video.frames != 1:
         raise UserError(f"video.frames={video.frames}: {name} draws images; use 1.")
+
+
+@torch.no_grad()
+def decode(frames: Callable[[Tensor], Tensor], x: Tensor, at_once: int) -> Decoded:
+    """Latents [B, C, F, H, W] to pixels, so many at a time.  frames: as `Policy.frames`"""
+    return Decoded.joined([to_pixels(frames(part)) for part in x.split(at_once)])
 
 
 def to_pixels(frames: Tensor) -> Decoded:

@@ -82,6 +82,26 @@ class ScorerInProcess:
                 result[name] = join(parts)
             return result
 
+    def differentiable(
+        self, frames: Tensor, prompts: Sequence[str], fps: float
+    ) -> dict[str, Tensor]:
+        """Scores of B clips by part with their gradient, of the rewards that have a weight.
+
+        On the present stream; the rewards' weights stay where they score until `release`.
+        frames: float32 [B, F, H, W, 3], 0 to 255;  returns float32 [B] each
+        """
+        with self._present():
+            pass
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        found: dict[str, Tensor] = {}
+        for one in self.served.values():
+            if any(one.spec.weights.values()):
+                with room_for(one.spec):
+                    rate = one.spec.fps or fps
+                    found |= one.reward.differentiable(frames, prompts, rate)
+        return found
+
     def _judge(self, one: Served, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
         """One reward's scores of one batch.  pixels: uint8 [B, F, H, W, 3]"""
         judge = partial(

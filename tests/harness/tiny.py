@@ -2,7 +2,7 @@
 from.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unittest import mock
@@ -156,6 +156,24 @@ def advantages() -> Tensor:
     return torch.randn(len(PROMPTS) * GROUP, generator=torch.Generator().manual_seed(5))
 
 
+def judge(x_0: Tensor, slots: Sequence[int]) -> Tensor:
+    """A made-up differentiable reward of latents [B, C, F, H, W], which differs by slot.
+
+    returns [B]
+    """
+    wanted = torch.tensor([float(slot % 3) for slot in slots], device=x_0.device)
+    return -(x_0.flatten(1).mean(1) - wanted).square()
+
+
+def moved_reference(world: World | None = None) -> Policy:
+    """An initial policy that is not the trained one."""
+    reference = load_policy(world)
+    with torch.no_grad():
+        for parameter in reference.network.parameters():
+            parameter.mul_(0.98)
+    return reference
+
+
 def run_update(
     trainer: Trainer,
     the_plan: Plan,
@@ -175,6 +193,7 @@ def run_update(
             conditions=conditions,
             advantages=advantages(),
             selected=kept,
+            judge=judge,
         ),
         world,
     )

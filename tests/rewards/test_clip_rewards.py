@@ -678,3 +678,28 @@ def test_a_pointer_of_git_lfs_is_told_with_its_remedy(tmp_path: Path) -> None:
             weight_files.locate(str(path), ["model.pt"], [], "rewards.path", "name a file")
     with pytest.raises(UserError, match="git lfs pull"):
         weight_files.read(file)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_scores_with_a_gradient_are_the_scores_and_their_slope(name: str, tmp_path: Path) -> None:
+    """Against the uint8 path, which rounds after Pillow's resizing, and finite differences."""
+    WRITERS[name](tmp_path)
+    reward: Any = rewards.load(spec(name, tmp_path, frames=2))
+    reward.model.double()
+    pixels, part = clips(2, 3) // 2 + 60, PART[name]  # within the range, at whose ends slopes break
+    frames = pixels.double().requires_grad_()
+    found = reward.differentiable(frames, PROMPTS, 8.0)[part]
+    exact = reward(pixels, PROMPTS, 8.0).values[part]
+    spread = (exact[0] - exact[1]).abs().item()
+    assert (found - exact).abs().max().item() < 0.05 * spread
+    found.sum().backward()
+    assert frames.grad is not None
+    seen = frames.grad.flatten(2).abs().sum(2) > 0
+    assert seen.tolist() == [[True, False, True]] * 2  # the frames that are scored
+    along = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(1)).double()
+    with torch.no_grad():
+        ends = [reward.differentiable(frames + s * along, PROMPTS, 8.0)[part] for s in (0.1, -0.1)]
+    slope = (frames.grad * along).flatten(1).sum(1)
+    torch.testing.assert_close(
+        slope.float(), (ends[0] - ends[1]).float() / 0.2, rtol=0.02, atol=1e-6
+    )

@@ -164,8 +164,8 @@ class Prompts(Section):
 class Objective(Section):
     kind: str = "grpo"
     """The training method, a file of fastgrpo/training/methods/: grpo, guard (GRPO-Guard), dppo
-    (Flow-DPPO), ddpo, or nft (DiffusionNFT) and awm, which need no trajectories; see
-    docs/guides/algorithms/algorithms.md."""
+    (Flow-DPPO), ddpo; nft (DiffusionNFT), awm and dpo, which need no trajectories; refl, which
+    needs a differentiable reward; see docs/guides/algorithms/algorithms.md."""
     normalise: Literal["group", "batch", "largest_std", "global"] = "group"
     """Advantages: by each group's mean and std (the paper), then over the batch (GDPO), by the
     largest group's std (LongCat), or of the summed rewards over all samples (DDPO)."""
@@ -189,6 +189,18 @@ class Objective(Section):
     a guard against collapse; 0 = none."""
     awm_kl: Annotated[float, Field(ge=0)] = 0.0
     """kind = awm: weight of the squared difference from the initial policy's velocity; 0 = none."""
+    dpo_beta: Rate = 100.0
+    """kind = dpo: beta, for squared errors that are means over the latent's dimensions."""
+    dpo_weighting: Literal["equal", "noise"] = "equal"
+    """kind = dpo: beta at every time alike, or times (1 - t)^2, which is Diffusion-DPO's loss on the
+    predicted noise."""
+    refl_last: Positive = 10
+    """kind = refl: the last steps of the grid, from which a sample's trained steps are drawn."""
+    refl_margin: float | None = None
+    """kind = refl: a sample whose weighted reward is above this teaches nothing (ReFL: 2, of a
+    standardised reward); None: all teach."""
+    refl_kl: Annotated[float, Field(ge=0)] = 0.0
+    """kind = refl: weight of the squared difference from the initial policy's velocity; 0 = none."""
     clip_range: Rate = 1e-4
     """Clip range of the ratio; small because log-probs are means over the latent's dimensions."""
     advantage_clip: Rate = 5.0

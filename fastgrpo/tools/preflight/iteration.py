@@ -25,10 +25,11 @@ from fastgrpo.run.failures import out_of_memory
 from fastgrpo.tools.preflight.finding import Finding, Parts, gathered, largest, replicas_differ
 from fastgrpo.training import methods, rollout
 from fastgrpo.training.method import Experience
+from fastgrpo.training.micro_batches import MicroBatch
 from fastgrpo.training.rollout import Dealing, Drawn, Plan, SharedPrefix
 from fastgrpo.training.scoring.scorer import Scored
 from fastgrpo.training.trainer import Trainer
-from fastgrpo.training.update import MicroBatch, update
+from fastgrpo.training.update import update
 
 LOG_PROB_BOUND = 1e-5
 """Bound of a log-probability's difference from its value in float64, relative to values above 1.

@@ -7,7 +7,7 @@ from fastgrpo.algorithm import objectives
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.method import Traits, check_noise
-from fastgrpo.training.policy_gradient import PolicyGradient
+from fastgrpo.training.methods.policy_gradient import PolicyGradient
 
 TRAITS = Traits(title="DDPO (arXiv 2305.13301)")
 METHOD = PolicyGradient(objectives.ddpo, objectives.outside_clip_range)

@@ -5,7 +5,7 @@ The divergence is the trained policy's from the old one.
 
 from fastgrpo.algorithm import objectives
 from fastgrpo.core.method import Traits
-from fastgrpo.training.policy_gradient import PolicyGradient
+from fastgrpo.training.methods.policy_gradient import PolicyGradient
 
 TRAITS = Traits(
     title="Flow-DPPO (arXiv 2606.11025)",

@@ -4,7 +4,7 @@ from fastgrpo.algorithm import objectives
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.method import Traits, check_noise
-from fastgrpo.training.policy_gradient import PolicyGradient
+from fastgrpo.training.methods.policy_gradient import PolicyGradient
 
 TRAITS = Traits(title="GRPO-Guard (arXiv 2510.22319)", clips_ratio=False, old_means=True)
 METHOD = PolicyGradient(objectives.guard, objectives.outside_normalised, needs_old_mean=True)

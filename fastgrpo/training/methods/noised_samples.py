@@ -39,7 +39,7 @@ class NoisedSamples:
                 "not; use grpo."
             )
 
-    def plan(self, plan: Plan) -> Plan:
+    def plan(self, plan: Plan, objective: Objective) -> Plan:
         """The plan with every step in its window: any may be trained, since none is noisy."""
         return replace(plan, window=range(plan.steps))
 
@@ -89,7 +89,12 @@ class NoisedLosses:
     def states(self, transitions: Sequence[tuple[int, int]]) -> Tensor:
         """The samples noised again, [B, C, F, H, W] float32."""
         slots, steps = [slot for slot, _ in transitions], [step for _, step in transitions]
-        return noised(self.experience.plan, slots, steps, self.samples(transitions))[0]
+        x_0 = self.samples(transitions)
+        return noised(self.experience.plan, self.noise_of(slots), steps, x_0)[0]
+
+    def noise_of(self, slots: list[int]) -> list[int]:
+        """The slots by whose noise the samples of some slots are noised: their own."""
+        return slots
 
     def evaluate_average(self, batch: Batch) -> None:
         """Keep the average's velocities at the batch's states."""
@@ -125,7 +130,8 @@ def noised(
 ) -> tuple[Tensor, Tensor]:
     """x = (1 - t) x_0 + t e with keyed noise e, each sample at the time before its step.
 
-    steps: one per slot;  x_0: [B, C, F, H, W] float32;  returns x like x_0, and t [B]
+    slots, steps: of the noise, one per sample;  x_0: [B, C, F, H, W] float32
+    returns x like x_0, and t [B]
     """
     keys: list[noise.Key] = [
         ("noised", plan.seed, plan.iteration, *divmod(slot, plan.group_size), step)

@@ -9,7 +9,7 @@ row joins its batch where it leaves its prefix, and leaves a batch of prefixes t
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -221,15 +221,25 @@ def stored(x: Tensor, plan: Plan) -> Tensor:
 
 
 @torch.no_grad()
-def sample_ode(policy: Policy, x: Tensor, grid: Tensor, condition: Condition) -> Tensor:
+def sample_ode(
+    policy: Policy,
+    x: Tensor,
+    grid: Tensor,
+    condition: Condition,
+    visit: Callable[[int, Tensor], None] = lambda step, x: None,
+) -> Tensor:
     """Follow the flow's ODE by Euler steps: the deterministic sampler of evaluation and pictures.
 
-    x: noise [B, C, F, H, W] float32;  grid: [T + 1] from 1 to 0;  returns x_0 like x
+    x: noise [B, C, F, H, W] float32;  grid: [T + 1] from 1 to 0
+    visit: called with each step and the state before it, like x
+    returns x_0 like x
     """
-    for t, t_next in pairwise(grid[:-1]):
+    for step, (t, t_next) in enumerate(pairwise(grid[:-1])):
+        visit(step, x)
         v = policy.velocity(x, t.expand(len(x)), condition)
         x, _ = policy.transition(x, v=v, t=t, t_next=t_next, eta=0.0)
     t = grid[-2]
+    visit(len(grid) - 2, x)
     return policy.clean_estimate(x, policy.velocity(x, t.expand(len(x)), condition), t)
 
 

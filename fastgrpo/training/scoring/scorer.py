@@ -177,8 +177,7 @@ class Scorer:
             raise NoScores(str(failure)) from None
         positions = [slot for batch in self.pending for slot in batch.slots]
         self.pending.clear()
-        for source in self.sources:
-            source.release()
+        self.release()
         everything = self.world.combine(rows, positions, total)
         seconds, waited, events = self._account(waited)
         latents_finite, pixels_finite = (everything[:, -2:] > 0).unbind(1)
@@ -237,6 +236,11 @@ class Scorer:
         seconds, waited = rows[:, :2].mean(0).tolist()
         events = {name: int(n) for name, n in zip(EVENTS, rows[:, 2:].sum(0), strict=True)}
         return seconds, waited, events
+
+    def release(self) -> None:
+        """Give back what only scoring needs, until the next scores are wanted."""
+        for source in self.sources:
+            source.release()
 
     def close(self) -> None:
         """End the threads; what they have not begun is not scored."""

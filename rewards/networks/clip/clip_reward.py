@@ -130,14 +130,32 @@ class ClipReward(Reward):
         valid = torch.isfinite(scores)
         return Scores({self.names[0]: scores.masked_fill(~valid, float("nan"))}, valid)
 
+    def differentiable(
+        self, frames: Tensor, prompts: Sequence[str], fps: float
+    ) -> dict[str, Tensor]:
+        """Scores of frames that are not rounded, float32 [B], with their gradient.
+
+        frames: float32 [B, F, H, W, 3], 0 to 255;  fps: not used
+        Where the reference rounds what it has resized, as Pillow does, they differ by that.
+        """
+        chosen = frames[:, self.frames_used(frames.shape[1], fps)]
+        per_clip = chosen.shape[1]
+        values = self.preprocess.differentiable(rearrange(chosen, "b f h w c -> (b f) h w c"))
+        images = torch.cat([self._features(part) for part in values.split(self.rating.batch_size)])
+        with torch.no_grad():
+            texts = self.text_features(prompts).to(images.device).repeat_interleave(per_clip, 0)
+        cosine = rearrange((images * texts).sum(-1), "(b f) -> b f", f=per_clip)
+        return {self.names[0]: (self.rating.scale * cosine).mean(1)}
+
     def image_features(self, images: Tensor) -> Tensor:
         """Unit vectors of images, uint8 [N, H, W, 3]: float32 [N, E], on the CPU."""
-        features = []
-        for batch in images.split(self.rating.batch_size):
-            values = self.preprocess(batch).to(self.model.device, self.model.dtype)
-            output = self.model.get_image_features(values)
-            features.append(F.normalize(output.pooler_output.float(), dim=-1).cpu())
-        return torch.cat(features)
+        batches = images.split(self.rating.batch_size)
+        return torch.cat([self._features(self.preprocess(batch)).cpu() for batch in batches])
+
+    def _features(self, values: Tensor) -> Tensor:
+        """Unit vectors of prepared images [N, 3, S, S]: float32 [N, E], on the network's device."""
+        output = self.model.get_image_features(values.to(self.model.device, self.model.dtype))
+        return F.normalize(output.pooler_output.float(), dim=-1)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors of the texts, float32 [N, E], on the CPU.

@@ -50,18 +50,39 @@ class Preprocess:
         else:
             resized = [self._pillow(frame) for frame in frames]
             square = rearrange(torch.stack(resized), "n h w c -> n c h w").float().div(255)
-        mean, std = torch.tensor([self.mean, self.std]).reshape(2, 1, 3, 1, 1)
+        return self._normalised(square)
+
+    def differentiable(self, frames: Tensor) -> Tensor:
+        """The same with the gradient, [N, 3, size, size], on the frames' device.
+
+        frames: float32 [N, H, W, 3], 0 to 255. What Pillow rounds to whole numbers after resizing is not rounded.
+        """
+        if self.resize == "letterbox":
+            return self._normalised(letterbox(frames, self.size, self.antialias))
+        images = rearrange(frames, "n h w c -> n c h w").div(255)
+        sides = self._sides(*images.shape[-2:])
+        images = F.interpolate(images, sides, mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = (self._offset(side) for side in sides)
+        return self._normalised(images[..., top : top + self.size, left : left + self.size])
+
+    def _normalised(self, square: Tensor) -> Tensor:
+        """Images [N, 3, size, size], 0 to 1, by mean and standard deviation of each channel."""
+        both = torch.tensor([self.mean, self.std], device=square.device)
+        mean, std = both.reshape(2, 1, 3, 1, 1)
         return (square - mean) / std
 
     def _pillow(self, frame: Tensor) -> Tensor:
         """A frame, uint8 [H, W, 3], as uint8 [size, size, 3]."""
-        height, width, _ = frame.shape
-        if self.resize == "squash":
-            return bicubic(frame, self.size, self.size)
-        short = min(height, width)
-        frame = bicubic(frame, int(self.size * height / short), int(self.size * width / short))
+        frame = bicubic(frame, *self._sides(*frame.shape[:2]))
         top, left = (self._offset(side) for side in frame.shape[:2])
         return frame[top : top + self.size, left : left + self.size]
+
+    def _sides(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of a frame before the centre crop, for shortest and squash."""
+        if self.resize == "squash":
+            return self.size, self.size
+        short = min(height, width)
+        return int(self.size * height / short), int(self.size * width / short)
 
     def _offset(self, side: int) -> int:
         """First row or column of the centre crop of a side, pixels."""
@@ -71,7 +92,7 @@ class Preprocess:
 def letterbox(frames: Tensor, size: int, antialias: bool) -> Tensor:
     """The longest side to `size`, the rest black on both sides.
 
-    frames: uint8 [N, H, W, 3].
+    frames: uint8 or float32 [N, H, W, 3], 0 to 255.
     returns float32 [N, 3, size, size], about 0 to 1: bicubic overshoots are kept
     """
     images = rearrange(frames, "n h w c -> n c h w").float().div(255)

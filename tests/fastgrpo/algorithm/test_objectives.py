@@ -17,7 +17,7 @@ from fastgrpo.core.policy import Condition, shape_key
 from fastgrpo.parallel.world import World
 from fastgrpo.training import methods
 from fastgrpo.training.method import Experience
-from fastgrpo.training.policy_gradient import PolicyGradient
+from fastgrpo.training.methods.policy_gradient import PolicyGradient
 from fastgrpo.training.trainer import Trainer
 from fastgrpo.training.update import update
 from tests.harness import tiny

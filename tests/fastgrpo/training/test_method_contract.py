@@ -31,7 +31,9 @@ OVERRIDES = ["rollout.steps=5", "video.frames=9", "video.height=24", "video.widt
 FITTING: dict[str, list[str]] = {
     "ddpo": ["objective.normalise=global"],
     "awm": ["rollout.shared_noise=false", "optimizer.ema_decay=0.9"],
+    "dpo": ["rollout.shared_noise=false", "objective.best_of_n=2"],
     "nft": ["rollout.shared_noise=false", "optimizer.ema_decay=0.5"],
+    "refl": ["rollout.shared_noise=false", "rewards.0.where=process"],
 }
 """Keys beside objective.kind with which a method works; none for one that takes the defaults."""
 
@@ -65,7 +67,8 @@ def contract(method: Any, traits: Traits, policy: Policy, conditions: list[Condi
     missing = [name for name in MEMBERS if not callable(getattr(method, name, None))]
     if missing:
         return [f"has no {name}" for name in missing]
-    plan = method.plan(replace(tiny.plan(policy, shared_noise=traits.noisy_steps), group_size=2))
+    drawn_alike = replace(tiny.plan(policy, shared_noise=traits.noisy_steps), group_size=2)
+    plan = method.plan(drawn_alike, Objective())
     drawn = draw(method, policy, plan, conditions)
     broken = []
     if list(drawn.slots) != [0, 1] or sorted(drawn.trajectories) != [0, 1]:
@@ -96,6 +99,7 @@ def _losses_broken(
         trajectories=drawn.trajectories,
         advantages=torch.tensor([1.0, -1.0], device=tiny.device()),
         selected=torch.ones(2, dtype=torch.bool),
+        judge=tiny.judge,
     )
     losses_of = method.losses(policy, experience, Objective())
     x = losses_of.states(steps)
@@ -103,18 +107,21 @@ def _losses_broken(
     condition = {name: torch.stack([tensor, tensor]) for name, tensor in conditions[0].items()}
     with torch.no_grad(), sharding.gathered(policy.network):
         v = policy.velocity(x, t, condition)
+    initial = v.clone() if traits.pairs else None
     predicted = Batch(transitions=steps, x=x, v=v.clone(), v_reference=None)
     if traits.average_key:
         losses_of.evaluate_average(predicted)
     if traits.has_ratio and not traits.noisy_steps:  # whose rollout keeps no log-probability
         losses_of.evaluate_old(predicted)
     v.requires_grad_()
-    losses: Losses = losses_of(Batch(transitions=steps, x=x, v=v, v_reference=None))
+    losses: Losses = losses_of(Batch(transitions=steps, x=x, v=v, v_reference=initial))
     broken = [
         f"losses: {name} is not one number per transition"
-        for name, value in vars(losses).items()
-        if value.shape != (2,)
+        for name, value in (vars(losses) | dict(losses.figures)).items()
+        if name != "figures" and value.shape != (2,)
     ]
+    if set(losses.figures) != set(traits.figures):
+        broken.append(f"losses: figures are {sorted(losses.figures)}, not those declared")
     if broken:
         return broken
     if losses.log_ratio.abs().max() > 1e-5:
@@ -251,7 +258,7 @@ def test_plan_and_preflight_count_the_same_bytes_and_no_sample_holds_more(
     plan = replace(
         tiny.plan(policy, shared_noise=False), window=window, trained=asked.steps_trained
     )
-    plan = methods.of(name).plan(plan)
+    plan = methods.of(name).plan(plan, asked.objective)
     parts: Any = SimpleNamespace(
         recipe=asked, plan=plan, world=SimpleNamespace(device=torch.device("cpu"))
     )

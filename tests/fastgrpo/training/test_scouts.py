@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastgrpo.algorithm import scouts
 from fastgrpo.core import config
-from fastgrpo.core.config import Recipe
+from fastgrpo.core.config import Objective, Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.parallel import sharding
@@ -170,7 +170,7 @@ def test_as_many_steps_foretell_everything_where_the_ode_draws(
 ) -> None:
     """Scouts of the samples' own grid: both correlations are 1, and the rewards the same."""
     recipe = recipe_of(*NFT, "rollout.scout_steps=5", "rollout.scouts=8")
-    plan = methods.of("nft").plan(tiny.plan(policy, shared_noise=False))
+    plan = methods.of("nft").plan(tiny.plan(policy, shared_noise=False), Objective())
     with ready(policy, world, recipe) as (rollouts, _):
         found = scout(rollouts, conditions, candidates(plan, 8, plan.grid))
         dealing = rollout.Dealing(

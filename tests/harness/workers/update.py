@@ -29,7 +29,7 @@ if __name__ == "__main__":
         other = json.loads(sys.argv[5])
         objective = Objective(**{"clip_range": 1e-4} | other.get("objective", {}))
         method, noisy = methods.of(objective.kind), "objective" not in other
-        plan = method.plan(tiny.plan(policy, shared_noise=noisy))
+        plan = method.plan(tiny.plan(policy, shared_noise=noisy), objective)
         if "window" in other:
             plan = replace(
                 plan,
@@ -42,7 +42,9 @@ if __name__ == "__main__":
         kept[other.get("kept", slice(None))] = True
         everything = replace(plan, trained=None)
         settings = tiny.settings(update_batch, updates=2, ema_decay=0.0 if noisy else 0.5)
-        trainer = tiny.Recorder.create(policy, settings, None)
+        paired = methods.traits_of(objective.kind).pairs
+        reference = tiny.moved_reference(world) if paired else None
+        trainer = tiny.Recorder.create(policy, settings, reference)
         tiny.move_average(trainer)
         if noisy:
             drawn = tiny.draw(policy, everything, conditions, world, rollout_batch)

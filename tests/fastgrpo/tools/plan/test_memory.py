@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastgrpo.core import config
-from fastgrpo.core.config import Optimizer, Recipe
+from fastgrpo.core.config import Objective, Optimizer, Recipe
 from fastgrpo.core.policy import Policy, move
 from fastgrpo.models.loading import policies
 from fastgrpo.parallel import sharding
@@ -53,7 +53,11 @@ def test_trajectories_of_nft_are_what_its_samples_hold() -> None:
     """x_0 alone, which the update noises again."""
     policy, slots = tiny.load_policy(), list(range(tiny.GROUP))
     drawn = METHOD.sample(
-        policy, METHOD.plan(tiny.plan(policy, shared_noise=False)), tiny.encode(), slots, {}
+        policy,
+        METHOD.plan(tiny.plan(policy, shared_noise=False), Objective()),
+        tiny.encode(),
+        slots,
+        {},
     )
     held = sum(
         tensor.numel() * tensor.itemsize

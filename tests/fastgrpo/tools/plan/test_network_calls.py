@@ -12,7 +12,7 @@ from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.parallel.world import World
 from fastgrpo.tools.plan.workload import network_calls
-from fastgrpo.training import update
+from fastgrpo.training import micro_batches
 from fastgrpo.training.rollout import Dealing, Plan
 from tests import ROOT
 
@@ -67,7 +67,9 @@ def states(asked: Recipe, plan: Plan, groups: int) -> int:
             cpu, mesh = torch.device("cpu"), cast(Any, None)
             world = World(rank=0, size=groups, device=cpu, mesh=mesh)
             mine = world.share(total, group)
-            count += len(update._states([slot for slot in members if slot in mine], plan))
+            count += len(
+                micro_batches.states_of([(slot,) for slot in members if slot in mine], plan)
+            )
     return count
 
 

@@ -32,7 +32,7 @@ class PolicyGradient:
     def check_policy(self, policy: Policy, device: torch.device) -> None:
         """Accept every policy, since each has a noisy step of its own."""
 
-    def plan(self, plan: Plan) -> Plan:
+    def plan(self, plan: Plan, objective: Objective) -> Plan:
         """The plan, unchanged."""
         return plan
 
