@@ -35,6 +35,7 @@ PACKAGES = {
     "fastgrpo.tools.check": "fastgrpo/tools/check",
     "fastgrpo.tools.evaluate": "fastgrpo/tools/evaluate",
     "fastgrpo.tools.evaluate.benchmark": "fastgrpo/tools/evaluate/benchmark",
+    "fastgrpo.tools.evaluate.reproduce": "fastgrpo/tools/evaluate/reproduce",
     "fastgrpo.tools.export": "fastgrpo/tools/export",
     "fastgrpo.tools.plan": "fastgrpo/tools/plan",
     "fastgrpo.tools.plan.costs": "fastgrpo/tools/plan/costs",

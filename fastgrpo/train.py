@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastgrpo.algorithm import selection

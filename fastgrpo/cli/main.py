@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from fastgrpo import __version__
 from fastgrpo.cli import options, plan, report, sample, serve, train
-from fastgrpo.cli.evaluation import evaluate, score, study
+from fastgrpo.cli.evaluation import evaluate, reproduce, score, study
 from fastgrpo.cli.start import init
 from fastgrpo.core.errors import UserError, UserErrors
 from fastgrpo.core.processes import (
@@ -46,6 +46,7 @@ EXAMPLES = (
     ("fastgrpo evaluate runs/t2v_tiny", "base against trained, by several rewards"),
     ("fastgrpo evaluate runs/t2i_sd --benchmark geneval --weights weights", "a benchmark of it"),
     ("fastgrpo study runs/t2v_tiny --pairs 24", "blind pairs of the two for human raters"),
+    ("fastgrpo reproduce table2 --weights weights --dry-run", "what a table of the paper takes"),
     ("fastgrpo report runs/t2v_tiny", "the report of a finished or running run"),
     ("fastgrpo status runs/t2v_tiny", "where each rank is: does it hang, and which one"),
     ("fastgrpo keys", "every recipe key, its default and meaning"),
@@ -60,6 +61,7 @@ ALONE = (
     "score",
     "serve-rewards",
     "report",
+    "reproduce",
     "status",
 )
 """Commands that share no work with other ranks: each speaks, whatever a scheduler calls it."""
@@ -89,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     score.add_check_reward(commands)
     evaluate.add_evaluate(commands)
     study.add(commands)
+    reproduce.add_reproduce(commands)
     train.add_keys(commands)
     serve.add(commands)
     report.add_report(commands)

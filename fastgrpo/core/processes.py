@@ -120,16 +120,21 @@ def torchrun_environment(environment: Mapping[str, str], processes: int) -> dict
     return inner | {SETTLED: "1"}
 
 
-def replace_by_torchrun(program: Sequence[str], processes: int) -> NoReturn:
-    """Put a torchrun in this process's place.
+def torchrun_command(program: Sequence[str], processes: int) -> list[str]:
+    """argv of a torchrun on this machine alone.
 
     program: a file, or `-m` and a module, and its arguments
     """
     torchrun = [sys.executable, "-m", "fastgrpo.cli.launch", *ON_THIS_MACHINE]
-    torchrun.append(f"--nproc-per-node={processes}")
+    return [*torchrun, f"--nproc-per-node={processes}", *program]
+
+
+def replace_by_torchrun(program: Sequence[str], processes: int) -> NoReturn:
+    """Put a torchrun in this process's place.  program: as of `torchrun_command`"""
+    command = torchrun_command(program, processes)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, [*torchrun, *program], torchrun_environment(os.environ, processes))
+    os.execve(sys.executable, command, torchrun_environment(os.environ, processes))
 
 
 def after_rank_0(code: int) -> int:

@@ -26,16 +26,12 @@ class Column:
     name: str
     reward: str
     part: str
-    trained_part: str | None = None
-    """The part that training takes, where it is another; None: `part`."""
     weights: str | None = None
     """What `rewards.path` names, below the folder of weights."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Option -> what it names, below the folder of weights."""
     options: Mapping[str, str | bool] = field(default_factory=dict)
     """Options without which the numbers would not be on the paper's scale."""
-    training_options: tuple[str, ...] = ()
-    """Those of `files` that training needs, too."""
     note: str = ""
     """What the paper leaves open about this judge, and what is taken."""
 
@@ -89,7 +85,6 @@ COLUMNS = {
                 weights="VideoReward",
                 files={"template": "VideoAlign/prompt_template.py"},
                 options={"raw": True},
-                training_options=("template",),
                 note="raw scores, as the paper's values must be; told video.fps",
             )
             for name in ("VQ", "MQ", "TA")
@@ -169,3 +164,11 @@ DOWNLOADS = {
     )
 }
 """By name below the folder of weights."""
+
+MODELS = {
+    "CompVis/stable-diffusion-v1-4": "CreativeML OpenRAIL-M by its card",
+    "black-forest-labs/FLUX.1-dev": "FLUX.1 [dev], non-commercial, by its card",
+    "hunyuanvideo-community/HunyuanVideo": "Tencent Hunyuan community licence by its card",
+    "Skywork/SkyReels-V1-Hunyuan-I2V": CARD,
+}
+"""Licences of the models that the paper trains, by hub id."""

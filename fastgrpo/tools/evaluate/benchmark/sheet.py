@@ -110,9 +110,9 @@ class Sheet:
 
     def markdown(self) -> str:
         """The tables and the notes."""
-        parts = [f"**{self.protocol.title}**", "", *_table(self.rows())]
+        parts = [f"**{self.protocol.title}**", "", *markdown_table(self.rows())]
         if tasks := self.task_rows():
-            parts += ["", *_table(tasks)]
+            parts += ["", *markdown_table(tasks)]
         return "\n".join([*parts, "", *(f"- {line}" for line in self.notes()), ""])
 
     def show(self) -> None:
@@ -196,7 +196,7 @@ def _with_intervals(own: Estimates) -> Iterable[str]:
         yield f"{number(estimate.mean, signed)} ({_interval(estimate, signed)})"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of Markdown.  rows: the heading first"""
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     lines = [f"| {' | '.join(row)} |" for row in escaped]
