@@ -31,6 +31,7 @@ from fastgrpo.tools.check.check import refuse
 from fastgrpo.tools.preflight import checks, largest_batch
 from fastgrpo.tools.preflight.finding import Parts
 from fastgrpo.tools.report.ending import told
+from fastgrpo.tools.report.live.on_the_way import ReportOnTheWay
 from fastgrpo.tools.report.report import write_report
 from fastgrpo.training import methods
 from fastgrpo.training.evaluation import Evaluation, compare, evaluate
@@ -80,6 +81,7 @@ def run(session: Session) -> dict[str, object] | None:
 def _run(session: Session) -> dict[str, object] | None:
     """Do what `run` does, wherever the memory suffices."""
     progress, checkpoints = session.progress, session.checkpoints
+    report = ReportOnTheWay(session.recipe.run.dir, session.tracker.message)
     try:
         if not progress.iteration:
             if session.recipe.run.preflight:
@@ -96,6 +98,8 @@ def _run(session: Session) -> dict[str, object] | None:
             problem = checkpoints.save_if_due(session.trainer, progress, last)
             if problem is not None:  # a save that fails does not end the run
                 session.tracker.message(f"training goes on without it: {problem}")
+            if session.world.main:
+                report.write_if_due()
         checkpoints.end_saving(session.trainer, progress)
         return finish(session, before)
     except Stopped:  # the unfinished iteration has not changed the weights
