@@ -44,6 +44,7 @@ PACKAGES = {
     "fastgrpo.tools.plan.workload": "fastgrpo/tools/plan/workload",
     "fastgrpo.tools.preflight": "fastgrpo/tools/preflight",
     "fastgrpo.tools.report": "fastgrpo/tools/report",
+    "fastgrpo.tools.report.live": "fastgrpo/tools/report/live",
     "fastgrpo.tools.sample": "fastgrpo/tools/sample",
     "fastgrpo.tools.score": "fastgrpo/tools/score",
     "fastgrpo.tools.evaluate.study": "fastgrpo/tools/evaluate/study",

@@ -32,6 +32,7 @@ from fastgrpo.tools.check.check import refuse
 from fastgrpo.tools.preflight import checks, largest_batch
 from fastgrpo.tools.preflight.finding import Parts
 from fastgrpo.tools.report.ending import told
+from fastgrpo.tools.report.live.on_the_way import ReportOnTheWay
 from fastgrpo.tools.report.report import write_report
 from fastgrpo.training import methods
 from fastgrpo.training.evaluation import Evaluation, compare, evaluate
@@ -85,6 +86,7 @@ def run(session: Session) -> dict[str, object] | None:
 def _run(session: Session) -> dict[str, object] | None:
     """Do what `run` does, wherever the memory suffices."""
     checkpoints = session.checkpoints
+    report = ReportOnTheWay(session.recipe.run.dir, session.tracker.message)
     try:
         if not session.progress.iteration:
             if session.recipe.run.preflight:
@@ -100,6 +102,8 @@ def _run(session: Session) -> dict[str, object] | None:
             iterate(session)
             if on_the_way(session, course):
                 save(session)
+            if session.world.main:
+                report.write_if_due()
         checkpoints.end_saving(session.trainer, session.progress)
         return finish(session, course)
     except Stopped:  # the unfinished iteration has not changed the weights

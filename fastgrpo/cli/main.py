@@ -48,6 +48,7 @@ EXAMPLES = (
     ("fastgrpo study runs/t2v_tiny --pairs 24", "blind pairs of the two for human raters"),
     ("fastgrpo reproduce table2 --weights weights --dry-run", "what a table of the paper takes"),
     ("fastgrpo report runs/t2v_tiny", "the report of a finished or running run"),
+    ("fastgrpo watch runs/t2v_tiny", "the same, as a page that keeps itself up to date"),
     ("fastgrpo status runs/t2v_tiny", "where each rank is: does it hang, and which one"),
     ("fastgrpo keys", "every recipe key, its default and meaning"),
 )
@@ -62,6 +63,7 @@ ALONE = (
     "serve-rewards",
     "report",
     "reproduce",
+    "watch",
     "status",
 )
 """Commands that share no work with other ranks: each speaks, whatever a scheduler calls it."""
@@ -95,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_keys(commands)
     serve.add(commands)
     report.add_report(commands)
+    report.add_watch(commands)
     report.add_status(commands)
     return top
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 WIDTH, HEIGHT = 440, 230
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
+LEFT, RIGHT, TOP, BOTTOM = 76, 14, 12, 34
 # more are averaged in equal stretches, which keeps a report of 10,000 iterations small
 MOST_POINTS = 400
 MOST_BARS = 80
@@ -60,12 +60,14 @@ def curves(
     smooth: bool = True,
     from_zero: bool = False,
     unit: str = "iteration",
+    axis: str = "",
 ) -> str:
     """Curves over iterations. Dots are the values.
 
     With smooth, lines are their Gaussian means (see `smoothed`).
     label: what a screen reader says;  from_zero: the vertical axis starts at 0
     unit: of the horizontal axis
+    axis: title of the vertical axis, with its unit
     """
     drawn = [_finite(curve) for curve in series]
     drawn = [curve for curve in drawn if len(curve.x)]
@@ -81,7 +83,7 @@ def curves(
     frame = Frame(
         (left, max(right, left + 1)), (min(marks[0], float(low)), max(marks[-1], float(high)))
     )
-    body = axes(frame, marks, whole_ticks(*frame.x), unit)
+    body = axes(frame, marks, whole_ticks(*frame.x), unit, axis)
     body += "".join(_dots(curve, frame, faint=smooth) for curve in drawn if not curve.marks)
     for curve in drawn:
         averaged = smooth and not curve.marks
@@ -105,7 +107,7 @@ def stacked_bars(
     means = np.stack([heights[stretch].mean(0) for stretch in stretches])
     marks = ticks(0.0, float(means.sum(1).max()))
     frame = Frame((0.0, float(len(heights))), (0.0, marks[-1]))
-    body = axes(frame, marks, whole_ticks(0, len(heights)))
+    body = axes(frame, marks, whole_ticks(0, len(heights)), title="seconds")
     for stretch, bar in zip(stretches, means, strict=True):
         left, right = frame.px(stretch[0]), frame.px(stretch[-1] + 1)
         gap = min(1.5, 0.2 * (right - left))
@@ -236,10 +238,21 @@ def _extent(series: Series) -> list[NDArray[np.float64]]:
 
 
 def axes(
-    frame: Frame, y_ticks: Sequence[float], x_ticks: Sequence[float], unit: str = "iteration"
+    frame: Frame,
+    y_ticks: Sequence[float],
+    x_ticks: Sequence[float],
+    unit: str = "iteration",
+    title: str = "",
 ) -> str:
-    """Lines and numbers of both axes.  unit: of the horizontal one"""
-    body = ""
+    """Lines and numbers of both axes.
+
+    unit: of the horizontal one;  title: of the vertical one, with its unit
+    """
+    centre = (TOP + HEIGHT - BOTTOM) / 2
+    body = (
+        f'<text class="unit" transform="rotate(-90 12 {centre:.0f})" x="12" y="{centre:.0f}" '
+        f'text-anchor="middle">{escape(title)}</text>'
+    )
     for tick in y_ticks:
         y = frame.py(tick)
         body += f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
@@ -256,7 +269,8 @@ def axes(
 
 def _tick(value: float) -> str:
     if value != 0 and abs(value) < 1e-3:
-        return f"{value:.2g}".replace("e-0", "e-")
+        digits, _, exponent = f"{value:.2e}".partition("e")
+        return f"{float(digits):g}e{int(exponent)}"
     return f"{round(value, 10):g}"
 
 

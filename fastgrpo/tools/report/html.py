@@ -102,6 +102,7 @@ button { font: inherit; font-size: .9rem; color: var(--ink); background: var(--c
   border-radius: 8px; padding: 6px 14px; cursor: pointer; }
 button:focus-visible, summary:focus-visible, .scroll:focus-visible, pre:focus-visible {
   outline: 3px solid var(--sum); outline-offset: 2px; }
+progress { width: 100%; height: 8px; accent-color: var(--sum); }
 pre { background: var(--code); border-radius: 8px; padding: 14px 16px; overflow-x: auto;
   font-size: .82rem;
   line-height: 1.5;
@@ -114,32 +115,35 @@ button { display: none; } }
 """
 
 # Pairs start together, and a person who wants no motion gets none: the page plays nothing then
-# until asked.
+# until asked. Clips and button are looked up anew, since `fastgrpo watch` replaces them.
 SCRIPT = """
-const clips = [...document.querySelectorAll("video")];
-const button = document.getElementById("playing");
-if (button) {
-  let playing = !matchMedia("(prefers-reduced-motion: reduce)").matches;
-  const show = () => {
-    for (const clip of clips) {
-      if (playing) { clip.currentTime = 0; clip.play().catch(() => {}); } else { clip.pause(); }
-    }
-    button.textContent = playing ? "Pause all clips" : "Play all clips";
-  };
-  button.addEventListener("click", () => { playing = !playing; show(); });
+let playing = !matchMedia("(prefers-reduced-motion: reduce)").matches;
+function showPlaying() {
+  for (const clip of document.querySelectorAll("video")) {
+    if (playing) { clip.currentTime = 0; clip.play().catch(() => {}); } else { clip.pause(); }
+  }
+  const button = document.getElementById("playing");
+  if (!button) return;
+  button.textContent = playing ? "Pause all clips" : "Play all clips";
   button.hidden = false;
-  addEventListener("load", show);
 }
+document.addEventListener("click", (event) => {
+  if (event.target.id === "playing") { playing = !playing; showPlaying(); }
+});
+addEventListener("load", showPlaying);
 """
 
 
-def page(title: str, body: str) -> str:
-    """A whole HTML document around the body. title: plain text;  body: HTML"""
+def page(title: str, body: str, script: str = "") -> str:
+    """A whole HTML document around the body.
+
+    title: plain text;  body: HTML;  script: JavaScript that runs after the page's own
+    """
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+        f"<body>\n<main>\n{body}\n</main>\n<script>{SCRIPT}{script}</script>\n</body>\n</html>\n"
     )
 
 

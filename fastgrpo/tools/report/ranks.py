@@ -63,7 +63,10 @@ def ranks(run: Run) -> str:
     busy = [phase for phase in phases if phase != "wait"]
     behind = [over_median(run, phase) for phase in busy]
     drawing = curves(
-        "Seconds that the slowest rank took over the median of the ranks", behind, from_zero=True
+        "Seconds that the slowest rank took over the median of the ranks",
+        behind,
+        from_zero=True,
+        axis="seconds",
     )
     cards = chart(
         "The slowest rank over the median", drawing, legend([(phase_colour(p), p) for p in busy])
@@ -78,7 +81,9 @@ def ranks(run: Run) -> str:
             run.curve(f"seconds_{kind}/wait", label, colour)
             for kind, (colour, label) in waits.items()
         ]
-        drawing = curves("Seconds that ranks waited for others", series, from_zero=True)
+        drawing = curves(
+            "Seconds that ranks waited for others", series, from_zero=True, axis="seconds"
+        )
         cards += chart("Waiting for others", drawing, legend([*waits.values()]))
     heads = ["phase", "fastest", "median", "slowest", "slowest most often"]
     rows = [[phase_name(phase), *mean_seconds(run, phase), who(run, phase)] for phase in phases]

@@ -23,6 +23,7 @@ from fastgrpo.tools.report.clips import clips, when
 from fastgrpo.tools.report.figures import alarms as alarm_lines
 from fastgrpo.tools.report.figures import course, distributions, strips
 from fastgrpo.tools.report.html import chart, legend, page, table
+from fastgrpo.tools.report.live.course import axis_of, course
 from fastgrpo.tools.report.ranks import memory, phase_colour, ranks
 from fastgrpo.tools.report.run_data import Run, read_run
 
@@ -67,15 +68,25 @@ def write_report(run_dir: Path) -> Path:
     UserError: the folder has no metrics yet, or one of its files cannot be read.
     """
     run = read_run(run_dir)
-    name = run_dir.resolve().name
-    sections = (
-        headline(run, name),
+    path, title = run_dir / "report.html", f"{run_dir.resolve().name}: fastgrpo report"
+    try:
+        replace_text(path, printable(page(title, "\n".join(sections(run)))))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); correct that.") from None
+    return path
+
+
+def sections(run: Run) -> tuple[str, ...]:
+    """The page's sections as HTML, in order; those that the run has nothing for are empty."""
+    return (
+        headline(run, run.folder.resolve().name),
         held_out_table(run),
         clips(run),
         strips(run),
         course(run),
         distributions(run),
         reward_curves(run),
+        course(run),
         timings(run),
         memory(run),
         ranks(run),
@@ -84,12 +95,6 @@ def write_report(run_dir: Path) -> Path:
         "<footer>Written by fastgrpo from the files of the run folder alone. Point at a dot or a "
         "bar to read its value.</footer>",
     )
-    path = run_dir / "report.html"
-    try:
-        replace_text(path, printable(page(f"{name}: fastgrpo report", "\n".join(sections))))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); correct that.") from None
-    return path
 
 
 def headline(run: Run, name: str) -> str:
@@ -149,7 +154,7 @@ def progress(run: Run) -> str:
         begun = "This run is under way, or was stopped" if run.rows else "This run has just begun"
         here = "the evaluation before training" if run.evaluations else "no evaluation"
         known = f"{here} is here" + ("" if run.evaluations else " yet")
-        text = f"{begun}: {known}, the one after training is not. Write the report again later."
+        text = f"{begun}: {known}, the one after training is not."
     elif run.compared_iterations < len(run.rows):
         text = (
             "This run has gone on since its last evaluation; the result above is the earlier one."
@@ -189,11 +194,16 @@ def held_out_table(run: Run) -> str:
     return f"<section><h2>Held-out rewards</h2>{card}</section>"
 
 
+def plain(run: Run, part: str) -> str:
+    """A part's name, with what it is where it was not trained on."""
+    if part not in run.monitors:
+        return part
+    return f"{part} (monitor{': more is worse' if run.monitors[part] else ''})"
+
+
 def labelled(run: Run, part: str) -> str:
     """A part's name as HTML, with what it is where it was not trained on."""
-    if part not in run.monitors:
-        return escape(part)
-    return f"{escape(part)} (monitor{': more is worse' if run.monitors[part] else ''})"
+    return escape(plain(run, part))
 
 
 def held_out_so_far(run: Run) -> str:
@@ -227,7 +237,11 @@ def reward_curves(run: Run) -> str:
         entries = [(run.colour(part), "training"), ("before", "held-out")]
         title = "Sum of the rewards" if part == "sum" else labelled(run, part)
         cards.append(
-            chart(title, curves(label, [training, held_out]), legend(entries, open_=("held-out",)))
+            chart(
+                title,
+                curves(label, [training, held_out], axis="weighted sum" if part == "sum" else part),
+                legend(entries, open_=("held-out",)),
+            )
         )
     width = smoothing_width(len(run.rows))
     note = (
@@ -273,13 +287,17 @@ def health(run: Run) -> str:
     for name, title, note in HEALTH:
         curve = run.curve(name, title, "sum")
         if len(curve.x):
-            drawing = curves(f"{title}{_ends(curve)}", [curve], smooth=False, from_zero=True)
+            label, axis = f"{title}{_ends(curve)}", axis_of(name)
+            drawing = curves(label, [curve], smooth=False, from_zero=True, axis=axis)
             cards.append(chart(title, drawing, note))
-    spreads = [run.curve(f"group_std/{part}", part, run.colour(part)) for part in run.parts]
+    spreads = [
+        run.curve(f"group_std/{part}", plain(run, part), run.colour(part)) for part in run.parts
+    ]
     spreads = [curve for curve in spreads if len(curve.x)]
     if spreads:
         entries = [(curve.colour, curve.name) for curve in spreads]
-        drawing = curves("Spread of each reward within a prompt's group", spreads, from_zero=True)
+        label = "Spread of each reward within a prompt's group"
+        drawing = curves(label, spreads, from_zero=True, axis="standard deviation, reward's unit")
         cards.append(
             chart(
                 "Spread within a prompt's group",

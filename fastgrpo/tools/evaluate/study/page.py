@@ -26,7 +26,6 @@ input { font: inherit; color: var(--ink); background: var(--card); border: 1px s
 input:focus-visible { outline: 3px solid var(--sum); outline-offset: 2px; }
 button.first { background: var(--sum); border-color: var(--sum); color: var(--page); }
 button:disabled { opacity: .45; cursor: default; }
-progress { width: 100%; height: 8px; accent-color: var(--sum); }
 .line { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center; margin: 12px 0; }
 .line .note { margin: 0; flex: 1 1 auto; }
 #prompt { font-size: 1.15rem; font-weight: 600; line-height: 1.35; margin: 14px 0 2px;
