@@ -29,7 +29,7 @@ def find(run: Path, step: Step) -> Path:
     """The folder of a published, whole checkpoint of a run.
 
     step: its iterations; "newest"; or "best", the one with the highest mean training reward since
-    the one before
+    the one before, or with the best held-out evaluation where there were some on the way
     Raises UserError where `run` is no run folder, has no such checkpoint, or a file of it is
     missing or cut short.
     """

@@ -8,6 +8,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel
 from fastgrpo import rewards
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.reward import RewardWrapper
 from fastgrpo.rewards.common import frames, weight_files
 from fastgrpo.rewards.networks.clip import preprocess, weights
 from fastgrpo.rewards.networks.clip.clip_reward import ClipReward, Rating
@@ -33,6 +35,7 @@ from fastgrpo.rewards.networks.clip.tokenizer import (
     clean_transformers,
     read_merges,
 )
+from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from tests import GOLDENS
 from tests.harness.weights import clip
 
@@ -103,6 +106,27 @@ def test_golden_pixels_features_and_score() -> None:
     scores = reward(images[:, None], numbers, 8.0)
     torch.testing.assert_close(scores.values["HPS"], expected["score"], atol=1e-5, rtol=0)
     assert scores.valid.all()
+
+
+def test_image_vectors_are_the_mean_of_a_clips_frames_also_behind_a_threshold() -> None:
+    expected, images = golden()
+    reward = golden_reward(GOLDEN_CFG)
+    scorer = ScorerInProcess([])
+    assert not scorer.has_vectors
+    # abstract: the threshold, which is what wraps a reward, defines how it is called
+    wrapper: Any = type("Wrapped", (RewardWrapper,), {"__call__": None})(reward)
+    served: Any = {
+        "plain": SimpleNamespace(reward=object()),
+        "hps": SimpleNamespace(reward=wrapper),
+    }
+    scorer.served = served
+    assert scorer.has_vectors
+    clips = torch.stack([images[:2], images[1:3]])
+    vectors = scorer.image_vectors(clips)
+    own = expected["image_features"]
+    torch.testing.assert_close(
+        vectors, torch.stack([own[:2].mean(0), own[1:3].mean(0)]), atol=1e-5, rtol=0
+    )
 
 
 def test_the_wrong_gelu_or_filter_is_seen() -> None:

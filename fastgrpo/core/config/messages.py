@@ -14,7 +14,7 @@ from fastgrpo.core.config.sections import Recipe
 
 NEAR = 0.75  # likeness from which a key is taken for what was meant
 ELSEWHERE = {
-    "evaluate.every": "a run is evaluated before its first iteration and after its last",
+    "eval_steps": "evaluations on the way come after each evaluate.every iterations",
     "scheduler": "the rate follows optimizer.warmup_updates and optimizer.decay_updates",
     "lr_scheduler": "the rate follows optimizer.warmup_updates and optimizer.decay_updates",
     "epochs": "the length of a run is run.iterations",

@@ -139,8 +139,8 @@ def rewards(run: Path, recipe: Recipe, step: int) -> list[str]:
     lines = ["## Reward", ""]
     metrics = run / "metrics.jsonl"
     every = read_metrics(metrics) if metrics.exists() else []
-    rows = [row for row in every if row["iteration"] == step - 1]
-    if rows and "reward/sum" in rows[-1]:
+    rows = [row for row in every if row["iteration"] == step - 1 and "reward/sum" in row]
+    if rows:
         parts = ", ".join(
             f"{part} {rows[-1][f'reward/{part}']:.3f}"
             for part in recipe.weights

@@ -324,6 +324,22 @@ def _save(subject: Subject, machine: Machine) -> Phase:
     return Phase("save", memory, seconds=seconds)
 
 
+def evaluation_seconds(subject: Subject, found: Iterable[Phase]) -> float:
+    """Seconds of a held-out evaluation: the iteration's drawing and scoring, by clips and steps.
+
+    The sampler evaluates each clip at every step; nothing is shared. Where the optimizer keeps an
+    average, its weights' way in and out, which is short, is not counted.
+    """
+    job, settings = subject.job, subject.job.recipe.evaluate
+    own = math.ceil(settings.prompts * settings.seeds / job.groups)
+    steps = settings.steps or job.recipe.rollout.steps
+    drawn = network_calls.busiest(job.recipe, job.groups)[0]
+    drawn += network_calls.busiest_scouts(job.recipe, job.groups)
+    states = network_calls.rollout_work(job.recipe, job.groups)[0]
+    shares = {"rollout": own * steps / states, "decode": own / drawn, "reward": own / drawn}
+    return sum(phase.seconds * shares.get(phase.name, 0.0) for phase in found)
+
+
 def iteration_seconds(found: Iterable[Phase], every: int) -> float:
     """Seconds of the phases that each iteration has, and its share of a checkpoint."""
     shares = {"load": 0.0, "save": 1.0 / every}

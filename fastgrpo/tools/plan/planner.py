@@ -16,7 +16,13 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.units import GIB
 from fastgrpo.parallel.mesh import divisors
 from fastgrpo.tools.plan.costs import compute, host
-from fastgrpo.tools.plan.phases import Machine, Phase, iteration_phases, iteration_seconds
+from fastgrpo.tools.plan.phases import (
+    Machine,
+    Phase,
+    evaluation_seconds,
+    iteration_phases,
+    iteration_seconds,
+)
 from fastgrpo.tools.plan.subject import Subject, subject
 from fastgrpo.tools.plan.workload import batch_size, network_calls
 from fastgrpo.training import methods
@@ -54,13 +60,23 @@ class Plan:
         return host.of_node(self.subject.job)
 
     @property
+    def evaluation(self) -> float:
+        """Seconds of a held-out evaluation on the way; 0 where the recipe has none."""
+        wanted = self.subject.job.recipe.evaluate.every
+        return evaluation_seconds(self.subject, self.phases) if wanted else 0.0
+
+    @property
     def seconds(self) -> float:
-        """Seconds of an iteration."""
-        return iteration_seconds(self.phases, self.every)
+        """Seconds of an iteration, and its share of a checkpoint and of an evaluation."""
+        every = self.subject.job.recipe.evaluate.every or 1
+        return iteration_seconds(self.phases, self.every) + self.evaluation / every
 
     @property
     def gpu_hours(self) -> float:
-        """Seconds of the run, loading included; evaluations and the encoding of prompts are not."""
+        """Seconds of the run with loading and evaluations on the way, on all GPUs.
+
+        The evaluations before and after, and the encoding of prompts, are not in it.
+        """
         load = sum(phase.seconds for phase in self.phases if phase.name == "load")
         return (self.seconds * self.iterations + load) * self.subject.job.gpus / 3600
 
@@ -160,6 +176,7 @@ def curve(recipe: Recipe, machine: Machine, ranks_per_node: int, text: int | Non
 def warnings(found: Plan) -> list[str]:
     """What a person should know beside the numbers."""
     job, lines = found.subject.job, list(found.subject.notes)
+    settings = job.recipe.evaluate
     rest = job.network.rest.parameters
     whole = job.element * rest / GIB
     if rest > LARGE_REST * job.network.parameters and whole > LARGE_REST_GIB and not job.lora:
@@ -174,6 +191,13 @@ def warnings(found: Plan) -> list[str]:
     if waiting > LEAST_WAITING:
         lines.append(
             f"{waiting:.1%} of the update the ranks wait for each other: states are dealt whole"
+        )
+    if settings.every:
+        clips = settings.prompts * settings.seeds
+        lines.append(
+            f"an evaluation of {clips} held-out clips takes {found.evaluation:,.1f} s, every "
+            f"{settings.every} iterations: {found.evaluation / settings.every / found.seconds:.1%} "
+            "of the run"
         )
     if methods.traits(job.recipe).noisy_steps:
         lines.append(_old_log_probs(found))

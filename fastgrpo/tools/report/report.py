@@ -23,7 +23,7 @@ from fastgrpo.tools.report.clips import clips, when
 from fastgrpo.tools.report.figures import alarms as alarm_lines
 from fastgrpo.tools.report.figures import course, distributions, strips
 from fastgrpo.tools.report.html import chart, legend, page, table
-from fastgrpo.tools.report.live.course import axis_of, course
+from fastgrpo.tools.report.live.updates import axis_of, updates
 from fastgrpo.tools.report.ranks import memory, phase_colour, ranks
 from fastgrpo.tools.report.run_data import Run, read_run
 
@@ -86,7 +86,7 @@ def sections(run: Run) -> tuple[str, ...]:
         course(run),
         distributions(run),
         reward_curves(run),
-        course(run),
+        updates(run),
         timings(run),
         memory(run),
         ranks(run),

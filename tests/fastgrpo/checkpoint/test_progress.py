@@ -69,3 +69,35 @@ def test_progress_of_an_earlier_version_is_read() -> None:
     assert Progress.read(old) == Progress(
         iteration=3, best_reward=1.0, best="step-2", rewards=(1.0,)
     )
+
+
+def test_where_held_out_prompts_are_evaluated_the_best_is_the_best_of_them() -> None:
+    """A training reward that rises, as a hacked one does, counts for nothing."""
+    progress = Progress()
+    progress.judge_by(True)
+    for step, (training, heldout) in enumerate([(1.0, 1.0), (2.0, 3.0), (3.0, 2.0)], 1):
+        progress.note(training, True)
+        progress.note_heldout(heldout, f"step-{step}")
+        progress.close_span(f"step-{step}")
+        progress = Progress.read(json.loads(json.dumps(vars(progress))))
+        progress.judge_by(True)
+    assert (progress.best, progress.best_reward) == ("step-2", 3.0)
+    assert progress.kept(True) == {"step-2"} and progress.rewards == ()
+
+
+def test_a_best_checkpoint_that_could_not_be_saved_gives_way_to_the_one_before() -> None:
+    progress = Progress()
+    progress.judge_by(True)
+    progress.note_heldout(1.0, "step-1")
+    progress.close_span("step-1")
+    progress.note_heldout(2.0, "step-2")
+    assert progress.best_without("step-2") == (1.0, "step-1")
+    assert progress.best_without("step-3") == (2.0, "step-2"), "which another save does not touch"
+
+
+def test_another_way_to_choose_the_best_begins_anew() -> None:
+    progress = run([1.0, 2.0])
+    progress.judge_by(False)
+    assert progress.best == "step-2"
+    progress.judge_by(True)
+    assert progress.best is None and progress.best_reward is None

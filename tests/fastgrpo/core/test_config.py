@@ -124,8 +124,9 @@ def test_text_is_text_whatever_it_looks_like() -> None:
         ("rewards=[]", "rewards=[]: must be an array of tables, at least one"),
         ("optimizer.betas=3", "must be an array of 2 numbers, such as [0.9, 0.999]."),
         ("optimizer.scheduler=cosine", "optimizer.warmup_updates and optimizer.decay_updates"),
-        ("evaluate.every=5", "evaluated before its first iteration and after its last"),
-        ("evaluate.nothing=5", "[evaluate] has prompts, seeds, steps, clips."),
+        ("run.eval_steps=5", "evaluations on the way come after each evaluate.every iterations"),
+        ("evaluate.nothing=5", "[evaluate] has prompts, seeds, steps, clips, every, alarm, "),
+        ("evaluate.alarm=ring", "must be off, warn, stop or return"),
         ("server.urls=['http:/x']", "server.urls='http:/x': not the address of a server"),
         ("rewards.0.urls=['h:80']", "rewards.0.urls='h:80': not the address of a server"),
         ("lora.alpha=2.0", "lora.alpha: has no effect without adapters"),
@@ -149,6 +150,16 @@ def test_a_mistake_is_one_line(override: str, message: str) -> None:
         methods.check(config.load(RECIPE, [override]))
     said = str(caught.value)
     assert message in said and "\n" not in said and "mistake" not in said
+
+
+def test_a_run_that_is_to_go_back_needs_the_checkpoints_of_its_evaluations() -> None:
+    back = ["evaluate.alarm=return", "evaluate.every=20"]
+    assert config.load(RECIPE, back).evaluate.alarm_lr == 0.5
+    with pytest.raises(UserError, match=r"use a multiple of checkpoint.every=10, or set"):
+        config.load(RECIPE, [*back, "evaluate.every=15"])
+    with pytest.raises(UserError, match=r"keep_best=false: evaluate.alarm=return goes back to the"):
+        config.load(RECIPE, [*back, "checkpoint.keep_best=false"])
+    config.load(RECIPE, ["evaluate.alarm=return"])  # an override for another day
 
 
 def test_numbers_that_would_divide_are_named() -> None:

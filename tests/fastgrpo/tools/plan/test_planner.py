@@ -74,6 +74,28 @@ def job(
     )
 
 
+def test_an_evaluation_of_as_many_clips_takes_what_drawing_and_scoring_take() -> None:
+    """Of independent noise, so that the rollout shares nothing either."""
+    h800 = Machine(gpu("h800"), Achieved())
+    alone = "rollout.shared_noise=false", "objective.best_of_n=none", "rollout.window=none"
+    size = "prompts.per_iteration=32", "rollout.samples_per_prompt=12"
+    same = "evaluate.prompts=32", "evaluate.seeds=12", "evaluate.every=4", "evaluate.steps=none"
+    without = planner.plan(recipe(*alone, *size), 64, h800)
+    found = planner.plan(recipe(*alone, *size, *same), 64, h800)
+    own = {phase.name: phase.seconds for phase in found.phases}
+    expected = own["rollout"] + own["decode"] + own["reward"]
+    assert found.evaluation == pytest.approx(expected, rel=1e-9) and without.evaluation == 0
+    assert found.seconds == pytest.approx(without.seconds + expected / 4, rel=1e-9)
+    (line,) = [line for line in planner.warnings(found) if "held-out clips" in line]
+    assert line.startswith("an evaluation of 384 held-out clips takes ") and "every 4 " in line
+    half = recipe(*alone, *size, *same, "evaluate.seeds=6", "evaluate.steps=25", "rollout.steps=50")
+    steps = planner.plan(half, 64, h800)
+    rest = {phase.name: phase.seconds for phase in steps.phases}
+    assert steps.evaluation == pytest.approx(
+        rest["rollout"] / 4 + (rest["decode"] + rest["reward"]) / 2, rel=1e-9
+    )
+
+
 # --- shapes
 # -------------------------------------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ def axis_of(metric: str) -> str:
     return AXES.get(metric, metric.rpartition("/")[2].replace("_", " "))
 
 
-def course(run: Run) -> str:
+def updates(run: Run) -> str:
     """The section on the course of the updates; empty where the run has no such numbers."""
     cards = ""
     for metric, title, note in SINGLE:
