@@ -222,15 +222,22 @@ class Flux:
     clean_estimate = staticmethod(transitions.clean_estimate)
 
     @torch.no_grad()
-    def decode(self, x: Tensor) -> Decoded:
+    def decode(self, x: Tensor, condition: Condition) -> Decoded:
         """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
-        vae: Any = self.vae
-        vae.use_tiling = max(x.shape[-2:]) > TILED_ABOVE
-        latents = (x / vae.config.scaling_factor + vae.config.shift_factor).squeeze(2).to(vae.dtype)
-        parts = latents.split(self.decode_batch or diffusers_folder.images_at_once(vae, latents))
-        return Decoded.joined(
-            [diffusers_folder.to_pixels(vae.decode(part).sample.unsqueeze(2)) for part in parts]
-        )
+        return decode(self.vae, x, self.decode_batch)
+
+
+def decode(vae: Any, x: Tensor, at_once: int | None) -> Decoded:
+    """Latents [B, C, 1, H, W] to pixels by an AutoencoderKL with a shift.
+
+    at_once: images per call of the decoder; None: as many as its kernels can count
+    """
+    vae.use_tiling = max(x.shape[-2:]) > TILED_ABOVE
+    latents = (x / vae.config.scaling_factor + vae.config.shift_factor).squeeze(2).to(vae.dtype)
+    parts = latents.split(at_once or diffusers_folder.images_at_once(vae, latents))
+    return Decoded.joined(
+        [diffusers_folder.to_pixels(vae.decode(part).sample.unsqueeze(2)) for part in parts]
+    )
 
 
 def pack(x: Tensor) -> Tensor:

@@ -191,7 +191,7 @@ class HunyuanVideo:
     clean_estimate = staticmethod(transitions.clean_estimate)
 
     @torch.no_grad()
-    def decode(self, x: Tensor) -> Decoded:
+    def decode(self, x: Tensor, condition: Condition) -> Decoded:
         """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
         vae: Any = self.vae
         (vae.enable_tiling if max(x.shape[-2:]) > TILED_ABOVE else vae.disable_tiling)()

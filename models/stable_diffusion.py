@@ -239,7 +239,7 @@ class StableDiffusion:
         return self.transition(x, v=v, t=t, t_next=torch.zeros_like(t), eta=0.0)[0]
 
     @torch.no_grad()
-    def decode(self, x: Tensor) -> Decoded:
+    def decode(self, x: Tensor, condition: Condition) -> Decoded:
         """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
         vae: Any = self.vae
         latents = (x / vae.config.scaling_factor).squeeze(2).to(vae.dtype)

@@ -141,8 +141,11 @@ class Policy(Protocol):
         x, v: [B, C, F, H, W] float32;  t: a scalar or [B];  returns like x
         """
 
-    def decode(self, x: Tensor) -> Decoded:
-        """Latents [B, C, F, H, W] to pixels, each clip marked where they are not finite."""
+    def decode(self, x: Tensor, condition: Condition) -> Decoded:
+        """Latents [B, C, F, H, W] to pixels, each clip marked where they are not finite.
+
+        condition: the batch's, of which image-to-video takes frames that are not drawn
+        """
 
 
 def stack(conditions: Sequence[Condition]) -> Condition:

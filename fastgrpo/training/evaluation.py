@@ -143,7 +143,8 @@ def evaluate(
             latents, slots = latents[own.start : own.stop], batch[own.start : own.stop]
             if not slots or not counts:
                 continue
-            decoded = trainer.policy.decode(latents)
+            about = stack([heldout.conditions[slot // seeds] for slot in slots])
+            decoded = trainer.policy.decode(latents, about)
             prompts = [heldout.prompts[slot // seeds] for slot in slots]
             scorer.submit(slots, latents, decoded, prompts)
             for slot, clip in zip(slots, decoded.pixels, strict=True):
