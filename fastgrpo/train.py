@@ -182,7 +182,7 @@ def iterate(session: Session) -> None:
         advantages=advantages,
         selected=selected,
         batch_sizes=dealing.batch_sizes(),
-        judge=judge_of(session, texts),
+        judge=judge_of(session, texts, conditions),
     )
     del trajectories  # what was not selected goes now
     metrics = update(
@@ -216,13 +216,22 @@ def selected_samples(recipe: Recipe, advantages: Tensor, valid: Tensor) -> Tenso
     return selection.best_of_n(advantages, valid, group, keep) if keep else valid
 
 
-def judge_of(session: Session, texts: Sequence[str]) -> InProcessJudge | None:
-    """The rewards with their gradient, where the method's loss has it.  texts: of the prompts"""
+def judge_of(
+    session: Session, texts: Sequence[str], conditions: Sequence[Condition]
+) -> InProcessJudge | None:
+    """The rewards with their gradient, where the method's loss has it.
+
+    texts, conditions: of the prompts
+    """
     recipe = session.recipe
     if not methods.traits(recipe).differentiates:
         return None
     return InProcessJudge(
-        policy=session.policy, recipe=recipe, texts=texts, sources=session.scorer.sources
+        policy=session.policy,
+        recipe=recipe,
+        texts=texts,
+        conditions=conditions,
+        sources=session.scorer.sources,
     )
 
 

@@ -221,7 +221,7 @@ class Flux:
     transition = staticmethod(transitions.sde_transition)
     clean_estimate = staticmethod(transitions.clean_estimate)
 
-    def frames(self, x: Tensor) -> Tensor:
+    def frames(self, x: Tensor, condition: Condition) -> Tensor:
         """Latents [B, C, F, H, W] float32 to the VAE's frames [B, 3, F, H, W], about -1 to 1."""
         vae: Any = self.vae
         vae.use_tiling = max(x.shape[-2:]) > TILED_ABOVE
@@ -229,10 +229,10 @@ class Flux:
         frames: Tensor = vae.decode(latents).sample.unsqueeze(2)
         return frames
 
-    def decode(self, x: Tensor) -> Decoded:
+    def decode(self, x: Tensor, condition: Condition) -> Decoded:
         """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
         at_once = self.decode_batch or diffusers_folder.images_at_once(self.vae, x)
-        return diffusers_folder.decode(self.frames, x, at_once)
+        return diffusers_folder.decode(self.frames, x, condition, at_once)
 
 
 def pack(x: Tensor) -> Tensor:

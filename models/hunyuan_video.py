@@ -191,16 +191,16 @@ class HunyuanVideo:
     transition = staticmethod(transitions.sde_transition)
     clean_estimate = staticmethod(transitions.clean_estimate)
 
-    def frames(self, x: Tensor) -> Tensor:
+    def frames(self, x: Tensor, condition: Condition) -> Tensor:
         """Latents [B, C, F, H, W] float32 to the VAE's frames [B, 3, F, H, W], about -1 to 1."""
         vae: Any = self.vae
         (vae.enable_tiling if max(x.shape[-2:]) > TILED_ABOVE else vae.disable_tiling)()
         frames: Tensor = vae.decode(x.to(vae.dtype) / vae.config.scaling_factor).sample
         return frames
 
-    def decode(self, x: Tensor) -> Decoded:
+    def decode(self, x: Tensor, condition: Condition) -> Decoded:
         """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
-        return diffusers_folder.decode(self.frames, x, self.decode_batch or len(x))
+        return diffusers_folder.decode(self.frames, x, condition, self.decode_batch or len(x))
 
 
 def both_texts(negative: Tensor, text: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -10,7 +10,7 @@ its folder, and `model.network` SkyReels'.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -23,14 +23,12 @@ from torch.nn.functional import pad
 from fastgrpo import models
 from fastgrpo.algorithm import noise
 from fastgrpo.core.config import Model, Video
-from fastgrpo.core.errors import UserError
-from fastgrpo.core.policy import Condition, Prompt
-from fastgrpo.data import images
+from fastgrpo.core.policy import Condition
 from fastgrpo.models import hunyuan_video
 from fastgrpo.models.hunyuan_video import PARTS, HunyuanVideo, blocks, share_sequence
 from fastgrpo.models.loading import diffusers_folder
 from fastgrpo.models.sizes.family_plan import FamilyPlan
-from fastgrpo.models.text_encoders import llama_and_clip
+from fastgrpo.models.text_encoders import first_frame
 
 __all__ = ["SkyReels", "blocks", "encoder", "load", "share_sequence"]
 
@@ -65,51 +63,16 @@ class SkyReels(HunyuanVideo):
         )
 
 
-class ImageTextEncoder:
+class ImageTextEncoder(first_frame.ImageTextEncoder):
     """This family's `Encoder`: HunyuanVideo's text features, and the reference image's latent."""
 
-    def __init__(self, texts: llama_and_clip.TextEncoder, vae: Any, video: Video) -> None:
-        self.texts = texts
-        self.vae = vae
-        self.size = (video.height, video.width)
+    family = "skyreels_i2v"
 
-    def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
-        first_frames = [self._pixels(prompt) for prompt in prompts]
-        texts = self.texts(prompts)
-        return [
-            {**text, "image": self.image(pixels)}
-            for text, pixels in zip(texts, first_frames, strict=True)
-        ]
-
-    def negative(self, text: str) -> Condition:
-        """Text alone: the image of the unconditional branch is each prompt's own."""
-        return self.texts.negative(text)
-
-    def cut(self, text: str) -> dict[str, tuple[int, int]]:
-        return self.texts.cut(text)
-
-    def _pixels(self, prompt: Prompt) -> Tensor:
-        """The reference image in the clips' size, uint8 [H, W, 3].
-
-        Raises UserError for none or an unreadable one.
-        """
-        if prompt.image is None:
-            raise UserError(
-                f"prompts: '{prompt.text}' has no reference image, which skyreels_i2v needs; set "
-                "prompts.image_column."
-            )
-        return images.cover(images.read_image(prompt.image), *self.size)
-
-    @torch.no_grad()
-    def image(self, pixels: Tensor) -> Tensor:
+    def latent(self, posterior: Any, pixels: Tensor) -> Tensor:
         """A sample of the posterior, scaled.
 
         pixels: uint8 [H, W, 3];  returns float32 [C, 1, h, w] on the CPU
         """
-        frame = (pixels.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1).to(
-            self.vae.device, self.vae.dtype
-        )
-        posterior = self.vae.encode(frame).latent_dist
         mean, std = posterior.mean[0].float().cpu(), posterior.std[0].float().cpu()
         (draw,) = noise.normal([posterior_key(pixels)], tuple(mean.shape))
         latent: Tensor = (mean + std * draw) * self.vae.config.scaling_factor

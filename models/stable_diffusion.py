@@ -238,17 +238,17 @@ class StableDiffusion:
         """The x_0 that the prediction implies.  x, v: [B, C, 1, H, W];  t: [B] or a scalar"""
         return self.transition(x, v=v, t=t, t_next=torch.zeros_like(t), eta=0.0)[0]
 
-    def frames(self, x: Tensor) -> Tensor:
+    def frames(self, x: Tensor, condition: Condition) -> Tensor:
         """Latents [B, C, F, H, W] float32 to the VAE's frames [B, 3, F, H, W], about -1 to 1."""
         vae: Any = self.vae
         latents = (x / vae.config.scaling_factor).squeeze(2).to(vae.dtype)
         frames: Tensor = vae.decode(latents).sample.unsqueeze(2)
         return frames
 
-    def decode(self, x: Tensor) -> Decoded:
+    def decode(self, x: Tensor, condition: Condition) -> Decoded:
         """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
         at_once = self.decode_batch or diffusers_folder.images_at_once(self.vae, x)
-        return diffusers_folder.decode(self.frames, x, at_once)
+        return diffusers_folder.decode(self.frames, x, condition, at_once)
 
 
 class TextEncoder:

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -38,7 +38,7 @@ from fastgrpo.models.attention.pairwise_rotary import SharedAttention
 from fastgrpo.models.loading import diffusers_folder, streaming
 from fastgrpo.models.loading.schedule import EULER, UNIPC, Schedule
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
-from fastgrpo.models.sizes.transformer_blocks import Kept, TokenBlock
+from fastgrpo.models.sizes.transformer_blocks import Kept, KeptBy, TokenBlock
 from fastgrpo.models.sizes.units import ATTENDING, SAMPLE, TEXT, VIDEO, Attention, Network, Unit
 from fastgrpo.models.text_encoders.umt5 import TextEncoder
 from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence
@@ -191,16 +191,20 @@ class Wan:
         """One forward of the network.  text: [B, text_tokens, D]"""
         (v,) = self.network(
             hidden_states=x.to(self.dtype),
-            timestep=t * self.schedule.timesteps,
+            timestep=self._times(x, t * self.schedule.timesteps),
             encoder_hidden_states=text.to(self.dtype),
             return_dict=False,
         )
         return v.float()
 
+    def _times(self, x: Tensor, t: Tensor) -> Tensor:
+        """The network's times of a batch x, one for each sample.  t: [B];  returns [B]"""
+        return t
+
     transition = staticmethod(transitions.sde_transition)
     clean_estimate = staticmethod(transitions.clean_estimate)
 
-    def frames(self, x: Tensor) -> Tensor:
+    def frames(self, x: Tensor, condition: Condition) -> Tensor:
         """Latents [B, C, F, H, W] float32 to the VAE's frames [B, 3, F, H, W], about -1 to 1."""
         side = max(x.shape[-2:]) * self.vae.config.scale_factor_spatial
         self.vae.use_tiling = side > TILED_ABOVE
@@ -208,9 +212,12 @@ class Wan:
         with diffusers_folder.tf32_convolutions():  # the VAE is in float32
             return self.vae.decode(latents).sample
 
-    def decode(self, x: Tensor) -> Decoded:
+    def decode(self, x: Tensor, condition: Condition) -> Decoded:
         """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
-        return diffusers_folder.decode(self.frames, x, self.decode_batch or len(x))
+        return diffusers_folder.decode(self.frames, x, condition, self.decode_batch or len(x))
+
+
+W = TypeVar("W", bound=Wan)
 
 
 def text_tokens(where: Path) -> int:
@@ -241,6 +248,11 @@ def load(settings: Model, device: torch.device) -> Wan:
 
     The VAE is loaded in float32, as the model's authors have it.
     """
+    return load_as(Wan, settings, device)
+
+
+def load_as(kind: type[W], settings: Model, device: torch.device) -> W:
+    """`load`, as a policy of this class."""
     if settings.guidance is not None:
         raise UserError(
             f"model.guidance={settings.guidance}: Wan has no embedded guidance; set model.cfg "
@@ -254,7 +266,7 @@ def load(settings: Model, device: torch.device) -> Wan:
     check_network(diffusers_folder.read_json(network / "config.json"), where, vae.config, settings)
     network = streaming.outline(WanTransformer3DModel, network, device)
     vae = vae.requires_grad_(False).eval().to(device)
-    return Wan(
+    return kind(
         network,
         vae=vae,
         schedule=schedule,
@@ -309,32 +321,40 @@ def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Mo
 
 def plan(config: Mapping[str, Any]) -> FamilyPlan:
     """Sizes of this family with a network of this config."""
-    sides, network = config["patch_size"], _sizes(config)
+    return sizes(config, KEPT, times=SAMPLE)
+
+
+def sizes(config: Mapping[str, Any], kept: KeptBy, times: str) -> FamilyPlan:
+    """Sizes with a network of this config whose blocks keep so many bytes.
+
+    times: what has a time of its own: SAMPLE, or VIDEO for each token
+    """
+    sides, network = config["patch_size"], _sizes(config, kept, times)
     beside = AUXILIARY_5B if config["in_channels"] == TI2V_5B["in_channels"] else AUXILIARY
     return FamilyPlan(
         network=network, patch=sides[-1], auxiliary=beside, text_width=config["text_dim"]
     )
 
 
-def _sizes(config: Mapping[str, Any]) -> Network:
+def _sizes(config: Mapping[str, Any], kept: KeptBy, times: str) -> Network:
     """WanTransformer3DModel of a config, written down."""
     heads, head = config["num_attention_heads"], config["attention_head_dim"]
     width, kernel = heads * head, config["patch_size"]
     rest = Unit("")
     rest.weights["scale_shift_table"] = (1, 2, width)
     rest.conv("patch_embedding", config["in_channels"], width, kernel)
-    rest.embedder("condition_embedder.time_embedder", config["freq_dim"], width)
-    rest.linear("condition_embedder.time_proj", width, 6 * width, SAMPLE)
+    rest.embedder("condition_embedder.time_embedder", config["freq_dim"], width, times)
+    rest.linear("condition_embedder.time_proj", width, 6 * width, times)
     rest.embedder("condition_embedder.text_embedder", config["text_dim"], width, TEXT)
     rest.linear("proj_out", width, config["out_channels"] * math.prod(kernel), VIDEO)
-    repeated = tuple(_block_sizes(config, number) for number in range(config["num_layers"]))
+    repeated = tuple(_block_sizes(config, kept, n) for n in range(config["num_layers"]))
     return Network(blocks=repeated, rest=rest, width=width, heads=heads, rotary=head)
 
 
-def _block_sizes(config: Mapping[str, Any], number: int) -> TokenBlock:
+def _block_sizes(config: Mapping[str, Any], kept: KeptBy, number: int) -> TokenBlock:
     """One block: self-attention, attention to the text, feed-forward."""
     width, hidden = config["num_attention_heads"] * config["attention_head_dim"], config["ffn_dim"]
-    kept = {size: of.with_more(HIDDEN_KEPT[size] * hidden / width) for size, of in KEPT.items()}
+    kept = {size: of.with_more(HIDDEN_KEPT[size] * hidden / width) for size, of in kept.items()}
     unit = TokenBlock(f"blocks.{number}", kept=kept)
     unit.weights[f"{unit.name}.scale_shift_table"] = (1, 6, width)
     for attention, keys in (("attn1", VIDEO), ("attn2", TEXT)):
@@ -351,10 +371,15 @@ def _block_sizes(config: Mapping[str, Any], number: int) -> TokenBlock:
 
 def simulated(config: Mapping[str, Any], settings: Model) -> Wan:
     """The policy around a network of this config, without VAE and times: for a simulated rank."""
+    return simulated_as(Wan, config, settings)
+
+
+def simulated_as(kind: type[W], config: Mapping[str, Any], settings: Model) -> W:
+    """`simulated`, as a policy of this class."""
     vae = SimpleNamespace(config=SimpleNamespace(latents_mean=[0.0], latents_std=[1.0]))
     schedule: Any = SimpleNamespace(timesteps=1000)
     network = WanTransformer3DModel(**config).train()
-    return Wan(
+    return kind(
         network,
         vae=vae,
         schedule=schedule,

@@ -67,6 +67,13 @@ KINDS: tuple[
         "block",
         VIDEO,
     ),
+    (
+        "wan_i2v",
+        WAN_14B | {"num_attention_heads": HEADS, "num_layers": 1, "ffn_dim": 5 * WIDTH},
+        0,
+        "block",
+        VIDEO,
+    ),
 )
 COSTS = ("forward", "saved", "working", "moved")
 
@@ -140,7 +147,7 @@ def coefficients(
     )
     words = (
         first
-        if family == "wan"
+        if family.startswith("wan")
         else costs(
             family,
             settings=settings,

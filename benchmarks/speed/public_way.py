@@ -153,7 +153,7 @@ class Public:
             prompt = slot // group
             states, log_probs, final = self.draw(iteration, slot, conditions[prompt])
             watch.lap("rollout")
-            pixels = self.policy.decode(final).pixels[0].cpu()
+            pixels = self.policy.decode(final, stack([conditions[prompt]])).pixels[0].cpu()
             watch.lap("decode")
             scores = self.score_file(pixels, slot, texts[prompt])
             watch.lap("reward")

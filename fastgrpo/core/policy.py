@@ -141,14 +141,18 @@ class Policy(Protocol):
         x, v: [B, C, F, H, W] float32;  t: a scalar or [B];  returns like x
         """
 
-    def frames(self, x: Tensor) -> Tensor:
+    def frames(self, x: Tensor, condition: Condition) -> Tensor:
         """Latents [B, C, F, H, W] float32 to the VAE's frames [B, 3, F, H, W], about -1 to 1.
 
         With the frames' gradient in the latents; the VAE is frozen.
+        condition: the batch's, of which image-to-video takes frames that are not drawn
         """
 
-    def decode(self, x: Tensor) -> Decoded:
-        """Latents [B, C, F, H, W] to pixels, each clip marked where they are not finite."""
+    def decode(self, x: Tensor, condition: Condition) -> Decoded:
+        """Latents [B, C, F, H, W] to pixels, each clip marked where they are not finite.
+
+        condition: as in `frames`
+        """
 
 
 def stack(conditions: Sequence[Condition]) -> Condition:
@@ -159,6 +163,11 @@ def stack(conditions: Sequence[Condition]) -> Condition:
 def move(condition: Condition, device: torch.device) -> Condition:
     """The condition on another device."""
     return {name: tensor.to(device) for name, tensor in condition.items()}
+
+
+def part_of(condition: Condition, rows: slice) -> Condition:
+    """Some rows of a batch's condition."""
+    return {name: tensor[rows] for name, tensor in condition.items()}
 
 
 def shape_key(condition: Condition) -> tuple[tuple[int, ...], ...]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastgrpo.core.config import Model, Video, paths
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.policy import Decoded
+from fastgrpo.core.policy import Condition, Decoded, part_of
 from fastgrpo.models.loading.weight_files import check_class, check_shards, refuse_pointers
 from fastgrpo.models.loading.weight_files import read_json as read_json
 
@@ -374,9 +374,12 @@ def image_only(video: Video, name: str) -> None:
 
 
 @torch.no_grad()
-def decode(frames: Callable[[Tensor], Tensor], x: Tensor, at_once: int) -> Decoded:
+def decode(
+    frames: Callable[[Tensor, Condition], Tensor], x: Tensor, condition: Condition, at_once: int
+) -> Decoded:
     """Latents [B, C, F, H, W] to pixels, so many at a time.  frames: as `Policy.frames`"""
-    return Decoded.joined([to_pixels(frames(part)) for part in x.split(at_once)])
+    parts = [slice(start, start + at_once) for start in range(0, len(x), at_once)]
+    return Decoded.joined([to_pixels(frames(x[own], part_of(condition, own))) for own in parts])
 
 
 def to_pixels(frames: Tensor) -> Decoded:

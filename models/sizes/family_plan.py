@@ -37,6 +37,7 @@ class FamilyPlan:
     text_width: int  # channels of the text features that the network takes
     pooled_width: int = 0  # channels of the pooled text; 0: the network takes none
     first_frame: bool = False  # whether a reference image's latent is a part of the condition
+    given_frames: int = 0  # latent frames of a clip that the condition gives and that are not drawn
 
     def condition(self, text: int, latent: tuple[int, int, int, int]) -> dict[str, Shape]:
         """Shapes of one prompt's condition.  text: tokens;  latent: (C, F, H, W)"""

@@ -14,6 +14,7 @@ from fastgrpo.models.loading import policies
 from fastgrpo.models.loading.diffusers_folder import to_pixels
 
 IMAGES = ("flux", "stable_diffusion")
+VIDEOS = ("hunyuan_video", "skyreels_i2v", "wan", "wan_i2v")
 
 
 def test_a_clip_with_one_value_that_is_not_finite_is_marked() -> None:
@@ -32,11 +33,11 @@ def test_a_clip_with_one_value_that_is_not_finite_is_marked() -> None:
 
 
 def test_every_family_is_tried_here() -> None:
-    assert set(known()) == {*IMAGES, "hunyuan_video", "skyreels_i2v", "wan"}
+    assert set(known()) == {*IMAGES, *VIDEOS}
 
 
 @pytest.mark.parametrize("decode_batch", [None, 1])
-@pytest.mark.parametrize("family", [*IMAGES, "hunyuan_video", "skyreels_i2v", "wan"])
+@pytest.mark.parametrize("family", [*IMAGES, *VIDEOS])
 def test_every_family_marks_the_clips_that_its_vae_spoils(
     family: str, decode_batch: int | None, tmp_path: Path
 ) -> None:
@@ -57,9 +58,10 @@ def test_every_family_marks_the_clips_that_its_vae_spoils(
         output.sample[z.flatten(1).mean(1) > 100, 0] = float("inf")
         return output
 
-    whole = policy.decode(latents)
+    about = {"image": torch.zeros_like(latents[:, :, :1])}  # which image-to-video alone asks for
+    whole = policy.decode(latents, about)
     with mock.patch.object(vae, "decode", overflowing):
-        decoded = policy.decode(latents)
+        decoded = policy.decode(latents, about)
     assert whole.finite.tolist() == [True, True, True]
     assert decoded.finite.tolist() == [True, False, True]
     assert torch.equal(decoded.pixels[[0, 2]], whole.pixels[[0, 2]])

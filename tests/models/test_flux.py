@@ -106,7 +106,7 @@ def assert_equals_the_pipeline(
     torch.testing.assert_close(ours[:, :, 0], latents, atol=1e-4, rtol=0)
     assert not torch.allclose(ours[0], ours[1], atol=0.1)
 
-    pixels = policy.decode(ours).pixels
+    pixels = policy.decode(ours, {}).pixels
     assert pixels.shape == (2, 1, video.height, video.width, 3) and pixels.dtype == torch.uint8
     images = torch.from_numpy(pipeline(PROMPTS, output_type="np", **options).images)
     assert (pixels[:, 0].float() - images * 255).abs().max() <= 0.51
@@ -146,7 +146,7 @@ def test_the_folders_configs_are_followed(
     shape = policy.latent_shape(VIDEO)
     same_times = torch.equal(usual.time_grid(3, None, shape), policy.time_grid(3, None, shape))
     x = noise_of(policy)
-    same_pixels = torch.equal(usual.decode(x).pixels, policy.decode(x).pixels)
+    same_pixels = torch.equal(usual.decode(x, {}).pixels, policy.decode(x, {}).pixels)
     assert (same_times, same_pixels) == (part == "vae", part == "scheduler"), (
         "the change makes a difference"
     )
@@ -292,18 +292,18 @@ def test_no_decode_has_more_elements_than_kernels_can_count() -> None:
 def test_decoding_in_parts_and_in_tiles(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = load(folder)
     x = noise_of(policy)
-    whole = policy.decode(x).pixels
+    whole = policy.decode(x, {}).pixels
     policy.decode_batch = 1
-    assert (whole.int() - policy.decode(x).pixels.int()).abs().max() <= 1
+    assert (whole.int() - policy.decode(x, {}).pixels.int()).abs().max() <= 1
     policy.vae.tile_latent_min_size, policy.vae.tile_sample_min_size = 12, 24  # type: ignore[assignment]
-    assert (whole.int() - policy.decode(x).pixels.int()).abs().max() <= 1, (
+    assert (whole.int() - policy.decode(x, {}).pixels.int()).abs().max() <= 1, (
         "a small latent is decoded whole"
     )
     monkeypatch.setattr(flux, "TILED_ABOVE", 16)
-    tiled = policy.decode(x).pixels
+    tiled = policy.decode(x, {}).pixels
     assert 0 < (tiled.float() - whole.float()).abs().mean() < 0.2 * whole.float().std()
     monkeypatch.setattr(flux, "TILED_ABOVE", 24)
-    assert (whole.int() - policy.decode(x).pixels.int()).abs().max() <= 1, (
+    assert (whole.int() - policy.decode(x, {}).pixels.int()).abs().max() <= 1, (
         "whatever was decoded before"
     )
 

@@ -119,7 +119,7 @@ def test_ode_equals_the_pipeline(
 
     # [B, F, H, W, 3] in [0, 1]
     frames_out = torch.from_numpy(pipeline(**common, output_type="np").frames)
-    pixels = policy.decode(latents).pixels
+    pixels = policy.decode(latents, {}).pixels
     assert pixels.dtype == torch.uint8 and tuple(pixels.shape) == (1, frames, 32, 32, 3)
     assert (pixels.float() - frames_out * 255).abs().max() <= 0.51
 
@@ -395,7 +395,7 @@ def test_the_folders_constants_are_followed(tmp_path: Path) -> None:
         frames = pipeline.vae.decode(x / 0.4).sample
     expected = ((frames.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 4, 1)
     assert (
-        policy.decode(x).pixels.float() - expected
+        policy.decode(x, {}).pixels.float() - expected
     ).abs().max() <= 0.51  # of one clip at a time: decode_batch is 1
 
 

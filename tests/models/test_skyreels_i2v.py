@@ -199,7 +199,7 @@ def test_ode_equals_the_pipeline(
     torch.testing.assert_close(latents, expected, atol=1e-4, rtol=0)
     assert latents.std() > 0.1
 
-    pixels = policy.decode(latents).pixels
+    pixels = policy.decode(latents, {}).pixels
     assert pixels.shape == (1, frames, 32, width, 3) and pixels.dtype == torch.uint8
     decoded = theirs(pipeline, x, size, steps, prompts[number], "np", **asked)
     assert (pixels.float() - decoded * 255).abs().max() <= 0.51

@@ -131,7 +131,7 @@ def assert_equals(
     torch.testing.assert_close(ours[:, :, 0], expected, atol=1e-4, rtol=0)
     assert not torch.allclose(ours[0], ours[1], atol=0.1)
 
-    pixels = policy.decode(ours).pixels
+    pixels = policy.decode(ours, {}).pixels
     assert pixels.shape == (2, 1, video.height, video.width, 3) and pixels.dtype == torch.uint8
     decoded = pipeline.vae.decode(expected / pipeline.vae.config.scaling_factor).sample.detach()
     images = pipeline.image_processor.postprocess(decoded, output_type="np")
@@ -187,15 +187,15 @@ def test_the_vaes_scaling_factor_is_followed(folder: Path, texts: Texts, tmp_pat
     edited = changed(folder, tmp_path / "edited", "vae", scaling_factor=0.5)
     assert_equals(load(edited), official(edited), texts, 3)
     x = noise_of(load(folder))
-    assert not torch.equal(load(folder).decode(x).pixels, load(edited).decode(x).pixels)
+    assert not torch.equal(load(folder).decode(x, {}).pixels, load(edited).decode(x, {}).pixels)
 
 
 def test_decoding_in_parts_changes_nothing(folder: Path) -> None:
     policy = load(folder)
     x = noise_of(policy)
-    whole = policy.decode(x).pixels
+    whole = policy.decode(x, {}).pixels
     policy.decode_batch = 1
-    assert (whole.int() - policy.decode(x).pixels.int()).abs().max() <= 1
+    assert (whole.int() - policy.decode(x, {}).pixels.int()).abs().max() <= 1
 
 
 def test_text_features_equal_the_pipelines(pipeline: StableDiffusionPipeline, texts: Texts) -> None:
@@ -387,7 +387,7 @@ def test_bfloat16_is_near_and_gives_float32(folder: Path, texts: Texts, cpu_worl
     with torch.no_grad():
         expected, v = (p.velocity(x, t, stack(texts.conditions)) for p in (exact, policy))
     assert v.dtype == torch.float32 and 0 < (v - expected).norm() < 0.03 * expected.norm()
-    assert (policy.decode(x).pixels.int() - exact.decode(x).pixels.int()).abs().max() <= 8
+    assert (policy.decode(x, {}).pixels.int() - exact.decode(x, {}).pixels.int()).abs().max() <= 8
 
 
 def test_nothing_waits_for_the_device(folder: Path, texts: Texts) -> None:

@@ -16,7 +16,7 @@ from fastgrpo.models.loading import policies
 
 FEATURES = {"text_encoder": "text", "text_encoder_2": "pooled"}
 FLUX = {"text_encoder": "pooled", "text_encoder_2": "text"}
-FAMILIES = ("flux", "hunyuan_video", "skyreels_i2v", "stable_diffusion", "wan")
+FAMILIES = ("flux", "hunyuan_video", "skyreels_i2v", "stable_diffusion", "wan", "wan_i2v")
 VIDEO = Video(frames=9, height=32, width=32)
 
 

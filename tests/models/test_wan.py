@@ -193,7 +193,7 @@ def assert_equals_the_pipeline(
         results.append(ours)
     assert not torch.allclose(results[0], results[1], atol=0.1)
 
-    pixels = policy.decode(results[-1]).pixels
+    pixels = policy.decode(results[-1], {}).pixels
     assert (
         pixels.shape == (1, video.frames, video.height, video.width, 3)
         and pixels.dtype == torch.uint8
@@ -248,8 +248,8 @@ def rounded(self: Wan, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
     return predict(self, x, (1000 * t).floor() / 1000, text)
 
 
-def of_another_mean(self: Wan, x: Tensor) -> Any:
-    return decode(self, x + 0.1)
+def of_another_mean(self: Wan, x: Tensor, condition: Condition) -> Any:
+    return decode(self, x + 0.1, condition)
 
 
 velocity, predict, decode = Wan.velocity, Wan._predict, Wan.decode
@@ -311,7 +311,7 @@ def test_the_folders_configs_are_followed(
     usual, policy = load(folder), load(edited)
     same_times = torch.equal(usual.time_grid(3, None, ()), policy.time_grid(3, None, ()))
     same_pixels = torch.equal(
-        usual.decode(noise_of(usual)).pixels, policy.decode(noise_of(usual)).pixels
+        usual.decode(noise_of(usual), {}).pixels, policy.decode(noise_of(usual), {}).pixels
     )
     assert (same_times, same_pixels) == (part == "vae", part == "scheduler"), (
         "the change makes a difference"
@@ -430,19 +430,19 @@ def test_bfloat16_is_the_networks_alone(folder: Path) -> None:
 def test_decoding_in_parts_and_in_tiles(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = load(folder)
     x = torch.cat([noise_of(policy), noise_of(policy).flip(-1)])
-    whole = policy.decode(x).pixels
+    whole = policy.decode(x, {}).pixels
     policy.decode_batch = 1
-    assert (whole.int() - policy.decode(x).pixels.int()).abs().max() <= 1
+    assert (whole.int() - policy.decode(x, {}).pixels.int()).abs().max() <= 1
     policy.vae.tile_sample_min_height = policy.vae.tile_sample_min_width = 24
     policy.vae.tile_sample_stride_height = policy.vae.tile_sample_stride_width = 16
-    assert (whole.int() - policy.decode(x).pixels.int()).abs().max() <= 1, (
+    assert (whole.int() - policy.decode(x, {}).pixels.int()).abs().max() <= 1, (
         "a small latent is decoded whole"
     )
     monkeypatch.setattr(wan, "TILED_ABOVE", 47)
-    tiled = policy.decode(x).pixels
+    tiled = policy.decode(x, {}).pixels
     assert 0 < (tiled.float() - whole.float()).abs().mean() < 0.3 * whole.float().std()
     monkeypatch.setattr(wan, "TILED_ABOVE", 48)
-    assert (whole.int() - policy.decode(x).pixels.int()).abs().max() <= 1, (
+    assert (whole.int() - policy.decode(x, {}).pixels.int()).abs().max() <= 1, (
         "whatever was decoded before"
     )
 

@@ -26,6 +26,7 @@ import fastgrpo.models.flux
 import fastgrpo.models.skyreels_i2v
 import fastgrpo.models.stable_diffusion
 import fastgrpo.models.wan
+import fastgrpo.models.wan_i2v
 import fastgrpo.rewards.video_stats
 import fastgrpo.tools.evaluate.evaluate
 import fastgrpo.tools.export.export

@@ -35,7 +35,7 @@ WITHOUT_NOISE = {
 }
 """Methods of samples that are noised again, with keys that they want."""
 OF_FAMILIES = {"hunyuan_video": "t2v_hunyuan", "skyreels_i2v": "i2v_skyreels"}
-OF_FAMILIES |= {"flux": "t2i_flux", "wan": "t2v_wan"}
+OF_FAMILIES |= {"flux": "t2i_flux", "wan": "t2v_wan", "wan_i2v": "i2v_wan22"}
 """A launch file of every family of rectified flows."""
 
 

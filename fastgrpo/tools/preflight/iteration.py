@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from fastgrpo.algorithm import samplers
 from fastgrpo.core.config import Objective, Recipe
 from fastgrpo.core.memory import Peaks
-from fastgrpo.core.policy import Decoded
+from fastgrpo.core.policy import Decoded, stack
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.run.failures import out_of_memory
@@ -223,7 +223,9 @@ def _draw_and_decode(
     with meter.phase("decode"):
         if not own:
             return drawn, Decoded(torch.empty(0, dtype=torch.uint8), torch.ones(0) > 0)
-        return drawn, parts.policy.decode(drawn.final[own])
+        numbers = [drawn.slots[row] // plan.group_size for row in own]
+        about = stack([parts.conditions[number] for number in numbers])
+        return drawn, parts.policy.decode(drawn.final[own], about)
 
 
 def _draw(parts: Parts, plan: Plan, slots: list[int]) -> Drawn:

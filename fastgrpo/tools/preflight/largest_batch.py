@@ -55,7 +55,8 @@ def rollout_batch(parts: Parts) -> tuple[int, str]:
         policy.velocity(x, parts.plan.grid[:1].expand(count), stack([condition] * count))
 
     def decode(count: int) -> None:
-        policy.decode(torch.zeros(count, *parts.plan.latent_shape, device=world.device))
+        x = torch.zeros(count, *parts.plan.latent_shape, device=world.device)
+        policy.decode(x, stack([condition] * count))
 
     scoring, arriving = _scoring(parts), parts.scorer.arriving
     with sharding.rollout_weights(policy.network, recipe.distributed, parts.dtype, world, arriving):

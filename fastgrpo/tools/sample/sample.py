@@ -265,7 +265,8 @@ def generate(share: Share, world: World) -> Iterator[Drawn]:
     policy, after = latents_of(source.snapshot, share, world)
     for number, latent in after.items():
         latents = [before[number], latent] if work.against_base else [latent]
-        decoded = [policy.decode(x[None].to(world.device)) for x in latents]
+        about = move(stack([share.conditions[work.clips[number].prompt]]), world.device)
+        decoded = [policy.decode(x[None].to(world.device), about) for x in latents]
         finite = [
             bool(torch.isfinite(x).all()) and bool(own.finite[0])
             for x, own in zip(latents, decoded, strict=True)

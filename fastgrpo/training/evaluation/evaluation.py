@@ -189,7 +189,8 @@ def _draw(
             latents, slots = latents[own.start : own.stop], batch[own.start : own.stop]
             if not slots or not counts:
                 continue
-            decoded = policy.decode(latents)
+            about = stack([heldout.conditions[slot // seeds] for slot in slots])
+            decoded = policy.decode(latents, about)
             scorer.submit(slots, latents, decoded, [heldout.prompts[n // seeds] for n in slots])
             keep(slots, decoded.pixels)
 

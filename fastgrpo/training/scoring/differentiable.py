@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastgrpo.core.config import Recipe
-from fastgrpo.core.policy import Policy
+from fastgrpo.core.policy import Condition, Policy, part_of, stack
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.training.scoring.sources import Source
 
@@ -25,6 +25,7 @@ class InProcessJudge:
     policy: Policy
     recipe: Recipe
     texts: Sequence[str]  # of the iteration's prompts
+    conditions: Sequence[Condition]  # of the same
     sources: Sequence[Source]
 
     def __call__(self, x_0: Tensor, slots: Sequence[int]) -> Tensor:
@@ -33,17 +34,20 @@ class InProcessJudge:
         x_0: [B, C, F, H, W] float32;  returns float32 [B]
         """
         group_size = self.recipe.rollout.samples_per_prompt
-        texts = [self.texts[slot // group_size] for slot in slots]
+        prompts = [slot // group_size for slot in slots]
+        texts = [self.texts[prompt] for prompt in prompts]
+        condition = stack([self.conditions[prompt] for prompt in prompts])
         at_once = self.recipe.model.decode_batch or len(x_0)
         scores = []
         for start in range(0, len(x_0), at_once):
             part = slice(start, start + at_once)
-            scores.append(checkpoint(self._score, x_0[part], texts[part], use_reentrant=False))
+            given = x_0[part], part_of(condition, part), texts[part]
+            scores.append(checkpoint(self._score, *given, use_reentrant=False))
         return torch.cat(scores)
 
-    def _score(self, x_0: Tensor, texts: Sequence[str]) -> Tensor:
+    def _score(self, x_0: Tensor, condition: Condition, texts: Sequence[str]) -> Tensor:
         """The same of few samples.  x_0: [b, C, F, H, W];  returns float32 [b]"""
-        frames = self.policy.frames(x_0)
+        frames = self.policy.frames(x_0, condition)
         frames = frames.to(torch.promote_types(frames.dtype, torch.float32)).clamp(-1, 1)
         frames = rearrange((frames + 1) * 127.5, "b c f h w -> b f h w c")
         total = torch.zeros(len(x_0), device=x_0.device)

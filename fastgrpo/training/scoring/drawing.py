@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from fastgrpo.core.config import Recipe
-from fastgrpo.core.policy import Policy
+from fastgrpo.core.policy import Policy, stack
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.run.stopwatch import Stopwatch
@@ -79,7 +79,7 @@ class Rollouts:
                 if not counts:
                     continue
                 trajectories |= drawn.trajectories
-                self._submit(plan, drawn)
+                self._submit(dealing, drawn)
                 watch.lap("decode")
         scored = self.scorer.collect(dealing.total, lambda: watch.lap("reward", then="wait"))
         watch.lap("wait", then=then)
@@ -99,11 +99,13 @@ class Rollouts:
             arriving=self.scorer.arriving,
         )
 
-    def _submit(self, plan: Plan, drawn: Drawn) -> None:
+    def _submit(self, dealing: Dealing, drawn: Drawn) -> None:
         """Decode this rank's part of a batch and begin to score it."""
         own = self.world.part(len(drawn.slots))  # ranks that share sequences divide this work
         if own:
             rows = slice(own.start, own.stop)
             final, slots = drawn.final[rows], drawn.slots[rows]
-            texts = [self.texts[slot // plan.group_size] for slot in slots]
-            self.scorer.submit(slots, final, self.policy.decode(final), texts)
+            prompts = [slot // dealing.plan.group_size for slot in slots]
+            condition = stack([dealing.conditions[number] for number in prompts])
+            texts = [self.texts[number] for number in prompts]
+            self.scorer.submit(slots, final, self.policy.decode(final, condition), texts)

@@ -108,7 +108,7 @@ def test_a_clips_score_is_the_rewards_of_the_samplers_pixels(
         start = noise.normal([sample.noise_key(1)], shape).to(device)
         x = rollout.sample_ode(policy, start, grid, condition)
         scores = rewards.load(rewards.plain("tiny_world"))(
-            policy.decode(x).pixels.cpu(), [clip["prompt"]], source.video.fps
+            policy.decode(x, condition).pixels.cpu(), [clip["prompt"]], source.video.fps
         )
         for part in PARTS:
             assert clip[side][f"tiny_world.{part}"] == float(scores.values[part][0])

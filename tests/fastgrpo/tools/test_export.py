@@ -280,7 +280,7 @@ def test_the_model_is_never_whole_in_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ["flux", "skyreels_i2v", "stable_diffusion", "wan"])
+@pytest.mark.parametrize("family", ["flux", "skyreels_i2v", "stable_diffusion", "wan", "wan_i2v"])
 def test_every_familys_export_is_its_pipeline(family: str, tmp_path: Path) -> None:
     importlib.import_module(f"tests.harness.folders.{family}").write(tmp_path / "base")
     overrides = [f"model.family={family}", f"model.path={tmp_path / 'base'}"]
@@ -303,8 +303,8 @@ def test_every_familys_export_is_its_pipeline(family: str, tmp_path: Path) -> No
     export(Export(tmp_path / "run", tmp_path / "exported"))
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "exported")
     assert_same(getattr(pipeline, models.declared(family, "NETWORK")).state_dict(), state)
-    if family == "skyreels_i2v":
-        assert type(pipeline).__name__ == "HunyuanSkyreelsImageToVideoPipeline"
+    kind = models.declared(family, "PIPELINE", models.pipelines()[family][0])
+    assert type(pipeline).__name__ == kind
 
 
 def told_code(card: Path) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastgrpo.core import config
+from fastgrpo.core.policy import Condition
 from fastgrpo.core.processes import OneRankError
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.tools.plan import planner
@@ -71,7 +72,7 @@ class Hungry:
         torch.ones((96 + 64 * len(x)) * MIB // 4, device=tiny.device())
         return x
 
-    def decode(self, x: torch.Tensor) -> torch.Tensor:
+    def decode(self, x: torch.Tensor, condition: Condition) -> torch.Tensor:
         torch.ones(150 * len(x) * MIB // 4, device=tiny.device())
         return x
 

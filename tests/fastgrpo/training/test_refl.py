@@ -53,7 +53,13 @@ def judge() -> InProcessJudge:
         runs.RECIPE, [*REFL, *weights, "model.decode_batch=1", "objective.best_of_n=none"]
     )
     sources = [ScorerInProcess(recipe.rewards, tiny.device())]
-    return InProcessJudge(policy=policy, recipe=recipe, texts=tiny.PROMPTS, sources=sources)
+    return InProcessJudge(
+        policy=policy,
+        recipe=recipe,
+        texts=tiny.PROMPTS,
+        conditions=tiny.encode(),
+        sources=sources,
+    )
 
 
 def latents(count: int) -> Tensor:
@@ -92,7 +98,7 @@ def test_the_gradient_through_judge_and_decoder_is_that_of_finite_differences(
 
 def test_the_judge_gives_the_scores_of_rounded_pixels(judge: InProcessJudge) -> None:
     x_0 = latents(2)
-    pixels = judge.policy.decode(x_0).pixels
+    pixels = judge.policy.decode(x_0, {}).pixels
     scores = judge.sources[0].score(pixels, tiny.PROMPTS[:2], 8.0)["tiny_world"].values
     expected = scores["VQ"] + 0.5 * scores["MQ"] + 2.0 * scores["TA"]
     torch.testing.assert_close(judge(x_0, [0, 2]).cpu(), expected, atol=5e-3, rtol=0)

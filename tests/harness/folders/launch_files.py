@@ -19,6 +19,8 @@ LAUNCH = {
     "t2v_wan": ("wan", 5),
     "t2v_wan22": ("wan_i2v", 5),
     "t2v_wan22_lora": ("wan_i2v", 5),
+    "i2v_wan22": ("wan_i2v", 5),
+    "i2v_wan22_lora": ("wan_i2v", 5),
 }
 """By a launch file's name: its tiny folder, by the family that alone reads it, and a clip's frames.
 """

@@ -45,6 +45,10 @@ SCHEDULER = {  # of Wan2.1-T2V-1.3B-Diffusers
 }
 LONGEST = 40  # tokens of UMT5
 CHANNELS = 8
+SEEN = ("attn2.to_v.weight", "attn2.to_out.0.weight", "time_proj.weight")
+"""Weights that are enlarged, so that text and time make a difference."""
+SEEN_2_2 = (*SEEN, "attn1.to_v.weight", "attn1.to_out.0.weight")
+"""The same, so that the reference image's frame does."""
 
 
 def transformer() -> WanTransformer3DModel:
@@ -90,25 +94,30 @@ def write(folder: Path) -> None:
     """Random weights, the same on every call; what text and time do to the prediction is enlarged,
     to be seen.
     """
-    save(folder, vae, SCHEDULER)
+    save(folder, vae, SCHEDULER, SEEN)
 
 
 def write_ti2v(folder: Path) -> None:
     """The same for Wan 2.2 TI2V-5B, whose one folder serves text-to-video and image-to-video."""
-    save(folder, vae_2_2, SCHEDULER | {"flow_shift": 5.0}, expand_timesteps=True)
+    scheduler = SCHEDULER | {"flow_shift": 5.0}
+    save(folder, vae_2_2, scheduler, SEEN_2_2, expand_timesteps=True)
 
 
-def save(folder: Path, decoder: Any, scheduler: dict[str, Any], **index: bool) -> None:
-    """A WanPipeline's folder.  index: of model_index.json"""
+def save(
+    folder: Path,
+    decoder: Any,
+    scheduler: dict[str, Any],
+    enlarged: tuple[str, ...],
+    **index: bool,
+) -> None:
+    """A WanPipeline's folder.  enlarged: endings of names of weights;  index: of model_index.json"""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pieces = t5.tokenizer(LONGEST)
         network = transformer()
         with torch.no_grad():
             for name, parameter in network.named_parameters():
-                if name.endswith(
-                    ("attn2.to_v.weight", "attn2.to_out.0.weight", "time_proj.weight")
-                ):
+                if name.endswith(enlarged):
                     parameter.mul_(4.0)
         pipeline = WanPipeline(
             pieces,

@@ -155,7 +155,9 @@ def faults(parts: Parts) -> dict[str, Any]:
         "a decoder that overflows": mock.patch.object(
             vae, "decode", lambda z: broken(decode_of(z))
         ),
-        "a blank decoder": mock.patch.object(parts.policy, "decode", lambda x: plain(decode(x))),
+        "a blank decoder": mock.patch.object(
+            parts.policy, "decode", lambda *given: plain(decode(*given))
+        ),
     }
 
 

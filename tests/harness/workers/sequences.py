@@ -25,6 +25,7 @@ SIZES = {
     "skyreels_i2v": (5, 40, 24),
     "flux": (1, 36, 28),
     "wan": (5, 40, 24),
+    "wan_i2v": (9, 48, 16),  # 9 tokens, of which 3 have time 0
 }
 
 

@@ -175,11 +175,14 @@ def inputs(
     returns x [B, C, F, H, W], t [B] and the conditions, zeros all
     """
     config: Any = policy.network.config
-    shapes = family_plan(recipe.model.family, config).condition(sizes.text, sizes.latent)
+    planned = family_plan(recipe.model.family, config)
+    shapes = planned.condition(sizes.text, sizes.latent)
+    channels, frames, *space = sizes.latent
     condition = {name: torch.zeros(shape) for name, shape in shapes.items()}
     policy.negative = condition
     stacked = {name: torch.stack([tensor] * batch) for name, tensor in condition.items()}
-    return torch.zeros(batch, *sizes.latent), torch.full((batch,), 0.5), stacked
+    x = torch.zeros(batch, channels, frames - planned.given_frames, *space)
+    return x, torch.full((batch,), 0.5), stacked
 
 
 def _optimizer(recipe: Recipe, policy: Policy) -> torch.optim.Optimizer:
