@@ -1,11 +1,12 @@
-"""Prompt files as rows, whatever their kind: one file, a compressed one, or a folder or pattern of
-shards.
+"""Prompt files as rows, whatever their kind: one file, a compressed one, a folder or pattern of
+shards, or a folder of captioned pictures.
 
 Files are read as a stream and only as far as the caller goes on, so that one of millions of rows
 may be given.
 """
 
 import gzip
+import hashlib
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -13,7 +14,7 @@ from glob import glob, has_magic
 from pathlib import Path
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.files import refuse_lfs_pointer
+from fastgrpo.core.files import refuse_lfs_pointer, sha256
 from fastgrpo.data import prompt_formats
 from fastgrpo.data.prompt_formats import Row
 
@@ -26,6 +27,8 @@ READERS = {
     ".parquet": prompt_formats.parquet,
 }
 KINDS = tuple(READERS)
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".mp4", ".webm", ".mov", ".avi")
+"""What a folder of captioned pictures or videos has beside its .txt files."""
 HEAD = 4096  # bytes looked at to tell text from what is none
 
 
@@ -40,11 +43,36 @@ def rows(path: str, source: str, columns: Mapping[str, str]) -> Iterator[Row]:
     of the columns; in JSON each row has its own keys, and what a row lacks is missing in its
     values.
     """
+    if pictures := _pictures(path):
+        yield from (prompt_formats.captioned(picture, columns) for picture in pictures)
+        return
     files = _shards(path, source)
     for file in files:
         for row in _rows_of(file, source, columns):
             place = f"{file.name}, {row.place}" if len(files) > 1 else row.place
             yield replace(row, place=place, file=file)
+
+
+def content_hash(path: str, source: str) -> str:
+    """SHA-256 of the files that a recipe's value names: of one, of its content; of several, of
+    their names and contents. Of captioned pictures the captions' contents count.
+    """
+    pictures = _pictures(path)
+    captions = [picture.with_suffix(".txt") for picture in pictures]
+    files = _shards(path, source) if not pictures else [one for one in captions if one.is_file()]
+    if files == [Path(path)]:
+        return sha256(files[0])
+    lines = [f"{file.name} {sha256(file)}\n" for file in files]
+    lines += [f"{picture.name}\n" for picture in pictures]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _pictures(path: str) -> list[Path]:
+    """The pictures and videos of a folder of captioned ones, by their names."""
+    given = Path(path)
+    if not given.is_dir():
+        return []
+    return [file for file in sorted(given.iterdir()) if file.suffix.lower() in PICTURES]
 
 
 def _shards(path: str, source: str) -> list[Path]:

@@ -57,6 +57,25 @@ def text(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
                 yield Row(f"line {number}", {columns["prompts.column"]: line})
 
 
+def captioned(picture: Path, columns: Mapping[str, str]) -> Row:
+    """A picture or video with its caption, the text file of its name beside it.
+
+    Raises UserError where another column than those two is asked for.
+    """
+    for key, column in columns.items():
+        if key not in ("prompts.column", "prompts.image_column"):
+            raise UserError(
+                f"{key}={column}: {picture.parent} is a folder of captioned pictures and has no "
+                "columns; give its rows as .jsonl, .csv or .parquet."
+            )
+    caption = picture.with_suffix(".txt")
+    if not caption.is_file():
+        return Row(picture.name, problem=f"has no caption {caption.name} beside it")
+    named = {"prompts.column": caption.read_text("utf-8-sig"), "prompts.image_column": picture.name}
+    values = {columns[key]: value for key, value in named.items() if key in columns}
+    return Row(picture.name, values, file=picture)
+
+
 def json_lines(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
     """A JSON object per line."""
     with opened(path) as file:
@@ -75,7 +94,9 @@ def json_lines(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
 
 
 def json_array(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
-    """An array of JSON objects; a file that does not begin like one has an object per line."""
+    """An array of JSON objects, or of texts; a file that does not begin like one has an object per
+    line.
+    """
     with opened(path) as file:
         start = file.read(1 << 16).lstrip()
         if not start.startswith("["):
@@ -89,6 +110,8 @@ def json_array(path: Path, columns: Mapping[str, str]) -> Iterator[Row]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: is not JSON ({error}); correct it.") from None
     for number, values in enumerate(items, 1):
+        if isinstance(values, str):  # an array of texts alone
+            values = _Object([(columns.get("prompts.column", "prompt"), values)])
         yield _json_row(f"item {number}", values, ())
 
 

@@ -1,10 +1,11 @@
 """Prompts: the rows of a file that a run uses, its held-out ones, and the order of drawing them."""
 
 import hashlib
+import json
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fastgrpo.data.prompt_formats import BOM, BOM_TAKEN, Row
 UNUSABLE = "without text or image"  # what is counted where prompts.bad_rows=skip
 SEVERAL_CAPTIONS = "with several captions, of which the first is used"
 SHOWN = 40  # letters of a value in a message
+ROW_BYTES = 4096  # of a row that travels to the rewards, so that a request's prompts fit its header
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def read(settings: config.Prompts, path: str, source: str, limit: int | None) ->
     Raises UserError, with file and row, for a file without prompts and, unless
     prompts.bad_rows=skip, a bad row.
     """
-    chosen: dict[Prompt, None] = {}
+    chosen: dict[Prompt, Mapping[str, object]] = {}
     left_out: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     first_problem = None
@@ -117,6 +119,8 @@ def read(settings: config.Prompts, path: str, source: str, limit: int | None) ->
         try:
             prompt, told = _prompt(settings, row, where)
             reason = _reason(settings, prompt, row)
+            if reason is None and chosen.get(prompt, prompt.row) != prompt.row:
+                raise ValueError("repeats a prompt with other values for the rewards")
         except ValueError as error:
             if settings.bad_rows == "error":
                 other = _other_column(settings, row)
@@ -128,7 +132,7 @@ def read(settings: config.Prompts, path: str, source: str, limit: int | None) ->
         else:
             reason = "repeated" if reason is None and prompt in chosen else reason
             if reason is None:
-                chosen[prompt] = None
+                chosen[prompt] = prompt.row
                 notes.update(told)
                 if len(chosen) == limit:
                     break
@@ -142,6 +146,7 @@ def read(settings: config.Prompts, path: str, source: str, limit: int | None) ->
         )
     if not chosen:
         raise UserError(f"{source}={path}: the file has no prompts; write one per line or row.")
+    _check_reward_columns(settings, chosen.values(), f"{source}={path}", row)
     return Selected(list(chosen), left_out, notes, first_problem)
 
 
@@ -197,8 +202,9 @@ def _columns(settings: config.Prompts) -> dict[str, str]:
                 "prompts.languages: no column to compare with; set prompts.language_column, too."
             )
         columns["prompts.language_column"] = settings.language_column
-    for number, column in enumerate(settings.nsfw_columns):
-        columns[f"prompts.nsfw_columns.{number}"] = column
+    for name in ("nsfw_columns", "reward_columns"):
+        for number, column in enumerate(getattr(settings, name)):
+            columns[f"prompts.{name}.{number}"] = column
     return columns
 
 
@@ -210,9 +216,46 @@ def _prompt(settings: config.Prompts, row: Row, where: str) -> tuple[Prompt, lis
     if row.problem is not None:
         raise ValueError(row.problem)
     text, notes = text_of(row, settings.column)
-    if settings.image_column is None:
-        return Prompt(text, None, where), notes
-    return Prompt(text, _image(settings.image_column, row), where), notes
+    column = settings.image_column
+    image = None if column is None else _image(column, row)
+    return Prompt(text, image, where, _for_rewards(settings, row, image)), notes
+
+
+def _for_rewards(
+    settings: config.Prompts, row: Row, image: Path | StoredImage | None
+) -> dict[str, object]:
+    """What travels to the rewards beside the text; of the reference image's column its file.
+
+    A column that this row lacks is left out. Raises ValueError for what JSON cannot hold, and for
+    more than a request has room for.
+    """
+    values = {column: row.value(column) for column in settings.reward_columns}
+    if settings.image_column in values and isinstance(image, Path):
+        values[settings.image_column] = str(image.absolute())
+    values = {column: value for column, value in values.items() if value is not None}
+    for column, value in values.items():
+        try:
+            size = len(json.dumps(value, allow_nan=False).encode())
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError(f"has no text, number or list in '{column}' for the rewards") from None
+        if size > ROW_BYTES:
+            raise ValueError(
+                f"has {size:,} bytes in '{column}', above {ROW_BYTES:,} for the rewards"
+            )
+    return values
+
+
+def _check_reward_columns(
+    settings: config.Prompts, rows: Iterable[Mapping[str, object]], where: str, last: Row
+) -> None:
+    """Raise UserError for a column that no row has.  rows: as they travel;  last: as it is read"""
+    there = {column for row in rows for column in row}
+    missing = [column for column in settings.reward_columns if column not in there]
+    if missing:
+        raise UserError(
+            f"prompts.reward_columns={missing[0]}: no row of {where} has it; they have "
+            f"{_short(', '.join(last.values), 200)}."
+        )
 
 
 def text_of(row: Row, column: str) -> tuple[str, list[str]]:
@@ -269,11 +312,15 @@ def _image(column: str, row: Row) -> Path | StoredImage:
 
 
 def _other_column(settings: config.Prompts, row: Row) -> str:
-    """What to do where a JSON row has other columns than the one that is asked for."""
-    if row.problem is not None or not row.values or row.value(settings.column) is not None:
+    """What to do where a JSON row has other columns than one that is asked for."""
+    if row.problem is not None or not row.values:
         return ""
+    asked = {key: one for key, one in _columns(settings).items() if "reward_columns" not in key}
+    lacking = [key for key, column in asked.items() if row.value(column) is None]
     names = [name for name, value in row.values.items() if value is not None]
-    return f"it has {_short(', '.join(names), 200)}: name one in prompts.column, " if names else ""
+    if not lacking or not names:
+        return ""
+    return f"it has {_short(', '.join(names), 200)}: name one in {lacking[0]}, "
 
 
 def _short(text: str, longest: int = SHOWN) -> str:

@@ -202,7 +202,7 @@ def _training_set(
     encoded: Encoded, settings: Rollout, policy: Policy, grid: Tensor, shape: tuple[int, ...]
 ) -> TrainingSet:
     """The training prompts.  grid: [T + 1]"""
-    texts = [prompt.text for prompt in encoded.train]
+    texts = [prompt.for_rewards for prompt in encoded.train]
     conditions = encoded.conditions.part(slice(len(texts)))
     eta = samplers.noise_level(settings.sampler, settings.eta, grid)
     scout_grid = None
@@ -224,7 +224,7 @@ def _heldout(encoded: Encoded, grid: Tensor, shape: tuple[int, ...]) -> HeldOut:
     grid: float32 [T + 1], on the rank's device, where offloaded weights are not
     """
     return HeldOut(
-        prompts=[prompt.text for prompt in encoded.heldout],
+        prompts=[prompt.for_rewards for prompt in encoded.heldout],
         conditions=encoded.conditions.part(slice(len(encoded.train), None)),
         grid=grid,
         shape=shape,

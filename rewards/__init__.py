@@ -136,6 +136,14 @@ def differentiable(spec: RewardSpec) -> bool:
     return bool(declared(spec, "DIFFERENTIABLE", False))
 
 
+def columns(spec: RewardSpec) -> tuple[str, ...]:
+    """The columns of the prompts' rows that a reward cannot do without: of its file's COLUMNS, or
+    of a function `columns(spec)` there; empty without either.
+    """
+    named = declared(spec, "columns", None)
+    return tuple(named(spec) if named is not None else declared(spec, "COLUMNS", ()))
+
+
 def check_settings(spec: RewardSpec) -> None:
     """Raise UserError for a setting, or a file named in one, with which `load` would fail.
 

@@ -33,6 +33,11 @@ def check_spec(spec: RewardSpec) -> None:
     judge.check_spec(spec, locate)
 
 
+def columns(spec: RewardSpec) -> tuple[str, ...]:
+    """The columns of the prompts' own rows that are read, where no file of rows is named."""
+    return () if spec.options.get("rows") else ("include",)
+
+
 def locate(spec: RewardSpec) -> Path:
     """The file of the detector's weights. Raises UserError where there is none."""
     if spec.path is None or paths.is_hub_id(spec.path) or not Path(spec.path).is_file():

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastgrpo.core.config import RewardSpec, Section
 from fastgrpo.core.config.checks import failing
 from fastgrpo.core.errors import UserError, UserErrors
-from fastgrpo.core.reward import Reward, Scores
+from fastgrpo.core.reward import Reward, Scores, row_of
 from fastgrpo.data.lettering import lettering
 from fastgrpo.rewards.common import clips, options, prompt_rows, weight_files
 from fastgrpo.rewards.common.frames import Rule, choose, rule_of
@@ -44,11 +44,12 @@ class Options(Section):
     """`rewards.options` of ocr."""
 
     rows: str | None = None
-    """File with a row for each prompt that says its text. None: the prompt's first quoted part."""
+    """File with a row for each prompt that says its text. None: the prompt's own row, where
+    prompts.reward_columns names `text_column`, else its first quoted part."""
     prompt_column: str = "prompt"
     """Column of `rows` with the prompt."""
     text_column: str = "text"
-    """Column of `rows` with the text that a picture should show."""
+    """Column of `rows`, or of the prompts' own rows, with the text that a picture should show."""
     rule: Literal["edit", "flow_grpo"] = "edit"
     """edit: the normalised edit distance; flow_grpo: 1, too, where the text is contained."""
     surplus: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -103,8 +104,11 @@ class Ocr(Reward):
 
     def target(self, prompt: str) -> str | None:
         """The text that a picture of this prompt should show. None: it asks for no letter."""
-        one_line = " ".join(prompt.split())  # as prompts of a file are read
-        text = quoted(prompt) if self.targets is None else self.targets.get(one_line)
+        if self.targets is None:
+            own = row_of(prompt).get(self.settings.text_column)
+            text = quoted(prompt) if own is None else str(own)
+        else:
+            text = self.targets.get(" ".join(prompt.split()))  # as prompts of a file are read
         return text if text is not None and plain(text) else None
 
     def frames_used(self, frames: int, fps: float) -> list[int]:

@@ -19,7 +19,8 @@ from fastgrpo.checkpoint import explosion, identity, provenance
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.files import read_json, replace_text, sha256
+from fastgrpo.core.files import read_json, replace_text
+from fastgrpo.data.prompt_files import content_hash
 from fastgrpo.parallel.world import World
 
 FREE_SECTIONS = ("checkpoint", "track", "server", "distributed")
@@ -180,7 +181,7 @@ def check_same_recipe(old: Recipe, new: Recipe, but: Sequence[str] = ()) -> None
 def inputs(recipe: Recipe) -> dict[str, str]:
     """SHA-256 of the files whose content the recipe does not show."""
     files = {"prompts.train": recipe.prompts.train, "prompts.heldout": recipe.prompts.heldout}
-    return {key: sha256(Path(file)) for key, file in files.items() if file is not None}
+    return {key: content_hash(file, key) for key, file in files.items() if file is not None}
 
 
 def check_same_inputs(file: Path, recipe: Recipe) -> None:

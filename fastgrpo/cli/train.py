@@ -99,12 +99,12 @@ def _run_check(arguments: argparse.Namespace) -> None:
 
     recipe, split = check(arguments.recipe, arguments.overrides)
     print(f"# {split.summary}")
-    if not recipe.run.dir.is_absolute():
-        print(f"# run.dir begins at the working folder: {recipe.run.dir.absolute()}")
     for line in without_effect.lines(recipe):
         print(f"# {line}")
     if (few := prompts.few_heldout(recipe, split)) is not None:
         print(f"# {few}")
+    if not recipe.run.dir.is_absolute():
+        print(f"# run.dir begins at the working folder: {recipe.run.dir.absolute()}")
     print(recipe.to_toml(), end="")
 
 

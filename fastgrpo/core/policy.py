@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.core.config import Video
+from fastgrpo.core.reward import PromptText
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,13 @@ class Prompt:
         None
     )
     place: str = field(default="", compare=False)  # recipe key, file and row, for messages
+    # column -> value of JSON's types, for the columns of prompts.reward_columns
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def for_rewards(self) -> PromptText:
+        """The text as rewards are handed it, with its row."""
+        return PromptText(self.text, self.row)
 
 
 # what the network is conditioned on; one prompt's without, a batch's with a first dim

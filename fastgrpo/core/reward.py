@@ -8,12 +8,34 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fastgrpo.core.config import RewardSpec
+
+
+class PromptText(str):
+    """A prompt as rewards are handed it: its text, and what its row says beside it.
+
+    A text like any other for whoever asks for no more, so that a prompt and its row cannot part on
+    their way through batches, groups and requests.
+    """
+
+    row: Mapping[str, Any]
+    """Column -> value, of JSON's types, for the columns of prompts.reward_columns."""
+
+    def __new__(cls, text: str, row: Mapping[str, Any] | None = None) -> PromptText:
+        """Take a text and its row. None: nothing beside the text."""
+        made = super().__new__(cls, text)
+        made.row = row or {}
+        return made
+
+
+def row_of(prompt: str) -> Mapping[str, Any]:
+    """What a prompt's row says beside its text; empty where nothing does."""
+    return prompt.row if isinstance(prompt, PromptText) else {}
 
 
 @dataclass(frozen=True)
@@ -79,7 +101,8 @@ class Reward(ABC):
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
         """Score B clips.
 
-        pixels: uint8 [B, F, H, W, 3], an image is F = 1;  prompts: B texts;  fps: frames per second
+        pixels: uint8 [B, F, H, W, 3], an image is F = 1;  prompts: B texts, whose rows `row_of`
+        gives;  fps: frames per second
         returns float32 [B] for each part
         A clip's scores depend on that clip and its prompt alone, never on the batch around it.
         Raises ValueError for pixels of a size that the reward cannot judge.

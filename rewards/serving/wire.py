@@ -2,8 +2,9 @@
 
 Request: the safetensors format, one uint8 tensor `clip.<i>` [F, H, W, 3] per clip (sizes may
 differ), and in its `__metadata__` one entry "request", the JSON of {"prompts": [...], "fps": ...,
-"rewards": [...], "frames": [...]}. "frames" may be absent; for each clip it is null, or {"of": n,
-"at": [...]}: the tensor holds only those of n frames.
+"rewards": [...], "frames": [...], "rows": [...]}. "frames" may be absent; for each clip it is null,
+or {"of": n, "at": [...]}: the tensor holds only those of n frames. "rows" may be absent; for each
+clip it is the object of what its prompt's row says beside the text.
 
 Answer: JSON {"scores": {reward: {part: [number or null]}}, "valid": {reward: [true or false]},
 "identity": {reward: text}}. A float32 is written as the decimal number that reads back to its exact
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgrpo.core.reward import Scores
+from fastgrpo.core.reward import PromptText, Scores, row_of
 
 MAX_BODY = 256 * 2**20  # bytes; one 53 x 480 x 480 clip is 37 MB
 MAX_HEADER = 16 * 64 * 2**10  # bytes, 1 MiB: room for MAX_CLIPS prompts of 3 KiB
@@ -92,6 +93,8 @@ def encode_request(
     request: dict[str, object] = {"prompts": list(prompts), "fps": fps, "rewards": list(rewards)}
     if at is not None:
         request["frames"] = [{"of": of, "at": list(at)}] * len(clips)
+    if any(rows := [dict(row_of(prompt)) for prompt in prompts]):
+        request["rows"] = rows
     text = json.dumps(request, ensure_ascii=False)
     entries: dict[str, object] = {"__metadata__": {"request": text}}
     position = 0
@@ -132,7 +135,7 @@ def decode_request(body: bytearray) -> Request:
         refuse("header", f"{length} bytes, expected at most {min(MAX_HEADER, len(body) - 8)}")
     header = read_json("header", bytes(body[8 : 8 + length]))
     request = decode_metadata(header.pop("__metadata__", None))
-    prompts = texts("prompts", request.get("prompts"), MAX_CLIPS)
+    prompts = with_rows(texts("prompts", request.get("prompts"), MAX_CLIPS), request.get("rows"))
     if len(header) != len(prompts):
         refuse("header", f"{len(header)} tensors for {len(prompts)} prompts")
     frames = decode_frames(request.get("frames"), len(prompts))
@@ -238,6 +241,17 @@ def texts(where: str, value: object, most: int) -> list[str]:
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write
         refuse(where, "holds something that is no Unicode text")
     return value
+
+
+def with_rows(prompts: list[str], rows: object) -> list[str]:
+    """The prompts with what their rows say. rows: as a request has it; None: nothing"""
+    if rows is None:
+        return prompts
+    if not isinstance(rows, list) or len(rows) != len(prompts):
+        refuse("rows", f"not a list of {len(prompts)}")
+    if not all(isinstance(row, dict) for row in rows):
+        refuse("rows", "holds something that is no object")
+    return [PromptText(text, row) for text, row in zip(prompts, rows, strict=True)]
 
 
 def decode_entry(name: str, entry: object) -> tuple[list[int], int, int]:

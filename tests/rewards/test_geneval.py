@@ -425,7 +425,6 @@ def test_a_clip_is_the_mean_of_its_frames_and_a_failed_frame_has_no_score() -> N
     [
         ({"path": None}, "rewards.path: missing; give mask2former_swin-s"),
         ({"path": "nowhere.pth"}, "rewards.path=nowhere.pth: no such file"),
-        ({"options": {"rows": None}}, "rewards.options.rows: missing; name evaluation_metadata"),
         ({"options": {"clip": None}}, "rewards.options.clip: missing"),
         ({"options": {"clip": "nowhere"}}, "rewards.options.clip=nowhere: no such file or folder"),
         ({"options": {"row": "x"}}, "did you mean 'rows'"),

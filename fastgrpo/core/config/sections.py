@@ -137,6 +137,9 @@ class Prompts(Section):
     image_column: str | None = None
     """Column of the reference image: a file of a picture or of a video, whose first frame is taken,
     or the picture itself."""
+    reward_columns: tuple[str, ...] = ()
+    """Columns whose values travel to the rewards beside the text, such as include (GenEval), text
+    (OCR) or a reference's file; `row_of(prompt)` has them there."""
     language_column: str | None = None
     """Column of the language, compared with `languages`."""
     languages: tuple[str, ...] = ()

@@ -201,10 +201,25 @@ def _of_reward(recipe: Recipe, spec: RewardSpec) -> Checks:
         named: Checks = [partial(rewards.check, spec, where)]
         if elsewhere or failing(named):  # of a file that is not there nothing else can be said
             return [] if elsewhere else named
-    checks: Checks = [partial(check_frames, recipe, spec), partial(_check_parts, spec)]
+    checks: Checks = [
+        partial(check_frames, recipe, spec),
+        partial(_check_parts, spec),
+        partial(_check_columns, recipe, spec),
+    ]
     if not elsewhere:
         checks.append(partial(rewards.check_settings, spec))
     return checks
+
+
+def _check_columns(recipe: Recipe, spec: RewardSpec) -> None:
+    """Raise UserError for a column of the prompts' rows that a reward reads and that stays here."""
+    lacking = [one for one in rewards.columns(spec) if one not in recipe.prompts.reward_columns]
+    if lacking:
+        raise UserError(
+            f"prompts.reward_columns={list(recipe.prompts.reward_columns)}: lacks {lacking[0]}, "
+            f"which {spec.name} reads of each prompt's row; add it, or, where the reward takes it, "
+            "name a file in rewards.options.rows."
+        )
 
 
 def _check_parts(spec: RewardSpec) -> None:

@@ -279,7 +279,7 @@ def _judge(
     mistake = None
     try:
         for n, pair in enumerate(drawn):
-            prompt = work.clips[pair.number].prompt.text
+            prompt = work.clips[pair.number].prompt.for_rewards
             for side, (pixels, finite) in enumerate(zip(pair.rows, pair.finite, strict=True)):
                 clip = f"{SIDES[side]}, clip {pair.number}"
                 if not finite:

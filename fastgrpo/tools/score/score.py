@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from fastgrpo import rewards
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
@@ -109,6 +110,7 @@ def score(wanted: Wanted, specs: Sequence[RewardSpec], servers: Servers) -> Resu
 
     Raises UserError for a wrong setting, a file without a prompt, and where no file can be read.
     """
+    _check_columns(specs)
     files = clip_files.expand(wanted.files)
     texts = clip_files.captions(files, wanted.prompt, wanted.prompts)
     device = None
@@ -129,6 +131,16 @@ def score(wanted: Wanted, specs: Sequence[RewardSpec], servers: Servers) -> Resu
             more = f" (none of the {len(scored)} files can be scored)" if len(scored) > 1 else ""
             raise UserError(f"{unread[0].problem}{more}")
         return Result(specs, opened.parts, scored)
+
+
+def _check_columns(specs: Sequence[RewardSpec]) -> None:
+    """Raise UserError for a reward that reads more of a prompt's row than its text."""
+    for spec in specs:
+        if needed := rewards.columns(spec):
+            raise UserError(
+                f"--reward={spec.name}: reads {needed[0]} of each prompt's row, which files of clips "
+                "do not have; name a file of rows with --option rows=FILE."
+            )
 
 
 def _check_prompts(files: Sequence[Path], texts: Sequence[str | None]) -> None:

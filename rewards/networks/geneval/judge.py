@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastgrpo.core.config import RewardSpec, Section
 from fastgrpo.core.config.checks import failing
 from fastgrpo.core.errors import UserError, UserErrors
-from fastgrpo.core.reward import Reward, Scores
+from fastgrpo.core.reward import PromptText, Reward, Scores, row_of
 from fastgrpo.rewards.common import clips, options, prompt_rows, weight_files
 from fastgrpo.rewards.common.frames import Rule, choose, rule_of
 from fastgrpo.rewards.networks.clip import clip_reward
@@ -32,6 +32,7 @@ from fastgrpo.rewards.networks.geneval.rules import (
 log = logging.getLogger(__name__)
 
 FRAMES: Rule = "first"
+GOLDEN = PromptText("a photo of a bench", {"include": [{"class": "bench", "count": 1}]})
 DETECTING = 1.5e9  # bytes at 800 x 1333; one picture at 800 x 800 took 0.88e9 on a CPU
 
 
@@ -39,7 +40,8 @@ class Options(Section):
     """`rewards.options` of geneval and geneval_hf."""
 
     rows: str | None = None
-    """GenEval's evaluation_metadata.jsonl, or another file of such rows: what each prompt asks."""
+    """GenEval's evaluation_metadata.jsonl, or another file of such rows: what each prompt asks.
+    None: the prompts' own rows, with prompts.reward_columns = ["tag", "include", "exclude"]."""
     prompt_column: str = "prompt"
     """Column of `rows` with the prompt."""
     clip: str | None = None
@@ -53,7 +55,7 @@ class Settings:
     """What a GenEval reward is made of, beside its networks."""
 
     names: tuple[str, str, str]  # parts: correct, graded, exact
-    asked: dict[str, Specification]  # by prompt
+    asked: dict[str, Specification] | None  # by prompt. None: each prompt's own row says it
     rule: Rule  # which frames
     batch_size: int  # pictures per forward pass
     fingerprint: str  # hash of all that makes the scores
@@ -72,7 +74,8 @@ class GenEval(Reward):
         self.names = settings.names
         self.fingerprint = settings.fingerprint
         grey = torch.full((1, 64, 64, 3), 128, dtype=torch.uint8)
-        self.golden = (grey, next(iter(settings.asked)), 8.0)
+        prompt = GOLDEN if settings.asked is None else next(iter(settings.asked))
+        self.golden = (grey, prompt, 8.0)
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str], fps: float) -> Scores:
         """Means over the frames that are used, of each of B clips, float32 [B] in [0, 1].
@@ -84,9 +87,7 @@ class GenEval(Reward):
         clips.check(pixels, prompts)
         chosen = pixels[:, self.frames_used(pixels.shape[1], fps)].cpu()
         table = torch.full((len(prompts), len(self.names)), float("nan"))
-        asked = [self.settings.asked.get(" ".join(prompt.split())) for prompt in prompts]
-        for prompt in (p for p, known in zip(prompts, asked, strict=True) if known is None):
-            log.warning("a clip has no score: no row of rewards.options.rows is of %.80r", prompt)
+        asked = [self._specification(prompt) for prompt in prompts]
         rows = [row for row, known in enumerate(asked) if known is not None]
         places = [(row, frame) for row in rows for frame in range(chosen.shape[1])]
         judged: dict[int, list[tuple[float, float, float]]] = {}
@@ -102,6 +103,20 @@ class GenEval(Reward):
             table[row] = torch.tensor(verdicts).mean(0)
         parts = {name: table[:, n].clone() for n, name in enumerate(self.names)}
         return Scores(parts, table.isfinite().all(1))
+
+    def _specification(self, prompt: str) -> Specification | None:
+        """What a prompt asks. None: nothing says it, which is logged."""
+        if self.settings.asked is not None:
+            known = self.settings.asked.get(" ".join(prompt.split()))
+            problem = "" if known else "no row of rewards.options.rows is of"
+        else:
+            try:
+                known, problem = specification(row_of(prompt)), ""
+            except ValueError as error:
+                known, problem = None, f"the row {error} of"
+        if problem:
+            log.warning("a clip has no score: %s %.80r", problem, prompt)
+        return known
 
     def _judge(
         self, picture: Tensor, asked: Specification, found: list[Found] | None
@@ -167,14 +182,14 @@ def _clip(spec: RewardSpec) -> tuple[Options, str]:
     return chosen, chosen.clip
 
 
-def _asked(spec: RewardSpec) -> dict[str, Specification]:
-    """Prompt -> what it asks. Raises UserError where the options name no such rows."""
+def _asked(spec: RewardSpec) -> dict[str, Specification] | None:
+    """Prompt -> what it asks. None: each prompt's own row says it.
+
+    Raises UserError where the options name rows that are none.
+    """
     chosen = options.parse(spec, Options)
     if chosen.rows is None:
-        raise UserError(
-            "rewards.options.rows: missing; name evaluation_metadata.jsonl of "
-            "https://github.com/djghosh13/geneval, which says what each prompt asks."
-        )
+        return None
     found = {}
     for prompt, row in prompt_rows.read(chosen.rows, chosen.prompt_column).items():
         try:
@@ -203,13 +218,13 @@ def load(
     path, device = locate(spec), options.device(spec)
     colour = colours.build(spec, clip, chosen.tokenizer)
     files = [path / "config.json", weights_in(path)] if path.is_dir() else [path]
-    assert chosen.rows is not None  # _asked
+    rows = [] if chosen.rows is None else [Path(chosen.rows)]
     scoring = {"clip": colour.clip.fingerprint, "frames": rule_of(spec, FRAMES), "parts": names}
     settings = Settings(
         names=names,
         asked=asked,
         rule=rule_of(spec, FRAMES),
         batch_size=spec.batch_size,
-        fingerprint=weight_files.fingerprint([*files, Path(chosen.rows)], scoring),
+        fingerprint=weight_files.fingerprint([*files, *rows], scoring),
     )
     return GenEval(detector(path).to(device), colour, settings)
