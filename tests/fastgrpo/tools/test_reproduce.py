@@ -8,18 +8,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from fastgrpo.cli import main as cli
 from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
+from fastgrpo.tools.evaluate.benchmark import choosing
 from fastgrpo.tools.evaluate.benchmark.catalogue import COLUMNS, MODELS
+from fastgrpo.tools.evaluate.benchmark.choosing import Judge, Sources, Unknown
+from fastgrpo.tools.evaluate.benchmark.estimates import Measured
 from fastgrpo.tools.evaluate.benchmark.protocols import PROTOCOLS
-from fastgrpo.tools.evaluate.reproduce import carrying_out, results
+from fastgrpo.tools.evaluate.reproduce import carrying_out, diversity, results
 from fastgrpo.tools.evaluate.reproduce.entries import ENTRIES, Entry, Run, entry_of
 from fastgrpo.tools.evaluate.reproduce.recipes import Options, folder_of, recipe_of
 from fastgrpo.tools.evaluate.reproduce.results import Outcome
 from tests import ROOT
 from tests.harness import runs
+from tests.harness.weights import clip
 
 LAUNCH = ROOT / "launch"
 PAPERS = [*(f"table{n}" for n in range(1, 7)), "figure1", "figure2", "figure3a", "figure3b"]
@@ -247,6 +253,40 @@ def test_pictures_are_drawn_beside_the_base_at_every_checkpoint(
     assert asked[0][0] == "train" and len(asked) == 6
     assert "--against-base" in asked[1] and asked[1][-2:] == ["--step", "60"]
     assert asked[1].count("--prompt") == 3
+
+
+def test_diversity_is_the_mean_distance_of_a_prompts_seeds(tmp_path: Path) -> None:
+    clip.write_open_clip(tmp_path / "DFN5B-CLIP-ViT-H-14-378")
+    judge = choosing.choose(COLUMNS["CLIP"], Sources(weights=tmp_path), tmp_path)
+    assert isinstance(judge, Judge)
+    generator = np.random.default_rng(0)
+    samples = []
+    for prompt in ("a cat", "the red cat"):
+        same = generator.integers(0, 256, (48, 48, 3), dtype=np.uint8)
+        for seed in range(3):
+            stem = f"{prompt[0]}{seed}"
+            noise = generator.integers(0, 256, (48, 48, 3), dtype=np.uint8)
+            for ending, pixels in (("-base", noise), ("", same)):
+                Image.fromarray(pixels).save(tmp_path / f"{stem}{ending}.png")
+            files = {"base": f"{stem}-base.png", "file": f"{stem}.png"}
+            finite = {"finite": True, "base_finite": seed < 2 or prompt == "a cat"}
+            samples.append({"prompt": prompt, "seed": seed, **files, **finite})
+    (tmp_path / "manifest.json").write_text(json.dumps({"samples": samples}))
+    found = diversity.of_samples(tmp_path, judge)
+    assert isinstance(found, Measured) and found.overall.prompts == 2
+    assert found.overall.trained.mean == pytest.approx(0.0, abs=1e-6), "all seeds look alike"
+    assert found.overall.base.mean > 1e-3 and found.overall.difference.high < 0
+    vectors = torch.nn.functional.normalize(torch.randn(4, 5, dtype=torch.float64), dim=-1)
+    pairs = [1 - float(a @ b) for n, a in enumerate(vectors) for b in vectors[:n]]
+    assert diversity.spread(vectors) == pytest.approx(np.mean(pairs))
+    both: dict[str, Measured | Unknown] = {"one": found, "two": Unknown("no weights")}
+    content = json.loads(diversity.as_json(both))["runs"]
+    assert content["two"] == {"unknown": "no weights"}
+    assert content["one"]["base"]["mean"] == found.overall.base.mean
+    other = choosing.choose(
+        COLUMNS["CLIP"], Sources(judges={"CLIP": ("tiny_world", "VQ")}), tmp_path
+    )
+    assert isinstance(diversity.of_samples(tmp_path, other), Unknown)
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,7 +142,7 @@ class Sheet:
             "settings": [asdict(one) | {"stated": bool(one.said_by)} for one in self.settings],
             "clips": self.clips,
         }
-        return json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(without_nan(content), indent=1, ensure_ascii=False) + "\n"
 
     def _column(self, name: str, column: Measured | Unknown) -> dict[str, Any]:
         if isinstance(column, Unknown):
@@ -152,14 +152,14 @@ class Sheet:
         )
 
 
-def _finite(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """The value with None for floats that are not finite, as JSON has no NaN."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(own) for key, own in value.items()}
+        return {key: without_nan(own) for key, own in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(own) for own in value]
+        return [without_nan(own) for own in value]
     return value
 
 

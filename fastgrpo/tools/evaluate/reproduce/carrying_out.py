@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,11 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import read_json_or_none, replace_text
 from fastgrpo.core.processes import processes_to_start, torchrun_command, torchrun_environment
 from fastgrpo.tools.check.check import refuse
-from fastgrpo.tools.evaluate.reproduce import results
+from fastgrpo.tools.evaluate.benchmark import choosing
+from fastgrpo.tools.evaluate.benchmark.catalogue import COLUMNS
+from fastgrpo.tools.evaluate.benchmark.choosing import Sources
+from fastgrpo.tools.evaluate.benchmark.prompt_sets import GENEVAL_FILE
+from fastgrpo.tools.evaluate.reproduce import diversity, results
 from fastgrpo.tools.evaluate.reproduce.entries import Entry, Run
 from fastgrpo.tools.evaluate.reproduce.recipes import Options, folder_of, recipe_of
 from fastgrpo.tools.evaluate.reproduce.results import Outcome
@@ -68,7 +72,9 @@ def carry_out(
     if entry.output == "curves":
         return results.write_curves(name, entry, options, left_out)
     if entry.output == "pictures":
-        return [folder for run in runs for folder in _pictures(run, entry, options, begin)]
+        folders = {run.name: _pictures(run, entry, options, begin) for run in runs}
+        found = [folder for own in folders.values() for folder in own]
+        return [*found, *(_diversity(name, folders, options) if entry.diversity else [])]
     return [folder_of(run, options) for run in runs]
 
 
@@ -130,6 +136,16 @@ def _pictures(run: Run, entry: Entry, options: Options, begin: Start) -> list[Pa
         _do(begin, arguments, run)
         found.append(out)
     return found
+
+
+def _diversity(name: str, folders: Mapping[str, Sequence[Path]], options: Options) -> list[Path]:
+    """OUT/NAME.json with the diversity of every run's pictures."""
+    sources = Sources(judges=options.judges, files=options.files, weights=options.weights)
+    judge = choosing.choose(COLUMNS["CLIP"], sources, GENEVAL_FILE)
+    found = {run: diversity.of_samples(own[-1], judge) for run, own in folders.items()}
+    file = options.out / f"{name}.json"
+    replace_text(file, diversity.as_json(found))
+    return [file]
 
 
 def _do(begin: Start, arguments: Sequence[str], run: Run) -> None:

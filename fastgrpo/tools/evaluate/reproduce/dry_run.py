@@ -155,7 +155,8 @@ def _models(planned: Sequence[Planned]) -> list[str]:
         model = one.recipe.model
         for named in filter(None, (model.path, model.network)):
             licence = MODELS.get(named, "that of the folder")
-            where = "to be fetched from the hub" if paths.is_hub_id(named) else "there"
+            there = "there" if Path(named).exists() else "missing"
+            where = "to be fetched from the hub" if paths.is_hub_id(named) else there
             line = f"{named}: {_size(one, named)}; licence {licence}; {where}"
             found.setdefault(named, line)
     return [*found.values()]
@@ -184,6 +185,7 @@ def _judges(entry: Entry, options: Options) -> list[str]:
     columns: dict[str, Column] = {}
     named = [column for run in entry.runs for column in run.trained]
     named += PROTOCOLS[entry.benchmark].columns if entry.benchmark else []
+    named += ["CLIP"] if entry.diversity else []
     for name in dict.fromkeys(named):
         if name in options.judges:
             continue

@@ -53,6 +53,8 @@ class Entry:
     """Iterations whose pictures are shown; empty: the newest checkpoint."""
     seeds: int = 1
     """Pictures per prompt."""
+    diversity: bool = False
+    """Whether it is also measured how much these differ."""
     stated: tuple[str, ...] = ()
     """What the paper says of it."""
     open: tuple[str, ...] = ()
@@ -308,8 +310,12 @@ ENTRIES: dict[str, Entry] = {
         output="pictures",
         runs=(FLUX_HPS,),
         seeds=8,
+        diversity=True,
         stated=("several seeds of a prompt look alike after training",),
-        open=("model, metric, prompts and number of seeds: FLUX and 8 are taken",),
+        open=(
+            "model, prompts and number of seeds: FLUX and 8 are taken",
+            "metric: mean 1 - cosine of CLIP's image vectors over pairs of seeds, ours",
+        ),
     ),
     "figure8": Entry(
         title="Figure 8: independent initial noise",
