@@ -75,6 +75,17 @@ KINDS: tuple[
         VIDEO,
     ),
 )
+MMDIT = published("stable_diffusion_3") | {
+    "num_attention_heads": HEADS,
+    "attention_head_dim": WIDTH // HEADS,
+    "num_layers": 3,
+    "caption_projection_dim": WIDTH,
+    "dual_attention_layers": (0,),
+}
+KINDS += (
+    ("stable_diffusion_3", MMDIT, 0, "two", IMAGE),
+    ("stable_diffusion_3", MMDIT, 1, "one", IMAGE),
+)
 COSTS = ("forward", "saved", "working", "moved")
 
 

@@ -16,7 +16,10 @@ from fastgrpo.models.loading import policies
 
 FEATURES = {"text_encoder": "text", "text_encoder_2": "pooled"}
 FLUX = {"text_encoder": "pooled", "text_encoder_2": "text"}
-FAMILIES = ("flux", "hunyuan_video", "skyreels_i2v", "stable_diffusion", "wan", "wan_i2v")
+POOLED = {"text_encoder": "pooled", "text_encoder_2": "pooled"}  # texts of several encoders
+OTHERS = {"flux": FLUX, "stable_diffusion_3": POOLED}
+IMAGES = ("stable_diffusion", "stable_diffusion_3")
+FAMILIES = ("flux", "hunyuan_video", "skyreels_i2v", *IMAGES, "wan", "wan_i2v")
 VIDEO = Video(frames=9, height=32, width=32)
 
 
@@ -28,7 +31,7 @@ def opened(
     folder = tmp_path_factory.mktemp(request.param)
     importlib.import_module(f"tests.harness.folders.{request.param}").write(folder / "model")
     Image.new("RGB", (32, 32)).save(folder / "a.png")
-    video = VIDEO if request.param != "stable_diffusion" else Video(frames=1, height=32, width=32)
+    video = Video(frames=1, height=32, width=32) if request.param in IMAGES else VIDEO
     settings = Model(family=request.param, path=str(folder / "model"))
     with policies.encoder(settings, video, torch.device("cpu")) as encoder:
         yield request.param, encoder, folder / "a.png"
@@ -36,7 +39,7 @@ def opened(
 
 def test_a_text_is_cut_where_its_end_changes_nothing(opened: tuple[str, Encoder, Path]) -> None:
     family, encoder, image = opened
-    features = FLUX if family == "flux" else FEATURES
+    features = OTHERS.get(family, FEATURES)
     beginning, lengths = "a cat", [0]
     while len(lengths) < 600 and not (cut := encoder.cut(beginning + " on" * lengths[-1])):
         lengths.append(lengths[-1] + 1)

@@ -18,6 +18,7 @@ from diffusers import (  # noqa: F401
     AutoencoderKLWan,
     FluxTransformer2DModel,
     HunyuanVideoTransformer3DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
 )
@@ -25,6 +26,7 @@ from diffusers import (  # noqa: F401
 import fastgrpo.models.flux
 import fastgrpo.models.skyreels_i2v
 import fastgrpo.models.stable_diffusion
+import fastgrpo.models.stable_diffusion_3
 import fastgrpo.models.wan
 import fastgrpo.models.wan_i2v
 import fastgrpo.rewards.video_stats
@@ -34,6 +36,12 @@ import fastgrpo.tools.preflight.run
 import fastgrpo.tools.report.report
 import fastgrpo.tools.sample.sample  # noqa: F401
 
-for _name in ("CLIPTextModel", "LlamaModel", "T5EncoderModel", "UMT5EncoderModel"):
+for _name in (
+    "CLIPTextModel",
+    "CLIPTextModelWithProjection",
+    "LlamaModel",
+    "T5EncoderModel",
+    "UMT5EncoderModel",
+):
     getattr(transformers, _name)  # imported when first asked for
 assert len(os.listdir("/proc/self/task")) == 1, "a fork has one thread only"

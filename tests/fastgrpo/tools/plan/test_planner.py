@@ -109,11 +109,35 @@ def test_an_evaluation_of_as_many_clips_takes_what_drawing_and_scoring_take() ->
         ("wan", "Wan2.1-T2V-1.3B", 1_418_996_800),
         ("wan", "Wan2.2-TI2V-5B", 4_999_787_712),
         ("stable_diffusion", "", 859_520_964),
+        ("stable_diffusion_3", "stable-diffusion-3.5-medium", 2_243_171_520),
+        ("stable_diffusion_3", "stable-diffusion-3.5-large", 8_056_627_520),
     ],
 )
 def test_published_networks_have_their_parameters(family: str, named: str, expected: int) -> None:
     """The classes' own counts, taken once on the meta device."""
     assert family_plan(family, published(family, named)).network.parameters == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "named", "share"),
+    [
+        ("wan", "ti2v-5b", 0.453),
+        ("wan_i2v", "", 0.453),
+        ("stable_diffusion_3", "", 0.256),
+        ("stable_diffusion_3", "3.5-large", 0.223),
+    ],
+)
+def test_default_adapters_are_in_every_block(family: str, named: str, share: float) -> None:
+    """Their share of the linear weights is the one that docs/families.md tells."""
+    network = family_plan(family, published(family, named)).network
+    reached = [
+        [p for p in unit.products if p.linear and p.name.endswith(ADAPTED)]
+        for unit in network.units
+    ]
+    assert all(reached[: len(network.blocks)]) and not reached[-1]
+    every = sum(p.inputs * p.outputs for unit in network.units for p in unit.products if p.linear)
+    own = sum(p.inputs * p.outputs for products in reached for p in products)
+    assert own / every == pytest.approx(share, abs=5e-4)
 
 
 def test_first_dimensions_are_padded_to_the_shards() -> None:
