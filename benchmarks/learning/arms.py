@@ -26,18 +26,16 @@ PER_PROMPT = (
     "rollout.eta=1.0",
     "objective.step_weights=gradient",
 )
-FAST = (
-    "rollout.window=1",
-    "rollout.window_schedule=per_prompt",
-    "rollout.sampler=linear",
-    "rollout.eta=2.0",  # with 1.0 learning stopped after 20 iterations: samples differed too little
+BRANCHES = (
+    *PER_PROMPT,
+    "rollout.eta=2.0",
     "rollout.seeds_per_prompt=4",
     "objective.advantage_group=seed",
-    "objective.step_weights=gradient",
     "optimizer.lr=3e-4",
 )
-"""Tuned with seed 3, which is none of the comparison's; docs/guides/algorithms/performance.md says
-what was tried. launch/t2v_hunyuan_fast.toml is this recipe at full size."""
+FAST = (*NFT, "objective.nft_kl=0")
+"""DiffusionNFT without its initial policy, for 0.41 of the iterations: just below half of the full
+recipe's H800-hours."""
 SCOUTS = (
     *NFT,
     "rollout.scouts=24",
@@ -78,7 +76,7 @@ def arm(name: str, label: str, overrides: Sequence[str] = (), length: float = 1.
 
 ARMS = (
     arm("full", "every step noisy"),
-    arm("fast", "a noisy step per prompt, tuned", FAST),
+    arm("fast", "DiffusionNFT, short", FAST, length=0.41),
     arm("window", "a window of noisy steps", WINDOW),
     arm("nft", "DiffusionNFT", NFT),
     *(
@@ -99,6 +97,7 @@ ARMS = (
         )
         for noises in (2, 4)
     ),
+    arm("branches", "a noisy step per prompt, 4 noises, tuned", BRANCHES),
     arm("scouts", "DiffusionNFT, 8 of 24 scouts", SCOUTS),
 )
 USUAL = ("full", "fast", "window", "nft")

@@ -12,7 +12,7 @@ from benchmarks.learning.campaign import Trained
 from benchmarks.learning.intervals import Array
 from fastgrpo.tools.report.charts import smoothed
 
-# Okabe and Ito's
+# Okabe and Ito's, and four more
 COLOURS = (
     "#0072b2",
     "#d55e00",
@@ -24,6 +24,8 @@ COLOURS = (
     "#f0e442",
     "#999933",
     "#882255",
+    "#000000",
+    "#661100",
 )
 DPI = 80
 

@@ -63,14 +63,14 @@ def test_every_switch_of_the_ablations_is_a_recipe() -> None:
             assert seen.setdefault(variant.name, variant.overrides) == variant.overrides, (
                 "one folder, one recipe"
             )
-        names = {variant.name for variant in question.variants}
+        of_question = {variant.name for variant in question.variants}
         for claim in question.claims:
-            assert {claim.variant, claim.other or claim.variant} <= names
+            assert {claim.variant, claim.other or claim.variant} <= of_question
     for arm in arms.ARMS:
         methods.check(config.load(RECIPE, [*arms.COMMON, *arm.variant.overrides]))
-    known = [arm.name for arm in arms.ARMS]
-    assert len(set(known)) == len(known) and set(arms.USUAL) <= set(known)
-    assert len(arms.USUAL) <= len(pictures.COLOURS)
+    names = [arm.name for arm in arms.ARMS]
+    assert len(set(names)) == len(names) and set(arms.USUAL) <= set(names)
+    assert len(names) <= len(pictures.COLOURS)
 
 
 def test_a_claim_shows_where_its_interval_has_its_sign(tmp_path: Path) -> None:
