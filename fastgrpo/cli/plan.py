@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastgrpo.tools.plan.planner import Plan
     from fastgrpo.tools.plan.simulation.rank import Simulated
 
+QUICK_S = 180  # of an iteration
 OVERRIDE = re.compile(r"[a-z_]+(\.\w+)+=")  # has a dot in its name, unlike what follows --set
 
 
@@ -26,7 +27,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="does a recipe fit on so many GPUs, how long will it take",
         description="On any machine, without a GPU: peak memory, FLOPs, bytes on the wire and "
         "seconds of each phase, GPU-hours of the run and on other numbers of GPUs; where it does "
-        "not fit, or with --tune, the quickest recipe near it that does. Nothing is downloaded. "
+        "not fit, or with --tune, the quickest recipe near it that does; with --advise what to "
+        "give up where it is slow. Nothing is downloaded. "
         "The exit code is 1 where it does not fit. See docs/guides/planning.md.",
     )
     command.set_defaults(action=_run_plan)
@@ -52,6 +54,13 @@ def _add_machine(command: argparse.ArgumentParser) -> None:
         default=8,
         metavar="N",
         help="GPUs of a node (default: %(default)s)",
+    )
+    add(
+        "--ram-gib",
+        type=positive,
+        metavar="N",
+        help="memory of a node, which offloaded states and waiting trajectories must fit into "
+        "(default: as much as they need)",
     )
     add(
         "--text-tokens",
@@ -91,6 +100,15 @@ def _add_answers(command: argparse.ArgumentParser) -> None:
         help="with --tune: also tune with adapters of this rank, which is another algorithm",
     )
     add(
+        "--advise",
+        type=positive,
+        nargs="?",
+        const=QUICK_S,
+        metavar="SECONDS",
+        help="what to give up, the least first, until the recipe fits and an iteration takes at "
+        "most so many seconds (default: %(const)s)",
+    )
+    add(
         "--simulate",
         action="store_true",
         help="also run one rank with the full-size network, minutes, no memory",
@@ -117,6 +135,8 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     from fastgrpo.tools.plan import planner, tables
     from fastgrpo.tools.plan.gpus import Achieved, calibrated, changed, gpu
     from fastgrpo.tools.plan.phases import Machine
+    from fastgrpo.tools.plan.tuning import advice_table
+    from fastgrpo.tools.plan.tuning.advice import advise
     from fastgrpo.tools.plan.tuning.answer import answer_of
 
     if arguments.picture and arguments.picture.suffix not in (".png", ".svg", ".pdf"):
@@ -130,20 +150,25 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     card, achieved = gpu(arguments.gpu), Achieved()
     if arguments.calibration:
         card, achieved = calibrated(card, achieved, arguments.calibration)
-    machine = Machine(*changed(card, achieved, _numbers(arguments.set)))
-    text = arguments.text_tokens
+    card, achieved = changed(card, achieved, _numbers(arguments.set))
+    machine, text = Machine(card, achieved, arguments.ram_gib), arguments.text_tokens
     result = planner.plan(
         recipe, arguments.gpus, machine, ranks_per_node=arguments.ranks_per_node, text=text
     )
-    answer = answer_of(result, arguments.lora, text) if arguments.tune or not result.fits else None
+    wanted = arguments.tune or not (result.fits or arguments.advise)
+    answer = answer_of(result, arguments.lora, text) if wanted else None
+    advice = advise(result, arguments.advise, text) if arguments.advise else []
     plans = planner.curve(recipe, machine, arguments.ranks_per_node, text)
     simulated = _simulate(result) if arguments.simulate else None
     if arguments.picture:
         tables.picture(result, arguments.picture)
     if arguments.json:
-        print(json.dumps(tables.as_json(result, plans, answer, simulated), indent=1))
+        told = tables.as_json(result, plans, answer, simulated)
+        print(json.dumps(told | {"advice": advice_table.as_json(advice)}, indent=1))
     else:
         tables.show(result, plans, answer, simulated)
+        if advice:
+            advice_table.show(advice, arguments.advise)
     return 0 if result.fits else 1
 
 

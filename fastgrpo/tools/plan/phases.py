@@ -40,6 +40,7 @@ STEP_BYTES = (
     44  # per trained parameter: the gradient's norm and clipping, AdamW's reads and writes, float32
 )
 AVERAGE_BYTES = 12  # and of the moving average
+RAM_SHARE = 0.9  # of a node's memory that a run's own states may take
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Machine:
 
     card: Gpu
     achieved: Achieved
+    ram_gib: float | None = None  # of a node; None: not known, and whatever is needed is there
+
+    def has_ram(self, held: float) -> bool:
+        """Whether a node's memory holds so many bytes beside libraries and cached files."""
+        return self.ram_gib is None or held <= RAM_SHARE * self.ram_gib * GIB
 
     def usable(self) -> float:
         """Bytes that tensors may take: the rest is the context's, the libraries' and the

@@ -52,7 +52,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.worst.peak <= self.machine.usable()
+        return self.worst.peak <= self.machine.usable() and self.fits_host
+
+    @property
+    def fits_host(self) -> bool:
+        """Whether a node's own memory has room, where it is known."""
+        return self.machine.has_ram(sum(self.host.values()))
 
     @property
     def host(self) -> dict[str, float]:

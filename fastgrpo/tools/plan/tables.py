@@ -9,6 +9,7 @@ from rich.table import Table
 
 from fastgrpo.core.units import GIB
 from fastgrpo.run.terminal import open_console
+from fastgrpo.tools.plan.costs import disk
 from fastgrpo.tools.plan.gpus import Achieved
 from fastgrpo.tools.plan.planner import Plan, Scaled, warnings
 from fastgrpo.tools.plan.tuning.answer import Answer
@@ -50,7 +51,8 @@ def show(
     console.print(title, highlight=False, soft_wrap=True)
     console.print(_phases(found))
     console.print(_memory(found))
-    lines = [verdict(found), host_line(found), *(f"note: {line}" for line in warnings(found))]
+    told = [verdict(found), host_line(found), disk_line(found)]
+    lines = [*told, *(f"note: {line}" for line in warnings(found))]
     for line in filter(None, lines):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     if simulated:
@@ -76,6 +78,9 @@ def verdict(found: Plan) -> str:
     usable, worst = found.machine.usable() / GIB, found.worst
     room = f"{worst.peak / GIB:.1f} GiB at the peak ({worst.name}), "
     room += f"{usable:.1f} usable of {found.machine.card.name}"
+    if not found.fits_host:
+        held, node = sum(found.host.values()) / GIB, found.machine.ram_gib
+        room += f"; {held:,.0f} GiB of the host's memory, of which a node has {node:,.0f}"
     if not found.fits:
         return f"does not fit: {room}"
     hours = found.seconds * found.iterations / 3600
@@ -186,6 +191,16 @@ def host_line(found: Plan) -> str:
     )
 
 
+def disk_line(found: Plan) -> str:
+    """What the run needs on its disks."""
+    needed = disk.of_run(found.subject)
+    kept = found.subject.job.recipe.checkpoint.keep
+    return (
+        f"disk: {needed['checkpoints'] / GIB:,.1f} GiB of checkpoints ({kept} kept, the best, and "
+        f"one that is written), {needed['weights'] / GIB:,.1f} GiB of the model's files in bfloat16"
+    )
+
+
 def _curve(plans: Sequence[Scaled]) -> Table:
     table = Table(title="the same recipe on other numbers of GPUs")
     for column in (
@@ -243,6 +258,7 @@ def as_json(
         "tokens": {"video": job.video, "text": job.text},
         "usable_bytes": found.machine.usable(),
         "host_bytes_per_node": found.host,
+        "disk_bytes": disk.of_run(found.subject),
         "phases": [vars(phase) | {"peak": phase.peak} for phase in found.phases],
         "seconds_per_iteration": found.seconds,
         "gpu_hours": found.gpu_hours,

@@ -73,7 +73,9 @@ def test_correlations_are_those_of_numpy_within_prompts() -> None:
     assert scouts.correlation(pair + apart, swapped + apart) == pytest.approx(-1)
     assert scouts.rank_correlation(pair + apart, pair.exp() - apart) == pytest.approx(1)
     lacking = torch.tensor([[1.0, 2.0, float("nan")]])
-    assert scouts.rank_correlation(lacking, torch.tensor([[1.0, 3.0, -9.0]])) == pytest.approx(1)
+    known = torch.tensor([[1.0, 3.0, -9.0]])
+    assert scouts.rank_correlation(lacking, known) == pytest.approx(1)
+    assert scouts.rank_correlation(known, lacking) == pytest.approx(1)
     assert math.isnan(scouts.correlation(pair, torch.zeros(2, 2)))
 
 

@@ -38,12 +38,12 @@ def alternatives(given: Plan, text: int | None) -> list[Alternative]:
     adapters = next(filter(None, (_fitting(given, [c], text) for c in _adapters(given))), None)
     singles = [
         adapters,
-        _fitting(given, _shorter(given), text),
-        _fitting(given, _smaller(given), text),
+        _fitting(given, shorter(given), text),
+        _fitting(given, smaller(given), text),
     ]
     found = [one for one in singles if one is not None]
     if not found:  # adapters and a smaller clip
-        with_adapters = [{**c, "lora.rank": LORA_RANKS[-1]} for c in _smaller(given, frames=1)]
+        with_adapters = [{**c, "lora.rank": LORA_RANKS[-1]} for c in smaller(given, frames=1)]
         found = [one for one in (_fitting(given, with_adapters, text),) if one is not None]
     return [one for one in map(_tuned, found) if one is not None]
 
@@ -83,13 +83,13 @@ def _adapters(given: Plan) -> Iterator[Choice]:
         yield from ({"lora.rank": rank} for rank in LORA_RANKS)
 
 
-def _shorter(given: Plan) -> list[Choice]:
+def shorter(given: Plan) -> list[Choice]:
     """Clips of ever fewer frames, as the VAE takes them."""
     frames, time = given.subject.job.recipe.video.frames, given.subject.auxiliary.time
     return [{"video.frames": fewer} for fewer in range(frames - time, 0, -time)]
 
 
-def _smaller(given: Plan, **more: int) -> list[Choice]:
+def smaller(given: Plan, **more: int) -> list[Choice]:
     """Ever smaller pictures of nearly the same shape, as VAE and network take them."""
     video, found = given.subject.job.recipe.video, list[Choice]()
     multiple = given.subject.multiple

@@ -15,6 +15,7 @@ from itertools import product
 
 from fastgrpo.core.errors import UserError
 from fastgrpo.tools.plan import phases
+from fastgrpo.tools.plan.costs import host
 from fastgrpo.tools.plan.phases import Phase
 from fastgrpo.tools.plan.planner import Plan
 from fastgrpo.tools.plan.subject import Subject, with_recipe
@@ -64,16 +65,24 @@ def tune(given: Plan) -> Tuned | None:
 
 def roomy(found: Plan) -> bool:
     """Whether a plan leaves the margin."""
-    return all(map(partial(_fits, found), found.phases))
+    return found.fits_host and all(map(partial(_fits, found), found.phases))
 
 
 def fits_somehow(given: Plan) -> bool:
-    """Whether the most frugal values fit with the margin, whatever their time."""
-    for sp in choices.sequence_ranks(given.subject):
+    """Whether the most frugal values fit with the margin, whatever their time.
+
+    A node's memory, where it is known, may be too small for what is frugal on the GPU.
+    """
+    known = given.machine.ram_gib is not None
+    places = [(True, "host"), (True, "device"), (False, "host"), (False, "device")]
+    ways = product(choices.sequence_ranks(given.subject), places if known else places[:1])
+    for sp, (offload, store) in ways:
         frugal = {
             **choices.FRUGAL,
             "distributed.sp": sp,
             "distributed.shard": "all",
+            "distributed.offload": offload,
+            "rollout.store": store,
         }
         tried = _tried(given, frugal)
         if tried is not None and roomy(tried):
@@ -163,8 +172,10 @@ class _Search:
         if not drawing or not update:
             return None
         found = [*others, *drawing[0], update[0]]
-        seconds = phases.iteration_seconds(found, self.given.every)
-        return seconds, {**frame, **drawing[1], **update[1]}
+        choice = {**frame, **drawing[1], **update[1]}
+        if not machine.has_ram(sum(host.of_node(self._subject(choice).job).values())):
+            return None
+        return phases.iteration_seconds(found, self.given.every), choice
 
     def _drawing(self, frame: Choice) -> tuple[tuple[Phase, ...], Choice] | None:
         """Rollout and decoding, as quick as they fit."""

@@ -152,7 +152,7 @@ def test_every_launch_file_has_an_answer_on_few_gpus(name: str) -> None:
     card = min(GPUS, key=lambda one: one.memory_gib)
     for gpus in (1, 2, 4, 8):
         given = plan(name, gpus, card.name)
-        smallest = [{**alternatives._smaller(given, frames=1)[-1], "lora.rank": 8}]
+        smallest = [{**alternatives.smaller(given, frames=1)[-1], "lora.rank": 8}]
         fits = search.fits_somehow(given)
         assert fits or alternatives._fitting(given, smallest, None), (card.name, gpus)
 
