@@ -12,9 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from fastgrpo.cli import main as cli
+from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import Prompt
 from fastgrpo.data import video, video_reader
 from fastgrpo.data.tiny_world import shapes
 from fastgrpo.tools.evaluate.study import analyse, build, page
@@ -33,6 +37,9 @@ from fastgrpo.tools.evaluate.study.blinding import (
     study_id,
 )
 from fastgrpo.tools.evaluate.study.votes import read_votes
+from fastgrpo.tools.sample.source import Snapshot, Source
+from fastgrpo.tools.sample.work import Clip, Job
+from tests.harness import forks, runs
 from tests.harness.browser import browser, needs_browser
 
 SECRET = "5e" * 32
@@ -316,6 +323,32 @@ def test_a_prompt_is_text_in_the_page() -> None:
     assert "</script><b>" not in text and "a &lt;b&gt; &amp; c" in text
 
 
+def test_a_reference_image_is_shown_without_its_name_and_metadata(tmp_path: Path) -> None:
+    """As for image-to-video: its pixels alone, under a name that says nothing."""
+    image = tmp_path / "step 7 of mine.png"
+    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    note = PngInfo()
+    note.add_text("model", "mine")
+    Image.fromarray(pixels).save(image, pnginfo=note)
+    clips = [Clip(n, Prompt("a", image), n, "") for n in range(2)]
+    recipe = config.load(runs.RECIPE, [])
+    base = Snapshot(model=recipe.model, lora=recipe.lora, label="base")
+    trained = replace(base, label="step 7, EMA")
+    source = Source(snapshot=trained, video=recipe.video, steps=4, shift=None, base=base)
+    job = Job(source, clips, [range(1), range(1, 2)], True, out=tmp_path / "s", overwrite=False)
+    key = build.make_key(job, "Which?", SECRET, [False, True])
+    assert key.not_finite == ["seed 0: a"] and [pair.seed for pair in key.pairs] == [1]
+    folder = tmp_path / "s"
+    (folder / build.PAGE / build.CLIPS).mkdir(parents=True)
+    build.publish(folder, key, job)
+    name = key.pairs[0].image
+    assert name is not None
+    shown_image = Image.open(folder / build.PAGE / build.CLIPS / name)
+    assert (np.asarray(shown_image) == pixels).all() and not shown_image.info
+    text = (folder / build.PAGE / "index.html").read_text()
+    assert name in text and "step 7" not in text and "of mine" not in text
+
+
 BAD: dict[str, tuple[Callable[[list[str]], Sequence[str]], str]] = {
     "another study": (
         lambda lines: [lines[0].replace('"study": "', '"study": "f'), *lines[1:]],
@@ -397,15 +430,16 @@ def test_options_that_do_not_go_together(
 def test_a_run_is_drawn_against_its_base_model(
     two_rank_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The clips are those of `fastgrpo sample`, byte for byte; a second seed comes after every
-    prompt has had its first."""
+    """By two ranks the clips are those of `fastgrpo sample` by one, byte for byte; a second seed
+    comes after every prompt has had its first."""
     options = ["--set", "evaluate.steps=2", "--set", "evaluate.prompts=2"]
     out = tmp_path / "study"
     command = ["study", str(two_rank_run), "--pairs", "3", "--out", str(out), *options]
     prompts = tmp_path / "two.txt"
     prompts.write_text("a red circle moves left\na blue square moves right\n")
-    assert cli.main([*command, "--prompts", str(prompts)]) == 0
-    assert f"3 pairs in {out}" in capsys.readouterr().out
+    result = forks.run("fastgrpo.cli", [*command, "--prompts", str(prompts)], ranks=2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"3 pairs in {out}\n" in result.stdout
     key, _ = read_key(out)
     assert [(pair.prompt[:5], pair.seed) for pair in key.pairs] == [
         ("a red", 0),
