@@ -39,7 +39,7 @@ COMMON = (
     "evaluate.alarm=warn",
 )
 """The demo's recipe, a seventh of its size and without a server."""
-ZOOM = 3  # pixels of the picture for each of a clip's
+CELL = 64  # pixels of the picture for a clip's side
 HACKED = Variant(
     "hacked",
     "sharpness alone",
@@ -82,9 +82,8 @@ def sheet(run: Run, file: Path) -> None:
         clips = [video_reader.read(clip).pixels for clip in one.clips]
         rows.append(np.concatenate([clip[len(clip) // 2].numpy() for clip in clips], axis=1))
     picture = Image.fromarray(np.concatenate(rows, axis=0))
-    picture.resize((picture.width * ZOOM, picture.height * ZOOM), Image.Resampling.NEAREST).save(
-        file
-    )
+    size = CELL * len(run.evaluations[0].clips), CELL * len(rows)
+    picture.resize(size, Image.Resampling.BOX).save(file)
 
 
 def main() -> None:
