@@ -336,10 +336,10 @@ def heed(session: Session, course: Course, alarm: Alarm) -> None:
     if alarm.back_to is not None and best is not None:
         # first this: a kill before the alarm is noted leaves a run that comes to it again
         session.progress = session.checkpoints.go_back(session.trainer, best)
-        course.rewind(alarm.back_to)
         session.trainer.lr_factor = alarm.lr_factor
+        course.rewind(session.progress.iteration)
         session.world.on_main(lambda: clean(recipe, session.progress.iteration))
-        session.tracker.rewind(alarm.back_to)
+        session.tracker.rewind(session.progress.iteration)
         session.tracker.message(f"{what}; back to {best}, with {alarm.lr_factor:g} of the rate")
     if alarm.back_to is not None or alarm not in course.alarms:
         course.alarms.append(alarm)
