@@ -366,26 +366,27 @@ def on_the_way(session: Session, course: Course) -> bool:
 def heed(session: Session, course: Course, alarm: Alarm) -> None:
     """Say that the reward may be hacked, and end the run or go back where the recipe wants it."""
     recipe, best, what = session.recipe, session.progress.best, course.told(alarm)
+    look = f"look at the clips in evaluation/step-{alarm.iteration}"
+    if alarm.back_to is not None and best is not None:
+        # first this: a kill before the alarm is noted leaves a run that comes to it again
+        session.progress = session.checkpoints.go_back(session.trainer, best)
+        session.trainer.lr_factor = alarm.lr_factor
+        course.rewind(session.progress.iteration)
+        session.world.on_main(lambda: clean(recipe, session.progress.iteration))
+        session.tracker.rewind(session.progress.iteration)
+        session.tracker.message(f"{what}; back to {best}, with {alarm.lr_factor:g} of the rate")
     if alarm.back_to is not None or alarm not in course.alarms:
         course.alarms.append(alarm)
         session.world.on_main(lambda: write_alarms(recipe.run.dir, course.alarms))
-    look = f"look at the clips in evaluation/step-{alarm.iteration}"
     if alarm.action == "warn":
         session.tracker.message(f"{what}; {look}")
-        return
-    if alarm.back_to is None or best is None:
+    elif alarm.back_to is None:
         spent = f" {course.returns} times the run went back to the best checkpoint"
         why = f", and{spent if course.returns else ' no checkpoint is of before'}"
         raise Hacked(
             f"evaluate.alarm={alarm.action}: {what}{why if alarm.action == 'return' else ''}; {look} "
             "and change the rewards, or go on with evaluate.alarm=warn."
         )
-    session.progress = session.checkpoints.go_back(session.trainer, best)
-    session.trainer.lr_factor = alarm.lr_factor
-    course.rewind(alarm.back_to)
-    session.world.on_main(lambda: clean(recipe, session.progress.iteration))
-    session.tracker.rewind(alarm.back_to)
-    session.tracker.message(f"{what}; back to {best}, with {alarm.lr_factor:g} of the rate")
 
 
 def finish(session: Session, course: Course) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """Does the alarm on reward hacking go off where a reward is hacked, and only there?
 
     python -m benchmarks.learning.alarm                    one hacked run and three honest ones
-    python -m benchmarks.learning.alarm --iterations 48 --hacked 3
+    python -m benchmarks.learning.alarm --iterations 76 --hacked 3
 
 The tiny world is trained by a reward that can be hacked, the sharpness of `video_stats` alone,
 which noise and grids raise as well as a crisp drawing does; and by its own reward. Both have the
@@ -14,8 +14,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from benchmarks.learning.campaign import Trained, Variant, train_all
 from fastgrpo.cli import main as cli
+from fastgrpo.data import video_reader
+from fastgrpo.tools.report.run_data import Run
 from fastgrpo.training.evaluation.course import read_alarms
 from fastgrpo.training.evaluation.evaluation import Evaluation, compare
 
@@ -26,7 +31,6 @@ COMMON = (
     "rollout.batch_size=24",
     "objective.best_of_n=none",
     "optimizer.batch_size=24",
-    "optimizer.lr=5e-4",
     "run.preflight=false",
     "checkpoint.keep=1",
     "evaluate.prompts=8",
@@ -34,11 +38,15 @@ COMMON = (
     "evaluate.clips=4",
     "evaluate.alarm=warn",
 )
-"""The demo's recipe, a seventh of its size and at twice the rate; without a server."""
+"""The demo's recipe, a seventh of its size and without a server."""
+CELL = 64  # pixels of the picture for a clip's side
 HACKED = Variant(
     "hacked",
     "sharpness alone",
-    ('rewards=[{name="video_stats", where="process", weights={sharpness=1.0}}]',),
+    (
+        'rewards=[{name="video_stats", where="process", weights={sharpness=1.0}}]',
+        "optimizer.lr=5e-4",  # twice the recipe's, to be hacked within the hour
+    ),
 )
 HONEST = Variant("honest", "the tiny world's own", ("rewards.0.where=process",))
 
@@ -67,14 +75,26 @@ def table(trained: Sequence[Trained]) -> str:
     return "\n".join(lines)
 
 
+def sheet(run: Run, file: Path) -> None:
+    """A picture of a run's clips: their middle frames, a row per evaluation, a column per prompt."""
+    rows = []
+    for one in run.evaluations:
+        clips = [video_reader.read(clip).pixels for clip in one.clips]
+        rows.append(np.concatenate([clip[len(clip) // 2].numpy() for clip in clips], axis=1))
+    picture = Image.fromarray(np.concatenate(rows, axis=0))
+    size = CELL * len(run.evaluations[0].clips), CELL * len(rows)
+    picture.resize(size, Image.Resampling.BOX).save(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--iterations", type=int, default=32)
     parser.add_argument("--every", type=int, default=4, help="iterations between evaluations")
     parser.add_argument("--hacked", type=int, default=1, help="seeds of the hacked reward")
     parser.add_argument("--honest", type=int, default=3, help="seeds of the honest reward")
+    parser.add_argument("--picture", type=Path, help="where to draw the hacked run's clips, a PNG")
     parser.add_argument("--folder", type=Path, default=Path("runs/alarm"), help="of the runs")
     arguments = parser.parse_args()
     cli.quiet_libraries()
@@ -89,6 +109,8 @@ def main() -> None:
     for variant, seeds in ((HACKED, arguments.hacked), (HONEST, arguments.honest)):
         trained += train_all(RECIPE, common, [variant], seeds=seeds, folder=arguments.folder)
     print(table(trained))
+    if arguments.picture is not None and arguments.hacked:
+        sheet(trained[0].runs[0], arguments.picture)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ MESHES: dict[str, tuple[int, str, tuple[str, ...]]] = {
     ),
     "offload": (2, "cpu", ("distributed.offload=true", "optimizer.batch_size=2")),
     "background": (2, "cpu", ("checkpoint.background=true",)),
+    "on_the_way": (2, "cpu", ("evaluate.every=1", "evaluate.seeds=2", "checkpoint.every=1")),
     "lora": (2, "cpu_lora", ("lora.rank=4",)),
     "host_store_auto": (2, "cpu", ("rollout.store=host", "rollout.batch_size=auto")),
     "bf16_recompute": (

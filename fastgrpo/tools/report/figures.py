@@ -37,8 +37,15 @@ DISTANCES = {
 
 
 def alarms(run: Run) -> list[str]:
-    """A sentence for each alarm of the run."""
-    return [alarm_line(one) for one in read_alarms(run.folder)]
+    """A sentence for each alarm of the run; of several that only warned, one for all."""
+    found = read_alarms(run.folder)
+    warned = [one for one in found if one.action == "warn"]
+    lines = [alarm_line(one) for one in found if one not in warned[1:]]
+    if len(warned) > 1:
+        lines.append(
+            f"It warned {len(warned)} times, last after {warned[-1].iteration} iterations."
+        )
+    return lines
 
 
 def alarm_line(alarm: Alarm) -> str:

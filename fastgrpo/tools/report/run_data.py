@@ -110,15 +110,16 @@ class Run:
     def verdict(self, part: str) -> Verdict:
         """Whether a part's difference is good news ("up"), bad ("down"), or neither.
 
-        Of a monitor, which was not trained on, a rise is no gain; where more is worse, it is bad.
+        Of a monitor, which was not trained on, a rise is no gain and a fall is bad; where more is
+        worse, it is the other way round.
         """
         if self.comparison is None:
             return "flat"
         verdict = self.comparison.verdict(part)
         if part not in self.monitors:
             return verdict
-        turned: dict[Verdict, Verdict] = {"up": "down", "down": "up", "flat": "flat"}
-        return turned[verdict] if self.monitors[part] else "flat"
+        worse: Verdict = "up" if self.monitors[part] else "down"
+        return "down" if verdict == worse else "flat"
 
     @property
     def comparison(self) -> Comparison | None:

@@ -55,13 +55,15 @@ class Monitors:
 
     def see(self, slots: Sequence[int], pixels: Tensor) -> None:
         """Measure a batch of B clips.  pixels: uint8 [B, F, H, W, 3]"""
-        chosen = frames.choose(FRAMES, pixels.shape[1])
+        # not by a list of indices, which would be sent to the GPU first
+        stills = torch.stack([pixels[:, n] for n in frames.choose(FRAMES, pixels.shape[1])], 1)
+        stills = stills.cpu()
         self.slots += slots
-        for clip in pixels[:, chosen].cpu():
+        for clip in stills:
             own = torch.tensor(measure(clip, self.period))
             self.measured.append(torch.cat([own, thumbnail(clip).flatten()]))
         if self.embedder is not None:
-            self.vectors += self.embedder.image_vectors(pixels[:, chosen].cpu()).unbind()
+            self.vectors += self.embedder.image_vectors(stills).unbind()
 
     def collect(self, world: World, total: int, seeds: int) -> dict[str, Tensor]:
         """Every rank's measurements by name, float32 [total], in the order of the slots.

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,18 @@ def test_a_run_without_evaluations_on_the_way_has_no_strips(tmp_path: Path) -> N
     )
 
 
+def test_warnings_are_told_once(tmp_path: Path) -> None:
+    run = read_run(fake_run(tmp_path / "run", iterations=3, finished=False))
+    warned = [Alarm(iteration=n, monitors=["grid"], action="warn") for n in (4, 8, 12)]
+    back = Alarm(iteration=10, monitors=["grid"], action="return", back_to=4, lr_factor=0.5)
+    write_alarms(run.folder, [*warned[:2], back, warned[2]])
+    assert figures.alarms(run) == [
+        figures.alarm_line(warned[0]),
+        figures.alarm_line(back),
+        "It warned 3 times, last after 12 iterations.",
+    ]
+
+
 def test_what_an_alarm_led_to_is_told() -> None:
     back = Alarm(iteration=8, monitors=["grid"], action="return", back_to=4, lr_factor=0.25)
     assert figures.alarm_line(back).endswith("went back to 4 iterations, with 0.25 of the rate.")
@@ -152,4 +165,9 @@ class Evaluation_:
 def test_the_parts_of_the_recipe_are_no_monitors(on_the_way: Path) -> None:
     run = read_run(on_the_way)
     assert set(run.monitors) == set(MONITORS) and run.monitors["grid"]
+    compared = dict.fromkeys(MONITORS, 0.0)
+    bounds = {"sharpness": [-3.0, -1.0], "grid": [1.0, 3.0], "distance": [1.0, 3.0]}
+    summary = {key: {"sum": 0.0} | compared for key in ("before", "after", "difference")}
+    told = replace(run, summary=summary | {"ci95": {"sum": [0.0, 0.0]} | bounds})
+    assert [told.verdict(part) for part in MONITORS] == ["down", "down", "flat"]
     assert not set(PARTS) & set(run.monitors)
