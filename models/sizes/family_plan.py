@@ -20,6 +20,9 @@ class AuxiliaryModels:
     vae: float  # parameters of the VAE
     decode_flops: float  # per pixel that a tile covers
     decode_bytes: float  # per pixel of a tile at work, in bfloat16
+    graph_bytes: float = 0.0
+    """Per pixel that a tile covers, in bfloat16: what a decode with a gradient keeps for its
+    backward. 0: not counted."""
     tile: tuple[int, int, int] | None = None  # frames, height, width; None: the whole clip
     stride: tuple[int, int, int] = (1, 1, 1)
 
