@@ -31,6 +31,7 @@ from fastgrpo.training.conditions.encode import Encoded
 from fastgrpo.training.evaluation import HeldOut
 from fastgrpo.training.policies import initial_policy, shard_and_read
 from fastgrpo.training.rollout import Plan
+from fastgrpo.training.scoring.offline import OfflinePairs
 from fastgrpo.training.scoring.scorer import Scorer
 from fastgrpo.training.scoring.sources import Source, open_rewards
 from fastgrpo.training.trainer import Trainer
@@ -92,6 +93,7 @@ class Session:
     checkpoints: Checkpoints
     progress: Progress
     ranks: Ranks
+    pairs: OfflinePairs | None = None  # preferred ones of a file
 
     @property
     def policy(self) -> Policy:
@@ -142,6 +144,8 @@ def open_session(
     _check_policy(policy, recipe, grid)
     world.on_main(lambda: prepare_folder(recipe, world))  # not before the recipe has proved itself
     encoded = encode.encode(recipe, world, split)
+    texts = [prompt.text for prompt in encoded.train]
+    pairs = world.run_on_all_ranks(lambda: OfflinePairs.of(recipe, texts))
     trainer = _open_trainer(policy, recipe, world, encoded)
     checkpoints = Checkpoints(recipe.run.dir / "checkpoints", recipe.checkpoint, world)
     progress = checkpoints.load(trainer)
@@ -165,6 +169,7 @@ def open_session(
         checkpoints=checkpoints,
         progress=progress,
         ranks=ranks,
+        pairs=pairs,
     )
 
 

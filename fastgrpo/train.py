@@ -165,13 +165,7 @@ def iterate(session: Session) -> None:
     check_validity(recipe, scored, iteration, session.scorer.hint)
 
     # 3. advantages within each prompt's group, or each noise's, summed over rewards
-    advantages = combined_advantages(
-        scored.values,
-        valid=scored.valid,
-        weights=recipe.weights,
-        group_size=recipe.advantage_size,
-        objective=objective,
-    )
+    advantages = advantages_of(session, scored)
     selected = selected_samples(recipe, advantages, scored.valid)
 
     # 4. optimizer steps on a subset of the timesteps
@@ -205,6 +199,20 @@ def iterate(session: Session) -> None:
     session.progress.iteration += 1
     session.progress.seconds += metrics["seconds/total"]
     tell_alarms(session, metrics)
+
+
+def advantages_of(session: Session, scored: Scored) -> Tensor:
+    """Advantages by the rewards, or by a file's preferences.  returns float32 [N]"""
+    if session.pairs is not None:
+        return session.pairs.advantages(len(scored.valid))
+    recipe = session.recipe
+    return combined_advantages(
+        scored.values,
+        valid=scored.valid,
+        weights=recipe.weights,
+        group_size=recipe.advantage_size,
+        objective=recipe.objective,
+    )
 
 
 def selected_samples(recipe: Recipe, advantages: Tensor, valid: Tensor) -> Tensor:
@@ -243,6 +251,7 @@ def rollouts_of(session: Session, texts: Sequence[str], watch: Stopwatch) -> Rol
         scorer=session.scorer,
         texts=texts,
         watch=watch,
+        pairs=session.pairs,
         poll_before=session.stop.poll_before,
     )
 

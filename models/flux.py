@@ -74,6 +74,7 @@ AUXILIARY = AuxiliaryModels(
     vae=0.0838e9,
     decode_flops=9.7e6,
     decode_bytes=1537,
+    graph_bytes=11633,
 )
 # latent height or width (2048 pixels) from which the VAE decodes in tiles, to bound its memory
 TILED_ABOVE = 256

@@ -88,6 +88,7 @@ AUXILIARY = AuxiliaryModels(
     vae=0.2465e9,
     decode_flops=17.6e6,
     decode_bytes=2321,
+    graph_bytes=13378,
     tile=(17, 256, 256),
     stride=(12, 192, 192),
 )

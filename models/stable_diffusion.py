@@ -63,6 +63,7 @@ AUXILIARY = AuxiliaryModels(
     vae=0.0838e9,
     decode_flops=9.6e6,
     decode_bytes=1536,
+    graph_bytes=11632,
 )
 # in timesteps: where a grid ends on the real timestep 0, which is not the clean sample at t = 0
 TIMESTEP_ZERO = 0.25

@@ -88,6 +88,7 @@ AUXILIARY = AuxiliaryModels(
     vae_bytes=4,
     decode_flops=8.7e6,
     decode_bytes=2544,
+    graph_bytes=10776,
     tile=(4, 1288, 1288),
     stride=(4, 1024, 1024),
 )

@@ -122,6 +122,35 @@ def costs(name: str, size: Pixels) -> tuple[float, float]:
     return float(flops.get_total_flops()), float(held.most)
 
 
+def graph_per_pixel(name: str) -> float:
+    """Bytes per pixel that a decode with a gradient in its latent keeps for the backward.
+
+    name: of DECODERS
+    """
+    facts, (frames, height, width) = planned(name), DECODERS[name][1]
+    places = [(frames - 1) // facts.time + 1, height // facts.space, width // facts.space]
+    kept: dict[Any, int] = {}
+    with FakeTensorMode(), torch.device("cpu"):
+        vae = DECODERS[name][0]()
+        vae.requires_grad_(False)
+        for parameter in vae.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+        weights = {parameter.untyped_storage() for parameter in vae.parameters()}
+        z = torch.zeros(1, facts.channels, *places, dtype=torch.bfloat16)
+        z = (z.squeeze(2) if facts.time == 1 else z).requires_grad_()
+
+        def keep(tensor: Tensor) -> Tensor:
+            """Count a saved tensor [...] whose memory is not counted yet and no weight's."""
+            storage = tensor.untyped_storage()
+            if storage not in weights:
+                kept[storage] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            vae.decode(z)
+    return sum(kept.values()) / (frames * height * width)
+
+
 def planned(name: str) -> AuxiliaryModels:
     """What the family's plan says of its VAE.  name: of DECODERS"""
     family, _, named = name.partition(" ")
@@ -149,6 +178,7 @@ def calibrate() -> None:
         print(
             f"bfloat16  {name:<17} decoding, per pixel: {flops / 1e6:.1f} MFLOP (plan "
             f"{facts.decode_flops / 1e6:.1f})"
-            f", {held:,.0f} bytes (plan {facts.decode_bytes:,.0f})",
+            f", {held:,.0f} bytes (plan {facts.decode_bytes:,.0f}), with a gradient "
+            f"{graph_per_pixel(name):,.0f} (plan {facts.graph_bytes:,.0f})",
             flush=True,
         )

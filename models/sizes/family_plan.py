@@ -22,6 +22,9 @@ class AuxiliaryModels:
     vae_bytes: int = 0  # of each of its numbers; 0: as many as in compute precision
     decode_flops: float  # per pixel that a tile covers
     decode_bytes: float  # per pixel of a tile at work, in bfloat16
+    graph_bytes: float = 0.0
+    """Per pixel that a tile covers, in bfloat16: what a decode with a gradient keeps for its
+    backward. 0: not counted."""
     tile: tuple[int, int, int] | None = None  # frames, height, width; None: the whole clip
     stride: tuple[int, int, int] = (1, 1, 1)
     trimmed: bool = False  # whether a text keeps its own length; else all are padded to `text`

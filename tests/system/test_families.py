@@ -21,6 +21,7 @@ from fastgrpo.core import config
 from fastgrpo.models.loading import policies
 from fastgrpo.tools.export.export import Export, export
 from tests import ROOT
+from tests.fastgrpo.training.test_refl import own_reward
 from tests.harness import forks, runs
 from tests.harness.folders.launch_files import LAUNCH, arguments, with_images
 
@@ -49,6 +50,29 @@ def test_every_flow_trains_without_noisy_steps(family: str, kind: str, tmp_path:
         again, transitions = line["update/evaluated_again"], line["update/transitions"]
         assert again >= transitions > 0 < line["update/grad_norm"]
         assert line["update/max_log_ratio_first"] == 0.0 == line["reward/invalid"]
+
+
+BASELINES = (
+    ("t2i_flux", "dpo", ["objective.best_of_n=2"]),
+    ("t2v_wan", "dpo", ["objective.best_of_n=4"]),
+    ("t2i_sd", "refl", ["objective.timestep_fraction=0.16"]),
+    ("t2v_hunyuan", "refl", ["objective.timestep_fraction=0.16", "model.decode_batch=1"]),
+)
+"""A launch file of each kind for the paper's baselines, with keys that they want."""
+
+
+@pytest.mark.parametrize(("name", "kind", "keys"), BASELINES)
+def test_the_papers_baselines_train_on_two_ranks(
+    name: str, kind: str, keys: list[str], tmp_path: Path
+) -> None:
+    own = own_reward(tmp_path) if kind == "refl" else "optimizer.batch_size=4"
+    for line in trained(name, tmp_path, f"objective.kind={kind}", *keys, own):
+        assert line["update/transitions"] > 0 < line["update/grad_norm"]
+        assert line["reward/invalid"] == 0.0 and line["update/evaluated_again"] == 0.0
+        if kind == "dpo":
+            assert 0.0 <= line["update/dpo_accuracy"] <= 1.0
+        else:
+            assert 0.0 < line["update/refl_reward"] < 255.0
 
 
 def test_every_flow_is_tried_here() -> None:

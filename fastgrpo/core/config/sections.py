@@ -197,6 +197,9 @@ class Objective(Section):
     dpo_weighting: Literal["equal", "noise"] = "equal"
     """kind = dpo: beta at every time alike, or times (1 - t)^2, which is Diffusion-DPO's loss on the
     predicted noise."""
+    dpo_pairs: LocalPath | None = None
+    """kind = dpo: a file of preferred pairs to train on in place of drawn samples, rows of prompt,
+    chosen and rejected (files); None: online, the best and the worst of what is drawn."""
     refl_last: Positive = 10
     """kind = refl: the last steps of the grid, from which a sample's trained steps are drawn."""
     refl_margin: float | None = None

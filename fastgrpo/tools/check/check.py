@@ -21,6 +21,7 @@ from fastgrpo.models.loading import diffusers_folder, weight_files
 from fastgrpo.run.terminal import open_console
 from fastgrpo.tools.check import without_effect
 from fastgrpo.tools.plan import subject
+from fastgrpo.tools.plan.costs import decoding
 from fastgrpo.training import methods
 from fastgrpo.training.scoring.sources import check_frames, check_parts, read_token
 
@@ -181,6 +182,7 @@ def _of_sizes(recipe: Recipe) -> Checks:
     ]
     return [
         partial(subject.check_sharing, recipe, planned.network.heads),
+        partial(decoding.check_graph, recipe, auxiliary),
         *(
             partial(
                 subject.latent_shape,

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fastgrpo.core.units import GIB
+from fastgrpo.tools.plan.costs import decoding
 from fastgrpo.tools.plan.costs import memory as memory_costs
 from fastgrpo.tools.plan.costs import rewards as reward_costs
 from fastgrpo.tools.plan.costs.compute import (
@@ -222,9 +223,8 @@ def _decode(subject: Subject, machine: Machine, whole: bool) -> Phase:
     samples += network_calls.busiest_scouts(job.recipe, job.groups)
     own = math.ceil(samples / job.sp)
     size = (video.frames, video.height, video.width)
-    tile, stride = vae.tile or size, vae.stride if vae.tile else size
-    pixels = [_tiled(length, t, s) for length, t, s in zip(size, tile, stride, strict=True)]
-    flops = own * math.prod(pixels) * vae.decode_flops
+    tile = vae.tile or size
+    flops = own * decoding.covered(vae, video) * vae.decode_flops
     at_once = min(math.ceil(min(samples, job.recipe.rollout.at_once) / job.sp), own)
     at_once = min(at_once, job.recipe.model.decode_batch or at_once)
     tile_pixels = math.prod(min(t, length) for t, length in zip(tile, size, strict=True))
@@ -239,15 +239,6 @@ def _decode(subject: Subject, machine: Machine, whole: bool) -> Phase:
         rollout | {"activations": working + clips} | _kept(subject) | _others(subject, scoring=True)
     )
     return Phase("decode", memory, flops, seconds=machine.compute(flops, machine.achieved.decode))
-
-
-def _tiled(length: int, tile: int, stride: int) -> int:
-    """Places that tiles of an axis cover, overlaps counted twice."""
-    return (
-        length
-        if length <= tile
-        else sum(min(tile, length - start) for start in range(0, length, stride))
-    )
 
 
 def _reward(subject: Subject, machine: Machine) -> Phase:
@@ -281,12 +272,29 @@ def update_phase(subject: Subject, machine: Machine) -> Phase:
         memory = max(memory, before, key=lambda parts: sum(parts.values()))
     kept = memory_costs.trajectories(job, _samples(job)) + memory_costs.old_means(job, states)
     memory |= memory_costs.velocities(job, states) | {"trajectories": kept}
-    memory |= _others(subject, scoring=False)
+    judged = methods.traits(recipe).differentiates
+    memory |= _others(subject, scoring=judged)
     compute = machine.compute(flops, machine.achieved.update)
+    if judged:
+        memory["decoder's graph"], again_flops = _judging(subject, batch, states)
+        compute += machine.compute(again_flops, machine.achieved.decode)
+        flops += again_flops
     compute += machine.move(memory_costs.moved(job, 1) * states)
     seconds = _seconds(job, machine, compute, sent)
     seconds += recipe.optimizer.updates_per_iteration * _step_seconds(job, machine, batches)
     return Phase("update", memory, flops, *route(job, sent), seconds)
+
+
+def _judging(subject: Subject, batch: int, states: float) -> tuple[float, float]:
+    """(bytes, FLOPs) of decoding an update's estimates with their gradient.
+
+    A micro-batch's, `model.decode_batch` at a time, all tiles at once; decoded twice, and gone back
+    through once. The judge's own graph is not counted.
+    """
+    job, vae = subject.job, subject.auxiliary
+    at_once = min(batch, job.recipe.model.decode_batch or batch)
+    flops = 3 * states * decoding.covered(vae, job.recipe.video) * vae.decode_flops
+    return at_once * decoding.graph(vae, job.recipe), flops
 
 
 def _update_work(job: Job) -> tuple[float, int]:

@@ -15,7 +15,7 @@ from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.units import GIB
 from fastgrpo.parallel.mesh import divisors
-from fastgrpo.tools.plan.costs import compute, host
+from fastgrpo.tools.plan.costs import compute, decoding, host
 from fastgrpo.tools.plan.phases import (
     Machine,
     Phase,
@@ -204,9 +204,22 @@ def warnings(found: Plan) -> list[str]:
             f"{settings.every} iterations: {found.evaluation / settings.every / found.seconds:.1%} "
             "of the run"
         )
-    if methods.traits(job.recipe).noisy_steps:
+    traits = methods.traits(job.recipe)
+    if traits.noisy_steps:
         lines.append(_old_log_probs(found))
+    if traits.differentiates:
+        lines.append(_graph(found))
     return lines
+
+
+def _graph(found: Plan) -> str:
+    """What it takes to go back through the decoder."""
+    vae, recipe = found.subject.auxiliary, found.subject.job.recipe
+    kept = decoding.graph(vae, recipe) / GIB
+    if not kept:
+        return "the decoder's graph: not counted for this family"
+    line = f"the decoder's graph of one clip takes {kept:,.1f} GiB in the update"
+    return f"{line}; model.decode_batch says how many there are at once"
 
 
 def _old_log_probs(found: Plan) -> str:

@@ -28,6 +28,7 @@ KINDS = (  # of memory, in the order in which the picture stacks them
     "activations",
     "trajectories",
     "velocities",
+    "decoder's graph",
     "VAE",
     "rewards",
     "text encoders",

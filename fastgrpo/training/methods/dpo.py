@@ -3,7 +3,8 @@
 Diffusion-DPO (arXiv 2311.12908) on velocities (Flow-DPO, arXiv 2501.13918). There are no noisy
 steps or trajectories, see `noised_samples.py`: the trained policy draws with the ODE, and the
 samples of a group that `objective.best_of_n` selects are paired by advantage, the best with the
-worst (online DPO, as OnlineVPO, arXiv 2412.15159). Both samples of a pair are noised by one noise
+worst (online DPO, as OnlineVPO, arXiv 2412.15159), or they are those of a file of preferred pairs,
+see `scoring/offline.py`. Both samples of a pair are noised by one noise
 at one time, and the errors of their velocities are compared with those of the initial policy.
 
 Departures: the times are those of the grid; the initial policy stays the reference for the run.
@@ -15,6 +16,7 @@ from fastgrpo.algorithm import objectives
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.method import Traits, check_without_noise
+from fastgrpo.data import preferred_pairs
 from fastgrpo.training.method import Batch, Losses
 from fastgrpo.training.methods.noised_samples import NoisedLosses, NoisedSamples, squared_distance
 
@@ -26,14 +28,16 @@ TRAITS = Traits(
     clips_ratio=False,
     figures=("dpo_accuracy", "dpo_better", "dpo_worse"),
     reference_key="dpo_beta",  # which is always above 0
-    own_keys=("dpo_beta", "dpo_weighting"),
+    own_keys=("dpo_beta", "dpo_weighting", "dpo_pairs"),
 )
 
 
 def check(recipe: Recipe) -> None:
     """Raise UserError for keys of noisy steps, and where there are no pairs."""
     check_without_noise(recipe, "dpo_beta")
-    if recipe.objective.best_of_n is None:
+    if recipe.objective.dpo_pairs is not None:
+        _check_offline(recipe, recipe.objective.dpo_pairs)
+    elif recipe.objective.best_of_n is None:
         raise UserError(
             "objective.best_of_n: missing; with objective.kind=dpo it says how many samples of a "
             "prompt make pairs; set objective.best_of_n=2 for the best and the worst."
@@ -44,6 +48,22 @@ def check(recipe: Recipe) -> None:
             f"optimizer.batch_size={size}: objective.kind=dpo compares two samples in a "
             "micro-batch; use an even number."
         )
+
+
+def _check_offline(recipe: Recipe, path: str) -> None:
+    """Raise UserError for keys of drawn samples beside a file of pairs, and for its mistakes."""
+    rollout = recipe.rollout
+    if rollout.samples_per_prompt != 2:
+        raise UserError(
+            f"rollout.samples_per_prompt={rollout.samples_per_prompt}: with objective.dpo_pairs a "
+            "prompt has one pair in an iteration; set 2."
+        )
+    if rollout.scouts is not None:
+        raise UserError(
+            f"rollout.scouts={rollout.scouts}: nothing is drawn with objective.dpo_pairs; leave it "
+            "out."
+        )
+    preferred_pairs.read(path)
 
 
 class Preference(NoisedLosses):

@@ -12,6 +12,7 @@ from fastgrpo.run.stopwatch import Stopwatch
 from fastgrpo.training import methods, rollout
 from fastgrpo.training.method import Method
 from fastgrpo.training.rollout import Dealing, Drawn, Plan, Round, SharedPrefix, Trajectory
+from fastgrpo.training.scoring.offline import OfflinePairs
 from fastgrpo.training.scoring.scorer import Scored, Scorer
 from fastgrpo.training.trainer import Trainer
 
@@ -28,6 +29,7 @@ class Rollouts:
     scorer: Scorer
     texts: Sequence[str]  # of the iteration's prompts
     watch: Stopwatch
+    pairs: OfflinePairs | None = None  # samples of a file, in place of drawn ones
     poll_before: Callable[[Iterable[Round]], Iterable[Round]] = iter
     """Gives the batches one by one, and may raise in place of one."""
 
@@ -49,6 +51,8 @@ class Rollouts:
         conditions = dealing.conditions
 
         def sample(plan: Plan, slots: list[int], prefixes: Mapping[int, SharedPrefix]) -> Drawn:
+            if self.pairs is not None:
+                return self.pairs.draw(self.policy, plan, self.texts, slots)
             return self._method.sample(
                 self.policy, plan=plan, conditions=conditions, slots=slots, prefixes=prefixes
             )

@@ -207,6 +207,19 @@ def test_two_ranks_give_the_gradients_of_one(kind: str, tmp_path: Path) -> None:
         assert two["metrics"][name] == pytest.approx(alone["metrics"][name], abs=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dpo", "refl"])
+def test_ranks_that_share_sequences_give_the_gradients_of_one(kind: str, tmp_path: Path) -> None:
+    """A pair's two rows, and a judge that each rank of the group asks."""
+    other = {"kept": [0, 1, 2, 3, 4, 6, 9, 10], "objective": {"kind": kind}}
+    alone = run_ranks(tmp_path / "1", 1, 4, 4, other)
+    shared = run_ranks(tmp_path / "2", 2, 4, 4, other, sp=2)
+    for step, tolerance in ((0, 2e-6), (1, 1e-5)):
+        assert_gradients_equal(shared["gradients"][step], alone["gradients"][step], tolerance)
+    for name in ("update/transitions", "update/loss", "update/evaluations"):
+        assert shared["metrics"][name] == pytest.approx(alone["metrics"][name], abs=1e-6)
+
+
 def test_updates_make_rewarded_samples_likelier_and_others_less_likely(
     policy: Policy, conditions: list[Condition], world: World
 ) -> None:
