@@ -1,16 +1,17 @@
 """The parts of a run, put together once: what `train` and `preflight` work with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.algorithm import samplers, window
+from fastgrpo.checkpoint import provenance
 from fastgrpo.checkpoint.checkpoints import Checkpoints, Progress
-from fastgrpo.checkpoint.provenance import check_rewards
+from fastgrpo.checkpoint.reader import Weights, load_shards
 from fastgrpo.checkpoint.resume import check_groups, claim_folder, holds_run, prepare_folder
 from fastgrpo.core.config import Recipe, Rollout
 from fastgrpo.core.errors import UserError
@@ -34,7 +35,7 @@ from fastgrpo.training.rollout import Plan
 from fastgrpo.training.scoring.offline import OfflinePairs
 from fastgrpo.training.scoring.scorer import Scorer
 from fastgrpo.training.scoring.sources import Source, open_rewards
-from fastgrpo.training.trainer import Trainer
+from fastgrpo.training.trainer import Trainer, schedule_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,8 @@ def open_session(
     steps = recipe.evaluate.steps or recipe.rollout.steps
     heldout_grid = policy.time_grid(steps, recipe.rollout.shift, shape).to(world.device)
     _check_policy(policy, recipe, grid)
-    world.on_main(lambda: prepare_folder(recipe, world))  # not before the recipe has proved itself
+    # not before the recipe has proved itself
+    notices += world.on_main(lambda: prepare_folder(recipe, world))
     encoded = encode.encode(recipe, world, split)
     texts = [prompt.text for prompt in encoded.train]
     pairs = world.run_on_all_ranks(lambda: OfflinePairs.of(recipe, texts))
@@ -176,7 +178,9 @@ def open_session(
 def _check_rewards(recipe: Recipe, world: World, sources: Sequence[Source]) -> list[str]:
     """Compare the rewards with those that the run began with.  returns notices for the user"""
     folder = recipe.run.dir
-    return world.on_main(lambda: check_rewards(folder, sources) if holds_run(folder) else [])
+    return world.on_main(
+        lambda: provenance.check_rewards(folder, sources) if holds_run(folder) else []
+    )
 
 
 def _check_policy(policy: Policy, recipe: Recipe, grid: Tensor) -> None:
@@ -194,13 +198,28 @@ def _check_policy(policy: Policy, recipe: Recipe, grid: Tensor) -> None:
 def _open_trainer(policy: Policy, recipe: Recipe, world: World, encoded: Encoded) -> Trainer:
     """Shard the policy and read its weights; open the initial policy where the method needs it."""
     shard_and_read(policy, recipe, world)
+    start = _start(recipe, world)
+    start(policy.network)
     if encoded.conditions.negative is not None:
         policy.negative = move(encoded.conditions.negative, world.device)
     needed = methods.needs_initial_policy(recipe)
-    reference = initial_policy(recipe, world, policy) if needed else None
-    trainer = Trainer.create(policy, recipe.optimizer, reference, recipe.distributed.offload)
+    reference = initial_policy(recipe, world, policy, start) if needed else None
+    trainer = Trainer.create(policy, schedule_of(recipe), reference, recipe.distributed.offload)
     trainer.rounds_by_batch = recipe.model.torch_dtype != torch.float32
     return trainer
+
+
+def _start(recipe: Recipe, world: World) -> Callable[[nn.Module], None]:
+    """What puts the weights of run.start_from into a sharded network; without it, nothing."""
+    if recipe.run.start_from is None:
+        return lambda network: None
+    found = world.on_main(lambda: provenance.start_of(recipe))
+
+    def put(network: nn.Module) -> None:
+        if found is not None:
+            world.run_on_all_ranks(lambda: load_shards(network, Weights(found, raw=False)))
+
+    return put
 
 
 def _training_set(

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fastgrpo.core.config import RewardSpec, Section
-from fastgrpo.core.reward import RewardSize
+from fastgrpo.core.reward import Download, RewardSize
 from fastgrpo.rewards.common import options
 from fastgrpo.rewards.common.frames import count_by
 from fastgrpo.rewards.networks.clip import clip_reward
@@ -22,6 +22,12 @@ SIZE = RewardSize(parameters=0.99e9, tokens=729 + 77, frames_scored=count_by(FRA
 
 PARTS = ("CLIP",)
 DIFFERENTIABLE = True
+DOWNLOADS = {
+    "path": Download(
+        "apple/DFN5B-CLIP-ViT-H-14-378",
+        ("open_clip_pytorch_model.bin", "open_clip_config.json", "merges.txt", "tokenizer.json"),
+    ),
+}
 PUBLISHED = clip_reward.Published(
     part=PARTS[0],
     files=(

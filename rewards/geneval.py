@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastgrpo.core.config import RewardSpec, paths
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.reward import RewardSize
+from fastgrpo.core.reward import Download, RewardSize
 from fastgrpo.rewards.common.frames import count_by
 from fastgrpo.rewards.networks.geneval import judge
 from fastgrpo.rewards.networks.geneval.detector import of_openmmlab
@@ -22,6 +22,19 @@ FRAMES = "first"
 SIZE = RewardSize(parameters=0.497e9, tokens=650, frames_scored=count_by(FRAMES))
 
 PARTS = ("GenEval", "graded", "exact")
+DOWNLOADS = {
+    "path": Download(
+        "https://github.com/open-mmlab/mmdetection",
+        ("mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth",),
+    ),
+    "options.clip": Download(
+        "openai/clip-vit-large-patch14",
+        ("model.safetensors", "config.json", "preprocessor_config.json", "merges.txt"),
+    ),
+    "options.rows": Download(
+        "https://github.com/djghosh13/geneval", ("prompts/evaluation_metadata.jsonl",)
+    ),
+}
 REMEDY = (
     "give mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth, from "
     "mmdetection's model zoo"

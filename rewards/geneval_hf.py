@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.reward import RewardSize
+from fastgrpo.core.reward import Download, RewardSize
 from fastgrpo.rewards.common.frames import count_by
 from fastgrpo.rewards.networks.geneval import judge
 from fastgrpo.rewards.networks.geneval.detector import of_transformers
@@ -19,6 +19,19 @@ FRAMES = "first"
 SIZE = RewardSize(parameters=0.497e9, tokens=650, frames_scored=count_by(FRAMES))
 
 PARTS = ("GenEval_hf", "graded_hf", "exact_hf")
+DOWNLOADS = {
+    "path": Download(
+        "facebook/mask2former-swin-small-coco-instance",
+        ("config.json", "model.safetensors", "preprocessor_config.json"),
+    ),
+    "options.clip": Download(
+        "openai/clip-vit-large-patch14",
+        ("model.safetensors", "config.json", "preprocessor_config.json", "merges.txt"),
+    ),
+    "options.rows": Download(
+        "https://github.com/djghosh13/geneval", ("prompts/evaluation_metadata.jsonl",)
+    ),
+}
 REMEDY = "give the downloaded folder of facebook/mask2former-swin-small-coco-instance"
 
 

@@ -6,7 +6,7 @@ bfloat16 by the spec.
 """
 
 from fastgrpo.core.config import RewardSpec, Section
-from fastgrpo.core.reward import RewardSize
+from fastgrpo.core.reward import Download, RewardSize
 from fastgrpo.rewards.common import options
 from fastgrpo.rewards.common.frames import count_by
 from fastgrpo.rewards.networks.clip import clip_reward, weights
@@ -17,6 +17,10 @@ SIZE = RewardSize(parameters=0.99e9, tokens=257 + 77, frames_scored=count_by(FRA
 
 PARTS = ("HPS",)
 DIFFERENTIABLE = True
+DOWNLOADS = {
+    "path": Download("xswu/HPSv2", ("HPS_v2.1_compressed.pt",)),
+    "options.tokenizer": Download("openai/clip-vit-large-patch14", ("merges.txt",)),
+}
 PUBLISHED = clip_reward.Published(
     part=PARTS[0],
     files=("HPS_v2.1_compressed.pt", "HPS_v2.1_compressed.safetensors"),

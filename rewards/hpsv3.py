@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastgrpo.core.config import RewardSpec, Section, paths
 from fastgrpo.core.config.checks import failing
 from fastgrpo.core.errors import UserErrors
-from fastgrpo.core.reward import Reward, RewardSize, Scores
+from fastgrpo.core.reward import Download, Reward, RewardSize, Scores
 from fastgrpo.rewards.common import clips, options, weight_files
 from fastgrpo.rewards.common.frames import Rule, choose, count_by, rule_of
 from fastgrpo.rewards.networks.hpsv3.network import Network, build, renamed
@@ -38,6 +38,13 @@ SIZE = RewardSize(parameters=7.75e9, tokens=256 + 600, frames_scored=count_by(FR
 
 PARTS = ("HPSv3",)
 FILE = "HPSv3.safetensors"
+DOWNLOADS = {
+    "path": Download("MizzenAI/HPSv3", ("HPSv3.safetensors",)),
+    "options.base": Download("Qwen/Qwen2-VL-7B-Instruct", ("config.json", "tokenizer.json")),
+    "options.template": Download(
+        "https://github.com/MizzenAI/HPSv3", ("hpsv3/dataset/data_collator_qwen.py",)
+    ),
+}
 PUBLISHED = "Qwen/Qwen2-VL-7B-Instruct"
 """The hub repository of the base model, of which the config and the tokenizer alone are read."""
 REMEDY = f"give {FILE}, from the hub repository MizzenAI/HPSv3, or its folder"

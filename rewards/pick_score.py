@@ -8,7 +8,7 @@ is scored against its own prompt.
 from typing import Literal
 
 from fastgrpo.core.config import RewardSpec, Section
-from fastgrpo.core.reward import RewardSize
+from fastgrpo.core.reward import Download, RewardSize
 from fastgrpo.rewards.common import options
 from fastgrpo.rewards.common.frames import count_by
 from fastgrpo.rewards.networks.clip import clip_reward
@@ -19,6 +19,18 @@ SIZE = RewardSize(parameters=0.99e9, tokens=257 + 77, frames_scored=count_by(FRA
 
 PARTS = ("PickScore",)
 DIFFERENTIABLE = True
+DOWNLOADS = {
+    "path": Download(
+        "yuvalkirstain/PickScore_v1",
+        (
+            "model.safetensors",
+            "config.json",
+            "preprocessor_config.json",
+            "merges.txt",
+            "tokenizer.json",
+        ),
+    ),
+}
 PUBLISHED = clip_reward.Published(
     part=PARTS[0],
     files=("model.safetensors", "pytorch_model.bin"),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastgrpo.core.config import RewardSpec, Section
 from fastgrpo.core.config.checks import failing
 from fastgrpo.core.errors import UserError, UserErrors
-from fastgrpo.core.reward import Reward, RewardSize, Scores
+from fastgrpo.core.reward import Download, Reward, RewardSize, Scores
 from fastgrpo.rewards.common import clips, options, weight_files
 from fastgrpo.rewards.networks.qwen2_vl import template as templates
 from fastgrpo.rewards.networks.qwen2_vl.body import EMBEDDING, Batch, rounds_frequencies
@@ -42,6 +42,11 @@ from fastgrpo.rewards.networks.videoalign.prompt import FORM, TEMPLATE
 
 log = logging.getLogger(__name__)
 
+DOWNLOADS = {
+    "path": Download("KlingTeam/VideoReward", ("model_config.json", "checkpoint-*/*")),
+    "options.base": Download("Qwen/Qwen2-VL-2B-Instruct", ("config.json", "tokenizer.json")),
+    "options.template": Download("https://github.com/KwaiVGI/VideoAlign", ("prompt_template.py",)),
+}
 LEAST_FRAMES = sampling.LEAST_FRAMES
 
 

@@ -8,7 +8,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import read_json, replace_text
 
 NOTE = "exploded.json"
-FREE = ("lr", "max_grad_norm", "warmup_updates", "decay_updates")
+FREE = ("lr", "max_grad_norm", "schedule", "warmup_updates", "decay_updates")
 """Keys of [optimizer] that a run may change after an explosion."""
 
 
@@ -37,5 +37,5 @@ def check(recipe: Recipe) -> None:
         )
 
 
-def _settings(recipe: Recipe) -> dict[str, float]:
+def _settings(recipe: Recipe) -> dict[str, object]:
     return {key: getattr(recipe.optimizer, key) for key in FREE}

@@ -1,4 +1,5 @@
-"""The part of a run that its recipe cannot show: the network's first weights, and its rewards.
+"""The part of a run that its recipe cannot show: the network's first weights, its rewards, and what
+was changed on the way.
 
 Noted in the run's folder before its first iteration, so that a resumed run, which reads both anew,
 cannot go on with others under the same paths and addresses. Large files are hashed once and
@@ -6,14 +7,15 @@ remembered with their size and time.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastgrpo import models
+from fastgrpo.checkpoint import reader
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.files import read_json, replace_text
+from fastgrpo.core.files import read_json, replace_text, sha256
 from fastgrpo.models.loading import diffusers_folder, weight_files
 from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
@@ -22,16 +24,58 @@ from fastgrpo.training.scoring.sources import Source
 
 FILE = "provenance.json"
 HASHES = "hashes.json"
+CHANGES = "changes.jsonl"
+"""A line for each key that a resumed run has otherwise than before: {"after": checkpoint, "key",
+"from", "to"}."""
 
 
 def record_provenance(recipe: Recipe, sources: Sequence[Source]) -> None:
     """Note the network and the rewards that a run begins with. On the main rank only.
 
     Reads the network's files where their hashes are not known.
-    The file: {"network": {file: SHA-256}, "rewards": {name: {"fingerprint": ..., "identity": ...}}}
+    The file: {"network": {file: SHA-256}, "rewards": {name: {"fingerprint": ..., "identity": ...}}},
+    and with run.start_from "start": {"checkpoint": path, "manifest": SHA-256}
     """
-    content = {"network": network(recipe), "rewards": rewards(sources)}
+    content: dict[str, Any] = {"network": network(recipe), "rewards": rewards(sources)}
+    if (start := start_of(recipe)) is not None:
+        content["start"] = {"checkpoint": str(start), "manifest": _manifest_hash(start)}
     replace_text(recipe.run.dir / FILE, json.dumps(content, indent=1) + "\n")
+
+
+def record_changes(run: Path, changes: Sequence[Mapping[str, object]]) -> None:
+    """Add lines to the run's CHANGES. On the main rank only."""
+    if changes:
+        with (run / CHANGES).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(change) + "\n" for change in changes)
+
+
+def start_of(recipe: Recipe) -> Path | None:
+    """The checkpoint whose weights a run begins with; None: it begins with those of model.path.
+
+    The one that the run's folder notes, so that a start from a run's newest one stays what it was.
+    Raises UserError where run.start_from has no whole checkpoint, or another than it was.
+    """
+    if recipe.run.start_from is None:
+        return None
+    noted = _recorded(recipe.run.dir).get("start")
+    found = Path(noted["checkpoint"]) if noted else recipe.run.start_from
+    try:
+        if not (found / "manifest.json").is_file():
+            found = reader.find(found, "newest")
+        reader.check_intact(found)
+    except UserError as error:
+        raise UserError(f"run.start_from={recipe.run.start_from}: {error}") from None
+    if noted and noted["manifest"] != _manifest_hash(found):
+        raise UserError(
+            f"run.start_from={recipe.run.start_from}: {found} is not the checkpoint that the run in "
+            f"{recipe.run.dir} began with; restore it, or choose another run.dir."
+        )
+    return found
+
+
+def _manifest_hash(checkpoint: Path) -> str:
+    """SHA-256 of what names the hashes of all of a checkpoint's files."""
+    return sha256(checkpoint / "manifest.json")
 
 
 def network(recipe: Recipe) -> dict[str, str]:

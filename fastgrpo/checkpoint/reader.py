@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from fastgrpo.checkpoint.stored_state import StoredState
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import read_json_or_none, sha256
+from fastgrpo.models.loading.streaming import own_rows
 
 Step = int | Literal["best", "newest"]
 ALWAYS = (".metadata", "progress.json")
@@ -263,3 +264,17 @@ def load_into(network: nn.Module, weights: Weights) -> None:
     check_names({name: tensor.shape for name, tensor in own.items()}, trained, weights)
     for name in weights.names:
         own[name].copy_(weights.read(name))
+
+
+@torch.no_grad()
+def load_shards(network: nn.Module, weights: Weights) -> None:
+    """As `load_into`, for a network that is sharded over ranks: each reads its own rows.
+
+    One whole tensor at a time is in host memory beside them.
+    """
+    own = network.state_dict()
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    check_names({name: tensor.shape for name, tensor in own.items()}, trained, weights)
+    for name in weights.names:
+        local, rows = own_rows(own[name])
+        local.copy_(weights.read(name)[rows])

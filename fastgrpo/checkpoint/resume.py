@@ -26,7 +26,6 @@ from fastgrpo.parallel.world import World
 FREE_SECTIONS = ("checkpoint", "track", "server", "distributed")
 FREE_TO_CHANGE = (
     "run.dir",
-    "run.iterations",
     "run.resume",
     "run.max_requeues",
     "run.preflight",
@@ -46,6 +45,17 @@ FREE_TO_CHANGE = (
     "evaluate.alarm_after",
     "evaluate.alarm_lr",
     "evaluate.alarm_returns",
+    *(
+        RECORDED := (
+            "run.iterations",
+            "optimizer.lr",
+            "optimizer.schedule",
+            "optimizer.warmup_updates",
+            "optimizer.decay_updates",
+            "evaluate.prompts",
+            "evaluate.seeds",
+        )
+    ),
 )
 FREE_OF_REWARDS = ("file", "where", "urls", "device", "batch_size", "path")
 """Keys of a reward that move its scores to another place or pace, and change none.
@@ -145,13 +155,33 @@ def remove_unbegun(folder: Path, found: bool) -> None:
             folder.rmdir()
 
 
-def prepare_folder(recipe: Recipe, world: World) -> None:
-    """Make the run's folder with recipe, inputs and environment. On the main rank only."""
+def prepare_folder(recipe: Recipe, world: World) -> list[str]:
+    """Make the run's folder with recipe, inputs and environment. On the main rank only.
+
+    returns a notice for each change of the recipe that decides what the run learns or says
+    """
     folder = recipe.run.dir
     folder.mkdir(parents=True, exist_ok=True)
+    changes = _changes(recipe) if holds_run(folder) else []
+    provenance.record_changes(folder, changes)
     replace_text(folder / "recipe.toml", recipe.to_toml())
     replace_text(folder / "inputs.json", json.dumps(inputs(recipe), indent=1) + "\n")
     replace_text(folder / "environment.json", json.dumps(environment(world), indent=1) + "\n")
+    return [
+        f"{change['key']}: {change['from']} -> {change['to']} from here on ({provenance.CHANGES})"
+        for change in changes
+    ]
+
+
+def _changes(recipe: Recipe) -> list[dict[str, object]]:
+    """The recorded keys that the recipe has otherwise than the one in the run's folder."""
+    before, now = _flat(identity.recipe_of(recipe.run.dir)), _flat(recipe)
+    newest = identity.newest_noted(recipe.run.dir)
+    return [
+        {"after": newest, "key": key, "from": before.get(key), "to": now.get(key)}
+        for key in RECORDED
+        if before.get(key) != now.get(key)
+    ]
 
 
 def check_same_recipe(old: Recipe, new: Recipe, but: Sequence[str] = ()) -> None:

@@ -13,7 +13,7 @@ from typing import NoReturn
 from fastgrpo import __version__
 from fastgrpo.cli import options, plan, report, sample, serve, train
 from fastgrpo.cli.evaluation import evaluate, reproduce, score, study
-from fastgrpo.cli.start import init
+from fastgrpo.cli.start import fetch, init
 from fastgrpo.core.errors import UserError, UserErrors
 from fastgrpo.core.processes import (
     INTERRUPTED,
@@ -30,6 +30,7 @@ from fastgrpo.run import output
 
 EXAMPLES = (
     ("fastgrpo init mine --from t2v_tiny", "a folder of your own to begin in, anywhere"),
+    ("fastgrpo fetch launch/t2v_hunyuan.toml --dry-run", "what it needs from hubs"),
     ("fastgrpo train launch/t2v_tiny.toml", "one process, the tiny world"),
     ("fastgrpo train launch/t2v_tiny.toml run.dir=runs/a run.seed=1 rewards.0.where=process", ""),
     ("torchrun --nproc-per-node 2 launch/t2v_tiny.sh", "the same recipe on two ranks"),
@@ -54,6 +55,7 @@ EXAMPLES = (
 )
 ALONE = (
     "init",
+    "fetch",
     "check",
     "check-reward",
     "plan",
@@ -84,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"fastgrpo {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     init.add(commands)
+    fetch.add(commands)
     train.add_train(commands)
     train.add_preflight(commands)
     train.add_embed(commands)

@@ -51,6 +51,21 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Download:
+    """Where files that a reward needs are published: an entry of `DOWNLOADS` at the top of the
+    reward's file, by the key of its block, "path" or "options.NAME".
+    """
+
+    repository: str  # of a hub, or an address where no hub has them
+    files: tuple[str, ...]  # names or patterns
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether no hub has them."""
+        return "://" in self.repository
+
+
+@dataclass(frozen=True)
 class RewardSize:
     """What a plan takes a reward's network for: `SIZE` at the top of the reward's file, where it
     has a network.

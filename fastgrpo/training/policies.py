@@ -4,7 +4,7 @@ Each rank reads its own part of the weights.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.policy import Condition, Policy
@@ -89,8 +89,13 @@ class Unadapted:
             return self.policy.velocity(x, t, condition)
 
 
-def initial_policy(recipe: Recipe, world: World, trained: Policy) -> Reference:
-    """The policy before training, for the KL term: a frozen network, or one without adapters."""
+def initial_policy(
+    recipe: Recipe, world: World, trained: Policy, start: Callable[[nn.Module], None]
+) -> Reference:
+    """The policy before training, for the KL term: a frozen network, or one without adapters.
+
+    start: puts other weights than those of its files into a network, where the run began with such
+    """
     if recipe.lora.rank:
         return Unadapted(trained)
     policy = world.run_on_all_ranks(lambda: outline(recipe.model, world.device))
@@ -99,4 +104,5 @@ def initial_policy(recipe: Recipe, world: World, trained: Policy) -> Reference:
         parameter.data = parameter.data.to(recipe.model.torch_dtype)
     policy.negative, policy.vae = trained.negative, trained.vae
     shard_and_read(policy, recipe, world, "weights of the initial policy")
+    start(policy.network)
     return policy

@@ -1,5 +1,6 @@
 """The state of training: trainable weights, AdamW's moments, the moving average, the counters."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,11 +11,37 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from fastgrpo.core.config import Optimizer
+from fastgrpo.core.config import Optimizer, Recipe
 from fastgrpo.core.errors import Exploded
 from fastgrpo.core.policy import Policy
 from fastgrpo.parallel.world import World
 from fastgrpo.training.policies import Reference
+
+LEAST = 0.1  # share of the rate that a schedule ends with
+
+
+def schedule_of(recipe: Recipe) -> Optimizer:
+    """[optimizer] with the steps over which the rate falls, where the recipe leaves them open."""
+    settings = recipe.optimizer
+    if settings.schedule not in ("linear", "cosine") or settings.decay_updates:
+        return settings
+    every = recipe.run.iterations * settings.updates_per_iteration
+    return settings.model_copy(update={"decay_updates": max(1, every - settings.warmup_updates)})
+
+
+def rate(settings: Optimizer, updates: int) -> float:
+    """The learning rate of an optimizer step: a linear warm-up, then the schedule down to LEAST.
+
+    settings: those of `schedule_of`;  updates: steps taken before
+    """
+    warmup, decay = settings.warmup_updates, settings.decay_updates
+    if updates < warmup or not decay:
+        return settings.lr * min(1.0, (updates + 1) / (warmup + 1))
+    fallen = (1 - LEAST) * (updates - warmup) / decay
+    if settings.schedule == "cosine":
+        turn = math.pi * min(1.0, (updates - warmup) / decay)
+        fallen = (1 - LEAST) * (1 - math.cos(turn)) / 2
+    return settings.lr * max(LEAST, 1.0 - fallen)
 
 
 @dataclass(kw_only=True)
@@ -70,12 +97,8 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """The rate of the next optimizer step: a linear warm-up, then the recipe's decay."""
-        warmup, decay = self.settings.warmup_updates, self.settings.decay_updates
-        lr = self.settings.lr * self.lr_factor
-        if self.updates < warmup or not decay:
-            return lr * min(1.0, (self.updates + 1) / (warmup + 1))
-        return lr * max(0.1, 1.0 - 0.9 * (self.updates - warmup) / decay)
+        """The rate of the next optimizer step."""
+        return rate(self.settings, self.updates) * self.lr_factor
 
     def step(self) -> Tensor:
         """Clip the gradient, take a step, move the average.  returns the norm, a float32 scalar

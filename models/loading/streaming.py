@@ -108,7 +108,7 @@ def fill(network: Any, device: torch.device, show: Show = lambda _: None) -> Byt
     )
     parts: dict[Path, list[tuple[Place, Tensor, slice | EllipsisType]]] = {}
     for name, tensor in network.state_dict().items():
-        local, rows = _own_rows(tensor)
+        local, rows = own_rows(tensor)
         if lora.is_adapter(name):
             local.copy_(lora.initial(name, tensor.shape)[rows])
         else:
@@ -135,7 +135,7 @@ def fill(network: Any, device: torch.device, show: Show = lambda _: None) -> Byt
     return Bytes(done, own, whole)
 
 
-def _own_rows(tensor: Tensor) -> tuple[Tensor, slice | EllipsisType]:
+def own_rows(tensor: Tensor) -> tuple[Tensor, slice | EllipsisType]:
     """This rank's part [n, ...] of a tensor [N, ...], and which rows of the whole it has.
 
     FSDP2 deals rows out as torch.chunk does.

@@ -1,1 +1,1 @@
-"""The commands that come before a run: `fastgrpo init`. Read `init.py` first."""
+"""The commands that come before a run: `fastgrpo init`, `fastgrpo fetch`. Read `init.py` first."""

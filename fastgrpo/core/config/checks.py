@@ -201,6 +201,15 @@ def _check_updates(recipe: Recipe) -> None:
         )
 
 
+def _check_schedule(recipe: Recipe) -> None:
+    settings = recipe.optimizer
+    if settings.schedule == "constant" and settings.decay_updates:
+        raise UserError(
+            f"optimizer.decay_updates={settings.decay_updates}: has no effect with "
+            "optimizer.schedule=constant; leave it out, or use linear or cosine."
+        )
+
+
 def _check_rewards(recipe: Recipe) -> None:
     names = [spec.name for spec in recipe.rewards]
     if len(set(names)) < len(names):
@@ -296,6 +305,7 @@ CHECKS = (
     _check_scouts,
     _check_samples,
     _check_updates,
+    _check_schedule,
     _check_rewards,
     _check_weights,
     _check_alarm,

@@ -15,8 +15,8 @@ from fastgrpo.core.config.sections import Recipe
 NEAR = 0.75  # likeness from which a key is taken for what was meant
 ELSEWHERE = {
     "eval_steps": "evaluations on the way come after each evaluate.every iterations",
-    "scheduler": "the rate follows optimizer.warmup_updates and optimizer.decay_updates",
-    "lr_scheduler": "the rate follows optimizer.warmup_updates and optimizer.decay_updates",
+    "scheduler": "the rate follows optimizer.schedule, optimizer.warmup_updates and optimizer.decay_updates",
+    "lr_scheduler": "the rate follows optimizer.schedule, optimizer.warmup_updates and optimizer.decay_updates",
     "epochs": "the length of a run is run.iterations",
     "learning_rate": "the rate is optimizer.lr",
     "output_dir": "the folder of a run is run.dir",

@@ -39,6 +39,9 @@ class Run(Section):
     resume: Literal["auto", "never"] = "auto"
     """`auto` goes on from the newest intact checkpoint in run.dir; `never` refuses a folder that
     already has one."""
+    start_from: Annotated[Path, PATH] | None = None
+    """Run folder, or a checkpoint in one, whose weights (their moving average where it kept one) a
+    new run begins with; None: those of model.path."""
     max_requeues: Count = 3
     """How often in a row a slurm job is put back into the queue without a new checkpoint in
     between; 0 = never."""
@@ -238,9 +241,12 @@ class Optimizer(Section):
     """Gradients are scaled down to this norm."""
     warmup_updates: Count = 0
     """The rate rises linearly over this many optimizer steps."""
+    schedule: Literal["constant", "linear", "cosine"] | None = None
+    """The rate after the warm-up: constant, or falling to a tenth; None: linear where decay_updates
+    is set, else constant."""
     decay_updates: Count = 0
-    """After the warm-up the rate falls linearly to a tenth over this many optimizer steps; 0 =
-    never."""
+    """Optimizer steps over which the rate falls; 0 = with schedule = linear or cosine all that
+    follow the warm-up, else never."""
     updates_per_iteration: Positive = 1
     """K: optimizer steps per iteration (4 in the paper; 1 with CFG in training)."""
     batch_size: Positive = 8

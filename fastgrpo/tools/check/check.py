@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from fastgrpo import models, rewards
+from fastgrpo.checkpoint import provenance
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe, RewardSpec, paths
 from fastgrpo.core.config.checks import failing
@@ -60,6 +61,7 @@ def _checks(recipe: Recipe) -> Checks:
         partial(_check_folder, "run.dir", recipe.run.dir),
         partial(_check_folder, "prompts.cache", recipe.prompts.cache),
         partial(_check_token, recipe),
+        partial(_check_start, recipe),
         partial(_check_wandb, recipe),
         partial(models.check, recipe.model.family, recipe.model.path),
         *_of_model(recipe),
@@ -99,6 +101,19 @@ def _check_token(recipe: Recipe) -> None:
     """Raise UserError for a token file that gives no token."""
     if recipe.server.token_file is not None:
         read_token(recipe.server.token_file)
+
+
+def _check_start(recipe: Recipe) -> None:
+    """Raise UserError for a start that has no checkpoint, or that the KL term would not know."""
+    if recipe.run.start_from is None:
+        return
+    if recipe.lora.rank and methods.needs_initial_policy(recipe):
+        raise UserError(
+            f"run.start_from={recipe.run.start_from}: with adapters the divergence would be "
+            "measured from the model without them, not from this start; set its weight in "
+            "[objective] to 0, or export the start and name it in model.path."
+        )
+    provenance.start_of(recipe)
 
 
 def _check_wandb(recipe: Recipe) -> None:

@@ -36,7 +36,7 @@ README = """# {name}
 
 Made by `fastgrpo init` from the recipe {name}. What to type next, in this folder:
 
-    fastgrpo check {name}.toml                   # what is wrong or missing, before anything is loaded
+    {fetch}fastgrpo check {name}.toml                   # what is wrong or missing, before anything is loaded
     bash {name}.sh                               # trains; also with torchrun or sbatch
     fastgrpo sample runs/{name} --against-base   # clips of what was trained
 
@@ -105,12 +105,15 @@ def _contents(recipe: Path, hardware: Hardware | None) -> dict[str, str]:
     text = re.sub(r'^train = "[^"]*"', f'train = "./{prompts}"', text, flags=re.MULTILINE)
     text = text.replace('"../', '"./')  # weights, which lie beside the recipe
     python = shlex.quote(sys.executable)
+    hub = '"builtin:' not in re.findall(r"^path = (\S+)", text, re.MULTILINE)[0]
+    fetch = f"fastgrpo fetch {recipe.stem}.toml    # weights: what, how large, where; then the files\n    "
+    fetch = fetch if hub else ""
     return {
         f"{recipe.stem}.toml": _with_own_reward(text),
         f"{recipe.stem}.sh": launcher.replace(":-python3}", f":-{python}}}"),
         prompts: Path(train).read_text("utf-8") if builtin else FIRST_IMAGE_ROW,
         REWARD: Path(__file__).with_name(REWARD).read_text("utf-8"),
-        "README.md": README.format(name=recipe.stem, prompts=prompts),
+        "README.md": README.format(name=recipe.stem, prompts=prompts, fetch=fetch),
     }
 
 

@@ -225,13 +225,15 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
     """Means before and after, their paired difference and its bootstrap 95 % interval.
 
     For the weighted sum and for each part. Prompts are resampled with all their seeds, since clips
-    of one prompt are not independent. Clips that are invalid on either side are left out, and a
+    of one prompt are not independent. Clips that are invalid or missing on either side, as after a
+    change of evaluate.prompts, are left out, and a
     prompt without any other is not resampled. The interval is NaN where one prompt is left, which
     says nothing of other prompts; all is NaN where none is.
 
     returns before, after, difference, ci95 (low and high), and pairs (of clips that count) by part
     """
-    if (before.prompts, before.seeds) != (after.prompts, after.seeds):
+    before, after = _shared(before, after), _shared(after, before)
+    if not before.prompts:
         raise UserError(
             "evaluation/step-0.json: was made of other held-out prompts; choose another run.dir, "
             "or restore the file of prompts.heldout."
@@ -266,6 +268,20 @@ def mean_interval(evaluation: Evaluation, part: str) -> list[float]:
     sums = np.bincount(group, weights=np.where(usable, values, 0.0), minlength=len(names))
     counts = np.bincount(group, weights=usable, minlength=len(names))
     return _interval(sums[counts > 0], counts[counts > 0])
+
+
+def _shared(own: Evaluation, other: Evaluation) -> Evaluation:
+    """The clips of an evaluation that another one has, too: of the same prompts and seeds."""
+    there = set(zip(other.prompts, other.seeds, strict=True))
+    kept = [n for n, pair in enumerate(zip(own.prompts, own.seeds, strict=True)) if pair in there]
+    if len(kept) == len(own.seeds):
+        return own
+    return replace(
+        own,
+        prompts=[own.prompts[n] for n in kept],
+        seeds=[own.seeds[n] for n in kept],
+        scores={part: [values[n] for n in kept] for part, values in own.scores.items()},
+    )
 
 
 def _mean(values: np.ndarray) -> float:

@@ -352,17 +352,3 @@ def test_ema_follows_its_recursion(
     for name, parameter in policy.network.named_parameters():
         expected = 0.9 * start[name] + 0.1 * parameter.detach()
         torch.testing.assert_close(trainer.ema[name], expected)
-
-
-def test_the_rate_warms_up_and_decays(policy: Policy) -> None:
-    settings = tiny.settings(8, lr=1.0).model_copy(update={"warmup_updates": 3, "decay_updates": 9})
-    trainer = Trainer.create(policy, settings, None)
-    rates = []
-    for trainer.updates in range(20):
-        rates.append(trainer.lr)
-    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
-    assert (
-        rates[4] == pytest.approx(0.9)
-        and rates[12] == pytest.approx(0.1)
-        and rates[19] == pytest.approx(0.1)
-    )
