@@ -238,7 +238,10 @@ def test_empty_clip_scores_nothing() -> None:
 
 def test_shape_overlap_finds_the_shape_that_was_drawn() -> None:
     for meaning, clip in zip(MEANINGS, drawn(), strict=True):
-        marks = {shape: shape_match(look(clip), shape) for shape in shapes.SHAPES}
+        marks = {
+            shape: shape_match(look(torch.from_numpy(clip)), shape).item()
+            for shape in shapes.SHAPES
+        }
         assert max(marks, key=lambda shape: marks[shape]) == meaning.shape
 
 
