@@ -46,6 +46,9 @@ EXAMPLES = (
     ("fastgrpo evaluate runs/t2v_tiny", "base against trained, by several rewards"),
     ("fastgrpo report runs/t2v_tiny", "the report of a finished or running run"),
     ("fastgrpo status runs/t2v_tiny", "where each rank is: does it hang, and which one"),
+    ("fastgrpo check launch/t2v_tiny.toml", "every mistake that shows without loading a model"),
+    ("fastgrpo serve-rewards tiny_world --port 8700 --token-file token.txt", ""),
+    ("fastgrpo convert-videoalign weights/VideoReward weights/videoalign", ""),
     ("fastgrpo keys", "every recipe key, its default and meaning"),
 )
 ALONE = (
@@ -90,6 +93,9 @@ def parser() -> argparse.ArgumentParser:
     serve.add(commands)
     report.add_report(commands)
     report.add_status(commands)
+    for name, command in commands.choices.items():
+        example = next((line for line, _ in EXAMPLES if line.split()[1] == name), "")
+        command.epilog = command.epilog or (f"example: {example}" if example else None)
     return top
 
 
