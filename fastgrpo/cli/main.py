@@ -51,6 +51,9 @@ EXAMPLES = (
     ("fastgrpo report runs/t2v_tiny", "the report of a finished or running run"),
     ("fastgrpo watch runs/t2v_tiny", "the same, as a page that keeps itself up to date"),
     ("fastgrpo status runs/t2v_tiny", "where each rank is: does it hang, and which one"),
+    ("fastgrpo check launch/t2v_tiny.toml", "every mistake that shows without loading a model"),
+    ("fastgrpo serve-rewards tiny_world --port 8700 --token-file token.txt", ""),
+    ("fastgrpo convert-videoalign weights/VideoReward weights/videoalign", ""),
     ("fastgrpo keys", "every recipe key, its default and meaning"),
 )
 ALONE = (
@@ -102,6 +105,9 @@ def parser() -> argparse.ArgumentParser:
     report.add_report(commands)
     report.add_watch(commands)
     report.add_status(commands)
+    for name, command in commands.choices.items():
+        example = next((line for line, _ in EXAMPLES if line.split()[1] == name), "")
+        command.epilog = command.epilog or (f"example: {example}" if example else None)
     return top
 
 

@@ -74,8 +74,10 @@ def add_keys(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     keys = commands.add_parser(
         "keys",
         help="list every recipe key",
-        description="Every key of a recipe, by section: name, default, meaning.",
+        description="Every key of a recipe, by section: name, default, meaning; of one section with "
+        "the values that a key may have.",
     )
+    keys.add_argument("section", nargs="?", metavar="SECTION", help="such as optimizer; all")
     keys.set_defaults(action=_run_keys)
 
 
@@ -134,7 +136,7 @@ def _run_embed(arguments: argparse.Namespace) -> None:
 def _run_keys(arguments: argparse.Namespace) -> None:
     from fastgrpo.core import config
 
-    print(config.describe())
+    print(config.describe(arguments.section))
 
 
 def shortfalls(summary: dict[str, object]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from fastgrpo.core.config import checks, messages
+from fastgrpo.core.config import checks, fields, messages
 from fastgrpo.core.config.base import Section
 from fastgrpo.core.config.overrides import apply, with_paths
 from fastgrpo.core.config.reward_spec import RewardSpec
@@ -118,10 +118,20 @@ def _one_line(error: ValidationError, section: tuple[str, ...] = ()) -> str:
     return f"{first} And {problems}: `fastgrpo check` lists all."
 
 
-def describe() -> str:
-    """Every key with its default and meaning, for `fastgrpo keys`."""
+def describe(only: str | None = None) -> str:
+    """Every key with its default and meaning, for `fastgrpo keys`.
+
+    only: a section, whose keys are listed with their possible values, too. None: all sections
+    Raises UserError where there is no such section.
+    """
+    if only is not None and only not in Recipe.model_fields:
+        raise UserError(
+            f"SECTION={only}: no such section; use one of {', '.join(Recipe.model_fields)}."
+        )
     lines = [PATHS]
     for name, field in Recipe.model_fields.items():
+        if only not in (None, name):
+            continue
         section = RewardSpec if name == "rewards" else field.annotation
         assert isinstance(section, type) and issubclass(section, Section)
         lines.append(f"[[{name}]]" if name == "rewards" else f"[{name}]")
@@ -129,4 +139,7 @@ def describe() -> str:
             default = "required" if info.is_required() else repr(info.default)
             meaning = " ".join((info.description or "").split())
             lines.append(f"  {key:<24} {default:<14} {meaning}".rstrip())
+            if only is not None:
+                place = (name, "0", key) if name == "rewards" else (name, key)
+                lines.append(f"  {'':<24} {'':<14} Values: {fields.allowed(fields.of_key(place))}.")
     return "\n".join(lines)

@@ -37,6 +37,7 @@ top = parser()
 for name, command in commands.choices.items():
     assert command.format_help().startswith(f"usage: fastgrpo {{name}}")
     assert command.get_default("action") is not None, name
+    assert command.epilog.startswith(f"example: fastgrpo {{name}}"), name
 assert "torch" not in sys.modules, "a help text imports torch"
 """
 

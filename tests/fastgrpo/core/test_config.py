@@ -209,3 +209,13 @@ def test_what_comes_with_the_package_is_recorded_by_its_name(tmp_path: Path) -> 
         UserError, match=r"model\.path=builtin:tiny: nothing .*; use one of .*video"
     ):
         config.load(RECIPE, ["model.path=builtin:tiny"])
+
+
+def test_the_keys_of_one_section_come_with_their_values() -> None:
+    text = config.describe("optimizer")
+    assert "[optimizer]" in text and "[run]" not in text
+    assert "Values: constant, linear or cosine." in text
+    assert "Values: a whole number at least 0." in text
+    assert "Values: process or server." in config.describe("rewards")
+    with pytest.raises(UserError, match=r"SECTION=optimiser: no such section; use one of run, mod"):
+        config.describe("optimiser")
