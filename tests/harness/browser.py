@@ -74,12 +74,19 @@ class Tab:
         return answer["result"].get("value")
 
     def wait(self, code: str) -> Any:
-        """The value of an expression once it is true."""
+        """The value of an expression once it is true; a page that is loading may not know it yet."""
         deadline = time.monotonic() + PATIENCE_S
-        while not (value := self.run(code)):
-            assert time.monotonic() < deadline, f"never true: {code}"
+        while True:
+            try:
+                value = self.run(code)
+            except AssertionError as error:
+                value, problem = None, str(error)
+            else:
+                problem = "it is false"
+            if value:
+                return value
+            assert time.monotonic() < deadline, f"never true: {code}: {problem}"
             time.sleep(0.02)
-        return value
 
     def open(self, url: str) -> None:
         """Load a page, or load it again."""

@@ -61,6 +61,7 @@ def run(tmp_path: Path) -> Path:
 def watched(run: Path) -> Iterator[str]:
     """The address of a page that is served, without the token."""
     listener = bound("127.0.0.1", 0)
+    listener.listen()
     port = listener.getsockname()[1]
     served = server.server(server.make_app(run, TOKEN, port))
     thread = threading.Thread(target=served.run, kwargs={"sockets": [listener]})

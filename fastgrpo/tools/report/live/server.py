@@ -178,6 +178,7 @@ def watch(run_dir: Path, host: str, port: int, token: str) -> None:
         taken = listener.getsockname()[1]
         named = socket.gethostname() if host in ("0.0.0.0", "::") else host
         address = f"http://{f'[{named}]' if ':' in named else named}:{taken}/?token={quote(token)}"
+        listener.listen()  # who opens the address at once waits, and is not refused
         print(f"watching {run_dir}: {address}", flush=True)
         server(make_app(run_dir, token, taken)).run(sockets=[listener])
 
