@@ -94,7 +94,7 @@ setup(
     package_data={
         "fastgrpo": ["py.typed"],
         "fastgrpo.data": ["*.txt", "geneval/*", "tiny_hunyuan_video/**"],
-        "fastgrpo.launch": ["*.toml", "*.sh"],
+        "fastgrpo.launch": ["*.toml", "*.sh", "one_*/*.toml"],
     },
     include_package_data=False,
     install_requires=[

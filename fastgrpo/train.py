@@ -42,7 +42,7 @@ from fastgrpo.training.method import Experience
 from fastgrpo.training.rollout import Dealing, Plan
 from fastgrpo.training.scoring.differentiable import InProcessJudge
 from fastgrpo.training.scoring.drawing import Rollouts
-from fastgrpo.training.scoring.scorer import reward_metrics
+from fastgrpo.training.scoring.scorer import Scored, reward_metrics
 from fastgrpo.training.scoring.scouts import Scouted, candidates, scout
 from fastgrpo.training.scoring.sources import NoScores
 from fastgrpo.training.scoring.validity import check_validity

@@ -224,16 +224,20 @@ class Flux:
 
     def frames(self, x: Tensor, condition: Condition) -> Tensor:
         """Latents [B, C, F, H, W] float32 to the VAE's frames [B, 3, F, H, W], about -1 to 1."""
-        vae: Any = self.vae
-        vae.use_tiling = max(x.shape[-2:]) > TILED_ABOVE
-        latents = (x / vae.config.scaling_factor + vae.config.shift_factor).squeeze(2).to(vae.dtype)
-        frames: Tensor = vae.decode(latents).sample.unsqueeze(2)
-        return frames
+        return frames_of(self.vae, x)
 
     def decode(self, x: Tensor, condition: Condition) -> Decoded:
         """Latents [B, C, F, H, W] float32 to pixels, uint8 [B, F, H, W, 3]."""
         at_once = self.decode_batch or diffusers_folder.images_at_once(self.vae, x)
         return diffusers_folder.decode(self.frames, x, condition, at_once)
+
+
+def frames_of(vae: Any, x: Tensor) -> Tensor:
+    """Latents [B, C, 1, H, W] to the frames [B, 3, 1, H, W] of an AutoencoderKL with a shift."""
+    vae.use_tiling = max(x.shape[-2:]) > TILED_ABOVE
+    latents = (x / vae.config.scaling_factor + vae.config.shift_factor).squeeze(2).to(vae.dtype)
+    frames: Tensor = vae.decode(latents).sample.unsqueeze(2)
+    return frames
 
 
 def pack(x: Tensor) -> Tensor:

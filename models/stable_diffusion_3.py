@@ -171,10 +171,14 @@ class StableDiffusion3:
     transition = staticmethod(transitions.sde_transition)
     clean_estimate = staticmethod(transitions.clean_estimate)
 
-    @torch.no_grad()
+    def frames(self, x: Tensor, condition: Condition) -> Tensor:
+        """Latents [B, C, 1, H, W] float32 to the VAE's frames [B, 3, 1, H, W], about -1 to 1."""
+        return flux.frames_of(self.vae, x)
+
     def decode(self, x: Tensor, condition: Condition) -> Decoded:
         """Latents [B, C, 1, H, W] float32 to pixels, uint8 [B, 1, H, W, 3]."""
-        return flux.decode(self.vae, x, self.decode_batch)
+        at_once = self.decode_batch or diffusers_folder.images_at_once(self.vae, x)
+        return diffusers_folder.decode(self.frames, x, condition, at_once)
 
 
 @contextmanager

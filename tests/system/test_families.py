@@ -83,8 +83,12 @@ def trained(name: str, folder: Path, *overrides: str) -> list[dict[str, Any]]:
     """The metrics of two iterations on two ranks by a launch file with a tiny folder."""
     importlib.import_module(f"tests.harness.folders.{LAUNCH[name][0]}").write(folder / "model")
     settings = arguments(name, folder / "model", folder / "run", with_images(folder))
-    free = ("rollout.shared_noise=false", "optimizer.updates_per_iteration=1")
-    free += ("rollout.sampler=dance", "objective.kl_weight=0.0")
+    free = (
+        "rollout.shared_noise=false",
+        "optimizer.updates_per_iteration=1",
+        "rollout.sampler=dance",
+        "objective.kl_weight=0.0",
+    )
     file = str(ROOT / "launch" / f"{name}.sh")
     result = forks.run(file, [*settings, *free, *overrides], ranks=2)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]

@@ -59,9 +59,9 @@ def test_pixels_become_the_latents_from_which_frames_come() -> None:
     frames = clips.to(tiny.device()).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     with torch.no_grad():
         expected = vae.decode(vae.encode(frames).latent_dist.mode()).sample
-        torch.testing.assert_close(policy.frames(latents), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(policy.frames(latents, {}), expected, atol=1e-5, rtol=1e-5)
     assert latents.dtype == torch.float32
-    off = (policy.decode(latents).pixels.cpu().float() - clips.float()).abs().mean()
+    off = (policy.decode(latents, {}).pixels.cpu().float() - clips.float()).abs().mean()
     assert off < 12  # of 255: what the tiny VAE loses
 
 

@@ -63,7 +63,7 @@ def lines(name: str, entry: Entry, options: Options, fleet: Fleet) -> list[str]:
     found += _block("the paper says", entry.stated)
     found += _block("runs", [line for one in planned for line in _run_lines(one, options)])
     hours = [one.plan.gpu_hours for one in planned if one.plan is not None]
-    if planned:
+    if planned and entry.output != "settings":
         left = len(planned) - len(hours)
         more = f", and {left} without a plan" if left else ""
         found.append(

@@ -24,7 +24,7 @@ def test_decoding_costs_what_the_published_decoder_does(name: str) -> None:
     planned = decoders.planned(name)
     assert planned.decode_flops == pytest.approx(flops, rel=0.03)
     assert planned.decode_bytes == pytest.approx(held, rel=0.01)
-    assert planned.graph_bytes == pytest.approx(decoders.graph_per_pixel(family), rel=0.01)
+    assert planned.graph_bytes == pytest.approx(decoders.graph_per_pixel(name), rel=0.01)
 
 
 def test_overlapping_tiles_are_counted_once_each() -> None:
