@@ -186,7 +186,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--rounds",
         type=int,
         default=16,
-        help="iterations that are timed; 0: the seconds are the runs' own (default: %(default)s)",
+        help="iterations that are timed; 0: the runs' own seconds, not drawn (default: %(default)s)",
     )
     add(
         "--only",
@@ -259,9 +259,10 @@ def main() -> None:
         [at_evaluations(one, axis) for axis in spent(one, each)]
         for one, each in zip(trained, hours, strict=True)
     ]
-    pictures.over_costs(
-        trained, PARTS, dict(zip(AXES, zip(*curves, strict=True), strict=True)), arguments.picture
-    )
+    costs = dict(zip(AXES, zip(*curves, strict=True), strict=True))
+    if not arguments.rounds:
+        del costs[AXES[0]]  # seconds of runs at different times do not compare
+    pictures.over_costs(trained, PARTS, costs, arguments.picture)
     print(table(trained, hours, arguments.goal))
     print(
         f"{date.today()}, {os.cpu_count()} cores of {platform.machine()}, {arguments.seeds} seeds "
