@@ -86,15 +86,26 @@ def at_evaluations(one: Trained, values: Array) -> Array:
     return found
 
 
-def reach(one: Trained, values: Array, full: Trained, total: float) -> Reached:
-    """What one recipe had spent when it had the reward at which another one ended.
+def goal_of(full: Trained, given: float | None) -> tuple[float, Array]:
+    """The held-out reward to be reached, and in every draw of prompts and seeds, [RESAMPLES].
 
-    values: what was spent, [iterations];  total: by the other one in all
+    given: a reward that is the same in all draws; None: that at which the recipe ended
     """
-    axis = at_evaluations(one, values)
-    reward, goal = (trained.heldout_curve(PARTS) for trained in (one, full))
-    found = float(reached(axis, reward.mean(), np.asarray(goal.mean()[-1])))
-    draws = reached(axis, reward.resampled(), goal.resampled()[:, -1]) / total
+    curve = full.heldout_curve(PARTS)
+    draws = curve.resampled()[:, -1]
+    if given is not None:
+        return given, np.full_like(draws, given)
+    return float(curve.mean()[-1]), draws
+
+
+def reach(one: Trained, values: Array, goal: tuple[float, Array], total: float) -> Reached:
+    """What one recipe had spent when it had the reward of `goal_of`.
+
+    values: what was spent, [iterations];  total: by the full recipe in all
+    """
+    axis, reward = at_evaluations(one, values), one.heldout_curve(PARTS)
+    found = float(reached(axis, reward.mean(), np.asarray(goal[0])))
+    draws = reached(axis, reward.resampled(), goal[1]) / total
     low, high = np.percentile(draws, LIMITS, method="inverted_cdf")
     return Reached(found, share=found / total, low=float(low), high=float(high))
 
@@ -126,15 +137,15 @@ def paces(
         ]
 
 
-def table(trained: Sequence[Trained], hours: Sequence[float]) -> str:
-    """Markdown: one row per recipe; the first one's end is everyone's goal.
+def table(trained: Sequence[Trained], hours: Sequence[float], given: float | None = None) -> str:
+    """Markdown: one row per recipe; the first one's end is everyone's goal, or the reward given.
 
     hours: on 64 H800, for an iteration of each
     """
-    full, totals = trained[0], [values[-1] for values in spent(trained[0], hours[0])]
-    goal = full.heldout_curve(PARTS).mean()[-1]
+    totals = [values[-1] for values in spent(trained[0], hours[0])]
+    goal = goal_of(trained[0], given)
     head = ["recipe", "iterations", "seconds each", "held-out gain", "95 % interval"]
-    head += [f"{axis} to {goal:.3f}" for axis in (*AXES[:2], "H800-hours")]
+    head += [f"{axis} to {goal[0]:.3f}" for axis in (*AXES[:2], "H800-hours")]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for one, of_iteration in zip(trained, hours, strict=True):
         gain, axes = one.gain(PARTS), spent(one, of_iteration)
@@ -144,7 +155,7 @@ def table(trained: Sequence[Trained], hours: Sequence[float]) -> str:
         else:
             cells += [f"{gain.difference:+.3f}", f"{gain.low:+.3f} .. {gain.high:+.3f}"]
             for values, total, times in zip(axes, totals, (1, 1, full_size.GPUS), strict=True):
-                found = reach(one, values, full, total)
+                found = reach(one, values, goal, total)
                 cells.append(str(replace(found, spent=found.spent * times)))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -175,7 +186,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--rounds",
         type=int,
         default=16,
-        help="iterations that are timed; 0: the seconds are the runs' own (default: %(default)s)",
+        help="iterations that are timed; 0: the runs' own seconds, not drawn (default: %(default)s)",
     )
     add(
         "--only",
@@ -193,6 +204,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="other switches of the recipe of that name; may be repeated",
     )
     add("--common", nargs="+", default=(), metavar="KEY=VALUE", help="overrides of all recipes")
+    add("--goal", type=float, help="a held-out reward to reach in place of the first one's last")
     add("--prices", action="store_true", help="print what the plan says of them, and train nothing")
     add(
         "--folder",
@@ -247,10 +259,11 @@ def main() -> None:
         [at_evaluations(one, axis) for axis in spent(one, each)]
         for one, each in zip(trained, hours, strict=True)
     ]
-    pictures.over_costs(
-        trained, PARTS, dict(zip(AXES, zip(*curves, strict=True), strict=True)), arguments.picture
-    )
-    print(table(trained, hours))
+    costs = dict(zip(AXES, zip(*curves, strict=True), strict=True))
+    if not arguments.rounds:
+        del costs[AXES[0]]  # seconds of runs at different times do not compare
+    pictures.over_costs(trained, PARTS, costs, arguments.picture)
+    print(table(trained, hours, arguments.goal))
     print(
         f"{date.today()}, {os.cpu_count()} cores of {platform.machine()}, {arguments.seeds} seeds "
         f"from {arguments.first_seed}, {how}; load before {load:.1f}"

@@ -202,6 +202,8 @@ def test_a_table_has_every_axis_of_a_shorter_run(tmp_path: Path) -> None:
     assert lines[3].endswith("| 2, 8% (8% .. 8%) | 28, 25% (25% .. 25%) | 256, 25% (25% .. 25%) |")
     lines = learning_curves.table(trained[::-1], [2.0, 2.0]).splitlines()
     assert lines[3].count("| never ") == 3
+    lines = learning_curves.table(trained, [2.0, 2.0], given=1.5).splitlines()
+    assert "| 12, 50% (50% .. 50%) |" in lines[2] and "| 1, 4% (4% .. 4%) |" in lines[3]
     costs: dict[str, list[Array]] = {
         axis: [np.arange(3.0), np.arange(2.0)] for axis in learning_curves.AXES
     }
