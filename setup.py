@@ -23,6 +23,7 @@ PACKAGES = {
     "fastgrpo.parallel": "fastgrpo/parallel",
     "fastgrpo.run": "fastgrpo/run",
     "fastgrpo.run.failures": "fastgrpo/run/failures",
+    "fastgrpo.session": "fastgrpo/session",
     "fastgrpo.run.tracking": "fastgrpo/run/tracking",
     "fastgrpo.training": "fastgrpo/training",
     "fastgrpo.training.methods": "fastgrpo/training/methods",

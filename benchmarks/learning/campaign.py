@@ -22,7 +22,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
 from fastgrpo.parallel.world import open_world
 from fastgrpo.run.tracker import Row
-from fastgrpo.session import claim, open_session
+from fastgrpo.session import claim, held_out, open_session
 from fastgrpo.tools.plan.workload import network_calls
 from fastgrpo.tools.report.run_data import Evaluation, Run, read_run
 from fastgrpo.training import methods
@@ -225,7 +225,7 @@ def _train(recipe: Recipe, every: int) -> float:
         def save_and_evaluate(trainer: Trainer, progress: Progress, iterations: int) -> str | None:
             problem = save(trainer, progress, iterations)
             if every and progress.iteration % every == 0 and progress.iteration < iterations:
-                train.evaluate_now(session)
+                held_out.evaluate_now(session)
             return problem
 
         session.checkpoints.save_if_due = save_and_evaluate  # type: ignore[method-assign]

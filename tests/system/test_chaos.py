@@ -426,7 +426,7 @@ PHASES = {
     "reward": "fastgrpo.training.scoring.scorer:Scorer.collect",
     "update": "fastgrpo.train:update",
     "save": "fastgrpo.checkpoint.checkpoints:Checkpoints.save",
-    "evaluate": "fastgrpo.train:evaluate",
+    "evaluate": "fastgrpo.session.held_out:evaluate",
 }
 
 

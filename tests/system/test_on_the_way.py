@@ -14,7 +14,7 @@ from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import Hacked
 from fastgrpo.run.stopping import Stopped
-from fastgrpo.session import Session
+from fastgrpo.session import Session, held_out
 from fastgrpo.training.evaluation import Evaluation
 from fastgrpo.training.evaluation.course import read_alarms
 from tests.harness import runs
@@ -83,7 +83,7 @@ def test_a_stopped_run_has_each_evaluation_once(
 ) -> None:
     """Stopped during the evaluation after two iterations, and after it, before the checkpoint."""
     made: list[int] = []
-    real = train.evaluate_now
+    real = held_out.evaluate_now
 
     def evaluate(session: Session) -> Evaluation:
         iteration = session.progress.iteration
@@ -96,7 +96,8 @@ def test_a_stopped_run_has_each_evaluation_once(
             raise Stopped
         return evaluation
 
-    monkeypatch.setattr(train, "evaluate_now", evaluate)
+    for module in (held_out, train):
+        monkeypatch.setattr(module, "evaluate_now", evaluate)
     assert train.train(recipe(tmp_path / "run", *ON_THE_WAY)) is None
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-2\n"
     assert train.train(recipe(tmp_path / "run", *ON_THE_WAY)) is not None
@@ -110,7 +111,7 @@ def test_a_stopped_run_has_each_evaluation_once(
 def hacked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The evaluation after four iterations finds a hacked reward.  yields the iterations of all"""
     made: list[int] = []
-    real = train.evaluate_now
+    real = held_out.evaluate_now
 
     def evaluate(session: Session) -> Evaluation:
         evaluation = real(session)
@@ -121,7 +122,8 @@ def hacked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         evaluation.write(session.recipe.run.dir / f"evaluation/step-{evaluation.iteration}.json")
         return evaluation
 
-    monkeypatch.setattr(train, "evaluate_now", evaluate)
+    for module in (held_out, train):
+        monkeypatch.setattr(module, "evaluate_now", evaluate)
     yield made
 
 
