@@ -36,7 +36,7 @@ WITHOUT_NOISE = {
 """Methods of samples that are noised again, with keys that they want."""
 OF_FAMILIES = {"hunyuan_video": "t2v_hunyuan", "skyreels_i2v": "i2v_skyreels"}
 OF_FAMILIES |= {"flux": "t2i_flux", "wan": "t2v_wan", "wan_i2v": "i2v_wan22"}
-OF_FAMILIES["stable_diffusion_3"] = "t2i_sd3"
+OF_FAMILIES |= {"stable_diffusion_3": "t2i_sd3", "qwen_image": "t2i_qwen"}
 """A launch file of every family of rectified flows."""
 
 
@@ -59,8 +59,12 @@ def trained(name: str, folder: Path, *overrides: str) -> list[dict[str, Any]]:
     """The metrics of two iterations on two ranks by a launch file with a tiny folder."""
     importlib.import_module(f"tests.harness.folders.{LAUNCH[name][0]}").write(folder / "model")
     settings = arguments(name, folder / "model", folder / "run", with_images(folder))
-    free = ("rollout.shared_noise=false", "optimizer.updates_per_iteration=1")
-    free += ("rollout.sampler=dance", "objective.kl_weight=0.0")
+    free = [
+        "rollout.shared_noise=false",
+        "rollout.sampler=dance",
+        "objective.kl_weight=0.0",
+        "optimizer.updates_per_iteration=1",
+    ]
     file = str(ROOT / "launch" / f"{name}.sh")
     result = forks.run(file, [*settings, *free, *overrides], ranks=2)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
