@@ -13,22 +13,31 @@
 # torchrun, bash or sbatch FILE [section.key=value ...]; bash reads this half, Python the other.
 # slurm runs a copy of FILE, so scontrol must tell where it lies.
 file=$(realpath "${BASH_SOURCE[0]}")
-[[ -f ${file%/*}/_run.sh || -z ${SLURM_JOB_ID:-} ]] ||
+[[ -f ${file%.sh}.toml || -z ${SLURM_JOB_ID:-} ]] ||
     file=$(scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *Command=//p")
 file=${file% "$*"}
-if [[ ! -f ${file%/*}/_run.sh ]]; then
-    echo "fastgrpo: $0: runs in launch/ alone; put it there, or use fastgrpo train RECIPE." >&2
-    exit 2
+run=${file%/*}/_run.sh
+if [[ ! -f $run ]]; then # outside a checkout: what is installed
+    export FASTGRPO_PYTHON=${FASTGRPO_PYTHON:-python3}
+    if ! run=$("$FASTGRPO_PYTHON" -c "import fastgrpo.launch as it; print(*it.__path__)" 2>/dev/null)/_run.sh; then
+        echo "fastgrpo: FASTGRPO_PYTHON=$FASTGRPO_PYTHON: no fastgrpo there; activate its environment, or name its python." >&2
+        exit 2
+    fi
 fi
-exec bash "${file%/*}/_run.sh" "$file" "$@"
+exec bash "$run" "$file" "$@"
 : <<'pass'
 '''
 if __name__ == "__main__":
     import sys
+    from importlib.util import find_spec
     from pathlib import Path
 
     recipe = Path(__file__).resolve().with_suffix(".toml")
-    sys.path.insert(0, str(recipe.parent.parent))
+    if recipe.with_name("_run.sh").exists():  # in a checkout
+        sys.path.insert(0, str(recipe.parent.parent))
+    if find_spec("fastgrpo") is None:
+        print(f"fastgrpo: python={sys.executable}: no fastgrpo there; activate its environment.", file=sys.stderr)
+        sys.exit(2)
     from fastgrpo.cli.launch import main
 
     sys.exit(main(recipe, sys.argv[1:]))

@@ -38,7 +38,7 @@ ONE = {
 # the smallest latent and text; what is added to the text
 VIDEO, TEXT = (
     ((16, 16, 64, 64), 256),
-    4096,
+    2048,  # within Qwen-Image's rotary tables
 )
 IMAGE = ((16, 1, 128, 128), 512)
 KINDS: tuple[
@@ -82,7 +82,9 @@ MMDIT = published("stable_diffusion_3") | {
     "caption_projection_dim": WIDTH,
     "dual_attention_layers": (0,),
 }
+QWEN = published("qwen_image") | {"num_attention_heads": HEADS, "num_layers": 2}
 KINDS += (
+    ("qwen_image", QWEN, 0, "block", IMAGE),
     ("stable_diffusion_3", MMDIT, 0, "two", IMAGE),
     ("stable_diffusion_3", MMDIT, 1, "one", IMAGE),
 )

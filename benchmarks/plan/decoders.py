@@ -11,7 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo, AutoencoderKLWan
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -65,6 +70,7 @@ DECODERS: dict[
     "hunyuan_video": (_hunyuan, (17, 256, 256)),
     "flux": (lambda: _image(16, quantised=False), (1, 720, 720)),
     "wan": (AutoencoderKLWan, (9, 480, 832)),
+    "qwen_image": (AutoencoderKLQwenImage, (1, 512, 512)),
     "wan ti2v-5b": (_wan_2_2, (9, 480, 832)),
     "stable_diffusion": (lambda: _image(4, quantised=True), (1, 512, 512)),
 }
@@ -114,7 +120,7 @@ def costs(name: str, size: Pixels) -> tuple[float, float]:
         for parameter in vae.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
         z = torch.zeros(1, *latent, dtype=torch.bfloat16)
-        z = z.squeeze(2) if facts.time == 1 else z
+        z = z.squeeze(2) if isinstance(vae, AutoencoderKL) else z
         with counting_flops() as flops:
             vae.decode(z)
         with Held() as held:  # a pass of its own, as in a simulation

@@ -12,9 +12,9 @@ from fastgrpo.models.attention import joint
 from fastgrpo.parallel.sequence_parallel import Layout
 
 
-class TrimmedAttention(HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]
-    """diffusers' attention to the text's own tokens in place of a mask, which would rule flash
-    attention out.
+class ByBranch:
+    """A processor that lets guidance's two branches attend to texts of two lengths, each to its
+    own.
     """
 
     def __init__(self) -> None:
@@ -22,6 +22,28 @@ class TrimmedAttention(HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]
         # Of the texts of guidance's two branches; empty where all of a batch are of one length. Set
         # before each forward; a checkpointed block runs again before the next one.
         self.lengths: tuple[int, ...] = ()
+
+    def by_branch(
+        self, attend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], video: Tensor, text: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`attend`, or, where texts are padded, each branch by itself without the padding, for
+        which zeros come out.
+
+        attend: (video, text) -> likewise;  video: [B, n, D];  text: [B, L, D], both branches' rows
+        one after the other
+        """
+        if not self.lengths:
+            return attend(video, text)
+        branches = zip(video.chunk(2), text.chunk(2), self.lengths, strict=True)
+        done = [attend(video, text[:, :length]) for video, text, length in branches]
+        texts = [pad(text, (0, 0, 0, max(self.lengths) - text.shape[1])) for _, text in done]
+        return torch.cat([video for video, _ in done]), torch.cat(texts)
+
+
+class TrimmedAttention(ByBranch, HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]
+    """diffusers' attention to the text's own tokens in place of a mask, which would rule flash
+    attention out.
+    """
 
     def __call__(
         self,
@@ -41,22 +63,6 @@ class TrimmedAttention(HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]
             hidden_states,
             encoder_hidden_states,
         )
-
-    def by_branch(
-        self, attend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], video: Tensor, text: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`attend`, or, where texts are padded, each branch by itself without the padding, for
-        which zeros come out.
-
-        attend: (video, text) -> likewise;  video: [B, n, D];  text: [B, L, D], both branches' rows
-        one after the other
-        """
-        if not self.lengths:
-            return attend(video, text)
-        branches = zip(video.chunk(2), text.chunk(2), self.lengths, strict=True)
-        done = [attend(video, text[:, :length]) for video, text, length in branches]
-        texts = [pad(text, (0, 0, 0, max(self.lengths) - text.shape[1])) for _, text in done]
-        return torch.cat([video for video, _ in done]), torch.cat(texts)
 
 
 class SharedAttention:

@@ -94,7 +94,13 @@ def target_layers(network: nn.Module, settings: Lora) -> list[str]:
 
     Raises UserError for a target that names none.
     """
-    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    # what a family froze depends on nothing that is trained; a network may be frozen as a whole
+    some = any(parameter.requires_grad for parameter in network.parameters())
+    linear = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and (module.weight.requires_grad or not some)
+    ]
     layers: dict[str, None] = {}
     for target in settings.targets or ATTENTION:
         named = [name for name in linear if f".{name}".endswith(f".{target}")]

@@ -184,7 +184,9 @@ def assert_checkpointing_changes_memory_alone(
     for one, other in zip(
         plain.network.parameters(), recomputing.network.parameters(), strict=True
     ):
-        assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad)
+        assert (one.grad is None) == (other.grad is None)  # what no image token sees has none
+        if one.grad is not None and other.grad is not None:
+            assert torch.equal(one.grad, other.grad)
 
 
 def assert_nothing_waits_for_the_device(

@@ -42,6 +42,13 @@ class InCall:
     count: int = 1
     delay_s: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Raise AttributeError here where there is no such function: in a rank it would end the
+        rank, as the kill does.
+        """
+        owner, name = _owner(self.function)
+        getattr(owner, name)
+
 
 def lay_mine(moment: InFile | InCall, whose: int, rank: int) -> None:
     """Have the process kill itself by SIGKILL at that moment, if it is the rank that is meant."""

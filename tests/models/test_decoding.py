@@ -13,7 +13,7 @@ from fastgrpo.models import known
 from fastgrpo.models.loading import policies
 from fastgrpo.models.loading.diffusers_folder import to_pixels
 
-IMAGES = ("flux", "stable_diffusion", "stable_diffusion_3")
+IMAGES = ("flux", "qwen_image", "stable_diffusion", "stable_diffusion_3")
 VIDEOS = ("hunyuan_video", "skyreels_i2v", "wan", "wan_i2v")
 
 

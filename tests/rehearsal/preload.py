@@ -18,12 +18,14 @@ from diffusers import (  # noqa: F401
     AutoencoderKLWan,
     FluxTransformer2DModel,
     HunyuanVideoTransformer3DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
 )
 
 import fastgrpo.models.flux
+import fastgrpo.models.qwen_image
 import fastgrpo.models.skyreels_i2v
 import fastgrpo.models.stable_diffusion
 import fastgrpo.models.stable_diffusion_3
@@ -40,6 +42,7 @@ for _name in (
     "CLIPTextModel",
     "CLIPTextModelWithProjection",
     "LlamaModel",
+    "Qwen2_5_VLForConditionalGeneration",
     "T5EncoderModel",
     "UMT5EncoderModel",
 ):

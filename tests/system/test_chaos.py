@@ -36,7 +36,7 @@ RUN = (
     "checkpoint.every=2",
 )
 ROLLOUT, UPDATE, SAVE, LOAD = (
-    "fastgrpo.train:draw",
+    "fastgrpo.training.scoring.drawing:Rollouts.draw",
     "fastgrpo.train:update",
     "fastgrpo.checkpoint.checkpoints:Checkpoints.save",
     "fastgrpo.checkpoint.checkpoints:Checkpoints.load",

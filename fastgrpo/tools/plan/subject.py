@@ -191,6 +191,7 @@ def auxiliary_models(
         return published
     config = read_json(found, "model.path", "download that folder again")
     widths = config.get("block_out_channels") or [config.get("base_dim", published.vae_width)]
+    halvings = len(config.get("temperal_downsample") or widths[1:])
     space = config.get("spatial_compression_ratio") or config.get("scale_factor_spatial")
     time = (
         config.get("temporal_compression_ratio")
@@ -206,7 +207,7 @@ def auxiliary_models(
         )
     return replace(
         published,
-        space=space or (2 ** (len(widths) - 1) if published.time == 1 else published.space),
+        space=space or (2**halvings if published.time == 1 else published.space),
         time=time,
         channels=channels,
         encoders=published.encoders * scale**2,

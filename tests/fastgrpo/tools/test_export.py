@@ -281,7 +281,16 @@ def test_the_model_is_never_whole_in_memory(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "family", ["flux", "skyreels_i2v", "stable_diffusion", "stable_diffusion_3", "wan", "wan_i2v"]
+    "family",
+    [
+        "flux",
+        "qwen_image",
+        "skyreels_i2v",
+        "stable_diffusion",
+        "stable_diffusion_3",
+        "wan",
+        "wan_i2v",
+    ],
 )
 def test_every_familys_export_is_its_pipeline(family: str, tmp_path: Path) -> None:
     importlib.import_module(f"tests.harness.folders.{family}").write(tmp_path / "base")

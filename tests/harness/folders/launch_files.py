@@ -23,6 +23,8 @@ LAUNCH = {
     "i2v_wan22_lora": ("wan_i2v", 5),
     "t2i_sd3": ("stable_diffusion_3", 1),
     "t2i_sd3_lora": ("stable_diffusion_3", 1),
+    "t2i_qwen": ("qwen_image", 1),
+    "t2i_qwen_lora": ("qwen_image", 1),
 }
 """By a launch file's name: its tiny folder, by the family that alone reads it, and a clip's frames.
 """

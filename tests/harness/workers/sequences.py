@@ -24,6 +24,7 @@ SIZES = {
     "hunyuan_video": (5, 40, 24),
     "skyreels_i2v": (5, 40, 24),
     "flux": (1, 36, 28),
+    "qwen_image": (1, 40, 24),  # 5 x 3 tokens
     "stable_diffusion_3": (1, 36, 28),  # 9 x 7 tokens
     "wan": (5, 40, 24),
     "wan_i2v": (9, 48, 16),  # 9 tokens, of which 3 have time 0
