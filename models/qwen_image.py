@@ -74,6 +74,7 @@ AUXILIARY = AuxiliaryModels(
     vae_width=96,
     decode_flops=10.8e6,
     decode_bytes=3462,
+    graph_bytes=14743,
 )
 TILED_ABOVE = 2048  # pixels of height or width: then the VAE decodes in tiles, to bound its memory
 UNSEEN = ("attn.to_add_out.", "txt_mlp.")

@@ -100,6 +100,7 @@ AUXILIARY_5B = replace(
     vae_width=160,
     decode_flops=18.4e6,
     decode_bytes=2703,
+    graph_bytes=8510,
 )
 TILED_ABOVE = 1280  # pixels of height or width: then the VAE decodes in tiles, to bound its memory
 

@@ -143,7 +143,7 @@ def graph_per_pixel(name: str) -> float:
             parameter.data = parameter.data.to(torch.bfloat16)
         weights = {parameter.untyped_storage() for parameter in vae.parameters()}
         z = torch.zeros(1, facts.channels, *places, dtype=torch.bfloat16)
-        z = (z.squeeze(2) if facts.time == 1 else z).requires_grad_()
+        z = (z.squeeze(2) if isinstance(vae, AutoencoderKL) else z).requires_grad_()
 
         def keep(tensor: Tensor) -> Tensor:
             """Count a saved tensor [...] whose memory is not counted yet and no weight's."""

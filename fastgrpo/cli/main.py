@@ -182,8 +182,8 @@ def console(argv: Sequence[str] | None = None) -> NoReturn:
     is one line and exit code 130.
     """
     ctrl_c, reason = CtrlC(), None
-    output.guard()
     try:
+        output.guard()
         code = main(argv)
         reason = output.refused()
     except SystemExit as end:  # the command line itself is wrong, or --help

@@ -100,11 +100,9 @@ def test_best_of_n_and_kl_run(tmp_path: Path) -> None:
 
 
 def test_a_run_folder_of_another_recipe_is_refused(finished: Path) -> None:
-    line = runs.complaint(finished, [*INSIDE, "optimizer.lr=1e-3", "run.seed=4"])
-    assert (
-        "holds a run of another recipe (optimizer.lr: " in line
-        and "-> 0.001; run.seed: 0 -> 4)" in line
-    )
+    line = runs.complaint(finished, [*INSIDE, "optimizer.eps=1e-7", "run.seed=4"])
+    assert "holds a run of another recipe (optimizer.eps: " in line
+    assert "-> 1e-07; run.seed: 0 -> 4)" in line
     assert "holds a run already" in runs.complaint(finished, [*INSIDE, "run.resume=never"])
 
 

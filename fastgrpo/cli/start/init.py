@@ -34,7 +34,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="t2v_tiny (default), t2v_hunyuan, t2i_flux or another of the recipes that come along",
     )
     add_to("--gpus", type=positive, metavar="N", help="how many GPUs it is to run on")
-    add_to("--gpu", metavar="NAME", help="which: h800, h100, h200, a100-80, a100-40, l40s or 4090")
+    add_to("--gpu", metavar="NAME", help="which, by a name of `fastgrpo plan`")
     add_to(
         "--gpus-per-node",
         type=positive,

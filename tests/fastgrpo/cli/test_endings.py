@@ -20,7 +20,7 @@ from tests.harness import forks, runs
 pytestmark = pytest.mark.slow  # a process for every command and ending
 
 LIMIT_S = 120.0
-ENDLESS = ("serve-rewards",)  # end by a signal alone
+ENDLESS = ("serve-rewards", "watch")  # end by a signal alone
 
 
 def closed(rank: int) -> None:
@@ -88,6 +88,11 @@ def commands(run: Path, scratch: Path) -> dict[str, list[str]]:
         "convert-videoalign": ["--help"],
         "report": [str(run)],
         "status": [str(run)],
+        "watch": [str(run), "--port", "0"],
+        "init": [str(scratch / "begonnen")],
+        "fetch": [str(runs.RECIPE), fresh, "--dry-run"],
+        "study": [str(run), "--pairs", "1", "--out", str(scratch / "paare")],
+        "reproduce": ["table5", "--weights", str(run.parent), "--dry-run"],
     }
 
 
@@ -113,7 +118,16 @@ def end(words: list[str], first: Callable[[int], None], folder: Path) -> tuple[i
 
 
 NAMES = list(commands(Path(), Path(os.devnull).parent / "shm"))
-LONG = ("train", "preflight", "embed", "check-reward", "sample", "evaluate", "serve-rewards")
+LONG = (
+    "train",
+    "preflight",
+    "embed",
+    "check-reward",
+    "sample",
+    "evaluate",
+    "study",
+    "serve-rewards",
+)
 BY_NAME = [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in NAMES]
 
 

@@ -61,6 +61,7 @@ def tree(tmp_path: Path) -> Path:
     (tree / "launch").mkdir()
     for file in (
         "launch/t2v_tiny.sh",
+        "launch/t2v_tiny.toml",
         "launch/_run.sh",
         "launch/_job.sh",
         "fastgrpo/cli/launch.py",

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from fastgrpo.core.errors import Exploded, Sent, Unavailable, UserError, UserErrors
+from fastgrpo.core.errors import Exploded, Hacked, Sent, Unavailable, UserError, UserErrors
 from fastgrpo.core.processes import OneRankError
 from fastgrpo.rewards.serving.client.replicas import Outage
 from fastgrpo.training.scoring.sources import NoScores
@@ -13,6 +13,7 @@ ERRORS = (
     UserError("key=1: wrong; mend it."),
     UserErrors(["one; mend it.", "two; mend it."]),
     Exploded("weights: not finite", drawn=True),
+    Hacked("the reward may be hacked"),
     Unavailable("nobody answers", progress=True),
     Outage("no server for 300 s", "ConnectError"),
     NoScores("too few scores"),

@@ -251,7 +251,7 @@ def big_run(folder: Path) -> int:
     runs.write_manifest(checkpoint)
     recipe = (
         runs.RECIPE.read_text()
-        .replace("../data/tiny_hunyuan_video", str(base))
+        .replace("builtin:tiny_hunyuan_video", str(base))
         .replace("../", f"{ROOT}/")
     )
     (folder / "run" / "recipe.toml").write_text(recipe)
