@@ -102,12 +102,18 @@ def main() -> None:
         *COMMON,
         f"run.iterations={arguments.iterations}",
         f"optimizer.decay_updates={arguments.iterations}",
-        f"evaluate.every={arguments.every}",
         f"checkpoint.every={arguments.every}",
     )
     trained: list[Trained] = []
     for variant, seeds in ((HACKED, arguments.hacked), (HONEST, arguments.honest)):
-        trained += train_all(RECIPE, common, [variant], seeds=seeds, folder=arguments.folder)
+        trained += train_all(
+            RECIPE,
+            common,
+            [variant],
+            seeds=seeds,
+            folder=arguments.folder,
+            every=arguments.every,
+        )
     print(table(trained))
     if arguments.picture is not None and arguments.hacked:
         sheet(trained[0].runs[0], arguments.picture)

@@ -137,7 +137,7 @@ def search(
             switches = (*arm.overrides, f"optimizer.lr={rate:g}", f"run.seed={TUNED_ON}")
             cache = f"prompts.cache={folder / 'embeddings'}"
             recipe = config.load(RECIPE, [*common, *switches, cache, f"run.dir={place}"])
-            failure = ensure(recipe, every=0, tell=print)
+            failure = ensure(recipe, tell=print)
             variant = Variant(place.name, f"{arm.label}, lr {rate:g}", switches)
             trained.append(Trained(variant, [read_run(place)], [failure] if failure else []))
     return trained

@@ -7,26 +7,22 @@ tried again either: that it ended is a result. Remove its folder to repeat a run
 
 import io
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.learning.intervals import Array, Clips, Gain, paired
-from fastgrpo import train
-from fastgrpo.checkpoint.checkpoints import Progress
 from fastgrpo.core import config
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_text
-from fastgrpo.parallel.world import open_world
 from fastgrpo.run.tracker import Row
-from fastgrpo.session import claim, held_out, open_session
 from fastgrpo.tools.plan.workload import network_calls
 from fastgrpo.tools.report.run_data import Evaluation, Run, read_run
+from fastgrpo.train import train
 from fastgrpo.training import methods
-from fastgrpo.training.trainer import Trainer
 
 COMPARED = ("video", "rollout", "objective", "optimizer", "rewards", "evaluate")
 """Sections in which a run's recipe must be the one that is asked for."""
@@ -162,8 +158,7 @@ def train_all(
 ) -> list[Trained]:
     """Every variant of a recipe with every seed, each run in a folder of its own below `folder`.
 
-    every: evaluate the held-out prompts also after each so many iterations; 0 = only before and
-    after
+    every: `evaluate.every`
     Raises UserError where a folder holds another recipe's run, and KeyboardInterrupt where a run
     was asked to stop.
     """
@@ -173,17 +168,16 @@ def train_all(
         for seed in seeds:
             place = folder / f"{variant.name}-{seed}"
             cache = f"prompts.cache={folder / 'embeddings'}"
-            recipe = config.load(
-                file, [*common, *variant.overrides, cache, f"run.seed={seed}", f"run.dir={place}"]
-            )
-            failure = ensure(recipe, every, tell)
+            own = [f"run.seed={seed}", f"run.dir={place}", f"evaluate.every={every}"]
+            recipe = config.load(file, [*common, *variant.overrides, cache, *own])
+            failure = ensure(recipe, tell)
             runs.append(read_run(place))
             failures += [failure] if failure else []
         trained.append(Trained(variant, runs, failures))
     return trained
 
 
-def ensure(recipe: Recipe, every: int, tell: Callable[[str], None]) -> str:
+def ensure(recipe: Recipe, tell: Callable[[str], None]) -> str:
     """Run a recipe unless its folder holds its end.
 
     returns why it failed, in one line; empty where it did not
@@ -202,7 +196,7 @@ def ensure(recipe: Recipe, every: int, tell: Callable[[str], None]) -> str:
     tell(f"{folder.name}: training")
     try:
         with redirect_stdout(io.StringIO()):
-            seconds = _train(recipe, every)
+            seconds = _train(recipe)
     except UserError as error:
         if not (folder / "metrics.jsonl").exists():
             raise  # it never began: a mistake in the recipe
@@ -213,22 +207,9 @@ def ensure(recipe: Recipe, every: int, tell: Callable[[str], None]) -> str:
     return ""
 
 
-def _train(recipe: Recipe, every: int) -> float:
-    """As fastgrpo.train.train, with held-out evaluations on the way.
-
-    returns seconds of all iterations
-    """
-    with open_world(recipe.distributed) as world, ExitStack() as stack:
-        session = open_session(recipe, world, stack, *claim(recipe, world, stack))
-        save = session.checkpoints.save_if_due
-
-        def save_and_evaluate(trainer: Trainer, progress: Progress, iterations: int) -> str | None:
-            problem = save(trainer, progress, iterations)
-            if every and progress.iteration % every == 0 and progress.iteration < iterations:
-                held_out.evaluate_now(session)
-            return problem
-
-        session.checkpoints.save_if_due = save_and_evaluate  # type: ignore[method-assign]
-        if train.run(session) is None:
-            raise KeyboardInterrupt
-        return session.progress.seconds
+def _train(recipe: Recipe) -> float:
+    """Run the recipe to its end.  returns seconds of all iterations"""
+    train(recipe)
+    if not (recipe.run.dir / "summary.json").exists():
+        raise KeyboardInterrupt
+    return sum(row["seconds/total"] for row in read_run(recipe.run.dir).rows)

@@ -116,9 +116,7 @@ def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(tmp_path:
         '{"iteration": 0, "reward/VQ": 0.5, "seconds/total": 2.0}\n'
     )
     told: list[str] = []
-    assert (
-        campaign.ensure(recipe, 0, told.append) == "optimizer.max_skipped=3: too many" and not told
-    )
+    assert campaign.ensure(recipe, told.append) == "optimizer.max_skipped=3: too many" and not told
     failed = Trained(
         Variant("v", "label"), [read_run(tmp_path)], ["optimizer.max_skipped=3: too many"]
     )
@@ -127,7 +125,7 @@ def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(tmp_path:
     )
     other = config.load(RECIPE, [f"run.dir={tmp_path}", "run.iterations=3", "rollout.eta=0.1"])
     with pytest.raises(UserError, match=r"a run of another recipe \(rollout\)"):
-        campaign.ensure(other, 0, told.append)
+        campaign.ensure(other, told.append)
 
 
 def test_the_interval_is_over_seeds_too() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastgrpo.core.config import Recipe
-from fastgrpo.core.policy import Condition, Policy, part_of, stack
+from fastgrpo.core.policy import Condition, Policy, stack
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from fastgrpo.training.scoring.sources import Source
 
@@ -36,12 +36,12 @@ class InProcessJudge:
         group_size = self.recipe.rollout.samples_per_prompt
         prompts = [slot // group_size for slot in slots]
         texts = [self.texts[prompt] for prompt in prompts]
-        condition = stack([self.conditions[prompt] for prompt in prompts])
         at_once = self.recipe.model.decode_batch or len(x_0)
         scores = []
         for start in range(0, len(x_0), at_once):
             part = slice(start, start + at_once)
-            given = x_0[part], part_of(condition, part), texts[part]
+            condition = stack([self.conditions[prompt] for prompt in prompts[part]])
+            given = x_0[part], condition, texts[part]
             scores.append(checkpoint(self._score, *given, use_reentrant=False))
         return torch.cat(scores)
 
