@@ -123,7 +123,7 @@ def ready(policy: Policy, world: World, recipe: Recipe) -> Iterator[tuple[Rollou
     trainer, meter = Trainer.create(policy, recipe.optimizer, None), Meter(world)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Recipe, "weights", property(lambda recipe: {"mean": 1.0}))
-        patch.setattr(type(policy), "decode", lambda policy, x: None)
+        patch.setattr(type(policy), "decode", lambda policy, x, condition: None)
         yield (
             Rollouts(
                 recipe=recipe,
