@@ -478,8 +478,13 @@ def test_the_full_size_network_is_wrapped_block_by_block(
     [
         (
             "",
-            {"_class_name": "WanImageToVideoPipeline"},
+            {"_class_name": "WanVACEPipeline"},
             "not a WanPipeline; correct the path. There are the families",
+        ),
+        (
+            "",
+            {"_class_name": "WanImageToVideoPipeline"},
+            "not a WanPipeline; set model.family=wan_i2v, or correct the path",
         ),
         (
             "",
