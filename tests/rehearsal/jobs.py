@@ -35,6 +35,8 @@ LOOSE = {"t2i_qwen": 1e-3}
 """Tolerances of single jobs: guidance divides by a token's length (4.6e-4 was measured)."""
 
 GB, MORE_GB = 0.0625, {"t2i_sd": 0.25}
+OFTEN = {"t2i_qwen": ("objective.timestep_fraction=0.99",)}
+"""Overrides of recipes whose few trained states would leave an update nothing to evaluate again."""
 """GiB of each device: somewhat more than the largest of the jobs takes."""
 
 FAULTS: dict[str, tuple[str, ...]] = {}
@@ -193,7 +195,7 @@ def rounding() -> list[Job]:
             Job(
                 name=f"rounds_{name}",
                 module=str(ROOT / "launch" / f"{name}.sh"),
-                arguments=(*settings, *unmoved),
+                arguments=(*settings, *unmoved, *OFTEN.get(name, ())),
                 materials=(family, *(["images"] if launch_files.reads_image(name) else [])),
                 gb=MORE_GB.get(name, GB),
                 rounds=True,
