@@ -4,9 +4,11 @@ with the rule. A reward with weights is tried with tiny random ones.
 
 import importlib
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.tools.check import reward_contract
 from fastgrpo.tools.check.reward_contract import RULES, Tried, contract
 from tests.harness import endpoint, servers
+from tests.harness.damaged_requests import damaged, fitting
 from tests.harness.weights import clip
 from tests.harness.weights import hpsv3 as hpsv3_folder
 from tests.harness.weights import videoalign as videoalign_folder
@@ -187,19 +190,32 @@ def test_every_reward_keeps_the_contract(
 
 
 def served(spec: RewardSpec) -> bool:
-    """Whether a server gives a reward's scores, of the frames alone that the reward looks at."""
+    """Whether two replicas give a reward's scores, of the frames alone that the reward looks at:
+    also after damaged requests, and the second where the first has gone.
+    """
     clips, prompts = CLIPS.get(spec.name, lambda: (servers.clips(), servers.CAPTIONS))()
     reward = rewards.load(spec)
-    with (
-        servers.running({spec.name: reward}) as url,
-        RewardClient([url], servers.TOKEN, [spec.name]) as client,
-    ):
-        client.wait_ready(30.0)
+    expected = reward_contract.table(reward(clips, prompts, reward_contract.FPS))
+
+    def right(client: RewardClient) -> bool:
         found = client.score(clips, prompts, reward_contract.FPS)[spec.name]
-    return reward_contract.close(
-        reward_contract.table(found),
-        reward_contract.table(reward(clips, prompts, reward_contract.FPS)),
-    )
+        return reward_contract.close(reward_contract.table(found), expected)
+
+    with ExitStack() as stack:
+        first = stack.enter_context(ExitStack())
+        one = first.enter_context(servers.running({spec.name: reward}))
+        other = stack.enter_context(servers.running({spec.name: reward}))
+        client = stack.enter_context(RewardClient([one, other], servers.TOKEN, [spec.name]))
+        client.wait_ready(30.0)
+        rng = random.Random(spec.name)
+        for _ in range(40):
+            body = damaged(rng, [spec.name])
+            status, fit = servers.post(one, body).status_code, fitting(body, [spec.name])
+            # harmless damage leaves pictures of a few pixels, which a reward may refuse
+            assert status == fit or (status, fit) == (422, 200), (status, fit, body[:200])
+        before = right(client)
+        first.close()
+        return before and right(client)
 
 
 # ---- planted rewards

@@ -19,7 +19,6 @@ from typing import BinaryIO
 
 import httpx
 import pytest
-import torch
 
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.rewards import plain
@@ -28,6 +27,7 @@ from fastgrpo.rewards.serving.client.client import RewardClient
 from fastgrpo.rewards.serving.in_process import ScorerInProcess
 from tests import ROOT
 from tests.harness import endpoint
+from tests.harness.damaged_requests import damaged, fitting
 from tests.harness.servers import CAPTIONS, TOKEN, clips, same
 
 COUNT = 10_000
@@ -103,106 +103,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
     finally:
         child.kill()
         child.wait()
-
-
-# ---- bodies
-
-
-def damaged(rng: random.Random) -> bytes:
-    """A good small body with something done to it."""
-    frames, size = rng.choice(((3, 8), (1, 2), (4, 4)))
-    pixels = [
-        torch.full((frames, size, size, 3), rng.randrange(256), dtype=torch.uint8)
-        for _ in range(rng.randint(1, 3))
-    ]
-    name = rng.choice(NAMES)
-    good = wire.encode_request(pixels, ["a red circle"] * len(pixels), 8.0, [name])
-    (length,) = struct.unpack("<Q", good[:8])
-    text, data = good[8 : 8 + length], good[8 + length :]
-    match rng.randrange(8):
-        case 0:  # truncated
-            return good[: rng.randrange(len(good))]
-        case 1:  # a lying header length
-            return (
-                struct.pack(
-                    "<Q",
-                    rng.choice((0, 1, length - 1, length + 1, 2**31, 2**63, rng.getrandbits(64))),
-                )
-                + good[8:]
-            )
-        case 2:  # bytes flipped in the header
-            changed = bytearray(good)
-            for _ in range(rng.randint(1, 4)):
-                changed[rng.randrange(8 + length)] = rng.randrange(256)
-            return bytes(changed)
-        case 3:  # noise, or another format's magic
-            return rng.choice((b"", b"\x80\x04", b"PK\x03\x04", b"\x93NUMPY")) + rng.randbytes(
-                rng.randrange(200)
-            )
-        case 4:  # numbers out of all measure
-            number = rng.choice(
-                (
-                    "1e999",
-                    "-1",
-                    "9" * rng.choice((18, 19, 400, 5000)),
-                    "NaN",
-                    "Infinity",
-                    "1.5",
-                    "true",
-                )
-            )
-            return header_with(
-                text, data, rng.choice((b"[0,", b'"shape": [', b": [")), number.encode()
-            )
-        case 5:  # other types
-            dtype = rng.choice(("F32", "I64", "BF16", "u8", "U8 ", "", "BOOL", "F8_E4M3"))
-            return framed(text.replace(b'"U8"', json.dumps(dtype).encode(), 1), data)
-        case 6:  # metadata full of what JSON has no place for, or very deep
-            inside = rng.choice(
-                (
-                    "NaN",
-                    "-Infinity",
-                    "[" * 20_000,
-                    '{"a":' * 5_000,
-                    "1" * 6000,
-                    '"\\ud800"',
-                    "null",
-                    "[[]]",
-                )
-            )
-            fps = rng.choice(("NaN", "0", "8", inside[:50]))
-            request = f'{{"prompts": {inside}, "fps": {fps}, "rewards": ["{name}"]}}'
-            return framed(json.dumps({"__metadata__": {"request": request}}).encode(), data)
-        case _:  # frames that are not there
-            at = [rng.randint(-2, 300) for _ in range(rng.randint(0, 5))]
-            asked = {
-                "prompts": ["p"] * len(pixels),
-                "fps": 8.0,
-                "rewards": [name],
-                "frames": [{"of": rng.choice((0, 3, 10**9, -1)), "at": at}] * rng.randint(0, 3),
-            }
-            header = json.loads(text) | {"__metadata__": {"request": json.dumps(asked)}}
-            return framed(json.dumps(header).encode(), data)
-
-
-def framed(header: bytes, data: bytes) -> bytes:
-    return struct.pack("<Q", len(header)) + header + data
-
-
-def header_with(text: bytes, data: bytes, place: bytes, number: bytes) -> bytes:
-    """The header with a number put in at a place."""
-    return framed(text.replace(place, place + number + b",", 1), data)
-
-
-def fitting(body: bytes) -> int:
-    """The status it must get; damage may do no harm, as another letter in a prompt: our reader is
-    the oracle.
-    """
-    try:
-        asked = wire.decode_request(bytearray(body)).rewards
-        return 200 if set(asked) <= set(NAMES) else 422
-    except wire.WireError:
-        return 400
 
 
 def head(length: int | str, token: str = TOKEN, kind: str = wire.CONTENT_TYPE) -> bytes:
@@ -292,8 +192,8 @@ def raw_requests() -> dict[str, tuple[bytes, bytes]]:
 
 def test_ten_thousand_malformed_requests(server: Child) -> None:
     rng = random.Random(0)
-    bodies = [damaged(rng) for _ in range(COUNT)]
-    fits = [fitting(body) for body in bodies]
+    bodies = [damaged(rng, NAMES) for _ in range(COUNT)]
+    fits = [fitting(body, NAMES) for body in bodies]
     assert fits.count(400) > 0.97 * COUNT
     expected = ScorerInProcess([plain("tiny_world"), JUDGE]).score(clips(), CAPTIONS, 8.0)
     with RewardClient([server.url], TOKEN, NAMES) as client:
