@@ -113,6 +113,10 @@ class QwenImage:
         self.negative: Condition | None = None
         self.dtype = settings.torch_dtype
         self.decode_batch = settings.decode_batch
+        self.latent_mean, self.latent_std = (
+            torch.tensor(values, device=next(vae.parameters()).device).reshape(-1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
         self.attention = TrimmedAttention()
         for block in self.blocks:
             block.attn.set_processor(self.attention)  # type: ignore[operator, union-attr]
@@ -168,14 +172,10 @@ class QwenImage:
 
     def frames(self, x: Tensor, condition: Condition) -> Tensor:
         """Latents [B, C, 1, H, W] float32 to the VAE's frames [B, 3, 1, H, W], about -1 to 1."""
-        config = self.vae.config
-        side = max(x.shape[-2:]) * 2 ** len(config.temperal_downsample)
+        side = max(x.shape[-2:]) * 2 ** len(self.vae.config.temperal_downsample)
         self.vae.use_tiling = side > TILED_ABOVE
-        mean, std = (
-            torch.tensor(values, device=x.device).reshape(-1, 1, 1, 1)
-            for values in (config.latents_mean, config.latents_std)
-        )
-        frames: Tensor = self.vae.decode((x * std + mean).to(self.vae.dtype)).sample
+        latents = (x * self.latent_std + self.latent_mean).to(self.vae.dtype)
+        frames: Tensor = self.vae.decode(latents).sample
         return frames
 
     def decode(self, x: Tensor, condition: Condition) -> Decoded:

@@ -19,6 +19,7 @@ RECIPE = str(runs.RECIPE)
 LONG = "n" * 300
 KEYS = (  # of a recipe
     "run.dir",
+    "run.start_from",
     "model.path",
     "model.network",
     "prompts.train",
@@ -68,6 +69,28 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "evaluate --token-file": (
         "evaluate", "EXPORT", "--server", "http://127.0.0.1:1", "--token-file", "PATH",
     ),
+    "evaluate --weights": ("evaluate", "EXPORT", "--benchmark", "geneval", "--weights", "PATH"),
+    "evaluate --geneval-prompts": (
+        "evaluate", "EXPORT", "--benchmark", "geneval", "--geneval-prompts", "PATH",
+    ),
+    "evaluate --hps-prompts": ("evaluate", "EXPORT", "--benchmark", "hps", "--hps-prompts", "PATH"),
+    "reproduce --weights": ("reproduce", "table5", "--weights", "PATH", "--dry-run"),
+    "reproduce --launch": (
+        "reproduce", "table5", "--weights", "MODEL", "--dry-run", "--launch", "PATH",
+    ),
+    "reproduce --recipe": (
+        "reproduce", "table5", "--weights", "MODEL", "--dry-run", "--recipe", "PATH",
+    ),
+    "reproduce --out": (
+        "reproduce", "table5", "--weights", "MODEL", "--recipes-only", "--recipe", RECIPE,
+        "--out", "PATH",
+    ),
+    "study run": ("study", "PATH"),
+    "study --prompts": ("study", "EXPORT", "--prompts", "PATH", "--out", "OUT"),
+    "study --read": ("study", "--read", "PATH"),
+    "init FOLDER": ("init", "PATH"),
+    "fetch recipe": ("fetch", "PATH", "--dry-run"),
+    "watch run": ("watch", "PATH", "--port", "0"),
     "report run": ("report", "PATH"),
     "status run": ("status", "PATH"),
     "serve NAME": ("serve-rewards", "PATH.py"),
@@ -115,8 +138,9 @@ KINDS: dict[str, Callable[[Path], str]] = {
 
 
 FOLDERS = {"run.dir", "model.path", "model.network", "prompts.cache", "--out", "run", "SRC", "DST"}
+FOLDERS |= {"run.start_from", "FOLDER", "--read", "--weights", "--launch", "--hps-prompts"}
 """Paths of which a file is a mistake; of the others a folder is one."""
-MADE = {"run.dir", "prompts.cache", "--out", "DST"}
+MADE = {"run.dir", "prompts.cache", "--out", "DST", "FOLDER"}
 WRITTEN = MADE | {"--json", "--markdown", "--picture", "--ready-file"}
 CAN = 1 << 1 | 1 << 2
 """CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH of linux/capability.h: root's way past permissions."""
@@ -134,6 +158,13 @@ def cases() -> Iterator[tuple[str, str]]:
         ):
             continue
         yield command, kind
+
+
+def test_no_command_is_left_out() -> None:
+    (choices,) = (action.choices for action in cli.parser()._actions if action.dest == "command")
+    assert choices is not None
+    named = {command for command, *_ in COMMANDS.values()}
+    assert set(choices) - named == {"keys"}, "keys takes no path"
 
 
 @pytest.fixture
