@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks.rewards.server import peak_memory
+from fastgrpo.core.reward import PromptText
 from fastgrpo.data.tiny_world import shapes
 from fastgrpo.rewards.serving import wire
 from fastgrpo.rewards.serving.client.client import RewardClient
@@ -45,6 +46,10 @@ ODD: tuple[Any, ...] = (
 
 DROPPED = 0
 """In place of a status: the connection ended without an answer."""
+
+
+ROW = {"text": "OPEN", "tag": "counting", "include": [{"class": "dog", "count": 2}], "at": None}
+"""What the prompts' rows say, a value of each of JSON's kinds."""
 
 
 @dataclass
@@ -73,7 +78,8 @@ def good(rng: random.Random) -> Parts:
         for _ in range(count)
     ]
     names = rng.sample(NAMES, rng.randint(1, 2))
-    body = wire.encode_request(clips, ["a red circle"] * count, 8.0, names)
+    prompt = PromptText("a red circle", ROW)
+    body = wire.encode_request(clips, [prompt] * count, 8.0, names)
     (length,) = struct.unpack("<Q", body[:8])
     header = json.loads(body[8 : 8 + length])
     return Parts(
