@@ -5,7 +5,9 @@ decides otherwise, and is how they find the rehearsed ones (docs/guides/gpu/rehe
 """
 
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +17,7 @@ import pytest
 if TYPE_CHECKING:
     from fastgrpo.parallel.world import World
 
+FREE_GIB = 4  # on the disk of temporary files, where a whole suite has held more than 1 at a time
 RANKS = 4  # of a test at most, each with a GPU of its own
 FOUND = len(list(Path("/dev").glob("nvidia[0-9]*")))
 if os.environ.get("FASTGRPO_TEST_DEVICE", "cuda" if FOUND >= RANKS else "cpu") != "cuda":
@@ -33,6 +36,18 @@ for variable, value in {
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # as a shell without job control starts what runs in the background; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A disk that fills up half-way would fail tests one by one, for reasons that hide it."""
+    free = shutil.disk_usage(tempfile.gettempdir()).free / 2**30
+    if free < FREE_GIB:
+        pytest.exit(
+            f"{tempfile.gettempdir()}: {free:.1f} GiB free and the tests need {FREE_GIB}; remove "
+            "what is old there, or set TMPDIR to another disk.",
+            returncode=2,
+        )
+
 
 LONGEST = (
     "test_chaos",
