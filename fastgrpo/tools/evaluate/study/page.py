@@ -123,17 +123,23 @@ function keep() {
   return storage((kept) => kept.getItem(place())) === text;
 }
 
+const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+
 function clip(name, side) {
   const still = !STUDY.moving;
   const shown = document.createElement(still ? "img" : "video");
   if (!still) Object.assign(shown, { loop: true, muted: true, playsInline: true, preload: "auto" });
   if (STUDY.small) shown.className = "pixelated";
   shown.setAttribute(still ? "alt" : "aria-label", side);
+  // A browser that spares data loads no more than it is made to play, and never says that it could
+  // play all.
+  const signs = still ? ["load"] : calm ? ["canplaythrough", "suspend"] : ["canplaythrough", "playing"];
   const loaded = new Promise((resolve, reject) => {
-    shown.addEventListener(still ? "load" : "canplaythrough", resolve, { once: true });
+    for (const sign of signs) shown.addEventListener(sign, resolve, { once: true });
     shown.addEventListener("error", () => reject(side), { once: true });
   });
   shown.src = `${STUDY.clips}/${name}`;
+  if (!still && !calm) shown.play().catch(() => {});
   const figure = document.createElement("figure");
   const caption = document.createElement("figcaption");
   caption.textContent = side;
@@ -174,12 +180,14 @@ async function show() {
   try {
     await Promise.all(both.map((one) => one.loaded));
   } catch (side) {
+    if (!both[0].figure.isConnected) return;
     at("trouble").textContent =
       `The ${side} one cannot be shown here. Is the folder clips whole? Try another browser.`;
     at("trouble").hidden = false;
     return;
   }
-  if (!matchMedia("(prefers-reduced-motion: reduce)").matches) replay();
+  if (!both[0].figure.isConnected) return;  // a later vote or undo has shown another pair since
+  if (!calm) replay();
   since = performance.now();
   allow(pair);
 }
