@@ -178,7 +178,7 @@ def grown(folder: Path, already: int) -> bool:
     return lines(folder) != already
 
 
-def until(reached: Callable[[], object], what: str, limit_s: float = 120.0) -> None:
+def until(reached: Callable[[], object], what: str, limit_s: float = 300.0) -> None:
     deadline = time.monotonic() + limit_s
     while not reached():
         assert time.monotonic() < deadline, f"{what} after {limit_s:.0f} s"
