@@ -8,6 +8,7 @@ launch/t2v_hunyuan.toml. This file alone says how they are scaled:
   window by what keeps its passes over the grid; one noisy step of each prompt's own stays one
 - samples trained per prompt by 12 / 8, in multiples of the optimizer steps of an iteration; samples
   drawn by 12 / 16, and as many as are trained at least; scouts keep their ratio to those drawn
+- prompts per iteration by 32 / 10
 - optimizer steps per iteration by 4 / 1, the learning rate by 1e-5 / 2.5e-4
 - a run of the demo's length by its 76 iterations stands for t2v_hunyuan's 300
 - the moving average's decay is copied where the method asks for the average, else left out
@@ -55,6 +56,8 @@ def recipe_of(demo: Recipe) -> Recipe:
     drawn, trained, scouts = _samples(demo, usual, full, updates)
     changed["rollout"] |= {"samples_per_prompt": drawn, "scouts": scouts}
     changed["objective"]["best_of_n"] = trained if trained < drawn else None
+    prompts = full.prompts.per_iteration / usual.prompts.per_iteration
+    changed["prompts"] = {"per_iteration": round(demo.prompts.per_iteration * prompts)}
     iterations = demo.run.iterations * full.run.iterations / usual.run.iterations
     changed["run"] = {"iterations": max(1, round(iterations))}
     tree = full.model_dump()

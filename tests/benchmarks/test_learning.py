@@ -241,6 +241,7 @@ def test_switches_are_scaled_to_the_full_size() -> None:
     fewer = full("objective.best_of_n=4", "optimizer.lr=5e-4", "run.iterations=38")
     assert (fewer.objective.best_of_n, fewer.rollout.samples_per_prompt) == (8, 12)  # 6, by fours
     assert fewer.optimizer.lr == pytest.approx(2e-5) and fewer.run.iterations == 150
+    assert full("prompts.per_iteration=5").prompts.per_iteration == 16
     twice = full("optimizer.updates_per_iteration=2").optimizer
     assert twice.updates_per_iteration == 8
 
