@@ -21,6 +21,7 @@ PACKAGES = {
     "fastgrpo.core": "fastgrpo/core",
     "fastgrpo.core.config": "fastgrpo/core/config",
     "fastgrpo.parallel": "fastgrpo/parallel",
+    "fastgrpo.parallel.nvme": "fastgrpo/parallel/nvme",
     "fastgrpo.run": "fastgrpo/run",
     "fastgrpo.run.failures": "fastgrpo/run/failures",
     "fastgrpo.session": "fastgrpo/session",
@@ -124,9 +125,8 @@ setup(
     extras_require={
         "data": ["pyarrow>=26"],
         "flash": ["flash-attn>=2.8"],
-        "deepspeed": [
-            "deepspeed>=0.19"
-        ],  # for benchmarks.speed.cpu_adam alone: offload steps with torch's AdamW
+        # distributed.offload=nvme: its asynchronous I/O; benchmarks.speed.cpu_adam: its AdamW
+        "deepspeed": ["deepspeed>=0.19,<0.20"],
         "lora": ["peft>=0.19"],
         "ocr": ["rapidocr>=3.10,<3.11", "onnxruntime>=1.20"],
         "dev": [

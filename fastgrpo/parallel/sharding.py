@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -21,18 +22,21 @@ from fastgrpo.parallel import sequence_parallel
 from fastgrpo.parallel.world import World
 
 
-def shard(policy: Policy, world: World, dtype: torch.dtype, offload: bool = False) -> None:
+def shard(
+    policy: Policy, world: World, dtype: torch.dtype, offload: bool | Literal["nvme"] = False
+) -> None:
     """Shard by FSDP2 per block: float32 masters, `dtype` compute, float32 gradient reduction.
 
     Sequences are shared where sp > 1. Inputs are not cast, since bfloat16 timesteps and rotary
-    tables would wreck the gradients.
+    tables would wreck the gradients. Pages of a mapped file, offload = nvme, cannot be pinned.
     """
     if world.sp is not None:
         sequence_parallel.install(policy.network, world.sp, policy.share_sequence)
     precision = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
     )
-    where = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy()
+    pinned = world.device.type == "cuda" and offload != "nvme"
+    where = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
     for module in (*policy.blocks, policy.network):
         fully_shard(module, mesh=world.mesh, mp_policy=precision, offload_policy=where)
 

@@ -197,14 +197,15 @@ def _check_policy(policy: Policy, recipe: Recipe, grid: Tensor) -> None:
 
 def _open_trainer(policy: Policy, recipe: Recipe, world: World, encoded: Encoded) -> Trainer:
     """Shard the policy and read its weights; open the initial policy where the method needs it."""
-    shard_and_read(policy, recipe, world)
+    states = shard_and_read(policy, recipe, world)
     start = _start(recipe, world)
     start(policy.network)
     if encoded.conditions.negative is not None:
         policy.negative = move(encoded.conditions.negative, world.device)
     needed = methods.needs_initial_policy(recipe)
     reference = initial_policy(recipe, world, policy, start) if needed else None
-    trainer = Trainer.create(policy, schedule_of(recipe), reference, recipe.distributed.offload)
+    offload = bool(recipe.distributed.offload)
+    trainer = Trainer.create(policy, schedule_of(recipe), reference, offload, states)
     trainer.rounds_by_batch = recipe.model.torch_dtype != torch.float32
     return trainer
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -20,33 +22,58 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
-from fastgrpo.core.config import Recipe
+from fastgrpo.core.config import Distributed, Recipe
 from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.models.loading import streaming
 from fastgrpo.models.loading.lora import at_rest
 from fastgrpo.models.loading.policies import outline
 from fastgrpo.models.loading.streaming import Bytes, Show
 from fastgrpo.parallel import sharding
+from fastgrpo.parallel.nvme.adamw import States
 from fastgrpo.parallel.world import World
 from fastgrpo.run.terminal import duration, open_console
 
 
-def shard_and_read(policy: Policy, recipe: Recipe, world: World, what: str = "weights") -> None:
+def shard_and_read(
+    policy: Policy, recipe: Recipe, world: World, what: str = "weights"
+) -> States | None:
     """Shard the network of `policies.outline` as the recipe says, read its weights, and report it.
 
     what: the weights' name in the line that says how long reading took
-    Raises UserError on every rank where a rank's files have changed.
+    returns what a trained network has on the node's NVMe; None: nothing
+    Raises UserError on every rank where a rank's files have changed, or its disk has no room.
     """
-    sharding.shard(policy, world, recipe.model.torch_dtype, recipe.distributed.offload)
-    sharding.prefetch(policy, recipe.distributed.prefetch)
-    device = torch.device("cpu") if recipe.distributed.offload else world.device
+    settings, network = recipe.distributed, policy.network
+    sharding.shard(policy, world, recipe.model.torch_dtype, settings.offload)
+    sharding.prefetch(policy, settings.prefetch)
+    device = torch.device("cpu") if settings.offload else world.device
+    memory: Callable[[Tensor], Tensor] = partial(torch.empty_like, device=device)
+    trained = any(parameter.requires_grad for parameter in network.parameters())
+    states = _states(network, settings, world) if trained else None
+    if states is not None:
+        memory = states.file.memory_of(network, memory)
     begun = time.perf_counter()
     with _progress(world, what) as show:
-        read = world.run_on_all_ranks(lambda: streaming.fill(policy.network, device, show))
+        read = world.run_on_all_ranks(lambda: streaming.fill(network, device, show, memory))
+    took = duration(time.perf_counter() - begun)
+    _tell(world, f"{what}: {_size(read.own)} of {_size(read.network)} read in {took}")
+    return states
+
+
+def _states(network: nn.Module, settings: Distributed, world: World) -> States | None:
+    """This rank's masters and moments on the node's NVMe, where the recipe wants them there."""
+    if settings.offload != "nvme":
+        return None
+    assert settings.offload_path is not None, "config.checks"
+    folder, pinned = Path(settings.offload_path), world.device.type == "cuda"
+    states = world.run_on_all_ranks(lambda: States.of_network(network, folder, pinned))
+    _tell(world, f"distributed.offload=nvme: {states}")
+    return states
+
+
+def _tell(world: World, line: str) -> None:
     if world.main:
-        took = duration(time.perf_counter() - begun)
-        line = f"{what}: {_size(read.own)} of {_size(read.network)} read in {took}"
-        open_console().print(line, highlight=False, soft_wrap=True)
+        open_console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

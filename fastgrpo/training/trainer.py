@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from fastgrpo.core.config import Optimizer, Recipe
 from fastgrpo.core.errors import Exploded
 from fastgrpo.core.policy import Policy
+from fastgrpo.parallel.nvme.adamw import OffloadedAdamW, States
 from fastgrpo.parallel.world import World
 from fastgrpo.training.policies import Reference
 
@@ -60,30 +61,19 @@ class Trainer:
 
     @classmethod
     def create(
-        cls, policy: Policy, settings: Optimizer, reference: Reference | None, offload: bool = False
+        cls,
+        policy: Policy,
+        settings: Optimizer,
+        reference: Reference | None,
+        offload: bool = False,
+        states: States | None = None,
     ) -> "Trainer":
         """A trainer of this rank's shards of a sharded policy's trainable weights.
 
-        offload: the shards lie in host memory
+        offload: the shards lie in host memory;  states: they and the moments lie on an NVMe
         """
         trainable = {name: p for name, p in policy.network.named_parameters() if p.requires_grad}
-        # fused AdamW is faster, and rounds otherwise
-        fused = offload or next(iter(trainable.values())).device.type == "cuda"
-        optimizer = torch.optim.AdamW(
-            trainable.values(),
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            fused=fused,
-        )
-
-        def keep_fused(optimizer: torch.optim.Optimizer) -> None:
-            """Undo a checkpoint's choice, which is that of the run that wrote it."""
-            for group in optimizer.param_groups:
-                group["fused"] = fused
-
-        optimizer.register_load_state_dict_post_hook(keep_fused)
+        optimizer = _adamw(trainable, settings, offload, states)
         ema = {}
         if settings.ema_decay:
             ema = {name: p.detach().clone() for name, p in trainable.items()}
@@ -144,6 +134,37 @@ class Trainer:
         for name, parameter in self.policy.network.named_parameters():
             if name in self.ema:
                 self.ema[name].lerp_(parameter, 1 - self.settings.ema_decay)
+
+
+def _adamw(
+    trainable: Mapping[str, nn.Parameter],
+    settings: Optimizer,
+    offload: bool,
+    states: States | None,
+) -> torch.optim.Optimizer:
+    """AdamW of this rank's shards; arguments as of `Trainer.create`."""
+    # fused AdamW is faster, and rounds otherwise
+    fused = offload or next(iter(trainable.values())).device.type == "cuda"
+    optimizer: torch.optim.Optimizer
+    if states is not None:
+        fused, optimizer = True, OffloadedAdamW(trainable, states, settings)
+    else:
+        optimizer = torch.optim.AdamW(
+            trainable.values(),
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=fused,
+        )
+
+    def keep_fused(optimizer: torch.optim.Optimizer) -> None:
+        """Undo a checkpoint's choice, which is that of the run that wrote it."""
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+
+    optimizer.register_load_state_dict_post_hook(keep_fused)
+    return optimizer
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -95,17 +96,22 @@ def _parameters_without_memory() -> Iterator[None]:
 
 
 @torch.no_grad()
-def fill(network: Any, device: torch.device, show: Show = lambda _: None) -> Bytes:
+def fill(
+    network: Any,
+    device: torch.device,
+    show: Show = lambda _: None,
+    memory: Callable[[Tensor], Tensor] | None = None,
+) -> Bytes:
     """Give an outlined network's parameters memory on `device`, and their values; sharded or not,
     adapters too.
 
     show: is told after each tensor how far it is;  returns what was read. Talks to no other rank.
+    memory: gives a parameter [...] without memory its like with some; None: on `device`
     Raises UserError for what `outline` does: the files may have changed since.
     """
     places = _places(network)
-    network._apply(
-        lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
-    )
+    memory = memory or partial(torch.empty_like, device=device)
+    network._apply(lambda tensor: memory(tensor) if tensor.is_meta else tensor)
     parts: dict[Path, list[tuple[Place, Tensor, slice | EllipsisType]]] = {}
     for name, tensor in network.state_dict().items():
         local, rows = own_rows(tensor)

@@ -2,15 +2,17 @@
 the recipe says.
 """
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests import ROOT
-from tests.harness import tiny
+from tests.harness import chaos, forks, runs, tiny
 from tests.system.test_meshes import ZERO
 
 
@@ -34,6 +36,53 @@ def test_offload_ends_with_the_weights_of_no_offload(found: Any) -> None:
         torch.testing.assert_close(
             found["offloaded"][name], found["plain"][name], rtol=0, atol=1e-6
         )
+
+
+def test_masters_and_moments_on_a_disk_end_with_the_same_weights(found: Any) -> None:
+    """As those without offload to 1e-6, as those in host memory bit for bit, by several records."""
+    assert found["records"] >= 3
+    for name in found["initial"]:
+        assert torch.equal(found["nvme"][name], found["offloaded"][name]), name
+        if not name.endswith(ZERO):
+            torch.testing.assert_close(found["nvme"][name], found["plain"][name], rtol=0, atol=1e-6)
+
+
+def test_masters_and_moments_lie_in_the_file(found: Any) -> None:
+    """All but the masters that FSDP2 pads."""
+    for name, (master, *moments) in found["mapped"].items():
+        assert all(moments), name
+        assert master == (len(found["initial"][name]) % 2 == 0), name
+
+
+def test_a_run_killed_in_a_step_goes_on_from_its_checkpoint_on_a_disk_and_without(
+    tmp_path: Path,
+) -> None:
+    """Bit for bit as a run that offloads to host memory and is not disturbed."""
+    disk, run = tmp_path / "disk", ["optimizer.updates_per_iteration=2", *runs.SMALLER]
+    disk.mkdir()
+    nvme = [*run, "distributed.offload=nvme", f"distributed.offload_path={disk}"]
+    memory = [*run, "distributed.offload=true"]
+    runs.succeed(tmp_path / "calm", memory, ranks=2)
+    # of the second iteration's first step, on the rank that prints nothing
+    moment = chaos.InCall("fastgrpo.parallel.nvme.adamw:OffloadedAdamW._step_record", 3)
+    folder = tmp_path / "nvme"
+    killed = forks.start(
+        "fastgrpo.cli",
+        runs.arguments(folder, nvme),
+        ranks=2,
+        first=chaos.mine(moment, 1),
+        output=tmp_path / "told",
+    )
+    assert killed.wait(runs.LIMIT) == 1
+    assert "distributed.offload=nvme: " in (tmp_path / "told").read_text()
+    assert set(chaos.published(folder)) == {1} and not any(disk.iterdir())
+    shutil.copytree(folder, tmp_path / "memory")
+    calm = runs.checkpoint(tmp_path / "calm", 2, tmp_path)
+    for place, settings in (("nvme", nvme), ("memory", memory)):
+        told = runs.succeed(tmp_path / place, settings, ranks=2)
+        assert "resumed from checkpoint step-1" in told
+        runs.assert_same_checkpoint(runs.checkpoint(tmp_path / place, 2, tmp_path), calm)
+    assert not any(disk.iterdir())
 
 
 def test_the_optimizer_is_fused_where_it_is_offloaded_whatever_wrote_the_checkpoint(

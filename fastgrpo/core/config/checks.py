@@ -210,6 +210,27 @@ def _check_schedule(recipe: Recipe) -> None:
         )
 
 
+def _check_offload(recipe: Recipe) -> None:
+    settings = recipe.distributed
+    if settings.offload != "nvme":
+        if settings.offload_path is not None:
+            raise UserError(
+                f"distributed.offload_path={settings.offload_path}: has no effect without "
+                "distributed.offload=nvme; set that or leave it out."
+            )
+        return
+    if settings.offload_path is None:
+        raise UserError(
+            "distributed.offload_path: missing; distributed.offload=nvme wants a folder on each "
+            "node's NVMe."
+        )
+    if recipe.lora.rank:
+        raise UserError(
+            f"distributed.offload=nvme: adapters of lora.rank={recipe.lora.rank} have next to no "
+            "masters and moments to put on a disk; set it to true or false."
+        )
+
+
 def _check_rewards(recipe: Recipe) -> None:
     names = [spec.name for spec in recipe.rewards]
     if len(set(names)) < len(names):
@@ -306,6 +327,7 @@ CHECKS = (
     _check_samples,
     _check_updates,
     _check_schedule,
+    _check_offload,
     _check_rewards,
     _check_weights,
     _check_alarm,

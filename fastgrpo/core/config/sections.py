@@ -271,9 +271,12 @@ class Distributed(Section):
     rollout_weights: Literal["auto", "gathered", "sharded"] = "auto"
     """Hold the whole weights during the rollout, gathered once, or gather each block for each step;
     auto = gathered where the free memory allows."""
-    offload: bool = False
-    """Masters, gradients and optimizer state in host memory; the step runs on the CPU, with torch's
-    fused AdamW."""
+    offload: bool | Literal["nvme"] = False
+    """true: masters, gradients and optimizer state in host memory; the step runs on the CPU, with
+    torch's fused AdamW. nvme: masters and AdamW's moments in offload_path, gradients in host
+    memory."""
+    offload_path: LocalPath | None = None
+    """offload = nvme: a folder on each node's NVMe, which keeps nothing when the run has ended."""
     prefetch: Count = 1
     """Blocks whose weights are asked for ahead of the one that computes; 0 = the engine's way.
     Speed and memory."""

@@ -19,6 +19,7 @@ from fastgrpo.core.errors import UserError, UserErrors
 from fastgrpo.data import prompts
 from fastgrpo.data.prompts import Split
 from fastgrpo.models.loading import diffusers_folder, weight_files
+from fastgrpo.parallel.nvme.folder import check_folder
 from fastgrpo.run.terminal import open_console
 from fastgrpo.tools.check import without_effect
 from fastgrpo.tools.plan import subject
@@ -60,6 +61,7 @@ def _checks(recipe: Recipe) -> Checks:
         partial(methods.check, recipe),
         partial(_check_folder, "run.dir", recipe.run.dir),
         partial(_check_folder, "prompts.cache", recipe.prompts.cache),
+        partial(_check_offload, recipe),
         partial(_check_token, recipe),
         partial(_check_start, recipe),
         partial(_check_wandb, recipe),
@@ -95,6 +97,12 @@ def _check_folder(key: str, folder: Path | None) -> None:
     problem = None if folder is None else paths.folder_problem(folder)
     if problem:
         raise UserError(f"{key}={folder}: {problem}; choose another folder or correct that.")
+
+
+def _check_offload(recipe: Recipe) -> None:
+    """Raise UserError for a folder of masters and moments that is not there."""
+    if recipe.distributed.offload_path is not None:
+        check_folder(Path(recipe.distributed.offload_path))
 
 
 def _check_token(recipe: Recipe) -> None:

@@ -20,6 +20,7 @@ from fastgrpo.core.config import Objective, Recipe
 from fastgrpo.core.memory import Peaks
 from fastgrpo.core.policy import Decoded, stack
 from fastgrpo.parallel import sharding
+from fastgrpo.parallel.nvme.adamw import OffloadedAdamW
 from fastgrpo.parallel.world import World
 from fastgrpo.run.failures import out_of_memory
 from fastgrpo.tools.preflight.finding import Finding, Parts, gathered, largest, replicas_differ
@@ -59,12 +60,17 @@ class Probe(Trainer):
 
     @classmethod
     def of(cls, trainer: Trainer, world: World) -> "Probe":
-        """A probe of a trainer's weights: one update per iteration, an own AdamW without state."""
+        """A probe of a trainer's weights: one update per iteration, an own AdamW without state, or
+        one that shares moments which lie on a disk.
+        """
         trained = [p for p in trainer.policy.network.parameters() if p.requires_grad]
+        own = trainer.optimizer
         same = {field.name: getattr(trainer, field.name) for field in fields(Trainer)}
         changed = {
             "settings": trainer.settings.model_copy(update={"updates_per_iteration": 1}),
-            "optimizer": torch.optim.AdamW(trained),
+            "optimizer": own.twin()
+            if isinstance(own, OffloadedAdamW)
+            else torch.optim.AdamW(trained),
             "world": world,
         }
         return cls(**same | changed)

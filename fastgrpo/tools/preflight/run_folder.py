@@ -133,6 +133,7 @@ def save_and_load(parts: Parts, probe: Trainer, folder: Path) -> Saved:
         for weight, before in zeroed:
             local(weight.detach()).copy_(before)
     restored = restored and moments_are_filled(probe.optimizer) and progress.seconds == 3.5
+    fill_moments(probe.optimizer, 0.0)  # the run's own, where they lie on a disk
     wrong = [rank for rank, fine in enumerate(gathered(restored, parts.world)) if not fine]
     parts.world.on_main(lambda: shutil.rmtree(trial))  # no rank reads it any more
     written = f"{_formatted(size)} written in {seconds:.2f} s"

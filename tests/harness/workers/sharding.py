@@ -1,4 +1,5 @@
-"""Two ranks: the order of gathers with blocks prefetched, and two optimizer steps with offload.
+"""Two ranks: the order of gathers with blocks prefetched, and two optimizer steps with offload, to
+host memory and to a disk.
 
 argv: file
 """
@@ -6,6 +7,9 @@ argv: file
 import os
 import socket
 import sys
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,10 +17,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgrpo.core.config import Optimizer
+from fastgrpo.core.config import Model, Optimizer
 from fastgrpo.core.policy import Policy
 from fastgrpo.core.processes import die_with, leave
+from fastgrpo.models.loading import policies, streaming
 from fastgrpo.parallel import sharding
+from fastgrpo.parallel.nvme.adamw import States
+from fastgrpo.parallel.nvme.state_file import StateFile
+from fastgrpo.parallel.nvme.transfers import open_transfers
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.training.trainer import Trainer
 from tests.harness import tiny
@@ -84,14 +92,40 @@ def with_prefetch(world: World, blocks: int) -> dict[str, Any]:
     return {"events": order.events, "gradients": gradients, "blocks": len(policy.blocks)}
 
 
-def with_offload(world: World, offload: bool) -> tuple[Trainer, dict[str, Tensor]]:
+def with_offload(
+    policy: Policy, offload: bool, states: States | None = None
+) -> tuple[Trainer, dict[str, Tensor]]:
     """The weights after two optimizer steps."""
-    policy = sharded(world, offload)
-    trainer = Trainer.create(policy, Optimizer(lr=1e-4, weight_decay=0.5), None, offload)
+    trainer = Trainer.create(policy, Optimizer(lr=1e-4, weight_decay=0.5), None, offload, states)
     for _ in range(2):
         loss(policy).backward()
         trainer.step()
     return trainer, whole({name: p.detach() for name, p in policy.network.named_parameters()})
+
+
+def on_a_disk(world: World, folder: Path) -> tuple[Policy, States]:
+    """The policy as a run puts it on an NVMe, in records of some shards."""
+    policy = policies.outline(Model(family="hunyuan_video", path=str(tiny.FOLDER)), tiny.device())
+    sharding.shard(policy, world, torch.float32, "nvme")
+    file = StateFile.of_network(policy.network, folder, largest=2**20)
+    memory = partial(torch.empty_like, device="cpu")
+    streaming.fill(
+        policy.network, torch.device("cpu"), memory=file.memory_of(policy.network, memory)
+    )
+    return policy, States(file, *open_transfers(file, pinned=False))
+
+
+def mapped(policy: Policy, trainer: Trainer, file: StateFile) -> dict[str, list[bool]]:
+    """Whether each parameter's shard and both its moments lie in the file."""
+    first = file.view(0, torch.Size([1])).data_ptr()
+    inside = range(first, first + file.size)
+    found = {}
+    for name, parameter in policy.network.named_parameters():
+        state = trainer.optimizer.state[parameter]
+        tensors = (parameter.detach(), state["exp_avg"], state["exp_avg_sq"])
+        locals_ = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+        found[name] = [t.data_ptr() in inside for t in locals_]
+    return found
 
 
 def rank(file: str) -> None:
@@ -105,8 +139,13 @@ def rank(file: str) -> None:
             {name: p.detach() for name, p in sharded(world).network.named_parameters()}
         )
         (plain, found["plain"]), (offloaded, found["offloaded"]) = (
-            with_offload(world, by) for by in (False, True)
+            with_offload(sharded(world, by), by) for by in (False, True)
         )
+        with TemporaryDirectory() as disk:
+            policy, states = on_a_disk(world, Path(disk))
+            trainer, found["nvme"] = with_offload(policy, True, states)
+            found["records"] = len(states.file.records)
+            found["mapped"] = mapped(policy, trainer, states.file)
         # of a run that did not offload
         offloaded.optimizer.load_state_dict(plain.optimizer.state_dict())
         found["fused"] = [
