@@ -54,6 +54,7 @@ PACKAGES = {
     "fastgrpo.models": "models",
     "fastgrpo.models.attention": "models/attention",
     "fastgrpo.models.loading": "models/loading",
+    "fastgrpo.models.placement": "models/placement",
     "fastgrpo.models.text_encoders": "models/text_encoders",
     "fastgrpo.models.sizes": "models/sizes",
     "fastgrpo.rewards": "rewards",

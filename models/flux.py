@@ -30,6 +30,7 @@ from fastgrpo.core.policy import Condition, Decoded
 from fastgrpo.models.attention import joint
 from fastgrpo.models.loading import diffusers_folder, streaming
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
+from fastgrpo.models.sizes.text_encoders import CLIP_L, T5_XXL
 from fastgrpo.models.sizes.transformer_blocks import TIME_CHANNELS, Kept, joint_blocks
 from fastgrpo.models.sizes.units import SAMPLE, TEXT, VIDEO, Network, Unit
 from fastgrpo.models.text_encoders.t5_and_clip import TextEncoder
@@ -71,6 +72,10 @@ AUXILIARY = AuxiliaryModels(
     channels=16,
     text=MAX_TEXT_TOKENS,
     encoders=4.89e9,
+    texts=(
+        CLIP_L.read_as("text_encoder", texts=32, longest=77),
+        T5_XXL.read_as("text_encoder_2", texts=32, longest=MAX_TEXT_TOKENS),
+    ),
     vae=0.0838e9,
     decode_flops=9.7e6,
     decode_bytes=1537,

@@ -28,6 +28,7 @@ from fastgrpo.core.policy import Condition, Decoded
 from fastgrpo.models.attention.trimmed import SharedAttention, TrimmedAttention
 from fastgrpo.models.loading import diffusers_folder, streaming
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
+from fastgrpo.models.sizes.text_encoders import CLIP_L, LLAMA_3_8B
 from fastgrpo.models.sizes.transformer_blocks import (
     TIME_CHANNELS,
     Kept,
@@ -85,6 +86,12 @@ AUXILIARY = AuxiliaryModels(
     text=MAX_TEXT_TOKENS,
     trimmed=True,
     encoders=8.15e9,
+    texts=(
+        CLIP_L.read_as("text_encoder_2", texts=32, longest=MAX_CLIP_TOKENS),
+        LLAMA_3_8B.read_as(
+            "text_encoder", texts=32, longest=95 + MAX_TEXT_TOKENS, around=95, states=True
+        ),
+    ),
     vae=0.2465e9,
     decode_flops=17.6e6,
     decode_bytes=2321,

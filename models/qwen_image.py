@@ -29,6 +29,7 @@ from fastgrpo.models.flux import Schedule, pack, unpack
 from fastgrpo.models.hunyuan_video import both_texts
 from fastgrpo.models.loading import diffusers_folder, streaming
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
+from fastgrpo.models.sizes.text_encoders import QWEN_2_5_VL_7B
 from fastgrpo.models.sizes.transformer_blocks import TIME_CHANNELS, JointBlock, Kept
 from fastgrpo.models.sizes.units import (
     ATTENDING,
@@ -70,6 +71,9 @@ AUXILIARY = AuxiliaryModels(
     channels=16,
     text=MAX_TEXT_TOKENS,
     encoders=8.29e9,
+    texts=(
+        QWEN_2_5_VL_7B.read_as("text_encoder", texts=16, longest=34 + MAX_TEXT_TOKENS, around=34),
+    ),
     vae=0.1269e9,
     vae_width=96,
     decode_flops=10.8e6,

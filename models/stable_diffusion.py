@@ -22,11 +22,14 @@ from torch import Tensor, nn
 from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.policy import Condition, Decoded, Prompt
+from fastgrpo.core.policy import Condition, Decoded
 from fastgrpo.models.loading import diffusers_folder, streaming
+from fastgrpo.models.placement.text_network import Work
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
+from fastgrpo.models.sizes.text_encoders import AT_WORK, CLIP_L
 from fastgrpo.models.sizes.unet import unet
 from fastgrpo.models.text_encoders import token_limit
+from fastgrpo.models.text_encoders.passes import InPasses, Pass
 from fastgrpo.parallel.sequence_parallel import ShareSequence
 
 NETWORK = "unet"
@@ -60,6 +63,7 @@ AUXILIARY = AuxiliaryModels(
     channels=4,
     text=77,
     encoders=0.123e9,
+    texts=(CLIP_L.read_as("text_encoder", texts=TEXT_BATCH, longest=77),),
     vae=0.0838e9,
     decode_flops=9.6e6,
     decode_bytes=1536,
@@ -252,38 +256,29 @@ class StableDiffusion:
         return diffusers_folder.decode(self.frames, x, condition, at_once)
 
 
-class TextEncoder:
+class TextEncoder(InPasses):
     """This family's `Encoder`: CLIP's states of all its token places, padding included."""
 
     def __init__(self, where: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self.device = device
+        self.device, self.batch = device, TEXT_BATCH
         self.tokenizer, self.clip = diffusers_folder.text_model(
             where, tokenizer="tokenizer", encoder="text_encoder", dtype=dtype, device=device
         )
+        self.clip.work = Work(TEXT_BATCH, self.tokenizer.model_max_length, AT_WORK["clip"])
 
-    def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
-        texts = [prompt.text for prompt in prompts]
-        for text in texts:
-            if not self.tokenizer(text, add_special_tokens=False).input_ids:
-                raise UserError(
-                    f"prompts: '{text}' has no tokens for the text encoder; leave it out."
-                )
-        parts = [
-            self._states(texts[start : start + TEXT_BATCH])
-            for start in range(0, len(texts), TEXT_BATCH)
-        ]
-        return [{"text": states} for part in parts for states in part]
+    def passes(self) -> Sequence[Pass]:
+        return (self.reading(self.clip, self._states),)
 
-    def negative(self, text: str) -> Condition:
-        return {"text": self._states([text])[0]}
+    def has_tokens(self, text: str) -> bool:
+        return bool(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def cut(self, text: str) -> dict[str, tuple[int, int]]:
         seen = token_limit.cut(self.tokenizer, text, self.tokenizer.model_max_length)
         return {"text_encoder": seen} if seen else {}
 
     @torch.no_grad()
-    def _states(self, texts: list[str]) -> Tensor:
-        """returns float32 [len(texts), L, D] on the CPU, L = the tokenizer's longest text, 77"""
+    def _states(self, texts: list[str]) -> list[Condition]:
+        """returns "text" [L, D] each, float32 on the CPU, L = the tokenizer's longest text, 77"""
         longest = self.tokenizer.model_max_length
         tokens = self.tokenizer(
             texts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
@@ -294,7 +289,7 @@ class TextEncoder:
             else None
         )
         states: Tensor = self.clip(tokens.input_ids, attention_mask=mask).last_hidden_state
-        return states.float().cpu()
+        return [{"text": own} for own in states.float().cpu()]
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from fastgrpo.models.attention.joint_without_rotary import JointAttention, Share
 from fastgrpo.models.loading import diffusers_folder, streaming
 from fastgrpo.models.loading.schedule import EULER, Schedule
 from fastgrpo.models.sizes.family_plan import FamilyPlan
+from fastgrpo.models.sizes.text_encoders import CLIP_G, CLIP_L, T5_XXL
 from fastgrpo.models.sizes.transformer_blocks import TIME_CHANNELS, JointBlock, Kept
 from fastgrpo.models.sizes.units import (
     ATTENDING,
@@ -87,7 +88,14 @@ KEPT_BY_TWO = {  # of blocks with a second attention, to the image alone
     4: Kept((52.0, 40.0), (136.2, 96.1), (156.2, 99.6), 8.0),
 }
 AUXILIARY = replace(
-    models.declared("flux", "AUXILIARY"), text=MAX_CLIP_TOKENS + MAX_TEXT_TOKENS, encoders=5.58e9
+    models.declared("flux", "AUXILIARY"),
+    text=MAX_CLIP_TOKENS + MAX_TEXT_TOKENS,
+    encoders=5.58e9,
+    texts=(
+        CLIP_L.read_as("text_encoder", texts=32, longest=MAX_CLIP_TOKENS, states=True),
+        CLIP_G.read_as("text_encoder_2", texts=32, longest=MAX_CLIP_TOKENS, states=True),
+        T5_XXL.read_as("text_encoder_3", texts=32, longest=MAX_TEXT_TOKENS),
+    ),
 )
 
 

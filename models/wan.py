@@ -38,6 +38,7 @@ from fastgrpo.models.attention.pairwise_rotary import SharedAttention
 from fastgrpo.models.loading import diffusers_folder, streaming
 from fastgrpo.models.loading.schedule import EULER, UNIPC, Schedule
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
+from fastgrpo.models.sizes.text_encoders import UMT5_XXL
 from fastgrpo.models.sizes.transformer_blocks import Kept, KeptBy, TokenBlock
 from fastgrpo.models.sizes.units import ATTENDING, SAMPLE, TEXT, VIDEO, Attention, Network, Unit
 from fastgrpo.models.text_encoders.umt5 import TextEncoder
@@ -83,6 +84,7 @@ AUXILIARY = AuxiliaryModels(
     channels=16,
     text=MAX_TEXT_TOKENS,
     encoders=5.68e9,
+    texts=(UMT5_XXL.read_as("text_encoder", texts=16, longest=MAX_TEXT_TOKENS),),
     vae=0.1269e9,
     vae_width=96,
     vae_bytes=4,

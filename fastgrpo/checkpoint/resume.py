@@ -33,6 +33,7 @@ FREE_TO_CHANGE = (
     "model.gradient_checkpointing",
     "model.keep",
     "model.decode_batch",
+    "model.text_encoders",
     "prompts.train",  # what is in the files is compared, see check_same_inputs
     "prompts.heldout",
     "prompts.cache",

@@ -21,6 +21,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Decoded, part_of
 from fastgrpo.models.loading.weight_files import check_class, check_shards, refuse_pointers
 from fastgrpo.models.loading.weight_files import read_json as read_json
+from fastgrpo.models.placement.text_network import TextNetwork
 
 # of a hub repository: all folders, and of its top what a family or an export reads, no whole-model
 # files
@@ -272,10 +273,8 @@ def check_text_class(kind: Any, folder: Path) -> None:
 
 def text_model(
     folder: Path, tokenizer: str, encoder: str, dtype: torch.dtype, device: torch.device
-) -> tuple[Any, Any]:
-    """A tokenizer and its encoder on `device`, of the classes that model_index.json names for these
-    two parts.
-    """
+) -> tuple[Any, TextNetwork]:
+    """A tokenizer and its encoder, for `device`, of the classes that model_index.json names."""
     import transformers
 
     index = read_json(folder / "model_index.json")
@@ -296,16 +295,15 @@ def text_model(
         classes.append(found)
     check_text_class(classes[1], folder / encoder)
     refuse_pointers(folder / tokenizer)
-    model = read(classes[1], folder / encoder, dtype)
+    model = read(classes[1], folder / encoder, dtype).requires_grad_(False).eval()
     try:
-        return classes[0].from_pretrained(folder / tokenizer), model.requires_grad_(False).to(
-            device
-        ).eval()
+        reader = classes[0].from_pretrained(folder / tokenizer)
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = str(error).splitlines()[0]
         raise UserError(
             f"model.path: {folder / tokenizer} cannot be read ({problem}); download it again."
         ) from None
+    return reader, TextNetwork(model, encoder, device)
 
 
 @contextmanager
@@ -314,8 +312,11 @@ def freed(encoder: E) -> Iterator[E]:
     try:
         yield encoder
     finally:
-        for name in [name for name, part in vars(encoder).items() if isinstance(part, nn.Module)]:
-            delattr(encoder, name)
+        for name, part in list(vars(encoder).items()):
+            if isinstance(part, TextNetwork):
+                part.free()
+            elif isinstance(part, nn.Module):
+                delattr(encoder, name)
         gc.collect()
         if torch.cuda.is_initialized():  # once per run; a reward server may share the GPU
             torch.cuda.empty_cache()

@@ -24,6 +24,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Encoder, Policy
 from fastgrpo.models.loading import diffusers_folder, streaming
 from fastgrpo.models.loading.lora import add_adapters
+from fastgrpo.models.text_encoders.passes import passes_of
 from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence
 
 ATTENTION = ("scaled_dot_product", "flash_attn")
@@ -65,8 +66,14 @@ def load(
 
 @contextmanager
 def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[Encoder]:
-    """The text encoders of a recipe's [model] section; freed when the context ends."""
+    """The text encoders of a recipe's [model] section; freed when the context ends.
+
+    Each of its networks is in host memory until it is first called, or placed by who asks for it.
+    """
     with _family(settings).encoder(settings, video, device) as encode:
+        for one in passes_of(encode):
+            for network in one.networks:
+                network.wanted = settings.text_encoders
         yield encode
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from fastgrpo.models.sizes.text_encoders import Published
 from fastgrpo.models.sizes.units import Network, Shape
 
 
@@ -16,7 +17,9 @@ class AuxiliaryModels:
     time: int  # frames per latent frame
     channels: int  # of the latent
     text: int  # tokens of the longest text
-    encoders: float  # parameters of the text encoders
+    encoders: float  # parameters of the text encoders' files
+    texts: tuple[Published, ...] = ()
+    """The text encoders, each as it is placed on a GPU; empty: all as one, whole."""
     vae: float  # parameters of the VAE
     vae_width: int = 128  # first of its block_out_channels, or its base_dim
     vae_bytes: int = 0  # of each of its numbers; 0: as many as in compute precision

@@ -1,6 +1,7 @@
 """A prompt's text features and its reference image's latent, for families of image-to-video."""
 
-from abc import ABC, abstractmethod
+import gc
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,31 +10,45 @@ from torch import Tensor
 
 from fastgrpo.core.config import Video
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.policy import Condition, Encoder, Prompt
+from fastgrpo.core.policy import Condition, Prompt
 from fastgrpo.data import images
+from fastgrpo.models.text_encoders.passes import InPasses, Pass
 
 
-class ImageTextEncoder(ABC):
+class ImageTextEncoder(InPasses):
     """An `Encoder`: a text encoder's features, and "image", the first frame's latent."""
 
     family: str  # for messages
+    seen = ("image",)  # what the condition has of the image, by name
 
-    def __init__(self, texts: Encoder, vae: Any, video: Video) -> None:
+    def __init__(self, texts: InPasses, vae: Any, video: Video) -> None:
         self.texts = texts
         self.vae = vae
         self.size = (video.height, video.width)
 
-    def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
-        first_frames = [self._pixels(prompt) for prompt in prompts]
-        texts = self.texts(prompts)
-        return [
-            {**text, "image": self.image(pixels)}
-            for text, pixels in zip(texts, first_frames, strict=True)
-        ]
+    def passes(self) -> Sequence[Pass]:
+        """The image's, then the texts'; the image of the unconditional branch is each prompt's own."""
+        return (Pass((), self._images, self._free_vae, negative=lambda _: {}), *self.texts.passes())
 
-    def negative(self, text: str) -> Condition:
-        """Text alone: the image of the unconditional branch is each prompt's own."""
-        return self.texts.negative(text)
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        self.texts.check(prompts)
+
+    def joined(self, features: Condition) -> Condition:
+        seen = {name: features[name] for name in self.seen if name in features}
+        rest = {name: tensor for name, tensor in features.items() if name not in self.seen}
+        return {**self.texts.joined(rest), **seen}
+
+    def _images(self, prompts: Sequence[Prompt]) -> list[Condition]:
+        """returns "image" each, as `image` does"""
+        first_frames = [self._pixels(prompt) for prompt in prompts]
+        return [{"image": self.image(pixels)} for pixels in first_frames]
+
+    def _free_vae(self) -> None:
+        """Give back the VAE, which no text needs."""
+        self.vae = None
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     def cut(self, text: str) -> dict[str, tuple[int, int]]:
         return self.texts.cut(text)

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from fastgrpo.core.policy import Condition, Prompt
+from fastgrpo.core.policy import Condition
 from fastgrpo.models.loading import diffusers_folder
+from fastgrpo.models.placement.text_network import Work
+from fastgrpo.models.sizes.text_encoders import AT_WORK
 from fastgrpo.models.text_encoders import token_limit
+from fastgrpo.models.text_encoders.passes import InPasses, Pass
 
 TEMPLATE = (  # of diffusers' QwenImagePipeline, which the network was trained with
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, "
@@ -18,26 +20,23 @@ TEMPLATE = (  # of diffusers' QwenImagePipeline, which the network was trained w
 TEXT_BATCH = 16  # prompts per forward pass of the text encoder
 
 
-class TextEncoder:
+class TextEncoder(InPasses):
     """An `Encoder`: the last hidden state of the template's rest, from the prompt on."""
 
     def __init__(self, where: Path, dtype: torch.dtype, device: torch.device, longest: int) -> None:
         """Read it from a pipeline's folder.  longest: tokens of a text and of what follows it"""
-        self.device, self.longest = device, longest
+        self.device, self.longest, self.batch = device, longest, TEXT_BATCH
         self.tokenizer, self.qwen = diffusers_folder.text_model(
             where, tokenizer="tokenizer", encoder="text_encoder", dtype=dtype, device=device
         )
+        # the language model alone: no image, and no logits of each token
+        self.qwen.keep("model.language_model")
+        around = len(self.tokenizer(TEMPLATE.format(""))["input_ids"])
+        tokens = longest + self._template_tokens()
+        self.qwen.work = Work(TEXT_BATCH, tokens, AT_WORK["qwen"], around=around)
 
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
-        conditions: list[Condition] = []
-        for start in range(0, len(prompts), TEXT_BATCH):
-            texts = [prompt.text for prompt in prompts[start : start + TEXT_BATCH]]
-            conditions.extend({"text": states} for states in self._states(texts))
-        return conditions
-
-    def negative(self, text: str) -> Condition:
-        return self([Prompt(text)])[0]
+    def passes(self) -> Sequence[Pass]:
+        return (self.reading(self.qwen, self._states),)
 
     def cut(self, text: str) -> dict[str, tuple[int, int]]:
         crop = self._template_tokens()
@@ -48,8 +47,9 @@ class TextEncoder:
         """Tokens of the template before the text: 34 with Qwen's tokenizer."""
         return len(self.tokenizer(TEMPLATE.split("{}")[0])["input_ids"])
 
-    def _states(self, texts: list[str]) -> list[Tensor]:
-        """returns float32 [L, D] each on the CPU, L = its tokens.
+    @torch.no_grad()
+    def _states(self, texts: list[str]) -> list[Condition]:
+        """returns "text" [L, D] each, float32 on the CPU, L = its tokens.
 
         A causal network: what is cut off at the end changes no state before it.
         """
@@ -62,9 +62,13 @@ class TextEncoder:
             truncation=True,
             return_tensors="pt",
         ).to(self.device)
-        # the language model alone: no image, and no logits of each token
-        states = self.qwen.model.language_model(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+        states = self.qwen(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            use_cache=False,  # nothing is generated
         ).last_hidden_state
         lengths = tokens.attention_mask.sum(1).tolist()
-        return [row[crop:length].float().cpu() for row, length in zip(states, lengths, strict=True)]
+        return [
+            {"text": row[crop:length].float().cpu()}
+            for row, length in zip(states, lengths, strict=True)
+        ]

@@ -7,42 +7,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.core.errors import UserError
-from fastgrpo.core.policy import Condition, Prompt
+from fastgrpo.core.policy import Condition
 from fastgrpo.models.loading import diffusers_folder
+from fastgrpo.models.placement.text_network import Work
+from fastgrpo.models.sizes.text_encoders import AT_WORK
 from fastgrpo.models.text_encoders import token_limit
+from fastgrpo.models.text_encoders.passes import InPasses, Pass
 
 TEXT_BATCH = 32  # prompts per forward pass of the text encoders
 
 
-class TextEncoder:
+class TextEncoder(InPasses):
     """An `Encoder`: T5's states of all its token places and CLIP's pooled output."""
 
     def __init__(self, where: Path, dtype: torch.dtype, device: torch.device, longest: int) -> None:
         """Read both from a pipeline's folder.  longest: tokens of a text, at most, for T5"""
-        self.device, self.longest = device, longest
+        self.device, self.longest, self.batch = device, longest, TEXT_BATCH
         self.tokenizer, self.clip = diffusers_folder.text_model(
             where, tokenizer="tokenizer", encoder="text_encoder", dtype=dtype, device=device
         )
         self.tokenizer_2, self.t5 = diffusers_folder.text_model(
             where, tokenizer="tokenizer_2", encoder="text_encoder_2", dtype=dtype, device=device
         )
+        self.clip.work = Work(TEXT_BATCH, self.tokenizer.model_max_length, AT_WORK["clip"])
+        self.t5.work = Work(TEXT_BATCH, self._longest_of_t5, AT_WORK["t5"])
 
-    def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
-        texts = [prompt.text for prompt in prompts]
-        for text in texts:
-            if not self.tokenizer_2(text, add_special_tokens=False).input_ids:
-                raise UserError(
-                    f"prompts: '{text}' has no tokens for the text encoder; leave it out."
-                )
-        parts = [
-            self._conditions(texts[start : start + TEXT_BATCH])
-            for start in range(0, len(texts), TEXT_BATCH)
-        ]
-        return [condition for part in parts for condition in part]
+    def passes(self) -> Sequence[Pass]:
+        return (self.reading(self.clip, self._pooled), self.reading(self.t5, self._states))
 
-    def negative(self, text: str) -> Condition:
-        return self._conditions([text])[0]
+    def has_tokens(self, text: str) -> bool:
+        return bool(self.tokenizer_2(text, add_special_tokens=False).input_ids)
 
     def cut(self, text: str) -> dict[str, tuple[int, int]]:
         clip = token_limit.cut(self.tokenizer, text, self.tokenizer.model_max_length)
@@ -55,17 +49,16 @@ class TextEncoder:
         return min(self.tokenizer_2.model_max_length, self.longest)
 
     @torch.no_grad()
-    def _conditions(self, texts: list[str]) -> list[Condition]:
-        """Features of each text: "text" [L, D], L = T5's longest text, and "pooled" [P], float32 on
-        the CPU.
-        """
+    def _states(self, texts: list[str]) -> list[Condition]:
+        """returns "text" [L, D] each, float32 on the CPU, L = T5's longest text"""
         tokens = self._tokens(self.tokenizer_2, texts, self._longest_of_t5)
-        states = self.t5(tokens).last_hidden_state
-        pooled = self.clip(
-            self._tokens(self.tokenizer, texts, self.tokenizer.model_max_length)
-        ).pooler_output
-        pairs = zip(states.float().cpu(), pooled.float().cpu(), strict=True)
-        return [{"text": text, "pooled": vector} for text, vector in pairs]
+        return [{"text": text} for text in self.t5(tokens).last_hidden_state.float().cpu()]
+
+    @torch.no_grad()
+    def _pooled(self, texts: list[str]) -> list[Condition]:
+        """returns "pooled" [P] each, float32 on the CPU"""
+        tokens = self._tokens(self.tokenizer, texts, self.tokenizer.model_max_length)
+        return [{"pooled": vector} for vector in self.clip(tokens).pooler_output.float().cpu()]
 
     def _tokens(self, tokenizer: Any, texts: list[str], longest: int) -> Tensor:
         """returns int64 [len(texts), longest], padded, on the device"""

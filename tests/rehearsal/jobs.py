@@ -212,6 +212,13 @@ def commands() -> list[Job]:
             name="embed",
             arguments=("embed", RECIPE, *TINY, f"run.dir={run_folder('embed')}"),
         ),
+        *(
+            Job(
+                name=f"embed_{way}",
+                arguments=("embed", *tiny(f"embed_{way}", f"model.text_encoders={way}")[1:]),
+            )
+            for way in ("sharded", "streamed")
+        ),
         Job(
             name="preflight",
             arguments=("preflight", *tiny("preflight", "checkpoint.background=true")[1:]),

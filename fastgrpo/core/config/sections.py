@@ -83,6 +83,10 @@ class Model(Section):
     attention: str | None = None
     """Attention kernel by diffusers' name, such as flash or _native_cudnn; None: torch's own
     choice. Kernels without a backward, such as sage, are refused in training."""
+    text_encoders: Literal["auto", "whole", "sharded", "streamed"] = "auto"
+    """Where a text encoder's weights lie while it encodes, one encoder after the other: whole on
+    each GPU, sharded over the ranks, or block by block from host memory; auto = the first of these
+    that fits. The same conditions bit for bit."""
     decode_batch: Positive | None = None
     """Clips per VAE decode; None: a rollout batch at once (of images as many as kernels can count:
     7 of 1024 x 1024). Changes speed and memory, and pixels up to rounding."""

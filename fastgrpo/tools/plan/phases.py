@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fastgrpo.core.units import GIB
-from fastgrpo.tools.plan.costs import decoding
+from fastgrpo.tools.plan.costs import decoding, text_encoders
 from fastgrpo.tools.plan.costs import memory as memory_costs
 from fastgrpo.tools.plan.costs import rewards as reward_costs
 from fastgrpo.tools.plan.costs.compute import (
@@ -188,18 +188,34 @@ def _samples(job: Job) -> int:
 
 
 def _load(subject: Subject, machine: Machine) -> Phase:
-    """The text encoders, whole, on each rank that encodes prompts; then this rank's shards, read
-    from files.
-    """
+    """The text encoders, one after the other; then this rank's shards, read from files."""
     job, states = subject.job, memory_costs.states(subject.job)
-    encoders = {"text encoders": subject.auxiliary.encoders * job.element}
+    encoders = [one.memory for one in text_encoders_of(subject, machine)]
     memory = max(
-        encoders, {"weights": states.get("weights", 0.0)}, key=lambda parts: sum(parts.values())
+        *encoders, {"weights": states.get("weights", 0.0)}, key=lambda parts: sum(parts.values())
     )
     of_node = min(job.ranks_per_node, job.gpus) / job.shards
     read = 2.0 * job.network.parameters * of_node  # files of bfloat16
     seconds = (read + 2 * subject.auxiliary.encoders) / (machine.achieved.disk_gbs * 1e9)
     return Phase("load", memory | _others(subject, scoring=False), seconds=seconds)
+
+
+def text_encoders_of(subject: Subject, machine: Machine) -> list[text_encoders.Placed]:
+    """The text encoders as the run places them: beside the VAE and the rewards."""
+    others = sum(_others(subject, scoring=False).values())
+    return text_encoders.placed(subject.auxiliary, subject.job, machine.usable() - others)
+
+
+def encoding_seconds(subject: Subject, machine: Machine) -> float:
+    """Seconds of `text_encoders.PROMPTS` prompts of the longest text, on all ranks."""
+    job, total = subject.job, 0.0
+    for one in text_encoders_of(subject, machine):
+        moving = one.moved / (machine.card.host_gbs * 1e9)
+        if one.way == "sharded":
+            across = job.gpus > min(job.ranks_per_node, job.gpus)
+            moving = machine.send(one.moved, one.moved / job.ranks_per_node if across else 0.0)
+        total += max(machine.compute(one.flops, machine.achieved.rollout), moving)
+    return total
 
 
 def _rollout(subject: Subject, machine: Machine, whole: bool) -> Phase:

@@ -15,6 +15,7 @@ from fastgrpo import models
 from fastgrpo.core.config import Recipe, paths
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import read_json
+from fastgrpo.models.sizes import text_encoders
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
 from fastgrpo.parallel.mesh import mesh_shape
 from fastgrpo.tools.plan.costs import rewards
@@ -88,6 +89,7 @@ def with_recipe(given: Subject, recipe: Recipe) -> Subject:
 def _checked_mesh(recipe: Recipe, heads: int, gpus: int, ranks_per_node: int) -> tuple[int, int]:
     """(replicas, shards). Raises UserError for a mesh, samples or rewards that a run refuses."""
     mesh = mesh_shape(recipe.distributed, gpus, min(ranks_per_node, gpus))
+    text_encoders.check(recipe.model.text_encoders, gpus)
     _check_samples(recipe, gpus)
     rewards.check(recipe, gpus, ranks_per_node)
     check_sharing(recipe, heads)
@@ -211,6 +213,7 @@ def auxiliary_models(
         time=time,
         channels=channels,
         encoders=published.encoders * scale**2,
+        texts=tuple(text.scaled(scale**2) for text in published.texts),
         vae=published.vae * scale**2,
         decode_flops=published.decode_flops * scale**2,
         decode_bytes=published.decode_bytes * scale,

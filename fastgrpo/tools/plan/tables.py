@@ -9,8 +9,9 @@ from rich.table import Table
 
 from fastgrpo.core.units import GIB
 from fastgrpo.run.terminal import open_console
-from fastgrpo.tools.plan.costs import disk
+from fastgrpo.tools.plan.costs import disk, text_encoders
 from fastgrpo.tools.plan.gpus import Achieved
+from fastgrpo.tools.plan.phases import encoding_seconds, text_encoders_of
 from fastgrpo.tools.plan.planner import Plan, Scaled, warnings
 from fastgrpo.tools.plan.tuning.answer import Answer
 from fastgrpo.tools.plan.tuning.search import MARGIN, Tuned
@@ -52,7 +53,7 @@ def show(
     console.print(title, highlight=False, soft_wrap=True)
     console.print(_phases(found))
     console.print(_memory(found))
-    told = [verdict(found), host_line(found), disk_line(found)]
+    told = [verdict(found), encoders_line(found), host_line(found), disk_line(found)]
     lines = [*told, *(f"note: {line}" for line in warnings(found))]
     for line in filter(None, lines):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -192,6 +193,12 @@ def host_line(found: Plan) -> str:
     )
 
 
+def encoders_line(found: Plan) -> str:
+    """How the text encoders lie on the GPUs, what that takes, and how long prompts take."""
+    placed = text_encoders_of(found.subject, found.machine)
+    return text_encoders.summary(placed, encoding_seconds(found.subject, found.machine))
+
+
 def disk_line(found: Plan) -> str:
     """What the run needs on its disks."""
     needed = disk.of_run(found.subject)
@@ -260,6 +267,11 @@ def as_json(
         "usable_bytes": found.machine.usable(),
         "host_bytes_per_node": found.host,
         "disk_bytes": disk.of_run(found.subject),
+        "text_encoders": [
+            {"part": one.text.name, "way": one.way, "peak": sum(one.memory.values())}
+            for one in text_encoders_of(found.subject, found.machine)
+        ],
+        "encoding_seconds_per_1000_prompts": encoding_seconds(found.subject, found.machine),
         "phases": [vars(phase) | {"peak": phase.peak} for phase in found.phases],
         "seconds_per_iteration": found.seconds,
         "gpu_hours": found.gpu_hours,

@@ -10,7 +10,7 @@ large cache never lies in memory.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replace_bytes, replace_text
 from fastgrpo.core.policy import Condition, Encoder, Prompt
+from fastgrpo.models.text_encoders.passes import joined
 from fastgrpo.run.file_hashes import hashes
 
 FORMAT = 1  # of the folder
@@ -181,45 +182,75 @@ class Conditions(Sequence[Condition]):
         return _read(self.cache.part(index // PART), f"{index}.")
 
 
+@dataclass(frozen=True)
+class Step:
+    """One pass of an encoder over a cache's parts."""
+
+    encoder: Encoder
+    run: Callable[[Sequence[Prompt]], list[Condition]]  # of the pass
+    first: bool
+    last: bool
+
+
 def write_part(
     cache: Cache,
     number: int,
-    encoder: Encoder,
+    step: Step,
     prompts: Sequence[Prompt],
     recipe: Recipe,
 ) -> None:
-    """Encode one part's prompts and publish the part.
+    """Send one part's prompts through a pass; after the last one the part is published.
+
+    Until then what is known of them waits in a file of its own, which a new start removes.
 
     prompts: all prompts of the cache
     Raises UserError, with file and row, for a prompt that cannot be encoded, unless
     prompts.bad_rows=skip.
     """
+    waiting = cache.part(number).with_suffix(".passes.partial")
+    known = {} if step.first else _waiting(waiting, cache.prompts_of(number))
+    indices = cache.prompts_of(number) if step.first else known
     skip = recipe.prompts.bad_rows == "skip"
-    indices = cache.prompts_of(number)
-    conditions, skipped = _encode(encoder, {index: prompts[index] for index in indices}, skip)
-    tensors: dict[str, Tensor] = {}
-    for index, condition in conditions.items():
-        tensors |= {f"{index}.{name}": tensor for name, tensor in condition.items()}
-    cut = {str(index): encoder.cut(prompts[index].text) for index in conditions}
-    about = _About(
-        key=cache.key,
-        skipped={str(index): why for index, why in skipped.items()},
-        cut={index: seen for index, seen in cut.items() if seen},
-    )
-    _write(cache.part(number), tensors, recipe.model.dtype, about)
+    found, problems = _encode(step.run, {index: prompts[index] for index in indices}, skip)
+    features = {index: {**known.get(index, {}), **own} for index, own in found.items()}
+    skipped = {} if step.first else dict(_about(waiting).skipped)
+    skipped |= {str(index): why for index, why in problems.items()}
+    if not step.last:
+        about = _About(key=cache.key, skipped=skipped)
+        waiting.write_bytes(_content(_named(features), recipe.model.dtype, about))
+        return
+    conditions = {index: joined(step.encoder, own) for index, own in features.items()}
+    cut = {str(index): step.encoder.cut(prompts[index].text) for index in conditions}
+    seen = {index: own for index, own in cut.items() if own}
+    about = _About(key=cache.key, skipped=skipped, cut=seen)
+    _write(cache.part(number), _named(conditions), recipe.model.dtype, about)
+    waiting.unlink(missing_ok=True)
 
 
-def write_negative(cache: Cache, encoder: Encoder, recipe: Recipe) -> None:
-    """Encode and publish the condition of the unconditional branch, unless it is there."""
-    if not cache.intact([cache.negative])[0]:
-        text = recipe.model.negative_prompt or ""
-        cut = {"negative": seen} if (seen := encoder.cut(text)) else {}
-        about = _About(key=cache.key, cut=cut)
-        _write(cache.negative, encoder.negative(text), recipe.model.dtype, about)
+def _named(conditions: Mapping[int, Condition]) -> dict[str, Tensor]:
+    """A part's tensors, of any shapes [...], by the names that they have in a file."""
+    return {
+        f"{index}.{name}": tensor
+        for index, condition in conditions.items()
+        for name, tensor in condition.items()
+    }
+
+
+def _waiting(file: Path, indices: Sequence[int]) -> dict[int, Condition]:
+    """What earlier passes found of a part's prompts, without those that they left out."""
+    left_out = _about(file).skipped
+    return {index: _read(file, f"{index}.") for index in indices if str(index) not in left_out}
+
+
+def write_negative(cache: Cache, encoder: Encoder, condition: Condition, recipe: Recipe) -> None:
+    """Publish the condition of the unconditional branch."""
+    text = recipe.model.negative_prompt or ""
+    cut = {"negative": seen} if (seen := encoder.cut(text)) else {}
+    _write(cache.negative, condition, recipe.model.dtype, _About(key=cache.key, cut=cut))
 
 
 def _encode(
-    encoder: Encoder,
+    encoder: Callable[[Sequence[Prompt]], list[Condition]],
     prompts: Mapping[int, Prompt],
     skip: bool,
 ) -> tuple[dict[int, Condition], dict[int, str]]:
@@ -281,15 +312,20 @@ def _noted(file: Path) -> str | None:
         return None
 
 
-def _write(file: Path, tensors: Mapping[str, Tensor], dtype: str, about: _About) -> None:
-    """Publish tensors of any shapes [...], the floating-point ones in the compute precision."""
+def _content(tensors: Mapping[str, Tensor], dtype: str, about: _About) -> bytes:
+    """A file of tensors of any shapes [...], the floating-point ones in the compute precision."""
     stored = {}
     for name, tensor in tensors.items():
         kind = getattr(torch, dtype) if tensor.is_floating_point() else tensor.dtype
         # copied, for the format takes no two slices of one batch's memory
         stored[name] = torch.empty(tensor.shape, dtype=kind).copy_(tensor.detach())
     # one entry of metadata: several would be written in another order each time
-    content = save(stored, {"about": json.dumps(vars(about))})
+    return save(stored, {"about": json.dumps(vars(about))})
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor], dtype: str, about: _About) -> None:
+    """Publish tensors of any shapes [...]."""
+    content = _content(tensors, dtype, about)
     digest = hashlib.sha256(content).hexdigest()
     # the hash first: a kill in between leaves a part that is missing, and never one without a hash
     replace_text(_hash_file(file), _note(file, digest), on_disk=True)

@@ -127,6 +127,20 @@ def test_conditions_are_those_of_the_encoder_in_order(calm: Path) -> None:
     assert [len(part) for part in (encoded.conditions[3:5], encoded.conditions[-2:])] == [2, 2]
 
 
+@pytest.mark.parametrize(("way", "ranks"), [("sharded", 2), ("streamed", 0)])
+def test_encoders_that_do_not_fit_make_the_same_cache(way: str, ranks: int, tmp_path: Path) -> None:
+    """Three parts of two ranks, the last of nine prompts: they have unlike numbers of forwards."""
+    prompts = prompt_file(tmp_path, FEW)
+    guided = ("model.cfg=3.0", "model.negative_prompt=blurry")  # of the main rank alone
+    encode(recipe(tmp_path / "whole", prompts, *guided))
+    overrides = arguments(tmp_path / way, prompts, *guided, f"model.text_encoders={way}")
+    done = forks.run("fastgrpo.cli", ["embed", str(runs.RECIPE), *overrides], ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    for part in ("text_encoder", "text_encoder_2"):
+        assert f"{part} encodes " in done.stdout
+    assert files(tmp_path / way) == files(tmp_path / "whole")
+
+
 def test_a_part_is_read_only_when_it_is_asked_for(calm: Path, tmp_path: Path) -> None:
     shutil.copytree(calm, tmp_path / "run")
     conditions = encode(recipe(tmp_path / "run", calm / f"prompts_{MANY}.txt")).conditions
@@ -215,6 +229,8 @@ def test_a_full_disk_is_one_line_and_leaves_only_whole_parts(
         "part-00000.safetensors",
         "part-00000.sha256",
         "part-00001.sha256",
+        "part-00001.passes.partial",  # what CLIP found, which the next start removes
+        "part-00002.passes.partial",
         "manifest.json",
         "hashes.json",
         "lock",
