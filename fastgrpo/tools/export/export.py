@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo import models
 from fastgrpo.checkpoint import identity, reader
@@ -25,6 +25,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import world_size
 from fastgrpo.models.loading import diffusers_folder as layout_folder
 from fastgrpo.models.loading.lora import DOWN, UP, merged, save_adapters
+from fastgrpo.parallel.precision import stays_float32
 from fastgrpo.tools.export import model_card, shard_writer
 
 # of the base folder's top; whole-model files there hold the old weights
@@ -83,7 +84,8 @@ def write_pipeline(wanted: Export, recipe: Recipe, weights: Weights, partial: Pa
     network = partial / part
     network.mkdir()
     shutil.copyfile(source / "config.json", network / "config.json")
-    expected = expected_tensors(network / "config.json")
+    described = outline(network / "config.json")
+    expected = dict(described.state_dict())
     read: Callable[[str], Tensor] = weights.read
     if recipe.lora.rank:
         read = merged_with(source, adapters(weights), recipe)
@@ -92,8 +94,14 @@ def write_pipeline(wanted: Export, recipe: Recipe, weights: Weights, partial: Pa
             {name: tensor.shape for name, tensor in expected.items()}, set(expected), weights
         )
     dtype = getattr(torch, wanted.dtype)
+    rounded = {  # what diffusers keeps in float32 it wants so in the file too
+        name
+        for name, tensor in expected.items()
+        if tensor.is_floating_point() and not stays_float32(described, name)
+    }
     layout = {
-        name: (t.shape, dtype if t.is_floating_point() else t.dtype) for name, t in expected.items()
+        name: (tensor.shape, dtype if name in rounded else tensor.dtype)
+        for name, tensor in expected.items()
     }
     shard_writer.write_network(network, layout, read, wanted.max_shard_bytes)
 
@@ -163,8 +171,8 @@ def _link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def expected_tensors(config_file: Path) -> dict[str, Tensor]:
-    """Tensors [...] on the meta device, by name, of the network that a config.json describes."""
+def outline(config_file: Path) -> nn.Module:
+    """The network that a config.json describes, float32 on the meta device."""
     import diffusers
 
     settings = layout_folder.read_json(config_file)
@@ -175,8 +183,8 @@ def expected_tensors(config_file: Path) -> dict[str, Tensor]:
             "use a folder that diffusers wrote, or the version of diffusers that did."
         )
     with torch.device("meta"):
-        network = kind.from_config(settings)
-    return dict(network.state_dict())
+        network: nn.Module = kind.from_config(settings)
+    return network
 
 
 def _float32(tensor: Tensor) -> Tensor:
