@@ -91,6 +91,7 @@ AUXILIARY = AuxiliaryModels(
     graph_bytes=13378,
     tile=(17, 256, 256),
     stride=(12, 192, 192),
+    uncut_frames=13,  # diffusers compares 16 frames' latents, 4, and takes one more into a tile
 )
 
 
