@@ -68,6 +68,9 @@ class Model(Section):
     guidance: float | None = None
     """Embedded guidance of a distilled network (plain scale, not times 1000); None: the family's
     usual one."""
+    guidance_dtype: Literal["model", "float32"] = "model"
+    """HunyuanVideo and SkyReels-V1 take 1000 times the guidance. model: multiplied in model.dtype,
+    as everybody samples them (in bfloat16 6.0 is 6016); float32: exactly as named (6000)."""
     cfg: Annotated[float, Field(ge=1)] = 1.0
     """Classifier-free guidance scale, in rollout and update alike, both branches trained; 1 = off,
     half the cost."""
@@ -126,7 +129,8 @@ class Video(Section):
 class Prompts(Section):
     train: LocalPath
     """Prompts: a file, folder or pattern of .txt (UTF-8), .json, .jsonl, .csv, .tsv or .parquet;
-    builtin:prompts_video, builtin:prompts_image and builtin:tiny_world_train come along."""
+    builtin:prompts_video, builtin:prompts_image, builtin:prompts_i2v (with pictures) and
+    builtin:tiny_world_train come along."""
     heldout: LocalPath | None = None
     """Prompts of the evaluation before and after; no prompt of `train` may occur. None: take
     heldout_share of `train`."""

@@ -33,6 +33,7 @@ IN_VAIN = [  # the overrides, the key among them that has no effect, and the rea
     (("prompts.column=text",), "a .txt file has no columns"),
     (("prompts.max_nsfw=0.1",), "without prompts.nsfw_columns"),
     (("model.keep=attention",), "without model.gradient_checkpointing"),
+    (("model.guidance_dtype=float32",), "with model.dtype=float32"),
     (("server.token_file=/t",), "without server.urls"),
     (("server.outage_s=9", "rewards.0.where=process"), without_effect.PROCESS),
     (("server.urls=['http://a:1']", "rewards.0.urls=['http://b:1']"),
@@ -47,6 +48,7 @@ IN_USE = [
     ("rollout.window=3", "objective.timestep_choice=first", "objective.timestep_fraction=0.3"),
     ("prompts.heldout=none", "prompts.heldout_share=0.5"),
     ("model.gradient_checkpointing=2", "model.keep=attention"),
+    ("model.guidance_dtype=float32", "model.dtype=bfloat16"),
     ("server.urls=['http://a:1']", "server.token_file=/t", "server.outage_s=9"),
 ]
 
