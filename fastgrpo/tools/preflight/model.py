@@ -23,9 +23,9 @@ from fastgrpo.tools.preflight.iteration import Iteration
 TILES_BOUND = 10
 """Levels of 255 by which a pixel may differ between a clip in tiles and in one piece.
 
-So much moved the tiny world's pixels at most when its VAE decoded in bfloat16 in place of float32,
-and their scores by 0.003 in the mean. What tiles do beyond that lies along their edges, where a
-judge at full resolution sees it.
+Less than that moves the tiny world's pixels when its VAE decodes in bfloat16 in place of float32,
+which runs do without harm. What tiles do beyond that lies along their edges, where a judge at full
+resolution sees it.
 """
 TILE_SIZES = (
     "tile_sample_min_height",

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import HunyuanVideoPipeline
@@ -11,6 +12,7 @@ from torch import Tensor
 from fastgrpo.core import config
 from fastgrpo.core.config import Model
 from fastgrpo.core.units import GIB
+from fastgrpo.data.tiny_world.vae import latents_of
 from fastgrpo.models.loading import policies
 from fastgrpo.parallel.precision import to_compute_precision
 from fastgrpo.parallel.world import World
@@ -105,6 +107,18 @@ def test_tiles_are_compared_with_one_piece(cpu_world: World, frames: int, height
     assert finding.green and finding.yellow == bool(apart.max() > model.TILES_BOUND)
     assert f"by {apart.max():.0f} of 255 at most, {apart.mean():.2g} on average" in finding.line
     assert vae.tile_sample_min_height == 256 and vae.tile_sample_min_num_frames == 16
+
+
+@torch.no_grad()
+def test_the_bound_is_above_what_bfloat16_does_to_pixels() -> None:
+    policy = policies.load(Model(family="hunyuan_video", path=str(FOLDER)), CPU)
+    vae: Any = policy.vae
+    x, _ = latents_of(vae, 12, np.random.default_rng(0))
+    exact = policy.decode(x, {}).pixels.int()
+    vae.to(torch.bfloat16)
+    rounded = policy.decode(x, {}).pixels.int()
+    worst = int((exact - rounded).abs().max())
+    assert 0 < worst <= model.TILES_BOUND
 
 
 def test_where_one_piece_has_no_room_a_word_says_so(
