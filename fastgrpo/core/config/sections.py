@@ -59,6 +59,12 @@ class Model(Section):
     path: LocalOrHub
     """Folder in the diffusers layout, builtin:tiny_hunyuan_video, or a hub id, NAME or
     NAME@REVISION: transformer/ or unet/, vae/, text_encoder/, scheduler/, ..."""
+    revision: Annotated[str, Field(pattern=r"^[\w./-]+$")] | None = None
+    """Branch, tag or commit of model.path's hub repository, the same as NAME@REVISION; None: its
+    newest state."""
+    variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")] | None = None
+    """Which files of weights are read where a part has several, such as fp16: those with that in
+    their names, of the other parts the plain ones; None: the plain ones."""
     network: LocalOrHub | None = None
     """Folder or hub id with the network alone, where it is not in `path` (SkyReels over
     HunyuanVideo's other parts)."""
@@ -89,6 +95,11 @@ class Model(Section):
     decode_batch: Positive | None = None
     """Clips per VAE decode; None: a rollout batch at once (of images as many as kernels can count:
     7 of 1024 x 1024). Changes speed and memory, and pixels up to rounding."""
+
+    @property
+    def source(self) -> str:
+        """model.path with its revision."""
+        return self.path if self.revision is None else f"{self.path}@{self.revision}"
 
     def recomputes(self, block: int) -> bool:
         """Whether a block is recomputed in the backward.  block: its number in the network"""

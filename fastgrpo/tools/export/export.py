@@ -24,6 +24,7 @@ from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import world_size
 from fastgrpo.models.loading import diffusers_folder as layout_folder
+from fastgrpo.models.loading import source, weight_files
 from fastgrpo.models.loading.lora import DOWN, UP, merged, save_adapters
 from fastgrpo.parallel.precision import stays_float32
 from fastgrpo.tools.export import model_card, shard_writer
@@ -77,18 +78,18 @@ def export(wanted: Export) -> Path:
 def write_pipeline(wanted: Export, recipe: Recipe, weights: Weights, partial: Path) -> None:
     """Write the base folder's parts, and the network with the checkpoint's weights."""
     part = models.declared(recipe.model.family, "NETWORK")
-    base = layout_folder.locate(recipe.model.path)
+    base = source.locate(recipe.model)
     copy_parts(base, part, partial, wanted.link)
-    source = layout_folder.network_folder(recipe.model, part)
+    own = layout_folder.network_folder(recipe.model, part)
     name_pipeline(partial / "model_index.json", recipe.model.family)
     network = partial / part
     network.mkdir()
-    shutil.copyfile(source / "config.json", network / "config.json")
+    shutil.copyfile(own / "config.json", network / "config.json")
     described = outline(network / "config.json")
     expected = dict(described.state_dict())
     read: Callable[[str], Tensor] = weights.read
     if recipe.lora.rank:
-        read = merged_with(source, adapters(weights), recipe)
+        read = merged_with(own, adapters(weights), recipe)
     else:
         reader.check_names(
             {name: tensor.shape for name, tensor in expected.items()}, set(expected), weights
@@ -118,12 +119,12 @@ def adapters(weights: Weights) -> dict[str, Tensor]:
     return {name: weights.read(name) for name in weights.names if name.endswith((DOWN, UP))}
 
 
-def merged_with(source: Path, state: dict[str, Tensor], recipe: Recipe) -> Callable[[str], Tensor]:
+def merged_with(folder: Path, state: dict[str, Tensor], recipe: Recipe) -> Callable[[str], Tensor]:
     """A reader of the base network's tensors, float32 [...], with the adapters folded in.
 
     state: A [rank, in] and B [out, rank] by name
     """
-    base = shard_writer.open_network(source)
+    base = shard_writer.open_network(folder)
     return lambda name: merged(name, _float32(base(name)), state, recipe.lora)
 
 
@@ -143,16 +144,20 @@ def copy_parts(base: Path, network: str, partial: Path, link: bool) -> None:
     for name in parts:
         # an optional part, such as a safety checker, may be null
         if name != network and (base / name).is_dir():
-            copy_folder(base / name, partial / name, put)
+            copy_part(base / name, partial / name, put)
 
 
-def copy_folder(source: Path, target: Path, put: Callable[[str, str], Any]) -> None:
-    """Copy a folder; shutil.copytree would gather the errors and hide a full disk."""
-    for folder, _, names in os.walk(source, followlinks=True):
-        copy = target / Path(folder).relative_to(source)
-        copy.mkdir(parents=True)
-        for name in names:
-            put(os.path.join(folder, name), str(copy / name))
+def copy_part(folder: Path, target: Path, put: Callable[[str, str], Any]) -> None:
+    """Copy a part, of several forms of its weights the one that was read, under its plain name.
+
+    shutil.copytree would gather the errors and hide a full disk.
+    """
+    target.mkdir(parents=True)
+    for file, name in weight_files.plainly_named(folder).items():
+        put(str(file), str(target / name))
+    for inner in sorted(folder.iterdir()):
+        if inner.is_dir():
+            copy_part(inner, target / inner.name, put)
 
 
 def name_pipeline(index: Path, family: str) -> None:
