@@ -96,7 +96,13 @@ setup(
     package_dir=PACKAGES,
     package_data={
         "fastgrpo": ["py.typed"],
-        "fastgrpo.data": ["*.txt", "geneval/*", "tiny_hunyuan_video/**"],
+        "fastgrpo.data": [
+            "*.txt",
+            "*.jsonl",
+            "geneval/*",
+            "reference_images/*",
+            "tiny_hunyuan_video/**",
+        ],
         "fastgrpo.launch": ["*.toml", "*.sh", "one_*/*.toml"],
     },
     include_package_data=False,

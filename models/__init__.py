@@ -16,6 +16,8 @@ and what it need not have:
   share_sequence(network, layout)         how ranks share its sequences; without it distributed.sp
                                           is 1
   READS_IMAGE: bool                       whether a reference image is a part of its condition
+  GUIDANCE_TIMES_1000: bool               whether its network takes 1000 times the embedded guidance,
+                                          multiplied as model.guidance_dtype says
   plan(config) -> FamilyPlan              its sizes for `fastgrpo plan`, see sizes/, from a config
                                           of its network; taken without torch, so nothing of the
                                           file that it uses may need torch

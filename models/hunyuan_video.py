@@ -2,12 +2,13 @@
 
 Kong et al. 2024, arXiv 2412.03603.
 
-diffusers' unmodified classes, and the embedded guidance of the distilled checkpoint. Two departures
-from diffusers' pipeline, both exact: text is trimmed to its own length and blocks attend without a
-mask (a batch never mixes lengths), so that the fastest attention kernels apply; and the guidance
-stays in float32 (the pipeline rounds 6000 to 6016 in bfloat16). Classifier-free guidance runs both
-branches as one batch; where their texts differ in length the shorter is padded, and each branch
-attends by itself, to its own text alone.
+diffusers' unmodified classes, and the embedded guidance of the distilled checkpoint. One departure
+from diffusers' pipeline, which is exact: text is trimmed to its own length and blocks attend
+without a mask (a batch never mixes lengths), so that the fastest attention kernels apply. The
+network takes guidance times 1000, which the pipeline multiplies in the compute precision: in
+bfloat16 6.0 becomes 6016. So does this one, unless model.guidance_dtype says otherwise.
+Classifier-free guidance runs both branches as one batch; where their texts differ in length the
+shorter is padded, and each branch attends by itself, to its own text alone.
 """
 
 import math
@@ -43,6 +44,7 @@ NETWORK = "transformer"
 PARTS = ("vae", "text_encoder", "text_encoder_2", "scheduler", "tokenizer", "tokenizer_2")
 PIPELINES = ("HunyuanVideoPipeline",)  # whose folders this family reads
 USUAL_GUIDANCE = 6.0
+GUIDANCE_TIMES_1000 = True
 MAX_TEXT_TOKENS = 256
 MAX_CLIP_TOKENS = 77
 # latent height or width from which the VAE decodes in tiles: untiled, its attention does not fit
@@ -98,6 +100,7 @@ AUXILIARY = AuxiliaryModels(
     graph_bytes=13378,
     tile=(17, 256, 256),
     stride=(12, 192, 192),
+    uncut_frames=13,  # diffusers compares 16 frames' latents, 4, and takes one more into a tile
 )
 
 
@@ -130,6 +133,8 @@ class HunyuanVideo:
         self.cfg = settings.cfg
         self.negative: Condition | None = None
         self.guidance = guidance
+        exact = settings.guidance_dtype == "float32"
+        self.guidance_dtype = torch.float32 if exact else settings.torch_dtype
         self.dtype = settings.torch_dtype
         self.decode_batch = settings.decode_batch
         self.shift = shift
@@ -184,7 +189,8 @@ class HunyuanVideo:
             rows[:, length:] = False
         guidance = None
         if self.network.config.guidance_embeds:  # type: ignore[union-attr]
-            guidance = torch.full_like(t, self.guidance * 1000.0)
+            guidance = torch.full_like(t, self.guidance, dtype=self.guidance_dtype) * 1000.0
+            guidance = guidance.to(t.dtype)
         (v,) = self.network(
             hidden_states=x.to(self.dtype),
             timestep=t * diffusers_folder.TRAIN_TIMESTEPS,

@@ -13,6 +13,7 @@ branches give together is scaled to it, token by token, and gradients go through
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -299,5 +300,7 @@ def _block_sizes(heads: int, head: int, number: int) -> JointBlock:
 def simulated(config: Mapping[str, Any], settings: Model) -> QwenImage:
     """The policy around a network of this config, without VAE and times: for a simulated rank."""
     schedule: Any = None
+    vae: Any = nn.Linear(1, 1)  # in place of one: what is asked of it
+    vae.config = SimpleNamespace(latents_mean=[0.0], latents_std=[1.0])
     network = QwenImageTransformer2DModel(**config).train()
-    return QwenImage(network, nn.Module(), schedule, settings)
+    return QwenImage(network, vae, schedule, settings)

@@ -43,6 +43,7 @@ PIPELINES = (
     *models.declared("hunyuan_video", "PIPELINES"),
 )
 READS_IMAGE = True
+GUIDANCE_TIMES_1000: bool = models.declared("hunyuan_video", "GUIDANCE_TIMES_1000")
 USUAL_GUIDANCE = 1.0  # the embedded one: what follows the text is model.cfg
 PUBLISHED = tuple(
     (part, of | {"in_channels": 32}) for part, of in models.declared("hunyuan_video", "PUBLISHED")

@@ -77,6 +77,7 @@ KEPT = {  # bytes per token and channel, by the bytes of a number, feed-forward 
     2: Kept((27.1, 0.0), (70.1, 12.0), (86.1, 12.0), 2.0, moved=(338.1, 0.0)),
     4: Kept((54.2, 0.0), (96.1, 24.0), (121.2, 24.0), 4.0),
 }
+FLOAT32 = ("time_embedder", "scale_shift_table", "norm2")  # what diffusers keeps so in bfloat16
 HIDDEN_KEPT = {2: 4.0, 4: 8.0}  # bytes per token and channel of the feed-forward's inner layer
 AUXILIARY = AuxiliaryModels(
     space=8,
@@ -352,7 +353,9 @@ def _sizes(config: Mapping[str, Any], kept: KeptBy, times: str) -> Network:
     rest.embedder("condition_embedder.text_embedder", config["text_dim"], width, TEXT)
     rest.linear("proj_out", width, config["out_channels"] * math.prod(kernel), VIDEO)
     repeated = tuple(_block_sizes(config, kept, n) for n in range(config["num_layers"]))
-    return Network(blocks=repeated, rest=rest, width=width, heads=heads, rotary=head)
+    return Network(
+        blocks=repeated, rest=rest, width=width, heads=heads, rotary=head, float32=FLOAT32
+    )
 
 
 def _block_sizes(config: Mapping[str, Any], kept: KeptBy, number: int) -> TokenBlock:

@@ -41,9 +41,10 @@ PIPELINES = (PIPELINE, *models.declared("wan", "PIPELINES"))  # whose folders th
 READS_IMAGE = True
 PUBLISHED = (("", models.declared("wan", "TI2V_5B")),)
 # bytes per token and channel, as wan.KEPT, of blocks whose modulation has a row for each token;
-# in the first and the third pair also the modulation itself and what the time embedder keeps
+# in the first and the third pair also the modulation itself and what the time embedder keeps: of
+# that 4 more in bfloat16 than was measured, since both its layers' results are float32
 KEPT = {
-    2: Kept((64.0, 0.0), (102.1, 12.0), (140.1, 12.0), 2.0, moved=(458.1, 0.0)),
+    2: Kept((64.0, 0.0), (102.1, 12.0), (144.1, 12.0), 2.0, moved=(458.1, 0.0)),
     4: Kept((104.0, 0.0), (128.1, 24.0), (200.1, 24.0), 4.0),
 }
 

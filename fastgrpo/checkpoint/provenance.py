@@ -33,10 +33,15 @@ def record_provenance(recipe: Recipe, sources: Sequence[Source]) -> None:
     """Note the network and the rewards that a run begins with. On the main rank only.
 
     Reads the network's files where their hashes are not known.
-    The file: {"network": {file: SHA-256}, "rewards": {name: {"fingerprint": ..., "identity": ...}}},
-    and with run.start_from "start": {"checkpoint": path, "manifest": SHA-256}
+    The file: {"model": {"path", "network", "revision", "variant", "commit"}, each where there is one,
+    "network": {file: SHA-256}, "rewards": {name: {"fingerprint": ..., "identity": ...}}}, and with
+    run.start_from "start": {"checkpoint": path, "manifest": SHA-256}
     """
-    content: dict[str, Any] = {"network": network(recipe), "rewards": rewards(sources)}
+    content: dict[str, Any] = {
+        "model": model(recipe),
+        "network": network(recipe),
+        "rewards": rewards(sources),
+    }
     if (start := start_of(recipe)) is not None:
         content["start"] = {"checkpoint": str(start), "manifest": _manifest_hash(start)}
     replace_text(recipe.run.dir / FILE, json.dumps(content, indent=1) + "\n")
@@ -76,6 +81,16 @@ def start_of(recipe: Recipe) -> Path | None:
 def _manifest_hash(checkpoint: Path) -> str:
     """SHA-256 of what names the hashes of all of a checkpoint's files."""
     return sha256(checkpoint / "manifest.json")
+
+
+def model(recipe: Recipe) -> dict[str, str]:
+    """Where the model's files were taken from; of a hub the commit, too, which a branch may leave."""
+    settings = recipe.model
+    named = {key: getattr(settings, key) for key in ("path", "network", "revision", "variant")}
+    folder = diffusers_folder.pipeline_folder(settings, ())
+    if folder.parent.name == "snapshots":
+        named["commit"] = folder.name
+    return {key: value for key, value in named.items() if value is not None}
 
 
 def network(recipe: Recipe) -> dict[str, str]:

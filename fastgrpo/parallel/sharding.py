@@ -14,11 +14,13 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from fastgrpo.core.config import Distributed
 from fastgrpo.core.memory import free_memory
 from fastgrpo.core.policy import Policy
 from fastgrpo.parallel import sequence_parallel
+from fastgrpo.parallel.precision import stays_float32
 from fastgrpo.parallel.world import World
 
 
@@ -27,18 +29,60 @@ def shard(
 ) -> None:
     """Shard by FSDP2 per block: float32 masters, `dtype` compute, float32 gradient reduction.
 
-    Sequences are shared where sp > 1. Inputs are not cast, since bfloat16 timesteps and rotary
+    What the network keeps in float32 (`precision.stays_float32`) is computed with as its masters
+    are. Sequences are shared where sp > 1. Inputs are not cast, since bfloat16 timesteps and rotary
     tables would wreck the gradients. Pages of a mapped file, offload = nvme, cannot be pinned.
     """
     if world.sp is not None:
         sequence_parallel.install(policy.network, world.sp, policy.share_sequence)
-    precision = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
-    )
     pinned = world.device.type == "cuda" and offload != "nvme"
     where = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
+    staying = {
+        parameter
+        for name, parameter in policy.network.named_parameters()
+        if dtype != torch.float32 and stays_float32(policy.network, name)
+    }
     for module in (*policy.blocks, policy.network):
-        fully_shard(module, mesh=world.mesh, mp_policy=precision, offload_policy=where)
+        apart = staying.intersection(module.parameters())  # those of its blocks are sharded already
+        fully_shard(
+            module,
+            mesh=world.mesh,
+            mp_policy=_precision(dtype),
+            offload_policy=where,
+            ignored_params=apart,
+        )
+        if apart:
+            _shard_in_float32(module, apart)
+
+
+def _precision(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    return MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+    )
+
+
+def _shard_in_float32(module: nn.Module, parameters: set[nn.Parameter]) -> None:
+    """Shard what stays in float32 of a module that is sharded without it, over the same mesh.
+
+    FSDP2 has one precision per call and module, and what stays are single parameters of a module
+    too. It gathers and reduces a module's groups one after the other: this is a second group.
+    """
+    groups = fully_shard.state(module)._fsdp_param_groups  # type: ignore[attr-defined]
+    (first,) = groups
+    for parameter in parameters:
+        if not parameter.is_meta:  # as FSDP2 does with those that it is not told to ignore
+            parameter.data = parameter.data.to(first.device)
+    own = FSDPParamGroup(
+        [one for one in module.parameters() if one in parameters],
+        first.modules,
+        first.mesh_info,
+        first.post_forward_mesh_info,
+        first.device,
+        None,
+        _precision(torch.float32),
+        first.offload_policy,
+    )
+    groups.append(own)
 
 
 def prefetch(policy: Policy, blocks: int) -> None:

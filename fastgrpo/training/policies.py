@@ -30,6 +30,7 @@ from fastgrpo.models.loading.policies import outline
 from fastgrpo.models.loading.streaming import Bytes, Show
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.nvme.adamw import States
+from fastgrpo.parallel.precision import to_compute_precision
 from fastgrpo.parallel.world import World
 from fastgrpo.run.terminal import duration, open_console
 
@@ -127,8 +128,8 @@ def initial_policy(
         return Unadapted(trained)
     policy = world.run_on_all_ranks(lambda: outline(recipe.model, world.device))
     policy.network.requires_grad_(False)
-    for parameter in policy.network.parameters():  # without float32 masters: it is not trained
-        parameter.data = parameter.data.to(recipe.model.torch_dtype)
+    # without float32 masters: it is not trained
+    to_compute_precision(policy.network, recipe.model.torch_dtype)
     policy.negative, policy.vae = trained.negative, trained.vae
     shard_and_read(policy, recipe, world, "weights of the initial policy")
     start(policy.network)

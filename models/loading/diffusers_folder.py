@@ -16,100 +16,27 @@ from einops import rearrange
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastgrpo.core.config import Model, Video, paths
+from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Decoded, part_of
-from fastgrpo.models.loading.weight_files import check_class, check_shards, refuse_pointers
+from fastgrpo.models.loading.source import Folder, locate, refuse_file
+from fastgrpo.models.loading.weight_files import (
+    check_class,
+    check_shards,
+    read_variant,
+    refuse_pointers,
+)
 from fastgrpo.models.loading.weight_files import read_json as read_json
 from fastgrpo.models.placement.text_network import TextNetwork
 
-# of a hub repository: all folders, and of its top what a family or an export reads, no whole-model
-# files
-FETCHED = (
-    "*/*",
-    "*.json",
-    "*.md",
-    "*.txt",
-    "*.toml",
-    "LICENSE*",
-    "NOTICE*",
-    "diffusion_pytorch_model*",
-    "pytorch_lora_weights*",
-)
-NOT_FETCHED = (  # other formats and variants, which no family reads
-    "*.msgpack",
-    "*.h5",
-    "*.ckpt",
-    "*.pb",
-    "*.gguf",
-    "*.onnx",
-    "*.onnx_data",
-    "*openvino*",
-    "*.fp16.*",
-    "*.fp16-*",
-    "*.non_ema.*",
-    "*.non_ema-*",
-)
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 TRAIN_TIMESTEPS = 1000  # by which the networks of flow models count t
 E = TypeVar("E")
 
 
-def locate(path: str, key: str = "model.path") -> Path:
-    """A local folder, or the local copy of a hub repository."""
-    if Path(path).is_dir():
-        return Path(path)
-    if not paths.is_hub_id(path):
-        raise UserError(
-            f"{key}={path}: no such folder; give a folder in the diffusers layout or a hub id."
-        )
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return fetch(path)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        problem = str(error).splitlines()[0]
-        raise UserError(
-            f"{key}={path}: neither a folder nor on the hub ({problem}); correct the path, or write"
-            " it as ./NAME where a folder is meant."
-        ) from None
-
-
-def fetch(repository: str) -> Path:
-    """The local copy of a hub repository, without what no family reads; .bin files only where they
-    are the weights.
-
-    repository: NAME, or NAME@REVISION
-    """
-    from huggingface_hub import snapshot_download
-
-    allowed, (name, revision) = list(FETCHED), paths.hub_name(repository)
-    folder = Path(
-        snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=allowed,
-            ignore_patterns=[*NOT_FETCHED, "*.bin"],
-        )
-    )
-    parts = [
-        config.parent for config in (*folder.glob("config.json"), *folder.glob("*/config.json"))
-    ]
-    if all(any(part.glob("*.safetensors")) for part in parts):
-        return folder
-    return Path(
-        snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=allowed,
-            ignore_patterns=list(NOT_FETCHED),
-        )
-    )
-
-
-def pipeline_folder(settings: Model, parts: Sequence[str]) -> Path:
+def pipeline_folder(settings: Model, parts: Sequence[str]) -> Folder:
     """The folder of model.path, whose `parts` (such as "vae", "tokenizer") are all there."""
-    folder = locate(settings.path)
+    folder = locate(settings)
     config_of = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
     for file in (
         "model_index.json",
@@ -127,10 +54,11 @@ def check_pipeline(
     settings: Model, wanted: Sequence[str], families: Mapping[str, Sequence[str]]
 ) -> None:
     """Raise UserError where the model_index.json of model.path names none of the `wanted`
-    pipelines.
+    pipelines, or a single file is named.
 
     families: each family's pipelines, its own first, to suggest the one that the folder is for
     """
+    refuse_file(settings, wanted[0])
     named = read_json(pipeline_folder(settings, ()) / "model_index.json").get("_class_name")
     if named in wanted:
         return
@@ -143,11 +71,11 @@ def check_pipeline(
     )
 
 
-def network_folder(settings: Model, part: str) -> Path:
+def network_folder(settings: Model, part: str) -> Folder:
     """The folder of the trained network: model.network, or the part of model.path."""
     if settings.network is None:
-        return locate(settings.path) / part
-    folder = locate(settings.network, "model.network")
+        return locate(settings) / part
+    folder = locate(settings, "network")
     folder = folder if (folder / "config.json").is_file() else folder / part
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -221,7 +149,8 @@ def read(network: Any, folder: Path, dtype: torch.dtype) -> Any:
     check_class(network, folder)
     check_shards(folder)
     # transformers' own error for another shape names no tensor: what it leaves out is named below
-    options = {"ignore_mismatched_sizes": True} if hasattr(network, "config_class") else {}
+    options: dict[str, Any] = {"variant": read_variant(folder)}
+    options |= {"ignore_mismatched_sizes": True} if hasattr(network, "config_class") else {}
     try:
         model, found = network.from_pretrained(
             folder, torch_dtype=dtype, output_loading_info=True, **options

@@ -24,6 +24,7 @@ from fastgrpo.core.config import Lora
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replacing
 from fastgrpo.models.loading.weight_files import cast
+from fastgrpo.parallel.precision import to_compute_precision
 
 ATTENTION = (  # the names that diffusers' networks give the projections of their attention
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -55,9 +56,7 @@ def add_adapters(
     config = LoraConfig(
         r=settings.rank, lora_alpha=_alpha(settings), target_modules=layers, init_lora_weights=False
     )
-    # not network.to(), which would round buffers such as rotary tables too
-    for parameter in network.parameters():
-        parameter.data = parameter.data.to(frozen_dtype)
+    to_compute_precision(network, frozen_dtype)
     network.add_adapter(config, ADAPTER)  # type: ignore[operator]
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(is_adapter(name))

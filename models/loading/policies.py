@@ -25,6 +25,7 @@ from fastgrpo.core.policy import Encoder, Policy
 from fastgrpo.models.loading import diffusers_folder, streaming
 from fastgrpo.models.loading.lora import add_adapters
 from fastgrpo.models.text_encoders.passes import passes_of
+from fastgrpo.parallel.precision import to_compute_precision
 from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence
 
 ATTENTION = ("scaled_dot_product", "flash_attn")
@@ -52,14 +53,13 @@ def load(
     lora: Lora | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Policy:
-    """The policy of `outline` with the whole network on `device`, read straight into `dtype`.
+    """The policy of `outline` with the whole network on `device`, read straight into `dtype`, but
+    for what the network keeps in float32.
 
     What adapters stand beside is in compute precision.
     """
     policy = outline(settings, device, lora)
-    if dtype != torch.float32:
-        for parameter in policy.network.parameters():  # on the meta device: nothing is moved
-            parameter.data = parameter.data.to(dtype)
+    to_compute_precision(policy.network, dtype)  # on the meta device: nothing is moved
     streaming.fill(policy.network, device)
     return policy
 

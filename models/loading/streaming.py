@@ -68,8 +68,8 @@ def outline(kind: Any, folder: Path, device: torch.device) -> Any:
             f"model.path: {folder}/config.json makes no {kind.__name__} ({problem}); download that "
             "folder again."
         ) from None
-    # as diffusers does; `fill` reads from there
-    network.register_to_config(_name_or_path=str(folder))
+    network.register_to_config(_name_or_path=str(folder))  # as diffusers does
+    network.weights_folder = folder  # which `fill` reads, by the folder's variant
     network._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
     _places(network)
     return network
@@ -163,7 +163,7 @@ def _places(network: Any) -> dict[str, Place]:
 
     Raises UserError where the files do not fit it.
     """
-    folder = Path(network.config._name_or_path)
+    folder: Path = network.weights_folder
     found = weight_files.tensors(folder)
     # diffusers' own renaming of what its older versions wrote
     network._fix_state_dict_keys_on_load(found)

@@ -1,12 +1,12 @@
 """The folder of one network in the diffusers layout: its configuration, and which of its files
 holds which tensor.
 
-The weights are one .safetensors file, several with an index, or one .bin file where there is no
-other. They are mapped into memory and not read: what is taken of a tensor comes from the disk, and
-nothing else does.
+The weights are one .safetensors file, or several with an index, of the variant that the folder is
+read by where there are such (`source.Folder`). They are mapped into memory and not read: what is
+taken of a tensor comes from the disk, and nothing else does. Pickles (.bin) are refused.
 """
 
-import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from fastgrpo.core import files
 from fastgrpo.core.errors import UserError
+from fastgrpo.models.loading.source import Folder
 
 WEIGHTS = "diffusion_pytorch_model"
-INDEX = f"{WEIGHTS}.safetensors.index.json"
-INDEXES = (INDEX, "model.safetensors.index.json")  # of diffusers' networks and of transformers'
+STEMS = (WEIGHTS, "model")  # of the files of diffusers' networks and of transformers'
+PICKLES = (f"{WEIGHTS}*.bin", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True)
@@ -58,22 +59,96 @@ def refuse_pointers(folder: Path) -> None:
 
 def check_shards(folder: Path) -> None:
     """Raise UserError where a file is missing that the index of the weights names, or a pointer of
-    git-lfs lies in its place.
+    git-lfs lies in its place, and where all weights are pickles or another variant.
     """
     refuse_pointers(folder)
-    for index in (folder / name for name in INDEXES):
-        if index.is_file():
-            for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
-                if not (folder / shard).is_file():
-                    raise UserError(
-                        f"model.path: {folder / shard} is missing, a part of the weights; download "
-                        "it again."
-                    )
-    if not _has_weights(folder) and (variant := _variant(folder)) is not None:
+    entry = _entry(folder)
+    if entry is None:
+        _refuse_others(folder)
+        return
+    for file in _parts(entry):
+        if not file.is_file():
+            raise UserError(
+                f"model.path: {file} is missing, a part of the weights; download it again."
+            )
+
+
+def _entry(folder: Path) -> Path | None:
+    """The file by which the weights are read: an index, or the only one. None: there is none."""
+    variants = [""] if (own := _asked(folder)) is None else [f".{own}", ""]
+    return next(
+        (
+            file
+            for variant in variants
+            for stem in STEMS
+            for name in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors")
+            if (file := folder / name).is_file()
+        ),
+        None,
+    )
+
+
+def _asked(folder: Path) -> str | None:
+    return folder.variant if isinstance(folder, Folder) else None
+
+
+def _parts(entry: Path) -> list[Path]:
+    """The files of weights."""
+    if entry.suffix != ".json":
+        return [entry]
+    return [entry.with_name(part) for part in sorted({*read_json(entry)["weight_map"].values()})]
+
+
+def read_variant(folder: Path) -> str | None:
+    """The variant by which a folder's weights are read: the one asked for, where it has that."""
+    own, entry = _asked(folder), _entry(folder)
+    found = entry is not None and own is not None and f".{own}." in entry.name
+    return own if found else None
+
+
+def plainly_named(folder: Path) -> dict[Path, str]:
+    """The files of a part as they are copied, by the names that a reader finds without a variant.
+
+    Of weights only those that are read.
+    """
+    entry, kept = _entry(folder), {}
+    weights = [] if entry is None else [entry, *_parts(entry)]
+    for file in sorted(folder.iterdir()):
+        other = any(file.match(p) for p in (*PICKLES, *(f"{stem}*.safetensors*" for stem in STEMS)))
+        if file.is_file() and (entry is None or not other or file in weights):
+            kept[file] = file.name
+    if entry is not None and (variant := read_variant(folder)) is not None:
+        kept[entry] = entry.name.replace(f".{variant}.", ".")
+    return kept
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raise UserError for a folder whose only weights are of another variant, or pickles."""
+    variants = [file for stem in STEMS for file in sorted(folder.glob(f"{stem}.*.safetensors*"))]
+    if variants and (named := _variant_in(variants[0].name)):
         raise UserError(
-            f"model.path: {folder} has its weights only as a variant ({variant.name}), which is "
-            "not read; save or download that folder without variant=..."
+            f"model.path: {folder} has its weights only as a variant ({variants[0].name}); set "
+            f"model.variant={named}."
         )
+    pickles = [file for pattern in PICKLES for file in sorted(folder.glob(pattern))]
+    if pickles:
+        config = files.read_json_or_none(folder / "config.json") or {}
+        library, kind = "diffusers", config.get("_class_name")
+        if kind is None:
+            library, kind = "transformers", (config.get("architectures") or ["AutoModel"])[0]
+        raise UserError(
+            f"model.path: {folder} has its weights only as {pickles[0].name}, a pickle, which is "
+            f'not read; convert them once: python -c "import {library}; '
+            f"{library}.{kind}.from_pretrained('{folder}').save_pretrained('{folder}')\"."
+        )
+
+
+def _variant_in(name: str) -> str:
+    """The variant in the name of a file of weights: model.fp16.safetensors, also of its parts."""
+    found = re.search(
+        r"\.(?!safetensors|index)([A-Za-z_]\w*)(-\d+-of-\d+)?\.(safetensors|json)", name
+    )
+    return "" if found is None else found[1]
 
 
 def check_weights(folder: Path) -> None:
@@ -82,19 +157,6 @@ def check_weights(folder: Path) -> None:
     for file in _weight_files(folder):
         if not file.is_file():
             raise UserError(f"model.path: {file} is missing, a part of the weights.")
-
-
-def _has_weights(folder: Path) -> bool:
-    """Whether the folder has weights under the names that diffusers and transformers read."""
-    plain = (f"{WEIGHTS}.safetensors", f"{WEIGHTS}.bin", "model.safetensors", "pytorch_model.bin")
-    return any((folder / name).is_file() for name in (*plain, *INDEXES))
-
-
-def _variant(folder: Path) -> Path | None:
-    """A file of weights that was saved with variant="fp16" or another; None: there is none."""
-    stems = (WEIGHTS, "model", "pytorch_model")
-    files = (file for stem in stems for file in sorted(folder.glob(f"{stem}.*.*")))
-    return next((file for file in files if file.suffix in (".safetensors", ".bin")), None)
 
 
 def tensors(folder: Path) -> dict[str, Place]:
@@ -111,17 +173,12 @@ def tensors(folder: Path) -> dict[str, Place]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
-        return [
-            folder / part
-            for part in sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-        ]
-    for file in (folder / f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.bin"):
-        if file.is_file():
-            return [file]
-    raise UserError(
-        f"model.path: {folder} has no {WEIGHTS}.safetensors; download that folder again."
-    )
+    entry = _entry(folder)
+    if entry is None:
+        raise UserError(
+            f"model.path: {folder} has no {WEIGHTS}.safetensors; download that folder again."
+        )
+    return _parts(entry)
 
 
 def mapped(file: Path) -> dict[str, Tensor]:
@@ -129,26 +186,11 @@ def mapped(file: Path) -> dict[str, Tensor]:
 
     The mapping goes with the last of the tensors.
 
-    Raises UserError for a damaged file, and for a .bin in torch's format of before 2020, which
-    cannot be mapped.
+    Raises UserError for a damaged file.
     """
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        if not isinstance(content, dict) or not all(
-            isinstance(value, Tensor) for value in content.values()
-        ):
-            raise ValueError("not a mapping of tensors")
-        return content
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        SafetensorError,
-    ) as error:
+        return load_file(file)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         problem = next(
             (line for line in str(error).splitlines() if line.strip()), type(error).__name__
         )

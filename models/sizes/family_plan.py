@@ -30,6 +30,8 @@ class AuxiliaryModels:
     backward. 0: not counted."""
     tile: tuple[int, int, int] | None = None  # frames, height, width; None: the whole clip
     stride: tuple[int, int, int] = (1, 1, 1)
+    uncut_frames: int = 0
+    """The most frames that are not cut in time, where a tile has more than those; 0: a tile's."""
     trimmed: bool = False  # whether a text keeps its own length; else all are padded to `text`
 
 

@@ -70,23 +70,26 @@ class Unit:
     products: list[Product] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
     # counted once: a search asks a thousand times
-    _padded: dict[int, int] = field(default_factory=dict, repr=False)
+    _padded: dict[tuple[int, tuple[str, ...]], int] = field(default_factory=dict, repr=False)
     _adapted: dict[tuple[int, tuple[str, ...]], "Unit"] = field(default_factory=dict, repr=False)
 
     @property
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.weights.values())
 
-    def padded(self, shards: int) -> int:
+    def padded(self, shards: int, named: tuple[str, ...] = ()) -> int:
         """Elements when each parameter's first dimension is padded to divide over the shards, as
         FSDP2 does.
+
+        named: of those parameters alone that have such a part in their names; empty: of all
         """
-        if shards not in self._padded:
-            shapes = self.weights.values()
-            self._padded[shards] = sum(
-                shards * math.ceil(s[0] / shards) * math.prod(s[1:]) for s in shapes
+        if (shards, named) not in self._padded:
+            self._padded[shards, named] = sum(
+                shards * math.ceil(s[0] / shards) * math.prod(s[1:])
+                for name, s in self.weights.items()
+                if not named or has_part(name, named)
             )
-        return self._padded[shards]
+        return self._padded[shards, named]
 
     def repeated(self, settings: "Model", number: int) -> float:
         """Share of the forward that the backward computes again where nothing of it is kept.
@@ -197,6 +200,9 @@ class Network:
     apart: tuple[
         Unit, ...
     ] = ()  # parts outside the blocks that are sharded on their own; they run before the blocks
+    float32: tuple[str, ...] = ()
+    """Parts of names of the weights that stay in float32 whatever the compute precision, as
+    parallel/precision.py has them."""
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -217,6 +223,11 @@ class Network:
     @property
     def parameters(self) -> int:
         return sum(unit.parameters for unit in self.units)
+
+
+def has_part(name: str, named: Sequence[str]) -> bool:
+    """Whether one of several words is a part of a parameter's name, between its dots."""
+    return not set(named).isdisjoint(name.split("."))
 
 
 def adapters(unit: Unit, rank: int, targets: Sequence[str]) -> Unit:

@@ -11,9 +11,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from PIL import Image
 from transformers import AutoTokenizer
 
-from fastgrpo.data.tiny_world import make, shapes
+from fastgrpo.core.config import Prompts, paths
+from fastgrpo.data import prompts
+from fastgrpo.data.tiny_world import make, reference_images, shapes
 from fastgrpo.data.tiny_world.text import (
     caption_words,
     crop_start,
@@ -211,6 +214,24 @@ def test_shipped_prompts_are_what_the_command_writes() -> None:
     for name, lines in zip(("train", "heldout"), make.prompts(seed=0), strict=True):
         shipped = Path(make.__file__).parents[1].joinpath(f"tiny_world_{name}.txt")
         assert shipped.read_text().splitlines() == lines
+
+
+def test_shipped_reference_images_are_what_the_command_writes(tmp_path: Path) -> None:
+    """And a prompt tells of the shape and the colour that its picture has."""
+    reference_images.write(tmp_path)
+    shipped = paths.builtins()["prompts_i2v"]
+    assert (tmp_path / shipped.name).read_text() == shipped.read_text()
+    split = prompts.split(Prompts(train=str(shipped), image_column="image"))
+    assert len(split.train) + len(split.heldout) == 144
+    for prompt in (*split.train, *split.heldout):
+        picture, meaning = prompt.image, shapes.parse(prompt.text)
+        assert isinstance(picture, Path) and meaning is not None
+        assert picture.stem == f"{meaning.colour}_{meaning.shape}"
+        pixels = np.asarray(Image.open(picture))
+        assert (
+            pixels == np.asarray(Image.open(tmp_path / picture.parent.name / picture.name))
+        ).all()
+        assert tuple(pixels[128, 128]) == shapes.COLOURS[meaning.colour]
 
 
 def test_batches_mix_no_lengths() -> None:

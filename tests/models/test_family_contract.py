@@ -23,6 +23,8 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Policy
 from fastgrpo.models.loading import policies
 from fastgrpo.models.sizes.family_plan import FamilyPlan
+from fastgrpo.models.sizes.units import has_part
+from fastgrpo.parallel.precision import stays_float32
 from fastgrpo.parallel.sequence_parallel import Layout, install
 from fastgrpo.parallel.world import Group
 from fastgrpo.tools.plan import planner
@@ -155,6 +157,9 @@ def shapes(module: ModuleType, settings: Mapping[str, Any]) -> Iterator[str]:
     if others:
         yield f"plan: {others[0]} is {written.get(others[0])} and not {real.get(others[0])}"
         return
+    staying = {name for name in real if stays_float32(policy.network, name)}
+    if staying != {name for name in real if has_part(name, planned.network.float32)}:
+        yield f"plan: float32 is not what stays so, which {min(staying, default='nothing')} does"
     names = {id(parameter): name for name, parameter in policy.network.named_parameters()}
     blocks = [{names[id(p)] for p in block.parameters()} for block in module.blocks(policy.network)]
     if blocks != [set(unit.weights) for unit in planned.network.blocks]:

@@ -34,7 +34,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Policy, Prompt, stack
 from fastgrpo.models.attention.trimmed import TrimmedAttention
 from fastgrpo.models.hunyuan_video import blocks, both_texts
-from fastgrpo.models.loading import diffusers_folder, policies
+from fastgrpo.models.loading import diffusers_folder, policies, source
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.training.method import Experience
@@ -609,6 +609,9 @@ HUB = {  # files of repositories, and whether a family reads them
     "README.md": True,
     "LICENSE.md": True,
     "transformer/config.json": True,
+    "unet/config.json": True,
+    "text_encoder/config.json": True,
+    "text_encoder_2/config.json": True,
     "transformer/diffusion_pytorch_model-00001-of-00003.safetensors": True,
     "text_encoder_2/model.safetensors": True,
     "transformer/diffusion_pytorch_model.safetensors.index.json": True,
@@ -632,18 +635,12 @@ HUB = {  # files of repositories, and whether a family reads them
 }
 
 
-@pytest.mark.parametrize("safe", [True, False])
 def test_what_no_family_reads_is_not_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, safe: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hub's own filter on the names of published repositories; a part without safetensors keeps
-    its .bin files.
+    """The hub's own filter on the names of published repositories; and what `fastgrpo fetch`
+    chooses of them.
     """
-    files = (
-        HUB
-        if safe
-        else {name: read for name, read in HUB.items() if not name.endswith(".safetensors")}
-    )
 
     def snapshot(
         repository: str,
@@ -653,14 +650,28 @@ def test_what_no_family_reads_is_not_fetched(
     ) -> str:
         assert (repository, revision) == ("owner/name", "v1.0")
         for name in filter_repo_objects(
-            files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+            HUB, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
         ):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).touch()
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert diffusers_folder.locate("owner/name@v1.0") == tmp_path
-    fetched = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
-    kept_bin = set() if safe else {"vae/diffusion_pytorch_model.bin"}
-    assert fetched == {name for name, read in files.items() if read} | kept_bin
+    for variant in (None, "fp16"):
+        settings = Model(
+            family="hunyuan_video", path="owner/name", revision="v1.0", variant=variant
+        )
+        assert source.locate(settings) == tmp_path
+        found = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+        expected = {name for name, read in HUB.items() if read}
+        if variant:
+            expected |= FP16
+        assert found == expected == set(source.chosen(list(HUB), variant))
+        for file in found:
+            (tmp_path / file).unlink()
+
+
+FP16 = {
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "text_encoder/model.fp16-00001-of-00002.safetensors",
+}

@@ -8,7 +8,6 @@ each of them in turn.
 
 import hashlib
 import json
-import pickle
 import re
 import shutil
 import struct
@@ -216,20 +215,14 @@ def in_parts(folder: Path) -> None:
     assert len(list(folder.glob(f"{WEIGHTS}-*"))) > 3
 
 
-def as_bin(folder: Path) -> None:
-    torch.save(load_file(weights(folder)), folder / f"{WEIGHTS}.bin")
-    weights(folder).unlink()
-
-
 @pytest.mark.parametrize(
     "change",
     [
         as_dtype(torch.bfloat16),
         as_dtype(torch.float16),
         in_parts,
-        as_bin,
     ],
-    ids=["bfloat16", "float16", "parts", ".bin"],
+    ids=["bfloat16", "float16", "parts"],
 )
 def test_files_of_every_kind(
     change: Callable[[Path], None], folders: dict[str, Path], tmp_path: Path
@@ -354,18 +347,6 @@ def no_weights(folder: Path) -> None:
     weights(folder).unlink()
 
 
-def old_bin(folder: Path) -> None:
-    torch.save(
-        load_file(weights(folder)), folder / f"{WEIGHTS}.bin", _use_new_zipfile_serialization=False
-    )
-    weights(folder).unlink()
-
-
-def no_pickle_of_tensors(folder: Path) -> None:
-    (folder / f"{WEIGHTS}.bin").write_bytes(pickle.dumps(print))
-    weights(folder).unlink()
-
-
 def no_numbers(folder: Path) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_attention_heads": "many"}))
@@ -383,8 +364,6 @@ def no_numbers(folder: Path) -> None:
             r"/diffusion_pytorch_model-00001-of-\d+.safetensors is missing, a part of the weights",
         ),
         (no_weights, " has no diffusion_pytorch_model.safetensors; download"),
-        (old_bin, r"/diffusion_pytorch_model.bin cannot be read \(.+\); download"),
-        (no_pickle_of_tensors, r"/diffusion_pytorch_model.bin cannot be read \(.+\); download"),
         (no_numbers, r"/config.json makes no HunyuanVideoTransformer3DModel \(.+\); download"),
     ],
 )

@@ -25,6 +25,7 @@ from fastgrpo.core.policy import Condition, Prompt, stack
 from fastgrpo.models import wan
 from fastgrpo.models.loading import policies
 from fastgrpo.models.wan import Wan
+from fastgrpo.parallel.precision import to_compute_precision
 from fastgrpo.parallel.world import World
 from fastgrpo.training.rollout import sample_ode
 from tests.harness import backbone
@@ -410,8 +411,7 @@ def test_nothing_waits_for_the_device(folder: Path) -> None:
 
 def test_bfloat16_is_the_networks_alone(folder: Path) -> None:
     policy, condition = load(folder, 5.0, dtype="bfloat16"), stack(encode(folder)[0][:1])
-    for parameter in policy.network.parameters():  # as FSDP does, not the rotary tables
-        parameter.data = parameter.data.bfloat16()
+    to_compute_precision(policy.network, torch.bfloat16)  # as FSDP does
     seen: dict[str, Tensor] = {}
     policy.network.register_forward_pre_hook(
         lambda module, args, given: seen.update(given), with_kwargs=True

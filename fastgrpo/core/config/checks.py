@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
+from fastgrpo.core.config import paths
 from fastgrpo.core.config.sections import Recipe
 from fastgrpo.core.errors import UserError, UserErrors
 
@@ -48,6 +49,24 @@ def _check_model(recipe: Recipe) -> None:
                 f"lora.{key}: has no effect without adapters; set lora.rank above 0 or leave it "
                 "out."
             )
+
+
+def _check_source(recipe: Recipe) -> None:
+    """The revision of a hub repository."""
+    model = recipe.model
+    if model.revision is None:
+        return
+    name, named = paths.hub_name(model.path)
+    if not paths.is_hub_id(model.path):
+        raise UserError(
+            f"model.revision={model.revision}: is of a hub repository, and model.path={model.path} "
+            "is none; leave it out."
+        )
+    if named is not None:
+        raise UserError(
+            f"model.revision={model.revision}: model.path={model.path} names a revision already; "
+            f"use model.path={name}."
+        )
 
 
 def _check_prompts(recipe: Recipe) -> None:
@@ -319,6 +338,7 @@ def _check_alarm(recipe: Recipe) -> None:
 
 CHECKS = (
     _check_model,
+    _check_source,
     _check_prompts,
     _check_rollout,
     _check_per_prompt,

@@ -60,7 +60,7 @@ def builtins() -> dict[str, Path]:
     return {
         entry.stem: entry
         for entry in sorted(installed_folder("data").iterdir())
-        if entry.suffix == ".txt" or (entry / "model_index.json").is_file()
+        if entry.suffix in (".txt", ".jsonl") or (entry / "model_index.json").is_file()
     }
 
 

@@ -59,6 +59,12 @@ class Model(Section):
     path: LocalOrHub
     """Folder in the diffusers layout, builtin:tiny_hunyuan_video, or a hub id, NAME or
     NAME@REVISION: transformer/ or unet/, vae/, text_encoder/, scheduler/, ..."""
+    revision: Annotated[str, Field(pattern=r"^[\w./-]+$")] | None = None
+    """Branch, tag or commit of model.path's hub repository, the same as NAME@REVISION; None: its
+    newest state."""
+    variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")] | None = None
+    """Which files of weights are read where a part has several, such as fp16: those with that in
+    their names, of the other parts the plain ones; None: the plain ones."""
     network: LocalOrHub | None = None
     """Folder or hub id with the network alone, where it is not in `path` (SkyReels over
     HunyuanVideo's other parts)."""
@@ -68,6 +74,9 @@ class Model(Section):
     guidance: float | None = None
     """Embedded guidance of a distilled network (plain scale, not times 1000); None: the family's
     usual one."""
+    guidance_dtype: Literal["model", "float32"] = "model"
+    """HunyuanVideo and SkyReels-V1 take 1000 times the guidance. model: multiplied in model.dtype,
+    as everybody samples them (in bfloat16 6.0 is 6016); float32: exactly as named (6000)."""
     cfg: Annotated[float, Field(ge=1)] = 1.0
     """Classifier-free guidance scale, in rollout and update alike, both branches trained; 1 = off,
     half the cost."""
@@ -90,6 +99,11 @@ class Model(Section):
     decode_batch: Positive | None = None
     """Clips per VAE decode; None: a rollout batch at once (of images as many as kernels can count:
     7 of 1024 x 1024). Changes speed and memory, and pixels up to rounding."""
+
+    @property
+    def source(self) -> str:
+        """model.path with its revision."""
+        return self.path if self.revision is None else f"{self.path}@{self.revision}"
 
     def recomputes(self, block: int) -> bool:
         """Whether a block is recomputed in the backward.  block: its number in the network"""
@@ -130,7 +144,8 @@ class Video(Section):
 class Prompts(Section):
     train: LocalPath
     """Prompts: a file, folder or pattern of .txt (UTF-8), .json, .jsonl, .csv, .tsv or .parquet;
-    builtin:prompts_video, builtin:prompts_image and builtin:tiny_world_train come along."""
+    builtin:prompts_video, builtin:prompts_image, builtin:prompts_i2v (with pictures) and
+    builtin:tiny_world_train come along."""
     heldout: LocalPath | None = None
     """Prompts of the evaluation before and after; no prompt of `train` may occur. None: take
     heldout_share of `train`."""

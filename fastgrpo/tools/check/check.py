@@ -13,12 +13,12 @@ from pathlib import Path
 from fastgrpo import models, rewards
 from fastgrpo.checkpoint import provenance
 from fastgrpo.core import config
-from fastgrpo.core.config import Recipe, RewardSpec, paths
+from fastgrpo.core.config import Model, Recipe, RewardSpec, paths
 from fastgrpo.core.config.checks import failing
 from fastgrpo.core.errors import UserError, UserErrors
 from fastgrpo.data import prompts
 from fastgrpo.data.prompts import Split
-from fastgrpo.models.loading import diffusers_folder, weight_files
+from fastgrpo.models.loading import diffusers_folder, source, weight_files
 from fastgrpo.parallel.nvme.folder import check_folder
 from fastgrpo.run.terminal import open_console
 from fastgrpo.tools.check import without_effect
@@ -74,7 +74,7 @@ def _checks(recipe: Recipe) -> Checks:
 def _of_model(recipe: Recipe) -> Checks:
     """The model's folder, and what of the recipe must fit it."""
     if recipe.model.family not in models.known():
-        return [partial(_on_hub, "model.path", recipe.model.path)]
+        return [partial(_on_hub, recipe.model, "path")]
     checks: Checks = [
         partial(_check_model_folder, recipe),
         partial(_check_network_folder, recipe),
@@ -151,15 +151,15 @@ def _check_model_folder(recipe: Recipe) -> None:
     Of a hub id only what this machine holds is looked at.
     """
     settings, family = recipe.model, recipe.model.family
-    if _on_hub("model.path", settings.path):
+    pipelines = models.declared(family, "PIPELINES")
+    source.refuse_file(settings, pipelines[0])
+    if _on_hub(settings, "path"):
         return
-    diffusers_folder.check_pipeline(
-        settings, models.declared(family, "PIPELINES"), models.pipelines()
-    )
+    diffusers_folder.check_pipeline(settings, pipelines, models.pipelines())
     parts = models.declared(family, "PARTS", ())
     folder = diffusers_folder.pipeline_folder(settings, parts)
     for part in parts:
-        weight_files.refuse_pointers(folder / part)
+        weight_files.check_shards(folder / part)
 
 
 def _check_network_folder(recipe: Recipe) -> None:
@@ -167,24 +167,27 @@ def _check_network_folder(recipe: Recipe) -> None:
     settings, part = recipe.model, models.declared(recipe.model.family, "NETWORK")
     if settings.network is None and not Path(settings.path).is_dir():
         return  # told of model.path
-    if _on_hub("model.network", settings.network or settings.path):
+    if settings.network is not None:
+        source.refuse_file(settings, models.declared(settings.family, "PIPELINES")[0])
+    if _on_hub(settings, "path" if settings.network is None else "network"):
         return
     weight_files.check_weights(diffusers_folder.network_folder(settings, part))
 
 
-def _on_hub(key: str, name: str) -> bool:
-    """Whether a model is fetched from the hub.
+def _on_hub(settings: Model, key: str) -> bool:
+    """Whether model.path or model.network is fetched from the hub.
 
     Raises UserError where that is forbidden here, and for a folder that is not there.
     """
+    name = settings.source if key == "path" else str(settings.network)
     if Path(name).is_dir():
         return False
     if not paths.is_hub_id(name):
-        diffusers_folder.locate(name, key)
+        source.locate(settings, key)
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     if offline and not subject.local_folders(name):
         raise UserError(
-            f"{key}={name}: neither a folder nor in this machine's cache of the hub, and "
+            f"model.{key}={name}: neither a folder nor in this machine's cache of the hub, and "
             "HF_HUB_OFFLINE is set; correct the path, or fetch it first."
         )
     return True

@@ -7,6 +7,7 @@ recipe leaves at its default is not told, also where a resolved recipe writes it
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from fastgrpo import models
 from fastgrpo.core.config import Recipe, Section
 from fastgrpo.training import methods
 
@@ -78,6 +79,14 @@ def nothing_recomputed(recipe: Recipe) -> str | None:
     return None if recipe.model.gradient_checkpointing else "without model.gradient_checkpointing"
 
 
+def exact_guidance(recipe: Recipe) -> str | None:
+    """Why the precision of embedded guidance has no effect."""
+    family = recipe.model.family
+    if not models.declared(family, "GUIDANCE_TIMES_1000", False):
+        return f"with model.family={family}, whose network takes no guidance times 1000"
+    return "with model.dtype=float32" if recipe.model.dtype == "float32" else None
+
+
 def no_server(recipe: Recipe) -> str | None:
     """Why keys of all servers have no effect."""
     return PROCESS if all(spec.where == "process" for spec in recipe.rewards) else None
@@ -118,6 +127,7 @@ RULES = (
     Rule("prompts", ("column", "nsfw_columns"), no_column),
     Rule("prompts", ("max_nsfw",), no_nsfw),
     Rule("model", ("keep",), nothing_recomputed),
+    Rule("model", ("guidance_dtype",), exact_guidance),
     Rule("evaluate", ("alarm", "alarm_after"), never_on_the_way),
     Rule("evaluate", ("alarm_lr", "alarm_returns"), never_returns),
     Rule("server", ("urls",), not_asked),

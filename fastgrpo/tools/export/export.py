@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo import models
 from fastgrpo.checkpoint import identity, reader
@@ -24,7 +24,9 @@ from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.processes import world_size
 from fastgrpo.models.loading import diffusers_folder as layout_folder
+from fastgrpo.models.loading import source, weight_files
 from fastgrpo.models.loading.lora import DOWN, UP, merged, save_adapters
+from fastgrpo.parallel.precision import stays_float32
 from fastgrpo.tools.export import model_card, shard_writer
 
 # of the base folder's top; whole-model files there hold the old weights
@@ -76,24 +78,31 @@ def export(wanted: Export) -> Path:
 def write_pipeline(wanted: Export, recipe: Recipe, weights: Weights, partial: Path) -> None:
     """Write the base folder's parts, and the network with the checkpoint's weights."""
     part = models.declared(recipe.model.family, "NETWORK")
-    base = layout_folder.locate(recipe.model.path)
+    base = source.locate(recipe.model)
     copy_parts(base, part, partial, wanted.link)
-    source = layout_folder.network_folder(recipe.model, part)
+    own = layout_folder.network_folder(recipe.model, part)
     name_pipeline(partial / "model_index.json", recipe.model.family)
     network = partial / part
     network.mkdir()
-    shutil.copyfile(source / "config.json", network / "config.json")
-    expected = expected_tensors(network / "config.json")
+    shutil.copyfile(own / "config.json", network / "config.json")
+    described = outline(network / "config.json")
+    expected = dict(described.state_dict())
     read: Callable[[str], Tensor] = weights.read
     if recipe.lora.rank:
-        read = merged_with(source, adapters(weights), recipe)
+        read = merged_with(own, adapters(weights), recipe)
     else:
         reader.check_names(
             {name: tensor.shape for name, tensor in expected.items()}, set(expected), weights
         )
     dtype = getattr(torch, wanted.dtype)
+    rounded = {  # what diffusers keeps in float32 it wants so in the file too
+        name
+        for name, tensor in expected.items()
+        if tensor.is_floating_point() and not stays_float32(described, name)
+    }
     layout = {
-        name: (t.shape, dtype if t.is_floating_point() else t.dtype) for name, t in expected.items()
+        name: (tensor.shape, dtype if name in rounded else tensor.dtype)
+        for name, tensor in expected.items()
     }
     shard_writer.write_network(network, layout, read, wanted.max_shard_bytes)
 
@@ -110,12 +119,12 @@ def adapters(weights: Weights) -> dict[str, Tensor]:
     return {name: weights.read(name) for name in weights.names if name.endswith((DOWN, UP))}
 
 
-def merged_with(source: Path, state: dict[str, Tensor], recipe: Recipe) -> Callable[[str], Tensor]:
+def merged_with(folder: Path, state: dict[str, Tensor], recipe: Recipe) -> Callable[[str], Tensor]:
     """A reader of the base network's tensors, float32 [...], with the adapters folded in.
 
     state: A [rank, in] and B [out, rank] by name
     """
-    base = shard_writer.open_network(source)
+    base = shard_writer.open_network(folder)
     return lambda name: merged(name, _float32(base(name)), state, recipe.lora)
 
 
@@ -135,16 +144,20 @@ def copy_parts(base: Path, network: str, partial: Path, link: bool) -> None:
     for name in parts:
         # an optional part, such as a safety checker, may be null
         if name != network and (base / name).is_dir():
-            copy_folder(base / name, partial / name, put)
+            copy_part(base / name, partial / name, put)
 
 
-def copy_folder(source: Path, target: Path, put: Callable[[str, str], Any]) -> None:
-    """Copy a folder; shutil.copytree would gather the errors and hide a full disk."""
-    for folder, _, names in os.walk(source, followlinks=True):
-        copy = target / Path(folder).relative_to(source)
-        copy.mkdir(parents=True)
-        for name in names:
-            put(os.path.join(folder, name), str(copy / name))
+def copy_part(folder: Path, target: Path, put: Callable[[str, str], Any]) -> None:
+    """Copy a part, of several forms of its weights the one that was read, under its plain name.
+
+    shutil.copytree would gather the errors and hide a full disk.
+    """
+    target.mkdir(parents=True)
+    for file, name in weight_files.plainly_named(folder).items():
+        put(str(file), str(target / name))
+    for inner in sorted(folder.iterdir()):
+        if inner.is_dir():
+            copy_part(inner, target / inner.name, put)
 
 
 def name_pipeline(index: Path, family: str) -> None:
@@ -163,8 +176,8 @@ def _link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def expected_tensors(config_file: Path) -> dict[str, Tensor]:
-    """Tensors [...] on the meta device, by name, of the network that a config.json describes."""
+def outline(config_file: Path) -> nn.Module:
+    """The network that a config.json describes, float32 on the meta device."""
     import diffusers
 
     settings = layout_folder.read_json(config_file)
@@ -175,8 +188,8 @@ def expected_tensors(config_file: Path) -> dict[str, Tensor]:
             "use a folder that diffusers wrote, or the version of diffusers that did."
         )
     with torch.device("meta"):
-        network = kind.from_config(settings)
-    return dict(network.state_dict())
+        network: nn.Module = kind.from_config(settings)
+    return network
 
 
 def _float32(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from fastgrpo.checkpoint.reader import Weights
 from fastgrpo.core.config import Model, Recipe, paths
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import null_to_nan, read_json
-from fastgrpo.models.loading import diffusers_folder
+from fastgrpo.models.loading import diffusers_folder, source, weight_files
 from fastgrpo.run.tracker import read_metrics
 from fastgrpo.training import methods
 
@@ -41,6 +41,9 @@ def write(file: Path, run: Path, recipe: Recipe, weights: Weights, dtype: str) -
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+FOLDER = '"FOLDER"'
+
+
 def base_name(recipe: Recipe) -> str:
     """The base model as a hub id or the name of its folder."""
     name = recipe.model.network or recipe.model.path
@@ -68,15 +71,25 @@ def is_hub_id(name: str) -> bool:
     return paths.is_hub_id(name) and not Path(name).is_dir()
 
 
+def where_from(name: str, else_: str, variant: str | None) -> str:
+    """Arguments of from_pretrained for what others can load by its name.
+
+    else_: a word for the folder that is meant, where they cannot
+    """
+    named, revision = paths.hub_name(name) if is_hub_id(name) else (else_, None)
+    more = {"revision": revision, "variant": variant}
+    return f'"{named}"' + "".join(f', {key}="{value}"' for key, value in more.items() if value)
+
+
 def loading(model: Model, apart: bool) -> list[str]:
     """Lines on loading the folder, and on sampling from it with the sampler of training.
 
     apart: adapters alone, without the base model
     """
     part = models.declared(model.family, "NETWORK")
-    index = diffusers_folder.read_json(diffusers_folder.locate(model.path) / "model_index.json")
+    index = diffusers_folder.read_json(source.locate(model) / "model_index.json")
     pipeline = models.declared(model.family, "PIPELINE", index["_class_name"])
-    base = model.path if is_hub_id(model.path) else "BASE"
+    base = where_from(model.source, "BASE", model.variant)
     if apart and model.network is not None:  # the base folder's own network is another one
         code = [
             *network_loading(
@@ -86,13 +99,13 @@ def loading(model: Model, apart: bool) -> list[str]:
                 usual=index[part][1],
                 pipeline=pipeline,
             ),
-            f'pipeline = {pipeline}.from_pretrained("{base}", {part}={part})',
+            f"pipeline = {pipeline}.from_pretrained({base}, {part}={part})",
         ]
     else:
         code = [
             "from diffusers import DiffusionPipeline",
             "",
-            f'pipeline = DiffusionPipeline.from_pretrained("{base if apart else "FOLDER"}")'
+            f"pipeline = DiffusionPipeline.from_pretrained({base if apart else FOLDER})"
             f"  # a {pipeline}",
         ]
     code += ['pipeline.load_lora_weights("FOLDER")'] if apart else []
@@ -124,13 +137,13 @@ def network_loading(model: Model, network: str, part: str, usual: str, pipeline:
     """
     where = diffusers_folder.network_folder(model, part)
     kind = diffusers_folder.read_json(where / "config.json").get("_class_name", usual)
-    below = where != diffusers_folder.locate(network, "model.network")
+    below = where != source.locate(model, "network")
     inside = f', subfolder="{part}"' if below else ""
-    name = network if is_hub_id(network) else "NETWORK"
+    named = where_from(network, "NETWORK", weight_files.read_variant(where))
     return [
         f"from diffusers import {', '.join(sorted((kind, pipeline)))}",
         "",
-        f'{part} = {kind}.from_pretrained("{name}"{inside})',
+        f"{part} = {kind}.from_pretrained({named}{inside})",
     ]
 
 

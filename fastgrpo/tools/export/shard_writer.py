@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.files import read_json
+from fastgrpo.models.loading import weight_files
 from fastgrpo.models.loading.weight_files import cast
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -124,19 +124,13 @@ def open_network(folder: Path) -> Callable[[str], Tensor]:
     No file stays open between two reads. Raises UserError, at once or when reading, where a file or
     a tensor is missing or damaged.
     """
-    index, single = folder / f"{WEIGHTS}.safetensors.index.json", folder / f"{WEIGHTS}.safetensors"
-    if not index.is_file() and not single.is_file():
-        raise UserError(
-            f"model.path: {folder} has no {single.name}; merging reads safetensors, so use --lora "
-            "apart."
-        )
-    file_of: dict[str, str] = {}
-    if index.is_file():
-        file_of = read_json(index, "model.path", "download that folder again")["weight_map"]
+    places = weight_files.tensors(folder)
 
     def read(name: str) -> Tensor:
         """One tensor [...] as stored."""
-        file = folder / file_of.get(name, single.name)
+        if name not in places:
+            raise UserError(f"model.path: {folder} lacks {name}; download that folder again.")
+        file = places[name].file
         try:
             with safe_open(file, framework="pt") as tensors:
                 return tensors.get_tensor(name)

@@ -16,6 +16,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.units import GIB
 from fastgrpo.parallel.mesh import divisors
 from fastgrpo.tools.plan.costs import compute, decoding, host
+from fastgrpo.tools.plan.costs.compute import frozen_bytes
 from fastgrpo.tools.plan.phases import (
     Machine,
     Phase,
@@ -183,7 +184,7 @@ def warnings(found: Plan) -> list[str]:
     job, lines = found.subject.job, list(found.subject.notes)
     settings = job.recipe.evaluate
     rest = job.network.rest.parameters
-    whole = job.element * rest / GIB
+    whole = frozen_bytes(job, job.network.rest) / GIB
     if rest > LARGE_REST * job.network.parameters and whole > LARGE_REST_GIB and not job.lora:
         modules = {name.split(".")[0] for name in job.network.rest.weights}
         largest = max(sorted(modules), key=lambda module: _module_size(job, module))

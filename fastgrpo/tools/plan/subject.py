@@ -158,7 +158,7 @@ def network_config(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     """The network's config, and a note where it is not the recipe's own folder's."""
     part, named = (
         models.declared(recipe.model.family, "NETWORK"),
-        recipe.model.network or recipe.model.path,
+        recipe.model.network or recipe.model.source,
     )
     for folder in local_folders(named):
         for file in (folder / part / "config.json", folder / "config.json"):
@@ -174,20 +174,29 @@ def network_config(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
 
 
 def local_folders(named: str) -> list[Path]:
-    """The folder itself, or the hub cache's copies of a repository."""
+    """The folder itself, or the hub cache's copies of a repository: the revision's, else all, its
+    newest known state first.
+    """
     if Path(named).is_dir():
         return [Path(named)]
     home = Path(os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface"))
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    name, _ = paths.hub_name(named)
-    return sorted((hub / f"models--{name.replace('/', '--')}" / "snapshots").glob("*"))
+    name, revision = paths.hub_name(named)
+    there = hub / f"models--{name.replace('/', '--')}"
+    reference = there / "refs" / (revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    first = [there / "snapshots" / commit] if commit is not None else []
+    first = [folder for folder in first if folder.is_dir()]
+    if revision is not None:
+        return first
+    return list(dict.fromkeys([*first, *sorted((there / "snapshots").glob("*"))]))
 
 
 def auxiliary_models(
     recipe: Recipe, published: AuxiliaryModels, notes: list[str]
 ) -> AuxiliaryModels:
     """The published models with the VAE's own compression, decoding scaled by the VAE's width."""
-    files = [folder / "vae" / "config.json" for folder in local_folders(recipe.model.path)]
+    files = [folder / "vae" / "config.json" for folder in local_folders(recipe.model.source)]
     found = next((file for file in files if file.is_file()), None)
     if found is None:
         return published

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastgrpo.core.errors import UserError
-from fastgrpo.tools.preflight import iteration, ranks, run_folder
+from fastgrpo.tools.preflight import iteration, model, ranks, run_folder
 from fastgrpo.tools.preflight.finding import Finding, Parts
 from fastgrpo.tools.preflight.iteration import Iteration, Meter, Probe, noisy_plan, short
 from fastgrpo.tools.preflight.phases import Phase, measured
@@ -75,7 +75,8 @@ def thorough(
     probe = Probe.of(parts.trainer, world)
     run_folder.fill_moments(probe.optimizer, 0.0)  # so that memory is that of a run under way
     plan = short(noisy_plan(parts))
-    note(*judged(parts, iteration.run(parts, plan=plan, probe=probe, clips=None, meter=meter)))
+    done = iteration.run(parts, plan=plan, probe=probe, clips=None, meter=meter)
+    note(*judged(parts, done), *model.tiles(parts, done))
     plan = some_trained(parts)
     done = iteration.run(parts, plan=plan, probe=probe, clips=None, meter=meter)
     note(replace(iteration.ratio(parts, done), check="ratio of other steps"))
@@ -107,8 +108,8 @@ def judged(parts: Parts, done: Iteration) -> list[Finding]:
         iteration.log_probabilities,
         iteration.ratio,
         iteration.gradients,
-        iteration.decoding,
+        model.decoding,
         scoring,
         spread,
     )
-    return [check(parts, done) for check in checks]
+    return [*model.guidance(parts, done), *(check(parts, done) for check in checks)]

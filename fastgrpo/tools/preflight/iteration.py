@@ -7,9 +7,10 @@ noisy step, which has the least noise.
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +126,7 @@ class Iteration:
 
     plan: Plan
     drawn: Drawn
+    guidance: float | None  # what the network was told of embedded guidance; None: nothing
     decoded: Decoded  # of this rank's part, which may be empty
     finite: bool  # whether the latents of all of `drawn` are
     slots: list[int]  # of all ranks' samples that were scored
@@ -168,12 +170,15 @@ def run(parts: Parts, plan: Plan, probe: Probe, clips: int | None, meter: Meter)
     batch = batches[world.group]
     own = list(world.part(len(batch)))[:clips]
     settings, arriving = recipe.distributed, parts.scorer.arriving
+    told: list[Tensor] = []
+    hook = policy.network.register_forward_pre_hook(_noting_guidance(told), with_kwargs=True)
     with sharding.rollout_weights(policy.network, settings, parts.dtype, world, arriving) as whole:
         plan = replace(plan, lockstep=not whole)
         drawn, decoded = _draw_and_decode(parts, plan, batch, own, meter)
         _submit(parts, [drawn.slots[row] for row in own], drawn.final[own], decoded)
         if any(source.shares_device for source in parts.scorer.sources):
             _draw_and_decode(parts, plan, batch, own, meter)
+    hook.remove()
     with meter.phase("reward"):
         scores = parts.scorer.collect(parts.total)
     of_ranks = gathered([drawn.slots[row] for row in own], world)
@@ -200,6 +205,7 @@ def run(parts: Parts, plan: Plan, probe: Probe, clips: int | None, meter: Meter)
     return Iteration(
         plan=plan,
         drawn=drawn,
+        guidance=told[0].flatten()[0].item() if told else None,
         decoded=decoded,
         finite=bool(torch.isfinite(drawn.final).all()),
         slots=slots,
@@ -208,6 +214,15 @@ def run(parts: Parts, plan: Plan, probe: Probe, clips: int | None, meter: Meter)
         metrics=metrics,
         micro_batches=seconds,
     )
+
+
+def _noting_guidance(told: list[Tensor]) -> Callable[[nn.Module, Any, dict[str, Any]], None]:
+    """A hook before a network's forwards, which adds the embedded guidance, [B], to `told`."""
+
+    def note(module: nn.Module, args: Any, given: dict[str, Any]) -> None:
+        told.extend(filter(torch.is_tensor, [given.get("guidance")]))
+
+    return note
 
 
 def _dealing(parts: Parts, plan: Plan) -> Dealing:
@@ -275,37 +290,6 @@ def _timed(work: Iterable[MicroBatch], seconds: list[float], world: World) -> It
         if world.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-
-
-def decoding(parts: Parts, done: Iteration) -> Finding:
-    """Check that latents are finite and pixels of the recipe's size and more than one colour."""
-    video, world = parts.recipe.video, parts.world
-    expected = (video.frames, video.height, video.width, 3)
-    pixels = done.decoded.pixels
-    rows = pixels.flatten(1) if len(pixels) else torch.zeros(0, 1)
-    flat = int((rows.amax(1) == rows.amin(1)).sum()) if len(rows) else 0
-    form: tuple[str, tuple[int, ...]] = ("torch.uint8", expected)
-    if len(rows):
-        form = (str(pixels.dtype), tuple(pixels.shape[1:]))
-    lost = int((~done.decoded.finite).sum())
-    everyone = gathered((form, flat, done.finite, lost, len(rows)), world)
-    forms = [form for form, *_ in everyone if form != ("torch.uint8", expected)]
-    flat, lost, clips = (sum(own[n] for own in everyone) for n in (1, 3, 4))  # type: ignore[misc]
-    remedy = "compare model.path's vae and scheduler with the published ones, and model.dtype"
-    problem = ""
-    if not all(finite for _, _, finite, *_ in everyone):
-        problem = "the rollout's latents are not finite"
-    elif lost:
-        problem = f"the VAE gives pixels that are not finite for {lost} of {clips} clips"
-    elif forms:
-        kind, shape = forms[0]
-        problem = f"clips are {kind} {list(shape)} instead of uint8 {list(expected)}"
-    elif flat:
-        problem = f"{flat} of {clips} clips are one colour"
-    if problem:
-        return Finding("decode", False, problem, remedy)
-    message = f"{clips} clip{'s' * (clips > 1)} of {list(expected)}, finite, none of one colour"
-    return Finding("decode", True, message)
 
 
 def log_probabilities(parts: Parts, done: Iteration) -> Finding:

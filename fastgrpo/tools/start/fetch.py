@@ -21,7 +21,7 @@ from fastgrpo.core.config import Recipe, RewardSpec, paths
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import sha256
 from fastgrpo.core.reward import Download
-from fastgrpo.models.loading.diffusers_folder import FETCHED, NOT_FETCHED
+from fastgrpo.models.loading.source import FETCHED, chosen
 
 GB = 1e9
 
@@ -35,6 +35,7 @@ class Need:
     files: tuple[str, ...]  # patterns; of a model's folder those of its families
     target: Path | None  # the folder that they go into; None: the hub's cache
     whole_model: bool = False
+    variant: str | None = None  # of a whole model's weights
 
     @property
     def by_hand(self) -> bool:
@@ -70,9 +71,10 @@ class Listed:
 def needs(recipe: Recipe) -> list[Need]:
     """What the recipe names and this machine would take from elsewhere, each once."""
     found: list[Need] = []
-    for key, name in (("model.path", recipe.model.path), ("model.network", recipe.model.network)):
+    model = recipe.model
+    for key, name in (("model.path", model.source), ("model.network", model.network)):
         if name is not None and not Path(name).exists() and paths.is_hub_id(name):
-            found.append(Need(key, name, FETCHED, None, whole_model=True))
+            found.append(Need(key, name, FETCHED, None, whole_model=True, variant=model.variant))
     for number, spec in enumerate(recipe.rewards):
         if not (spec.where == "server" and (spec.urls or recipe.server.urls)):
             found += _of_reward(spec, f"rewards.{number}")
@@ -123,19 +125,27 @@ def look_up(need: Need, api: HfApi) -> Listed:
 
 
 def _chosen(need: Need, names: Sequence[str]) -> list[str]:
-    """The files of a repository that are read; .bin only where they are the weights."""
-    chosen = [name for name in names if any(fnmatch(name, one) for one in need.files)]
+    """The files of a repository that are read.
+
+    Raises UserError for a model whose weights are not there in a form that is read.
+    """
     if not need.whole_model:
-        return chosen
-    chosen = [name for name in chosen if not any(fnmatch(name, one) for one in NOT_FETCHED)]
-    parts = {name.rpartition("/")[0] for name in chosen if name.endswith("config.json")}
-    tensors = {name.rpartition("/")[0] for name in chosen if name.endswith(".safetensors")}
-    weights = {
-        name.rpartition("/")[0] for name in chosen if name.endswith((".bin", ".safetensors"))
-    }
-    if parts & weights <= tensors:
-        chosen = [name for name in chosen if not name.endswith(".bin")]
-    return chosen
+        return [name for name in names if any(fnmatch(name, one) for one in need.files)]
+    found = chosen(names, need.variant)
+    where = f"{need.key}={need.repository}"
+    if need.variant is not None and not any(f".{need.variant}" in name for name in found):
+        raise UserError(
+            f"model.variant={need.variant}: {where} has no weights of it; leave it out."
+        )
+    parts = {name.rpartition("/")[0] for name in found if name.endswith("/config.json")}
+    read = {name.rpartition("/")[0] for name in found if name.endswith(".safetensors")}
+    pickled = {name.rpartition("/")[0] for name in names if name.endswith(".bin")}
+    if alone := sorted((parts & pickled) - read):
+        raise UserError(
+            f"{where}: has its weights of {alone[0]} only as .bin, pickles, which are not read; "
+            "name a revision that has .safetensors, such as refs/pr/1, in model.revision."
+        )
+    return found
 
 
 def check_room(listed: Sequence[Listed]) -> None:

@@ -14,7 +14,7 @@ from fastgrpo import models
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.policy import Prompt, StoredImage
 from fastgrpo.data import prompt_formats
-from fastgrpo.models.loading import diffusers_folder
+from fastgrpo.models.loading import diffusers_folder, weight_files
 from fastgrpo.run.file_hashes import hashes
 
 TEXT_PARTS = ("tokenizer", "text_encoder")  # beginnings of the names in model_index.json
@@ -55,10 +55,12 @@ def _model_parts(recipe: Recipe, beginnings: tuple[str, ...], remembered: Path) 
 
 
 def _files(part: Path) -> list[Path]:
-    """The files of a part that a model class may read."""
-    files = [f for f in sorted(part.iterdir()) if f.is_file() and not f.name.startswith(".")]
-    safe = any(file.suffix == ".safetensors" for file in files)
-    return [f for f in files if f.suffix not in OTHER_FORMATS and not (safe and f.suffix == ".bin")]
+    """The files of a part that a model class may read: of its weights those of the variant."""
+    return [
+        file
+        for file in weight_files.plainly_named(part)
+        if not file.name.startswith(".") and file.suffix not in OTHER_FORMATS
+    ]
 
 
 def _digest(content: object) -> str:

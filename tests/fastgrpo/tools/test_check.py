@@ -6,6 +6,7 @@ import pytest
 
 from fastgrpo.cli import main as cli
 from fastgrpo.core import config
+from fastgrpo.core.errors import UserErrors
 from fastgrpo.tools.check import check, without_effect
 from fastgrpo.training import methods
 from tests import ROOT
@@ -32,6 +33,7 @@ IN_VAIN = [  # the overrides, the key among them that has no effect, and the rea
     (("prompts.column=text",), "a .txt file has no columns"),
     (("prompts.max_nsfw=0.1",), "without prompts.nsfw_columns"),
     (("model.keep=attention",), "without model.gradient_checkpointing"),
+    (("model.guidance_dtype=float32",), "with model.dtype=float32"),
     (("server.token_file=/t",), "without server.urls"),
     (("server.outage_s=9", "rewards.0.where=process"), without_effect.PROCESS),
     (("server.urls=['http://a:1']", "rewards.0.urls=['http://b:1']"),
@@ -46,6 +48,7 @@ IN_USE = [
     ("rollout.window=3", "objective.timestep_choice=first", "objective.timestep_fraction=0.3"),
     ("prompts.heldout=none", "prompts.heldout_share=0.5"),
     ("model.gradient_checkpointing=2", "model.keep=attention"),
+    ("model.guidance_dtype=float32", "model.dtype=bfloat16"),
     ("server.urls=['http://a:1']", "server.token_file=/t", "server.outage_s=9"),
 ]
 
@@ -81,6 +84,23 @@ def test_no_recipe_here_sets_a_key_in_vain(file: Path, tmp_path: Path) -> None:
     resolved = tmp_path / "recipe.toml"
     resolved.write_text(recipe.to_toml())
     assert not without_effect.lines(config.load(resolved)), "which names every key"
+
+
+@pytest.mark.parametrize(
+    "file",
+    sorted(ROOT.glob("launch/**/*.toml")),
+    ids=lambda file: f"{file.parent.name}/{file.stem}",
+)
+def test_nothing_but_weights_keeps_a_recipe_here_from_passing(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their rewards' weights lie in weights/, where a checkout has none; their models on hubs."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # nothing is fetched by a check
+    try:
+        check.check(file, [f"run.dir={tmp_path / 'run'}"])
+    except UserErrors as error:
+        others = [line for line in error.lines if f"={ROOT / 'weights'}/" not in line]
+        assert not others
 
 
 def test_the_rules_name_keys_that_there_are() -> None:

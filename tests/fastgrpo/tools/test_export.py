@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from diffusers import DiffusionPipeline, HunyuanVideoTransformer3DModel
+from diffusers import DiffusionPipeline, HunyuanVideoTransformer3DModel, WanTransformer3DModel
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from safetensors.torch import load_file
 from torch import Tensor
@@ -318,6 +318,26 @@ def test_every_familys_export_is_its_pipeline(family: str, tmp_path: Path) -> No
     assert type(pipeline).__name__ == kind
 
 
+def test_what_diffusers_keeps_in_float32_is_exported_so(tmp_path: Path) -> None:
+    """Wan in bfloat16: the file has what a pipeline of that precision computes with."""
+    importlib.import_module("tests.harness.folders.wan").write(tmp_path / "base")
+    recipe = config.load(runs.RECIPE, ["model.family=wan", f"model.path={tmp_path / 'base'}"])
+    network = policies.load(recipe.model, torch.device("cpu")).network
+    state = {name: 1.5 * tensor.detach() for name, tensor in network.state_dict().items()}
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-1"
+    dcp.save({"model": state}, checkpoint_id=checkpoint, no_dist=True)
+    runs.write_manifest(checkpoint)
+    (tmp_path / "run" / "recipe.toml").write_text(recipe.to_toml())
+    export(Export(tmp_path / "run", tmp_path / "half", dtype="bfloat16"))
+    staying = {"norm2", "scale_shift_table", "time_embedder"}
+    rounded = {n: t if staying & set(n.split(".")) else t.bfloat16() for n, t in state.items()}
+    assert_same(network_of(tmp_path / "half"), rounded)
+    loaded = WanTransformer3DModel.from_pretrained(
+        tmp_path / "half" / "transformer", torch_dtype=torch.bfloat16
+    )
+    assert_same(loaded.state_dict(), rounded)
+
+
 def told_code(card: Path) -> str:
     """The Python code of a model card."""
     return card.read_text().split("```python\n")[1].split("```")[0]
@@ -424,7 +444,7 @@ def test_adapters_apart_and_merged_sample_the_runs_clip(adapted: Path, tmp_path:
 def test_merging_needs_safetensors_of_the_base(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
-        match=r"has no diffusion_pytorch_model\.safetensors; merging reads .* --lora apart",
+        match=r"has no diffusion_pytorch_model\.safetensors; download that folder again",
     ):
         shard_writer.open_network(tmp_path)
 

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import pytest
 
 from fastgrpo.core import config
-from fastgrpo.models.loading import diffusers_folder
+from fastgrpo.core.errors import UserError
+from fastgrpo.models.loading import source
 from fastgrpo.tools.start import fetch
 from tests import ROOT
 from tests.harness import runs
@@ -223,9 +225,21 @@ def test_what_is_here_or_elsewhere_is_not_needed_and_a_template_is_got_by_hand()
     assert len(fetch.needs(config.load(ROOT / "launch" / "t2v_hunyuan.toml", elsewhere))) == 1
 
 
-def test_bin_files_are_fetched_only_where_they_are_the_weights() -> None:
-    need = fetch.Need("model.path", "a/b", diffusers_folder.FETCHED, None, whole_model=True)
+def test_of_a_model_one_form_of_its_weights_is_fetched() -> None:
     both = ["unet/config.json", "unet/w.bin", "unet/w.safetensors", "unet/w.fp16.safetensors"]
+    need = fetch.Need("model.path", "a/b", source.FETCHED, None, whole_model=True)
     assert fetch._chosen(need, both) == ["unet/config.json", "unet/w.safetensors"]
-    alone = ["unet/config.json", "unet/w.bin"]
-    assert fetch._chosen(need, alone) == alone
+    half = replace(need, variant="fp16")
+    assert fetch._chosen(half, both) == ["unet/config.json", "unet/w.fp16.safetensors"]
+    with pytest.raises(
+        UserError, match=r"model\.variant=bf16: model\.path=a/b has no weights of it"
+    ):
+        fetch._chosen(replace(need, variant="bf16"), both)
+    with pytest.raises(UserError, match=r"its weights of unet only as \.bin, .* model\.revision"):
+        fetch._chosen(need, ["unet/config.json", "unet/w.bin"])
+
+
+def test_a_need_knows_revision_and_variant() -> None:
+    wanted = ["model.path=a/b", "model.revision=v2", "model.variant=fp16", "rewards.0.where=server"]
+    (need,) = fetch.needs(config.load(runs.RECIPE, wanted))
+    assert (need.repository, need.variant) == ("a/b@v2", "fp16")

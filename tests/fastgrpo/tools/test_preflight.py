@@ -40,6 +40,7 @@ EVERYTHING = (
     "noise",
     "sequences",
     "reward tiny_world",
+    "guidance",
     "log-probabilities",
     "ratio",
     "gradients",

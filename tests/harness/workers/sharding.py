@@ -1,5 +1,5 @@
-"""Two ranks: the order of gathers with blocks prefetched, and two optimizer steps with offload, to
-host memory and to a disk.
+"""Two ranks: the order of gathers with blocks prefetched, two optimizer steps with offload, to host
+memory and to a disk, and a Wan whose compute precision is bfloat16.
 
 argv: file
 """
@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgrpo.core.config import Model, Optimizer
-from fastgrpo.core.policy import Policy
+from fastgrpo.core.config import Lora, Model, Optimizer
+from fastgrpo.core.policy import Condition, Policy
 from fastgrpo.core.processes import die_with, leave
 from fastgrpo.models.loading import policies, streaming
 from fastgrpo.parallel import sharding
@@ -28,6 +28,8 @@ from fastgrpo.parallel.nvme.transfers import open_transfers
 from fastgrpo.parallel.world import World, open_world
 from fastgrpo.training.trainer import Trainer
 from tests.harness import tiny
+from tests.harness.folders import t5
+from tests.harness.folders import wan as wan_folder
 
 KINDS = {"c10d::_allgather_base_": "gather", "c10d::_reduce_scatter_base_": "reduce"}
 
@@ -128,6 +130,38 @@ def mapped(policy: Policy, trainer: Trainer, file: StateFile) -> dict[str, list[
     return found
 
 
+def wan_in_bfloat16(world: World, folder: Path, lora: Lora | None = None) -> dict[str, Any]:
+    """One forward and backward of Wan, which keeps some of its weights in float32."""
+    policy = policies.outline(wan_settings(folder), world.device, lora)
+    sharding.shard(policy, world, torch.bfloat16)
+    streaming.fill(policy.network, world.device)
+    x, t, condition = (move(value, world.device) for value in wan_inputs())
+    v = policy.velocity(x, t, condition)
+    v.square().mean().backward()
+    parameters = dict(policy.network.named_parameters())
+    gradients = whole({name: p.grad for name, p in parameters.items() if p.grad is not None})
+    return {"velocity": v.detach().cpu(), "gradients": gradients}
+
+
+def wan_settings(folder: Path) -> Model:
+    return Model(family="wan", path=str(folder), dtype="bfloat16")
+
+
+def wan_inputs() -> tuple[Tensor, Tensor, Condition]:
+    """x [2, C, F, H, W], t [2] and the text of two samples, all float32."""
+    draws = torch.Generator().manual_seed(0)
+    x = torch.randn(2, wan_folder.CHANNELS, 2, 4, 6, generator=draws)
+    text = torch.randn(2, wan_folder.LONGEST, t5.WIDTH, generator=draws)
+    return x, torch.tensor([0.9873, 0.3141]), {"text": text}
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """A tensor [...], or a condition's tensors, on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return {name: tensor.to(device) for name, tensor in value.items()}
+
+
 def rank(file: str) -> None:
     """What one rank does; the first writes the file."""
     torch.set_num_threads(1)
@@ -151,6 +185,9 @@ def rank(file: str) -> None:
         found["fused"] = [
             trainer.optimizer.param_groups[0]["fused"] for trainer in (plain, offloaded)
         ]
+        folder = Path(f"{file}.wan")  # which the test wrote
+        found["wan"] = wan_in_bfloat16(world, folder)
+        found["wan with adapters"] = wan_in_bfloat16(world, folder, Lora(rank=2))
         if world.main:
             torch.save(found, file)
     leave(0)

@@ -61,6 +61,8 @@ def recipe_of(run: Run, options: Options) -> Recipe:
     tree["rewards"] = [spec.model_dump() for spec in _rewards(run, base, options)]
     for key in ("path", "network"):
         tree["model"][key] = _placed(tree["model"][key], options.weights)
+    if not paths.is_hub_id(tree["model"]["path"]):
+        tree["model"]["revision"] = None
     return config.parse(tree)
 
 

@@ -218,10 +218,19 @@ class Sent:
 
 def gathered_bytes(job: Job, unit: Unit) -> float:
     """Bytes of a unit's whole weights in compute precision, adapters included."""
-    count = unit.padded(job.shards)
+    found = frozen_bytes(job, unit)
     if job.lora:
-        count += adapters(unit, job.recipe.lora.rank, job.recipe.lora.targets).padded(job.shards)
-    return float(job.element * count)
+        beside = adapters(unit, job.recipe.lora.rank, job.recipe.lora.targets)
+        found += job.element * beside.padded(job.shards)
+    return found
+
+
+def frozen_bytes(job: Job, unit: Unit) -> float:
+    """Bytes of a unit's weights in compute precision, but for those that stay in float32; without
+    adapters.
+    """
+    staying = unit.padded(job.shards, job.network.float32) if job.network.float32 else 0
+    return float(job.element * unit.padded(job.shards) + (4 - job.element) * staying)
 
 
 def reduced_bytes(job: Job, unit: Unit) -> float:

@@ -13,17 +13,41 @@ from fastgrpo.training import methods
 def covered(vae: AuxiliaryModels, video: Video) -> int:
     """Pixels that tiles cover in decoding a clip, overlaps counted twice."""
     size = (video.frames, video.height, video.width)
-    tile, stride = vae.tile or size, vae.stride if vae.tile else size
-    sides = zip(size, tile, stride, strict=True)
-    return math.prod(_tiled(length, t, s) for length, t, s in sides)
+    if vae.tile is None:
+        return math.prod(size)
+    cut = _cut(vae, video)
+    axes = zip(size, vae.tile, vae.stride, (cut[0], cut[1], cut[1]), strict=True)
+    return math.prod(_tiled(length, t, s) if tiled else length for length, t, s, tiled in axes)
+
+
+def in_tiles(vae: AuxiliaryModels, video: Video) -> bool:
+    """Whether a clip is decoded in several tiles."""
+    return any(_cut(vae, video))
+
+
+def _cut(vae: AuxiliaryModels, video: Video) -> tuple[bool, bool]:
+    """Whether tiles cut a clip in time, and in space: in both of its directions where one side is
+    longer than a tile.
+    """
+    if vae.tile is None:
+        return False, False
+    frames, height, width = vae.tile
+    return video.frames > (vae.uncut_frames or frames), video.height > height or video.width > width
 
 
 def _tiled(length: int, tile: int, stride: int) -> int:
-    """Places that tiles of an axis cover, overlaps counted twice."""
+    """Places that tiles of an axis cover, overlaps counted twice: one begins at each stride."""
+    return sum(min(tile, length - start) for start in range(0, length, stride))
+
+
+def untiled(vae: AuxiliaryModels, recipe: Recipe) -> float:
+    """Bytes of decoding one clip in one piece, beyond weights and latent."""
+    video, element = recipe.video, vae.vae_bytes or (4 if recipe.model.dtype == "float32" else 2)
     return (
-        length
-        if length <= tile
-        else sum(min(tile, length - start) for start in range(0, length, stride))
+        video.frames
+        * video.height
+        * video.width
+        * (vae.decode_bytes * element / 2 + 3 * (2 * element + 4 + 1))
     )
 
 

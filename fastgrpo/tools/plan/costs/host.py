@@ -7,7 +7,7 @@ CUDA's allocator rounds a block of pinned memory up to a power of two.
 import math
 from collections.abc import Iterator
 
-from fastgrpo.models.sizes.units import Shape, Unit, adapters
+from fastgrpo.models.sizes.units import Shape, Unit, adapters, has_part
 from fastgrpo.tools.plan.costs.compute import Job
 from fastgrpo.tools.plan.costs.memory import GRADIENT, MASTER, MOMENTS
 from fastgrpo.tools.plan.workload import network_calls
@@ -26,7 +26,7 @@ def _of_rank(job: Job) -> dict[str, float]:
     found: dict[str, float] = {}
     if recipe.distributed.offload:
         pinned = sum(map(_pinned, (MASTER * size for size in _trained(job))))
-        frozen = sum(_pinned(job.element * size) for size in _frozen(job))
+        frozen = sum(map(_pinned, _frozen(job)))
         networks = 2 if job.second_network else 1
         found["weights"] = networks * pinned + frozen
         found["gradients"] = sum(map(_pinned, (GRADIENT * size for size in _trained(job))))
@@ -60,10 +60,12 @@ def _trained(job: Job) -> Iterator[int]:
 
 
 def _frozen(job: Job) -> Iterator[int]:
-    """The same of what adapters stand beside."""
+    """Bytes of a rank's shard of each parameter that adapters stand beside."""
     units: list[Unit] = list(job.network.units) if job.lora else []
     for unit in units:
-        yield from (_shard(shape, job.shards) for shape in unit.weights.values())
+        for name, shape in unit.weights.items():
+            element = MASTER if has_part(name, job.network.float32) else job.element
+            yield element * _shard(shape, job.shards)
 
 
 def _shard(shape: Shape, shards: int) -> int:

@@ -10,7 +10,7 @@ follows from shapes.
 import math
 
 from fastgrpo.models.sizes.units import BOTH, SAMPLE, TEXT, VIDEO, Batch, Block, adapters
-from fastgrpo.tools.plan.costs.compute import Job, gathered_bytes, reduced_bytes
+from fastgrpo.tools.plan.costs.compute import Job, frozen_bytes, gathered_bytes, reduced_bytes
 from fastgrpo.tools.plan.workload import network_calls
 from fastgrpo.training import methods
 
@@ -29,9 +29,7 @@ def states(job: Job) -> dict[str, float]:
         return {"initial policy": root} if root else {}
     trained = _trained(job)
     frozen = (
-        job.element * sum(unit.padded(job.shards) for unit in job.network.units) / job.shards
-        if job.lora
-        else 0.0
+        sum(frozen_bytes(job, unit) for unit in job.network.units) / job.shards if job.lora else 0.0
     )
     found = {"weights": MASTER * trained + frozen, "optimizer": MOMENTS * trained}
     if job.recipe.optimizer.ema_decay:

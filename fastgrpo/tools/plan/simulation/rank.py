@@ -4,8 +4,8 @@ they would be.
 Nothing is computed and nothing is allocated: tensors have shapes and no contents (FakeTensorMode),
 and the other ranks do not exist (the `fake` process group). All else is what a run does: the
 family's classes, `distributed.shard`, our sequence parallelism, recomputation, AdamW. What is not
-in it: the CUDA context, NCCL's and cuBLAS' buffers, the allocator's fragmentation, and kernels that
-keep other tensors than PyTorch's CPU ones.
+in it: the CUDA context, NCCL's and cuBLAS' buffers, the allocator's fragmentation, kernels that
+keep other tensors than PyTorch's CPU ones, and weights that stay in float32 beside bfloat16 ones.
 
 Memory, and FLOPs with bytes, are two passes: with both trackers at once each keeps the other's
 tensors alive.
@@ -162,6 +162,8 @@ def outline(recipe: Recipe, config: Mapping[str, Any]) -> Policy:
         {key: value for key, value in config.items() if not key.startswith("_")}, settings
     )
     policies.configure(policy, settings.model_copy(update={"attention": None}))
+    # FSDPMemTracker knows one group of parameters per module: all in compute precision
+    policy.network._keep_in_fp32_modules = ()  # type: ignore[assignment]
     if recipe.lora.rank:
         add_adapters(policy.network, recipe.lora, settings.torch_dtype)
     return policy
