@@ -295,6 +295,24 @@ def test_a_monitor_is_marked_and_its_rise_is_no_gain(tmp_path: Path) -> None:
     assert "weight 0: it was not trained on" in page
 
 
+def test_a_monitor_has_no_colour_of_a_gain_and_no_spread(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run")
+    with (run / "recipe.toml").open("a") as file:
+        file.write('[[rewards]]\nname = "a"\nweights = { VQ = 1.0, MQ = 0.0, TA = 1.0 }\n')
+    page = write_report(run).read_text()
+    lines = {
+        part: set(re.findall(r"s-(\w+) stroke line", card))
+        for part in PARTS
+        for card in re.findall(rf'aria-label="Reward {part} over.*?</svg>', page)
+    }
+    assert lines == {"VQ": {"p1", "before"}, "MQ": {"flat", "before"}, "TA": {"p3", "before"}}
+    spread = (
+        page.partition("Spread within a prompt&#x27;s group")[2]
+        or page.partition("Spread within a prompt's group")[2]
+    )
+    assert "VQ" in spread[:20_000] and ">MQ<" not in spread.partition("</figure>")[0]
+
+
 def test_a_result_of_one_prompt_has_no_interval(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())
