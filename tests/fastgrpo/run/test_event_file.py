@@ -123,7 +123,8 @@ def test_event_files_have_what_metrics_jsonl_has(tmp_path: Path) -> None:
         if event.HasField("session_log"):
             shown = {step: values for step, values in shown.items() if step < event.step}
         for value in event.summary.value:
-            shown.setdefault(event.step, {})[value.tag] = value.simple_value
+            assert value.tag not in shown.setdefault(event.step, {}), "shown twice"
+            shown[event.step][value.tag] = value.simple_value
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["iteration"] for row in rows] == sorted(shown) == list(range(6))
     for row in rows:
