@@ -132,6 +132,8 @@ class Tracker:
         """
         if not self.main:
             return
+        if self._events is not None:
+            self._events.start(start_iteration)
         self._rows = [row for row in self._rows if row["iteration"] < start_iteration]
         self._write_again()
 

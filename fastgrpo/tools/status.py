@@ -189,11 +189,9 @@ def fine(beats: Sequence[Heartbeat]) -> str:
     ended = sum(beat.end == "done" for beat in beats)
     if ended == len(beats):
         return f"the run has ended in good order, {ended} rank{'s' * (ended != 1)}"
-    return (
-        f"all {len(beats)} ranks are alive"
-        if not ended
-        else f"{ended} of {len(beats)} ranks have ended"
-    )
+    if ended:
+        return f"{ended} of {len(beats)} ranks have ended"
+    return f"all {len(beats)} ranks are alive" if len(beats) > 1 else "the one rank is alive"
 
 
 def name(beat: Heartbeat) -> str:

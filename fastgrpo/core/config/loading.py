@@ -44,12 +44,15 @@ def load_with_mistakes(path: Path, overrides: Sequence[str]) -> tuple[Recipe | N
             apply(tree, override)
         except UserError as error:
             mistakes.append(str(error))
+    told = set[tuple[str, ...]]()
     for _ in range(2):  # the second time without the keys that have mistakes
         try:
             recipe = Recipe.model_validate(tree)
         except ValidationError as error:
             found = messages.lines(error)
-            mistakes += [line for line in found.values() if line not in mistakes]
+            new = [line for keys, line in found.items() if keys not in told]
+            mistakes += [line for line in new if line not in mistakes]
+            told |= found.keys()
             _leave_out(tree, found)
         else:
             return recipe, [*mistakes, *checks.mistakes(recipe)]

@@ -33,9 +33,13 @@ class EventFile:
         name = f"events.out.tfevents.{now:.0f}.{node()}.{os.getpid()}"
         self._path: Path | None = folder / name
         self._tell = tell
+        self._append(record(event(now, 0, field(3, LENGTH, b"brain.Event:2"))))
+        self.start(first_step)
+
+    def start(self, step: int) -> None:
+        """Void what is there of this step and later ones."""
         log = field(7, LENGTH, field(1, VARINT, START))
-        begun = event(now, first_step, log)
-        self._append(record(event(now, 0, field(3, LENGTH, b"brain.Event:2"))) + record(begun))
+        self._append(record(event(time.time(), step, log)))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append an iteration's numbers. Those that are not finite stay so."""

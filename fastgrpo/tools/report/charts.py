@@ -161,7 +161,9 @@ def level_bars(
             )
             start = float(value)
         body += f'<text class="value" x="{px(start) + 6:.1f}" y="{y + 19}">{start:.2f} GiB</text>'
-    return svg(label, body, bottom + 24)
+    middle = (left + WIDTH - right) / 2
+    body += f'<text class="unit" x="{middle:.0f}" y="{bottom + 33}" text-anchor="middle">GiB</text>'
+    return svg(label, body, bottom + 38)
 
 
 def interval(low: float, mid: float, high: float, limits: tuple[float, float], colour: str) -> str:

@@ -30,7 +30,7 @@ def histogram(label: str, unit: str, kinds: Sequence[tuple[str, str, Values]]) -
     counts = [np.histogram(values, edges)[0] for _, _, values in finite]
     heights = ticks(0.0, float(max(1, *(count.max() for count in counts))))
     frame = Frame((float(edges[0]), float(edges[-1])), (0.0, heights[-1]))
-    body = axes(frame, [tick for tick in heights if tick == int(tick)], marks, unit)
+    body = axes(frame, [tick for tick in heights if tick == int(tick)], marks, unit, "clips")
     for (name, colour, _), count in zip(finite, counts, strict=True):
         bars = ""
         for left, right, number in zip(edges[:-1], edges[1:], count, strict=True):
@@ -56,7 +56,7 @@ def scatter(label: str, unit: str, names: Sequence[str], before: Values, after: 
     both = np.concatenate([before[usable], after[usable]])
     marks = ticks(float(both.min()), float(both.max()))
     frame = Frame((marks[0], marks[-1]), (marks[0], marks[-1]))
-    body = axes(frame, marks, marks, f"{unit} before training; upwards: after")
+    body = axes(frame, marks, marks, f"{unit} before training", f"{unit} after")
     body += f'<line class="zero" x1="{LEFT}" x2="{WIDTH - RIGHT}" '
     body += f'y1="{frame.py(marks[0]):.1f}" y2="{frame.py(marks[-1]):.1f}"/>'
     dots = ""

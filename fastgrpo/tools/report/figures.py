@@ -84,7 +84,8 @@ def course(run: Run) -> str:
         title = "Sum of the rewards" if part == "sum" else f"{escape(part)} (monitor{worse})"
         label = f"Held-out {part} at {len(x)} evaluations, from {y[0]:.3g} to {y[-1]:.3g}"
         own = Series("held-out", colour, x, y, marks=True, bounds=bounds)
-        cards.append(chart(title, curves(label, [own], smooth=False)))
+        axis = "weighted sum" if part == "sum" else part
+        cards.append(chart(title, curves(label, [own], smooth=False, axis=axis)))
     note = (
         "Bars: the 95&nbsp;% interval of the change since before training. An alarm is raised where "
         "the reward rises and a monitor, which nothing is trained on, gets worse beyond its interval."
@@ -180,7 +181,11 @@ def best_of(shown: list[Evaluation]) -> str:
         return ""
     label = f"Expected best held-out reward of 1 to {len(series[0].x)} clips of a prompt"
     drawing = curves(
-        label, series, smooth=False, unit="clips of a prompt, of which the best counts"
+        label,
+        series,
+        smooth=False,
+        unit="clips of a prompt, of which the best counts",
+        axis="weighted sum",
     )
     note = "Where training only sharpens, the curve before training catches up with more clips."
     return chart("Best of n", drawing, legend(entries) + note)

@@ -109,6 +109,7 @@ pre { background: var(--code); border-radius: 8px; padding: 14px 16px; overflow-
   font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; margin: 0; }
 footer { margin-top: 56px; color: var(--soft); font-size: .85rem; }
 @media (max-width: 560px) { main { padding: 24px 14px 48px; } th, td { padding: 7px 6px; }
+  th { white-space: normal; } tbody th { min-width: 6.5em; } svg text { font-size: 14px; }
   .clips h3 { min-height: 0; } }
 @media print { body { background: #fff; } .card, .tiles li { break-inside: avoid; }
 button { display: none; } }

@@ -194,16 +194,11 @@ def held_out_table(run: Run) -> str:
     return f"<section><h2>Held-out rewards</h2>{card}</section>"
 
 
-def plain(run: Run, part: str) -> str:
-    """A part's name, with what it is where it was not trained on."""
-    if part not in run.monitors:
-        return part
-    return f"{part} (monitor{': more is worse' if run.monitors[part] else ''})"
-
-
 def labelled(run: Run, part: str) -> str:
     """A part's name as HTML, with what it is where it was not trained on."""
-    return escape(plain(run, part))
+    if part not in run.monitors:
+        return escape(part)
+    return f"{escape(part)} (monitor{': more is worse' if run.monitors[part] else ''})"
 
 
 def held_out_so_far(run: Run) -> str:
@@ -290,14 +285,13 @@ def health(run: Run) -> str:
             label, axis = f"{title}{_ends(curve)}", axis_of(name)
             drawing = curves(label, [curve], smooth=False, from_zero=True, axis=axis)
             cards.append(chart(title, drawing, note))
-    spreads = [
-        run.curve(f"group_std/{part}", plain(run, part), run.colour(part)) for part in run.parts
-    ]
+    trained = [part for part in run.parts if part not in run.monitors]
+    spreads = [run.curve(f"group_std/{part}", part, run.colour(part)) for part in trained]
     spreads = [curve for curve in spreads if len(curve.x)]
     if spreads:
         entries = [(curve.colour, curve.name) for curve in spreads]
         label = "Spread of each reward within a prompt's group"
-        drawing = curves(label, spreads, from_zero=True, axis="standard deviation, reward's unit")
+        drawing = curves(label, spreads, from_zero=True, axis="standard deviation")
         cards.append(
             chart(
                 "Spread within a prompt's group",

@@ -149,6 +149,9 @@ class Run:
         return int((self.summary or {}).get("iterations", len(self.rows)))
 
     def colour(self, part: str) -> str:
+        """The CSS colour of a part on the whole page; a monitor has no colour of a gain."""
+        if part in self.monitors:
+            return "flat"
         return "sum" if part == "sum" else f"p{self.parts.index(part) % 6 + 1}"
 
     def curve(self, name: str, label: str, colour: str) -> Series:

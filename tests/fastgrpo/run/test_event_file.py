@@ -5,9 +5,10 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from fastgrpo.run.tracker import Tracker
+from fastgrpo.run.tracker import Tracker, read_metrics
 from fastgrpo.run.tracking.event_file import EventFile, crc32c, field, masked, varint
 
 descriptor_pb2 = pytest.importorskip("google.protobuf.descriptor_pb2")
@@ -93,6 +94,45 @@ def test_a_runs_numbers_are_read_again(tmp_path: Path) -> None:
         "a name \u00e9",
         math.inf,
     )
+
+
+def test_event_files_have_what_metrics_jsonl_has(tmp_path: Path) -> None:
+    """Every number of every line, as float32, at its iteration: of a run that goes back to its
+    second iteration, is killed after its fourth, and goes on from the third.
+    """
+    drawn = iter(np.random.default_rng(0).normal(0, 1e3, (99, 2)))
+
+    def log(tracker: Tracker, begin: int, end: int) -> None:
+        for iteration in range(begin, end):
+            reward, lr = next(drawn)
+            row = {"reward/sum": reward, "lr": lr / 1e9}
+            tracker.log(iteration, row | ({"update/kl": math.nan} if iteration % 2 else {}))
+
+    with Tracker(tmp_path, True, 6) as tracker:
+        tracker.write_events()
+        log(tracker, 0, 3)
+        tracker.rewind(1)
+        log(tracker, 1, 4)
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    first.rename(first.with_name("events.out.tfevents.1.a.1"))
+    with Tracker(tmp_path, True, 6, start_iteration=2) as tracker:
+        tracker.write_events()
+        log(tracker, 2, 6)
+    shown: dict[int, dict[str, float]] = {}
+    for event in events(tmp_path / "tensorboard"):
+        if event.HasField("session_log"):
+            shown = {step: values for step, values in shown.items() if step < event.step}
+        for value in event.summary.value:
+            assert value.tag not in shown.setdefault(event.step, {}), "shown twice"
+            shown[event.step][value.tag] = value.simple_value
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["iteration"] for row in rows] == sorted(shown) == list(range(6))
+    for row in rows:
+        del row["time"]
+        np.testing.assert_equal(
+            {name: np.float32(value) for name, value in shown[int(row.pop("iteration"))].items()},
+            {name: np.float32(value) for name, value in row.items()},
+        )
 
 
 def test_a_resumed_attempt_voids_what_an_earlier_one_wrote_beyond_it(tmp_path: Path) -> None:

@@ -153,3 +153,11 @@ def test_a_folder_of_no_family_is_told_with_the_families(
         assert cli.main(["check", str(runs.RECIPE), *wrong]) == 2
         line = capsys.readouterr().err.splitlines()[0]  # the network's folder is missing, too
         assert said in line and FAMILIES in line and "MochiPipeline" in line
+
+
+def test_a_wrong_value_is_not_missing_as_well(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also of a key that has no default."""
+    assert cli.main(["check", str(runs.RECIPE), "run.iterations=x", "video.frames=-3"]) == 2
+    said = capsys.readouterr().err
+    assert "run.iterations='x': must be a whole number above 0." in said
+    assert "missing" not in said and said.count("\n") == 2

@@ -19,7 +19,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.data import video
 from fastgrpo.data.tiny_world import shapes
 from fastgrpo.run import heartbeat
-from fastgrpo.tools.report import charts
+from fastgrpo.tools.report import charts, ending
 from fastgrpo.tools.report.report import write_report
 from fastgrpo.tools.report.run_data import read_evaluation
 
@@ -295,6 +295,24 @@ def test_a_monitor_is_marked_and_its_rise_is_no_gain(tmp_path: Path) -> None:
     assert "weight 0: it was not trained on" in page
 
 
+def test_a_monitor_has_no_colour_of_a_gain_and_no_spread(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run")
+    with (run / "recipe.toml").open("a") as file:
+        file.write('[[rewards]]\nname = "a"\nweights = { VQ = 1.0, MQ = 0.0, TA = 1.0 }\n')
+    page = write_report(run).read_text()
+    lines = {
+        part: set(re.findall(r"s-(\w+) stroke line", card))
+        for part in PARTS
+        for card in re.findall(rf'aria-label="Reward {part} over.*?</svg>', page)
+    }
+    assert lines == {"VQ": {"p1", "before"}, "MQ": {"flat", "before"}, "TA": {"p3", "before"}}
+    spread = (
+        page.partition("Spread within a prompt&#x27;s group")[2]
+        or page.partition("Spread within a prompt's group")[2]
+    )
+    assert "VQ" in spread[:20_000] and ">MQ<" not in spread.partition("</figure>")[0]
+
+
 def test_a_result_of_one_prompt_has_no_interval(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())
@@ -416,6 +434,24 @@ def test_what_ended_a_run_stands_on_top(tmp_path: Path) -> None:
         page = write_report(folder).read_text()
         (banner,) = re.findall(r'<p class="banner">(.*?)</p>', page)
         assert html.unescape(banner) == f"The newest attempt ended by an {told}"
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_an_error_in_the_first_iteration_leaves_its_reason(evaluated: bool, tmp_path: Path) -> None:
+    """Where something was drawn before it; else the folder goes."""
+    folder = fake_run(tmp_path / "run", iterations=0, finished=False)
+    (folder / heartbeat.FOLDER).mkdir()
+    if not evaluated:
+        shutil.rmtree(folder / "evaluation")
+        shutil.rmtree(folder / "logs")
+    with pytest.raises(UserError), ending.told(folder, own=0, found=False):
+        beat = heartbeat.Heartbeat(rank=0, ranks=1, host="n0", pid=1, end="UserError: no scores")
+        (folder / heartbeat.FOLDER / "rank-0").write_bytes(heartbeat.encoded(beat))
+        raise UserError("no scores")
+    if evaluated:
+        assert "ended by an error: no scores" in (folder / "report.html").read_text()
+    else:
+        assert not folder.exists()
 
 
 def test_nothing_from_a_file_is_markup_or_a_control_character(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_the_present_state_has_the_numbers_of_the_files(run: Path) -> None:
     assert "slowest in the last iteration on gpu-node-0" in words
     reserved = max(value for name, value in rows[-1].items() if name.startswith("reserved_gib/"))
     assert f"{reserved:.2f} GiB" in words
-    assert "before training" in words and "all 1 ranks are alive." in words
+    assert "before training" in words and "The one rank is alive." in words
 
 
 def test_a_rank_that_failed_or_is_silent_is_named(run: Path) -> None:
@@ -95,14 +95,17 @@ def test_a_rank_that_failed_or_is_silent_is_named(run: Path) -> None:
     assert "left, at the pace" not in text
     silent = replace(BEAT, time=time.time() - 500)
     (run / heartbeat.FOLDER / "rank-0").write_bytes(heartbeat.encoded(silent))
-    assert "seems dead: silent for 8 min" in now(read_run(run))
+    text = now(read_run(run))
+    assert "seems dead: silent for 8 min" in text
+    assert "left, at the pace" not in text and "when last heard, iteration 18 of 60" in text
 
 
-def test_every_chart_over_iterations_has_a_title_on_both_axes(tmp_path: Path) -> None:
+def test_every_chart_has_a_title_on_both_axes(tmp_path: Path) -> None:
     folder = fake_run(tmp_path / "run")
     rows = read_metrics(folder / "metrics.jsonl")
     more = {"update/loss": 0.1, "update/kl": 0.01, "rollout/noisy_step": 2.5}
     more |= {"rollout/noisy_step_min": 1.0, "rollout/noisy_step_max": 4.0}
+    more |= {"heldout/sum": 2.0, "heldout_change/sum": 0.5}
     lines = [json.dumps(row | more) + "\n" for row in rows]
     (folder / "metrics.jsonl").write_text("".join(lines))
     page = write_report(folder).read_text()
@@ -111,11 +114,13 @@ def test_every_chart_over_iterations_has_a_title_on_both_axes(tmp_path: Path) ->
             r"<text[^>]*>([^<]+)<", svg
         )
         for svg in re.findall(r"<svg.*?</svg>", page)
-        if ">iteration</text>" in svg
+        if 'class="interval"' not in svg  # a row's, below the table's own head
     }
-    assert len(drawings) >= 14
+    assert len(drawings) >= 18
     for label, texts in drawings.items():
-        assert re.search("[a-zA-Z]", texts[0]), f"{label}: no title on the vertical axis: {texts}"
+        upright = texts[-3] if "by phase" in label else texts[0]  # there a name beside each bar
+        assert re.search("[a-zA-Z]", upright), f"{label}: no title on the vertical axis: {texts}"
+        assert re.search("[a-zA-Z]", texts[-1]), f"{label}: none on the horizontal axis: {texts}"
     titles = {label: texts[0] for label, texts in drawings.items()}
     for label, title in (
         ("Learning rate over 60", "learning rate"),
@@ -126,6 +131,8 @@ def test_every_chart_over_iterations_has_a_title_on_both_axes(tmp_path: Path) ->
         ("Seconds of each phase", "seconds"),
         ("KL to the policy", "KL per transition"),
         ("Share of clipped", "share of ratios"),
+        ("Held-out sum", "weighted sum"),
+        ("Histogram of", "clips"),
     ):
         assert [own for name, own in titles.items() if name.startswith(label)] == [title]
 
@@ -278,4 +285,6 @@ def test_a_browser_sees_the_run_go_on(
             for width in (1280, 400):
                 tab.look(width, 900)
                 assert not tab.run("document.documentElement.scrollWidth > innerWidth")
+                number = "document.querySelector('tbody td').getBoundingClientRect().right"
+                assert tab.run(f"{number} < innerWidth"), "the first number is seen at once"
         tab.wait(f"{words}.includes('Not up to date: no answer')")

@@ -30,13 +30,14 @@ def tiles(run: Run, beats: Sequence[Heartbeat], seconds: float) -> list[tuple[st
     rows = [row for row in run.rows if "seconds/total" in row]
     done, total = len(run.rows), run.total
     found = []
-    if total and rows and done < total and not ended(beats):
+    alive = any(not beat.end and seconds - beat.time <= SILENT_S for beat in beats)
+    if total and rows and done < total and alive:
         found.append((duration(seconds_left(rows, total)), "left, at the pace of the last ten"))
     if beats and not ended(beats):
         first = min(beats, key=lambda beat: suspicion(beat, seconds, SILENT_S))
-        spent = duration(in_phase(first, seconds))
+        spent = f"for {duration(in_phase(first, seconds))}" if alive else "when last heard"
         of = f" of {total}" if total else ""
-        found.append((first.phase, f"for {spent}, iteration {first.iteration + 1}{of}"))
+        found.append((first.phase, f"{spent}, iteration {first.iteration + 1}{of}"))
     if rows:
         found += slowest(run) + gpu_memory(run)
     if run.evaluations:
@@ -99,5 +100,10 @@ def state(beats: Sequence[Heartbeat], seconds: float) -> str:
         return '<p class="note">No rank has been heard yet.</p>'
     troubles = verdict(beats, seconds, SILENT_S)
     if not troubles:
-        return f'<p class="note">{escape(fine(beats))}.</p>'
-    return "".join(f'<p class="banner">{escape(line)}</p>' for line in troubles)
+        return f'<p class="note">{escape(sentence(fine(beats)))}</p>'
+    return "".join(f'<p class="banner">{escape(sentence(line))}</p>' for line in troubles)
+
+
+def sentence(line: str) -> str:
+    """A line of `fastgrpo status` as a sentence."""
+    return f"{line[:1].upper()}{line[1:]}" + ("" if line.endswith(".") else ".")

@@ -27,9 +27,9 @@ SINGLE = (
     ("update/loss", "Loss", "It need not fall: advantages have mean 0 in every group."),
 )
 STEPS = {
-    "rollout/noisy_step_min": ("down", "lowest"),
+    "rollout/noisy_step_min": ("p4", "lowest"),
     "rollout/noisy_step": ("sum", "mean"),
-    "rollout/noisy_step_max": ("up", "highest"),
+    "rollout/noisy_step_max": ("p3", "highest"),
 }
 """The first noisy step of an iteration's prompts: colour and name of the curve."""
 
@@ -66,7 +66,7 @@ def noisy_steps(run: Run) -> str:
     """A card with the steps that were drawn with noise, from which the updates choose."""
     series = [run.curve(metric, name, colour) for metric, (colour, name) in STEPS.items()]
     series = [curve for curve in series if len(curve.x)]
-    if not series:
+    if not any(curve.y.any() for curve in series):  # none, or noise from the first step on
         return ""
     drawing = curves("First noisy step over iterations", series, smooth=False, axis="step, from 0")
     note = "Over the iteration's prompts; the updates choose transitions from there on."

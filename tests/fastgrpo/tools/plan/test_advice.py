@@ -58,6 +58,14 @@ def test_every_rung_that_fits_is_a_recipe_that_fits(rungs: list[Advice]) -> None
         assert sum(again.host.values()) <= 0.9 * 24 * GIB
 
 
+@pytest.mark.parametrize("card", ["4090", "h100"])
+def test_the_first_advice_for_hunyuan_on_one_card_fits(card: str) -> None:
+    """With all weights and the paper's own samples, whatever the seconds."""
+    (only,) = advise(plan("t2v_hunyuan", card, None), within=1e9, text=None)
+    again = plan("t2v_hunyuan", card, None, *only.overrides)
+    assert only.given_up == () and again.fits and not plan("t2v_hunyuan", card, None).fits
+
+
 def test_rungs_give_up_ever_more_in_order_of_fidelity(rungs: list[Advice]) -> None:
     keys = [[override.partition("=")[0] for override in one.given_up] for one in rungs]
     assert keys[0] == [] and keys[1] == ["lora.rank"]

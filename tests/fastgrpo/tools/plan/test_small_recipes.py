@@ -1,11 +1,13 @@
 """Recipes for one node and for one card: what their heads say, and what they change."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.plan import hardware
 from fastgrpo.core import config
 from fastgrpo.tools.plan import planner
 from fastgrpo.tools.plan.gpus import Achieved, gpu
@@ -55,6 +57,28 @@ def test_they_are_the_papers_recipes_but_for_the_marked_lines(file: Path) -> Non
             marked.add(f"{section}.{found[1]}")
     assert changed - {"run.dir"} <= marked
     assert own["run.dir"] != paper["run.dir"]
+
+
+def test_the_page_on_hardware_is_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every recipe whose head names a machine fits there; all but the demo's do name one."""
+    assert {file.stem for file in LAUNCH.rglob("*.toml")} == {
+        "t2v_tiny",
+        *(file.stem for file in hardware.recipes()),
+    }
+    monkeypatch.setattr(sys, "argv", ["hardware", "--check"])
+    assert hardware.main() == 0
+
+
+def test_the_page_on_real_weights_has_the_figures_of_the_page_on_hardware() -> None:
+    figures = {}
+    for line in hardware.PAGE.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip(" `") for cell in line.split("|")]
+        if len(cells) == 10:
+            figures[cells[1]] = (cells[7], cells[8], cells[5])
+    page = (hardware.PAGE.parent / "real_weights.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\| `([\w/]+)`[^|]*\| \d+ GB \| (\S+) \| (\S+) \| (\S+) \|", page)
+    assert len(rows) >= 9
+    assert {name: figures[name] for name, *_ in rows} == {name: tuple(own) for name, *own in rows}
 
 
 def _values(file: Path) -> dict[str, Any]:
