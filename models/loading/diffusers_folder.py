@@ -109,7 +109,7 @@ def fetch(repository: str) -> Path:
 def pipeline_folder(settings: Model, parts: Sequence[str]) -> Path:
     """The folder of model.path, whose `parts` (such as "vae", "tokenizer") are all there."""
     folder = locate(settings.path)
-    config_of = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+    config_of = {part: f"{part}_config.json" for part in ("guider", "scheduler", "tokenizer")}
     for file in (
         "model_index.json",
         *(f"{part}/{config_of.get(part.split('_')[0], 'config.json')}" for part in parts),
