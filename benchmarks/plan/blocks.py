@@ -23,7 +23,7 @@ from fastgrpo.models.loading.policies import recomputing
 from fastgrpo.parallel import sequence_parallel, world
 from fastgrpo.tools.plan.simulation import rank
 from fastgrpo.tools.plan.simulation.rank import Sizes
-from fastgrpo.tools.plan.subject import published
+from fastgrpo.tools.plan.subject import family_plan, published
 
 HEADS, WIDTH = 8, 1024
 HUNYUAN, FLUX_DEV, SD_1, WAN_14B = (
@@ -83,7 +83,13 @@ MMDIT = published("stable_diffusion_3") | {
     "dual_attention_layers": (0,),
 }
 QWEN = published("qwen_image") | {"num_attention_heads": HEADS, "num_layers": 2}
+HUNYUAN_15 = published("hunyuan_video_15") | {
+    "num_attention_heads": HEADS,
+    "num_layers": 2,
+    "num_refiner_layers": 1,
+}
 KINDS += (
+    ("hunyuan_video_15", HUNYUAN_15, 0, "block", ((32, 16, 32, 32), 256)),
     ("qwen_image", QWEN, 0, "block", IMAGE),
     ("stable_diffusion_3", MMDIT, 0, "two", IMAGE),
     ("stable_diffusion_3", MMDIT, 1, "one", IMAGE),
@@ -171,7 +177,7 @@ def coefficients(
             text=text + TEXT,
         )
     )
-    tokens = frames * height * width / 4 / sp
+    tokens = frames * height * width / family_plan(family, settings).patch ** 2 / sp
     return {
         cost: (
             (video[cost] - first[cost]) / tokens / WIDTH,

@@ -14,6 +14,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
 )
@@ -68,6 +69,7 @@ DECODERS: dict[
     str, tuple[Callable[[], Any], Pixels]
 ] = {  # by a family and what a hub id has in it: (frames, height, width) of a clip to decode
     "hunyuan_video": (_hunyuan, (17, 256, 256)),
+    "hunyuan_video_15": (AutoencoderKLHunyuanVideo15, (33, 256, 256)),
     "flux": (lambda: _image(16, quantised=False), (1, 720, 720)),
     "wan": (AutoencoderKLWan, (9, 480, 832)),
     "qwen_image": (AutoencoderKLQwenImage, (1, 512, 512)),

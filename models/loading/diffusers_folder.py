@@ -37,7 +37,7 @@ E = TypeVar("E")
 def pipeline_folder(settings: Model, parts: Sequence[str]) -> Folder:
     """The folder of model.path, whose `parts` (such as "vae", "tokenizer") are all there."""
     folder = locate(settings)
-    config_of = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+    config_of = {part: f"{part}_config.json" for part in ("guider", "scheduler", "tokenizer")}
     for file in (
         "model_index.json",
         *(f"{part}/{config_of.get(part.split('_')[0], 'config.json')}" for part in parts),

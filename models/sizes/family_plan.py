@@ -44,6 +44,8 @@ class FamilyPlan:
     auxiliary: AuxiliaryModels
     text_width: int  # channels of the text features that the network takes
     pooled_width: int = 0  # channels of the pooled text; 0: the network takes none
+    glyph_width: int = 0
+    """Channels of the features of quoted text, of which a usual prompt has none; 0: none at all."""
     first_frame: bool = False  # whether a reference image's latent is a part of the condition
     given_frames: int = 0  # latent frames of a clip that the condition gives and that are not drawn
 
@@ -52,6 +54,8 @@ class FamilyPlan:
         shapes: dict[str, Shape] = {"text": (text, self.text_width)}
         if self.pooled_width:
             shapes["pooled"] = (self.pooled_width,)
+        if self.glyph_width:
+            shapes["glyphs"] = (0, self.glyph_width)
         if self.first_frame:
             channels, _, height, width = latent
             shapes["image"] = (channels, 1, height, width)

@@ -34,7 +34,7 @@ FLOAT32, BF16 = 1e-4, 5e-2
 LOOSE = {"t2i_qwen": 1e-3}
 """Tolerances of single jobs: guidance divides by a token's length (4.6e-4 was measured)."""
 
-GB, MORE_GB = 0.0625, {"t2i_sd": 0.25}
+GB, MORE_GB = 0.0625, {"t2i_sd": 0.25, "t2v_hunyuan15": 0.25}
 """GiB of each device: somewhat more than the largest of the jobs takes."""
 OFTEN = {"t2i_qwen": ("objective.timestep_fraction=0.99",)}
 """Overrides of recipes whose few trained states would leave an update nothing to evaluate again."""

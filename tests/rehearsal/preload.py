@@ -15,6 +15,7 @@ import transformers
 from diffusers import (  # noqa: F401
     AutoencoderKL,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
     AutoencoderKLWan,
     FluxTransformer2DModel,
     HunyuanVideoTransformer3DModel,
@@ -25,6 +26,7 @@ from diffusers import (  # noqa: F401
 )
 
 import fastgrpo.models.flux
+import fastgrpo.models.hunyuan_video_15
 import fastgrpo.models.qwen_image
 import fastgrpo.models.skyreels_i2v
 import fastgrpo.models.stable_diffusion
@@ -43,6 +45,7 @@ for _name in (
     "CLIPTextModelWithProjection",
     "LlamaModel",
     "Qwen2_5_VLForConditionalGeneration",
+    "Qwen2_5_VLTextModel",
     "T5EncoderModel",
     "UMT5EncoderModel",
 ):

@@ -284,6 +284,7 @@ def test_the_model_is_never_whole_in_memory(tmp_path: Path) -> None:
     "family",
     [
         "flux",
+        "hunyuan_video_15",
         "qwen_image",
         "skyreels_i2v",
         "stable_diffusion",

@@ -22,6 +22,7 @@ from fastgrpo.parallel.world import World, open_world
 # frames, height, width: numbers of video tokens that two ranks do not divide, or divide unevenly
 SIZES = {
     "hunyuan_video": (5, 40, 24),
+    "hunyuan_video_15": (9, 20, 12),  # 45 tokens; one branch has quoted text
     "skyreels_i2v": (5, 40, 24),
     "flux": (1, 36, 28),
     "qwen_image": (1, 40, 24),  # 5 x 3 tokens
@@ -48,7 +49,7 @@ def compare(family: str, folder: Path, lora: Lora, world: World) -> dict[str, fl
     )
     with policies.encoder(settings, video, world.device) as encode:
         condition = move(
-            stack(encode([Prompt("a red boat sails", folder / "image.png")]) * 2), world.device
+            stack(encode([Prompt('a red boat "A" sails', folder / "image.png")]) * 2), world.device
         )
         negative = move(encode.negative(""), world.device) if cfg > 1 else None
     alone, shared = (prepared(settings, lora, world.device) for _ in range(2))
