@@ -33,6 +33,7 @@ from fastgrpo.core.policy import Condition, Decoded
 from fastgrpo.models.attention.trimmed import SharedAttention, TrimmedAttention
 from fastgrpo.models.loading import diffusers_folder, guider, streaming
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
+from fastgrpo.models.sizes.text_encoders import BYT5_SMALL, QWEN_2_5_VL_7B
 from fastgrpo.models.sizes.transformer_blocks import (
     TIME_CHANNELS,
     dual_block,
@@ -80,6 +81,12 @@ AUXILIARY = AuxiliaryModels(
     text=MAX_TEXT_TOKENS,
     trimmed=True,
     encoders=7.29e9,
+    texts=(
+        BYT5_SMALL.read_as("text_encoder_2", texts=1, longest=MAX_GLYPH_TOKENS),
+        QWEN_2_5_VL_7B.read_as(
+            "text_encoder", texts=16, longest=108 + MAX_TEXT_TOKENS, around=113, states=True
+        ),
+    ),
     vae=1.2606e9,
     decode_flops=25.1e6,
     decode_bytes=1796,

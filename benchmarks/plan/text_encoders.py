@@ -22,6 +22,7 @@ T5: dict[str, Any] = {
     "is_encoder_decoder": False,
     "tie_word_embeddings": False,
 }
+BYT5 = T5 | {"d_model": 1472, "d_ff": 3584, "num_heads": 6}
 
 
 def _llama(layers: int) -> Any:
@@ -62,6 +63,9 @@ def _clip(width: int, heads: int, layers: int) -> Any:
 ENCODERS: dict[str, Callable[[int], Any]] = {  # of a number of layers
     "T5_XXL": lambda layers: transformers.T5EncoderModel(
         transformers.T5Config(**T5, num_layers=layers, vocab_size=32128)
+    ),
+    "BYT5_SMALL": lambda layers: transformers.T5EncoderModel(
+        transformers.T5Config(**BYT5, num_layers=layers, vocab_size=1510)
     ),
     "UMT5_XXL": lambda layers: transformers.UMT5EncoderModel(
         transformers.UMT5Config(**T5, num_layers=layers, vocab_size=256384)

@@ -136,6 +136,9 @@ CLIP_G = Published(
 T5_XXL = Published(
     name="", outside=131.6e6, block=192.95e6, blocks=24, width=4096, at_work=AT_WORK["t5"]
 )
+BYT5_SMALL = Published(
+    name="", outside=2.2e6, block=18.09e6, blocks=12, width=1472, at_work=AT_WORK["t5"]
+)
 UMT5_XXL = Published(
     name="", outside=1050.2e6, block=192.95e6, blocks=24, width=4096, at_work=AT_WORK["umt5"]
 )

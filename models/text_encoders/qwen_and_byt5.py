@@ -16,8 +16,11 @@ from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import (
 )
 from torch import Tensor
 
-from fastgrpo.core.policy import Condition, Prompt
+from fastgrpo.core.policy import Condition
 from fastgrpo.models.loading import diffusers_folder
+from fastgrpo.models.placement.text_network import Work
+from fastgrpo.models.sizes.text_encoders import AT_WORK
+from fastgrpo.models.text_encoders.passes import InPasses, Pass
 
 SYSTEM: str = (
     signature(HunyuanVideo15Pipeline._get_mllm_prompt_embeds).parameters["system_message"].default
@@ -28,7 +31,7 @@ SKIPPED_LAYERS = 2  # of Qwen: the text features are the third hidden state from
 TEXT_BATCH = 16  # prompts per forward pass of the text encoders
 
 
-class TextEncoder:
+class TextEncoder(InPasses):
     """An `Encoder`: "text" [L, D] of Qwen and "glyphs" [G, E] of ByT5, each of its own length."""
 
     def __init__(
@@ -38,7 +41,7 @@ class TextEncoder:
 
         longest: tokens of a prompt and what follows it for Qwen, of quoted text for ByT5
         """
-        self.device, self.longest = device, longest
+        self.device, self.longest, self.batch = device, longest, TEXT_BATCH
         self.tokenizer, self.qwen = diffusers_folder.text_model(
             where, tokenizer="tokenizer", encoder="text_encoder", dtype=dtype, device=device
         )
@@ -46,17 +49,14 @@ class TextEncoder:
             where, tokenizer="tokenizer_2", encoder="text_encoder_2", dtype=dtype, device=device
         )
 
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[Prompt]) -> list[Condition]:
-        conditions: list[Condition] = []
-        for start in range(0, len(prompts), TEXT_BATCH):
-            texts = [prompt.text for prompt in prompts[start : start + TEXT_BATCH]]
-            pairs = zip(self._states(texts), texts, strict=True)
-            conditions.extend({"text": own, "glyphs": self._glyphs(text)} for own, text in pairs)
-        return conditions
+        crop, around = self._tokens_before(), len(self._ids(self._chat("")))
+        self.qwen.work = Work(
+            TEXT_BATCH, longest[0] + crop, AT_WORK["qwen"], states=True, around=around
+        )
+        self.byt5.work = Work(1, longest[1], AT_WORK["t5"])
 
-    def negative(self, text: str) -> Condition:
-        return self([Prompt(text)])[0]
+    def passes(self) -> Sequence[Pass]:
+        return (self.reading(self.byt5, self._glyphs), self.reading(self.qwen, self._states))
 
     def cut(self, text: str) -> dict[str, tuple[int, int]]:
         crop, quoted = self._tokens_before(), extract_glyph_texts(text)
@@ -84,8 +84,9 @@ class TextEncoder:
         ids: list[int] = tokens.input_ids
         return ids
 
-    def _states(self, texts: list[str]) -> list[Tensor]:
-        """returns float32 [L, D] each on the CPU, L = its tokens.
+    @torch.no_grad()
+    def _states(self, texts: list[str]) -> list[Condition]:
+        """returns "text" [L, D] each, float32 on the CPU, L = its tokens.
 
         A causal network: what is cut off at the end changes no state before it.
         """
@@ -105,10 +106,19 @@ class TextEncoder:
             output_hidden_states=True,
         ).hidden_states[-(SKIPPED_LAYERS + 1)]
         lengths = tokens.attention_mask.sum(1).tolist()
-        return [row[crop:length].float().cpu() for row, length in zip(states, lengths, strict=True)]
+        return [
+            {"text": row[crop:length].float().cpu()}
+            for row, length in zip(states, lengths, strict=True)
+        ]
 
-    def _glyphs(self, text: str) -> Tensor:
-        """returns float32 [G, E] on the CPU, G = the quoted text's tokens, 0 without quotes"""
+    @torch.no_grad()
+    def _glyphs(self, texts: list[str]) -> list[Condition]:
+        """returns "glyphs" [G, E] each, float32 on the CPU, G = the quoted text's tokens, 0 without
+        quotes
+        """
+        return [{"glyphs": self._glyphs_of(text)} for text in texts]
+
+    def _glyphs_of(self, text: str) -> Tensor:
         quoted = extract_glyph_texts(text)
         if quoted is None:
             return torch.zeros(0, self.byt5.config.d_model)

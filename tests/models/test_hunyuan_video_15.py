@@ -143,12 +143,12 @@ def shifted(self: HunyuanVideo15, x: Tensor, condition: Condition) -> Decoded:
 
 
 guided, predict, decode = guider.guided, HunyuanVideo15._predict, HunyuanVideo15.decode
-glyphs, before = TextEncoder._glyphs, TextEncoder._tokens_before
+glyphs, before = TextEncoder._glyphs_of, TextEncoder._tokens_before
 FAULTS: dict[str, tuple[Any, str, Any]] = {
     "guidance": (guider, "guided", strongly_guided),
     "rounded time": (HunyuanVideo15, "_predict", rounded),
     "padding that is attended": (HunyuanVideo15, "_predict", padded),
-    "glyphs left out": (TextEncoder, "_glyphs", without_glyphs),
+    "glyphs left out": (TextEncoder, "_glyphs_of", without_glyphs),
     "another crop of the chat": (TextEncoder, "_tokens_before", one_token_less),
     "another scale of the latent": (HunyuanVideo15, "decode", shifted),
     "another layer of Qwen": (qwen_and_byt5, "SKIPPED_LAYERS", 1),
