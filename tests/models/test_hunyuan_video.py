@@ -35,6 +35,7 @@ from fastgrpo.core.policy import Condition, Policy, Prompt, stack
 from fastgrpo.models.attention.trimmed import TrimmedAttention
 from fastgrpo.models.hunyuan_video import blocks, both_texts
 from fastgrpo.models.loading import diffusers_folder, policies, source
+from fastgrpo.models.placement.text_network import TextNetwork
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.training.method import Experience
@@ -597,9 +598,9 @@ def test_an_encoder_loses_its_networks_when_it_is_closed() -> None:
         Model(family="hunyuan_video", path=str(FOLDER)), VIDEO, torch.device("cpu")
     ) as encoder:
         held = [
-            weakref.ref(part)
+            weakref.ref(part.network)
             for part in vars(encoder).values()
-            if isinstance(part, torch.nn.Module)
+            if isinstance(part, TextNetwork)
         ]
     assert len(held) == 2 and not any(reference() for reference in held)
 
