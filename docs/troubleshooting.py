@@ -24,7 +24,7 @@ FOLDERS = ("fastgrpo", "models", "rewards", "data")
 COLUMNS = 100
 
 HEAD = """\
-# Troubleshooting
+# Troubleshooting and questions that are often asked
 
 A mistake in a recipe, a file or a folder is one line: where, what is wrong, what to do; exit code 2.
 [The second half](#messages) lists all of these lines. The first half is for what gives no message.
@@ -33,6 +33,50 @@ Written by `python docs/troubleshooting.py`, which reads the messages from the c
 page true.
 
 ## Questions
+
+### Which recipe is for my GPU, and will it fit?
+
+[recipes.md](recipes.md) by what you have, [guides/gpu/hardware.md](guides/gpu/hardware.md) by what each
+recipe needs. For any other machine `fastgrpo plan RECIPE --gpus N --gpu NAME --advise` says what to
+give up, the least first.
+
+### Can I train HunyuanVideo on one card?
+
+By the plan, which no GPU has confirmed: adapters and 25 frames on 80 GB, `one_card/t2v_hunyuan`, and on a
+4090 smaller pictures yet. [guides/algorithms/lora.md](guides/algorithms/lora.md) has what adapters change.
+
+### Does it fetch weights by itself?
+
+No run downloads gigabytes unasked, but for a hub id in `model.path` that is not in the hub's cache yet.
+`fastgrpo fetch RECIPE --dry-run` lists what there is to get, with sizes, licences and gates;
+[guides/gpu/real_weights.md](guides/gpu/real_weights.md) goes on from there.
+
+### How do I use my own prompts and my own reward?
+
+[getting_started.md](getting_started.md#from-an-empty-folder-to-a-model-of-your-own) does both, line by
+line. A column of the prompts' file reaches the reward by `prompts.reward_columns`.
+
+### How many prompts do I need?
+
+The paper trains on more than 10,000. The 200 that come along are enough to see that everything works.
+Held-out intervals want two dozen at least: raise `prompts.heldout_share` where a run says that there are
+fewer.
+
+### May I stop, change something and go on?
+
+`touch RUN/stop` or Ctrl-C, then the same command again. More iterations, another rate and other evaluations
+are accepted and written down: [guides/cluster/checkpoints.md](guides/cluster/checkpoints.md) lists the keys.
+Another run's weights are a start, too: `run.start_from`.
+
+### May I look at a run while it goes on?
+
+`fastgrpo watch RUN`, from any machine that sees its folder:
+[guides/cluster/watching.md](guides/cluster/watching.md). wandb and TensorBoard are keys of `[track]`.
+
+### Windows, macOS, AMD?
+
+Linux on x86-64 is what was tried. The planner has figures of MI300X, which are arithmetic alone: ROCm was
+never tried.
 
 ### Is two hours per rollout normal?
 

@@ -191,7 +191,8 @@ def _run_sample(arguments: argparse.Namespace) -> None:
     logging.disable_progress_bar()  # every rank would show its own
     done = sample(choice, wanted)
     if done.main:
-        print(f"{done.clips} samples, {SHEET} and {MANIFEST} in {done.folder}")
+        drawn = f"{done.clips} sample{'s' * (done.clips != 1)}"
+        print(f"{drawn}, {SHEET} and {MANIFEST} in {done.folder}")
         if done.not_finite:
             print(
                 f"{done.not_finite} of them are not finite (NaN or infinity in latents or pixels): "

@@ -161,9 +161,15 @@ class Served:
 
     def _refused(self, error: Exception, clip: str) -> UserError:
         """The message for a reward that would score nothing, by what it does at a clip."""
+        remedy = "correct its file or its settings."
+        if columns := rewards.columns(self.spec):
+            remedy = (
+                f"correct its file: of a prompt without {' and '.join(columns)}, as of this clip, "
+                "the score is NaN and not valid."
+            )
         return UserError(
             f"rewards.name={self.name}: at {clip} {told(error, self.file)}, so it would score "
-            "nothing; correct its file or its settings."
+            f"nothing; {remedy}"
         )
 
 

@@ -13,10 +13,12 @@ from fastgrpo import rewards
 from fastgrpo.cli.main import main
 from fastgrpo.core import config
 from fastgrpo.core.config import RewardSpec
+from fastgrpo.core.errors import UserError
 from fastgrpo.core.reward import PromptText, Reward, Scores, row_of
 from fastgrpo.rewards.networks.geneval.judge import GenEval, Settings
 from fastgrpo.rewards.serving import wire
 from fastgrpo.rewards.serving.client.client import RewardClient
+from fastgrpo.rewards.serving.loaded_reward import load_served
 from tests.harness import runs
 from tests.harness.servers import CAPTIONS, TOKEN, clips, running
 
@@ -109,6 +111,34 @@ def test_what_a_reward_reads_must_be_named(
     assert rewards.columns(RewardSpec(name="geneval", weights={})) == ("include",)
     assert rewards.columns(RewardSpec(name="geneval", weights={}, options={"rows": "x"})) == ()
     assert rewards.columns(config.load(runs.RECIPE).rewards[0]) == ()
+
+
+def test_a_reward_that_reads_rows_is_tried_with_some(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(OWN)
+    rows, others = tmp_path / "rows.jsonl", tmp_path / "others.jsonl"
+    rows.write_text('{"caption": "x", "size": 3}\n{"caption": "y", "size": 4.5}\n')
+    others.write_text('{"caption": "x", "length": 3}\n')
+    check = ["check-reward", str(own), "--no-server"]
+    assert main([*check, "--rows", str(rows)]) == 0
+    for options, said in (
+        ([], "own: reads size of each prompt's row, which drawn clips do not have; add --rows"),
+        (["--rows", str(others)], "has no size, which own reads; it has caption, length."),
+    ):
+        assert main([*check, *options]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["check-reward", "tiny_world", "--no-server", "--rows", str(rows)]) == 2
+    assert "tiny_world reads no rows; name their columns" in capsys.readouterr().err
+
+
+def test_a_reward_that_cannot_do_without_a_row_is_told_what_to_give(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN.replace('.get("size", "nan")', '["size"]'))
+    spec = RewardSpec(name="own", file=tmp_path / "own.py", weights={"size": 1.0})
+    said = "KeyError: 'size'.*; correct its file: of a prompt without size, as of this clip, the "
+    with pytest.raises(UserError, match=said):
+        load_served(spec).warm_up()
 
 
 def test_a_run_scores_with_the_rows_of_its_prompts(tmp_path: Path) -> None:

@@ -105,6 +105,12 @@ def add_check_reward(commands: "argparse._SubParsersAction[argparse.ArgumentPars
         "drawn ones)",
     )
     command.add_argument(
+        "--rows",
+        type=path("--rows"),
+        metavar="FILE",
+        help="a prompt file whose columns the clips' prompts get, for a reward that names COLUMNS",
+    )
+    command.add_argument(
         "--no-server", action="store_true", help="leave out the check behind a reward server"
     )
 
@@ -156,11 +162,13 @@ def _run_score(arguments: argparse.Namespace) -> None:
 
 def _run_check_reward(arguments: argparse.Namespace) -> int:
     """`fastgrpo check-reward`.  returns 0 where the reward keeps the contract, else 1"""
-    from fastgrpo.tools.check.reward import check_reward, clips_of
+    from fastgrpo.tools.check.reward import check_reward, clips_of, with_rows
     from fastgrpo.tools.score import judges
 
     (spec,) = judges.specs(_asked_rewards(arguments, [arguments.name]))
     tried = None if arguments.clips is None else clips_of(arguments.clips)
+    if arguments.rows is not None:
+        tried = with_rows(spec, tried, arguments.rows)
     return check_reward(spec, tried, not arguments.no_server)
 
 

@@ -31,7 +31,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         dest="source",
         default="t2v_tiny",
         metavar="RECIPE",
-        help="t2v_tiny (default), t2v_hunyuan, t2i_flux or another of the recipes that come along",
+        help="t2v_tiny (default), t2v_hunyuan, one_card/t2i_sd or another of the recipes that come along",
     )
     add_to("--gpus", type=positive, metavar="N", help="how many GPUs it is to run on")
     add_to("--gpu", metavar="NAME", help="which, by a name of `fastgrpo plan`")

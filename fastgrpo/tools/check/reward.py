@@ -1,11 +1,15 @@
 """`fastgrpo check-reward`: whether a reward keeps the contract, and what a clip takes."""
 
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
 
+from fastgrpo import rewards
 from fastgrpo.core.config import RewardSpec
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.reward import PromptText
+from fastgrpo.data import prompt_files
 from fastgrpo.tools.check import reward_contract
 from fastgrpo.tools.check.reward_contract import Tried
 from fastgrpo.tools.score import clip_files
@@ -51,3 +55,30 @@ def clips_of(folder: Path) -> Tried:
             f"{files[0].name} {list(pixels[0].shape)}; give clips of one size and length."
         )
     return Tried(torch.stack(pixels), [text or "" for text in texts])
+
+
+def with_rows(spec: RewardSpec, tried: Tried | None, file: Path) -> Tried:
+    """Clips whose prompts have, in turn, what the rows of a prompt file say beside their text.
+
+    tried: None: drawn clips
+    Raises UserError for a file that cannot be read, a column that none of its first rows has, and a
+    reward that reads none.
+    """
+    columns = rewards.columns(spec)
+    if not columns:
+        raise UserError(
+            f"--rows={file}: {spec.name} reads no rows; name their columns at the top of its file, "
+            "such as COLUMNS = ('size',)."
+        )
+    tried = tried or Tried(reward_contract.clips(), reward_contract.CAPTIONS)
+    asked = {f"COLUMNS ({column})": column for column in columns}
+    rows = list(islice(prompt_files.rows(str(file), "--rows", asked), len(tried.prompts)))
+    values = [{column: row.value(column) for column in columns} for row in rows]
+    for column in columns:
+        if all(row[column] is None for row in values):
+            there = ", ".join(rows[0].values) if rows else "no rows"
+            raise UserError(
+                f"--rows={file}: has no {column}, which {spec.name} reads; it has {there}."
+            )
+    given = zip(tried.prompts, cycle(values), strict=False)
+    return Tried(tried.pixels, [PromptText(text, row) for text, row in given])

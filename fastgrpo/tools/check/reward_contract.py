@@ -48,9 +48,17 @@ class Tried:
     prompts: list[str]
 
 
-def examples(reward: Reward) -> Tried:
-    """The reward's own; where it has none, the tiny world's clips."""
+def examples(spec: RewardSpec, reward: Reward) -> Tried:
+    """The reward's own; where it has none, the tiny world's clips.
+
+    Raises UserError where it has none and reads more of a prompt's row than its text.
+    """
     if reward.examples is None:
+        if columns := rewards.columns(spec):
+            raise UserError(
+                f"rewards.name={spec.name}: reads {' and '.join(columns)} of each prompt's row, "
+                "which drawn clips do not have; add --rows FILE, a prompt file that has them."
+            )
         return Tried(clips(), CAPTIONS)
     pixels, prompts = reward.examples
     return Tried(pixels, list(prompts))
@@ -87,7 +95,7 @@ def contract(
     Raises UserError where the reward cannot be loaded.
     """
     reward = rewards.load(spec)
-    tried = tried or examples(reward)
+    tried = tried or examples(spec, reward)
     case = Case(spec, reward, tried.pixels, tried.prompts)
     chosen = [name for name in RULES if name != "server"] if rules is None else rules
     return {name: _broken(RULES[name][0], case) for name in chosen}
@@ -111,7 +119,7 @@ def seconds_per_clip(spec: RewardSpec, tried: Tried | None) -> tuple[float, str]
     tried: None: the reward's examples
     """
     reward = rewards.load(spec)
-    tried = tried or examples(reward)
+    tried = tried or examples(spec, reward)
     with torch.no_grad():
         reward(tried.pixels, tried.prompts, FPS)  # the first call may take longer
         start = time.perf_counter()

@@ -36,9 +36,11 @@ README = """# {name}
 
 Made by `fastgrpo init` from the recipe {name}. What to type next, in this folder:
 
-    {fetch}fastgrpo check {name}.toml                   # what is wrong or missing, before anything is loaded
-    bash {name}.sh                               # trains; also with torchrun or sbatch
-    fastgrpo sample runs/{name} --against-base   # clips of what was trained
+    {fetch}fastgrpo check {name}.toml    # what is wrong or missing, before anything is loaded
+    bash {name}.sh    # trains; also with torchrun or sbatch
+    fastgrpo watch {run}    # meanwhile, in another terminal: prints the address of a page
+    fastgrpo sample {run} --against-base    # clips of what was trained
+    fastgrpo evaluate {run}    # held-out rewards, base against trained
 
 | file | what to do with it |
 |---|---|
@@ -59,9 +61,10 @@ class Hardware:
 
 
 def recipes() -> dict[str, Path]:
-    """Name -> recipe that comes with the package."""
-    found = sorted(paths.installed_folder("launch").glob("*.toml"))
-    return {file.stem: file for file in found}
+    """Name -> recipe that comes with the package: `t2v_hunyuan`, `one_card/t2v_hunyuan`, ..."""
+    folder = paths.installed_folder("launch")
+    found = sorted(folder.rglob("*.toml"), key=lambda file: (len(file.parts), file))
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in found}
 
 
 def init(folder: Path, name: str, hardware: Hardware | None) -> list[Path]:
@@ -89,32 +92,50 @@ def init(folder: Path, name: str, hardware: Hardware | None) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for file, text in contents.items():
         (folder / file).write_text(text, encoding="utf-8")
-    (folder / f"{name}.sh").chmod(0o755)
+    (folder / f"{known[name].stem}.sh").chmod(0o755)
     return [folder / file for file in contents]
 
 
 def _contents(recipe: Path, hardware: Hardware | None) -> dict[str, str]:
     """File name -> text."""
-    text, launcher = recipe.read_text("utf-8"), recipe.with_suffix(".sh").read_text("utf-8")
+    text, launcher = recipe.read_text("utf-8"), _launcher(recipe)
     if hardware is not None:
         text = _tuned(text, recipe, hardware)
+    elif not recipe.with_suffix(".sh").exists():
+        hardware = _told(text)
+    if hardware is not None:
         launcher = _for_nodes(launcher, hardware)
-    train = str(config.read_tree(recipe)["prompts"]["train"])
+    tree = config.read_tree(recipe)
+    train = str(tree["prompts"]["train"])
     builtin = Path(train).suffix == ".txt"
     prompts = "prompts.txt" if builtin else "prompts.jsonl"
     text = re.sub(r'^train = "[^"]*"', f'train = "./{prompts}"', text, flags=re.MULTILINE)
-    text = text.replace('"../', '"./')  # weights, which lie beside the recipe
+    text = re.sub(r'"(\.\./)+', '"./', text)  # weights, which lie beside the recipe
     python = shlex.quote(sys.executable)
     hub = '"builtin:' not in re.findall(r"^path = (\S+)", text, re.MULTILINE)[0]
-    fetch = f"fastgrpo fetch {recipe.stem}.toml    # weights: what, how large, where; then the files\n    "
-    fetch = fetch if hub else ""
+    fetch = (
+        f"fastgrpo fetch {recipe.stem}.toml    # weights; --dry-run: what, how large, where\n    "
+    )
+    named = {"name": recipe.stem, "run": tree["run"]["dir"], "fetch": fetch if hub else ""}
     return {
         f"{recipe.stem}.toml": _with_own_reward(text),
         f"{recipe.stem}.sh": launcher.replace(":-python3}", f":-{python}}}"),
         prompts: Path(train).read_text("utf-8") if builtin else FIRST_IMAGE_ROW,
         REWARD: Path(__file__).with_name(REWARD).read_text("utf-8"),
-        "README.md": README.format(name=recipe.stem, prompts=prompts, fetch=fetch),
+        "README.md": README.format(prompts=prompts, **named),
     }
+
+
+def _launcher(recipe: Path) -> str:
+    """The recipe's launch file; of one for a card or a node that of the recipe it is made of."""
+    own = recipe.with_suffix(".sh")
+    return (own if own.exists() else recipe.parent.with_name(own.name)).read_text("utf-8")
+
+
+def _told(text: str) -> Hardware | None:
+    """What a recipe's head says that it is for."""
+    told = re.search(r"^# Plan: (\d+) x ([\w-]+):", text, re.MULTILINE)
+    return Hardware(int(told[1]), told[2]) if told else None
 
 
 def _with_own_reward(text: str) -> str:

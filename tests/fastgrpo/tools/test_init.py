@@ -33,15 +33,22 @@ def values(recipe: Recipe) -> dict[str, Any]:
 @pytest.mark.parametrize("name", sorted(start.recipes()))
 def test_a_new_folder_has_the_recipe_and_names_no_other_folder(name: str, tmp_path: Path) -> None:
     files = start.init(tmp_path / "new", name, None)
-    text = (tmp_path / "new" / f"{name}.toml").read_text()
-    assert '"../' not in text
-    made = values(config.load(tmp_path / "new" / f"{name}.toml"))
+    folder, own_name = tmp_path / "new", Path(name).name
+    text = (folder / f"{own_name}.toml").read_text()
+    assert "../" not in re.sub("#.*", "", text)
+    made = values(config.load(folder / f"{own_name}.toml"))
     own = made["rewards"] = list(made["rewards"])
     assert own.pop()["weights"] == {"brightness": 0.0}
     given = values(config.load(ROOT / "launch" / f"{name}.toml"))
     assert made == given | {"rewards": list(given["rewards"])}
-    launcher = (tmp_path / "new" / f"{name}.sh").read_text()
-    assert launcher.split(HEAD)[0] == (ROOT / "launch" / f"{name}.sh").read_text().split(HEAD)[0]
+    launcher = (folder / f"{own_name}.sh").read_text()
+    given_launcher = (ROOT / "launch" / f"{own_name}.sh").read_text()
+    if name == own_name:
+        assert launcher.split(HEAD)[0] == given_launcher.split(HEAD)[0]
+    else:  # the slurm options of its own machine
+        gpus = {"one_card": 1, "one_node": 8}[name.split("/")[0]]
+        assert "#SBATCH --nodes=1\n" in launcher and f"--gpus-per-node={gpus}\n" in launcher
+    assert f"fastgrpo watch {made['run']['dir']}" in (folder / "README.md").read_text()
     assert {file.name for file in files} == {file.name for file in (tmp_path / "new").iterdir()}
 
 
