@@ -1,6 +1,7 @@
 """Options that several commands share, and the types of their values."""
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,6 +127,14 @@ def step_of(text: str, option: str = "--step") -> Any:
     if not number.isdecimal():
         raise UserError(f"{option}={text}: not a checkpoint; use a number, best or newest.")
     return int(number)
+
+
+def rate(text: str) -> float:
+    """An option's value that says how much of something there is in a second."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return number
 
 
 def positive(text: str) -> int:

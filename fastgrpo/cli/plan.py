@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fastgrpo.cli.options import add_recipe, check_target, path, positive, recipe_of
+from fastgrpo.cli.options import add_recipe, check_target, path, positive, rate, recipe_of
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.units import GIB
 
@@ -61,6 +61,14 @@ def _add_machine(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="memory of a node, which offloaded states and waiting trajectories must fit into "
         "(default: as much as they need)",
+    )
+    add(
+        "--disk-gbs",
+        type=rate,
+        default=3.0,
+        metavar="N",
+        help="GB/s that a node's NVMe reads or writes, for distributed.offload=nvme (default: "
+        "%(default)s, assumed)",
     )
     add(
         "--text-tokens",
@@ -151,7 +159,8 @@ def _run_plan(arguments: argparse.Namespace) -> int:
     if arguments.calibration:
         card, achieved = calibrated(card, achieved, arguments.calibration)
     card, achieved = changed(card, achieved, _numbers(arguments.set))
-    machine, text = Machine(card, achieved, arguments.ram_gib), arguments.text_tokens
+    machine = Machine(card, achieved, arguments.ram_gib, arguments.disk_gbs)
+    text = arguments.text_tokens
     result = planner.plan(
         recipe, arguments.gpus, machine, ranks_per_node=arguments.ranks_per_node, text=text
     )

@@ -10,6 +10,12 @@ from typing import IO
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import refused
 
+RECORD_BYTES = 64 * 2**20
+"""Moments that are read or written at once, unless one shard's alone are more: large enough for
+an NVMe's full speed, small enough that the buffers are little memory."""
+BUFFERS = 3
+"""Records in memory: one is read, one is stepped, one is written."""
+
 
 def check_folder(folder: Path) -> None:
     """Raise UserError for a folder that is not there, or that nothing can be written into.

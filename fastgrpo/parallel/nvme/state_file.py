@@ -19,11 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from fastgrpo.parallel.nvme.folder import open_file
+from fastgrpo.parallel.nvme.folder import RECORD_BYTES, open_file
 
-RECORD_BYTES = 64 * 2**20
-"""Moments that are read or written at once, unless one shard's alone are more: large enough for
-an NVMe's full speed, small enough that three buffers are little memory."""
 PAGE, LINE = 4096, 64  # bytes: of direct I/O, of a processor's cache
 STAMP = 16  # bytes, see transfers.py
 

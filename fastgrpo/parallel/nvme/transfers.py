@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fastgrpo.core.errors import described
 from fastgrpo.core.processes import fail_alone
+from fastgrpo.parallel.nvme.folder import BUFFERS
 from fastgrpo.parallel.nvme.state_file import PAGE, Record, StateFile
 
-BUFFERS = 3
 BLOCK, DEPTH = 2**20, 32  # bytes of a request, and requests under way
 EXTRA = 'pip install "fastgrpo[deepspeed]"'
 

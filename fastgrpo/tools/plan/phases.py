@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fastgrpo.core.units import GIB
-from fastgrpo.tools.plan.costs import decoding, text_encoders
+from fastgrpo.tools.plan.costs import decoding, host, text_encoders
 from fastgrpo.tools.plan.costs import memory as memory_costs
 from fastgrpo.tools.plan.costs import rewards as reward_costs
 from fastgrpo.tools.plan.costs.compute import (
@@ -67,6 +67,7 @@ class Machine:
     card: Gpu
     achieved: Achieved
     ram_gib: float | None = None  # of a node; None: not known, and whatever is needed is there
+    nvme_gbs: float = 3.0  # what a node reads or writes of offloaded states, 10^9 bytes per second
 
     def has_ram(self, held: float) -> bool:
         """Whether a node's memory holds so many bytes beside libraries and cached files."""
@@ -229,7 +230,9 @@ def _rollout(subject: Subject, machine: Machine, whole: bool) -> Phase:
         memory_costs.rollout(job, batch, whole) | _kept(subject) | _others(subject, scoring=True)
     )
     compute = machine.compute(flops, machine.achieved.rollout)
-    return Phase("rollout", memory, flops, *route(job, sent), _seconds(job, machine, compute, sent))
+    seconds = _seconds(job, machine, compute, sent)
+    seconds += _reread(job, machine, 1 if whole else math.ceil(forwards))
+    return Phase("rollout", memory, flops, *route(job, sent), seconds)
 
 
 def _decode(subject: Subject, machine: Machine, whole: bool) -> Phase:
@@ -326,15 +329,31 @@ def _update_work(job: Job) -> tuple[float, int]:
 
 def _step_seconds(job: Job, machine: Machine, batches: int) -> float:
     """Seconds of clipping and AdamW, which wait for memory; with offloading also of the way to the
-    host and back.
+    host and back, and of a disk that is slower than the step.
     """
     trained = sum(reduced_bytes(job, unit) for unit in job.network.units) / 4 / job.shards
     count = STEP_BYTES + (AVERAGE_BYTES if job.recipe.optimizer.ema_decay else 0)
     if not job.recipe.distributed.offload:
         return machine.move(trained * count)
     # two gathers and the gradient
-    per_batch = 3 * 4 * trained * batches / job.recipe.optimizer.updates_per_iteration
-    return (trained * count + per_batch) / (machine.card.host_gbs * 1e9)
+    per_step = batches / job.recipe.optimizer.updates_per_iteration
+    moved = 3 * 4 * trained * per_step / (machine.card.host_gbs * 1e9)
+    stepped = trained * count / (machine.card.host_gbs * 1e9)
+    # what the disk reads and writes meanwhile
+    return moved + max(stepped, nvme_seconds(job, machine)) + _reread(job, machine, 2 * per_step)
+
+
+def nvme_seconds(job: Job, machine: Machine) -> float:
+    """Seconds of reading and writing a node's masters and moments once; 0: they lie on no disk."""
+    return 2 * sum(host.on_nvme(job).values()) / (machine.nvme_gbs * 1e9)
+
+
+def _reread(job: Job, machine: Machine, gathers: float) -> float:
+    """Seconds of reading the masters again for so many gathers, where memory does not keep them."""
+    masters = host.on_nvme(job).get("masters", 0.0)
+    if machine.has_ram(sum(host.of_node(job).values()) + masters):
+        return 0.0
+    return gathers * masters / (machine.nvme_gbs * 1e9)
 
 
 def _save(subject: Subject, machine: Machine) -> Phase:

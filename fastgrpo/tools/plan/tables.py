@@ -9,7 +9,8 @@ from rich.table import Table
 
 from fastgrpo.core.units import GIB
 from fastgrpo.run.terminal import open_console
-from fastgrpo.tools.plan.costs import disk, text_encoders
+from fastgrpo.tools.plan import phases
+from fastgrpo.tools.plan.costs import disk, host, text_encoders
 from fastgrpo.tools.plan.gpus import Achieved
 from fastgrpo.tools.plan.phases import encoding_seconds, text_encoders_of
 from fastgrpo.tools.plan.planner import Plan, Scaled, warnings
@@ -53,7 +54,13 @@ def show(
     console.print(title, highlight=False, soft_wrap=True)
     console.print(_phases(found))
     console.print(_memory(found))
-    told = [verdict(found), encoders_line(found), host_line(found), disk_line(found)]
+    told = [
+        verdict(found),
+        encoders_line(found),
+        host_line(found),
+        disk_line(found),
+        nvme_line(found),
+    ]
     lines = [*told, *(f"note: {line}" for line in warnings(found))]
     for line in filter(None, lines):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -209,6 +216,24 @@ def disk_line(found: Plan) -> str:
     )
 
 
+def nvme_line(found: Plan) -> str:
+    """What lies on each node's NVMe, and what that takes and saves; empty: nothing."""
+    job, machine = found.subject.job, found.machine
+    kinds = host.on_nvme(job)
+    if not kinds:
+        return ""
+    taken = ", ".join(f"{kind} {size / GIB:,.1f}" for kind, size in kinds.items())
+    steps = job.recipe.optimizer.updates_per_iteration
+    update = next(phase.seconds for phase in found.phases if phase.name == "update")
+    return (
+        f"NVMe: {sum(kinds.values()) / GIB:,.1f} GiB per node ({taken}), and "
+        f"{host.saved_by_nvme(job) / GIB:,.1f} GiB less of the host's memory than "
+        f"distributed.offload=true; of the update's {brief(update, 1)} s the disk reads and writes "
+        f"for {brief(steps * phases.nvme_seconds(job, machine), 1)} s, at {machine.nvme_gbs:g} GB/s "
+        "(--disk-gbs)"
+    )
+
+
 def _curve(plans: Sequence[Scaled]) -> Table:
     table = Table(title="the same recipe on other numbers of GPUs")
     for column in (
@@ -272,6 +297,8 @@ def as_json(
             for one in text_encoders_of(found.subject, found.machine)
         ],
         "encoding_seconds_per_1000_prompts": encoding_seconds(found.subject, found.machine),
+        "nvme_bytes_per_node": host.on_nvme(job),
+        "nvme_seconds_per_step": phases.nvme_seconds(job, found.machine),
         "phases": [vars(phase) | {"peak": phase.peak} for phase in found.phases],
         "seconds_per_iteration": found.seconds,
         "gpu_hours": found.gpu_hours,

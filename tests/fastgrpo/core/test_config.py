@@ -138,6 +138,9 @@ def test_text_is_text_whatever_it_looks_like() -> None:
             "objective.best_of_n=18: must be even and at most rollout.samples_per_prompt=16",
         ),
         ("objective.best_of_n=3", "objective.best_of_n=3: must be even"),
+        ("distributed.offload=disk", "distributed.offload='disk': must be true or false, or nvme."),
+        ("distributed.offload=nvme", "distributed.offload_path: missing; distributed.offload=nvme"),
+        ("distributed.offload_path=/x", "distributed.offload_path=/x: has no effect without"),
         ("rewards.0.weights={VQ=0.0}", "every weight is 0"),
         ("rewards.3.where=process", "no such entry; there are 1"),
         ("server.urls=['http://127.0.0.1:1']", "server.token_file: missing"),
@@ -160,6 +163,13 @@ def test_a_run_that_is_to_go_back_needs_the_checkpoints_of_its_evaluations() -> 
     with pytest.raises(UserError, match=r"keep_best=false: evaluate.alarm=return goes back to the"):
         config.load(RECIPE, [*back, "checkpoint.keep_best=false"])
     config.load(RECIPE, ["evaluate.alarm=return"])  # an override for another day
+
+
+def test_adapters_have_nothing_to_put_on_a_disk() -> None:
+    disk = ["distributed.offload=nvme", "distributed.offload_path=/x"]
+    assert config.load(RECIPE, disk).distributed.offload == "nvme"
+    with pytest.raises(UserError, match=r"distributed.offload=nvme: adapters of lora.rank=4 have"):
+        config.load(RECIPE, [*disk, "lora.rank=4"])
 
 
 def test_numbers_that_would_divide_are_named() -> None:

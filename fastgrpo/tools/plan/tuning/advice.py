@@ -82,7 +82,7 @@ def _rungs(given: Plan) -> Iterator[tuple[str, Choice]]:
     """(what is given up, the values that do it), the least first."""
     recipe = given.subject.job.recipe
     if not recipe.lora.rank:
-        yield f"adapters of rank {LORA_RANKS[0]}", {"lora.rank": LORA_RANKS[0]}
+        yield f"adapters of rank {LORA_RANKS[0]}", choices.adapters(recipe, LORA_RANKS[0])
     yield from _fewer_evaluations(recipe)
     lines = (("frames", shorter(given)), ("picture", smaller(given)))
     for what, line in lines:

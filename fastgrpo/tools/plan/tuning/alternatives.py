@@ -43,14 +43,15 @@ def alternatives(given: Plan, text: int | None) -> list[Alternative]:
     ]
     found = [one for one in singles if one is not None]
     if not found:  # adapters and a smaller clip
-        with_adapters = [{**c, "lora.rank": LORA_RANKS[-1]} for c in smaller(given, frames=1)]
+        added = choices.adapters(given.subject.job.recipe, LORA_RANKS[-1])
+        with_adapters = [{**c, **added} for c in smaller(given, frames=1)]
         found = [one for one in (_fitting(given, with_adapters, text),) if one is not None]
     return [one for one in map(_tuned, found) if one is not None]
 
 
 def with_adapters(given: Plan, rank: int, text: int | None) -> Alternative | None:
     """The same recipe with adapters of a rank, tuned: another algorithm.  None: it does not fit"""
-    found = _fitting(given, [{"lora.rank": rank}], text)
+    found = _fitting(given, [choices.adapters(given.subject.job.recipe, rank)], text)
     return None if found is None else _tuned(found)
 
 
@@ -80,7 +81,8 @@ def _changed(given: Plan, choice: Choice, text: int | None) -> Plan:
 
 def _adapters(given: Plan) -> Iterator[Choice]:
     if not given.subject.job.lora:
-        yield from ({"lora.rank": rank} for rank in LORA_RANKS)
+        recipe = given.subject.job.recipe
+        yield from (choices.adapters(recipe, rank) for rank in LORA_RANKS)
 
 
 def shorter(given: Plan) -> list[Choice]:

@@ -72,18 +72,27 @@ def value(recipe: Recipe, key: str) -> Any:
 
 def override(key: str, chosen: Any) -> str:
     """A key and its value as a command line takes them."""
-    text = str(chosen).lower() if isinstance(chosen, bool) else str(chosen)
+    text = str(chosen).lower() if isinstance(chosen, bool | None) else str(chosen)
     return f"{key}={text}"
 
 
+def adapters(recipe: Recipe, rank: int) -> Choice:
+    """Adapters of a rank, whose states go to host memory where the recipe has them on a disk."""
+    memory: Choice = {"distributed.offload": True, "distributed.offload_path": None}
+    return {"lora.rank": rank, **(memory if recipe.distributed.offload == "nvme" else {})}
+
+
 def frames(given: Subject) -> Iterator[Choice]:
-    """Values of the keys that reach into all phases, one of each."""
+    """Values of the keys that reach into all phases, one of each.
+
+    Whether a node has an NVMe is the recipe's to say: masters on one stay there.
+    """
     job, recipe = given.job, given.job.recipe
     inside = min(job.ranks_per_node, job.gpus)
     keys: dict[str, Sequence[Any]] = {
         "distributed.sp": sequence_ranks(given),
         "distributed.shard": _shards(job, inside),
-        "distributed.offload": [False, True],
+        "distributed.offload": ["nvme"] if recipe.distributed.offload == "nvme" else [False, True],
         "distributed.prefetch": sorted({recipe.distributed.prefetch, 1}),
         "rollout.store": ["device", "host"],
     }

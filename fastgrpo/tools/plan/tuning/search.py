@@ -74,7 +74,11 @@ def fits_somehow(given: Plan) -> bool:
     A node's memory, where it is known, may be too small for what is frugal on the GPU.
     """
     known = given.machine.ram_gib is not None
-    places = [(True, "host"), (True, "device"), (False, "host"), (False, "device")]
+    there = choices.value(given.subject.job.recipe, "distributed.offload")
+    most = "nvme" if there == "nvme" else True
+    places = [(most, "host"), (most, "device"), (False, "host"), (False, "device")]
+    if there == "nvme":  # and nothing else, see `choices.frames`
+        places = places[:2]
     ways = product(choices.sequence_ranks(given.subject), places if known else places[:1])
     for sp, (offload, store) in ways:
         frugal = {
