@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -35,8 +35,9 @@ from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Decoded
 from fastgrpo.models.attention.pairwise_rotary import SharedAttention
-from fastgrpo.models.loading import diffusers_folder, streaming
+from fastgrpo.models.loading import diffusers_folder, streaming, wan_folder
 from fastgrpo.models.loading.schedule import EULER, UNIPC, Schedule
+from fastgrpo.models.loading.wan_folder import Form
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
 from fastgrpo.models.sizes.transformer_blocks import Kept, KeptBy, TokenBlock
 from fastgrpo.models.sizes.units import ATTENDING, SAMPLE, TEXT, VIDEO, Attention, Network, Unit
@@ -130,6 +131,7 @@ def share_sequence(network: Any, layout: Layout) -> None:
 class Wan:
     """The `fastgrpo.core.policy.Policy` of this family."""
 
+    form: ClassVar[Form] = Form(models="a text-to-video model of Wan 2.1, or Wan 2.2 TI2V-5B")
     share_sequence: ShareSequence
 
     def __init__(
@@ -174,12 +176,14 @@ class Wan:
 
         x: [B, C, F, H, W] float32;  t: [B];  returns like x
         """
-        text = self._padded(condition["text"])
+        text, image = self._padded(condition["text"]), condition.get("image_states")
         if self.cfg == 1:
-            return self._predict(x, t, text)
+            return self._predict(x, t, text, image)
         assert self.negative is not None
         text = torch.cat([self._padded(self.negative["text"]).expand_as(text), text])
-        without, with_text = self._predict(torch.cat([x, x]), torch.cat([t, t]), text).chunk(2)
+        x, t = torch.cat([x, x]), torch.cat([t, t])
+        image = None if image is None else torch.cat([image, image])
+        without, with_text = self._predict(x, t, text, image).chunk(2)
         return without + self.cfg * (with_text - without)
 
     def _padded(self, text: Tensor) -> Tensor:
@@ -189,12 +193,16 @@ class Wan:
         """
         return pad(text, (0, 0, 0, self.text_tokens - text.shape[-2]))
 
-    def _predict(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """One forward of the network.  text: [B, text_tokens, D]"""
+    def _predict(self, x: Tensor, t: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
+        """One forward of the network.
+
+        text: [B, text_tokens, D];  image: states of a reference image [B, L, E], where it sees any
+        """
         (v,) = self.network(
             hidden_states=x.to(self.dtype),
             timestep=self._times(x, t * self.schedule.timesteps),
             encoder_hidden_states=text.to(self.dtype),
+            encoder_hidden_states_image=None if image is None else image.to(self.dtype),
             return_dict=False,
         )
         return v.float()
@@ -261,64 +269,22 @@ def load_as(kind: type[W], settings: Model, device: torch.device) -> W:
             "instead."
         )
     where = diffusers_folder.pipeline_folder(settings, PARTS)
-    check_pipeline(diffusers_folder.read_json(where / "model_index.json"), settings)
+    wan_folder.check_pipeline(diffusers_folder.read_json(where / "model_index.json"), settings)
     schedule = Schedule(diffusers_folder.scheduler_config(where), (UNIPC, EULER), "Wan")
     vae = diffusers_folder.read(AutoencoderKLWan, where / "vae", torch.float32)
     network = diffusers_folder.network_folder(settings, NETWORK)
-    check_network(diffusers_folder.read_json(network / "config.json"), where, vae.config, settings)
+    config = diffusers_folder.read_json(network / "config.json")
+    wan_folder.check_network(config, where, vae.config, settings, kind.form)
     network = streaming.outline(WanTransformer3DModel, network, device)
     vae = vae.requires_grad_(False).eval().to(device)
     return kind(
         network,
         vae=vae,
         schedule=schedule,
-        text_tokens=text_tokens(where),
+        text_tokens=kind.form.places or text_tokens(where),
         settings=settings,
         device=device,
     )
-
-
-def check_pipeline(index: Mapping[str, Any], settings: Model) -> None:
-    """Raise UserError for Wan 2.2's A14B, whose pipeline has two networks."""
-    two = any(index.get("transformer_2") or ())
-    for key, told in (("transformer_2", two), ("boundary_ratio", index.get("boundary_ratio"))):
-        if told:
-            raise UserError(
-                f"model.path={settings.path}: model_index.json has {key}, as Wan 2.2 A14B with its "
-                "two networks does; use Wan 2.2 TI2V-5B, or a text-to-video model of Wan 2.1."
-            )
-
-
-def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Model) -> None:
-    """The network's config, read before its weights, which are large.
-
-    Raises UserError where it is of another kind.
-    """
-    named = (
-        f"model.path={settings.path}"
-        if settings.network is None
-        else f"model.network={settings.network}"
-    )
-    taken, given, patch = (config.get(key) for key in ("in_channels", "out_channels", "patch_size"))
-    images = config.get("image_dim") is not None or config.get("added_kv_proj_dim") is not None
-    if images or not taken == given == vae.z_dim:
-        raise UserError(
-            f"{named}: the network has {taken} channels in and {given} "
-            f"out{' and sees images' if images else ''}, the "
-            f"VAE {vae.z_dim}; use a text-to-video model of Wan 2.1, or Wan 2.2 TI2V-5B."
-        )
-    if not isinstance(patch, list) or len(patch) != 3 or patch[0] != 1 or patch[1] != patch[2]:
-        raise UserError(
-            f"{named}: the network's patch_size is {patch}, not [1, n, n]; use a model of Wan 2.1, "
-            "or Wan 2.2 TI2V-5B."
-        )
-    made = diffusers_folder.read_json(where / "text_encoder" / "config.json").get("d_model")
-    if config.get("text_dim") != made:
-        raise UserError(
-            f"{named}: the network takes text of width {config.get('text_dim')}, the text encoder "
-            f"makes {made}; the "
-            "parts are of different models."
-        )
 
 
 def plan(config: Mapping[str, Any]) -> FamilyPlan:

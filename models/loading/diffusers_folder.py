@@ -109,10 +109,17 @@ def fetch(repository: str) -> Path:
 def pipeline_folder(settings: Model, parts: Sequence[str]) -> Path:
     """The folder of model.path, whose `parts` (such as "vae", "tokenizer") are all there."""
     folder = locate(settings.path)
-    config_of = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+    config_of = {
+        "scheduler": "scheduler_config.json",
+        "tokenizer": "tokenizer_config.json",
+        "image_processor": "preprocessor_config.json",
+    }
     for file in (
         "model_index.json",
-        *(f"{part}/{config_of.get(part.split('_')[0], 'config.json')}" for part in parts),
+        *(
+            f"{part}/{config_of.get(part) or config_of.get(part.split('_')[0], 'config.json')}"
+            for part in parts
+        ),
     ):
         if not (folder / file).is_file():
             raise UserError(

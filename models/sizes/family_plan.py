@@ -40,6 +40,8 @@ class FamilyPlan:
     text_width: int  # channels of the text features that the network takes
     pooled_width: int = 0  # channels of the pooled text; 0: the network takes none
     first_frame: bool = False  # whether a reference image's latent is a part of the condition
+    given_clip: bool = False  # whether that latent has all of a clip's frames, not the first alone
+    image_width: int = 0  # channels of the reference image's states; 0: the network takes none
     given_frames: int = 0  # latent frames of a clip that the condition gives and that are not drawn
 
     def condition(self, text: int, latent: tuple[int, int, int, int]) -> dict[str, Shape]:
@@ -48,6 +50,8 @@ class FamilyPlan:
         if self.pooled_width:
             shapes["pooled"] = (self.pooled_width,)
         if self.first_frame:
-            channels, _, height, width = latent
-            shapes["image"] = (channels, 1, height, width)
+            channels, frames, height, width = latent
+            shapes["image"] = (channels, frames if self.given_clip else 1, height, width)
+        if self.image_width:
+            shapes["image_states"] = (self.network.image, self.image_width)
         return shapes

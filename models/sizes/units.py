@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from fastgrpo.core.config import Model
 
 Shape = tuple[int, ...]
-VIDEO, TEXT, BOTH, SAMPLE = "video", "text", "both", "sample"
-"""What a matrix is applied to: image or video tokens, text tokens, both as one sequence, or one
-vector per sample.
+VIDEO, TEXT, BOTH, SAMPLE, IMAGE = "video", "text", "both", "sample", "image"
+"""What a matrix is applied to: drawn image or video tokens, text tokens, both as one sequence, one
+vector per sample, or a reference image's states (`Network.image`).
 """
 ATTENDING = ("to_q", "to_k", "to_v", "to_out.0")
 ATTENDING_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -152,6 +152,7 @@ class Batch:
     element: int  # bytes of a number in compute precision
     video: int  # tokens of this rank
     text: int  # tokens
+    image: int = 0  # states of reference images
     shared: bool = False  # with sequence parallelism
     recomputed: bool = False  # in the backward
 
@@ -194,6 +195,7 @@ class Network:
     width: int  # channels of a token between blocks (a UNet: of its first level)
     heads: int  # that ranks may share; 1 where they cannot
     rotary: int = 0  # channels of the rotary tables
+    image: int = 0  # states of a reference image that the blocks attend to
     apart: tuple[
         Unit, ...
     ] = ()  # parts outside the blocks that are sharded on their own; they run before the blocks

@@ -244,8 +244,8 @@ def strongly_guided(self: Wan, x: Tensor, t: Tensor, condition: Condition) -> Te
     return velocity(self, x, t, condition)
 
 
-def rounded(self: Wan, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-    return predict(self, x, (1000 * t).floor() / 1000, text)
+def rounded(self: Wan, x: Tensor, t: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
+    return predict(self, x, (1000 * t).floor() / 1000, text, image)
 
 
 def of_another_mean(self: Wan, x: Tensor, condition: Condition) -> Any:
@@ -484,7 +484,7 @@ def test_the_full_size_network_is_wrapped_block_by_block(
         (
             "",
             {"_class_name": "WanImageToVideoPipeline"},
-            "not a WanPipeline; set model.family=wan_i2v, or correct the path",
+            "not a WanPipeline; set model.family=wan_i2v_14b, or correct the path",
         ),
         (
             "",

@@ -37,6 +37,7 @@ WITHOUT_NOISE = {
 """Methods of samples that are noised again, with keys that they want."""
 OF_FAMILIES = {"hunyuan_video": "t2v_hunyuan", "skyreels_i2v": "i2v_skyreels"}
 OF_FAMILIES |= {"flux": "t2i_flux", "wan": "t2v_wan", "wan_i2v": "i2v_wan22"}
+OF_FAMILIES |= {"wan_i2v_14b": "i2v_wan"}
 OF_FAMILIES |= {"stable_diffusion_3": "t2i_sd3", "qwen_image": "t2i_qwen"}
 """A launch file of every family of rectified flows."""
 

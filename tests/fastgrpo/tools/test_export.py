@@ -290,6 +290,7 @@ def test_the_model_is_never_whole_in_memory(tmp_path: Path) -> None:
         "stable_diffusion_3",
         "wan",
         "wan_i2v",
+        "wan_i2v_14b",
     ],
 )
 def test_every_familys_export_is_its_pipeline(family: str, tmp_path: Path) -> None:

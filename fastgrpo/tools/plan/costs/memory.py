@@ -9,7 +9,7 @@ follows from shapes.
 
 import math
 
-from fastgrpo.models.sizes.units import BOTH, SAMPLE, TEXT, VIDEO, Batch, Block, adapters
+from fastgrpo.models.sizes.units import BOTH, IMAGE, SAMPLE, TEXT, VIDEO, Batch, Block, adapters
 from fastgrpo.tools.plan.costs.compute import Job, gathered_bytes, reduced_bytes
 from fastgrpo.tools.plan.workload import network_calls
 from fastgrpo.training import methods
@@ -152,6 +152,7 @@ def _passed(job: Job, batch: int, recomputed: bool = False) -> Batch:
         element=job.element,
         video=rows * job.local,
         text=rows * job.text,
+        image=rows * job.network.image,
         shared=job.sp > 1,
         recomputed=recomputed,
     )
@@ -187,6 +188,7 @@ def _kept(job: Job, block: Block, batch: Batch) -> float:
     if not batch.recomputed or keep == "nothing":
         return 0.0
     tokens = {VIDEO: batch.video, TEXT: batch.text, BOTH: batch.video + batch.text, SAMPLE: 0}
+    tokens[IMAGE] = batch.image
     heads = job.network.heads
     found = sum(
         tokens[attention.queries] * attention.area * (job.element * attention.width + 4 * heads)

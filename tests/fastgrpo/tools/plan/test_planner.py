@@ -108,6 +108,7 @@ def test_an_evaluation_of_as_many_clips_takes_what_drawing_and_scoring_take() ->
         ("wan", "Wan2.1-T2V-14B", 14_288_491_584),
         ("wan", "Wan2.1-T2V-1.3B", 1_418_996_800),
         ("wan", "Wan2.2-TI2V-5B", 4_999_787_712),
+        ("wan_i2v_14b", "Wan2.1-I2V-14B-480P", 16_394_878_784),
         ("stable_diffusion", "", 859_520_964),
         ("qwen_image", "", 20_430_401_088),
         ("stable_diffusion_3", "stable-diffusion-3.5-medium", 2_243_171_520),
@@ -124,6 +125,7 @@ def test_published_networks_have_their_parameters(family: str, named: str, expec
     [
         ("wan", "ti2v-5b", 0.453),
         ("wan_i2v", "", 0.453),
+        ("wan_i2v_14b", "", 0.640),
         ("qwen_image", "", 0.222),
         ("stable_diffusion_3", "", 0.256),
         ("stable_diffusion_3", "3.5-large", 0.223),
