@@ -36,7 +36,7 @@ from fastgrpo.models.sizes.transformer_blocks import Kept
 from fastgrpo.models.sizes.units import IMAGE, SAMPLE, VIDEO, Attention
 from fastgrpo.models.text_encoders import first_frame
 from fastgrpo.models.text_encoders.umt5 import TextEncoder
-from fastgrpo.models.wan import Wan, blocks, share_sequence
+from fastgrpo.models.wan import Forward, Wan, blocks, share_sequence
 
 __all__ = ["WanFromImage", "blocks", "encoder", "load", "share_sequence"]
 
@@ -68,8 +68,10 @@ class WanFromImage(Wan):
         models="Wan 2.1 I2V 14B", conditioned=True, images=True, places=MAX_TEXT_TOKENS
     )
 
-    def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Predict the velocity, see `Policy`.
+    def _guided(
+        self, x: Tensor, t: Tensor, condition: Condition, cfg: float, network: Forward
+    ) -> Tensor:
+        """A network's velocity with guidance of this scale, behind x the mask and the given clip.
 
         x: [B, C, F, H, W] float32;  t: [B];  returns like x
         """
@@ -77,7 +79,7 @@ class WanFromImage(Wan):
         given = condition["image"].to(x.dtype)  # [B, C, F, H, W]
         mask = x.new_zeros(len(x), config.in_channels - 2 * x.shape[1], *x.shape[2:])
         mask[:, :, 0] = 1
-        return super().velocity(torch.cat([x, mask, given], 1), t, condition)
+        return super()._guided(torch.cat([x, mask, given], 1), t, condition, cfg, network)
 
 
 class ImageTextEncoder(first_frame.ImageTextEncoder):

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import (
 
 from fastgrpo.core.config import Distributed
 from fastgrpo.core.memory import free_memory
-from fastgrpo.core.policy import Policy
+from fastgrpo.core.policy import Policy, networks_of
 from fastgrpo.parallel import sequence_parallel
 from fastgrpo.parallel.world import World
 
@@ -33,7 +33,8 @@ def shard(policy: Policy, world: World, dtype: torch.dtype, offload: bool = Fals
         param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
     )
     where = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy()
-    for module in (*policy.blocks, policy.network):
+    networks = networks_of(policy.network).values()
+    for module in dict.fromkeys((*policy.blocks, *networks, policy.network)):
         fully_shard(module, mesh=world.mesh, mp_policy=precision, offload_policy=where)
 
 
@@ -46,12 +47,15 @@ def prefetch(policy: Policy, blocks: int) -> None:
     """
     if not blocks:
         return
-    forward, backward = (policy.network, *policy.blocks), (policy.network, *reversed(policy.blocks))
-    for number in range(len(forward)):
-        following = slice(number + 1, number + 1 + blocks)
-        now, back = forward[number], backward[number]
-        now.set_modules_to_forward_prefetch(list(forward[following]))  # type: ignore[operator]
-        back.set_modules_to_backward_prefetch(list(backward[following]))  # type: ignore[operator]
+    for network in networks_of(policy.network).values():
+        inside = set(network.modules())
+        own = [block for block in policy.blocks if block in inside]
+        forward, backward = (network, *own), (network, *reversed(own))
+        for number in range(len(forward)):
+            following = slice(number + 1, number + 1 + blocks)
+            now, back = forward[number], backward[number]
+            now.set_modules_to_forward_prefetch(list(forward[following]))
+            back.set_modules_to_backward_prefetch(list(backward[following]))
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from fastgrpo.algorithm import noise
 from fastgrpo.core.config import Lora
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replacing
+from fastgrpo.core.policy import networks_of
 from fastgrpo.models.loading.weight_files import cast
 
 ATTENTION = (  # the names that diffusers' networks give the projections of their attention
@@ -51,14 +52,18 @@ def add_adapters(
         raise UserError(
             f"lora.rank={settings.rank}: needs peft; pip install 'fastgrpo[lora]'."
         ) from None
-    layers = target_layers(network, settings)
-    config = LoraConfig(
-        r=settings.rank, lora_alpha=_alpha(settings), target_modules=layers, init_lora_weights=False
-    )
-    # not network.to(), which would round buffers such as rotary tables too
-    for parameter in network.parameters():
-        parameter.data = parameter.data.to(frozen_dtype)
-    network.add_adapter(config, ADAPTER)  # type: ignore[operator]
+    for one in networks_of(network).values():
+        layers = target_layers(one, settings)
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=_alpha(settings),
+            target_modules=layers,
+            init_lora_weights=False,
+        )
+        # not network.to(), which would round buffers such as rotary tables too
+        for parameter in one.parameters():
+            parameter.data = parameter.data.to(frozen_dtype)
+        one.add_adapter(config, ADAPTER)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(is_adapter(name))
         if is_adapter(name):  # float32, whatever precision peft chose

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers import WanTransformer3DModel
+from torch import nn
+
 from fastgrpo.core.config import Model
 from fastgrpo.core.errors import UserError
-from fastgrpo.models.loading import diffusers_folder
+from fastgrpo.models.loading import diffusers_folder, streaming
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,17 +25,26 @@ class Form:
     """After the noisy latent's channels a mask's, which says what frames are given, and a given
     clip's latent."""
     images: bool = False  # states of an image encoder, which each block attends to
+    experts: bool = False  # two networks, with a time at which one follows the other
     places: int | None = None  # the text's places; None: as many as the folder's tokenizer takes
 
 
-def check_pipeline(index: Mapping[str, Any], settings: Model) -> None:
-    """Raise UserError for Wan 2.2's A14B, whose pipeline has two networks."""
+def check_pipeline(index: Mapping[str, Any], settings: Model, form: Form) -> None:
+    """Raise UserError for a folder of two networks, as Wan 2.2's A14B is, where one is read, and the
+    reverse.
+    """
     two = any(index.get("transformer_2") or ())
     for key, told in (("transformer_2", two), ("boundary_ratio", index.get("boundary_ratio"))):
-        if told:
+        if told and not form.experts:
+            text = "" if form.conditioned else "for A14B from text set model.family=wan_a14b, else "
             raise UserError(
                 f"model.path={settings.path}: model_index.json has {key}, as Wan 2.2 A14B with its "
-                "two networks does; use Wan 2.2 TI2V-5B, or a model of Wan 2.1."
+                f"two networks does; {text}use {form.models}."
+            )
+        if form.experts and not told:
+            raise UserError(
+                f"model.path={settings.path}: model_index.json has no {key}, which Wan 2.2 A14B's "
+                f"has; use {form.models}."
             )
 
 
@@ -74,3 +87,16 @@ def check_network(
             f"makes {made}; the "
             "parts are of different models."
         )
+
+
+def outline(
+    folder: Path, where: Path, vae: Any, settings: Model, device: torch.device, form: Form
+) -> nn.Module:
+    """The network of a folder, without weights.
+
+    where: the folder of the other parts;  vae: its VAE's config
+    """
+    config = diffusers_folder.read_json(folder / "config.json")
+    check_network(config, where, vae, settings, form)
+    network: nn.Module = streaming.outline(WanTransformer3DModel, folder, device)
+    return network

@@ -19,7 +19,8 @@ FLUX = {"text_encoder": "pooled", "text_encoder_2": "text"}
 POOLED = {"text_encoder": "pooled", "text_encoder_2": "pooled"}  # texts of several encoders
 OTHERS = {"flux": FLUX, "stable_diffusion_3": POOLED}
 IMAGES = ("qwen_image", "stable_diffusion", "stable_diffusion_3")
-FAMILIES = ("flux", "hunyuan_video", "skyreels_i2v", *IMAGES, "wan", "wan_i2v", "wan_i2v_14b")
+WANS = ("wan", "wan_a14b", "wan_i2v", "wan_i2v_14b")
+FAMILIES = ("flux", "hunyuan_video", "skyreels_i2v", *IMAGES, *WANS)
 VIDEO = Video(frames=9, height=32, width=32)
 
 

@@ -19,6 +19,7 @@ from fastgrpo.core.policy import Condition, Prompt, stack
 from fastgrpo.data import images
 from fastgrpo.models import wan_i2v_14b
 from fastgrpo.models.loading import policies
+from fastgrpo.models.wan import Wan
 from fastgrpo.models.wan_i2v_14b import ImageTextEncoder, WanFromImage
 from fastgrpo.parallel.world import World
 from fastgrpo.training.rollout import sample_ode
@@ -131,10 +132,12 @@ def zeros_after(self: ImageTextEncoder, posterior: Any, pixels: Tensor) -> Tenso
     return whole
 
 
-def masked_everywhere(self: WanFromImage, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+def masked_everywhere(
+    self: WanFromImage, x: Tensor, t: Tensor, condition: Condition, *rest: Any
+) -> Tensor:
     given = condition["image"]
     mask = torch.ones(len(x), 4, *x.shape[2:])
-    return test_wan.velocity(self, torch.cat([x, mask, given], 1), t, condition)
+    return Wan._guided(self, torch.cat([x, mask, given], 1), t, condition, *rest)
 
 
 latent = ImageTextEncoder.latent
@@ -145,7 +148,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "another latent of the image": (ImageTextEncoder, "latent", without_means),
     "nothing behind the first frame": (ImageTextEncoder, "latent", zeros_after),
     "the image's last states": (ImageTextEncoder, "states", last_states),
-    "another mask": (WanFromImage, "velocity", masked_everywhere),
+    "another mask": (WanFromImage, "_guided", masked_everywhere),
 }
 
 
@@ -277,7 +280,9 @@ def test_mistakes_are_one_clear_line(folder: Path, tmp_path: Path) -> None:
     ):
         encoder([Prompt(TEXT)])
     two = changed(folder, tmp_path / "two", "", boundary_ratio=0.9)
-    with pytest.raises(UserError, match=r"has boundary_ratio, as Wan 2.2 A14B .*of Wan 2.1"):
+    with pytest.raises(
+        UserError, match=r"has boundary_ratio, as Wan 2.2 A14B .* does; use Wan 2.1"
+    ):
         policies.load(settings(two), CPU)
     entries: list[dict[str, Any]] = [{"in_channels": 8}, {"image_dim": None}]
     for number, entry in enumerate(entries):

@@ -155,13 +155,14 @@ def _check_model_folder(recipe: Recipe) -> None:
 
 
 def _check_network_folder(recipe: Recipe) -> None:
-    """Raise UserError where the trained network's folder or its weights are not there."""
-    settings, part = recipe.model, models.declared(recipe.model.family, "NETWORK")
+    """Raise UserError where a trained network's folder or its weights are not there."""
+    settings = recipe.model
     if settings.network is None and not Path(settings.path).is_dir():
         return  # told of model.path
     if _on_hub("model.network", settings.network or settings.path):
         return
-    weight_files.check_weights(diffusers_folder.network_folder(settings, part))
+    for part in models.networks(settings.family):
+        weight_files.check_weights(diffusers_folder.network_folder(settings, part))
 
 
 def _on_hub(key: str, name: str) -> bool:

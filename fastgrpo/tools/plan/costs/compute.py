@@ -147,7 +147,7 @@ def _of_unit(unit: Unit, whole: bool, tokens: _Tokens, linear: bool = False) -> 
     for product in unit.products:
         if linear and not product.linear:
             continue
-        video = tokens.video if whole and product.name != "proj_out" else tokens.local
+        video = tokens.video if whole and not product.name.endswith("proj_out") else tokens.local
         count = {VIDEO: video, TEXT: tokens.text, BOTH: video + tokens.text, SAMPLE: 1}
         count[IMAGE] = tokens.image
         products += product.flops * count[product.where]
@@ -239,7 +239,9 @@ def reduced_bytes(job: Job, unit: Unit) -> float:
 
 def gather_whole(job: Job) -> Sent:
     """The weights gathered once for a rollout."""
-    return Sent(gather=_ring(job) * sum(gathered_bytes(job, unit) for unit in job.network.units))
+    return Sent(
+        gather=_ring(job) * sum(gathered_bytes(job, unit) for unit in job.network.all_units)
+    )
 
 
 def gather_blocks(job: Job, forwards: int) -> Sent:
@@ -280,7 +282,7 @@ def tokens_of_update(job: Job, batch: int) -> Sent:
 
 def between_replicas(job: Job) -> Sent:
     """The gradient's shards, agreed between replicas once per optimizer step."""
-    gradient = sum(reduced_bytes(job, unit) for unit in job.network.units) / job.shards
+    gradient = sum(reduced_bytes(job, unit) for unit in job.network.all_units) / job.shards
     return Sent(reduce=2 * gradient * (job.replicas - 1) / job.replicas)
 
 
@@ -322,7 +324,7 @@ def _tokens(job: Job, batch: int, passes: float, ends: int) -> Sent:
     ]
     video = 4 * width * job.local * share * samples
     text = width * job.text * share * samples if shared and shared[0].keys == BOTH else 0.0
-    out = next((p.outputs for p in job.network.rest.products if p.name == "proj_out"), 0)
+    out = next((p.outputs for p in job.network.rest.products if p.name.endswith("proj_out")), 0)
     velocity = job.local * out * (job.sp - 1) * samples
     return Sent(
         exchange=passes * len(shared) * video, collect=passes * len(shared) * text + ends * velocity

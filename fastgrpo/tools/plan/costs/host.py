@@ -54,14 +54,14 @@ def _pinned(size: float) -> float:
 def _trained(job: Job) -> Iterator[int]:
     """Elements of a rank's shard of each trained parameter."""
     settings = job.recipe.lora
-    for unit in job.network.units:
+    for unit in job.network.all_units:
         trained = adapters(unit, settings.rank, settings.targets) if job.lora else unit
         yield from (_shard(shape, job.shards) for shape in trained.weights.values())
 
 
 def _frozen(job: Job) -> Iterator[int]:
     """The same of what adapters stand beside."""
-    units: list[Unit] = list(job.network.units) if job.lora else []
+    units: list[Unit] = list(job.network.all_units) if job.lora else []
     for unit in units:
         yield from (_shard(shape, job.shards) for shape in unit.weights.values())
 

@@ -29,7 +29,7 @@ def states(job: Job) -> dict[str, float]:
         return {"initial policy": root} if root else {}
     trained = _trained(job)
     frozen = (
-        job.element * sum(unit.padded(job.shards) for unit in job.network.units) / job.shards
+        job.element * sum(unit.padded(job.shards) for unit in job.network.all_units) / job.shards
         if job.lora
         else 0.0
     )
@@ -57,7 +57,7 @@ def _set_aside(job: Job) -> dict[str, float]:
 
 def _trained(job: Job) -> float:
     """Trained parameters of a rank's shards."""
-    return sum(reduced_bytes(job, unit) for unit in job.network.units) / GRADIENT / job.shards
+    return sum(reduced_bytes(job, unit) for unit in job.network.all_units) / GRADIENT / job.shards
 
 
 def gradients(job: Job) -> float:
@@ -129,7 +129,7 @@ def _forward(job: Job, batch: int, gathered: bool) -> dict[str, float]:
     """
     network, depth = job.network, max(1, job.recipe.distributed.prefetch)
     whole, root = (
-        sum(gathered_bytes(job, unit) for unit in network.units),
+        sum(gathered_bytes(job, unit) for unit in network.all_units),
         gathered_bytes(job, network.rest),
     )
     passed = _passed(job, batch)
