@@ -261,7 +261,8 @@ def scouted_plan(
     recipe, grid = session.recipe, session.training.scout_grid
     if recipe.rollout.scouts is None or grid is None:
         return plan, None
-    scouted = scout(rollouts, conditions, candidates(plan, recipe.rollout.scouts, grid))
+    of_scouts = candidates(plan, recipe.rollout.scouts, grid, session.training.scout_experts)
+    scouted = scout(rollouts, conditions, of_scouts)
     check_validity(recipe, scouted.scored, plan.iteration, session.scorer.hint)
     return replace(plan, candidates=scouted.chosen), scouted
 

@@ -11,6 +11,9 @@ A family is a file models/NAME.py with
 
 and what it need not have:
 
+  NETWORKS: tuple[str, ...]               where several networks are trained, each for times of its
+                                          own: their parts, NETWORK first; the policy's network is
+                                          `core.policy.Experts` of them
   PIPELINE: str                           where its other parts lie in another pipeline's folder:
                                           the diffusers class that an export names
   share_sequence(network, layout)         how ranks share its sequences; without it distributed.sp
@@ -125,6 +128,12 @@ def declared(name: str, constant: str, default: Any = registry.NOTHING) -> Any:
     """
     check(name)
     return registry.declared(FOLDER / f"{name}.py", constant, default)
+
+
+def networks(name: str) -> tuple[str, ...]:
+    """The parts of the folder that a family trains: its NETWORKS, or its one NETWORK."""
+    found: tuple[str, ...] = declared(name, "NETWORKS", (declared(name, "NETWORK"),))
+    return found
 
 
 def reads_image(name: str) -> bool:

@@ -18,12 +18,12 @@ without a modulation [tokens, 6, width] in each block, is the same function. Ima
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -33,10 +33,11 @@ from torch.nn.functional import pad
 from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.policy import Condition, Decoded
+from fastgrpo.core.policy import Condition, Decoded, networks_of
 from fastgrpo.models.attention.pairwise_rotary import SharedAttention
-from fastgrpo.models.loading import diffusers_folder, streaming
+from fastgrpo.models.loading import diffusers_folder, wan_folder
 from fastgrpo.models.loading.schedule import EULER, UNIPC, Schedule
+from fastgrpo.models.loading.wan_folder import Form
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
 from fastgrpo.models.sizes.text_encoders import UMT5_XXL
 from fastgrpo.models.sizes.transformer_blocks import Kept, KeptBy, TokenBlock
@@ -130,9 +131,14 @@ def share_sequence(network: Any, layout: Layout) -> None:
         layout.process(block.attn1, SharedAttention)
 
 
+Forward = Callable[..., tuple[Tensor]]
+"""The trained network, or one of several, as a function of its inputs by name."""
+
+
 class Wan:
     """The `fastgrpo.core.policy.Policy` of this family."""
 
+    form: ClassVar[Form] = Form(models="a text-to-video model of Wan 2.1, or Wan 2.2 TI2V-5B")
     share_sequence: ShareSequence
 
     def __init__(
@@ -145,7 +151,8 @@ class Wan:
         device: torch.device,
     ) -> None:
         self.network = network
-        self.blocks: Sequence[nn.Module] = blocks(network)
+        networks = networks_of(network).values()
+        self.blocks: Sequence[nn.Module] = [block for one in networks for block in blocks(one)]
         self.vae = vae
         self.schedule = schedule
         self.text_tokens = text_tokens
@@ -158,6 +165,23 @@ class Wan:
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
         self.latent_mean, self.latent_std = mean.reshape(-1, 1, 1, 1), std.reshape(-1, 1, 1, 1)
+
+    @classmethod
+    def simulated_network(cls, config: Mapping[str, Any]) -> nn.Module:
+        """The trained network of a config, with weights of any values."""
+        network: nn.Module = WanTransformer3DModel(**config)
+        return network
+
+    @classmethod
+    def outline(cls, where: Path, vae: Any, settings: Model, device: torch.device) -> nn.Module:
+        """The trained network without weights.  vae: the VAE's config
+
+        Raises UserError for one of another form.
+        """
+        folder = diffusers_folder.network_folder(settings, NETWORK)
+        return wan_folder.outline(
+            folder, where, vae=vae, settings=settings, device=device, form=cls.form
+        )
 
     def latent_shape(self, video: Video) -> tuple[int, ...]:
         config: Any = self.vae.config
@@ -177,13 +201,24 @@ class Wan:
 
         x: [B, C, F, H, W] float32;  t: [B];  returns like x
         """
-        text = self._padded(condition["text"])
-        if self.cfg == 1:
-            return self._predict(x, t, text)
+        return self._guided(x, t, condition, self.cfg, self.network)
+
+    def _guided(
+        self, x: Tensor, t: Tensor, condition: Condition, cfg: float, network: Forward
+    ) -> Tensor:
+        """A network's velocity with guidance of this scale.
+
+        x: [B, C, F, H, W] float32;  t: [B];  returns like x
+        """
+        text, image = self._padded(condition["text"]), condition.get("image_states")
+        if cfg == 1:
+            return self._predict(x, t, text, image, network)
         assert self.negative is not None
         text = torch.cat([self._padded(self.negative["text"]).expand_as(text), text])
-        without, with_text = self._predict(torch.cat([x, x]), torch.cat([t, t]), text).chunk(2)
-        return without + self.cfg * (with_text - without)
+        x, t = torch.cat([x, x]), torch.cat([t, t])
+        image = None if image is None else torch.cat([image, image])
+        without, with_text = self._predict(x, t, text, image, network).chunk(2)
+        return without + cfg * (with_text - without)
 
     def _padded(self, text: Tensor) -> Tensor:
         """Zeros after the prompt's own tokens, which the network attends to.
@@ -192,12 +227,18 @@ class Wan:
         """
         return pad(text, (0, 0, 0, self.text_tokens - text.shape[-2]))
 
-    def _predict(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """One forward of the network.  text: [B, text_tokens, D]"""
-        (v,) = self.network(
+    def _predict(
+        self, x: Tensor, t: Tensor, text: Tensor, image: Tensor | None, network: Forward
+    ) -> Tensor:
+        """One forward of a network.
+
+        text: [B, text_tokens, D];  image: states of a reference image [B, L, E], where it sees any
+        """
+        (v,) = network(
             hidden_states=x.to(self.dtype),
             timestep=self._times(x, t * self.schedule.timesteps),
             encoder_hidden_states=text.to(self.dtype),
+            encoder_hidden_states_image=None if image is None else image.to(self.dtype),
             return_dict=False,
         )
         return v.float()
@@ -264,64 +305,21 @@ def load_as(kind: type[W], settings: Model, device: torch.device) -> W:
             "instead."
         )
     where = diffusers_folder.pipeline_folder(settings, PARTS)
-    check_pipeline(diffusers_folder.read_json(where / "model_index.json"), settings)
+    wan_folder.check_pipeline(
+        diffusers_folder.read_json(where / "model_index.json"), settings, kind.form
+    )
     schedule = Schedule(diffusers_folder.scheduler_config(where), (UNIPC, EULER), "Wan")
     vae = diffusers_folder.read(AutoencoderKLWan, where / "vae", torch.float32)
-    network = diffusers_folder.network_folder(settings, NETWORK)
-    check_network(diffusers_folder.read_json(network / "config.json"), where, vae.config, settings)
-    network = streaming.outline(WanTransformer3DModel, network, device)
+    network = kind.outline(where, vae.config, settings, device)
     vae = vae.requires_grad_(False).eval().to(device)
     return kind(
         network,
         vae=vae,
         schedule=schedule,
-        text_tokens=text_tokens(where),
+        text_tokens=kind.form.places or text_tokens(where),
         settings=settings,
         device=device,
     )
-
-
-def check_pipeline(index: Mapping[str, Any], settings: Model) -> None:
-    """Raise UserError for Wan 2.2's A14B, whose pipeline has two networks."""
-    two = any(index.get("transformer_2") or ())
-    for key, told in (("transformer_2", two), ("boundary_ratio", index.get("boundary_ratio"))):
-        if told:
-            raise UserError(
-                f"model.path={settings.path}: model_index.json has {key}, as Wan 2.2 A14B with its "
-                "two networks does; use Wan 2.2 TI2V-5B, or a text-to-video model of Wan 2.1."
-            )
-
-
-def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Model) -> None:
-    """The network's config, read before its weights, which are large.
-
-    Raises UserError where it is of another kind.
-    """
-    named = (
-        f"model.path={settings.path}"
-        if settings.network is None
-        else f"model.network={settings.network}"
-    )
-    taken, given, patch = (config.get(key) for key in ("in_channels", "out_channels", "patch_size"))
-    images = config.get("image_dim") is not None or config.get("added_kv_proj_dim") is not None
-    if images or not taken == given == vae.z_dim:
-        raise UserError(
-            f"{named}: the network has {taken} channels in and {given} "
-            f"out{' and sees images' if images else ''}, the "
-            f"VAE {vae.z_dim}; use a text-to-video model of Wan 2.1, or Wan 2.2 TI2V-5B."
-        )
-    if not isinstance(patch, list) or len(patch) != 3 or patch[0] != 1 or patch[1] != patch[2]:
-        raise UserError(
-            f"{named}: the network's patch_size is {patch}, not [1, n, n]; use a model of Wan 2.1, "
-            "or Wan 2.2 TI2V-5B."
-        )
-    made = diffusers_folder.read_json(where / "text_encoder" / "config.json").get("d_model")
-    if config.get("text_dim") != made:
-        raise UserError(
-            f"{named}: the network takes text of width {config.get('text_dim')}, the text encoder "
-            f"makes {made}; the "
-            "parts are of different models."
-        )
 
 
 def plan(config: Mapping[str, Any]) -> FamilyPlan:
@@ -329,40 +327,46 @@ def plan(config: Mapping[str, Any]) -> FamilyPlan:
     return sizes(config, KEPT, times=SAMPLE)
 
 
-def sizes(config: Mapping[str, Any], kept: KeptBy, times: str) -> FamilyPlan:
-    """Sizes with a network of this config whose blocks keep so many bytes.
+def sizes(
+    config: Mapping[str, Any], kept: KeptBy, times: str, parts: Sequence[str] = ("",)
+) -> FamilyPlan:
+    """Sizes with networks of this config whose blocks keep so many bytes.
 
-    times: what has a time of its own: SAMPLE, or VIDEO for each token
+    times: what has a time of its own: SAMPLE, or VIDEO for each token;  parts: of the folder, where
+    there are several networks
     """
-    sides, network = config["patch_size"], _sizes(config, kept, times)
+    sides = config["patch_size"]
+    network, *others = (_sizes(config, kept, times, part) for part in parts)
+    network = replace(network, others=tuple(others))
     beside = AUXILIARY_5B if config["in_channels"] == TI2V_5B["in_channels"] else AUXILIARY
     return FamilyPlan(
         network=network, patch=sides[-1], auxiliary=beside, text_width=config["text_dim"]
     )
 
 
-def _sizes(config: Mapping[str, Any], kept: KeptBy, times: str) -> Network:
+def _sizes(config: Mapping[str, Any], kept: KeptBy, times: str, part: str) -> Network:
     """WanTransformer3DModel of a config, written down."""
     heads, head = config["num_attention_heads"], config["attention_head_dim"]
     width, kernel = heads * head, config["patch_size"]
-    rest = Unit("")
-    rest.weights["scale_shift_table"] = (1, 2, width)
+    rest = Unit(part)
+    rest.weights[rest.full("scale_shift_table")] = (1, 2, width)
     rest.conv("patch_embedding", config["in_channels"], width, kernel)
     rest.embedder("condition_embedder.time_embedder", config["freq_dim"], width, times)
     rest.linear("condition_embedder.time_proj", width, 6 * width, times)
     rest.embedder("condition_embedder.text_embedder", config["text_dim"], width, TEXT)
     rest.linear("proj_out", width, config["out_channels"] * math.prod(kernel), VIDEO)
-    repeated = tuple(_block_sizes(config, kept, n) for n in range(config["num_layers"]))
+    names = (rest.full(f"blocks.{n}") for n in range(config["num_layers"]))
+    repeated = tuple(_block_sizes(config, kept, name) for name in names)
     return Network(
         blocks=repeated, rest=rest, width=width, heads=heads, rotary=head, float32=FLOAT32
     )
 
 
-def _block_sizes(config: Mapping[str, Any], kept: KeptBy, number: int) -> TokenBlock:
+def _block_sizes(config: Mapping[str, Any], kept: KeptBy, name: str) -> TokenBlock:
     """One block: self-attention, attention to the text, feed-forward."""
     width, hidden = config["num_attention_heads"] * config["attention_head_dim"], config["ffn_dim"]
     kept = {size: of.with_more(HIDDEN_KEPT[size] * hidden / width) for size, of in kept.items()}
-    unit = TokenBlock(f"blocks.{number}", kept=kept)
+    unit = TokenBlock(name, kept=kept)
     unit.weights[f"{unit.name}.scale_shift_table"] = (1, 6, width)
     for attention, keys in (("attn1", VIDEO), ("attn2", TEXT)):
         for layer, where in zip(ATTENDING, (VIDEO, keys, keys, VIDEO), strict=True):
@@ -385,9 +389,8 @@ def simulated_as(kind: type[W], config: Mapping[str, Any], settings: Model) -> W
     """`simulated`, as a policy of this class."""
     vae = SimpleNamespace(config=SimpleNamespace(latents_mean=[0.0], latents_std=[1.0]))
     schedule: Any = SimpleNamespace(timesteps=1000)
-    network = WanTransformer3DModel(**config).train()
     return kind(
-        network,
+        kind.simulated_network(config).train(),
         vae=vae,
         schedule=schedule,
         text_tokens=MAX_TEXT_TOKENS,

@@ -37,7 +37,7 @@ __all__ = ["WanImageToVideo", "blocks", "encoder", "load", "share_sequence"]
 NETWORK: str = models.declared("wan", "NETWORK")
 MAX_TEXT_TOKENS: int = models.declared("wan", "MAX_TEXT_TOKENS")
 PIPELINE = "WanImageToVideoPipeline"  # of an export; the folder names the one of text-to-video
-PIPELINES = (PIPELINE, *models.declared("wan", "PIPELINES"))  # whose folders this family reads
+PIPELINES = (*models.declared("wan", "PIPELINES"), PIPELINE)  # whose folders this family reads
 READS_IMAGE = True
 PUBLISHED = (("", models.declared("wan", "TI2V_5B")),)
 # bytes per token and channel, as wan.KEPT, of blocks whose modulation has a row for each token;
@@ -131,7 +131,8 @@ def load(settings: Model, device: torch.device) -> WanImageToVideo:
     if not diffusers_folder.read_json(where / "model_index.json").get("expand_timesteps"):
         raise UserError(
             f"model.path={settings.path}: model_index.json has no expand_timesteps: this network "
-            "was not trained with a time for each token; use Wan 2.2 TI2V-5B."
+            "was not trained with a time for each token; use Wan 2.2 TI2V-5B, or for Wan 2.1 I2V "
+            "model.family=wan_i2v_14b."
         )
     return wan.load_as(WanImageToVideo, settings, device)
 

@@ -7,11 +7,15 @@ the window can be made longer. Or each prompt has one noisy step of its own, fro
 (Flash-GRPO, arXiv 2605.15980).
 """
 
+from typing import TypeVar
+
 from torch import Tensor
 
 from fastgrpo.algorithm import noise
 from fastgrpo.core.config import Rollout
 from fastgrpo.core.config.rollout import noisy_count, window_start, window_starts
+
+T = TypeVar("T")
 
 
 def noisy_steps(settings: Rollout, iteration: int, seed: int) -> range:
@@ -46,8 +50,25 @@ def shortened(grid: Tensor, noisy: range, tail_steps: int | None) -> Tensor:
     grid: float32 [T + 1] from 1 to 0
     returns float32 [S + 1] from 1 to 0, S <= T; the noisy steps keep their numbers
     """
-    steps, end = len(grid) - 1, noisy.stop
+    kept = _kept(len(grid) - 1, noisy.stop, tail_steps)
+    return grid if kept is None else grid[kept]
+
+
+def shortened_steps(of_steps: tuple[T, ...], noisy: range, tail_steps: int | None) -> tuple[T, ...]:
+    """The same of what each step of the given grid has, by the time that it begins at.
+
+    of_steps: [T], or empty;  returns [S], or empty
+    """
+    kept = _kept(len(of_steps), noisy.stop, tail_steps) if of_steps else None
+    return of_steps if kept is None else tuple(of_steps[number] for number in kept[:-1])
+
+
+def _kept(steps: int, end: int, tail_steps: int | None) -> list[int] | None:
+    """The numbers of a grid's times that are kept, 0 .. steps; None: all.
+
+    end: the first step behind the noisy ones
+    """
     if tail_steps is None or steps - end <= tail_steps:
-        return grid
+        return None
     tail = [end + round(n * (steps - end) / tail_steps) for n in range(tail_steps + 1)]
-    return grid[[*range(end), *tail]]
+    return [*range(end), *tail]

@@ -385,6 +385,7 @@ def _cause(failure: CheckpointException) -> str:
 def _state(trainer: Trainer) -> dict[str, Any]:
     """The stored tensors, sharded, by the names of the unsharded network; no frozen weights."""
     network = trainer.policy.network
+    trainer.complete_moments()
     return {
         "model": get_model_state_dict(network, options=StateDictOptions(ignore_frozen_params=True)),
         "optimizer": get_optimizer_state_dict(network, trainer.optimizer),

@@ -94,14 +94,17 @@ def model(recipe: Recipe) -> dict[str, str]:
 
 
 def network(recipe: Recipe) -> dict[str, str]:
-    """File -> SHA-256, for config and weights of the trained network, also beneath adapters."""
-    where = diffusers_folder.network_folder(
-        recipe.model, models.declared(recipe.model.family, "NETWORK")
-    )
-    files = {where / "config.json"} | {entry.file for entry in weight_files.tensors(where).values()}
-    return {
-        file.name: digest for file, digest in hashes(sorted(files), recipe.run.dir / HASHES).items()
-    }
+    """File -> SHA-256, for config and weights of the trained networks, also beneath adapters.
+
+    A file of several networks is named with its folder's.
+    """
+    parts, files = models.networks(recipe.model.family), dict[Path, str]()
+    for part in parts:
+        where = diffusers_folder.network_folder(recipe.model, part)
+        own = {where / "config.json"} | {one.file for one in weight_files.tensors(where).values()}
+        files |= {file: f"{part}/{file.name}" if len(parts) > 1 else file.name for file in own}
+    found = hashes(sorted(files), recipe.run.dir / HASHES)
+    return {files[file]: digest for file, digest in found.items()}
 
 
 def rewards(sources: Sequence[Source]) -> dict[str, dict[str, str]]:

@@ -5,7 +5,7 @@ their conditions.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -161,6 +161,90 @@ class Policy(Protocol):
 
         condition: as in `frames`
         """
+
+
+class Experts(nn.Module):
+    """Two networks of one form as one: each answers for times of its own.
+
+    Its parameters are named PART.NAME by the folder's parts. It has the config of both, which are
+    equal, and hands on what a diffusers network is asked to switch.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module], boundary: float) -> None:
+        """networks: by the folder's parts, for times t >= boundary and below, 1 >= boundary >= 0"""
+        super().__init__()
+        self.parts = tuple(networks)
+        self.boundary = boundary
+        for part, network in networks.items():
+            self.add_module(part, network)
+
+    @property
+    def networks(self) -> tuple[Any, ...]:
+        """The networks, in the order in which a sampler comes to them."""
+        return tuple(self.get_submodule(part) for part in self.parts)
+
+    @property
+    def config(self) -> Any:
+        return self.networks[0].config
+
+    @property
+    def _keep_in_fp32_modules(self) -> Any:
+        """diffusers' word for what stays in float32, see parallel/precision.py."""
+        return getattr(self.networks[0], "_keep_in_fp32_modules", None)
+
+    def expert_at(self, t: float) -> int:
+        """The number of the network that answers at time t."""
+        return 0 if t >= self.boundary else 1
+
+    def forward(self, expert: int, inputs: Mapping[str, Any]) -> Any:
+        """One network's answer.  inputs: its arguments by name"""
+        return self.networks[expert](**inputs)
+
+
+def networks_of(network: nn.Module) -> dict[str, Any]:
+    """The networks that a policy trains, each by what its parameters' names begin with."""
+    if isinstance(network, Experts):
+        return {f"{part}.": network.get_submodule(part) for part in network.parts}
+    return {"": network}
+
+
+def experts_of(network: nn.Module, grid: Tensor) -> tuple[int, ...]:
+    """The expert of each step, by the time that it begins at; empty where there is one network.
+
+    grid: float32 [T + 1] on the CPU, so that routing waits for no device
+    """
+    if not isinstance(network, Experts):
+        return ()
+    assert grid.device.type == "cpu"
+    return tuple(network.expert_at(t) for t in grid[:-1].tolist())
+
+
+@runtime_checkable
+class Routed(Protocol):
+    """What a policy of `Experts` has beside the members of `Policy`."""
+
+    def velocity_of(self, expert: int, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """`Policy.velocity` by one expert: all rows' times are its own.
+
+        x: [B, C, F, H, W] float32;  t: [B];  returns like x
+        """
+
+
+class Predicts(Protocol):
+    """The part of a `Policy` that evaluates its network."""
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """As `Policy.velocity`.  x: [B, C, F, H, W] float32;  t: [B];  returns like x"""
+
+
+def predict(policy: Predicts, x: Tensor, t: Tensor, condition: Condition, expert: int) -> Tensor:
+    """The policy's prediction; expert: the one whose times the rows have, 0 where there is one.
+
+    x: [B, C, F, H, W] float32;  t: [B];  returns like x
+    """
+    if isinstance(policy, Routed):
+        return policy.velocity_of(expert, x, t, condition)
+    return policy.velocity(x, t, condition)
 
 
 def stack(conditions: Sequence[Condition]) -> Condition:

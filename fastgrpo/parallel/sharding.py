@@ -18,7 +18,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from fastgrpo.core.config import Distributed
 from fastgrpo.core.memory import free_memory
-from fastgrpo.core.policy import Policy
+from fastgrpo.core.policy import Policy, networks_of
 from fastgrpo.parallel import sequence_parallel
 from fastgrpo.parallel.precision import stays_float32
 from fastgrpo.parallel.world import World
@@ -42,7 +42,8 @@ def shard(
         for name, parameter in policy.network.named_parameters()
         if dtype != torch.float32 and stays_float32(policy.network, name)
     }
-    for module in (*policy.blocks, policy.network):
+    networks = networks_of(policy.network).values()
+    for module in dict.fromkeys((*policy.blocks, *networks, policy.network)):
         apart = staying.intersection(module.parameters())  # those of its blocks are sharded already
         fully_shard(
             module,
@@ -94,12 +95,15 @@ def prefetch(policy: Policy, blocks: int) -> None:
     """
     if not blocks:
         return
-    forward, backward = (policy.network, *policy.blocks), (policy.network, *reversed(policy.blocks))
-    for number in range(len(forward)):
-        following = slice(number + 1, number + 1 + blocks)
-        now, back = forward[number], backward[number]
-        now.set_modules_to_forward_prefetch(list(forward[following]))  # type: ignore[operator]
-        back.set_modules_to_backward_prefetch(list(backward[following]))  # type: ignore[operator]
+    for network in networks_of(policy.network).values():
+        inside = set(network.modules())
+        own = [block for block in policy.blocks if block in inside]
+        forward, backward = (network, *own), (network, *reversed(own))
+        for number in range(len(forward)):
+            following = slice(number + 1, number + 1 + blocks)
+            now, back = forward[number], backward[number]
+            now.set_modules_to_forward_prefetch(list(forward[following]))
+            back.set_modules_to_backward_prefetch(list(backward[following]))
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from fastgrpo.checkpoint import provenance
 from fastgrpo.checkpoint.checkpoints import Checkpoints, Progress
 from fastgrpo.checkpoint.reader import Weights, load_shards
 from fastgrpo.checkpoint.resume import check_groups, claim_folder, holds_run, prepare_folder
-from fastgrpo.core.config import Recipe, Rollout
+from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import only_run_in
-from fastgrpo.core.policy import Condition, Policy, move
+from fastgrpo.core.policy import Condition, Policy, experts_of, move
 from fastgrpo.data import prompts
 from fastgrpo.data.prompts import Split
 from fastgrpo.models.loading import policies
@@ -48,6 +48,9 @@ class TrainingSet:
     eta: float  # as the sampler takes it on this grid
     shape: tuple[int, ...]  # (C, F, H, W) of a latent
     scout_grid: Tensor | None = None  # float32 [S + 1]; None: no scouts
+    # by step of the two grids, as `Plan.experts`
+    experts: tuple[int, ...] = ()
+    scout_experts: tuple[int, ...] = ()
 
     def batch(self, recipe: Recipe, iteration: int) -> tuple[list[str], list[Condition]]:
         """The prompts of an iteration, and their conditions on the device."""
@@ -66,6 +69,7 @@ class TrainingSet:
             iteration=iteration,
             group_size=settings.samples_per_prompt,
             grid=window.shortened(self.grid, noisy, settings.tail_steps),
+            experts=window.shortened_steps(self.experts, noisy, settings.tail_steps),
             eta=self.eta,
             shared_noise=settings.shared_noise,
             latent_shape=self.shape,
@@ -139,9 +143,10 @@ def open_session(
         lambda: policies.outline(recipe.model, world.device, recipe.lora),
     )
     shape = policy.latent_shape(recipe.video)
-    grid = policy.time_grid(recipe.rollout.steps, recipe.rollout.shift, shape).to(world.device)
+    times = policy.time_grid(recipe.rollout.steps, recipe.rollout.shift, shape)
     steps = recipe.evaluate.steps or recipe.rollout.steps
-    heldout_grid = policy.time_grid(steps, recipe.rollout.shift, shape).to(world.device)
+    heldout_times = policy.time_grid(steps, recipe.rollout.shift, shape)
+    grid, heldout_grid = times.to(world.device), heldout_times.to(world.device)
     _check_policy(policy, recipe, grid)
     # not before the recipe has proved itself
     notices += world.on_main(lambda: prepare_folder(recipe, world))
@@ -163,8 +168,8 @@ def open_session(
         recipe=recipe,
         world=world,
         stop=stop,
-        training=_training_set(encoded, recipe.rollout, policy, grid, shape),
-        heldout=_heldout(encoded, heldout_grid, shape),
+        training=_training_set(encoded, recipe, policy, times, grid),
+        heldout=_heldout(encoded, heldout_grid, shape, experts_of(policy.network, heldout_times)),
         trainer=trainer,
         scorer=scorer,
         tracker=tracker,
@@ -224,26 +229,29 @@ def _start(recipe: Recipe, world: World) -> Callable[[nn.Module], None]:
 
 
 def _training_set(
-    encoded: Encoded, settings: Rollout, policy: Policy, grid: Tensor, shape: tuple[int, ...]
+    encoded: Encoded, recipe: Recipe, policy: Policy, times: Tensor, grid: Tensor
 ) -> TrainingSet:
-    """The training prompts.  grid: [T + 1]"""
-    texts = [prompt.for_rewards for prompt in encoded.train]
-    conditions = encoded.conditions.part(slice(len(texts)))
-    eta = samplers.noise_level(settings.sampler, settings.eta, grid)
-    scout_grid = None
+    """The training prompts.  times: [T + 1] on the CPU;  grid: the same on the device"""
+    texts, settings = [prompt.for_rewards for prompt in encoded.train], recipe.rollout
+    shape = policy.latent_shape(recipe.video)
+    scout_times = None
     if settings.scouts is not None:
-        scout_grid = policy.time_grid(settings.scout_steps, settings.shift, shape).to(grid.device)
+        scout_times = policy.time_grid(settings.scout_steps, settings.shift, shape)
     return TrainingSet(
         texts=texts,
-        conditions=conditions,
+        conditions=encoded.conditions.part(slice(len(texts))),
         grid=grid,
-        eta=eta,
+        eta=samplers.noise_level(settings.sampler, settings.eta, grid),
         shape=shape,
-        scout_grid=scout_grid,
+        scout_grid=None if scout_times is None else scout_times.to(grid.device),
+        experts=experts_of(policy.network, times),
+        scout_experts=() if scout_times is None else experts_of(policy.network, scout_times),
     )
 
 
-def _heldout(encoded: Encoded, grid: Tensor, shape: tuple[int, ...]) -> HeldOut:
+def _heldout(
+    encoded: Encoded, grid: Tensor, shape: tuple[int, ...], experts: tuple[int, ...]
+) -> HeldOut:
     """The held-out prompts, whose conditions follow the training prompts' in the cache.
 
     grid: float32 [T + 1], on the rank's device, where offloaded weights are not
@@ -253,6 +261,7 @@ def _heldout(encoded: Encoded, grid: Tensor, shape: tuple[int, ...]) -> HeldOut:
         conditions=encoded.conditions.part(slice(len(encoded.train), None)),
         grid=grid,
         shape=shape,
+        experts=experts,
     )
 
 

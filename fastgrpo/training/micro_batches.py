@@ -17,7 +17,9 @@ from fastgrpo.training.rollout import Plan
 
 State = tuple[int, tuple[int, ...]]
 """A step, and the slots whose sample is in this state before it, or the two slots of a pair."""
-MicroBatch = list[State]  # an empty one keeps step with other ranks
+MicroBatch = list[State]
+"""States for one forward, all of one expert. One whose only state has no slots is empty: it keeps
+step with other ranks, and its step says by which expert."""
 Unit = tuple[int, ...]  # slots that no optimizer step parts: a sample's, or a pair's
 
 
@@ -26,16 +28,12 @@ class OptimizerStep:
     """The work of one optimizer step."""
 
     transitions: int  # of all ranks
-    batches: list[list[MicroBatch]]  # by group of ranks
-
-    def of(self, group: int) -> list[MicroBatch]:
-        """A group's micro-batches, with empty ones to the number of the group with the most."""
-        return in_step(self.batches, group) or [[]]
+    batches: list[list[MicroBatch]]  # by group of ranks, as many for each, in the experts' order
 
     def states(self) -> Iterator[tuple[int, State]]:
         """Every state, with the group of ranks that evaluates it."""
         for group, batches in enumerate(self.batches):
-            yield from ((group, state) for batch in batches for state in batch)
+            yield from ((group, state) for batch in batches for state in batch if state[1])
 
 
 def optimizer_steps(
@@ -74,12 +72,38 @@ def by_group(steps: Sequence[OptimizerStep]) -> list[list[MicroBatch]]:
     return [[batch for batches in of_group for batch in batches] for of_group in all_steps]
 
 
-def in_step(batches: Sequence[list[MicroBatch]], group: int) -> list[MicroBatch]:
-    """A group's micro-batches, with empty ones to the number of the group with the most."""
-    if not batches:
-        return []
-    most = max(map(len, batches))
-    return batches[group] + [[] for _ in range(most - len(batches[group]))]
+def is_empty(batch: MicroBatch) -> bool:
+    """Whether a micro-batch only keeps step with other ranks."""
+    return not batch[0][1]
+
+
+def in_step(batches: Sequence[list[MicroBatch]], group: int, plan: Plan) -> Sequence[MicroBatch]:
+    """A group's micro-batches with the empty ones of `aligned`."""
+    return aligned(batches, plan)[group] if batches else ()
+
+
+def aligned(batches: Sequence[list[MicroBatch]], plan: Plan) -> list[list[MicroBatch]]:
+    """The groups' micro-batches in the experts' order, with empty ones to as many of each.
+
+    So all ranks are at the same expert at any time: its weights lie on all of them.
+    """
+    steps: dict[int, int] = {}  # by expert, a step of its
+    for own in batches:
+        steps |= {plan.expert(batch[0][0]): batch[0][0] for batch in own}
+    found: list[list[MicroBatch]] = [[] for _ in batches]
+    for expert in sorted(steps):
+        parts = [[b for b in own if plan.expert(b[0][0]) == expert] for own in batches]
+        most = max(map(len, parts))
+        for own, part in zip(found, parts, strict=True):
+            own += part + [[(steps[expert], ())] for _ in range(most - len(part))]
+    return found
+
+
+def ends_an_expert(batches: Sequence[MicroBatch], number: int, plan: Plan) -> bool:
+    """Whether no later micro-batch has the expert of this one.  number: of this one, from 0"""
+    following = batches[number + 1 : number + 2]
+    own = plan.expert(batches[number][0][0])
+    return not following or plan.expert(following[0][0][0]) != own
 
 
 def states_of(units: Sequence[Unit], plan: Plan) -> list[State]:
@@ -105,18 +129,24 @@ def _units(experience: Experience) -> list[Unit]:
 def _dealt(
     units: Sequence[Unit], experience: Experience, size: int, world: World
 ) -> list[list[MicroBatch]]:
-    """All ranks' states, dealt to the groups of ranks in batches of one text length.
+    """All ranks' states, dealt to the groups of ranks in batches of one expert and text length.
 
     size: states in a batch
     """
-    own: list[dict[object, list[State]]] = []
     plan, conditions = experience.plan, experience.conditions
     total = len(conditions) * plan.group_size
+    # by expert, by group, by shape
+    own: dict[int, list[dict[object, list[State]]]] = {}
     for group in range(world.groups):
         share = world.share(total, group)
-        by_shape: dict[object, list[State]] = {}
         for state in states_of([unit for unit in units if unit[0] in share], plan):
-            prompt = state[1][0] // plan.group_size
-            by_shape.setdefault(shape_key(conditions[prompt]), []).append(state)
-        own.append(by_shape)
-    return deal(own, size)
+            step, slots = state
+            of_expert = own.setdefault(plan.expert(step), [{} for _ in range(world.groups)])
+            shape = shape_key(conditions[slots[0] // plan.group_size])
+            of_expert[group].setdefault(shape, []).append(state)
+    dealt: list[list[MicroBatch]] = [[] for _ in range(world.groups)]
+    for expert in sorted(own):
+        for batches, more in zip(dealt, deal(own[expert], size), strict=True):
+            batches += more
+    idle: MicroBatch = [(0, ())]  # nothing is evaluated: every sample has advantage 0
+    return aligned(dealt, plan) if own else [[idle] for _ in dealt]

@@ -23,7 +23,7 @@ from rich.progress import (
 from torch import Tensor, nn
 
 from fastgrpo.core.config import Distributed, Recipe
-from fastgrpo.core.policy import Condition, Policy
+from fastgrpo.core.policy import Condition, Policy, predict
 from fastgrpo.models.loading import streaming
 from fastgrpo.models.loading.lora import at_rest
 from fastgrpo.models.loading.policies import outline
@@ -113,8 +113,12 @@ class Unadapted:
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Predict without the adapters.  x: [B, C, F, H, W] float32;  t: [B];  returns like x"""
+        return self.velocity_of(0, x, t, condition)
+
+    def velocity_of(self, expert: int, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The same by one expert.  x: [B, C, F, H, W] float32;  t: [B];  returns like x"""
         with at_rest(self.policy.network):
-            return self.policy.velocity(x, t, condition)
+            return predict(self.policy, x, t, condition, expert)
 
 
 def initial_policy(

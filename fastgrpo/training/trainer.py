@@ -117,6 +117,22 @@ class Trainer:
         return norm
 
     @torch.no_grad()
+    def complete_moments(self) -> None:
+        """Give AdamW's state to weights that have none yet, as they had no gradient so far.
+
+        A checkpoint then has the same tensors whichever of them were trained.
+        """
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not self.optimizer.state[parameter]:
+                    on = parameter.device if group["fused"] else torch.device("cpu")
+                    self.optimizer.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32, device=on),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
+    @torch.no_grad()
     def all_finite(self, world: World) -> bool:
         """Whether every rank's trained weights and their average are finite."""
         trained = [p for p in self.policy.network.parameters() if p.requires_grad]

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastgrpo.core.config import Objective
 from fastgrpo.core.method import Traits
-from fastgrpo.core.policy import stack
+from fastgrpo.core.policy import predict, stack
 from fastgrpo.parallel.exchange import between_groups
 from fastgrpo.parallel.world import World
 from fastgrpo.training import methods
@@ -40,7 +40,9 @@ from fastgrpo.training.micro_batches import (
     OptimizerStep,
     State,
     by_group,
+    ends_an_expert,
     in_step,
+    is_empty,
     optimizer_steps,
     rows,
 )
@@ -125,25 +127,26 @@ def update(
     losses_of, evaluated = method.losses(trainer.policy, experience, objective), 0
     for weights, groups, keep in _before(trainer, objective, experience, losses_of, steps):
         with weights, torch.no_grad():
-            for batch in poll_before(in_step(groups, world.group)):
-                if batch:
-                    keep(_predict(trainer, experience, losses_of, batch))
+            for batch in poll_before(in_step(groups, world.group, experience.plan)):
+                if is_empty(batch):
+                    _dummy_loss(trainer, experience, world, batch[0][0])
                 else:
-                    _dummy_loss(trainer, experience, world)
-        evaluated += sum(len(batch) for own in groups for batch in own)
+                    keep(_predict(trainer, experience, losses_of, batch))
+        evaluated += sum(len(batch) for own in groups for batch in own if not is_empty(batch))
     for step in steps:
-        batches = step.of(world.group)
-        for number, batch in enumerate(batches if norms else poll_before(batches), 1):
+        batches = step.batches[world.group]
+        for number, batch in enumerate(batches if norms else poll_before(batches)):
             if world.mesh.ndim == 2:  # replicas need to agree before the step only
-                network.set_requires_all_reduce(number == len(batches))  # type: ignore[operator]
-            if batch:
+                last = ends_an_expert(batches, number, experience.plan)
+                network.set_requires_all_reduce(last)  # type: ignore[operator]
+            if not is_empty(batch):
                 losses = losses_of(_predict(trainer, experience, losses_of, batch, not norms))
                 totals.add(losses)
                 if not norms:
                     totals.add_drawn(losses, _alike(experience, batch))
                 loss = losses.loss.sum()
             else:
-                loss = _dummy_loss(trainer, experience, world)
+                loss = _dummy_loss(trainer, experience, world, batch[0][0])
             # FSDP averages over groups of ranks, and the objective is the mean over all groups'
             # transitions
             (loss * (world.groups / step.transitions)).backward()
@@ -265,10 +268,11 @@ def _predict(
     x = losses_of.states(seen)
     t = torch.stack([plan.grid[step] for _, step in seen])
     condition = stack([experience.conditions[slot // plan.group_size] for slot, _ in seen])
-    v, v_reference = trainer.policy.velocity(x, t, condition), None
+    expert = plan.expert(states[0][0])
+    v, v_reference = predict(trainer.policy, x, t, condition, expert), None
     if trainer.reference is not None and torch.is_grad_enabled():
         with torch.no_grad():
-            v_reference = trainer.reference.velocity(x, t, condition)
+            v_reference = predict(trainer.reference, x, t, condition, expert)
     transitions = [(slot, step) for step, slots in states for slot in slots]
     if len(transitions) > len(seen):  # several samples are still in one state
         of_state = [row for row, (_, slots) in enumerate(states) for _ in slots]
@@ -278,21 +282,21 @@ def _predict(
     return Batch(transitions=transitions, x=x, v=v, v_reference=v_reference, first=first)
 
 
-def _dummy_loss(trainer: Trainer, experience: Experience, world: World) -> Tensor:
+def _dummy_loss(trainer: Trainer, experience: Experience, world: World, step: int) -> Tensor:
     """A loss of zero with the forwards and backward of one, which are collectives.
 
     Without gradients it stands for a micro-batch that is evaluated before the first step.
 
-    returns a scalar
+    step: of the expert that other ranks evaluate;  returns a scalar
     """
     plan, conditions = experience.plan, experience.conditions
     total = len(conditions) * plan.group_size
     condition = stack([conditions[min(world.share(total).start, total - 1) // plan.group_size]])
-    x, t = torch.zeros(1, *plan.latent_shape, device=plan.grid.device), plan.grid[:1]
-    v = trainer.policy.velocity(x, t, condition)
+    x, t = torch.zeros(1, *plan.latent_shape, device=plan.grid.device), plan.grid[step][None]
+    v = predict(trainer.policy, x, t, condition, plan.expert(step))
     if trainer.reference is not None and torch.is_grad_enabled():
         with torch.no_grad():
-            trainer.reference.velocity(x, t, condition)
+            predict(trainer.reference, x, t, condition, plan.expert(step))
     return 0.0 * v.sum()
 
 

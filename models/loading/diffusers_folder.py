@@ -38,9 +38,13 @@ def pipeline_folder(settings: Model, parts: Sequence[str]) -> Folder:
     """The folder of model.path, whose `parts` (such as "vae", "tokenizer") are all there."""
     folder = locate(settings)
     config_of = {part: f"{part}_config.json" for part in ("guider", "scheduler", "tokenizer")}
+    config_of["image_processor"] = "preprocessor_config.json"
     for file in (
         "model_index.json",
-        *(f"{part}/{config_of.get(part.split('_')[0], 'config.json')}" for part in parts),
+        *(
+            f"{part}/{config_of.get(part) or config_of.get(part.split('_')[0], 'config.json')}"
+            for part in parts
+        ),
     ):
         if not (folder / file).is_file():
             raise UserError(

@@ -23,6 +23,7 @@ from fastgrpo.algorithm import noise
 from fastgrpo.core.config import Lora
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import replacing
+from fastgrpo.core.policy import networks_of
 from fastgrpo.models.loading.weight_files import cast
 from fastgrpo.parallel.precision import to_compute_precision
 
@@ -52,12 +53,16 @@ def add_adapters(
         raise UserError(
             f"lora.rank={settings.rank}: needs peft; pip install 'fastgrpo[lora]'."
         ) from None
-    layers = target_layers(network, settings)
-    config = LoraConfig(
-        r=settings.rank, lora_alpha=_alpha(settings), target_modules=layers, init_lora_weights=False
-    )
-    to_compute_precision(network, frozen_dtype)
-    network.add_adapter(config, ADAPTER)  # type: ignore[operator]
+    for one in networks_of(network).values():
+        layers = target_layers(one, settings)
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=_alpha(settings),
+            target_modules=layers,
+            init_lora_weights=False,
+        )
+        to_compute_precision(one, frozen_dtype)
+        one.add_adapter(config, ADAPTER)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(is_adapter(name))
         if is_adapter(name):  # float32, whatever precision peft chose

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import (
 from fastgrpo import models
 from fastgrpo.core.config import Lora, Model, Video
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.policy import Encoder, Policy
+from fastgrpo.core.policy import Encoder, Policy, networks_of
 from fastgrpo.models.loading import diffusers_folder, streaming
 from fastgrpo.models.loading.lora import add_adapters
 from fastgrpo.models.text_encoders.passes import passes_of
@@ -86,7 +86,7 @@ def _family(settings: Model) -> models.Family:
 
 def configure(policy: Policy, settings: Model) -> None:
     """Set recomputation, the attention kernel and how sequences are shared."""
-    network: Any = policy.network
+    networks = networks_of(policy.network).values()
     policy.share_sequence = share_sequence(settings.family)
     if settings.gradient_checkpointing:
         left_out = {id(b) for n, b in enumerate(policy.blocks) if not settings.recomputes(n)}
@@ -98,19 +98,24 @@ def configure(policy: Policy, settings: Model) -> None:
                 return module(*inputs)
             return recompute(module, *inputs)
 
-        network.enable_gradient_checkpointing(run)
+        for network in networks:
+            network.enable_gradient_checkpointing(run)
     if settings.attention is not None:
         try:
-            network.set_attention_backend(settings.attention)
-            if not any(
-                getattr(p, "_attention_backend", None) for p in network.attn_processors.values()
-            ):
-                raise ValueError(f"a {type(network).__name__} has no choice of kernels")
+            for network in networks:
+                _choose_attention(network, settings.attention)
         except (ValueError, RuntimeError, ImportError) as error:
             raise UserError(
                 f"model.attention={settings.attention}: {str(error).splitlines()[0]}; leave it out "
                 "for torch's own."
             ) from None
+
+
+def _choose_attention(network: Any, backend: str) -> None:
+    """Raise ValueError for a network that cannot choose."""
+    network.set_attention_backend(backend)
+    if not any(getattr(p, "_attention_backend", None) for p in network.attn_processors.values()):
+        raise ValueError(f"a {type(network).__name__} has no choice of kernels")
 
 
 def recomputing(keep: str) -> Callable[..., Any]:

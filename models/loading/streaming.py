@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fastgrpo.core.errors import UserError
+from fastgrpo.core.policy import networks_of
 from fastgrpo.models.loading import lora, weight_files
 from fastgrpo.models.loading.weight_files import Place
 
@@ -159,10 +160,19 @@ def own_rows(tensor: Tensor) -> tuple[Tensor, slice | EllipsisType]:
 
 
 def _places(network: Any) -> dict[str, Place]:
-    """Where each tensor of the network without adapters lies.
+    """Where each tensor of the network without adapters lies, of experts in folders of their own.
 
     Raises UserError where the files do not fit it.
     """
+    return {
+        f"{prefix}{name}": place
+        for prefix, one in networks_of(network).items()
+        for name, place in _places_of_one(one).items()
+    }
+
+
+def _places_of_one(network: Any) -> dict[str, Place]:
+    """`_places` of one diffusers network."""
     folder: Path = network.weights_folder
     found = weight_files.tensors(folder)
     # diffusers' own renaming of what its older versions wrote

@@ -47,6 +47,8 @@ class FamilyPlan:
     glyph_width: int = 0
     """Channels of the features of quoted text, of which a usual prompt has none; 0: none at all."""
     first_frame: bool = False  # whether a reference image's latent is a part of the condition
+    given_clip: bool = False  # whether that latent has all of a clip's frames, not the first alone
+    image_width: int = 0  # channels of the reference image's states; 0: the network takes none
     given_frames: int = 0  # latent frames of a clip that the condition gives and that are not drawn
 
     def condition(self, text: int, latent: tuple[int, int, int, int]) -> dict[str, Shape]:
@@ -57,6 +59,8 @@ class FamilyPlan:
         if self.glyph_width:
             shapes["glyphs"] = (0, self.glyph_width)
         if self.first_frame:
-            channels, _, height, width = latent
-            shapes["image"] = (channels, 1, height, width)
+            channels, frames, height, width = latent
+            shapes["image"] = (channels, frames if self.given_clip else 1, height, width)
+        if self.image_width:
+            shapes["image_states"] = (self.network.image, self.image_width)
         return shapes

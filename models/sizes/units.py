@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from fastgrpo.core.config import Model
 
 Shape = tuple[int, ...]
-VIDEO, TEXT, BOTH, SAMPLE = "video", "text", "both", "sample"
-"""What a matrix is applied to: image or video tokens, text tokens, both as one sequence, or one
-vector per sample.
+VIDEO, TEXT, BOTH, SAMPLE, IMAGE = "video", "text", "both", "sample", "image"
+"""What a matrix is applied to: drawn image or video tokens, text tokens, both as one sequence, one
+vector per sample, or a reference image's states (`Network.image`).
 """
 ATTENDING = ("to_q", "to_k", "to_v", "to_out.0")
 ATTENDING_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -104,7 +104,7 @@ class Unit:
         """Add an nn.Linear.  where, area: as in Product"""
         self._weight(name, (outputs, inputs), bias)
         self.products.append(
-            Product(name=self._full(name), inputs=inputs, outputs=outputs, where=where, area=area)
+            Product(name=self.full(name), inputs=inputs, outputs=outputs, where=where, area=area)
         )
 
     def conv(
@@ -115,7 +115,7 @@ class Unit:
         inputs *= math.prod(kernel)
         self.products.append(
             Product(
-                name=self._full(name),
+                name=self.full(name),
                 inputs=inputs,
                 outputs=outputs,
                 where=VIDEO,
@@ -139,11 +139,12 @@ class Unit:
         self.linear(f"{name}.net.2", hidden, width, where)
 
     def _weight(self, name: str, shape: Shape, bias: bool) -> None:
-        self.weights[f"{self._full(name)}.weight"] = shape
+        self.weights[f"{self.full(name)}.weight"] = shape
         if bias:
-            self.weights[f"{self._full(name)}.bias"] = shape[:1]
+            self.weights[f"{self.full(name)}.bias"] = shape[:1]
 
-    def _full(self, name: str) -> str:
+    def full(self, name: str) -> str:
+        """A name with the unit's in front."""
         return f"{self.name}.{name}" if self.name else name
 
 
@@ -155,6 +156,7 @@ class Batch:
     element: int  # bytes of a number in compute precision
     video: int  # tokens of this rank
     text: int  # tokens
+    image: int = 0  # states of reference images
     shared: bool = False  # with sequence parallelism
     recomputed: bool = False  # in the backward
 
@@ -197,6 +199,9 @@ class Network:
     width: int  # channels of a token between blocks (a UNet: of its first level)
     heads: int  # that ranks may share; 1 where they cannot
     rotary: int = 0  # channels of the rotary tables
+    image: int = 0  # states of a reference image that the blocks attend to
+    others: tuple["Network", ...] = ()
+    """Networks of the same sizes for other times: one of them all runs at a time."""
     apart: tuple[
         Unit, ...
     ] = ()  # parts outside the blocks that are sharded on their own; they run before the blocks
@@ -206,7 +211,13 @@ class Network:
 
     @property
     def units(self) -> tuple[Unit, ...]:
+        """Those that run in a forward."""
         return (*self.apart, *self.blocks, self.rest)
+
+    @property
+    def all_units(self) -> tuple[Unit, ...]:
+        """Those that are held: of the other networks, too."""
+        return (*self.units, *(unit for other in self.others for unit in other.units))
 
     def set_apart(self, name: str) -> "Network":
         """The network with a module outside the blocks, such as "context_embedder", sharded on its
@@ -222,7 +233,7 @@ class Network:
 
     @property
     def parameters(self) -> int:
-        return sum(unit.parameters for unit in self.units)
+        return sum(unit.parameters for unit in self.all_units)
 
 
 def has_part(name: str, named: Sequence[str]) -> bool:

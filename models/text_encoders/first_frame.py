@@ -19,7 +19,7 @@ class ImageTextEncoder(InPasses):
     """An `Encoder`: a text encoder's features, and "image", the first frame's latent."""
 
     family: str  # for messages
-    seen = ("image",)  # what the condition has of the image, by name
+    seen: tuple[str, ...] = ("image",)  # what the condition has of the image, by name
 
     def __init__(self, texts: InPasses, vae: Any, video: Video) -> None:
         self.texts = texts
@@ -39,9 +39,8 @@ class ImageTextEncoder(InPasses):
         return {**self.texts.joined(rest), **seen}
 
     def _images(self, prompts: Sequence[Prompt]) -> list[Condition]:
-        """returns "image" each, as `image` does"""
-        first_frames = [self._pixels(prompt) for prompt in prompts]
-        return [{"image": self.image(pixels)} for pixels in first_frames]
+        """returns what `of_picture` gives, each"""
+        return [self.of_picture(self._picture(prompt)) for prompt in prompts]
 
     def _free_vae(self) -> None:
         """Give back the VAE, which no text needs."""
@@ -53,8 +52,8 @@ class ImageTextEncoder(InPasses):
     def cut(self, text: str) -> dict[str, tuple[int, int]]:
         return self.texts.cut(text)
 
-    def _pixels(self, prompt: Prompt) -> Tensor:
-        """The reference image in the clips' size, uint8 [H, W, 3].
+    def _picture(self, prompt: Prompt) -> Tensor:
+        """The reference image as it is, uint8 [H, W, 3].
 
         Raises UserError for none or an unreadable one.
         """
@@ -63,19 +62,26 @@ class ImageTextEncoder(InPasses):
                 f"prompts: '{prompt.text}' has no reference image, which {self.family} needs; set "
                 "prompts.image_column."
             )
-        return images.cover(images.read_image(prompt.image), *self.size)
+        return images.read_image(prompt.image)
+
+    def of_picture(self, picture: Tensor) -> Condition:
+        """What the condition has of a reference image in its own size.  picture: uint8 [H, W, 3]"""
+        return {"image": self.image(images.cover(picture, *self.size))}
 
     @torch.no_grad()
     def image(self, pixels: Tensor) -> Tensor:
-        """pixels: uint8 [H, W, 3];  returns float32 [C, 1, h, w] on the CPU"""
-        frame = (pixels.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1).to(
-            self.vae.device, self.vae.dtype
-        )
-        return self.latent(self.vae.encode(frame).latent_dist, pixels)
+        """pixels: uint8 [H, W, 3];  returns float32 [C, F, h, w] on the CPU, F = 1 for a frame"""
+        frame = pixels.permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
+        clip = self.clip(frame).to(self.vae.device, self.vae.dtype)
+        return self.latent(self.vae.encode(clip).latent_dist, pixels)
+
+    def clip(self, frame: Tensor) -> Tensor:
+        """What is encoded of the first frame [1, 3, 1, H, W], -1 to 1: here itself alone."""
+        return frame
 
     @abstractmethod
     def latent(self, posterior: Any, pixels: Tensor) -> Tensor:
-        """The frame's latent, as the network takes it, float32 [C, 1, h, w] on the CPU.
+        """What was encoded, as the network takes it, float32 [C, F, h, w] on the CPU.
 
         posterior: the VAE's, of a batch of one;  pixels: uint8 [H, W, 3]
         """

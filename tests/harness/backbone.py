@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgrpo.core.config import Objective, Optimizer, Video
-from fastgrpo.core.policy import Condition, Policy, stack
+from fastgrpo.core.policy import Condition, Policy, experts_of, predict, stack
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.world import World
 from fastgrpo.training import rollout
@@ -48,11 +48,13 @@ def plan_of(
 ) -> Plan:
     """A plan of one iteration whose samples share their initial noise."""
     shape = policy.latent_shape(video)
+    grid = policy.time_grid(steps, None, shape)
     return Plan(
         seed=3,
         iteration=0,
         group_size=group_size,
-        grid=policy.time_grid(steps, None, shape),
+        grid=grid,
+        experts=experts_of(policy.network, grid),
         eta=eta,
         shared_noise=True,
         latent_shape=shape,
@@ -196,7 +198,7 @@ def assert_nothing_waits_for_the_device(
     plan = plan_of(policy, video)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         x, times = torch.empty(len(conditions), *plan.latent_shape), torch.empty(len(plan.grid))
-        v = policy.velocity(x, times[0].expand(len(x)), stack(conditions))
+        v = predict(policy, x, times[0].expand(len(x)), stack(conditions), plan.expert(0))
         assert policy.transition(x, v=v, t=times[0], t_next=times[1], eta=ETA)[0].shape == x.shape
 
 

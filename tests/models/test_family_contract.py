@@ -44,7 +44,7 @@ OPTIONAL = {
     "simulated": ["config", "settings"],
 }
 """Functions of a family's file, and their parameters."""
-CONSTANT = re.compile("NETWORK|PIPELINES|PIPELINE|PUBLISHED|MAX_[A-Z_]+_TOKENS")
+CONSTANT = re.compile("NETWORKS?|PIPELINES|PIPELINE|PUBLISHED|MAX_[A-Z_]+_TOKENS")
 SETTINGS = Model(family="any", path="any")
 
 
@@ -149,7 +149,7 @@ def shapes(module: ModuleType, settings: Mapping[str, Any]) -> Iterator[str]:
     assert isinstance(planned, FamilyPlan)
     real = {name: tuple(parameter.shape) for name, parameter in policy.network.named_parameters()}
     written = {
-        name: shape for unit in planned.network.units for name, shape in unit.weights.items()
+        name: shape for unit in planned.network.all_units for name, shape in unit.weights.items()
     }
     others = sorted(
         name for name in real.keys() | written.keys() if real.get(name) != written.get(name)
@@ -162,7 +162,8 @@ def shapes(module: ModuleType, settings: Mapping[str, Any]) -> Iterator[str]:
         yield f"plan: float32 is not what stays so, which {min(staying, default='nothing')} does"
     names = {id(parameter): name for name, parameter in policy.network.named_parameters()}
     blocks = [{names[id(p)] for p in block.parameters()} for block in module.blocks(policy.network)]
-    if blocks != [set(unit.weights) for unit in planned.network.blocks]:
+    every = (planned.network, *planned.network.others)
+    if blocks != [set(unit.weights) for network in every for unit in network.blocks]:
         yield "blocks: not the plan's blocks, all of them in the same order"
     missing = [
         name for name in (*Policy.__annotations__, *vars(Policy)) if not name.startswith("_")

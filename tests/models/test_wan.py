@@ -245,8 +245,8 @@ def strongly_guided(self: Wan, x: Tensor, t: Tensor, condition: Condition) -> Te
     return velocity(self, x, t, condition)
 
 
-def rounded(self: Wan, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-    return predict(self, x, (1000 * t).floor() / 1000, text)
+def rounded(self: Wan, x: Tensor, t: Tensor, *rest: Any) -> Tensor:
+    return predict(self, x, (1000 * t).floor() / 1000, *rest)
 
 
 def of_another_mean(self: Wan, x: Tensor, condition: Condition) -> Any:
@@ -484,12 +484,12 @@ def test_the_full_size_network_is_wrapped_block_by_block(
         (
             "",
             {"_class_name": "WanImageToVideoPipeline"},
-            "not a WanPipeline; set model.family=wan_i2v, or correct the path",
+            "not a WanPipeline; set model.family=wan_i2v_14b, or correct the path",
         ),
         (
             "",
             {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
-            "has transformer_2, as Wan 2.2 A14B with its two networks does; use Wan 2.2 TI2V-5B",
+            "has transformer_2, as Wan 2.2 A14B .* does; for A14B .*family=wan_a14b, else use a text",
         ),
         ("", {"boundary_ratio": 0.875}, "has boundary_ratio, as Wan 2.2 A14B"),
         (

@@ -32,7 +32,9 @@ import fastgrpo.models.skyreels_i2v
 import fastgrpo.models.stable_diffusion
 import fastgrpo.models.stable_diffusion_3
 import fastgrpo.models.wan
+import fastgrpo.models.wan_a14b
 import fastgrpo.models.wan_i2v
+import fastgrpo.models.wan_i2v_14b
 import fastgrpo.rewards.video_stats
 import fastgrpo.tools.evaluate.evaluate
 import fastgrpo.tools.export.export
@@ -43,6 +45,7 @@ import fastgrpo.tools.sample.sample  # noqa: F401
 for _name in (
     "CLIPTextModel",
     "CLIPTextModelWithProjection",
+    "CLIPVisionModel",
     "LlamaModel",
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen2_5_VLTextModel",

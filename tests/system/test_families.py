@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 
 from fastgrpo import models
 from fastgrpo.core import config
+from fastgrpo.core.policy import networks_of
 from fastgrpo.models.loading import policies
 from fastgrpo.tools.export.export import Export, export
 from tests import ROOT
@@ -37,6 +38,7 @@ WITHOUT_NOISE = {
 """Methods of samples that are noised again, with keys that they want."""
 OF_FAMILIES = {"hunyuan_video": "t2v_hunyuan", "skyreels_i2v": "i2v_skyreels"}
 OF_FAMILIES |= {"flux": "t2i_flux", "wan": "t2v_wan", "wan_i2v": "i2v_wan22"}
+OF_FAMILIES |= {"wan_i2v_14b": "i2v_wan", "wan_a14b": "t2v_wan22_a14b"}
 OF_FAMILIES |= {"stable_diffusion_3": "t2i_sd3", "qwen_image": "t2i_qwen"}
 OF_FAMILIES["hunyuan_video_15"] = "t2v_hunyuan15"
 """A launch file of every family of rectified flows."""
@@ -152,10 +154,12 @@ def assert_resumes_and_exports(name: str, command: list[str], folder: Path) -> N
         policies.load(recipe.model.model_copy(update={"path": str(path)}), torch.device("cpu"))
         for path in (folder / "exported", folder / "model")
     )
-    exported = getattr(pipeline, models.declared(family, "NETWORK")).state_dict()
-    for policy, same in ((trained, True), (base, False)):
-        state = policy.network.state_dict()
-        assert all(torch.equal(state[key], exported[key]) for key in exported) == same, name
+    parts = [getattr(pipeline, part).state_dict() for part in models.networks(family)]
+    for policy, same in ((trained, True), (base, False)):  # of two networks one may be untrained
+        states = [network.state_dict() for network in networks_of(policy.network).values()]
+        pairs = zip(states, parts, strict=True)
+        equal = [torch.equal(own[key], part[key]) for own, part in pairs for key in part]
+        assert all(equal) == same, name
 
 
 @pytest.mark.slow

@@ -80,6 +80,8 @@ class Model(Section):
     cfg: Annotated[float, Field(ge=1)] = 1.0
     """Classifier-free guidance scale, in rollout and update alike, both branches trained; 1 = off,
     half the cost."""
+    cfg_2: Annotated[float, Field(ge=1)] | None = None
+    """The same of the second network, the one for low noise, where a model has two; None: cfg."""
     negative_prompt: str | None = None
     """The text of the unconditional branch where cfg > 1; None: the empty text."""
     gradient_checkpointing: bool | Positive | Annotated[float, Field(gt=0, lt=1)] = False

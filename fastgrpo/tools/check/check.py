@@ -163,15 +163,16 @@ def _check_model_folder(recipe: Recipe) -> None:
 
 
 def _check_network_folder(recipe: Recipe) -> None:
-    """Raise UserError where the trained network's folder or its weights are not there."""
-    settings, part = recipe.model, models.declared(recipe.model.family, "NETWORK")
+    """Raise UserError where a trained network's folder or its weights are not there."""
+    settings = recipe.model
     if settings.network is None and not Path(settings.path).is_dir():
         return  # told of model.path
     if settings.network is not None:
         source.refuse_file(settings, models.declared(settings.family, "PIPELINES")[0])
     if _on_hub(settings, "path" if settings.network is None else "network"):
         return
-    weight_files.check_weights(diffusers_folder.network_folder(settings, part))
+    for part in models.networks(settings.family):
+        weight_files.check_weights(diffusers_folder.network_folder(settings, part))
 
 
 def _on_hub(settings: Model, key: str) -> bool:

@@ -74,6 +74,13 @@ def no_nsfw(recipe: Recipe) -> str | None:
     return None if recipe.prompts.nsfw_columns else "without prompts.nsfw_columns"
 
 
+def one_network(recipe: Recipe) -> str | None:
+    """Why a second network's guidance has no effect."""
+    if len(models.networks(recipe.model.family)) == 1:
+        return f"{recipe.model.family} has one network"
+    return "without model.cfg above 1" if recipe.model.cfg == 1 else None
+
+
 def nothing_recomputed(recipe: Recipe) -> str | None:
     """Why recomputing keeps nothing."""
     return None if recipe.model.gradient_checkpointing else "without model.gradient_checkpointing"
@@ -128,6 +135,7 @@ RULES = (
     Rule("prompts", ("max_nsfw",), no_nsfw),
     Rule("model", ("keep",), nothing_recomputed),
     Rule("model", ("guidance_dtype",), exact_guidance),
+    Rule("model", ("cfg_2",), one_network),
     Rule("evaluate", ("alarm", "alarm_after"), never_on_the_way),
     Rule("evaluate", ("alarm_lr", "alarm_returns"), never_returns),
     Rule("server", ("urls",), not_asked),

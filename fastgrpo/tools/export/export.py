@@ -8,7 +8,7 @@ never whole in memory.
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,47 +76,83 @@ def export(wanted: Export) -> Path:
 
 
 def write_pipeline(wanted: Export, recipe: Recipe, weights: Weights, partial: Path) -> None:
-    """Write the base folder's parts, and the network with the checkpoint's weights."""
-    part = models.declared(recipe.model.family, "NETWORK")
+    """Write the base folder's parts, and the networks with the checkpoint's weights."""
+    parts = models.networks(recipe.model.family)
     base = source.locate(recipe.model)
-    copy_parts(base, part, partial, wanted.link)
-    own = layout_folder.network_folder(recipe.model, part)
+    copy_parts(base, parts, partial, wanted.link)
     name_pipeline(partial / "model_index.json", recipe.model.family)
-    network = partial / part
-    network.mkdir()
-    shutil.copyfile(own / "config.json", network / "config.json")
-    described = outline(network / "config.json")
-    expected = dict(described.state_dict())
-    read: Callable[[str], Tensor] = weights.read
-    if recipe.lora.rank:
-        read = merged_with(own, adapters(weights), recipe)
-    else:
-        reader.check_names(
-            {name: tensor.shape for name, tensor in expected.items()}, set(expected), weights
-        )
-    dtype = getattr(torch, wanted.dtype)
-    rounded = {  # what diffusers keeps in float32 it wants so in the file too
+    described: dict[str, nn.Module] = {}
+    for part in parts:
+        config = partial / part / "config.json"
+        config.parent.mkdir()
+        shutil.copyfile(layout_folder.network_folder(recipe.model, part) / config.name, config)
+        described[part] = outline(config)
+    prefixes = {part: f"{part}." if len(parts) > 1 else "" for part in parts}  # in the checkpoint
+    if not recipe.lora.rank:
+        shapes = {
+            f"{prefixes[part]}{name}": tensor.shape
+            for part, network in described.items()
+            for name, tensor in network.state_dict().items()
+        }
+        reader.check_names(shapes, set(shapes), weights)
+    for part, network in described.items():
+        layout = layout_of(network, getattr(torch, wanted.dtype))
+        read = reading(recipe, weights, part, prefixes[part])
+        shard_writer.write_network(partial / part, layout, read, wanted.max_shard_bytes)
+
+
+def layout_of(network: nn.Module, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of each tensor in the file; what diffusers keeps in float32 it wants so there
+    too.
+    """
+    expected = network.state_dict()
+    rounded = {
         name
         for name, tensor in expected.items()
-        if tensor.is_floating_point() and not stays_float32(described, name)
+        if tensor.is_floating_point() and not stays_float32(network, name)
     }
-    layout = {
+    return {
         name: (tensor.shape, dtype if name in rounded else tensor.dtype)
         for name, tensor in expected.items()
     }
-    shard_writer.write_network(network, layout, read, wanted.max_shard_bytes)
+
+
+def reading(recipe: Recipe, weights: Weights, part: str, prefix: str) -> Callable[[str], Tensor]:
+    """A reader of a part's tensors [...] by their names there, with adapters folded in.
+
+    prefix: of the part's names in the checkpoint
+    """
+    if not recipe.lora.rank:
+        return lambda name: weights.read(f"{prefix}{name}")
+    own = layout_folder.network_folder(recipe.model, part)
+    return merged_with(own, adapters_of(weights, prefix), recipe)
 
 
 def write_adapters(wanted: Export, recipe: Recipe, weights: Weights, partial: Path) -> None:
-    """Write the file that `load_lora_weights` of the family's pipeline looks for in a folder."""
-    part = models.declared(recipe.model.family, "NETWORK")
-    file, dtype = partial / shard_writer.ADAPTERS, getattr(torch, wanted.dtype)
-    save_adapters(adapters(weights), file, part=part, settings=recipe.lora, dtype=dtype)
+    """Write the file that `load_lora_weights` of the family's pipeline looks for in a folder.
+
+    A second network's is another file, whose names begin with the first's part as well:
+    `load_lora_weights` with `load_into_transformer_2=True` takes it so.
+    """
+    parts, dtype = models.networks(recipe.model.family), getattr(torch, wanted.dtype)
+    for part, name in adapter_files(parts).items():
+        own = adapters_of(weights, f"{part}." if len(parts) > 1 else "")
+        save_adapters(own, partial / name, part=parts[0], settings=recipe.lora, dtype=dtype)
 
 
-def adapters(weights: Weights) -> dict[str, Tensor]:
-    """The trained adapters of a checkpoint, all at once: A [rank, in] and B [out, rank] by name."""
-    return {name: weights.read(name) for name in weights.names if name.endswith((DOWN, UP))}
+def adapter_files(parts: Sequence[str]) -> dict[str, str]:
+    """The file of each trained part's adapters."""
+    more = (shard_writer.MORE_ADAPTERS.format(number) for number in range(2, len(parts) + 1))
+    return dict(zip(parts, (shard_writer.ADAPTERS, *more), strict=True))
+
+
+def adapters_of(weights: Weights, prefix: str) -> dict[str, Tensor]:
+    """A part's adapters of a checkpoint: A [rank, in] and B [out, rank] by their names in the part.
+
+    prefix: of the part's names in the checkpoint
+    """
+    own = [name for name in weights.names if name.endswith((DOWN, UP)) and name.startswith(prefix)]
+    return {name.removeprefix(prefix): weights.read(name) for name in own}
 
 
 def merged_with(folder: Path, state: dict[str, Tensor], recipe: Recipe) -> Callable[[str], Tensor]:
@@ -128,22 +164,23 @@ def merged_with(folder: Path, state: dict[str, Tensor], recipe: Recipe) -> Calla
     return lambda name: merged(name, _float32(base(name)), state, recipe.lora)
 
 
-def copy_parts(base: Path, network: str, partial: Path, link: bool) -> None:
-    """Copy model_index.json, the folders that it names but the network's, and the licence."""
+def copy_parts(base: Path, networks: Sequence[str], partial: Path, link: bool) -> None:
+    """Copy model_index.json, the folders that it names but the networks', and the licence."""
     index = base / "model_index.json"
     parts = [
         name for name, value in layout_folder.read_json(index).items() if isinstance(value, list)
     ]
-    if network not in parts:
-        raise UserError(
-            f"model.path={base}: model_index.json names no {network}; is model.family right?"
-        )
+    for network in networks:
+        if network not in parts:
+            raise UserError(
+                f"model.path={base}: model_index.json names no {network}; is model.family right?"
+            )
     put: Callable[[str, str], Any] = _link if link else shutil.copyfile
     for file in (index, *(file for pattern in COPIED_FILES for file in sorted(base.glob(pattern)))):
         shutil.copyfile(file, partial / file.name)
     for name in parts:
         # an optional part, such as a safety checker, may be null
-        if name != network and (base / name).is_dir():
+        if name not in networks and (base / name).is_dir():
             copy_part(base / name, partial / name, put)
 
 

@@ -12,6 +12,7 @@ from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import null_to_nan, read_json
 from fastgrpo.models.loading import diffusers_folder, source, weight_files
 from fastgrpo.run.tracker import read_metrics
+from fastgrpo.tools.export import shard_writer
 from fastgrpo.training import methods
 
 
@@ -108,7 +109,8 @@ def loading(model: Model, apart: bool) -> list[str]:
             f"pipeline = DiffusionPipeline.from_pretrained({base if apart else FOLDER})"
             f"  # a {pipeline}",
         ]
-    code += ['pipeline.load_lora_weights("FOLDER")'] if apart else []
+    if apart:
+        code += ['pipeline.load_lora_weights("FOLDER")', *_second_adapters(model.family)]
     meanings = {
         "BASE": "the base model",
         "NETWORK": "the folder of its network",
@@ -127,6 +129,17 @@ def loading(model: Model, apart: bool) -> list[str]:
         f"{', '.join(used)}.",
         "",
         'Or `fastgrpo sample FOLDER --prompt "..." --out samples`.',
+    ]
+
+
+def _second_adapters(family: str) -> list[str]:
+    """The lines that load the adapters of a second network."""
+    if len(models.networks(family)) == 1:
+        return []
+    name = shard_writer.MORE_ADAPTERS.format(2)
+    return [
+        f'more = {{"weight_name": "{name}", "load_into_transformer_2": True}}',
+        'pipeline.load_lora_weights("FOLDER", **more)',
     ]
 
 

@@ -20,6 +20,8 @@ from fastgrpo.models.loading.weight_files import cast
 
 WEIGHTS = "diffusion_pytorch_model"
 ADAPTERS = "pytorch_lora_weights.safetensors"
+MORE_ADAPTERS = "pytorch_lora_weights_{}.safetensors"
+"""The file of the adapters of a second network, which diffusers loads by a call of its own."""
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",

@@ -125,7 +125,7 @@ def holds_whole(subject: Subject, machine: Machine) -> bool:
     choice, job = subject.job.recipe.distributed.rollout_weights, subject.job
     if choice != "auto":
         return choice == "gathered"
-    needed = sum(gathered_bytes(job, unit) for unit in job.network.units)
+    needed = sum(gathered_bytes(job, unit) for unit in job.network.all_units)
     held = memory_costs.states(job) | memory_costs.raw_weights(job)
     return (
         ROOM * needed
@@ -331,7 +331,7 @@ def _step_seconds(job: Job, machine: Machine, batches: int) -> float:
     """Seconds of clipping and AdamW, which wait for memory; with offloading also of the way to the
     host and back, and of a disk that is slower than the step.
     """
-    trained = sum(reduced_bytes(job, unit) for unit in job.network.units) / 4 / job.shards
+    trained = sum(reduced_bytes(job, unit) for unit in job.network.all_units) / 4 / job.shards
     count = STEP_BYTES + (AVERAGE_BYTES if job.recipe.optimizer.ema_decay else 0)
     if not job.recipe.distributed.offload:
         return machine.move(trained * count)
@@ -363,7 +363,7 @@ def _save(subject: Subject, machine: Machine) -> Phase:
     the background the run waits until a rank's own part is in the host's memory.
     """
     job = subject.job
-    trained = sum(reduced_bytes(job, unit) for unit in job.network.units) / 4
+    trained = sum(reduced_bytes(job, unit) for unit in job.network.all_units) / 4
     count = 12 + (4 if job.recipe.optimizer.ema_decay else 0)
     nodes = max(1, job.gpus // job.ranks_per_node)
     seconds = trained * count / (machine.achieved.disk_gbs * 1e9 * nodes)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from fastgrpo.algorithm import samplers
 from fastgrpo.core.config import Objective, Recipe
 from fastgrpo.core.memory import Peaks
-from fastgrpo.core.policy import Decoded, stack
+from fastgrpo.core.policy import Decoded, networks_of, stack
 from fastgrpo.parallel import sharding
 from fastgrpo.parallel.nvme.adamw import OffloadedAdamW
 from fastgrpo.parallel.world import World
@@ -56,7 +56,7 @@ class Probe(Trainer):
 
     world: World | None = None
     norms: list[float] = field(default_factory=list)
-    missing: str = ""  # a trained parameter that has no gradient on some rank
+    missing: str = ""  # a parameter without gradient on some rank, in a network with any
     differing: str = ""  # a parameter whose gradient is not the same on all replicas
 
     @classmethod
@@ -81,7 +81,10 @@ class Probe(Trainer):
         assert self.world is not None
         trained = {name: p for name, p in self.policy.network.named_parameters() if p.requires_grad}
         grads = {name: p.grad for name, p in trained.items() if p.grad is not None}
-        lacking = next((name for name in trained if name not in grads), "")
+        networks = networks_of(self.policy.network)
+        reached = tuple(p for p in networks if any(name.startswith(p) for name in grads))
+        due = (name for name in trained if name.startswith(reached or tuple(networks)))
+        lacking = next((name for name in due if name not in grads), "")
         self.missing = self.missing or next(filter(None, gathered(lacking, self.world)), "")
         norm = nn.utils.get_total_norm(list(grads.values()))
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -143,7 +146,8 @@ def short(plan: Plan) -> Plan:
     window = range(times.index(noisy.start), times.index(noisy.stop))
     # the last one for the first prompt, which may be the only one that is drawn
     own_steps = tuple(window[-1 - number % len(window)] for number in range(len(plan.own_steps)))
-    return replace(plan, grid=plan.grid[times], window=window, own_steps=own_steps, trained=None)
+    plan = replace(plan, grid=plan.grid[times], experts=plan.experts_at(times))
+    return replace(plan, window=window, own_steps=own_steps, trained=None)
 
 
 def noisy_plan(parts: Parts) -> Plan:

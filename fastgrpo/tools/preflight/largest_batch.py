@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from fastgrpo.core.memory import Peaks, free_memory
-from fastgrpo.core.policy import Condition, stack
+from fastgrpo.core.policy import Condition, predict, stack
 from fastgrpo.core.processes import fail_alone
 from fastgrpo.core.units import GIB
 from fastgrpo.parallel import sharding
@@ -52,7 +52,8 @@ def rollout_batch(parts: Parts) -> tuple[int, str]:
     @torch.no_grad()
     def forward(count: int) -> None:
         x = torch.zeros(count, *parts.plan.latent_shape, device=world.device)
-        policy.velocity(x, parts.plan.grid[:1].expand(count), stack([condition] * count))
+        t, expert = parts.plan.grid[:1].expand(count), parts.plan.expert(0)
+        predict(policy, x, t, stack([condition] * count), expert)
 
     def decode(count: int) -> None:
         x = torch.zeros(count, *parts.plan.latent_shape, device=world.device)

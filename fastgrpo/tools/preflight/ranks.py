@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from fastgrpo.core.policy import stack
+from fastgrpo.core.policy import predict, stack
 from fastgrpo.parallel import sequence_parallel, sharding
 from fastgrpo.tools.preflight.finding import (
     Finding,
@@ -80,9 +80,9 @@ def sequences(parts: Parts) -> Finding:
         torch.no_grad(),
         sharding.rollout_weights(policy.network, parts.recipe.distributed, parts.dtype, world),
     ):
-        shared = policy.velocity(x, t, condition)
+        shared = predict(policy, x, t, condition, plan.expert(0))
         with sequence_parallel.alone(policy.network):
-            whole = policy.velocity(x, t, condition)
+            whole = predict(policy, x, t, condition, plan.expert(0))
     difference = largest(((shared - whole).norm() / whole.norm()).item(), world)
     sums = gathered(fingerprints([shared], world).tolist(), world)
     agree = all(bits == sums[rank - rank % world.sp.size] for rank, bits in enumerate(sums))

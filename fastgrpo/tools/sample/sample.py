@@ -21,7 +21,7 @@ from fastgrpo import models
 from fastgrpo.algorithm import noise
 from fastgrpo.core import config, files
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.policy import Condition, Encoder, Policy, Prompt, move, stack
+from fastgrpo.core.policy import Condition, Encoder, Policy, Prompt, experts_of, move, stack
 from fastgrpo.data import prompts as prompt_file
 from fastgrpo.models.loading import policies
 from fastgrpo.parallel.world import World, open_world
@@ -304,13 +304,15 @@ def latents_of(weights: Snapshot, share: Share, world: World) -> tuple[Policy, d
     policy.negative = share.negative
     source, clips = share.work.source, share.work.clips
     shape = policy.latent_shape(source.video)
-    grid = policy.time_grid(source.steps, source.shift, shape).to(world.device)
+    times = policy.time_grid(source.steps, source.shift, shape)
+    grid, experts = times.to(world.device), experts_of(policy.network, times)
     shown = world.main and sys.stderr.isatty()
     latents: dict[int, Tensor] = {}
     for batch in track(share.batches, f"sampling {weights.label}", disable=not shown):
         x = noise.normal([noise_key(clips[n].seed) for n in batch], shape).to(world.device)
         condition = move(stack([share.conditions[clips[n].prompt] for n in batch]), world.device)
-        latents |= zip(batch, rollout.sample_ode(policy, x, grid, condition).cpu(), strict=True)
+        drawn = rollout.sample_ode(policy, x, grid, condition, experts=experts)
+        latents |= zip(batch, drawn.cpu(), strict=True)
     return policy, latents
 
 

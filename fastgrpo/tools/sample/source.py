@@ -20,9 +20,10 @@ from fastgrpo.core import config
 from fastgrpo.core.config import Lora, Model, Prompts, Recipe, Rollout, Section, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import refuse_lfs_pointer
-from fastgrpo.core.policy import Policy
+from fastgrpo.core.policy import Policy, networks_of
 from fastgrpo.models.loading import policies
 from fastgrpo.models.loading.lora import ADAPTER, DOWN, UP
+from fastgrpo.tools.export.export import adapter_files
 from fastgrpo.tools.export.shard_writer import ADAPTERS
 
 S = TypeVar("S", bound=Section)
@@ -244,10 +245,18 @@ def _only_for_runs(choice: Asked, what: str) -> None:
 
 @torch.no_grad()
 def load_adapters(network: nn.Module, file: Path) -> None:
-    """Put an exported file's adapters into a network that has fresh ones.
+    """Put an exported file's adapters into a network that has fresh ones, of several one each.
 
     Raises UserError where they differ.
     """
+    networks = networks_of(network).values()
+    files = adapter_files([str(number) for number in range(len(networks))]).values()
+    for one, name in zip(networks, files, strict=True):
+        _load_adapters(one, file.with_name(name) if len(networks) > 1 else file)
+
+
+def _load_adapters(network: nn.Module, file: Path) -> None:
+    """Put the adapters of one file into one network."""
     own = {name: p for name, p in network.named_parameters() if name.endswith((DOWN, UP))}
     refuse_lfs_pointer(file, f"source={file}")
     try:

@@ -100,6 +100,7 @@ class HeldOut:
     conditions: Sequence[Condition]  # one per prompt, from the cache on demand
     grid: Tensor  # float32 [T + 1] from 1 to 0, on the device
     shape: tuple[int, ...]  # (C, F, H, W) of a latent
+    experts: tuple[int, ...] = ()  # by step, as `Plan.experts`
 
     def first(self, count: int, device: torch.device) -> "HeldOut":
         """The first prompts, their conditions on the device."""
@@ -205,6 +206,7 @@ def _plan(heldout: HeldOut, seeds: int) -> Plan:
         eta=0.0,
         shared_noise=False,
         latent_shape=heldout.shape,
+        experts=heldout.experts,
     )
 
 
@@ -218,7 +220,7 @@ def _latents(
     condition = stack([conditions[slot // plan.group_size] for slot in slots])
     # on the CPU: another GPU, or none, draws the same noise
     x = plan.initial_noise(slots, torch.device("cpu")).to(plan.grid.device)
-    return rollout.sample_ode(policy, x, plan.grid, condition)
+    return rollout.sample_ode(policy, x, plan.grid, condition, experts=plan.experts)
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:

@@ -63,7 +63,7 @@ class NoisedSamples:
         """
         condition = stack([conditions[slot // plan.group_size] for slot in slots])
         noise_at_one = plan.initial_noise(slots, plan.grid.device)
-        final = sample_ode(policy, noise_at_one, plan.grid, condition)
+        final = sample_ode(policy, noise_at_one, plan.grid, condition, experts=plan.experts)
         trajectories = {
             slot: Trajectory({plan.steps: stored(x_0, plan)})
             for slot, x_0 in zip(slots, final, strict=True)

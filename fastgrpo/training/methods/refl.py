@@ -112,7 +112,7 @@ class RewardFeedback:
 
         condition = stack([conditions[slot // plan.group_size] for slot in slots])
         noise_at_one = plan.initial_noise(slots, plan.grid.device)
-        final = sample_ode(policy, noise_at_one, plan.grid, condition, keep)
+        final = sample_ode(policy, noise_at_one, plan.grid, condition, keep, plan.experts)
         return Drawn(slots, final, trajectories)
 
     def losses(self, policy: Policy, experience: Experience, objective: Objective) -> "Feedback":

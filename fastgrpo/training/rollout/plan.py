@@ -29,6 +29,7 @@ class Plan:
     eta: float
     shared_noise: bool
     latent_shape: tuple[int, ...]  # (C, F, H, W)
+    experts: tuple[int, ...] = ()  # by step, see `policy.experts_of`; empty: one network for all
     noises: int = 1  # of a group that shares them, each by as many samples
     window: range | None = None  # the noisy steps; None: all but the last
     candidates: tuple[tuple[int, ...], ...] = ()
@@ -46,6 +47,14 @@ class Plan:
     def steps(self) -> int:
         """T, the number of the grid's steps."""
         return len(self.grid) - 1
+
+    def expert(self, step: int) -> int:
+        """The number of the network that predicts at a step."""
+        return self.experts[step] if self.experts else 0
+
+    def experts_at(self, numbers: Sequence[int]) -> tuple[int, ...]:
+        """The experts of the steps of a grid of some times.  numbers: increasing, T the last"""
+        return tuple(self.experts[step] for step in numbers[:-1]) if self.experts else ()
 
     @property
     def noisy(self) -> range:

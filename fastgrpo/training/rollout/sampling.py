@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastgrpo.algorithm import samplers
 from fastgrpo.core.memory import to_host
-from fastgrpo.core.policy import Condition, Policy, stack
+from fastgrpo.core.policy import Condition, Policy, experts_of, predict, stack
 from fastgrpo.training.rollout.dealing import batches
 from fastgrpo.training.rollout.plan import Plan
 
@@ -68,7 +68,7 @@ def shared_prefixes(
     found: dict[int, SharedPrefix] = {}
     for step in range(plan.firsts.stop):
         t, t_next = plan.grid[step], plan.grid[step + 1]
-        v = policy.velocity(x, t.expand(len(x)), condition)
+        v = predict(policy, x, t.expand(len(x)), condition, plan.expert(step))
         here = [prefix for prefix in left if plan.first_of(prompt_of[prefix]) == step]
         for row, prefix in enumerate(here):  # copies, since a view would keep the batch in memory
             found[prefix] = SharedPrefix(x[row].clone(), v[row].clone())
@@ -162,7 +162,7 @@ class _Batch:
         asked = max(rows, 1)  # without such rows: the first, as often as on other ranks
         t = self.plan.grid[step].expand(asked)
         condition = {name: values[:asked] for name, values in self.condition.items()}
-        v = self.policy.velocity(self.x[:asked], t, condition)
+        v = predict(self.policy, self.x[:asked], t, condition, self.plan.expert(step))
         self.v = _joined([v[:rows], self.v[rows:]])
 
     def move(self, step: int) -> None:
@@ -227,20 +227,24 @@ def sample_ode(
     grid: Tensor,
     condition: Condition,
     visit: Callable[[int, Tensor], None] = lambda step, x: None,
+    experts: Sequence[int] = (),
 ) -> Tensor:
     """Follow the flow's ODE by Euler steps: the deterministic sampler of evaluation and pictures.
 
     x: noise [B, C, F, H, W] float32;  grid: [T + 1] from 1 to 0
     visit: called with each step and the state before it, like x
+    experts: by step, as `Plan.experts`
     returns x_0 like x
     """
+    experts = experts or experts_of(policy.network, grid) or (0,) * (len(grid) - 1)
     for step, (t, t_next) in enumerate(pairwise(grid[:-1])):
         visit(step, x)
-        v = policy.velocity(x, t.expand(len(x)), condition)
+        v = predict(policy, x, t.expand(len(x)), condition, experts[step])
         x, _ = policy.transition(x, v=v, t=t, t_next=t_next, eta=0.0)
     t = grid[-2]
     visit(len(grid) - 2, x)
-    return policy.clean_estimate(x, policy.velocity(x, t.expand(len(x)), condition), t)
+    v = predict(policy, x, t.expand(len(x)), condition, experts[-1])
+    return policy.clean_estimate(x, v, t)
 
 
 def draw(

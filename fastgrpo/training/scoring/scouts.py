@@ -61,7 +61,9 @@ def scout(rollouts: Rollouts, conditions: Sequence[Condition], plan: Plan) -> Sc
         x, device = plan.initial_noise(slots, plan.grid.device), plan.grid.device.type
         lower = settings.scout_dtype == "bfloat16"
         with torch.autocast(device, dtype=torch.bfloat16, enabled=lower):
-            final = rollout.sample_ode(rollouts.policy, x, plan.grid, condition)
+            final = rollout.sample_ode(
+                rollouts.policy, x, plan.grid, condition, experts=plan.experts
+            )
         return Drawn(slots, final.float(), {})
 
     _, scored = rollouts.score(dealing, sample, then="rollout")
@@ -80,15 +82,16 @@ def scout(rollouts: Rollouts, conditions: Sequence[Condition], plan: Plan) -> Sc
     return Scouted(scored, scouts.choose(*by_prompt, keep=settings.noises_per_prompt))
 
 
-def candidates(plan: Plan, count: int, grid: Tensor) -> Plan:
+def candidates(plan: Plan, count: int, grid: Tensor, experts: tuple[int, ...] = ()) -> Plan:
     """The plan of `count` candidates of each prompt, each from a noise of its own, by the ODE.
 
-    grid: float32 [T + 1] from 1 to 0
+    grid: float32 [T + 1] from 1 to 0;  experts: by its steps, as `Plan.experts`
     """
     return replace(
         plan,
         group_size=count,
         grid=grid,
+        experts=experts,
         eta=0.0,
         shared_noise=False,
         noises=1,

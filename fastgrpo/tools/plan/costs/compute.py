@@ -15,6 +15,7 @@ from functools import lru_cache
 from fastgrpo.core.config import Recipe
 from fastgrpo.models.sizes.units import (
     BOTH,
+    IMAGE,
     SAMPLE,
     TEXT,
     VIDEO,
@@ -112,13 +113,17 @@ class _Tokens:
     video: int
     local: int
     text: int
+    image: int
     sp: int
 
 
 def forward(job: Job, batch: int, units: Iterable[Unit] | None = None) -> Flops:
     """One forward over `batch` states, guidance's second branch included."""
     samples, found = batch * job.branches, Flops()
-    tokens, lora = _Tokens(job.video, job.local, job.text, job.sp), job.recipe.lora
+    tokens, lora = (
+        _Tokens(job.video, job.local, job.text, job.network.image, job.sp),
+        job.recipe.lora,
+    )
     for unit in job.network.units if units is None else units:
         whole = unit is job.network.rest
         products, attention = _of_unit(unit, whole, tokens)
@@ -142,14 +147,16 @@ def _of_unit(unit: Unit, whole: bool, tokens: _Tokens, linear: bool = False) -> 
     for product in unit.products:
         if linear and not product.linear:
             continue
-        video = tokens.video if whole and product.name != "proj_out" else tokens.local
+        video = tokens.video if whole and not product.name.endswith("proj_out") else tokens.local
         count = {VIDEO: video, TEXT: tokens.text, BOTH: video + tokens.text, SAMPLE: 1}
+        count[IMAGE] = tokens.image
         products += product.flops * count[product.where]
     return products, sum(_attention(attention, tokens) for attention in unit.attentions)
 
 
 def _attention(attention: Attention, tokens: _Tokens) -> float:
     counts = {VIDEO: tokens.video, TEXT: tokens.text, BOTH: tokens.video + tokens.text}
+    counts[IMAGE] = tokens.image
     queries = counts[attention.queries] * attention.area
     keys = counts[attention.keys] * (attention.area if attention.keys == VIDEO else 1.0)
     return 4.0 * queries * keys * attention.width / (tokens.sp if attention.shared else 1)
@@ -182,7 +189,7 @@ def recomputed(job: Job, batch: int, unit: Unit, number: int) -> Flops:
         return Flops(share * once.products, share * once.attention, share * once.adapters)
     if settings.keep == "attention":
         return Flops(share * once.products, 0.0, share * once.adapters)
-    tokens = _Tokens(job.video, job.local, job.text, job.sp)
+    tokens = _Tokens(job.video, job.local, job.text, job.network.image, job.sp)
     linear = batch * job.branches * _of_unit(unit, False, tokens, linear=True)[0]
     return Flops(max(0.0, share * once.products - linear))
 
@@ -241,7 +248,9 @@ def reduced_bytes(job: Job, unit: Unit) -> float:
 
 def gather_whole(job: Job) -> Sent:
     """The weights gathered once for a rollout."""
-    return Sent(gather=_ring(job) * sum(gathered_bytes(job, unit) for unit in job.network.units))
+    return Sent(
+        gather=_ring(job) * sum(gathered_bytes(job, unit) for unit in job.network.all_units)
+    )
 
 
 def gather_blocks(job: Job, forwards: int) -> Sent:
@@ -282,7 +291,7 @@ def tokens_of_update(job: Job, batch: int) -> Sent:
 
 def between_replicas(job: Job) -> Sent:
     """The gradient's shards, agreed between replicas once per optimizer step."""
-    gradient = sum(reduced_bytes(job, unit) for unit in job.network.units) / job.shards
+    gradient = sum(reduced_bytes(job, unit) for unit in job.network.all_units) / job.shards
     return Sent(reduce=2 * gradient * (job.replicas - 1) / job.replicas)
 
 
@@ -317,11 +326,14 @@ def _tokens(job: Job, batch: int, passes: float, ends: int) -> Sent:
     width, share = job.network.width, (job.sp - 1) / job.sp
     samples = batch * job.branches * job.element
     shared = [
-        a for unit in job.network.blocks for a in unit.attentions if a.shared and a.keys != TEXT
+        a
+        for unit in job.network.blocks
+        for a in unit.attentions
+        if a.shared and a.keys not in (TEXT, IMAGE)
     ]
     video = 4 * width * job.local * share * samples
     text = width * job.text * share * samples if shared and shared[0].keys == BOTH else 0.0
-    out = next((p.outputs for p in job.network.rest.products if p.name == "proj_out"), 0)
+    out = next((p.outputs for p in job.network.rest.products if p.name.endswith("proj_out")), 0)
     velocity = job.local * out * (job.sp - 1) * samples
     return Sent(
         exchange=passes * len(shared) * video, collect=passes * len(shared) * text + ends * velocity

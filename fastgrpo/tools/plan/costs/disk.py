@@ -16,7 +16,7 @@ def of_run(subject: Subject) -> dict[str, float]:
     """
     job, auxiliary = subject.job, subject.auxiliary
     optimizer = job.recipe.optimizer
-    trained = sum(reduced_bytes(job, unit) for unit in job.network.units) / GRADIENT
+    trained = sum(reduced_bytes(job, unit) for unit in job.network.all_units) / GRADIENT
     one = (MASTER + MOMENTS + (MASTER if optimizer.ema_decay else 0)) * trained
     models = job.network.parameters + auxiliary.encoders + auxiliary.vae
     return {

@@ -96,7 +96,7 @@ def _trained(job: Job) -> Iterator[int]:
 def _trained_rows(job: Job) -> Iterator[tuple[int, bool]]:
     """The same, and whether the shards divide the rows."""
     settings = job.recipe.lora
-    for unit in job.network.units:
+    for unit in job.network.all_units:
         trained = adapters(unit, settings.rank, settings.targets) if job.lora else unit
         for shape in trained.weights.values():
             yield _shard(shape, job.shards), shape[0] % job.shards == 0
@@ -104,7 +104,7 @@ def _trained_rows(job: Job) -> Iterator[tuple[int, bool]]:
 
 def _frozen(job: Job) -> Iterator[int]:
     """Bytes of a rank's shard of each parameter that adapters stand beside."""
-    units: list[Unit] = list(job.network.units) if job.lora else []
+    units: list[Unit] = list(job.network.all_units) if job.lora else []
     for unit in units:
         for name, shape in unit.weights.items():
             element = MASTER if has_part(name, job.network.float32) else job.element

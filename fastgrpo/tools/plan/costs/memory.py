@@ -9,7 +9,7 @@ follows from shapes.
 
 import math
 
-from fastgrpo.models.sizes.units import BOTH, SAMPLE, TEXT, VIDEO, Batch, Block, adapters
+from fastgrpo.models.sizes.units import BOTH, IMAGE, SAMPLE, TEXT, VIDEO, Batch, Block, adapters
 from fastgrpo.tools.plan.costs.compute import Job, frozen_bytes, gathered_bytes, reduced_bytes
 from fastgrpo.tools.plan.workload import network_calls
 from fastgrpo.training import methods
@@ -29,7 +29,9 @@ def states(job: Job) -> dict[str, float]:
         return {"initial policy": root} if root else {}
     trained = _trained(job)
     frozen = (
-        sum(frozen_bytes(job, unit) for unit in job.network.units) / job.shards if job.lora else 0.0
+        sum(frozen_bytes(job, unit) for unit in job.network.all_units) / job.shards
+        if job.lora
+        else 0.0
     )
     found = {"weights": MASTER * trained + frozen, "optimizer": MOMENTS * trained}
     if job.recipe.optimizer.ema_decay:
@@ -55,7 +57,7 @@ def _set_aside(job: Job) -> dict[str, float]:
 
 def _trained(job: Job) -> float:
     """Trained parameters of a rank's shards."""
-    return sum(reduced_bytes(job, unit) for unit in job.network.units) / GRADIENT / job.shards
+    return sum(reduced_bytes(job, unit) for unit in job.network.all_units) / GRADIENT / job.shards
 
 
 def gradients(job: Job) -> float:
@@ -127,7 +129,7 @@ def _forward(job: Job, batch: int, gathered: bool) -> dict[str, float]:
     """
     network, depth = job.network, max(1, job.recipe.distributed.prefetch)
     whole, root = (
-        sum(gathered_bytes(job, unit) for unit in network.units),
+        sum(gathered_bytes(job, unit) for unit in network.all_units),
         gathered_bytes(job, network.rest),
     )
     passed = _passed(job, batch)
@@ -150,6 +152,7 @@ def _passed(job: Job, batch: int, recomputed: bool = False) -> Batch:
         element=job.element,
         video=rows * job.local,
         text=rows * job.text,
+        image=rows * job.network.image,
         shared=job.sp > 1,
         recomputed=recomputed,
     )
@@ -185,6 +188,7 @@ def _kept(job: Job, block: Block, batch: Batch) -> float:
     if not batch.recomputed or keep == "nothing":
         return 0.0
     tokens = {VIDEO: batch.video, TEXT: batch.text, BOTH: batch.video + batch.text, SAMPLE: 0}
+    tokens[IMAGE] = batch.image
     heads = job.network.heads
     found = sum(
         tokens[attention.queries] * attention.area * (job.element * attention.width + 4 * heads)

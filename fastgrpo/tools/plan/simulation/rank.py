@@ -31,7 +31,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from fastgrpo import models
 from fastgrpo.core.config import Recipe
 from fastgrpo.core.errors import UserError
-from fastgrpo.core.policy import Condition, Policy
+from fastgrpo.core.policy import Condition, Policy, predict
 from fastgrpo.models.loading import policies
 from fastgrpo.models.loading.lora import add_adapters
 from fastgrpo.parallel import sharding
@@ -206,7 +206,7 @@ def loss(policy: Policy, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
 
     x: [B, C, F, H, W];  t: [B];  returns a scalar
     """
-    return policy.velocity(x, t, condition).square().mean()
+    return predict(policy, x, t, condition, 0).square().mean()
 
 
 def _update_memory(recipe: Recipe, policy: Policy, sizes: Sizes, found: Simulated) -> None:
@@ -244,7 +244,7 @@ def _rollout_memory(
         if whole:
             _track_gathered(policy.network, tracker)
         with tracker, torch.no_grad():
-            policy.velocity(x, t, condition)
+            predict(policy, x, t, condition, 0)
     found.rollout_peak, found.rollout_parts = _peak(tracker)
 
 
@@ -308,7 +308,7 @@ def _rollout_work(
         flops,
         torch.no_grad(),
     ):
-        policy.velocity(x, t, condition)
+        predict(policy, x, t, condition, 0)
     found.rollout_flops, found.rollout_sent = flops.get_total_flops(), dict(sent.sent)
 
 

@@ -205,7 +205,7 @@ def test_micro_batches_with_an_initial_policy_send_what_is_planned(
         )
         for _ in range(2):
             with Sent(1) as sent:
-                update._dummy_loss(trainer, experience, world).backward()
+                update._dummy_loss(trainer, experience, world, 0).backward()
             counted.append(dict(sent.sent))
         if job.second_network:
             states, root = memory.states(job), held_by_root(reference)
