@@ -119,6 +119,7 @@ class TextEncoder(InPasses):
         return [{"glyphs": self._glyphs_of(text)} for text in texts]
 
     def _glyphs_of(self, text: str) -> Tensor:
+        """A text's own.  returns [G, E]"""
         quoted = extract_glyph_texts(text)
         if quoted is None:
             return torch.zeros(0, self.byt5.config.d_model)
