@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -93,17 +93,21 @@ def prefetch(policy: Policy, blocks: int) -> None:
     gathers one block ahead, in a forward only once the block before has been launched: late on a
     host that is slower than the device.
     """
-    if not blocks:
-        return
     for network in networks_of(policy.network).values():
         inside = set(network.modules())
         own = [block for block in policy.blocks if block in inside]
+        # Left to itself the last block of a backward gathers what the forward before this one ended
+        # with: of two experts another network's. Its own is whole by then.
+        cast(FSDPModule, own[0]).set_modules_to_backward_prefetch([network])
+        if not blocks:
+            continue
         forward, backward = (network, *own), (network, *reversed(own))
         for number in range(len(forward)):
             following = slice(number + 1, number + 1 + blocks)
             now, back = forward[number], backward[number]
             now.set_modules_to_forward_prefetch(list(forward[following]))
-            back.set_modules_to_backward_prefetch(list(backward[following]))
+            if backward[following]:
+                back.set_modules_to_backward_prefetch(list(backward[following]))
 
 
 @contextmanager
