@@ -360,7 +360,7 @@ def test_samples_that_are_not_finite_are_told_marked_and_not_scored(
 def test_weights_that_are_not_finite_give_no_samples_but_one_line(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoilt(*_: Any) -> Tensor:
+    def spoilt(*_: Any, **__: Any) -> Tensor:
         return torch.full((3, *shape), float("nan"))
 
     shape = policies.load(config.load(runs.RECIPE).model, CPU).latent_shape(
