@@ -78,7 +78,7 @@ KEPT = {  # bytes per token and channel, by the bytes of a number, feed-forward 
     2: Kept((27.1, 0.0), (70.1, 12.0), (86.1, 12.0), 2.0, moved=(338.1, 0.0)),
     4: Kept((54.2, 0.0), (96.1, 24.0), (121.2, 24.0), 4.0),
 }
-FLOAT32 = ("time_embedder", "scale_shift_table", "norm2")  # what diffusers keeps so in bfloat16
+FLOAT32 = ("time_embedder", "scale_shift_table", "norm1", "norm2")  # by diffusers in bfloat16, too
 HIDDEN_KEPT = {2: 4.0, 4: 8.0}  # bytes per token and channel of the feed-forward's inner layer
 AUXILIARY = AuxiliaryModels(
     space=8,

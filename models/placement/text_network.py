@@ -14,9 +14,7 @@ from fastgrpo.core.memory import free_memory
 from fastgrpo.core.policy import Prompt
 from fastgrpo.core.units import GIB
 from fastgrpo.models.placement.moving_blocks import MovingBlocks, blocks_of, held, tensors_of
-from fastgrpo.models.sizes.text_encoders import WAYS, Sizes, check, possible
-
-FREE_SHARE = 0.95  # of the free memory: the allocator cannot give the rest
+from fastgrpo.models.sizes.text_encoders import FREE_SHARE, WAYS, Sizes, check, possible
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ WAYS = {
     "streamed": "block by block from host memory",
 }
 """In the order in which model.text_encoders = "auto" tries them: the quickest first."""
+FREE_SHARE = 0.95  # of the free memory: the allocator cannot give the rest
 AT_ONCE = 2  # blocks on the GPU where they come one by one: the one at work, and the next
 
 
@@ -137,7 +138,7 @@ T5_XXL = Published(
     name="", outside=131.6e6, block=192.95e6, blocks=24, width=4096, at_work=AT_WORK["t5"]
 )
 BYT5_SMALL = Published(
-    name="", outside=2.2e6, block=18.09e6, blocks=12, width=1472, at_work=AT_WORK["t5"]
+    name="", outside=2.224e6, block=18.09e6, blocks=12, width=1472, at_work=AT_WORK["t5"]
 )
 UMT5_XXL = Published(
     name="", outside=1050.2e6, block=192.95e6, blocks=24, width=4096, at_work=AT_WORK["umt5"]

@@ -29,6 +29,7 @@ from fastgrpo.core.policy import stack
 from fastgrpo.models.loading import policies
 from fastgrpo.models.loading.lora import add_adapters, at_rest, merged, save_adapters, target_layers
 from fastgrpo.parallel import sharding
+from fastgrpo.parallel.precision import stays_float32
 from fastgrpo.parallel.world import World
 from fastgrpo.training.policies import Unadapted
 from tests.harness import forks, tiny
@@ -366,7 +367,10 @@ def test_merged_is_rounded_once() -> None:
 def test_only_frozen_weights_are_kept_in_the_compute_precision() -> None:
     network = wan()
     add_adapters(network, LORA, torch.bfloat16)
-    assert {p.dtype for p in network.parameters() if not p.requires_grad} == {torch.bfloat16}
+    frozen = {name: p.dtype for name, p in network.named_parameters() if not p.requires_grad}
+    staying = {name for name in frozen if stays_float32(network, name)}
+    assert staying and {frozen[name] for name in staying} == {torch.float32}
+    assert {frozen[name] for name in frozen.keys() - staying} == {torch.bfloat16}
     assert {p.dtype for p in network.parameters() if p.requires_grad} == {torch.float32}
     tables = [buffer.dtype for buffer in network.buffers() if buffer.is_floating_point()]
     assert tables and torch.bfloat16 not in tables

@@ -122,7 +122,9 @@ def parts_of(
         steps_trained=2,
     )
     grid, texts = torch.linspace(1, 0, 5), [torch.zeros(length, 4) for length in (3, 9, 5)]
-    drawn = SimpleNamespace(latent_shape=(4, 2, 2, 2), grid=grid, store="device")
+    drawn = SimpleNamespace(
+        latent_shape=(4, 2, 2, 2), grid=grid, store="device", expert=lambda step: 0
+    )
     return SimpleNamespace(
         recipe=recipe,
         world=world,

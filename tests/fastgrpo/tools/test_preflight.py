@@ -215,7 +215,7 @@ def test_the_command_leaves_nothing_behind(
         == 0
     )
     out = capsys.readouterr().out
-    assert out.count("green  ") == 14 and out.rstrip().endswith("preflight: all green")
+    assert out.count("green  ") == 15 and out.rstrip().endswith("preflight: all green")
     assert "seconds and peak memory" in out
     assert not list(tmp_path.iterdir())
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fastgrpo.core.units import GIB
 from fastgrpo.models.sizes.family_plan import AuxiliaryModels
-from fastgrpo.models.sizes.text_encoders import WAYS, Published, Sizes, possible
+from fastgrpo.models.sizes.text_encoders import FREE_SHARE, WAYS, Published, Sizes, possible
 from fastgrpo.tools.plan.costs.compute import Job
 
 PROMPTS = 1000  # whose seconds a plan tells
@@ -62,7 +62,7 @@ def _placed(text: Published, job: Job, room: float) -> Placed:
     if not text.blocks:
         wanted = "whole"
     ways = possible(wanted, job.gpus) or ("whole",)
-    found = sizes.way(wanted, job.gpus, room)
+    found = sizes.way(wanted, job.gpus, FREE_SHARE * room)
     way = found or min(ways, key=lambda one: sizes.peak(one, job.gpus))
     return Placed(text, sizes, way, found is not None, job.gpus)
 
