@@ -97,7 +97,7 @@ class ImageTextEncoder(first_frame.ImageTextEncoder):
     def latent(self, posterior: Any, pixels: Tensor) -> Tensor:
         """The posterior's mode, normalised channel by channel.
 
-        pixels: uint8 [H, W, 3];  returns float32 [C, 1, h, w] on the CPU
+        pixels: uint8 [H, W, 3];  returns float32 [C, F, h, w] on the CPU, F = 1 for a frame
         """
         mean, std = (
             torch.tensor(values).reshape(-1, 1, 1, 1)

@@ -28,13 +28,12 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModel
 from fastgrpo import models
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.policy import Condition
-from fastgrpo.models import wan
+from fastgrpo.models import wan, wan_i2v
 from fastgrpo.models.loading import diffusers_folder
 from fastgrpo.models.loading.wan_folder import Form
 from fastgrpo.models.sizes.family_plan import FamilyPlan
 from fastgrpo.models.sizes.transformer_blocks import Kept
 from fastgrpo.models.sizes.units import IMAGE, SAMPLE, VIDEO, Attention
-from fastgrpo.models.text_encoders import first_frame
 from fastgrpo.models.text_encoders.passes import InPasses
 from fastgrpo.models.text_encoders.umt5 import TextEncoder
 from fastgrpo.models.wan import Forward, Wan, blocks, share_sequence
@@ -83,7 +82,7 @@ class WanFromImage(Wan):
         return super()._guided(torch.cat([x, mask, given], 1), t, condition, cfg, network)
 
 
-class ImageTextEncoder(first_frame.ImageTextEncoder):
+class ImageTextEncoder(wan_i2v.ImageTextEncoder):
     """This family's `Encoder`: UMT5's states, the given clip's latent, and CLIP-H's states."""
 
     family = "wan_i2v_14b"
@@ -118,18 +117,6 @@ class ImageTextEncoder(first_frame.ImageTextEncoder):
     def clip(self, frame: Tensor) -> Tensor:
         """The frame and grey ones, of value 0, after it.  returns [1, 3, F, H, W]"""
         return pad(frame, (0, 0, 0, 0, 0, self.frames - 1))
-
-    def latent(self, posterior: Any, pixels: Tensor) -> Tensor:
-        """The posterior's mode, normalised channel by channel.
-
-        pixels: uint8 [H, W, 3];  returns float32 [C, F, h, w] on the CPU
-        """
-        mean, std = (
-            torch.tensor(values).reshape(-1, 1, 1, 1)
-            for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
-        )
-        latent: Tensor = (posterior.mode()[0].float().cpu() - mean) / std
-        return latent
 
 
 @contextmanager
