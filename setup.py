@@ -135,6 +135,7 @@ setup(
         # distributed.offload=nvme: its asynchronous I/O; benchmarks.speed.cpu_adam: its AdamW
         "deepspeed": ["deepspeed>=0.19,<0.20"],
         "lora": ["peft>=0.19"],
+        "swanlab": ["swanlab>=0.10,<1"],
         "ocr": ["rapidocr>=3.10,<3.11", "onnxruntime>=1.20"],
         "dev": [
             "peft>=0.19",

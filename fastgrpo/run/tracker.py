@@ -1,4 +1,5 @@
-"""The numbers of a run: a JSON line per iteration, a live display or plain lines, wandb, TensorBoard.
+"""The numbers of a run: a JSON line per iteration, a live display or plain lines; wandb, SwanLab,
+TensorBoard.
 
 Iterations count from 0, as in `for iteration in range(start_iteration, total_iterations)`; people
 read `iteration + 1`. Names of metrics: `reward/sum`, `reward/<part>`, `reward/invalid`,
@@ -28,9 +29,10 @@ from torch import Tensor
 
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.files import open_to_append, replace_text
-from fastgrpo.data import video
 from fastgrpo.run.terminal import dashboard, open_console, plain_line
 from fastgrpo.run.tracking.event_file import EventFile
+from fastgrpo.run.tracking.service import Service
+from fastgrpo.run.tracking.swanlab_run import SwanLab, start_swanlab
 from fastgrpo.run.tracking.wandb_run import Wandb, WandbRun, start_wandb
 
 Row = dict[str, float]  # one line of metrics.jsonl; NaN where it says null
@@ -62,7 +64,7 @@ class Tracker:
         self.run_dir, self.main, self.total = run_dir, main, total_iterations
         self._rows: list[Row] = []
         self._start = start_iteration
-        self._wandb: WandbRun | None = None
+        self._services: list[Service] = []
         self._events: EventFile | None = None
         self._live: Live | None = None
         if not main:
@@ -77,9 +79,8 @@ class Tracker:
                 f"metrics.jsonl: the lines of {missing} of {start_iteration} iterations are gone "
                 "(removed or damaged): charts and report leave them out"
             )
-        if wandb is not None:
-            begun = start_wandb(run_dir, wandb)
-            self._wandb = None if begun is None else WandbRun(begun, self.message)
+        if wandb is not None and (begun := start_wandb(run_dir, wandb)) is not None:
+            self._services.append(WandbRun(begun, self.message))
         if self._console.is_terminal:
             screen = dashboard(self._rows, self.total, run_dir.name)
             self._live = Live(screen, console=self._console, refresh_per_second=4)
@@ -89,6 +90,11 @@ class Tracker:
         """From now on write every number for TensorBoard, too, into run_dir/tensorboard."""
         if self.main:
             self._events = EventFile(self.run_dir / "tensorboard", self._start, self.message)
+
+    def send_to_swanlab(self, wanted: SwanLab) -> None:
+        """From now on send every number to SwanLab, too; its files are in run_dir/swanlab."""
+        if self.main and (run := start_swanlab(self.run_dir, wanted, self.message)):
+            self._services.append(run)
 
     def log(self, iteration: int, metrics: Mapping[str, float], note: str = "") -> None:
         """Append the line {"iteration": ..., "time": unix seconds, ...} and show it with a note.
@@ -110,10 +116,9 @@ class Tracker:
             except OSError as error:
                 error.filename = str(self.run_dir / "metrics.jsonl")  # for the one line
                 raise
-        if self._wandb is not None:
-            # wandb refuses a step that it has: iterations repeated after a resume equal those it
-            # refuses
-            self._wandb.attempt(lambda run: run.log(dict(metrics), step=iteration))
+        for service in self._services:
+            # a step that it has is refused: iterations repeated after a resume equal those
+            service.log(metrics, step=iteration)
         if self._events is not None:
             self._events.write(iteration, metrics)
         if self._live is not None:
@@ -155,42 +160,38 @@ class Tracker:
     def videos(
         self, iteration: int, name: str, clips: Tensor, captions: Sequence[str], fps: float
     ) -> None:
-        """Show clips as a panel of wandb where wandb is on.
+        """Show clips as a panel of the tracking services that are on.
 
         clips: uint8 [N, F, H, W, 3];  captions: N texts;  fps: frames per second
         """
-        if self._wandb is None:
-            return
-        import wandb
-
-        def log(run: "wandb.Run") -> None:
+        for service in self._services:
             with tempfile.TemporaryDirectory(dir=self.run_dir, prefix="videos-") as folder:
-                panel = []
-                for n, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
-                    path = Path(folder) / f"{n:03d}.mp4"
-                    video.write_mp4(path, clip, fps)
-                    panel.append(wandb.Video(str(path), caption=caption, format="mp4"))
-                run.log({f"videos/{name}": panel}, step=iteration)  # copies the files
-
-        self._wandb.attempt(log)
+                service.videos(
+                    name,
+                    step=iteration,
+                    clips=clips,
+                    captions=captions,
+                    fps=fps,
+                    folder=Path(folder),
+                )
 
     def summary(self, values: Mapping[str, object]) -> None:
-        """Put numbers of the whole run into wandb's summary.
+        """Give numbers of the whole run to the tracking services.
 
         The run's folder has them in summary.json.
         """
-        if self._wandb is not None:
-            self._wandb.attempt(lambda run: run.summary.update(dict(values)))
+        for service in self._services:
+            service.summarise(values)
 
     def close(self) -> None:
-        """End the display, the file and the wandb run; a second call does nothing."""
+        """End the display, the file and the services' runs; a second call does nothing."""
         if not self.main or self._file.closed:
             return
         if self._live is not None:
             self._live.stop()
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.attempt(lambda run: run.finish())
+        for service in self._services:
+            service.finish()
 
     def __enter__(self) -> Self:
         return self

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,6 +26,7 @@ from fastgrpo.run.heartbeat import HeartbeatWriter
 from fastgrpo.run.rank_times import Ranks
 from fastgrpo.run.stopping import Signals, Stop
 from fastgrpo.run.tracker import Tracker
+from fastgrpo.run.tracking.swanlab_run import SwanLab
 from fastgrpo.run.tracking.wandb_run import Wandb
 from fastgrpo.training import methods
 from fastgrpo.training.conditions import encode
@@ -274,8 +276,10 @@ def _open_tracker(recipe: Recipe, world: World, start: int) -> Tracker:
             main=world.main,
             total_iterations=recipe.run.iterations,
             start_iteration=start,
-            wandb=_wandb(recipe),
+            wandb=Wandb(**_address(recipe)) if recipe.track.wandb else None,
         )
+        if recipe.track.swanlab:
+            tracker.send_to_swanlab(SwanLab(**_address(recipe)))
         if recipe.track.tensorboard:
             tracker.write_events()
     except UserError as error:
@@ -285,13 +289,11 @@ def _open_tracker(recipe: Recipe, world: World, start: int) -> Tracker:
     return tracker
 
 
-def _wandb(recipe: Recipe) -> Wandb | None:
-    """The run's place in wandb; None where the recipe does not ask for wandb."""
-    if not recipe.track.wandb:
-        return None
-    return Wandb(
-        project=recipe.track.project,
-        name=recipe.run.dir.resolve().name,
-        entity=recipe.track.entity,
-        config=recipe.model_dump(mode="json"),
-    )
+def _address(recipe: Recipe) -> dict[str, Any]:
+    """The run's place at a tracking service."""
+    return {
+        "project": recipe.track.project,
+        "name": recipe.run.dir.resolve().name,
+        "entity": recipe.track.entity,
+        "config": recipe.model_dump(mode="json"),
+    }

@@ -343,8 +343,11 @@ class Evaluate(Section):
 class Track(Section):
     wandb: bool = False
     """Log to Weights & Biases as well; offline where no key is at hand."""
+    swanlab: bool = False
+    """Log to SwanLab as well; offline where no key is at hand. The extra swanlab has its client."""
     project: str = "fastgrpo"
     entity: str | None = None
+    """wandb's entity, SwanLab's workspace."""
     tensorboard: bool = False
     """Write every number for TensorBoard as well, into run.dir/tensorboard; no package is needed,
     but to look: tensorboard --logdir RUNS."""

@@ -15,7 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlparse
 
+from torch import Tensor
+
 from fastgrpo.core.errors import UserError
+from fastgrpo.data.video import write_mp4
+from fastgrpo.run.tracking.service import Service, kept_id, refused
 
 if TYPE_CHECKING:
     from wandb import Run, Settings
@@ -38,25 +42,26 @@ class Wandb:
     config: Mapping[str, object] = field(default_factory=dict)  # the resolved recipe
 
 
-class WandbRun:
-    """The run, or nothing once wandb has failed.  tell: shows a line"""
+class WandbRun(Service):
+    """The run in wandb."""
+
+    name = "wandb"
 
     def __init__(self, run: "Run", tell: Callable[[str], None]) -> None:
-        self._run: Run | None = run
-        self._tell = tell
+        super().__init__(run, tell)
         if run.settings.mode == "offline":
             tell(f"wandb: offline; upload later with: wandb sync {run.settings.sync_dir}")
 
-    def attempt(self, action: "Callable[[Run], object]") -> None:
-        """Do something with the run; an error of wandb's is told, and all later ones are spared."""
-        if self._run is None:
-            return
-        try:
-            action(self._run)
-        except Exception as error:  # wandb's service may end, its disk fill, its server refuse
-            self._run = None
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            self._tell(f"wandb: {reason}; the run goes on without it")
+    def video(self, path: Path, clip: Tensor, caption: str, fps: float) -> object:
+        """An mp4.  clip: uint8 [F, H, W, 3]"""
+        import wandb
+
+        file = path.with_suffix(".mp4")
+        write_mp4(file, clip, fps)
+        return wandb.Video(str(file), caption=caption, format="mp4")
+
+    def summarise(self, values: Mapping[str, object]) -> None:
+        self.attempt(lambda run: run.summary.update(dict(values)))
 
 
 def start_wandb(run_dir: Path, wanted: Wandb) -> "Run | None":
@@ -75,11 +80,11 @@ def start_wandb(run_dir: Path, wanted: Wandb) -> "Run | None":
         try:
             users = wandb.setup().settings
         except ValueError as error:  # pydantic's
-            raise UserError(_refused(error)) from None
+            raise UserError(refused("WANDB", error)) from None
         chosen = users.model_fields_set
         if users.mode == "disabled":
             return None
-        run_id = _run_id(run_dir / "wandb_id.txt", users.run_id)
+        run_id = kept_id(run_dir / "wandb_id.txt", users.run_id, secrets.token_hex(4))
         online = wanted.mode == "online" and has_wandb_key(users.base_url)
         if "mode" in chosen:
             online = users.mode not in ("offline", "dryrun")
@@ -112,23 +117,6 @@ def _settings(values: dict[str, Any]) -> "Settings":
     import wandb
 
     return wandb.Settings(**{name: value for name, value in values.items() if value is not None})
-
-
-def _run_id(file: Path, users: str | None) -> str:
-    """The run's id in wandb: the user's, else the file's, else a new one; the file keeps it."""
-    known = file.read_text(encoding="utf-8").strip() if file.exists() else ""
-    run_id = users or known or secrets.token_hex(4)
-    if run_id != known:
-        file.write_text(run_id + "\n", encoding="utf-8")
-    return run_id
-
-
-def _refused(error: ValueError) -> str:
-    """The line for a setting that wandb refuses, by the name of its environment variable."""
-    first: dict[str, Any] = next(iter(getattr(error, "errors", list)()), {})
-    name = "_".join(map(str, first.get("loc", ("settings",)))).upper()
-    reason = first.get("msg", str(error).partition("\n")[0])
-    return f"WANDB_{name}={first.get('input', '')}: {reason}; correct it or leave it out."
 
 
 def has_wandb_key(base_url: str = "https://api.wandb.ai") -> bool:

@@ -64,7 +64,7 @@ def _checks(recipe: Recipe) -> Checks:
         partial(_check_offload, recipe),
         partial(_check_token, recipe),
         partial(_check_start, recipe),
-        partial(_check_wandb, recipe),
+        partial(_check_trackers, recipe),
         partial(models.check, recipe.model.family, recipe.model.path),
         *_of_model(recipe),
         *(one for spec in recipe.rewards for one in _of_reward(recipe, spec)),
@@ -124,11 +124,15 @@ def _check_start(recipe: Recipe) -> None:
     provenance.start_of(recipe)
 
 
-def _check_wandb(recipe: Recipe) -> None:
-    if recipe.track.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError(
-            "track.wandb=true: wandb is not installed here; pip install wandb, or set it to false."
-        )
+def _check_trackers(recipe: Recipe) -> None:
+    """Raise UserError for a tracking service whose client is not installed."""
+    installs = {"wandb": "wandb", "swanlab": "'fastgrpo[swanlab]'"}
+    for name, install in installs.items():
+        if getattr(recipe.track, name) and importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"track.{name}=true: {name} is not installed here; pip install {install}, or set "
+                "it to false."
+            )
 
 
 def _check_images(recipe: Recipe) -> None:

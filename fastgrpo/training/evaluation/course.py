@@ -181,7 +181,7 @@ def clean(recipe: Recipe, done: int) -> list[str]:
 
 def log_clips(recipe: Recipe, tracker: Tracker, evaluation: Evaluation) -> None:
     """Show an evaluation's clips in the tracker's video panels."""
-    if not evaluation.clips or not recipe.track.wandb:
+    if not evaluation.clips or not (recipe.track.wandb or recipe.track.swanlab):
         return
     folder = recipe.run.dir / "evaluation"
     clips = torch.stack([video_reader.read(folder / clip).pixels for clip in evaluation.clips])
