@@ -1,11 +1,13 @@
-"""A strip of frames of held-out prompts, before training and after it, from a run's own evaluation
-clips.
+"""Held-out prompts before training and after it, from a run's own evaluation clips: a strip of
+frames, or, for a .gif, the clips as they move.
 
     python -m benchmarks.learning.before_after runs/t2v_tiny docs/pictures/before_after.png
+    python -m benchmarks.learning.before_after runs/t2v_tiny docs/pictures/before_after.gif
     python -m benchmarks.learning.before_after runs/t2v_tiny strip.png --prompts 0 4 --frames 6
 
-Left the base model, right the last evaluation; a prompt's two clips are of the same seed. By
-default it shows the first three prompts that the run kept clips of: none is chosen for its looks.
+In a strip left the base model, right the last evaluation; where clips move, above and below. A
+prompt's two clips are of the same seed. By default a strip shows the first three prompts that the
+run kept clips of, and moving clips the first six: none is chosen for its looks.
 """
 
 import argparse
@@ -29,6 +31,7 @@ SIDE, GAP, MARGIN, LINE = (
     16,
     22,
 )
+PAUSE_MS = 125  # between the pictures of an animation: the demo's 8 frames per second
 PAPER, INK, FAINT = (255, 255, 255), (32, 32, 36), (110, 110, 118)
 
 Frames = NDArray[np.uint8]
@@ -80,15 +83,20 @@ def shown(clip: Path, count: int) -> Frames:
     return np.stack([np.asarray(frame) for frame in small])
 
 
-def strip(before: Step, after: Step, numbers: Sequence[int], count: int) -> Image.Image:
-    """The picture: a line with the caption, and under it the frames of both clips side by side, for
-    each prompt.
-    """
+def known(numbers: Sequence[int], before: Step, after: Step) -> Sequence[int]:
+    """The numbers of prompts. Raises UserError for one whose clips were not kept."""
     kept = min(len(before.clips), len(after.clips))
     if missing := [number for number in numbers if not 0 <= number < kept]:
         raise UserError(
             f"--prompts={missing[0]}: clips of {kept} prompts were kept; use 0 to {kept - 1}."
         )
+    return numbers
+
+
+def strip(before: Step, after: Step, numbers: Sequence[int], count: int) -> Image.Image:
+    """The picture: a line with the caption, and under it the frames of both clips side by side, for
+    each prompt.
+    """
     pairs = [
         (shown(before.clips[number], count), shown(after.clips[number], count))
         for number in numbers
@@ -113,26 +121,60 @@ def strip(before: Step, after: Step, numbers: Sequence[int], count: int) -> Imag
     return picture
 
 
+def moving(before: Step, after: Step, numbers: Sequence[int]) -> list[Image.Image]:
+    """The pictures of an animation, a clip's last one twice: a column for each prompt, before
+    training above and after it below.
+    """
+    rows = [
+        [shown(step.clips[number], count=1 << 20) for number in numbers] for step in (before, after)
+    ]
+    length, height, width = min(clip.shape[:3] for row in rows for clip in row)
+    pictures = []
+    for index in (*range(length), length - 1):
+        size = MARGIN + len(numbers) * (width + GAP) + MARGIN, 2 * (LINE + height) + 2 * MARGIN
+        picture = Image.new("RGB", size, PAPER)
+        draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+        titles = ("before training", f"after {after.iteration} iterations")
+        for place, (title, row) in enumerate(zip(titles, rows, strict=True)):
+            top = MARGIN // 2 + place * (LINE + height + MARGIN // 2)
+            draw.text((MARGIN, top), title, INK, font)
+            for column, clip in enumerate(row):
+                left = MARGIN + column * (width + GAP)
+                picture.paste(Image.fromarray(clip[index]), (left, top + LINE))
+        pictures.append(picture)
+    return pictures
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="a finished run's folder")
-    parser.add_argument("picture", type=Path, help="the .png to write")
+    parser.add_argument("picture", type=Path, help="the .png or .gif to write")
     parser.add_argument(
-        "--prompts", type=int, nargs="+", metavar="N", help="which held-out prompts; default: 0 1 2"
+        "--prompts", type=int, nargs="+", metavar="N", help="which held-out prompts; the first ones"
     )
     parser.add_argument("--frames", type=int, default=5, help="of each clip (default: %(default)s)")
     arguments = parser.parse_args()
     try:
         before, after = read_steps(arguments.run)
-        numbers = arguments.prompts or range(min(3, len(before.clips), len(after.clips)))
-        picture = strip(before, after, numbers, arguments.frames)
+        animated = arguments.picture.suffix == ".gif"
+        kept = min(6 if animated else 3, len(before.clips), len(after.clips))
+        numbers = known(arguments.prompts or range(kept), before, after)
+        if animated:
+            picture, *others = moving(before, after, numbers)
+        else:
+            picture = strip(before, after, numbers, arguments.frames)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     arguments.picture.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(arguments.picture)
+    if animated:
+        picture.save(
+            arguments.picture, save_all=True, append_images=others, duration=PAUSE_MS, loop=0
+        )
+    else:
+        picture.save(arguments.picture)
     print(f"{arguments.picture}: {picture.width} x {picture.height} pixels")
     return 0
 

@@ -1,12 +1,15 @@
 """Is `fastgrpo plan` right: against real memory and bytes on this machine, and against the
 simulation.
 
-python -m benchmarks.plan.check                 two networks that run here: memory by RSS, bytes on
-the wire python -m benchmarks.plan.check --families      each family's published width, a few
-blocks: simulated, closed form python -m benchmarks.plan.check --table 1 8     HunyuanVideo whole on
-64 ranks at these sp: minutes to an hour each python -m benchmarks.plan.check --calibrate     what a
-block keeps per token and channel, a decoder per pixel: the
-                                                numbers of a family's plan
+    python -m benchmarks.plan.check
+    python -m benchmarks.plan.check --families
+    python -m benchmarks.plan.check --table 1 8
+    python -m benchmarks.plan.check --calibrate
+
+The first: two networks that run here, memory by RSS, bytes on the wire. --families: each family's
+published width, a few blocks, simulated and in closed form. --table: HunyuanVideo whole on 64 ranks
+at these sp, minutes to an hour each. --calibrate: what a block keeps per token and channel, a
+decoder per pixel, which are the numbers of a family's plan.
 """
 
 import argparse

@@ -1,17 +1,19 @@
 """One iteration against the public trainer's way of working, and against ours with every saving
 off.
 
-    python -m benchmarks.speed.iteration                                        the tiny
-    HunyuanVideo python -m benchmarks.speed.iteration launch/t2v_tiny.toml rollout.steps=8   any
-    flow model's recipe, with overrides python -m benchmarks.speed.iteration --runs 1 --window
-    rollout.window=2
-    torchrun --nproc-per-node 2 -m benchmarks.speed.iteration                   with bytes that
-    really travel
+    python -m benchmarks.speed.iteration
+    python -m benchmarks.speed.iteration launch/t2v_tiny.toml rollout.steps=8
+    python -m benchmarks.speed.iteration --runs 1 --window rollout.window=2
+    torchrun --nproc-per-node 2 -m benchmarks.speed.iteration
+
+The first is of the tiny HunyuanVideo; any flow model's recipe may be given, with overrides. With
+two ranks the bytes really travel.
 
 Contenders, in turn in each run, on the same prompts, noise and steps:
 
   public   public_way.py: batch 1, every state kept, weights gathered for each forward, rewards
-  through files plain    our trainer with every saving off
+           through files
+  plain    our trainer with every saving off
   ours     our trainer as the recipe says
   window   the same with few noisy steps: another algorithm, so its rewards are others
 

@@ -5,6 +5,7 @@ the same samples. PyTorch's own engine throughout: gloo on CPU, NCCL on GPU. A s
 world of one and takes the same path.
 """
 
+import ctypes
 import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,9 @@ from fastgrpo.parallel.mesh import contiguous_part, mesh_shape
 
 T = TypeVar("T")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+KEPT_BY_MALLOC = ((-1, 128 << 20), (-3, 32 << 20))
+"""Options of glibc's mallopt, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD: up to so many bytes that are
+free at the end of the heap stay there, and blocks below the second lie in it."""
 TIMEOUT = timedelta(minutes=30)  # a rank may wait for another's slow reward server
 
 
@@ -183,20 +187,33 @@ def open_world(settings: Distributed | None = None, deterministic: bool = False)
     """
     die_with_torchrun()
     interface.choose()
-    _choose_allocator()
+    _choose_allocators()
     with _kernels(deterministic):
         yield from _joined(settings)
 
 
-def _choose_allocator() -> None:
-    """Let the GPU's allocator grow its segments, unless the user has chosen otherwise.
+def _choose_allocators() -> None:
+    """Let the GPU's allocator grow its segments, and the host's keep what is freed, unless the user
+    has chosen otherwise.
 
     The rollout's whole weights, 26 GB of HunyuanVideo, come and go each iteration beside blocks of
     other sizes; in segments that cannot grow, the room between them is lost. Read by PyTorch when
     the GPU is first used.
+
+    Without a GPU, activations come and go on the host; glibc would give them back to the system and
+    have each page cleared again.
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or torch.cuda.is_available() or any(map(_of_malloc, os.environ)):
+        return
+    for option, value in KEPT_BY_MALLOC:
+        mallopt(option, value)
+
+
+def _of_malloc(variable: str) -> bool:
+    return variable.startswith(("MALLOC_", "GLIBC_TUNABLES"))
 
 
 @contextmanager

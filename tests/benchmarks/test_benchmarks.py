@@ -202,6 +202,12 @@ def test_before_and_after_stand_side_by_side(tmp_path: Path) -> None:
     assert left.sum() == right.sum() == 3 * before_after.SIDE
     assert np.flatnonzero(left).max() < len(row) // 2 <= np.flatnonzero(right).min()
     with pytest.raises(UserError, match=r"clips of 2 prompts were kept; use 0 to 1"):
-        before_after.strip(before, after, [2], 3)
+        before_after.known([2], before, after)
+    shown = [np.asarray(one).astype(int) for one in before_after.moving(before, after, [0, 1])]
+    assert len(shown) == 6 and (shown[0] == shown[-1]).all()  # a clip's frames, the last one twice
+    column = shown[0][:, -before_after.MARGIN - 8, 0]  # through the last prompt's clips
+    above, below = np.flatnonzero(np.abs(column - 40) < 8), np.flatnonzero(np.abs(column - 200) < 8)
+    height = round(before_after.SIDE * 32 / 48)
+    assert len(above) == len(below) == height and above.max() < below.min()
     with pytest.raises(UserError, match=r"no evaluation before and after"):
         before_after.read_steps(tmp_path / "evaluation")
