@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from benchmarks.learning.campaign import Trained
 from benchmarks.learning.intervals import Array
@@ -89,6 +89,8 @@ def over_costs(
         for colour, one, x, y in zip(COLOURS, trained, spent, rewards, strict=False):
             title = one.variant.label if axis is np.atleast_1d(panels)[0] else None
             axis.plot(x, y, "o-", color=colour, markersize=3, label=title)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         label(
             axis,
             name,
