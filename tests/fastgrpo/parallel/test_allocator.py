@@ -20,8 +20,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 with open_world():
-    faults()  # blocks of this size come from the heap afterwards
-    print(faults(), faults())
+    print([faults() for _ in range(12)][-1])  # the heap has room for all after some
 """
 
 
@@ -41,5 +40,4 @@ def test_what_is_freed_is_not_cleared_again(users: dict[str, str], kept: bool) -
         check=True,
     )
     pages = (64 << 20) // os.sysconf("SC_PAGE_SIZE")
-    for faults in map(int, done.stdout.split()):
-        assert (faults < pages / 2) == kept, done.stdout
+    assert (int(done.stdout) < pages / 4) == kept, done.stdout
