@@ -12,12 +12,7 @@ COMMON = (
     "evaluate.clips=0",
 )
 WINDOW = ("rollout.window=2", "rollout.window_every=19", "rollout.tail_steps=2")
-HALF = (
-    "rollout.window=2",
-    "rollout.window_every=17",
-    "rollout.tail_steps=2",
-    "optimizer.lr=3.2e-4",
-)
+HALF = (*WINDOW, "rollout.window_every=17", "optimizer.lr=3.2e-4")
 """The window, with a larger rate, for 0.87 of the iterations: half of the full recipe's
 H800-hours."""
 NFT = ("objective.kind=nft", "rollout.shared_noise=false", "optimizer.ema_decay=0.5")

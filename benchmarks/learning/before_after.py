@@ -83,20 +83,20 @@ def shown(clip: Path, count: int) -> Frames:
     return np.stack([np.asarray(frame) for frame in small])
 
 
-def known(numbers: Sequence[int], before: Step, after: Step) -> Sequence[int]:
-    """The numbers of prompts. Raises UserError for one whose clips were not kept."""
+def check(numbers: Sequence[int], before: Step, after: Step) -> None:
+    """Raise UserError for the number of a prompt whose clips were not kept."""
     kept = min(len(before.clips), len(after.clips))
     if missing := [number for number in numbers if not 0 <= number < kept]:
         raise UserError(
             f"--prompts={missing[0]}: clips of {kept} prompts were kept; use 0 to {kept - 1}."
         )
-    return numbers
 
 
 def strip(before: Step, after: Step, numbers: Sequence[int], count: int) -> Image.Image:
     """The picture: a line with the caption, and under it the frames of both clips side by side, for
     each prompt.
     """
+    check(numbers, before, after)
     pairs = [
         (shown(before.clips[number], count), shown(after.clips[number], count))
         for number in numbers
@@ -125,6 +125,7 @@ def moving(before: Step, after: Step, numbers: Sequence[int]) -> list[Image.Imag
     """The pictures of an animation, a clip's last one twice: a column for each prompt, before
     training above and after it below.
     """
+    check(numbers, before, after)
     rows = [
         [shown(step.clips[number], count=1 << 20) for number in numbers] for step in (before, after)
     ]
@@ -160,7 +161,7 @@ def main() -> int:
         before, after = read_steps(arguments.run)
         animated = arguments.picture.suffix == ".gif"
         kept = min(6 if animated else 3, len(before.clips), len(after.clips))
-        numbers = known(arguments.prompts or range(kept), before, after)
+        numbers = arguments.prompts or range(kept)
         if animated:
             picture, *others = moving(before, after, numbers)
         else:

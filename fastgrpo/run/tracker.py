@@ -16,7 +16,6 @@ since before training with the 95 % interval from `heldout_low/<part>` to `heldo
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -165,15 +164,14 @@ class Tracker:
         clips: uint8 [N, F, H, W, 3];  captions: N texts;  fps: frames per second
         """
         for service in self._services:
-            with tempfile.TemporaryDirectory(dir=self.run_dir, prefix="videos-") as folder:
-                service.videos(
-                    name,
-                    step=iteration,
-                    clips=clips,
-                    captions=captions,
-                    fps=fps,
-                    folder=Path(folder),
-                )
+            service.videos(
+                name,
+                step=iteration,
+                clips=clips,
+                captions=captions,
+                fps=fps,
+                folder=self.run_dir,
+            )
 
     def summary(self, values: Mapping[str, object]) -> None:
         """Give numbers of the whole run to the tracking services.

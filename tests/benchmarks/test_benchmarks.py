@@ -202,7 +202,7 @@ def test_before_and_after_stand_side_by_side(tmp_path: Path) -> None:
     assert left.sum() == right.sum() == 3 * before_after.SIDE
     assert np.flatnonzero(left).max() < len(row) // 2 <= np.flatnonzero(right).min()
     with pytest.raises(UserError, match=r"clips of 2 prompts were kept; use 0 to 1"):
-        before_after.known([2], before, after)
+        before_after.strip(before, after, [2], 3)
     shown = [np.asarray(one).astype(int) for one in before_after.moving(before, after, [0, 1])]
     assert len(shown) == 6 and (shown[0] == shown[-1]).all()  # a clip's frames, the last one twice
     column = shown[0][:, -before_after.MARGIN - 8, 0]  # through the last prompt's clips

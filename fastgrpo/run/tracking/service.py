@@ -1,5 +1,6 @@
 """A run at a tracking service, whose client may fail at any time and never ends the run."""
 
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -42,15 +43,16 @@ class Service(ABC):
         """Show clips as a panel.
 
         clips: uint8 [N, F, H, W, 3];  captions: N texts;  fps: frames per second
-        folder: for files that are gone afterwards
+        folder: for a folder of files that is gone afterwards
         """
 
         def log(run: Any) -> None:
-            panel = [
-                self.video(folder / f"{n:03d}", clip, caption, fps)
-                for n, (clip, caption) in enumerate(zip(clips, captions, strict=True))
-            ]
-            run.log({f"videos/{name}": panel}, step=step)  # copies the files
+            with tempfile.TemporaryDirectory(dir=folder, prefix="videos-") as place:
+                panel = [
+                    self.video(Path(place) / f"{n:03d}", clip, caption, fps)
+                    for n, (clip, caption) in enumerate(zip(clips, captions, strict=True))
+                ]
+                run.log({f"videos/{name}": panel}, step=step)  # copies the files
 
         self.attempt(log)
 

@@ -2,6 +2,7 @@
 test cannot ask of the real one.
 """
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -13,9 +14,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from fastgrpo.core import config
 from fastgrpo.core.errors import UserError
 from fastgrpo.run.tracker import Tracker, read_metrics
 from fastgrpo.run.tracking.swanlab_run import SwanLab
+from fastgrpo.tools.check import check
 
 ROOT = Path(__file__).resolve().parents[3]
 RUN = """
@@ -246,3 +249,26 @@ def test_clips_are_shown_to_whoever_listens(
         tracked.videos(1, name="heldout", clips=clips, captions=["a", "b"], fps=8.0)
     assert shown == [({"videos/heldout": [(b"GIF89a", "a"), (b"GIF89a", "b")]}, 1)]
     assert not list((tmp_path / "run").glob("videos-*"))
+
+
+def test_a_folder_that_takes_no_clips_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as one on a disk that is full."""
+    monkeypatch.setitem(sys.modules, "swanlab", Client(mode="local").module())
+    with Tracker(tmp_path / "run", True, 2) as tracked:
+        tracked.send_to_swanlab(SwanLab(project="p"))
+        tracked.run_dir = tmp_path / "gone"
+        clips = torch.zeros(1, 3, 16, 16, 3, dtype=torch.uint8)
+        tracked.videos(1, name="heldout", clips=clips, captions=["a"], fps=8.0)
+    assert "swanlab: [Errno 2]" in capsys.readouterr().out
+
+
+def test_check_names_the_extra_of_a_client_that_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = config.load(ROOT / "launch" / "t2v_tiny.toml", ["track.swanlab=true"])
+    monkeypatch.setitem(sys.modules, "swanlab", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: sys.modules[name])
+    with pytest.raises(UserError, match=r"pip install 'fastgrpo\[swanlab\]', or set it to false"):
+        check._check_trackers(recipe)
