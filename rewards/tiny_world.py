@@ -35,6 +35,7 @@ The palette's colours are 159 to 286 away.
 OBJECT_REACH = 11.0  # canvas pixels from its centroid that every shape stays within
 PERIMETER = 3.3  # most edge, sum of 4a(1 - a), of a drawn shape per square root of its area
 SPREAD = 0.2  # most second moment of a drawn shape (the triangle) per square of its area
+PALETTE = torch.tensor(list(shapes.COLOURS.values()), dtype=torch.float64)  # [6, 3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +71,18 @@ def root(squares: Tensor) -> Tensor:
     return (squares + 1e-12).sqrt()
 
 
-def palette() -> Tensor:
-    """The palette's colours, float64 [6, 3]."""
-    return torch.tensor(list(shapes.COLOURS.values()), dtype=torch.float64)
+def eighth(x: Tensor) -> Tensor:
+    """x to the eighth, by squares: a tenth of a general power's time.  x: [...];  returns like it"""
+    return x.square().square().square()
+
+
+def over_colours(values: Tensor) -> Tensor:
+    """The sum over the last dimension, a fifth of the time that `sum` takes for three values.
+
+    values: [..., 3];  returns [...]
+    """
+    red, green, blue = values.unbind(-1)
+    return red + green + blue
 
 
 def look(pixels: Tensor) -> View:
@@ -82,14 +92,17 @@ def look(pixels: Tensor) -> View:
     """
     rgb = pixels.double()
     size = rgb.shape[1]
-    distance = root(((rgb - torch.tensor(shapes.BACKGROUND)) ** 2).sum(-1))
-    weight = distance**4  # the interior, not the edge, says how strong the object's colour is
+    distance = root(over_colours((rgb - torch.tensor(shapes.BACKGROUND)) ** 2))
+    weight = (
+        distance.square().square()
+    )  # the interior, not the edge, says how strong the object's colour is
     strength = (weight * distance).sum() / (weight.sum() + 1e-9)
     share = (distance / strength.clamp(min=FAINTEST)).clamp(max=1.0)
     # in proportion, so the centroid is exact; faint noise is no object
     cover = share * smoothstep(share, 0.08, 0.35)
-    inside = share**8
-    colour = (inside[..., None] * rgb).sum((0, 1, 2)) / (inside.sum() + 1e-30)
+    inside = eighth(share)
+    shades = torch.stack([(inside * shade).sum() for shade in rgb.unbind(-1)])
+    colour = shades / (inside.sum() + 1e-30)
 
     pixel = (shapes.CANVAS / size) ** 2
     axis = (torch.arange(size, dtype=torch.float64) + 0.5) * shapes.CANVAS / size
@@ -119,7 +132,7 @@ def look(pixels: Tensor) -> View:
 
 def palette_distance(colour: Tensor) -> Tensor:
     """Distance of a colour, float64 [..., 3], from each colour of the palette: [..., 6]."""
-    return root(((colour[..., None, :] - palette()) ** 2).sum(-1))
+    return root(((colour[..., None, :] - PALETTE) ** 2).sum(-1))
 
 
 def visual_quality(view: View) -> Tensor:
@@ -139,10 +152,10 @@ def visual_quality(view: View) -> Tensor:
     dirt = root((outside * view.distance**2).sum((1, 2)) / (outside.sum((1, 2)) + 1e-9))
     clean = bell(dirt, 18.0)
 
-    paint = palette()[palette_distance(view.colour).argmin()]
-    inside = view.cover**8
+    paint = PALETTE[palette_distance(view.colour).argmin()]
+    inside = eighth(view.cover)
     off = root(
-        (inside * ((view.rgb - paint) ** 2).sum(-1)).sum((1, 2)) / (inside.sum((1, 2)) + 1e-30)
+        (inside * over_colours((view.rgb - paint) ** 2)).sum((1, 2)) / (inside.sum((1, 2)) + 1e-30)
     )
     plain = bell(off, 55.0)
 

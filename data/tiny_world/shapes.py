@@ -118,10 +118,12 @@ def shape_mask(
     if shape == "circle":
         inside = x**2 + y**2 <= RADIUS**2
     elif shape == "square":
-        inside = np.maximum(abs(x), abs(y)) <= 0.9 * RADIUS
+        inside = (abs(x) <= 0.9 * RADIUS) & (abs(y) <= 0.9 * RADIUS)
     else:  # an upright triangle whose centroid is the centre
         half = 1.25 * RADIUS
         inside = (y <= 0.7 * half) & (y - 2.0 * abs(x) >= -1.4 * half)
+    if supersample == 1:
+        return inside.astype(np.float64)
     coarse = inside.reshape(len(centre), size, supersample, size, supersample)
     return coarse.mean(axis=(2, 4), dtype=np.float64)
 
