@@ -29,6 +29,7 @@ PER_PROMPT = (
     "rollout.eta=1.0",
     "objective.step_weights=gradient",
 )
+"""With length=1.42, just below half of the full recipe's H800-hours."""
 BRANCHES = (
     *PER_PROMPT,
     "rollout.eta=2.0",
@@ -93,6 +94,7 @@ ARMS = (
     ),
     arm("awm", "AWM", AWM),
     arm("prompt-1", "a noisy step per prompt, one noise", PER_PROMPT),
+    arm("prompt-1-long", "a noisy step per prompt, one noise, longer", PER_PROMPT, length=1.42),
     *(
         arm(
             f"prompt-{noises}",
