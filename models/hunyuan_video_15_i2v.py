@@ -145,7 +145,7 @@ def plan(config: Mapping[str, Any]) -> FamilyPlan:
     beside = replace(texts.auxiliary, encoders=texts.auxiliary.encoders + IMAGE_ENCODER)
     return replace(
         texts,
-        network=replace(texts.network, image=IMAGE_PLACES),
+        network=replace(texts.network, image=IMAGE_PLACES, image_joins=True),
         auxiliary=beside,
         first_frame=True,
         image_width=config["image_embed_dim"],
