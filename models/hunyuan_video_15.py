@@ -39,7 +39,7 @@ from fastgrpo.models.sizes.transformer_blocks import (
     dual_block,
     token_refiner,
 )
-from fastgrpo.models.sizes.units import SAMPLE, TEXT, VIDEO, Network, Unit
+from fastgrpo.models.sizes.units import IMAGE, SAMPLE, TEXT, VIDEO, Network, Unit
 from fastgrpo.models.text_encoders.qwen_and_byt5 import TextEncoder
 from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence
 
@@ -343,8 +343,8 @@ def _sizes(config: Mapping[str, Any]) -> Network:
     rest = Unit("")
     rest.conv("x_embedder.proj", config["in_channels"], width, (1, 1, 1))
     rest.norm("image_embedder.norm_in", image, bias=True)
-    rest.linear("image_embedder.linear_1", image, image, TEXT)
-    rest.linear("image_embedder.linear_2", image, width, TEXT)
+    rest.linear("image_embedder.linear_1", image, image, IMAGE)
+    rest.linear("image_embedder.linear_2", image, width, IMAGE)
     rest.norm("image_embedder.norm_out", width, bias=True)
     token_refiner(rest, "context_embedder", config, width)
     rest.norm("context_embedder_2.norm", glyphs, bias=True)

@@ -141,7 +141,7 @@ def load(settings: Model, device: torch.device) -> HunyuanVideo15FromImage:
 
 def plan(config: Mapping[str, Any]) -> FamilyPlan:
     """Sizes of this family with a network of this config: those from text, and the image's."""
-    texts: FamilyPlan = hunyuan_video_15.plan(config)
+    texts: FamilyPlan = models.declared("hunyuan_video_15", "plan")(config)
     beside = replace(texts.auxiliary, encoders=texts.auxiliary.encoders + IMAGE_ENCODER)
     return replace(
         texts,
