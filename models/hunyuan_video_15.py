@@ -17,7 +17,7 @@ pixels; a tile has all frames.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import diffusers
 import torch
@@ -39,7 +39,7 @@ from fastgrpo.models.sizes.transformer_blocks import (
     dual_block,
     token_refiner,
 )
-from fastgrpo.models.sizes.units import SAMPLE, TEXT, VIDEO, Network, Unit
+from fastgrpo.models.sizes.units import IMAGE, SAMPLE, TEXT, VIDEO, Network, Unit
 from fastgrpo.models.text_encoders.qwen_and_byt5 import TextEncoder
 from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence
 
@@ -94,6 +94,8 @@ AUXILIARY = AuxiliaryModels(
     tile=(1 << 20, 256, 256),
     stride=(1 << 20, 192, 192),
 )
+SEEN = ("image", "image_states")
+"""What a condition has of a reference image, the same in both branches of guidance."""
 UNSEEN = ("attn.to_add_out.", "ff_context.")
 """Parts of the last block whose text no prediction depends on: they are not trained."""
 
@@ -111,7 +113,8 @@ class HunyuanVideo15Transformer3DModel(diffusers.HunyuanVideo15Transformer3DMode
 
         hidden_states: [B, 2 C + 1, F, H, W], the noisy latent, a condition's and its mask
         timestep: [B] float32, 0 to 1000
-        texts: of each part of the batch, one after the other, "text" [b, L, D], "glyphs" [b, G, E]
+        texts: of each part of the batch, one after the other, "text" [b, L, D], "glyphs" [b, G, E],
+            and, of a reference image, "image_states" [b, I, K]
         """
         table = self.rope(hidden_states)
         time_embed = self.time_embed  # its own forward casts to the time's precision
@@ -130,10 +133,13 @@ class HunyuanVideo15Transformer3DModel(diffusers.HunyuanVideo15Transformer3DMode
         return v.transpose(1, 2).unflatten(2, hidden_states.shape[2:]).contiguous()
 
     def _tokens(self, part: Condition, t: Tensor) -> Tensor:
-        """Text tokens [b, G + L, D] that the blocks see.  t: [b]"""
-        kinds = self.cond_type_embed(torch.arange(2, device=t.device))
+        """Tokens [b, I + G + L, D] of image and text that the blocks see.  t: [b]"""
+        kinds = self.cond_type_embed(torch.arange(3, device=t.device))
         own = self.context_embedder(part["text"], t, None) + kinds[0]
-        return torch.cat([self.context_embedder_2(part["glyphs"]) + kinds[1], own], 1)
+        tokens = [self.context_embedder_2(part["glyphs"]) + kinds[1], own]
+        if "image_states" in part:
+            tokens.insert(0, self.image_embedder(part["image_states"]) + kinds[2])
+        return torch.cat(tokens, 1)
 
 
 def share_sequence(network: Any, layout: Layout) -> None:
@@ -155,11 +161,13 @@ class HunyuanVideo15:
     """The `fastgrpo.core.policy.Policy` of this family."""
 
     share_sequence: ShareSequence
+    sees_image: ClassVar[bool] = False  # whether a reference image's states are among the tokens
 
     def __init__(
         self, network: nn.Module, vae: Any, shift: float, rescale: float, settings: Model
     ) -> None:
         self.network = network
+        network.image_embedder.requires_grad_(self.sees_image)
         self.blocks: Sequence[nn.Module] = blocks(network)
         self.vae = vae
         self.shift = shift
@@ -171,7 +179,6 @@ class HunyuanVideo15:
         self.attention = TrimmedAttention()
         for block in self.blocks:
             block.attn.set_processor(self.attention)  # type: ignore[operator, union-attr]
-        network.image_embedder.requires_grad_(False)
         for name, parameter in self.blocks[-1].named_parameters():
             if name.startswith(UNSEEN):
                 parameter.requires_grad_(False)
@@ -194,6 +201,7 @@ class HunyuanVideo15:
             return self._predict(x, t, [condition])
         assert self.negative is not None
         negative = {name: of.expand(len(x), *of.shape) for name, of in self.negative.items()}
+        negative |= {name: condition[name] for name in SEEN if name in condition}
         without, with_text = self._predict(
             torch.cat([x, x]), torch.cat([t, t]), [negative, condition]
         ).chunk(2)
@@ -201,15 +209,25 @@ class HunyuanVideo15:
 
     def _predict(self, x: Tensor, t: Tensor, texts: Sequence[Condition]) -> Tensor:
         """One forward of the network.  x: [B, C, F, H, W];  texts: as the network's"""
-        lengths = tuple(part["glyphs"].shape[1] + part["text"].shape[1] for part in texts)
+        tokens = [
+            {name: of.to(self.dtype) for name, of in part.items() if name != "image"}
+            for part in texts
+        ]
+        lengths = tuple(sum(of.shape[1] for of in part.values()) for part in tokens)
         self.attention.lengths = lengths if len(set(lengths)) > 1 else ()
-        given = pad(x, (0, 0, 0, 0, 0, 0, 0, x.shape[1] + 1))  # no condition, and its mask
         v: Tensor = self.network(
-            hidden_states=given.to(self.dtype),
+            hidden_states=self._given(x, texts).to(self.dtype),
             timestep=t * diffusers_folder.TRAIN_TIMESTEPS,
-            texts=[{name: of.to(self.dtype) for name, of in part.items()} for part in texts],
+            texts=tokens,
         )
         return v.float()
+
+    def _given(self, x: Tensor, texts: Sequence[Condition]) -> Tensor:
+        """The noisy latent, and behind it a condition's latent and its mask: here none.
+
+        x: [B, C, F, H, W];  texts: as the network's;  returns [B, 2 C + 1, F, H, W]
+        """
+        return pad(x, (0, 0, 0, 0, 0, 0, 0, x.shape[1] + 1))
 
     transition = staticmethod(transitions.sde_transition)
     clean_estimate = staticmethod(transitions.clean_estimate)
@@ -247,12 +265,20 @@ def load(settings: Model, device: torch.device) -> HunyuanVideo15:
     """The policy of a folder in the diffusers layout, or of a hub id; its network has no weights
     yet.
     """
+    return load_as(HunyuanVideo15, settings, device, PARTS)
+
+
+P = TypeVar("P", bound=HunyuanVideo15)
+
+
+def load_as(kind: type[P], settings: Model, device: torch.device, parts: Sequence[str]) -> P:
+    """The policy of this kind.  parts: of the pipeline's folder"""
     if settings.guidance is not None:
         raise UserError(
             f"model.guidance={settings.guidance}: HunyuanVideo-1.5 has no embedded guidance; set "
             "model.cfg instead."
         )
-    where = diffusers_folder.pipeline_folder(settings, PARTS)
+    where = diffusers_folder.pipeline_folder(settings, parts)
     shift = diffusers_folder.constant_shift(where)
     rescale = guider.read_rescale(where, settings.cfg)
     place = diffusers_folder.network_folder(settings, NETWORK)
@@ -260,7 +286,7 @@ def load(settings: Model, device: torch.device) -> HunyuanVideo15:
     check_network(diffusers_folder.read_json(place / "config.json"), where, vae.config, settings)
     network = streaming.outline(HunyuanVideo15Transformer3DModel, place, device)
     vae = vae.requires_grad_(False).eval().to(device)
-    return HunyuanVideo15(network, vae, shift=shift, rescale=rescale, settings=settings)
+    return kind(network, vae, shift=shift, rescale=rescale, settings=settings)
 
 
 def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Model) -> None:
@@ -317,8 +343,8 @@ def _sizes(config: Mapping[str, Any]) -> Network:
     rest = Unit("")
     rest.conv("x_embedder.proj", config["in_channels"], width, (1, 1, 1))
     rest.norm("image_embedder.norm_in", image, bias=True)
-    rest.linear("image_embedder.linear_1", image, image, TEXT)
-    rest.linear("image_embedder.linear_2", image, width, TEXT)
+    rest.linear("image_embedder.linear_1", image, image, IMAGE)
+    rest.linear("image_embedder.linear_2", image, width, IMAGE)
     rest.norm("image_embedder.norm_out", width, bias=True)
     token_refiner(rest, "context_embedder", config, width)
     rest.norm("context_embedder_2.norm", glyphs, bias=True)

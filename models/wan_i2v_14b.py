@@ -27,7 +27,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
 from fastgrpo import models
 from fastgrpo.core.config import Model, Video
-from fastgrpo.core.policy import Condition
+from fastgrpo.core.policy import Condition, networks_of
 from fastgrpo.models import wan, wan_i2v
 from fastgrpo.models.loading import diffusers_folder
 from fastgrpo.models.loading.wan_folder import Form
@@ -61,12 +61,8 @@ KEPT = {
 }
 
 
-class WanFromImage(Wan):
-    """The `fastgrpo.core.policy.Policy` of this family."""
-
-    form: ClassVar[Form] = Form(
-        models="Wan 2.1 I2V 14B", conditioned=True, images=True, places=MAX_TEXT_TOKENS
-    )
+class GivenClip(Wan):
+    """Wan with a mask and a given clip's latent beside the noisy latent."""
 
     def _guided(
         self, x: Tensor, t: Tensor, condition: Condition, cfg: float, network: Forward
@@ -75,15 +71,35 @@ class WanFromImage(Wan):
 
         x: [B, C, F, H, W] float32;  t: [B];  returns like x
         """
-        config: Any = self.network.config
+        config: Any = next(iter(networks_of(self.network).values())).config
         given = condition["image"].to(x.dtype)  # [B, C, F, H, W]
         mask = x.new_zeros(len(x), config.in_channels - 2 * x.shape[1], *x.shape[2:])
         mask[:, :, 0] = 1
         return super()._guided(torch.cat([x, mask, given], 1), t, condition, cfg, network)
 
 
-class ImageTextEncoder(wan_i2v.ImageTextEncoder):
-    """This family's `Encoder`: UMT5's states, the given clip's latent, and CLIP-H's states."""
+class WanFromImage(GivenClip):
+    """The `fastgrpo.core.policy.Policy` of this family."""
+
+    form: ClassVar[Form] = Form(
+        models="Wan 2.1 I2V 14B", conditioned=True, images=True, places=MAX_TEXT_TOKENS
+    )
+
+
+class GivenClipEncoder(wan_i2v.ImageTextEncoder):
+    """An `Encoder`: UMT5's states, and the given clip's latent."""
+
+    def __init__(self, texts: InPasses, vae: Any, video: Video) -> None:
+        super().__init__(texts, vae, video)
+        self.frames = video.frames
+
+    def clip(self, frame: Tensor) -> Tensor:
+        """The frame and grey ones, of value 0, after it.  returns [1, 3, F, H, W]"""
+        return pad(frame, (0, 0, 0, 0, 0, self.frames - 1))
+
+
+class ImageTextEncoder(GivenClipEncoder):
+    """This family's `Encoder`: also CLIP-H's states."""
 
     family = "wan_i2v_14b"
     seen = ("image", "image_states")
@@ -93,7 +109,6 @@ class ImageTextEncoder(wan_i2v.ImageTextEncoder):
     ) -> None:
         """vision, processor: the image encoder and what makes its pixels of a picture"""
         super().__init__(texts, vae, video)
-        self.frames = video.frames
         self.vision = vision
         self.processor = processor
 
@@ -113,10 +128,6 @@ class ImageTextEncoder(wan_i2v.ImageTextEncoder):
         pixels = seen.pixel_values.to(self.vision.device, self.vision.dtype)
         states: Tensor = self.vision(pixels, output_hidden_states=True).hidden_states[-2]
         return states[0].float().cpu()
-
-    def clip(self, frame: Tensor) -> Tensor:
-        """The frame and grey ones, of value 0, after it.  returns [1, 3, F, H, W]"""
-        return pad(frame, (0, 0, 0, 0, 0, self.frames - 1))
 
 
 @contextmanager

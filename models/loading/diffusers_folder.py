@@ -38,7 +38,7 @@ def pipeline_folder(settings: Model, parts: Sequence[str]) -> Folder:
     """The folder of model.path, whose `parts` (such as "vae", "tokenizer") are all there."""
     folder = locate(settings)
     config_of = {part: f"{part}_config.json" for part in ("guider", "scheduler", "tokenizer")}
-    config_of["image_processor"] = "preprocessor_config.json"
+    config_of |= dict.fromkeys(("image_processor", "feature_extractor"), "preprocessor_config.json")
     for file in (
         "model_index.json",
         *(

@@ -200,6 +200,7 @@ class Network:
     heads: int  # that ranks may share; 1 where they cannot
     rotary: int = 0  # channels of the rotary tables
     image: int = 0  # states of a reference image that the blocks attend to
+    image_joins: bool = False  # whether they stand among the text's tokens in the blocks
     others: tuple["Network", ...] = ()
     """Networks of the same sizes for other times: one of them all runs at a time."""
     apart: tuple[

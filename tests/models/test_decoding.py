@@ -15,7 +15,7 @@ from fastgrpo.models.loading.diffusers_folder import to_pixels
 
 IMAGES = ("flux", "qwen_image", "stable_diffusion", "stable_diffusion_3")
 WANS = ("wan", "wan_a14b", "wan_i2v", "wan_i2v_14b")
-VIDEOS = ("hunyuan_video", "hunyuan_video_15", "skyreels_i2v", *WANS)
+VIDEOS = ("hunyuan_video", "hunyuan_video_15", "hunyuan_video_15_i2v", "skyreels_i2v", *WANS)
 
 
 def test_a_clip_with_one_value_that_is_not_finite_is_marked() -> None:

@@ -20,9 +20,9 @@ POOLED = {"text_encoder": "pooled", "text_encoder_2": "pooled"}  # texts of seve
 OTHERS = {"flux": FLUX, "stable_diffusion_3": POOLED}
 IMAGES = ("qwen_image", "stable_diffusion", "stable_diffusion_3")
 WANS = ("wan", "wan_a14b", "wan_i2v", "wan_i2v_14b")
-VIDEOS = ("hunyuan_video", "hunyuan_video_15", "skyreels_i2v", *WANS)
+VIDEOS = ("hunyuan_video", "hunyuan_video_15", "hunyuan_video_15_i2v", "skyreels_i2v", *WANS)
 FAMILIES = ("flux", *IMAGES, *VIDEOS)
-BEHIND = {"hunyuan_video_15": 14}
+BEHIND = {"hunyuan_video_15": 14, "hunyuan_video_15_i2v": 14}
 """More tokens than a text's end and what follows it in the family's template; 4 of the others."""
 VIDEO = Video(frames=9, height=32, width=32)
 

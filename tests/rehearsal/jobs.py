@@ -36,11 +36,15 @@ LOOSE = {"t2i_qwen": 1e-3, "t2v_wan22_a14b": 1e-3}
 by a token's length in the first; advantages divide by a small spread of rewards.
 """
 
-GB, MORE_GB = 0.0625, {"t2i_sd": 0.25, "t2v_hunyuan15": 0.25, "i2v_wan": 0.25, "i2v_wan_lora": 0.25}
+GB = 0.0625
+MORE_GB = dict.fromkeys(
+    ("t2i_sd", "t2v_hunyuan15", "i2v_hunyuan15", "i2v_wan", "i2v_wan_lora"), 0.25
+)
 """GiB of each device: somewhat more than the largest of the jobs takes."""
 OFTEN = {
     "t2i_qwen": ("objective.timestep_fraction=0.99",),
     "t2v_hunyuan15_lora": ("objective.timestep_fraction=0.99", "rollout.window=none"),
+    "i2v_hunyuan15_lora": ("objective.timestep_fraction=0.99", "rollout.window=none"),
 }
 """Overrides of recipes whose few trained states would leave an update nothing to evaluate again."""
 

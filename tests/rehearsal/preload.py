@@ -27,6 +27,7 @@ from diffusers import (  # noqa: F401
 
 import fastgrpo.models.flux
 import fastgrpo.models.hunyuan_video_15
+import fastgrpo.models.hunyuan_video_15_i2v
 import fastgrpo.models.qwen_image
 import fastgrpo.models.skyreels_i2v
 import fastgrpo.models.stable_diffusion
@@ -49,6 +50,7 @@ for _name in (
     "LlamaModel",
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen2_5_VLTextModel",
+    "SiglipVisionModel",
     "T5EncoderModel",
     "UMT5EncoderModel",
 ):

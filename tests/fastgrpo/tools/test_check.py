@@ -120,8 +120,8 @@ def test_check_and_train_tell_it(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out == f"{said}\n"
 
 
-FAMILIES = "flux, hunyuan_video, hunyuan_video_15, qwen_image, skyreels_i2v, stable_diffusion, "
-FAMILIES += "stable_diffusion_3, wan, wan_a14b, wan_i2v, wan_i2v_14b"
+FAMILIES = "flux, hunyuan_video, hunyuan_video_15, hunyuan_video_15_i2v, qwen_image, skyreels_i2v, "
+FAMILIES += "stable_diffusion, stable_diffusion_3, wan, wan_a14b, wan_i2v, wan_i2v_14b"
 HELD = "model.path holds a HunyuanVideoPipeline, which hunyuan_video reads."
 
 

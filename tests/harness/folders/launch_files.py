@@ -14,6 +14,8 @@ LAUNCH = {
     "t2v_hunyuan_fast": ("hunyuan_video", 5),
     "t2v_hunyuan15": ("hunyuan_video_15", 5),
     "t2v_hunyuan15_lora": ("hunyuan_video_15", 5),
+    "i2v_hunyuan15": ("hunyuan_video_15_i2v", 5),
+    "i2v_hunyuan15_lora": ("hunyuan_video_15_i2v", 5),
     "t2i_hunyuan": ("hunyuan_video", 1),
     "i2v_skyreels": ("skyreels_i2v", 5),
     "t2i_flux": ("flux", 1),

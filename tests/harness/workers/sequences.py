@@ -23,6 +23,7 @@ from fastgrpo.parallel.world import World, open_world
 SIZES = {
     "hunyuan_video": (5, 40, 24),
     "hunyuan_video_15": (9, 20, 12),  # 45 tokens; one branch has quoted text
+    "hunyuan_video_15_i2v": (9, 20, 12),  # the same beside the image's places
     "skyreels_i2v": (5, 40, 24),
     "flux": (1, 36, 28),
     "qwen_image": (1, 40, 24),  # 5 x 3 tokens

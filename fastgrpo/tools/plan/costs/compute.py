@@ -20,6 +20,7 @@ from fastgrpo.models.sizes.units import (
     TEXT,
     VIDEO,
     Attention,
+    Block,
     Network,
     Unit,
     adapters,
@@ -44,6 +45,11 @@ class Job:
     ranks_per_node: int
     replicas: int
     shards: int
+
+    @property
+    def text_in_blocks(self) -> int:
+        """Tokens beside the video's in a block."""
+        return self.text + (self.network.image if self.network.image_joins else 0)
 
     @property
     def sp(self) -> int:
@@ -119,13 +125,10 @@ class _Tokens:
 
 def forward(job: Job, batch: int, units: Iterable[Unit] | None = None) -> Flops:
     """One forward over `batch` states, guidance's second branch included."""
-    samples, found = batch * job.branches, Flops()
-    tokens, lora = (
-        _Tokens(job.video, job.local, job.text, job.network.image, job.sp),
-        job.recipe.lora,
-    )
+    samples, found, lora = batch * job.branches, Flops(), job.recipe.lora
     for unit in job.network.units if units is None else units:
         whole = unit is job.network.rest
+        tokens = _seen(job, unit)
         products, attention = _of_unit(unit, whole, tokens)
         extra = (
             _of_unit(adapters(unit, lora.rank, lora.targets), whole, tokens)[0]
@@ -134,6 +137,12 @@ def forward(job: Job, batch: int, units: Iterable[Unit] | None = None) -> Flops:
         )
         found = found + Flops(samples * products, samples * attention, samples * extra)
     return found
+
+
+def _seen(job: Job, unit: Unit) -> _Tokens:
+    """What a unit sees."""
+    text = job.text_in_blocks if isinstance(unit, Block) else job.text
+    return _Tokens(job.video, job.local, text, job.network.image, job.sp)
 
 
 @lru_cache(maxsize=1024)  # a search asks ten thousand times
@@ -189,8 +198,7 @@ def recomputed(job: Job, batch: int, unit: Unit, number: int) -> Flops:
         return Flops(share * once.products, share * once.attention, share * once.adapters)
     if settings.keep == "attention":
         return Flops(share * once.products, 0.0, share * once.adapters)
-    tokens = _Tokens(job.video, job.local, job.text, job.network.image, job.sp)
-    linear = batch * job.branches * _of_unit(unit, False, tokens, linear=True)[0]
+    linear = batch * job.branches * _of_unit(unit, False, _seen(job, unit), linear=True)[0]
     return Flops(max(0.0, share * once.products - linear))
 
 
@@ -332,7 +340,9 @@ def _tokens(job: Job, batch: int, passes: float, ends: int) -> Sent:
         if a.shared and a.keys not in (TEXT, IMAGE)
     ]
     video = 4 * width * job.local * share * samples
-    text = width * job.text * share * samples if shared and shared[0].keys == BOTH else 0.0
+    text = (
+        width * job.text_in_blocks * share * samples if shared and shared[0].keys == BOTH else 0.0
+    )
     out = next((p.outputs for p in job.network.rest.products if p.name.endswith("proj_out")), 0)
     velocity = job.local * out * (job.sp - 1) * samples
     return Sent(

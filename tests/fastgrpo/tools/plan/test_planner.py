@@ -105,6 +105,7 @@ def test_an_evaluation_of_as_many_clips_takes_what_drawing_and_scoring_take() ->
     [
         ("hunyuan_video", "", 12_821_012_544),
         ("hunyuan_video_15", "", 8_326_608_160),
+        ("hunyuan_video_15_i2v", "", 8_326_608_160),
         ("flux", "", 11_901_408_320),
         ("wan", "Wan2.1-T2V-14B", 14_288_491_584),
         ("wan", "Wan2.1-T2V-1.3B", 1_418_996_800),
@@ -128,6 +129,7 @@ def test_published_networks_have_their_parameters(family: str, named: str, expec
         ("wan", "ti2v-5b", 0.453),
         ("wan_i2v", "", 0.453),
         ("hunyuan_video_15", "", 0.222),
+        ("hunyuan_video_15_i2v", "", 0.222),
         ("wan_i2v_14b", "", 0.640),
         ("wan_a14b", "", 0.587),
         ("qwen_image", "", 0.222),
