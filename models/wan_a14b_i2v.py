@@ -39,7 +39,11 @@ BOUNDARY = 0.9  # of the published folder, for a simulated rank
 class WanExpertsFromImage(GivenClip, WanExperts):
     """The `fastgrpo.core.policy.Policy` of this family."""
 
-    form: ClassVar[Form] = Form(models="Wan 2.2 I2V-A14B", experts=True, conditioned=True)
+    form: ClassVar[Form] = Form(
+        models="Wan 2.2 I2V-A14B, or model.family=wan_i2v_14b for Wan 2.1 I2V",
+        experts=True,
+        conditioned=True,
+    )
 
 
 class ImageTextEncoder(GivenClipEncoder):

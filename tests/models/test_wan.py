@@ -489,7 +489,7 @@ def test_the_full_size_network_is_wrapped_block_by_block(
         (
             "",
             {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
-            "has transformer_2, as Wan 2.2 A14B .* does; for A14B .*family=wan_a14b, else use a text",
+            "has transformer_2, as Wan 2.2 A14B .* does; set model.family=wan_a14b, or use a text",
         ),
         ("", {"boundary_ratio": 0.875}, "has boundary_ratio, as Wan 2.2 A14B"),
         (
