@@ -372,7 +372,9 @@ def test_mistakes_are_one_clear_line(folder: Path, tmp_path: Path) -> None:
     whole = changed(folder, tmp_path / "whole", "", boundary_ratio=None)
     with pytest.raises(UserError, match=r"has no boundary_ratio, which Wan 2.2 A14B's has"):
         policies.load(settings(whole), CPU)
-    with pytest.raises(UserError, match=r"has transformer_2, .*set model.family=wan_a14b, or use"):
+    with pytest.raises(
+        UserError, match=r"has transformer_2, .*use Wan 2.1 .*model.family=wan_a14b for A14B"
+    ):
         policies.load(test_wan.settings(folder), CPU)
     with pytest.raises(UserError, match=r"model.network=x: this family trains two networks"):
         policies.load(settings(folder, network="x"), CPU)

@@ -2,6 +2,7 @@
 which network answers at which step, guidance of both, ODE latents, pixels.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,7 @@ def test_the_full_size_networks_are_planned_as_they_are() -> None:
     assert planned.network.parameters == 2 * REAL_COUNT
     shapes = planned.condition(512, (16, 21, 60, 104))  # 81 frames of 480 x 832
     assert shapes["image"] == (16, 21, 60, 104) and set(shapes) == {"text", "image"}
+    assert f"{4 * math.prod(shapes['image']) / 1e6:.1f} MB" == "8.4 MB"  # docs/families.md
 
 
 def test_a_condition_is_the_pipelines(folder: Path) -> None:
@@ -288,7 +290,11 @@ def test_the_wrong_folder_or_family_is_one_clear_line(folder: Path, tmp_path: Pa
         ("wan_a14b", folder, "not a WanPipeline; set model.family=wan_a14b_i2v, or"),
         ("wan_a14b", older, "not a WanPipeline; set model.family=wan_i2v_14b, or"),
         ("wan", folder, "not a WanPipeline; set model.family=wan_a14b_i2v, or"),
-        ("wan_i2v_14b", folder, "has transformer_2, .*model.family=wan_a14b_i2v, or use Wan 2.1"),
+        (
+            "wan_i2v_14b",
+            folder,
+            "has transformer_2, .*use Wan 2.1.* model.family=wan_a14b_i2v for I2V-A14B",
+        ),
         ("wan_i2v_14b", text, "not a WanImageToVideoPipeline; set model.family=wan_a14b, or"),
         ("wan_a14b_i2v", wide, "24 channels in and 8 out, .*use Wan 2.2 I2V-A14B"),
         ("wan_a14b_i2v", seeing, "and sees images, .*use Wan 2.2 I2V-A14B"),

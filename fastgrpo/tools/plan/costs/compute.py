@@ -128,7 +128,7 @@ def forward(job: Job, batch: int, units: Iterable[Unit] | None = None) -> Flops:
     samples, found, lora = batch * job.branches, Flops(), job.recipe.lora
     for unit in job.network.units if units is None else units:
         whole = unit is job.network.rest
-        tokens = _tokens(job, unit)
+        tokens = _seen(job, unit)
         products, attention = _of_unit(unit, whole, tokens)
         extra = (
             _of_unit(adapters(unit, lora.rank, lora.targets), whole, tokens)[0]
@@ -139,7 +139,7 @@ def forward(job: Job, batch: int, units: Iterable[Unit] | None = None) -> Flops:
     return found
 
 
-def _tokens(job: Job, unit: Unit) -> _Tokens:
+def _seen(job: Job, unit: Unit) -> _Tokens:
     """What a unit sees."""
     text = job.text_in_blocks if isinstance(unit, Block) else job.text
     return _Tokens(job.video, job.local, text, job.network.image, job.sp)
@@ -198,7 +198,7 @@ def recomputed(job: Job, batch: int, unit: Unit, number: int) -> Flops:
         return Flops(share * once.products, share * once.attention, share * once.adapters)
     if settings.keep == "attention":
         return Flops(share * once.products, 0.0, share * once.adapters)
-    linear = batch * job.branches * _of_unit(unit, False, _tokens(job, unit), linear=True)[0]
+    linear = batch * job.branches * _of_unit(unit, False, _seen(job, unit), linear=True)[0]
     return Flops(max(0.0, share * once.products - linear))
 
 
