@@ -120,7 +120,8 @@ def fitting(index: Mapping[str, Any]) -> str | None:
     named = index.get("_class_name")
     found = [name for name, own in pipelines().items() if own[0] == named]
     parts = {part for name in found for part in networks(name) if any(index.get(part) or ())}
-    return next((name for name in found if set(networks(name)) == parts), (found or [None])[0])
+    same = (name for name in found if set(networks(name)) == parts)
+    return next(same, found[0] if found else None)
 
 
 def family(name: str) -> Family:
