@@ -119,7 +119,8 @@ def fitting(index: Mapping[str, Any]) -> str | None:
     """
     named = index.get("_class_name")
     found = [name for name, own in pipelines().items() if own[0] == named]
-    parts = {part for name in found for part in networks(name) if any(index.get(part) or ())}
+    asked = {part for name in found for part in networks(name)}
+    parts = {part for part in asked if index.get(part) not in (None, [None, None])}
     same = (name for name in found if set(networks(name)) == parts)
     return next(same, found[0] if found else None)
 
