@@ -37,6 +37,7 @@ next: it loads a recipe's family.
 """
 
 import importlib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -108,8 +109,20 @@ def _folder_of(path: str | None) -> str:
     named = None if index is None else index.get("_class_name")
     if named is None:
         return ""
-    families = [name for name, own in pipelines().items() if own[0] == named]
-    return f" model.path holds a {named}, which {(families or ['no family'])[0]} reads."
+    return f" model.path holds a {named}, which {fitting(index or {}) or 'no family'} reads."
+
+
+def fitting(index: Mapping[str, Any]) -> str | None:
+    """The family of a folder with this model_index.json; None where none is.
+
+    Of several families whose own pipeline it names, the one that trains the networks that it has.
+    """
+    named = index.get("_class_name")
+    found = [name for name, own in pipelines().items() if own[0] == named]
+    asked = {part for name in found for part in networks(name)}
+    parts = {part for part in asked if index.get(part) not in (None, [None, None])}
+    same = (name for name in found if set(networks(name)) == parts)
+    return next(same, found[0] if found else None)
 
 
 def family(name: str) -> Family:

@@ -138,7 +138,7 @@ Forward = Callable[..., tuple[Tensor]]
 class Wan:
     """The `fastgrpo.core.policy.Policy` of this family."""
 
-    form: ClassVar[Form] = Form(models="a text-to-video model of Wan 2.1, or Wan 2.2 TI2V-5B")
+    form: ClassVar[Form] = Form(models="Wan 2.1 T2V, TI2V-5B, or model.family=wan_a14b for A14B")
     share_sequence: ShareSequence
 
     def __init__(

@@ -48,7 +48,9 @@ BOUNDARY = 0.875  # of the published folder, for a simulated rank
 class WanExperts(Wan):
     """The `fastgrpo.core.policy.Policy` of this family."""
 
-    form: ClassVar[Form] = Form(models="Wan 2.2 T2V-A14B", experts=True)
+    form: ClassVar[Form] = Form(
+        models="Wan 2.2 T2V-A14B, or model.family=wan_a14b_i2v for I2V-A14B", experts=True
+    )
 
     def __init__(self, network: nn.Module, **parts: Any) -> None:
         super().__init__(network, **parts)

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKLWan
 
 from fastgrpo import models
 from fastgrpo.core.config import Model, Video
-from fastgrpo.models import wan, wan_a14b
+from fastgrpo.models import wan
 from fastgrpo.models.loading import diffusers_folder
 from fastgrpo.models.loading.wan_folder import Form
 from fastgrpo.models.sizes.family_plan import FamilyPlan
@@ -39,7 +39,11 @@ BOUNDARY = 0.9  # of the published folder, for a simulated rank
 class WanExpertsFromImage(GivenClip, WanExperts):
     """The `fastgrpo.core.policy.Policy` of this family."""
 
-    form: ClassVar[Form] = Form(models="Wan 2.2 I2V-A14B", experts=True, conditioned=True)
+    form: ClassVar[Form] = Form(
+        models="Wan 2.2 I2V-A14B, or model.family=wan_i2v_14b for Wan 2.1 I2V",
+        experts=True,
+        conditioned=True,
+    )
 
 
 class ImageTextEncoder(GivenClipEncoder):
@@ -72,7 +76,7 @@ def load(settings: Model, device: torch.device) -> WanExpertsFromImage:
 
 def plan(config: Mapping[str, Any]) -> FamilyPlan:
     """Sizes of this family with two networks of this config: those from text, and a given clip."""
-    texts: FamilyPlan = wan_a14b.plan(config)
+    texts: FamilyPlan = models.declared("wan_a14b", "plan")(config)
     return replace(texts, first_frame=True, given_clip=True)
 
 

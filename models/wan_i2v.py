@@ -132,7 +132,7 @@ def load(settings: Model, device: torch.device) -> WanImageToVideo:
         raise UserError(
             f"model.path={settings.path}: model_index.json has no expand_timesteps: this network "
             "was not trained with a time for each token; use Wan 2.2 TI2V-5B, or for Wan 2.1 I2V "
-            "model.family=wan_i2v_14b."
+            "model.family=wan_i2v_14b, for I2V-A14B wan_a14b_i2v."
         )
     return wan.load_as(WanImageToVideo, settings, device)
 

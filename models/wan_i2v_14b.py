@@ -82,7 +82,10 @@ class WanFromImage(GivenClip):
     """The `fastgrpo.core.policy.Policy` of this family."""
 
     form: ClassVar[Form] = Form(
-        models="Wan 2.1 I2V 14B", conditioned=True, images=True, places=MAX_TEXT_TOKENS
+        models="Wan 2.1 I2V 14B, or model.family=wan_a14b_i2v for I2V-A14B",
+        conditioned=True,
+        images=True,
+        places=MAX_TEXT_TOKENS,
     )
 
 

@@ -55,20 +55,24 @@ def pipeline_folder(settings: Model, parts: Sequence[str]) -> Folder:
 
 
 def check_pipeline(
-    settings: Model, wanted: Sequence[str], families: Mapping[str, Sequence[str]]
+    settings: Model,
+    wanted: Sequence[str],
+    fitting: Callable[[Mapping[str, Any]], str | None],
+    families: Sequence[str],
 ) -> None:
     """Raise UserError where the model_index.json of model.path names none of the `wanted`
     pipelines, or a single file is named.
 
-    families: each family's pipelines, its own first, to suggest the one that the folder is for
+    fitting: gives the family of a model_index.json, to suggest it;  families: the names of all
     """
     refuse_file(settings, wanted[0])
-    named = read_json(pipeline_folder(settings, ()) / "model_index.json").get("_class_name")
+    index = read_json(pipeline_folder(settings, ()) / "model_index.json")
+    named = index.get("_class_name")
     if named in wanted:
         return
-    fitting = next((name for name, pipelines in families.items() if pipelines[0] == named), None)
-    family = f"set model.family={fitting}, or correct" if fitting else "correct"
-    others = "" if fitting else f" There are the families {', '.join(families)}."
+    suggested = fitting(index)
+    family = f"set model.family={suggested}, or correct" if suggested else "correct"
+    others = "" if suggested else f" There are the families {', '.join(families)}."
     raise UserError(
         f"model.path={settings.path}: model_index.json names a {named}, not a "
         f"{' or a '.join(wanted)}; {family} the path.{others}"

@@ -80,7 +80,7 @@ def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[Enc
 def _family(settings: Model) -> models.Family:
     """The recipe's family. Raises UserError where model.path is another pipeline's folder."""
     family = models.family(settings.family)
-    diffusers_folder.check_pipeline(settings, family.PIPELINES, models.pipelines())
+    diffusers_folder.check_pipeline(settings, family.PIPELINES, models.fitting, models.known())
     return family
 
 

@@ -36,10 +36,9 @@ def check_pipeline(index: Mapping[str, Any], settings: Model, form: Form) -> Non
     two = any(index.get("transformer_2") or ())
     for key, told in (("transformer_2", two), ("boundary_ratio", index.get("boundary_ratio"))):
         if told and not form.experts:
-            text = "" if form.conditioned else "for A14B from text set model.family=wan_a14b, else "
             raise UserError(
                 f"model.path={settings.path}: model_index.json has {key}, as Wan 2.2 A14B with its "
-                f"two networks does; {text}use {form.models}."
+                f"two networks does; use {form.models}."
             )
         if form.experts and not told:
             raise UserError(

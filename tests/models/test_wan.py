@@ -489,7 +489,7 @@ def test_the_full_size_network_is_wrapped_block_by_block(
         (
             "",
             {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
-            "has transformer_2, as Wan 2.2 A14B .* does; for A14B .*family=wan_a14b, else use a text",
+            "has transformer_2, as Wan 2.2 A14B .* does; use Wan 2.1 .*model.family=wan_a14b for",
         ),
         ("", {"boundary_ratio": 0.875}, "has boundary_ratio, as Wan 2.2 A14B"),
         (
@@ -520,12 +520,12 @@ def test_the_full_size_network_is_wrapped_block_by_block(
         (
             "transformer",
             {"in_channels": 20},
-            "the network has 20 channels in and 8 out, the VAE 8; use a text-to-video",
+            "the network has 20 channels in and 8 out, the VAE 8; use Wan 2.1 T2V",
         ),
         (
             "transformer",
             {"image_dim": 1280, "added_kv_proj_dim": 32},
-            "and sees images, the VAE 8; use a text-to-video",
+            "and sees images, the VAE 8; use Wan 2.1 T2V",
         ),
         ("transformer", {"patch_size": [2, 2, 2]}, r"patch_size is \[2, 2, 2\], not \[1, n, n\]"),
         (

@@ -178,16 +178,18 @@ def test_ratio_is_one_for_any_batch_size(folder: Path, cpu_world: World, cfg: fl
 
 
 def trained(
-    folder: Path, world: World, window: range | None, monkeypatch: pytest.MonkeyPatch
+    policy: WanExperts,
+    conditions: list[Condition],
+    world: World,
+    window: range | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[dict[str, bool], list[tuple[int, list[float]]]]:
     """Which networks an update with AdamW and an average changes, and what each forward was asked.
 
     returns part -> whether any of its weights changed; by forward its expert and its rows' times
     """
-    policy = load(folder)
     before = {name: p.detach().clone() for name, p in policy.network.named_parameters()}
     sharding.shard(policy, world, torch.float32)
-    conditions = encode(folder)[0]
     shape = policy.latent_shape(VIDEO)
     grid = policy.time_grid(6, None, shape)
     plan = Plan(
@@ -245,7 +247,8 @@ def test_the_noisy_steps_decide_which_network_is_trained(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bit for bit, the moving average too; no micro-batch mixes networks, though it mixes steps."""
-    found, asked = trained(folder, cpu_world, window, monkeypatch)
+    policy, conditions = load(folder), encode(folder)[0]
+    found, asked = trained(policy, conditions, cpu_world, window, monkeypatch)
     assert tuple(found.values()) == expected
     for expert, times in asked:
         assert {0 if t >= files.BOUNDARY else 1 for t in times} == {expert}
@@ -325,11 +328,19 @@ def test_adapters_of_both_are_files_that_diffusers_loads_as_the_card_says(
 
 def test_recomputing_changes_memory_alone(folder: Path) -> None:
     """In both networks."""
-    x, t = noise_of(load(folder), VIDEO).expand(2, -1, -1, -1, -1), torch.tensor([0.95, 0.6])
+    assert_recomputing_changes_memory_alone(
+        load(folder), load(folder, gradient_checkpointing=True), stack(encode(folder)[0][:1] * 2)
+    )
+
+
+def assert_recomputing_changes_memory_alone(
+    plain: WanExperts, recomputing: WanExperts, two: Condition
+) -> None:
+    """By the gradients of two rows, one of each network's times."""
+    x, t = noise_of(plain, VIDEO).expand(2, -1, -1, -1, -1), torch.tensor([0.95, 0.6])
     grads = []
-    for more in (False, True):
-        policy = load(folder, gradient_checkpointing=more)
-        policy.velocity(x, t, stack(encode(folder)[0][:1] * 2)).square().mean().backward()
+    for policy in (plain, recomputing):
+        policy.velocity(x, t, two).square().mean().backward()
         grads.append({name: p.grad for name, p in policy.network.named_parameters()})
     assert all(grad is not None for grad in grads[0].values())
     for name, grad in grads[0].items():
@@ -362,13 +373,15 @@ def test_mistakes_are_one_clear_line(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no boundary_ratio, which Wan 2.2 A14B's has"):
         policies.load(settings(whole), CPU)
     with pytest.raises(
-        UserError, match=r"has transformer_2, .*set model.family=wan_a14b, else use"
+        UserError, match=r"has transformer_2, .*use Wan 2.1 .*model.family=wan_a14b for A14B"
     ):
         policies.load(test_wan.settings(folder), CPU)
     with pytest.raises(UserError, match=r"model.network=x: this family trains two networks"):
         policies.load(settings(folder, network="x"), CPU)
     wide = changed(folder, tmp_path / "wide", "transformer_2", in_channels=20)
-    with pytest.raises(UserError, match=r"20 channels in and 8 out.*use Wan 2.2 T2V-A14B"):
+    with pytest.raises(
+        UserError, match=r"20 channels in and 8 out.*family=wan_a14b_i2v for I2V-A14B"
+    ):
         policies.load(settings(wide), CPU)
     missing = tmp_path / "missing"
     changed(folder, missing, "", boundary_ratio=0.875)

@@ -216,7 +216,9 @@ def test_mistakes_are_one_clear_line(folder: Path, tmp_path: Path) -> None:
     ):
         encoder([Prompt(TEXT)])
     plain = changed(folder, tmp_path / "plain", "", expand_timesteps=False)
-    with pytest.raises(UserError, match=r"has no expand_timesteps: .*use Wan 2.2 TI2V-5B"):
+    with pytest.raises(
+        UserError, match=r"has no expand_timesteps: .*use Wan 2.2 TI2V-5B.*wan_a14b_i2v"
+    ):
         policies.load(settings(plain), CPU)
     wide = Video(frames=9, height=32, width=40)
     with (

@@ -281,7 +281,7 @@ def test_mistakes_are_one_clear_line(folder: Path, tmp_path: Path) -> None:
         encoder([Prompt(TEXT)])
     two = changed(folder, tmp_path / "two", "", boundary_ratio=0.9)
     with pytest.raises(
-        UserError, match=r"has boundary_ratio, as Wan 2.2 A14B .* does; use Wan 2.1"
+        UserError, match=r"has boundary_ratio, .*use Wan 2.1 I2V.*wan_a14b_i2v for I2V-A14B"
     ):
         policies.load(settings(two), CPU)
     entries: list[dict[str, Any]] = [{"in_channels": 8}, {"image_dim": None}]

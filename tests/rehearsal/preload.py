@@ -34,6 +34,7 @@ import fastgrpo.models.stable_diffusion
 import fastgrpo.models.stable_diffusion_3
 import fastgrpo.models.wan
 import fastgrpo.models.wan_a14b
+import fastgrpo.models.wan_a14b_i2v
 import fastgrpo.models.wan_i2v
 import fastgrpo.models.wan_i2v_14b
 import fastgrpo.rewards.video_stats

@@ -159,7 +159,7 @@ def _check_model_folder(recipe: Recipe) -> None:
     source.refuse_file(settings, pipelines[0])
     if _on_hub(settings, "path"):
         return
-    diffusers_folder.check_pipeline(settings, pipelines, models.pipelines())
+    diffusers_folder.check_pipeline(settings, pipelines, models.fitting, models.known())
     parts = models.declared(family, "PARTS", ())
     folder = diffusers_folder.pipeline_folder(settings, parts)
     for part in parts:

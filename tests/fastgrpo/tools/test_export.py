@@ -293,6 +293,7 @@ def test_the_model_is_never_whole_in_memory(tmp_path: Path) -> None:
         "wan",
         "wan_i2v",
         "wan_a14b",
+        "wan_a14b_i2v",
         "wan_i2v_14b",
     ],
 )

@@ -29,6 +29,8 @@ LAUNCH = {
     "i2v_wan_lora": ("wan_i2v_14b", 5),
     "t2v_wan22_a14b": ("wan_a14b", 5),
     "t2v_wan22_a14b_lora": ("wan_a14b", 5),
+    "i2v_wan22_a14b": ("wan_a14b_i2v", 5),
+    "i2v_wan22_a14b_lora": ("wan_a14b_i2v", 5),
     "t2i_sd3": ("stable_diffusion_3", 1),
     "t2i_sd3_lora": ("stable_diffusion_3", 1),
     "t2i_qwen": ("qwen_image", 1),

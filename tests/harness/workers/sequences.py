@@ -30,6 +30,7 @@ SIZES = {
     "stable_diffusion_3": (1, 36, 28),  # 9 x 7 tokens
     "wan": (5, 40, 24),
     "wan_a14b": (5, 40, 24),  # rows of both networks' times
+    "wan_a14b_i2v": (5, 40, 24),  # the same, and a given clip
     "wan_i2v_14b": (5, 40, 24),  # 2 x 5 x 3 tokens
     "wan_i2v": (9, 48, 16),  # 9 tokens, of which 3 have time 0
 }
