@@ -23,6 +23,7 @@ from diffusers import (  # noqa: F401
     SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
+    ZImageTransformer2DModel,
 )
 
 import fastgrpo.models.flux
@@ -35,6 +36,7 @@ import fastgrpo.models.wan
 import fastgrpo.models.wan_a14b
 import fastgrpo.models.wan_i2v
 import fastgrpo.models.wan_i2v_14b
+import fastgrpo.models.z_image
 import fastgrpo.rewards.video_stats
 import fastgrpo.tools.evaluate.evaluate
 import fastgrpo.tools.export.export
@@ -49,6 +51,7 @@ for _name in (
     "LlamaModel",
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen2_5_VLTextModel",
+    "Qwen3Model",
     "T5EncoderModel",
     "UMT5EncoderModel",
 ):

@@ -121,7 +121,7 @@ def test_check_and_train_tell_it(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 FAMILIES = "flux, hunyuan_video, hunyuan_video_15, qwen_image, skyreels_i2v, stable_diffusion, "
-FAMILIES += "stable_diffusion_3, wan, wan_a14b, wan_i2v, wan_i2v_14b"
+FAMILIES += "stable_diffusion_3, wan, wan_a14b, wan_i2v, wan_i2v_14b, z_image"
 HELD = "model.path holds a HunyuanVideoPipeline, which hunyuan_video reads."
 
 
