@@ -40,6 +40,7 @@ GB, MORE_GB = 0.0625, {"t2i_sd": 0.25, "t2v_hunyuan15": 0.25, "i2v_wan": 0.25, "
 """GiB of each device: somewhat more than the largest of the jobs takes."""
 OFTEN = {
     "t2i_qwen": ("objective.timestep_fraction=0.99",),
+    "t2i_zimage": ("objective.timestep_fraction=0.99",),
     "t2v_hunyuan15_lora": ("objective.timestep_fraction=0.99", "rollout.window=none"),
 }
 """Overrides of recipes whose few trained states would leave an update nothing to evaluate again."""
