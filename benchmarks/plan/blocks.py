@@ -101,6 +101,18 @@ WAN_IMAGE = published("wan_i2v_14b") | {
     "added_kv_proj_dim": WIDTH,
 }
 KINDS += (("wan_i2v_14b", WAN_IMAGE, 0, "block", VIDEO),)
+LUMINA = published("z_image") | {
+    "n_heads": HEADS,
+    "dim": WIDTH,
+    "n_layers": 1,
+    "n_refiner_layers": 1,
+    "axes_lens": (4096, 512, 512),
+}
+KINDS += (
+    ("z_image", LUMINA, 0, "image", IMAGE),
+    ("z_image", LUMINA, 1, "text", IMAGE),
+    ("z_image", LUMINA, 2, "both", IMAGE),
+)
 COSTS = ("forward", "saved", "working", "moved")
 
 

@@ -212,7 +212,7 @@ def install(network: Any, sp: Group, share_sequence: ShareSequence) -> None:
 
     Raises UserError for a network whose family cannot share, or whose heads do not divide.
     """
-    heads = network.config.get("num_attention_heads")
+    heads = heads_of(network)
     if isinstance(heads, int) and heads % sp.size:
         sizes = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
         raise UserError(
@@ -222,6 +222,12 @@ def install(network: Any, sp: Group, share_sequence: ShareSequence) -> None:
     layout = Layout(sp=sp)
     share_sequence(network, layout)
     network.sequence_layout = layout
+
+
+def heads_of(network: Any) -> Any:
+    """What the config of a network says of its attention heads, under either of its keys."""
+    config = network.config
+    return config.get("num_attention_heads", config.get("n_heads"))
 
 
 @contextmanager

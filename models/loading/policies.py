@@ -114,7 +114,8 @@ def configure(policy: Policy, settings: Model) -> None:
 def _choose_attention(network: Any, backend: str) -> None:
     """Raise ValueError for a network that cannot choose."""
     network.set_attention_backend(backend)
-    if not any(getattr(p, "_attention_backend", None) for p in network.attn_processors.values()):
+    processors = [getattr(module, "processor", None) for module in network.modules()]
+    if not any(getattr(processor, "_attention_backend", None) for processor in processors):
         raise ValueError(f"a {type(network).__name__} has no choice of kernels")
 
 

@@ -125,7 +125,14 @@ class Published:
         )
 
 
-AT_WORK: Mapping[str, float] = {"clip": 33.0, "llama": 24.0, "qwen": 41.0, "t5": 29.0, "umt5": 46.0}
+AT_WORK: Mapping[str, float] = {
+    "clip": 33.0,
+    "llama": 24.0,
+    "qwen": 41.0,
+    "qwen3": 25.0,
+    "t5": 29.0,
+    "umt5": 46.0,
+}
 """Bytes per token and channel at work, in bfloat16, by a kind of encoder; a state of each layer that
 is kept comes on top."""
 CLIP_L = Published(
@@ -150,3 +157,6 @@ QWEN_2_5_VL_7B = Published(
     name="", outside=545.0e6, block=233.06e6, blocks=28, width=3584, at_work=AT_WORK["qwen"]
 )
 """Its language model, which alone reads texts."""
+QWEN_3_4B = Published(
+    name="", outside=389.0e6, block=100.93e6, blocks=36, width=2560, at_work=AT_WORK["qwen3"]
+)

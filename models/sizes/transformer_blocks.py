@@ -79,6 +79,13 @@ class TokenBlock(Block):
         return batch.width * ((per_token[0] + more) * batch.video + per_token[1] * batch.text)
 
 
+class TextBlock(TokenBlock):
+    """A transformer's block through which the text alone goes."""
+
+    def inputs(self, batch: Batch) -> float:
+        return float(batch.element * batch.width * batch.text)
+
+
 class JointBlock(TokenBlock):
     """A transformer's block through which the text goes as well."""
 
@@ -140,6 +147,30 @@ def joint_blocks(
         *first,
         *(single_block(f"single_transformer_blocks.{n}", **sizes, kept=single) for n in singles),
     )
+
+
+def lumina_block(name: str, where: str, width: int, heads: int, time: int, kept: KeptBy) -> Block:
+    """Lumina's kind: each of attention and a gated feed-forward between two norms.
+
+    where: VIDEO, TEXT or BOTH, which it has as one sequence;  time: channels of the embedded time,
+    which blocks of text alone do not take
+    """
+    kind = {VIDEO: TokenBlock, TEXT: TextBlock, BOTH: JointBlock}[where]
+    unit, hidden = kind(name, kept=kept), int(width / 3 * 8)
+    for layer in ATTENDING:
+        unit.linear(f"attention.{layer}", width, width, where, bias=False)
+    for layer in ("norm_q", "norm_k"):
+        unit.norm(f"attention.{layer}", width // heads)
+    shared = where != TEXT
+    unit.attentions.append(Attention(width=width, queries=where, keys=where, shared=shared))
+    unit.linear("feed_forward.w1", width, hidden, where, bias=False)
+    unit.linear("feed_forward.w2", hidden, width, where, bias=False)
+    unit.linear("feed_forward.w3", width, hidden, where, bias=False)
+    for layer in ("attention_norm1", "ffn_norm1", "attention_norm2", "ffn_norm2"):
+        unit.norm(layer, width)
+    if where != TEXT:
+        unit.linear("adaLN_modulation.0", time, 4 * width, SAMPLE)
+    return unit
 
 
 def token_refiner(rest: Unit, name: str, config: Mapping[str, Any], width: int) -> None:

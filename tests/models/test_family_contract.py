@@ -25,7 +25,7 @@ from fastgrpo.models.loading import policies
 from fastgrpo.models.sizes.family_plan import FamilyPlan
 from fastgrpo.models.sizes.units import has_part
 from fastgrpo.parallel.precision import stays_float32
-from fastgrpo.parallel.sequence_parallel import Layout, install
+from fastgrpo.parallel.sequence_parallel import Layout, heads_of, install
 from fastgrpo.parallel.world import Group
 from fastgrpo.tools.plan import planner
 from fastgrpo.tools.plan.gpus import Achieved, gpu
@@ -129,7 +129,7 @@ def shortened(settings: Mapping[str, Any]) -> dict[str, Any]:
     rules.
     """
     return {
-        key: min(value, 2) if re.fullmatch(r"num_(\w+_)?layers", key) else value
+        key: min(value, 2) if re.fullmatch(r"n(um)?_(\w+_)?layers", key) else value
         for key, value in settings.items()
     }
 
@@ -178,7 +178,7 @@ def sharing(module: ModuleType, settings: Mapping[str, Any]) -> Iterator[str]:
     if not hasattr(module, "share_sequence"):
         return
     network: nn.Module = without_weights(module, settings).network
-    if module.plan(settings).network.heads != network.config.num_attention_heads:  # type: ignore[union-attr]
+    if module.plan(settings).network.heads != heads_of(network):
         yield "plan: not the network's number of heads"
     before = processors(network)
     layout = Layout(sp=group(2))

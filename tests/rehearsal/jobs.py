@@ -43,6 +43,7 @@ MORE_GB = dict.fromkeys(
 """GiB of each device: somewhat more than the largest of the jobs takes."""
 OFTEN = {
     "t2i_qwen": ("objective.timestep_fraction=0.99",),
+    "t2i_zimage": ("objective.timestep_fraction=0.99",),
     "t2v_hunyuan15_lora": ("objective.timestep_fraction=0.99", "rollout.window=none"),
     "i2v_hunyuan15_lora": ("objective.timestep_fraction=0.99", "rollout.window=none"),
 }

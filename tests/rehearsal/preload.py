@@ -23,6 +23,7 @@ from diffusers import (  # noqa: F401
     SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
+    ZImageTransformer2DModel,
 )
 
 import fastgrpo.models.flux
@@ -37,6 +38,7 @@ import fastgrpo.models.wan_a14b
 import fastgrpo.models.wan_a14b_i2v
 import fastgrpo.models.wan_i2v
 import fastgrpo.models.wan_i2v_14b
+import fastgrpo.models.z_image
 import fastgrpo.rewards.video_stats
 import fastgrpo.tools.evaluate.evaluate
 import fastgrpo.tools.export.export
@@ -51,6 +53,7 @@ for _name in (
     "LlamaModel",
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen2_5_VLTextModel",
+    "Qwen3Model",
     "SiglipVisionModel",
     "T5EncoderModel",
     "UMT5EncoderModel",

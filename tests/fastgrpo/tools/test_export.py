@@ -295,6 +295,7 @@ def test_the_model_is_never_whole_in_memory(tmp_path: Path) -> None:
         "wan_a14b",
         "wan_a14b_i2v",
         "wan_i2v_14b",
+        "z_image",
     ],
 )
 def test_every_familys_export_is_its_pipeline(family: str, tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ LAUNCH = {
     "t2i_sd3_lora": ("stable_diffusion_3", 1),
     "t2i_qwen": ("qwen_image", 1),
     "t2i_qwen_lora": ("qwen_image", 1),
+    "t2i_zimage": ("z_image", 1),
+    "t2i_zimage_lora": ("z_image", 1),
 }
 """By a launch file's name: its tiny folder, by the family that alone reads it, and a clip's frames.
 """

@@ -27,6 +27,7 @@ SIZES = {
     "skyreels_i2v": (5, 40, 24),
     "flux": (1, 36, 28),
     "qwen_image": (1, 40, 24),  # 5 x 3 tokens
+    "z_image": (1, 40, 24),  # 5 x 3 tokens, which learned ones make 32
     "stable_diffusion_3": (1, 36, 28),  # 9 x 7 tokens
     "wan": (5, 40, 24),
     "wan_a14b": (5, 40, 24),  # rows of both networks' times
@@ -53,7 +54,18 @@ def compare(family: str, folder: Path, lora: Lora, world: World) -> dict[str, fl
     )
     with policies.encoder(settings, video, world.device) as encode:
         condition = move(
-            stack(encode([Prompt('a red boat "A" sails', folder / "image.png")]) * 2), world.device
+            stack(
+                encode(
+                    [
+                        Prompt(
+                            'a red boat "A" sails over the sea behind the hills, and many birds fly',
+                            folder / "image.png",
+                        )
+                    ]
+                )
+                * 2
+            ),
+            world.device,
         )
         negative = move(encode.negative(""), world.device) if cfg > 1 else None
     alone, shared = (prepared(settings, lora, world.device) for _ in range(2))
