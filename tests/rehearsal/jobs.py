@@ -44,6 +44,7 @@ MORE_GB = dict.fromkeys(
 OFTEN = {
     "t2i_qwen": ("objective.timestep_fraction=0.99",),
     "t2i_zimage": ("objective.timestep_fraction=0.99",),
+    "t2v_hunyuan_fast": ("rollout.window=4", "rollout.window_schedule=progressive"),
     "t2v_hunyuan15_lora": ("objective.timestep_fraction=0.99", "rollout.window=none"),
     "i2v_hunyuan15_lora": ("objective.timestep_fraction=0.99", "rollout.window=none"),
 }

@@ -18,7 +18,7 @@ from fastgrpo.tools.plan.tuning.choices import Choice
 from fastgrpo.tools.plan.tuning.search import Tuned, tune
 from fastgrpo.training import methods
 
-WINDOW: Choice = {"rollout.window": 4, "rollout.tail_steps": 8}  # as in t2v_hunyuan_fast
+WINDOW: Choice = {"rollout.window": 4, "rollout.tail_steps": 8}  # as in one_node/t2v_hunyuan
 STEPS = (
     16,
     10,
