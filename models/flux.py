@@ -99,17 +99,21 @@ class Schedule:
         """
         own = {} if shift is None else {"use_dynamic_shifting": False, "shift": shift}
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.config | own)
-        known = scheduler.config
-        mu = calculate_shift(
+        mu = self.mu(steps, tokens, scheduler.config)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+        times: Tensor = scheduler.sigmas
+        return times
+
+    def mu(self, steps: int, tokens: int, known: Any) -> float:
+        """The logarithm of the shift of a scheduler that shifts dynamically.  known: its config"""
+        shift: float = calculate_shift(
             tokens,
             known.base_image_seq_len,
             known.max_image_seq_len,
             known.base_shift,
             known.max_shift,
         )
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-        times: Tensor = scheduler.sigmas
-        return times
+        return shift
 
 
 class SharedAttention:

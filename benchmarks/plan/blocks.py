@@ -83,12 +83,19 @@ MMDIT = published("stable_diffusion_3") | {
     "dual_attention_layers": (0,),
 }
 QWEN = published("qwen_image") | {"num_attention_heads": HEADS, "num_layers": 2}
+FLUX_2 = published("flux_2") | {
+    "num_attention_heads": HEADS,
+    "num_layers": 1,
+    "num_single_layers": 1,
+}
 HUNYUAN_15 = published("hunyuan_video_15") | {
     "num_attention_heads": HEADS,
     "num_layers": 2,
     "num_refiner_layers": 1,
 }
 KINDS += (
+    ("flux_2", FLUX_2, 0, "dual", ((32, 1, 128, 128), 512)),
+    ("flux_2", FLUX_2, 1, "single", ((32, 1, 128, 128), 512)),
     ("hunyuan_video_15", HUNYUAN_15, 0, "block", ((32, 16, 32, 32), 256)),
     ("qwen_image", QWEN, 0, "block", IMAGE),
     ("stable_diffusion_3", MMDIT, 0, "two", IMAGE),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
     AutoencoderKLQwenImage,
@@ -64,12 +65,15 @@ def _wan_2_2() -> Any:
     )
 
 
+IMAGES = (AutoencoderKL, AutoencoderKLFlux2)
+"""Whose latents have no frames."""
 Pixels = tuple[int, int, int]
 DECODERS: dict[
     str, tuple[Callable[[], Any], Pixels]
 ] = {  # by a family and what a hub id has in it: (frames, height, width) of a clip to decode
     "hunyuan_video": (_hunyuan, (17, 256, 256)),
     "hunyuan_video_15": (AutoencoderKLHunyuanVideo15, (33, 256, 256)),
+    "flux_2": (AutoencoderKLFlux2, (1, 512, 512)),
     "flux": (lambda: _image(16, quantised=False), (1, 720, 720)),
     "wan": (AutoencoderKLWan, (9, 480, 832)),
     "qwen_image": (AutoencoderKLQwenImage, (1, 512, 512)),
@@ -122,7 +126,7 @@ def costs(name: str, size: Pixels) -> tuple[float, float]:
         for parameter in vae.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
         z = torch.zeros(1, *latent, dtype=torch.bfloat16)
-        z = z.squeeze(2) if isinstance(vae, AutoencoderKL) else z
+        z = z.squeeze(2) if isinstance(vae, IMAGES) else z
         with counting_flops() as flops:
             vae.decode(z)
         with Held() as held:  # a pass of its own, as in a simulation
@@ -145,7 +149,7 @@ def graph_per_pixel(name: str) -> float:
             parameter.data = parameter.data.to(torch.bfloat16)
         weights = {parameter.untyped_storage() for parameter in vae.parameters()}
         z = torch.zeros(1, facts.channels, *places, dtype=torch.bfloat16)
-        z = (z.squeeze(2) if isinstance(vae, AutoencoderKL) else z).requires_grad_()
+        z = (z.squeeze(2) if isinstance(vae, IMAGES) else z).requires_grad_()
 
         def keep(tensor: Tensor) -> Tensor:
             """Count a saved tensor [...] whose memory is not counted yet and no weight's."""

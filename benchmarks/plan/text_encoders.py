@@ -49,14 +49,13 @@ def _qwen(layers: int) -> Any:
     return transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLTextModel(config)
 
 
-def _qwen_3(layers: int) -> Any:
+def _qwen3(layers: int, width: int, inner: int) -> Any:
     config = transformers.Qwen3Config(
-        hidden_size=2560,
-        intermediate_size=9728,
+        hidden_size=width,
+        intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=32,
         num_key_value_heads=8,
-        head_dim=128,
         vocab_size=151936,
     )
     return transformers.Qwen3Model(config)
@@ -85,7 +84,8 @@ ENCODERS: dict[str, Callable[[int], Any]] = {  # of a number of layers
     ),
     "LLAMA_3_8B": _llama,
     "QWEN_2_5_VL_7B": _qwen,
-    "QWEN_3_4B": _qwen_3,
+    "QWEN_3_4B": lambda layers: _qwen3(layers, 2560, 9728),
+    "QWEN_3_8B": lambda layers: _qwen3(layers, 4096, 12288),
     "CLIP_L": lambda layers: _clip(768, 12, layers),
     "CLIP_G": lambda layers: _clip(1280, 20, layers),
 }

@@ -129,7 +129,7 @@ AT_WORK: Mapping[str, float] = {
     "clip": 33.0,
     "llama": 24.0,
     "qwen": 41.0,
-    "qwen3": 25.0,
+    "qwen3": 25.1,
     "t5": 29.0,
     "umt5": 46.0,
 }
@@ -160,3 +160,7 @@ QWEN_2_5_VL_7B = Published(
 QWEN_3_4B = Published(
     name="", outside=389.0e6, block=100.93e6, blocks=36, width=2560, at_work=AT_WORK["qwen3"]
 )
+QWEN_3_8B = Published(
+    name="", outside=622.3e6, block=192.95e6, blocks=36, width=4096, at_work=AT_WORK["qwen3"]
+)
+"""Both without the layer of logits."""

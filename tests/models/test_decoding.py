@@ -13,7 +13,7 @@ from fastgrpo.models import known
 from fastgrpo.models.loading import policies
 from fastgrpo.models.loading.diffusers_folder import to_pixels
 
-IMAGES = ("flux", "qwen_image", "stable_diffusion", "stable_diffusion_3", "z_image")
+IMAGES = ("flux", "flux_2", "qwen_image", "stable_diffusion", "stable_diffusion_3", "z_image")
 WANS = ("wan", "wan_a14b", "wan_a14b_i2v", "wan_i2v", "wan_i2v_14b")
 VIDEOS = ("hunyuan_video", "hunyuan_video_15", "hunyuan_video_15_i2v", "skyreels_i2v", *WANS)
 

@@ -19,7 +19,7 @@ from fastgrpo.models.loading import policies
 from fastgrpo.models.placement.moving_blocks import MovingBlocks, blocks_of, tensors_of
 from fastgrpo.models.placement.text_network import TextNetwork, Work
 from fastgrpo.models.sizes import text_encoders
-from fastgrpo.models.sizes.text_encoders import LLAMA_3_8B, T5_XXL, Published, Sizes
+from fastgrpo.models.sizes.text_encoders import LLAMA_3_8B, QWEN_3_4B, T5_XXL, Published, Sizes
 from fastgrpo.models.text_encoders.passes import passes_of
 from fastgrpo.parallel.world import open_world
 from tests.harness import tiny
@@ -175,6 +175,10 @@ def test_the_plan_has_the_published_encoders_sizes(name: str) -> None:
         (T5_XXL.read_as("", texts=32, longest=512), {}),
         (
             LLAMA_3_8B.read_as("", texts=8, longest=351, states=True),
+            {"output_hidden_states": True, "use_cache": False},
+        ),
+        (
+            QWEN_3_4B.read_as("", texts=8, longest=512, states=True),
             {"output_hidden_states": True, "use_cache": False},
         ),
     ],

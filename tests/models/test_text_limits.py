@@ -18,11 +18,11 @@ FEATURES = {"text_encoder": "text", "text_encoder_2": "pooled"}
 FLUX = {"text_encoder": "pooled", "text_encoder_2": "text"}
 POOLED = {"text_encoder": "pooled", "text_encoder_2": "pooled"}  # texts of several encoders
 OTHERS = {"flux": FLUX, "stable_diffusion_3": POOLED}
-IMAGES = ("qwen_image", "stable_diffusion", "stable_diffusion_3", "z_image")
+IMAGES = ("flux_2", "qwen_image", "stable_diffusion", "stable_diffusion_3", "z_image")
 WANS = ("wan", "wan_a14b", "wan_a14b_i2v", "wan_i2v", "wan_i2v_14b")
 VIDEOS = ("hunyuan_video", "hunyuan_video_15", "hunyuan_video_15_i2v", "skyreels_i2v", *WANS)
 FAMILIES = ("flux", *IMAGES, *VIDEOS)
-BEHIND = {"hunyuan_video_15": 14, "hunyuan_video_15_i2v": 14, "z_image": 14}
+BEHIND = {"flux_2": 24, "hunyuan_video_15": 14, "hunyuan_video_15_i2v": 14, "z_image": 14}
 """More tokens than a text's end and what follows it in the family's template; 4 of the others."""
 VIDEO = Video(frames=9, height=32, width=32)
 

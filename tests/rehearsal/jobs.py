@@ -36,10 +36,8 @@ LOOSE = {"t2i_qwen": 1e-3, "t2v_wan22_a14b": 1e-3}
 by a token's length in the first; advantages divide by a small spread of rewards.
 """
 
-GB = 0.0625
-MORE_GB = dict.fromkeys(
-    ("t2i_sd", "t2v_hunyuan15", "i2v_hunyuan15", "i2v_wan", "i2v_wan_lora"), 0.25
-)
+LARGER = ("t2i_flux2", "t2i_sd", "t2v_hunyuan15", "i2v_hunyuan15", "i2v_wan", "i2v_wan_lora")
+GB, MORE_GB = 0.0625, dict.fromkeys(LARGER, 0.25)
 """GiB of each device: somewhat more than the largest of the jobs takes."""
 OFTEN = {
     "t2i_qwen": ("objective.timestep_fraction=0.99",),

@@ -14,9 +14,11 @@ import torch.distributed.checkpoint.state_dict  # noqa: F401
 import transformers
 from diffusers import (  # noqa: F401
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
     AutoencoderKLWan,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     HunyuanVideoTransformer3DModel,
     QwenImageTransformer2DModel,
@@ -27,6 +29,7 @@ from diffusers import (  # noqa: F401
 )
 
 import fastgrpo.models.flux
+import fastgrpo.models.flux_2
 import fastgrpo.models.hunyuan_video_15
 import fastgrpo.models.hunyuan_video_15_i2v
 import fastgrpo.models.qwen_image
@@ -53,6 +56,7 @@ for _name in (
     "LlamaModel",
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen2_5_VLTextModel",
+    "Qwen3ForCausalLM",
     "Qwen3Model",
     "SiglipVisionModel",
     "T5EncoderModel",

@@ -42,7 +42,7 @@ OF_FAMILIES |= {"wan_i2v_14b": "i2v_wan", "wan_a14b": "t2v_wan22_a14b"}
 OF_FAMILIES |= {"stable_diffusion_3": "t2i_sd3", "qwen_image": "t2i_qwen"}
 OF_FAMILIES |= {"hunyuan_video_15": "t2v_hunyuan15", "hunyuan_video_15_i2v": "i2v_hunyuan15"}
 OF_FAMILIES["wan_a14b_i2v"] = "i2v_wan22_a14b"
-OF_FAMILIES["z_image"] = "t2i_zimage"
+OF_FAMILIES |= {"z_image": "t2i_zimage", "flux_2": "t2i_flux2"}
 """A launch file of every family of rectified flows."""
 
 

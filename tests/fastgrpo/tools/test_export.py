@@ -284,6 +284,7 @@ def test_the_model_is_never_whole_in_memory(tmp_path: Path) -> None:
     "family",
     [
         "flux",
+        "flux_2",
         "hunyuan_video_15",
         "hunyuan_video_15_i2v",
         "qwen_image",

@@ -33,6 +33,8 @@ LAUNCH = {
     "i2v_wan22_a14b_lora": ("wan_a14b_i2v", 5),
     "t2i_sd3": ("stable_diffusion_3", 1),
     "t2i_sd3_lora": ("stable_diffusion_3", 1),
+    "t2i_flux2": ("flux_2", 1),
+    "t2i_flux2_lora": ("flux_2", 1),
     "t2i_qwen": ("qwen_image", 1),
     "t2i_qwen_lora": ("qwen_image", 1),
     "t2i_zimage": ("z_image", 1),

@@ -26,6 +26,7 @@ SIZES = {
     "hunyuan_video_15_i2v": (9, 20, 12),  # the same beside the image's places
     "skyreels_i2v": (5, 40, 24),
     "flux": (1, 36, 28),
+    "flux_2": (1, 36, 28),  # 9 x 7 tokens, through dual-stream and fused single-stream blocks
     "qwen_image": (1, 40, 24),  # 5 x 3 tokens
     "z_image": (1, 40, 24),  # 5 x 3 tokens, which learned ones make 32
     "stable_diffusion_3": (1, 36, 28),  # 9 x 7 tokens

@@ -107,6 +107,8 @@ def test_an_evaluation_of_as_many_clips_takes_what_drawing_and_scoring_take() ->
         ("hunyuan_video_15", "", 8_326_608_160),
         ("hunyuan_video_15_i2v", "", 8_326_608_160),
         ("flux", "", 11_901_408_320),
+        ("flux_2", "FLUX.2-klein-base-4B", 3_875_544_576),
+        ("flux_2", "FLUX.2-klein-base-9B", 9_078_581_248),
         ("wan", "Wan2.1-T2V-14B", 14_288_491_584),
         ("wan", "Wan2.1-T2V-1.3B", 1_418_996_800),
         ("wan", "Wan2.2-TI2V-5B", 4_999_787_712),

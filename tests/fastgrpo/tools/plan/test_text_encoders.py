@@ -70,6 +70,7 @@ def test_moving_blocks_takes_the_time_of_the_way_that_they_take() -> None:
         ("wan", "umt5"),
         ("qwen_image", "qwen"),
         ("z_image", "qwen_3_trimmed"),
+        ("flux_2", "qwen_3"),
     ],
 )
 def test_a_plan_has_the_batches_of_the_encoders(family: str, module: str) -> None:
