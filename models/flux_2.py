@@ -51,7 +51,7 @@ from fastgrpo.models.sizes.units import (
     Network,
     Unit,
 )
-from fastgrpo.models.text_encoders.qwen_3 import LAYERS, TextEncoder
+from fastgrpo.models.text_encoders.qwen_3 import LAYERS, PaddedEncoder
 from fastgrpo.parallel.precision import to_compute_precision
 from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence
 
@@ -236,10 +236,10 @@ def latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
+def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[PaddedEncoder]:
     """The text encoder of model.path; freed when the context ends."""
     where = diffusers_folder.pipeline_folder(settings, PARTS)
-    texts = TextEncoder(where, settings.torch_dtype, device, MAX_TEXT_TOKENS)
+    texts = PaddedEncoder(where, settings.torch_dtype, device, MAX_TEXT_TOKENS)
     with diffusers_folder.freed(texts):
         yield texts
 

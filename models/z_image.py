@@ -37,7 +37,7 @@ from fastgrpo.models.sizes.family_plan import AuxiliaryModels, FamilyPlan
 from fastgrpo.models.sizes.text_encoders import QWEN_3_4B
 from fastgrpo.models.sizes.transformer_blocks import TIME_CHANNELS, Kept, lumina_block
 from fastgrpo.models.sizes.units import BOTH, SAMPLE, TEXT, VIDEO, Network, Unit
-from fastgrpo.models.text_encoders.qwen_3_trimmed import TextEncoder
+from fastgrpo.models.text_encoders.qwen_3 import TrimmedEncoder
 from fastgrpo.parallel.sequence_parallel import Layout, ShareSequence
 
 NETWORK = "transformer"
@@ -76,7 +76,7 @@ AUXILIARY = AuxiliaryModels(
     text=MAX_TEXT_TOKENS,
     encoders=4.022e9,
     texts=(
-        QWEN_3_4B.read_as("text_encoder", texts=16, longest=MAX_TEXT_TOKENS, around=9, states=True),
+        QWEN_3_4B.read_as("text_encoder", texts=8, longest=MAX_TEXT_TOKENS, around=9, states=True),
     ),
     vae=0.0838e9,
     decode_flops=9.7e6,
@@ -267,10 +267,10 @@ def guided(without: Tensor, with_text: Tensor, scale: float) -> Tensor:
 
 
 @contextmanager
-def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TextEncoder]:
+def encoder(settings: Model, video: Video, device: torch.device) -> Iterator[TrimmedEncoder]:
     """The text encoder of model.path; freed when the context ends."""
     where = diffusers_folder.pipeline_folder(settings, PARTS)
-    texts = TextEncoder(where, settings.torch_dtype, device, MAX_TEXT_TOKENS)
+    texts = TrimmedEncoder(where, settings.torch_dtype, device, MAX_TEXT_TOKENS)
     with diffusers_folder.freed(texts):
         yield texts
 

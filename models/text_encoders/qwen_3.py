@@ -1,11 +1,13 @@
-"""Three of Qwen3's hidden states of a prompt in its own chat, side by side, of all token places.
+"""Qwen3's hidden states of a prompt in its own chat: of the chat's tokens alone, or three of them side
+by side of all token places.
 
-Padding is behind a text where the folder's tokenizer puts it there; its states count like others,
-as the network attends to them without a mask.
+Of all places padding is behind a text where the folder's tokenizer puts it there; its states count
+like others, as the network attends to them without a mask.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,18 +17,22 @@ from fastgrpo.core.policy import Condition
 from fastgrpo.models.loading import diffusers_folder
 from fastgrpo.models.placement.text_network import Work
 from fastgrpo.models.sizes.text_encoders import AT_WORK
+from fastgrpo.models.text_encoders import token_limit
 from fastgrpo.models.text_encoders.passes import InPasses, Pass
 
-LAYERS = (9, 18, 27)  # after so many of the network's layers; the pipeline's own numbers
+SKIPPED_LAYERS = 1  # of the states of tokens alone: those before the last layer
+LAYERS = (9, 18, 27)  # of the states side by side: after so many; the pipeline's own numbers
 TEXT_BATCH = 8  # prompts per forward pass of the text encoder
 MARK = "\x00"  # stands for the prompt in a chat; in no prompt
 
 
-class TextEncoder(InPasses):
-    """An `Encoder`: "text" [L, 3 D], L = all places of a text."""
+class ChatEncoder(InPasses):
+    """What both kinds of `Encoder` here share: the network, and the chat of a prompt."""
+
+    thinking: ClassVar[bool]  # whether an answer would begin with its thoughts
 
     def __init__(self, where: Path, dtype: torch.dtype, device: torch.device, longest: int) -> None:
-        """Read it from a pipeline's folder.  longest: tokens of a chat, to which it is padded"""
+        """Read it from a pipeline's folder.  longest: tokens of a chat"""
         self.device, self.longest, self.batch = device, longest, TEXT_BATCH
         self.tokenizer, self.qwen = diffusers_folder.text_model(
             where, tokenizer="tokenizer", encoder="text_encoder", dtype=dtype, device=device
@@ -35,7 +41,83 @@ class TextEncoder(InPasses):
             raise UserError(
                 f"model.path: {where / 'tokenizer'} has no chat template; download it again."
             )
-        self.qwen.keep("model")  # no logits of each token
+        if hasattr(self.qwen.network, "lm_head"):
+            self.qwen.keep("model")  # no logits of each token
+        self.qwen.work = Work(TEXT_BATCH, longest, AT_WORK["qwen3"], states=True)
+
+    def passes(self) -> Sequence[Pass]:
+        return (self.reading(self.qwen, self._states),)
+
+    def _states(self, texts: list[str]) -> list[Condition]:
+        """returns "text" [L, D] each, float32 on the CPU"""
+        raise NotImplementedError
+
+    def _chat(self, text: str) -> str:
+        """The chat of a prompt, by the tokenizer's own template."""
+        chat: str = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=self.thinking,
+        )
+        return chat
+
+    def _length(self, chat: str) -> int:
+        return len(self.tokenizer(chat, verbose=False).input_ids)
+
+    @torch.no_grad()
+    def _read(self, texts: Sequence[str], **padding: str) -> tuple[Sequence[Tensor], list[int]]:
+        """All hidden states [B, L, D], the last one normalised, and the texts' numbers of tokens.
+
+        padding: of the tokenizer's call
+        """
+        tokens: Any = self.tokenizer(
+            [self._chat(text) for text in texts],
+            max_length=self.longest,
+            truncation=True,
+            return_tensors="pt",
+            **padding,
+        ).to(self.device)
+        states = self.qwen(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            output_hidden_states=True,
+            use_cache=False,  # nothing is generated
+        ).hidden_states
+        return states, tokens.attention_mask.sum(1).tolist()
+
+
+class TrimmedEncoder(ChatEncoder):
+    """An `Encoder`: "text" [L, D], the states of the whole chat, template included."""
+
+    thinking = True
+
+    def __init__(self, where: Path, dtype: torch.dtype, device: torch.device, longest: int) -> None:
+        super().__init__(where, dtype, device, longest)
+        around = self._length(self._chat(""))
+        self.qwen.work = Work(TEXT_BATCH, longest, AT_WORK["qwen3"], states=True, around=around)
+
+    def cut(self, text: str) -> dict[str, tuple[int, int]]:
+        seen = token_limit.cut(self.tokenizer, self._chat(text), self.longest)
+        return {"text_encoder": seen} if seen else {}
+
+    def _states(self, texts: list[str]) -> list[Condition]:
+        """returns "text" [L, D] each, float32 on the CPU, L = its tokens.
+
+        A causal network: what is cut off at the end changes no state before it.
+        """
+        states, lengths = self._read(texts, padding="longest", padding_side="right")
+        rows = zip(states[-(SKIPPED_LAYERS + 1)], lengths, strict=True)
+        return [{"text": row[:length].float().cpu()} for row, length in rows]
+
+
+class PaddedEncoder(ChatEncoder):
+    """An `Encoder`: "text" [L, 3 D], L = all places of a text."""
+
+    thinking = False
+
+    def __init__(self, where: Path, dtype: torch.dtype, device: torch.device, longest: int) -> None:
+        super().__init__(where, dtype, device, longest)
         network, last = self.qwen.network, max(LAYERS)
         if len(network.layers) < last:
             raise UserError(
@@ -44,10 +126,6 @@ class TextEncoder(InPasses):
             )
         # the last state of all is normalised: so one layer more than are asked for
         network.layers = network.layers[: last + 1]
-        self.qwen.work = Work(TEXT_BATCH, longest, AT_WORK["qwen3"], states=True)
-
-    def passes(self) -> Sequence[Pass]:
-        return (self.reading(self.qwen, self._states),)
 
     def cut(self, text: str) -> dict[str, tuple[int, int]]:
         before = self._length(self._chat(MARK).split(MARK)[0])
@@ -55,34 +133,8 @@ class TextEncoder(InPasses):
         seen = (self.longest - before, count - before)
         return {"text_encoder": seen} if count > self.longest else {}
 
-    def _chat(self, text: str) -> str:
-        """The chat of a prompt, by the tokenizer's own template, without thoughts."""
-        chat: str = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,
-        )
-        return chat
-
-    def _length(self, chat: str) -> int:
-        return len(self.tokenizer(chat, verbose=False).input_ids)
-
-    @torch.no_grad()
     def _states(self, texts: list[str]) -> list[Condition]:
         """returns "text" [places, 3 D] each, float32 on the CPU"""
-        tokens = self.tokenizer(
-            [self._chat(text) for text in texts],
-            padding="max_length",
-            max_length=self.longest,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.device)
-        states: Sequence[Tensor] = self.qwen(
-            input_ids=tokens.input_ids,
-            attention_mask=tokens.attention_mask,
-            output_hidden_states=True,
-            use_cache=False,  # nothing is generated
-        ).hidden_states
+        states, _ = self._read(texts, padding="max_length")
         both = torch.cat([states[layer] for layer in LAYERS], -1).float().cpu()
         return [{"text": row} for row in both]

@@ -193,7 +193,7 @@ def test_text_features_equal_the_pipelines(folder: Path) -> None:
 def test_layers_that_no_state_needs_are_not_run(folder: Path) -> None:
     """36 in the real encoder, of which the states ask for 27; the one after shows the 27th bare."""
     with policies.encoder(settings(folder), VIDEO, CPU) as encoder:
-        assert isinstance(encoder, qwen_3.TextEncoder)
+        assert isinstance(encoder, qwen_3.PaddedEncoder)
         assert len(encoder.qwen.network.layers) == 28 and not hasattr(
             encoder.qwen.network, "lm_head"
         )

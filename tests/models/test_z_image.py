@@ -17,7 +17,7 @@ from fastgrpo.core.policy import Condition, Decoded, Prompt, stack
 from fastgrpo.models import z_image
 from fastgrpo.models.loading import policies
 from fastgrpo.models.loading.lora import target_layers
-from fastgrpo.models.text_encoders import qwen_3_trimmed
+from fastgrpo.models.text_encoders import qwen_3
 from fastgrpo.models.z_image import ZImage, ZImageTransformer2DModel
 from fastgrpo.parallel.sequence_parallel import install
 from fastgrpo.parallel.world import World
@@ -158,7 +158,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "the pipeline's scale": (z_image, "guided", scale_of_the_pipeline),
     "guidance": (z_image, "guided", weakly_guided),
     "another multiple": (z_image, "MULTIPLE", 16),
-    "another layer of Qwen3": (qwen_3_trimmed, "SKIPPED_LAYERS", 0),
+    "another layer of Qwen3": (qwen_3, "SKIPPED_LAYERS", 0),
     "another mean of the latent": (ZImage, "decode", shifted),
     "fewer places for text": (z_image, "MAX_TEXT_TOKENS", 16),
 }

@@ -69,7 +69,7 @@ def test_moving_blocks_takes_the_time_of_the_way_that_they_take() -> None:
         ("stable_diffusion_3", "t5_and_two_clips"),
         ("wan", "umt5"),
         ("qwen_image", "qwen"),
-        ("z_image", "qwen_3_trimmed"),
+        ("z_image", "qwen_3"),
         ("flux_2", "qwen_3"),
     ],
 )
