@@ -106,4 +106,4 @@ ARMS = (
     arm("branches", "a noisy step per prompt, 4 noises, tuned", BRANCHES),
     arm("scouts", "DiffusionNFT, 8 of 24 scouts", SCOUTS),
 )
-USUAL = ("full", "half", "window", "nft")
+USUAL = ("full", "window", "nft", "prompt-1-long")
