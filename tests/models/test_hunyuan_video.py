@@ -438,7 +438,7 @@ def test_a_wrong_model_is_one_clear_line(family: str, path: str, message: str) -
         (
             "",
             {"_class_name": "MochiPipeline"},
-            "names a MochiPipeline, not .*; correct the path. There are the families flux, hunyuan",
+            "names a MochiPipeline, not .*; correct the path. There are the families flux, flux_2, hunyuan",
         ),
         ("scheduler", {"shift": None}, "has shift=None, not a number above 0; correct it"),
         (
