@@ -2,7 +2,6 @@
 latent and states, times, ODE latents, pixels, gradients.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from diffusers import ClassifierFreeGuidance, HunyuanVideo15ImageToVideoPipeline
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo.core import config
 from fastgrpo.core.config import Model, Video
 from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Prompt, stack
@@ -22,10 +20,7 @@ from fastgrpo.models.hunyuan_video_15_i2v import HunyuanVideo15FromImage, ImageT
 from fastgrpo.models.loading import policies
 from fastgrpo.models.text_encoders import qwen_and_byt5
 from fastgrpo.parallel.world import World
-from fastgrpo.tools.plan.costs import compute, memory
-from fastgrpo.tools.plan.simulation import rank
 from fastgrpo.training.rollout import sample_ode
-from tests import ROOT
 from tests.harness import backbone
 from tests.harness.backbone import CPU, changed
 from tests.harness.folders import hunyuan_video_15_i2v as files
@@ -262,42 +257,3 @@ def test_mistakes_are_one_clear_line(folder: Path, tmp_path: Path) -> None:
 def test_the_plan_counts_the_networks_weights() -> None:
     planned = hunyuan_video_15_i2v.plan(dict(hunyuan_video_15_i2v.PUBLISHED)[""])
     assert planned.network.image == 729 and planned.image_width == 1152
-
-
-@pytest.mark.parametrize("sp", [1, 2])
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
-def test_the_plan_counts_the_images_places_in_the_blocks(sp: int) -> None:
-    """FLOPs and bytes of the plan's closed forms against a simulated rank's, which counts them."""
-    network = dict(hunyuan_video_15_i2v.PUBLISHED)[""] | {
-        "num_attention_heads": 2,
-        "num_layers": 2,
-        "num_refiner_layers": 1,
-    }
-    overrides = [f"distributed.sp={sp}", "rollout.batch_size=1", "model.cfg=1.0"]
-    asked = config.load(ROOT / "launch" / "i2v_hunyuan15.toml", overrides)
-    latent, text = (32, 3, 20, 20), 64
-    exact = rank.simulate(asked, network, rank.Sizes(latent, text), rank.Ranks(2, 2))
-    planned = hunyuan_video_15_i2v.plan(network)
-    closed = compute.Job(
-        recipe=asked,
-        network=planned.network,
-        latent=latent,
-        video=math.prod(latent[1:]),
-        text=text,
-        gpus=2,
-        ranks_per_node=2,
-        replicas=1,
-        shards=2,
-    )
-    # the plan takes every text token for a quoted one, too, so that quoted text has its room
-    quoted = sum(
-        product.flops for product in planned.network.rest.products if "embedder_2" in product.name
-    )
-    counted = compute.forward(closed, 1).total - text * quoted
-    assert exact.forward_flops == pytest.approx(counted, rel=1e-3)
-    sent = compute.micro_batch(closed, 1)
-    if sp > 1:
-        assert exact.update_sent["all-to-all"] == sent.exchange
-    else:  # of so narrow a network, exchanged copies are a tenth, which the plan leaves out
-        peak = sum(memory.update(closed, 1, False).values())
-        assert exact.update_peak == pytest.approx(peak, rel=0.05)
