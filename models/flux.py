@@ -312,11 +312,7 @@ def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Mo
 
     Raises UserError where it is of another kind.
     """
-    named = (
-        f"model.path={settings.path}"
-        if settings.network is None
-        else f"model.network={settings.network}"
-    )
+    named = diffusers_folder.named_network(settings)
     if vae.get("shift_factor") is None:
         raise UserError(
             f"{named}: vae/config.json has no shift_factor, which FLUX's has; correct model.family."

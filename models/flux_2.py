@@ -253,11 +253,7 @@ def load(settings: Model, device: torch.device) -> Flux2:
     """The policy of a folder in the diffusers layout, or of a hub id; its network has no weights
     yet.
     """
-    if settings.guidance is not None:
-        raise UserError(
-            f"model.guidance={settings.guidance}: FLUX.2 klein has no embedded guidance; set "
-            "model.cfg instead."
-        )
+    diffusers_folder.refuse_guidance(settings, "FLUX.2 klein")
     where = diffusers_folder.pipeline_folder(settings, PARTS)
     distilled = diffusers_folder.read_json(where / "model_index.json").get("is_distilled")
     if distilled and settings.cfg != 1:
@@ -279,11 +275,7 @@ def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Mo
 
     Raises UserError where it is of another kind.
     """
-    named = (
-        f"model.path={settings.path}"
-        if settings.network is None
-        else f"model.network={settings.network}"
-    )
+    named = diffusers_folder.named_network(settings)
     if config.get("guidance_embeds", True):
         raise UserError(
             f"{named}: the network's config has guidance_embeds=true, as FLUX.2-dev has; use "

@@ -270,11 +270,7 @@ def check_network(settings: Model, where: Path, images: bool) -> dict[str, Any]:
     config = diffusers_folder.read_json(
         diffusers_folder.network_folder(settings, NETWORK) / "config.json"
     )
-    named = (
-        f"model.path={settings.path}"
-        if settings.network is None
-        else f"model.network={settings.network}"
-    )
+    named = diffusers_folder.named_network(settings)
     taken, given = config.get("in_channels"), config.get("out_channels")
     if config.get("image_condition_type") is not None:
         kind = config["image_condition_type"]

@@ -273,11 +273,7 @@ P = TypeVar("P", bound=HunyuanVideo15)
 
 def load_as(kind: type[P], settings: Model, device: torch.device, parts: Sequence[str]) -> P:
     """The policy of this kind.  parts: of the pipeline's folder"""
-    if settings.guidance is not None:
-        raise UserError(
-            f"model.guidance={settings.guidance}: HunyuanVideo-1.5 has no embedded guidance; set "
-            "model.cfg instead."
-        )
+    diffusers_folder.refuse_guidance(settings, "HunyuanVideo-1.5")
     where = diffusers_folder.pipeline_folder(settings, parts)
     shift = diffusers_folder.constant_shift(where)
     rescale = guider.read_rescale(where, settings.cfg)
@@ -294,11 +290,7 @@ def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Mo
 
     Raises UserError where it is of another kind.
     """
-    named = (
-        f"model.path={settings.path}"
-        if settings.network is None
-        else f"model.network={settings.network}"
-    )
+    named = diffusers_folder.named_network(settings)
     if config.get("use_meanflow"):
         raise UserError(
             f"{named}: the network's config has use_meanflow=true, as models of super-resolution "

@@ -212,11 +212,7 @@ def load(settings: Model, device: torch.device) -> QwenImage:
     """The policy of a folder in the diffusers layout, or of a hub id; its network has no weights
     yet.
     """
-    if settings.guidance is not None:
-        raise UserError(
-            f"model.guidance={settings.guidance}: Qwen-Image has no embedded guidance; set "
-            "model.cfg instead."
-        )
+    diffusers_folder.refuse_guidance(settings, "Qwen-Image")
     where = diffusers_folder.pipeline_folder(settings, PARTS)
     schedule = Schedule(diffusers_folder.scheduler_config(where))
     vae = diffusers_folder.read(AutoencoderKLQwenImage, where / "vae", settings.torch_dtype)
@@ -231,11 +227,7 @@ def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Mo
 
     Raises UserError where it is of another kind.
     """
-    named = (
-        f"model.path={settings.path}"
-        if settings.network is None
-        else f"model.network={settings.network}"
-    )
+    named = diffusers_folder.named_network(settings)
     for key in OF_EDITING:
         if config.get(key):
             raise UserError(

@@ -309,11 +309,7 @@ def load(settings: Model, device: torch.device) -> StableDiffusion:
     """The policy of a folder in the diffusers layout, or of a hub id; its network has no weights
     yet.
     """
-    if settings.guidance is not None:
-        raise UserError(
-            f"model.guidance={settings.guidance}: Stable Diffusion has no embedded guidance; set "
-            "model.cfg instead."
-        )
+    diffusers_folder.refuse_guidance(settings, "Stable Diffusion")
     where = diffusers_folder.pipeline_folder(settings, PARTS)
     schedule = Schedule(diffusers_folder.scheduler_config(where), device)
     network = streaming.outline(

@@ -207,11 +207,7 @@ def load(settings: Model, device: torch.device) -> StableDiffusion3:
     """The policy of a folder in the diffusers layout, or of a hub id; its network has no weights
     yet.
     """
-    if settings.guidance is not None:
-        raise UserError(
-            f"model.guidance={settings.guidance}: Stable Diffusion 3 has no embedded guidance; set "
-            "model.cfg instead."
-        )
+    diffusers_folder.refuse_guidance(settings, "Stable Diffusion 3")
     where = diffusers_folder.pipeline_folder(settings, PARTS)
     scheduler = diffusers_folder.scheduler_config(where)
     schedule = Schedule(scheduler, (EULER,), "Stable Diffusion 3")
@@ -229,11 +225,7 @@ def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Mo
 
     Raises UserError where it is of another kind.
     """
-    named = (
-        f"model.path={settings.path}"
-        if settings.network is None
-        else f"model.network={settings.network}"
-    )
+    named = diffusers_folder.named_network(settings)
     if vae.get("shift_factor") is None:
         raise UserError(
             f"{named}: vae/config.json has no shift_factor, which Stable Diffusion 3's has; correct"

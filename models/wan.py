@@ -32,7 +32,6 @@ from torch.nn.functional import pad
 
 from fastgrpo.algorithm import transitions
 from fastgrpo.core.config import Model, Video
-from fastgrpo.core.errors import UserError
 from fastgrpo.core.policy import Condition, Decoded, networks_of
 from fastgrpo.models.attention.pairwise_rotary import SharedAttention
 from fastgrpo.models.loading import diffusers_folder, wan_folder
@@ -299,11 +298,7 @@ def load(settings: Model, device: torch.device) -> Wan:
 
 def load_as(kind: type[W], settings: Model, device: torch.device) -> W:
     """`load`, as a policy of this class."""
-    if settings.guidance is not None:
-        raise UserError(
-            f"model.guidance={settings.guidance}: Wan has no embedded guidance; set model.cfg "
-            "instead."
-        )
+    diffusers_folder.refuse_guidance(settings, "Wan")
     where = diffusers_folder.pipeline_folder(settings, PARTS)
     wan_folder.check_pipeline(
         diffusers_folder.read_json(where / "model_index.json"), settings, kind.form

@@ -62,11 +62,11 @@ REAL: dict[str, Any] = {
 }
 PUBLISHED = (("", REAL),)
 KEPT = {  # bytes per token and channel, by the bytes of a number
-    2: Kept((27.3, 27.3), (89.4, 89.4), (103.4, 103.4), 2.0, moved=(298.1, 298.1)),
+    2: Kept((27.3, 27.3), (89.4, 89.4), (103.4, 103.4), 2.0, moved=(290.1, 290.1)),
     4: Kept((54.7, 54.7), (130.8, 130.8), (146.8, 146.8), 4.0),
 }
 TEXT_KEPT = {  # of the blocks of text alone, which do not take the time
-    2: Kept((0.0, 27.3), (0.0, 81.4), (0.0, 97.3), moved=(0.0, 282.1)),
+    2: Kept((0.0, 27.3), (0.0, 81.4), (0.0, 97.3), moved=(0.0, 274.1)),
     4: Kept((0.0, 54.7), (0.0, 114.8), (0.0, 132.1)),
 }
 AUXILIARY = AuxiliaryModels(
@@ -284,11 +284,7 @@ def load(settings: Model, device: torch.device) -> ZImage:
     """The policy of a folder in the diffusers layout, or of a hub id; its network has no weights
     yet.
     """
-    if settings.guidance is not None:
-        raise UserError(
-            f"model.guidance={settings.guidance}: Z-Image has no embedded guidance; set model.cfg "
-            "instead."
-        )
+    diffusers_folder.refuse_guidance(settings, "Z-Image")
     where = diffusers_folder.pipeline_folder(settings, PARTS)
     shift = diffusers_folder.constant_shift(where)
     vae = diffusers_folder.read(AutoencoderKL, where / "vae", settings.torch_dtype)
@@ -303,11 +299,7 @@ def check_network(config: Mapping[str, Any], where: Path, vae: Any, settings: Mo
 
     Raises UserError where it is of another kind.
     """
-    named = (
-        f"model.path={settings.path}"
-        if settings.network is None
-        else f"model.network={settings.network}"
-    )
+    named = diffusers_folder.named_network(settings)
     if vae.get("shift_factor") is None:
         raise UserError(
             f"{named}: vae/config.json has no shift_factor, which Z-Image's has; correct "

@@ -72,12 +72,12 @@ def root(squares: Tensor) -> Tensor:
 
 
 def eighth(x: Tensor) -> Tensor:
-    """x to the eighth, by squares: a tenth of a general power's time.  x: [...];  returns like it"""
+    """x to the eighth, by squares, which are quicker than a power.  x: [...];  returns like it"""
     return x.square().square().square()
 
 
 def over_colours(values: Tensor) -> Tensor:
-    """The sum over the last dimension, a fifth of the time that `sum` takes for three values.
+    """The sum over the last dimension; `sum` is slow for as few as three values.
 
     values: [..., 3];  returns [...]
     """
@@ -93,9 +93,8 @@ def look(pixels: Tensor) -> View:
     rgb = pixels.double()
     size = rgb.shape[1]
     distance = root(over_colours((rgb - torch.tensor(shapes.BACKGROUND)) ** 2))
-    weight = (
-        distance.square().square()
-    )  # the interior, not the edge, says how strong the object's colour is
+    # the interior, not the edge, says how strong the object's colour is
+    weight = distance.square().square()
     strength = (weight * distance).sum() / (weight.sum() + 1e-9)
     share = (distance / strength.clamp(min=FAINTEST)).clamp(max=1.0)
     # in proportion, so the centroid is exact; faint noise is no object

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
 from torch import Tensor
 from torch.nn.functional import pad
@@ -26,6 +27,8 @@ def by_branch(attend: Callable[[Tensor, Tensor], Tensor], x: Tensor, tables: Tab
 
     attend: (x, table) -> like x;  x: [B, S, C], the branches' rows one after the other
     """
+    if len(tables) == 1:
+        return attend(x, tables[0])
     branches = zip(x.chunk(len(tables)), tables, strict=True)
     done = [attend(rows[:, : len(table)], table) for rows, table in branches]
     return torch.cat([pad(out, (0, 0, 0, x.shape[1] - out.shape[1])) for out in done])
@@ -70,7 +73,7 @@ class SharedAttention:
     def _attend(self, attn: Any, x: Tensor, table: Tensor) -> Tensor:
         """x: [B, n + L, C], texts of one length;  table: [n + L, D / 2];  returns like x"""
         q, k, v = joint.heads(attn, x)
-        q, k = (rotated(part, table) for part in (q, k))
+        q, k = (apply_rotary_emb_qwen(part, table, use_real=False) for part in (q, k))
         layout, backend = self.layout, self.plain._attention_backend
         own, length = len(layout.sp.part(layout.video)), x.shape[1]
         if own == length:  # image tokens alone
@@ -81,12 +84,3 @@ class SharedAttention:
             out = layout.attend(q, k=k, v=v, text=slice(own, length), backend=backend)
         done: Tensor = attn.to_out[1](attn.to_out[0](out.flatten(2).to(q.dtype)))
         return done
-
-
-def rotated(x: Tensor, table: Tensor) -> Tensor:
-    """Queries or keys with their positions.
-
-    x: [B, S, H, D];  table: complex [S, D / 2];  returns like x
-    """
-    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * table[:, None]
-    return torch.view_as_real(turned).flatten(3).type_as(x)

@@ -79,6 +79,22 @@ def check_pipeline(
     )
 
 
+def named_network(settings: Model) -> str:
+    """The key and value that say where the trained network lies, for messages."""
+    if settings.network is None:
+        return f"model.path={settings.path}"
+    return f"model.network={settings.network}"
+
+
+def refuse_guidance(settings: Model, model: str) -> None:
+    """Raise UserError for model.guidance with a model that has no place for it.  model: its name"""
+    if settings.guidance is not None:
+        raise UserError(
+            f"model.guidance={settings.guidance}: {model} has no embedded guidance; set model.cfg "
+            "instead."
+        )
+
+
 def network_folder(settings: Model, part: str) -> Folder:
     """The folder of the trained network: model.network, or the part of model.path."""
     if settings.network is None:

@@ -54,11 +54,7 @@ def check_network(
 
     Raises UserError where it is of another kind.
     """
-    named = (
-        f"model.path={settings.path}"
-        if settings.network is None
-        else f"model.network={settings.network}"
-    )
+    named = diffusers_folder.named_network(settings)
     taken, given, patch = (config.get(key) for key in ("in_channels", "out_channels", "patch_size"))
     images = config.get("image_dim") is not None and config.get("added_kv_proj_dim") is not None
     wanted = vae.z_dim

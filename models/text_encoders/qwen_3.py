@@ -5,6 +5,7 @@ Of all places padding is behind a text where the folder's tokenizer puts it ther
 like others, as the network attends to them without a mask.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,9 +49,9 @@ class ChatEncoder(InPasses):
     def passes(self) -> Sequence[Pass]:
         return (self.reading(self.qwen, self._states),)
 
+    @abstractmethod
     def _states(self, texts: list[str]) -> list[Condition]:
         """returns "text" [L, D] each, float32 on the CPU"""
-        raise NotImplementedError
 
     def _chat(self, text: str) -> str:
         """The chat of a prompt, by the tokenizer's own template."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -41,6 +42,22 @@ def changed(folder: Path, copy: Path, part: str, **entries: object) -> Path:
     file = copy / part / CONFIGS.get(part.split("_")[0], "config.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | entries))
     return copy
+
+
+def noise_of(policy: Policy, video: Video) -> Tensor:
+    """The same noise on every call, float32 [1, C, F, H, W]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, *policy.latent_shape(video), generator=generator)
+
+
+def write_pictures(folder: Path, video: Video) -> None:
+    """Two coloured pictures in the clips' size, 0.png and 1.png."""
+    for number in range(2):
+        pixels = torch.rand(2, 3, 3, generator=torch.Generator().manual_seed(number))
+        small = Image.fromarray((255 * pixels).byte().numpy())
+        small.resize((video.width, video.height), Image.Resampling.NEAREST).save(
+            folder / f"{number}.png"
+        )
 
 
 def plan_of(

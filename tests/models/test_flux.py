@@ -273,7 +273,7 @@ def test_gradient_equals_plain_autograd_of_the_objective(folder: Path, cpu_world
 def test_checkpointing_changes_memory_alone(folder: Path) -> None:
     pair = load(folder), load(folder, gradient_checkpointing=True)
     backbone.assert_checkpointing_changes_memory_alone(
-        *pair, noise_of(pair[0]), stack(encode(folder))
+        *pair, backbone.noise_of(pair[0], VIDEO), stack(encode(folder))
     )
 
 

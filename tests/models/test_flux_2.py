@@ -65,11 +65,6 @@ def official(path: Path) -> Flux2KleinPipeline:
     return pipeline
 
 
-def noise_of(policy: Flux2) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, *policy.latent_shape(VIDEO), generator=generator)
-
-
 def patches(x: Tensor) -> Tensor:
     """Latents [1, C, 1, H, W] as the pipeline's, [1, 4 C, H / 2, W / 2]."""
     height, width = x.shape[-2] // 2, x.shape[-1] // 2
@@ -80,7 +75,7 @@ def assert_equals_the_pipeline(path: Path, steps: int, cfg: float) -> None:
     """Times, ODE latents, from the texts on, and pixels."""
     policy, pipeline = load(path), official(path)
     policy.cfg, (conditions, policy.negative) = cfg, encode(path)
-    x = noise_of(policy)
+    x = backbone.noise_of(policy, VIDEO)
     grid = policy.time_grid(steps, None, policy.latent_shape(VIDEO))
     ends: list[Tensor] = []
 
@@ -250,7 +245,7 @@ def test_gradient_equals_plain_autograd_of_the_objective(folder: Path, cpu_world
 def test_checkpointing_changes_memory_alone(folder: Path) -> None:
     pair = load(folder, 4.0), load(folder, 4.0, gradient_checkpointing=True)
     backbone.assert_checkpointing_changes_memory_alone(
-        *pair, noise_of(pair[0]), stack(encode(folder)[0][:1])
+        *pair, backbone.noise_of(pair[0], VIDEO), stack(encode(folder)[0][:1])
     )
 
 
@@ -302,7 +297,7 @@ def test_diffusers_loads_adapters_of_the_fused_layers(folder: Path, tmp_path: Pa
     policy = policies.load(settings(folder), CPU, own)
     assert isinstance(policy, Flux2)
     stir(policy.network)
-    x, about = noise_of(policy), stack(encode(folder)[0][:1])
+    x, about = backbone.noise_of(policy, VIDEO), stack(encode(folder)[0][:1])
     state = {name: p for name, p in policy.network.named_parameters() if lora.is_adapter(name)}
     assert len(state) == 2 * (12 + 2 * 2)  # one dual-stream block, two single-stream ones
     lora.save_adapters(state, tmp_path / "adapters.safetensors", flux_2.NETWORK, own)

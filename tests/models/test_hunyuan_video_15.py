@@ -73,16 +73,11 @@ def official(path: Path, cfg: float = 1.0, rescale: float = 0.0) -> HunyuanVideo
     return pipeline
 
 
-def noise_of(policy: HunyuanVideo15) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, *policy.latent_shape(VIDEO), generator=generator)
-
-
 def assert_equals_the_pipeline(path: Path, steps: int, cfg: float, rescale: float = 0.0) -> None:
     """Times, ODE latents, from the texts on, and pixels; without quoted text and with it."""
     policy, pipeline = load(path), official(path, cfg, rescale)
     policy.cfg, policy.rescale, (conditions, policy.negative) = cfg, rescale, encode(path)
-    x = noise_of(policy)
+    x = backbone.noise_of(policy, VIDEO)
     grid = policy.time_grid(steps, None, policy.latent_shape(VIDEO))
 
     def run(text: str, output_type: str) -> Tensor:
@@ -231,7 +226,7 @@ def test_gradient_equals_plain_autograd_of_the_objective(folder: Path, cpu_world
 def test_checkpointing_changes_memory_alone(folder: Path) -> None:
     pair = load(folder, 6.0), load(folder, 6.0, gradient_checkpointing=True)
     backbone.assert_checkpointing_changes_memory_alone(
-        *pair, noise_of(pair[0]), stack(encode(folder)[0][1:])
+        *pair, backbone.noise_of(pair[0], VIDEO), stack(encode(folder)[0][1:])
     )
 
 
@@ -248,7 +243,7 @@ def test_times_stay_float32_with_weights_in_bfloat16(folder: Path) -> None:
         lambda _, inputs: seen.append(inputs[0])
     )
     policy.network.to(torch.bfloat16)
-    x = noise_of(policy)
+    x = backbone.noise_of(policy, VIDEO)
     assert policy.velocity(x, torch.tensor([0.9873]), stack(encode(folder)[0][:1])).shape == x.shape
     torch.testing.assert_close(seen[0], torch.tensor([987.3]))
 

@@ -36,12 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model, and two pictures in the clips' size."""
     path = tmp_path_factory.mktemp("hunyuan_video_15_i2v")
     files.write(path)
-    for number in range(2):
-        pixels = torch.rand(2, 3, 3, generator=torch.Generator().manual_seed(number))
-        small = Image.fromarray((255 * pixels).byte().numpy())
-        small.resize((VIDEO.width, VIDEO.height), Image.Resampling.NEAREST).save(
-            path / f"{number}.png"
-        )
+    backbone.write_pictures(path, VIDEO)
     return path
 
 
@@ -79,16 +74,11 @@ def official(path: Path, cfg: float = 1.0) -> HunyuanVideo15ImageToVideoPipeline
     return pipeline
 
 
-def noise_of(policy: HunyuanVideo15FromImage) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, *policy.latent_shape(VIDEO), generator=generator)
-
-
 def assert_equals_the_pipeline(path: Path, steps: int, cfg: float) -> None:
     """Times, ODE latents, from image and text on, and pixels."""
     policy, pipeline = load(path), official(path, cfg)
     policy.cfg, (conditions, policy.negative) = cfg, encode(path)
-    x = noise_of(policy)
+    x = backbone.noise_of(policy, VIDEO)
     grid = policy.time_grid(steps, None, policy.latent_shape(VIDEO))
 
     def run(number: int, output_type: str) -> Tensor:
@@ -119,7 +109,7 @@ def test_ode_equals_the_pipeline(folder: Path, steps: int, cfg: float) -> None:
 
 def test_the_image_is_seen_by_both_of_its_ways(folder: Path) -> None:
     policy, (conditions, _) = load(folder), encode(folder)
-    x, t = noise_of(policy), torch.tensor([0.8])
+    x, t = backbone.noise_of(policy, VIDEO), torch.tensor([0.8])
     one, other = (stack([condition]) for condition in conditions)
     usual = policy.velocity(x, t, one)
     for name in ("image", "image_states"):
@@ -216,7 +206,7 @@ def test_gradient_equals_plain_autograd_of_the_objective(folder: Path, cpu_world
 def test_checkpointing_changes_memory_alone(folder: Path) -> None:
     pair = load(folder, 6.0), load(folder, 6.0, gradient_checkpointing=True)
     backbone.assert_checkpointing_changes_memory_alone(
-        *pair, noise_of(pair[0]), stack(encode(folder)[0][1:])
+        *pair, backbone.noise_of(pair[0], VIDEO), stack(encode(folder)[0][1:])
     )
 
 

@@ -63,18 +63,13 @@ def official(path: Path) -> QwenImagePipeline:
     return pipeline
 
 
-def noise_of(policy: QwenImage) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, *policy.latent_shape(VIDEO), generator=generator)
-
-
 def assert_equals_the_pipeline(path: Path, steps: int, cfg: float) -> None:
     """Times, ODE latents, from the texts on, and pixels."""
     policy, pipeline = load(path), official(path)
     # the pipeline reckons with a VAE of its own factor
     assert pipeline.vae_scale_factor == 4
     policy.cfg, (conditions, policy.negative) = cfg, encode(path)
-    x = noise_of(policy)
+    x = backbone.noise_of(policy, VIDEO)
     grid = policy.time_grid(steps, None, policy.latent_shape(VIDEO))
 
     def run(text: str, output_type: str) -> Tensor:
@@ -210,7 +205,7 @@ def test_gradient_equals_plain_autograd_of_the_objective(folder: Path, cpu_world
 def test_checkpointing_changes_memory_alone(folder: Path) -> None:
     pair = load(folder, 4.0), load(folder, 4.0, gradient_checkpointing=True)
     backbone.assert_checkpointing_changes_memory_alone(
-        *pair, noise_of(pair[0]), stack(encode(folder)[0][:1])
+        *pair, backbone.noise_of(pair[0], VIDEO), stack(encode(folder)[0][:1])
     )
 
 

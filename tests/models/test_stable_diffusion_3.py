@@ -76,16 +76,11 @@ def official(path: Path) -> StableDiffusion3Pipeline:
     return pipeline
 
 
-def noise_of(policy: StableDiffusion3) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, *policy.latent_shape(VIDEO), generator=generator)
-
-
 def assert_equals_the_pipeline(path: Path, steps: int, cfg: float) -> None:
     """Times, ODE latents, from the texts on, and pixels."""
     policy, pipeline = load(path), official(path)
     policy.cfg, (conditions, policy.negative) = cfg, encode(path)
-    x = noise_of(policy)
+    x = backbone.noise_of(policy, VIDEO)
     grid = policy.time_grid(steps, None, policy.latent_shape(VIDEO))
 
     def run(text: str, output_type: str) -> Tensor:
@@ -222,7 +217,7 @@ def test_gradient_equals_plain_autograd_of_the_objective(folder: Path, cpu_world
 def test_the_attention_backend_is_the_recipes(folder: Path) -> None:
     """diffusers' own processor would take torch's choice whatever is asked."""
     policy, t, about = load(folder), torch.tensor([0.6]), stack(encode(folder)[0][:1])
-    x = noise_of(policy)
+    x = backbone.noise_of(policy, VIDEO)
     with torch.no_grad():
         v = policy.velocity(x, t, about)
         other = load(folder, attention="_native_math")
@@ -235,7 +230,7 @@ def test_the_attention_backend_is_the_recipes(folder: Path) -> None:
 def test_checkpointing_changes_memory_alone(folder: Path) -> None:
     pair = load(folder, 4.5), load(folder, 4.5, gradient_checkpointing=True)
     backbone.assert_checkpointing_changes_memory_alone(
-        *pair, noise_of(pair[0]), stack(encode(folder)[0][:1])
+        *pair, backbone.noise_of(pair[0], VIDEO), stack(encode(folder)[0][:1])
     )
 
 
@@ -252,7 +247,7 @@ def test_bfloat16_is_the_networks_alone(folder: Path) -> None:
     policy.network.register_forward_pre_hook(
         lambda module, args, given: seen.update(given), with_kwargs=True
     )
-    x, t = noise_of(policy), torch.tensor([0.9873])
+    x, t = backbone.noise_of(policy, VIDEO), torch.tensor([0.9873])
     with torch.no_grad():
         v, exact = policy.velocity(x, t, condition), load(folder, 4.5).velocity(x, t, condition)
     assert v.dtype == torch.float32 and (v - exact).norm() < 0.05 * exact.norm()

@@ -401,7 +401,7 @@ def test_gradient_equals_plain_autograd_of_the_objective(
 def test_checkpointing_changes_memory_alone(folder: Path) -> None:
     pair = load(folder, 5.0), load(folder, 5.0, gradient_checkpointing=True)
     backbone.assert_checkpointing_changes_memory_alone(
-        *pair, noise_of(pair[0]), stack(encode(folder)[0][:1])
+        *pair, backbone.noise_of(pair[0], VIDEO), stack(encode(folder)[0][:1])
     )
 
 

@@ -37,12 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model, and two pictures in the clips' size."""
     path = tmp_path_factory.mktemp("wan_i2v")
     files.write_ti2v(path)
-    for number in range(2):
-        pixels = torch.rand(2, 3, 3, generator=torch.Generator().manual_seed(number))
-        small = Image.fromarray((255 * pixels).byte().numpy())
-        small.resize((VIDEO.width, VIDEO.height), Image.Resampling.NEAREST).save(
-            path / f"{number}.png"
-        )
+    backbone.write_pictures(path, VIDEO)
     return path
 
 

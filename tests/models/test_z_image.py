@@ -62,16 +62,11 @@ def official(path: Path) -> ZImagePipeline:
     return pipeline
 
 
-def noise_of(policy: ZImage) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, *policy.latent_shape(VIDEO), generator=generator)
-
-
 def assert_equals_the_pipeline(path: Path, steps: int, cfg: float) -> None:
     """Times, ODE latents, from the texts on, and pixels."""
     policy, pipeline = load(path), official(path)
     policy.cfg, (conditions, policy.negative) = cfg, encode(path)
-    x = noise_of(policy)
+    x = backbone.noise_of(policy, VIDEO)
     grid = policy.time_grid(steps, None, policy.latent_shape(VIDEO))
 
     def run(text: str, output_type: str) -> Tensor:
@@ -226,7 +221,7 @@ def test_learned_tokens_have_a_gradient_also_where_none_is_used(folder: Path) ->
 def test_checkpointing_changes_memory_alone(folder: Path) -> None:
     pair = load(folder, 4.0), load(folder, 4.0, gradient_checkpointing=True)
     backbone.assert_checkpointing_changes_memory_alone(
-        *pair, noise_of(pair[0]), stack(encode(folder)[0][1:])
+        *pair, backbone.noise_of(pair[0], VIDEO), stack(encode(folder)[0][1:])
     )
 
 

@@ -36,6 +36,7 @@ SIZES = {
     "wan_i2v_14b": (5, 40, 24),  # 2 x 5 x 3 tokens
     "wan_i2v": (9, 48, 16),  # 9 tokens, of which 3 have time 0
 }
+TEXT = 'a red boat "A" sails over the sea behind the hills, and many birds fly'
 
 
 def compare(family: str, folder: Path, lora: Lora, world: World) -> dict[str, float]:
@@ -54,20 +55,7 @@ def compare(family: str, folder: Path, lora: Lora, world: World) -> dict[str, fl
         gradient_checkpointing=bool(lora.rank),
     )
     with policies.encoder(settings, video, world.device) as encode:
-        condition = move(
-            stack(
-                encode(
-                    [
-                        Prompt(
-                            'a red boat "A" sails over the sea behind the hills, and many birds fly',
-                            folder / "image.png",
-                        )
-                    ]
-                )
-                * 2
-            ),
-            world.device,
-        )
+        condition = move(stack(encode([Prompt(TEXT, folder / "image.png")]) * 2), world.device)
         negative = move(encode.negative(""), world.device) if cfg > 1 else None
     alone, shared = (prepared(settings, lora, world.device) for _ in range(2))
     sharding.shard(shared, world, torch.float32)
